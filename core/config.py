@@ -1,0 +1,68 @@
+"""Fingerprints of settings, and where stores, runs and indexes lie when no path is given."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from svb.errors import InputError, MismatchError
+
+
+def canonical_json(value: Any) -> str:
+    """Return JSON text that is equal for equal values: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+
+
+def fingerprint(settings: Mapping[str, Any]) -> str:
+    """Return the first 16 hex digits of the SHA-256 of `settings` as canonical JSON."""
+    return hashlib.sha256(canonical_json(settings).encode()).hexdigest()[:16]
+
+
+def differing_fields(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return one line a field that differs, as `name: stored 1, wanted 2`, nested names joined by dots."""
+    lines: list[str] = []
+    for key in sorted({*stored, *wanted}):
+        have, want = stored.get(key), wanted.get(key)
+        if isinstance(have, Mapping) and isinstance(want, Mapping):
+            lines += differing_fields(have, want, f"{prefix}{key}.")
+        elif have != want:
+            lines.append(f"{prefix}{key}: stored {have!r}, wanted {want!r}")
+    return lines
+
+
+def require_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], *, what: str, do_next: str) -> None:
+    """Raise when two settings differ.
+
+    Raises:
+        MismatchError: Names every field that differs, and `do_next`.
+    """
+    lines = differing_fields(stored, wanted)
+    if lines:
+        raise MismatchError(f"{what} was made with other settings ({'; '.join(lines)}). {do_next}")
+
+
+def default_path(variable: str, fallback: str) -> Path:
+    """Return the path in the environment variable, or `fallback` in the working directory."""
+    return Path(os.environ.get(variable) or fallback)
+
+
+def newest_run(runs: Path | None = None) -> Path:
+    """Return the run written last: `SVB_RUN`, or the newest folder under `./runs` that holds a config.json.
+
+    Raises:
+        InputError: There is none.
+    """
+    if runs is None and os.environ.get("SVB_RUN"):
+        return Path(os.environ["SVB_RUN"])
+    folder = runs or Path("runs")
+    found = sorted(folder.glob("*/config.json"), key=lambda path: path.stat().st_mtime_ns)
+    if not found:
+        raise InputError(
+            f"no run in {folder}/ - expected a folder with a config.json; "
+            "train one with `svb train`, or name a run or a feature store"
+        )
+    return found[-1].parent

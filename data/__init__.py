@@ -1,0 +1,1 @@
+"""What is at rest: feature stores, caption tables and their features."""

@@ -1,0 +1,101 @@
+"""The features file of a caption table.
+
+One HDF5 file, for C captions and a text encoder with features of size F:
+
+    caption_id, video_id, caption, split   (C,) UTF-8
+    <text encoder>/features                (C, F) float16, not normalised
+    attributes                             format_version, settings (JSON), has_split
+
+In the group's name every `/` of the text encoder's name is written `@`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from svb.config import fingerprint
+from svb.data.caption_table import CaptionTable
+from svb.data.publish import published_file
+from svb.data.shard import FORMAT_VERSION, group_name
+from svb.errors import InputError, StoreError
+
+
+@dataclass(frozen=True)
+class CaptionFeatures:
+    """C captions with their frozen text features.
+
+    Attributes:
+        table: The captions, their ids, videos and splits.
+        features: `(C, F)` float16, finite, in the table's order.
+        settings: The text encoder's name, weights, precision; the table's hash.
+    """
+
+    table: CaptionTable
+    features: NDArray[np.float16]
+    settings: dict[str, Any]
+
+    @property
+    def text_encoder(self) -> str:
+        name: str = self.settings["text_encoder"]["name"]
+        return name
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.settings)
+
+
+def write_caption_features(path: Path, captions: CaptionFeatures) -> Path:
+    """Write a caption features file, whole or not at all; returns `path`."""
+    table = captions.table
+    with published_file(path) as aside, h5py.File(aside, "w") as file:
+        file.attrs["format_version"] = FORMAT_VERSION
+        file.attrs["settings"] = json.dumps(captions.settings, ensure_ascii=False)
+        file.attrs["has_split"] = table.has_split
+        columns = {
+            "caption_id": table.caption_ids,
+            "video_id": table.video_ids,
+            "caption": table.captions,
+            "split": table.splits,
+        }
+        for name, column in columns.items():
+            file.create_dataset(name, data=column, dtype=h5py.string_dtype("utf-8"))
+        group = file.create_group(group_name(captions.text_encoder))
+        group.create_dataset("features", data=captions.features)
+    return path
+
+
+def read_caption_features(path: Path) -> CaptionFeatures:
+    """Read a caption features file into memory.
+
+    Raises:
+        InputError: There is no file at `path`.
+        StoreError: It is damaged, of a newer format, or a value is not finite.
+    """
+    if not path.is_file():
+        raise InputError(f"no caption features at {path} - make them with `svb captions TABLE -o {path}`")
+    try:
+        with h5py.File(path, "r", locking=False) as file:
+            if int(file.attrs["format_version"]) > FORMAT_VERSION:
+                raise StoreError(f"{path} has a newer format than this svb reads - upgrade svb")
+            settings: dict[str, Any] = json.loads(file.attrs["settings"])
+            columns = [list(file[name].asstr()[...]) for name in ("caption_id", "video_id", "caption", "split")]
+            table = CaptionTable(*columns, has_split=bool(file.attrs["has_split"]))
+            features = file[group_name(settings["text_encoder"]["name"])]["features"][...]
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise StoreError(
+            f"{path} is not a whole caption features file ({error}) - make it again with `svb captions`"
+        ) from error
+    bad = np.flatnonzero(~np.isfinite(features.sum(axis=1, dtype=np.float32)))
+    if bad.size:
+        raise StoreError(
+            f"{path}: features hold NaN or infinity, first for caption {table.caption_ids[bad[0]]!r} - "
+            "make it again with `svb captions`"
+        )
+    return CaptionFeatures(table, features, settings)

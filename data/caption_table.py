@@ -1,0 +1,178 @@
+"""A caption table: CSV, JSON lines or Parquet with `video_id, caption` and optionally `caption_id, split`."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from svb.errors import InputError
+
+SPLITS = ("train", "val", "test")
+_READERS = ".csv, .jsonl, .ndjson or .parquet"
+
+
+@dataclass(frozen=True)
+class CaptionTable:
+    """C captions as equally long lists.
+
+    Attributes:
+        caption_ids: Unique; `<video_id>#<k>` for a video's k-th caption where the table names none.
+        video_ids: The video that each caption is about.
+        captions: Sentences, none empty.
+        splits: `train`, `val` or `test`; all `train` where the table has no split.
+        has_split: Whether the table named splits itself.
+    """
+
+    caption_ids: list[str]
+    video_ids: list[str]
+    captions: list[str]
+    splits: list[str]
+    has_split: bool
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+
+def read_caption_table(path: Path, *, drop_empty: bool = False) -> CaptionTable:
+    """Read a caption table.
+
+    Args:
+        path: The file; its suffix tells the format.
+        drop_empty: Leave out rows whose caption is empty rather than refuse the table.
+
+    Raises:
+        InputError: The file is missing, not readable in its format or encoding, lacks a column, has no
+            rows, or a row has an empty caption, no video_id or an unknown split; names the row.
+    """
+    if not path.is_file():
+        raise InputError(f"no caption table at {path} - expected a {_READERS} file with video_id, caption")
+    rows = _rows(path)
+    captions: list[tuple[str, str, str, str]] = []
+    empty: list[str] = []
+    per_video: Counter[str] = Counter()
+    has_split = False
+    for place, row in rows:
+        video_id, caption = _text(row.get("video_id")), _text(row.get("caption")).strip()
+        if not video_id:
+            raise InputError(f"{place}: video_id is empty - give every caption the id of its video")
+        if not caption:
+            empty.append(place)
+            continue
+        has_split = has_split or bool(_text(row.get("split")))
+        split = _text(row.get("split")) or "train"
+        if split not in SPLITS:
+            raise InputError(f"{place}: split is {split!r} - expected one of {', '.join(SPLITS)}")
+        caption_id = _text(row.get("caption_id")) or f"{video_id}#{per_video[video_id]}"
+        per_video[video_id] += 1
+        captions.append((caption_id, video_id, caption, split))
+    if empty and not drop_empty:
+        raise InputError(
+            f"{empty[0]}: the caption is empty ({len(empty)} such rows) - fill them in, or leave them out "
+            "with --drop-empty"
+        )
+    if not captions:
+        raise InputError(f"{path} holds no captions - expected rows with video_id, caption")
+    columns = [list(column) for column in zip(*captions, strict=True)]
+    repeated = [caption_id for caption_id, count in Counter(columns[0]).items() if count > 1]
+    if repeated:
+        raise InputError(f"{path}: caption_id {repeated[0]!r} stands twice - make every caption_id unique")
+    _require_one_split_a_video(path, columns[1], columns[3])
+    return CaptionTable(columns[0], columns[1], columns[2], columns[3], has_split)
+
+
+def _require_one_split_a_video(path: Path, video_ids: list[str], splits: list[str]) -> None:
+    split_of: dict[str, str] = {}
+    for video_id, split in zip(video_ids, splits, strict=True):
+        if split_of.setdefault(video_id, split) != split:
+            raise InputError(
+                f"{path}: video {video_id!r} is in {split_of[video_id]} and in {split} - put all captions of "
+                "a video into one split, or training would see what it is tested on"
+            )
+
+
+def _rows(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    suffix = path.suffix.lower()
+    if suffix == ".csv":
+        return _csv_rows(path)
+    if suffix in {".jsonl", ".ndjson"}:
+        return _json_rows(path)
+    if suffix == ".parquet":
+        return _parquet_rows(path)
+    raise InputError(f"{path}: cannot tell the format from {suffix!r} - expected {_READERS}")
+
+
+def _csv_rows(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            _require_columns(path, reader.fieldnames or [])
+            for row in reader:
+                place = f"{path}, line {reader.line_num}"
+                if None in row or None in row.values():
+                    raise InputError(
+                        f"{place}: {len([v for v in row.values() if v is not None])} fields where the header "
+                        f"has {len(reader.fieldnames or [])} - quote captions that hold a comma"
+                    )
+                yield place, row
+    except UnicodeDecodeError as error:
+        raise _encoding_error(path, error) from error
+    except csv.Error as error:
+        raise InputError(f"{path} is not readable as CSV ({error}) - save it as comma-separated UTF-8") from error
+
+
+def _json_rows(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                place = f"{path}, line {number}"
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise InputError(f"{place}: not JSON ({error}) - write one object a line") from error
+                if not isinstance(row, dict):
+                    raise InputError(f"{place}: not a JSON object - write one object a line")
+                _require_columns(path, row)
+                yield place, row
+    except UnicodeDecodeError as error:
+        raise _encoding_error(path, error) from error
+
+
+def _parquet_rows(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    import pandas as pd
+
+    try:
+        frame = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not readable as Parquet ({error}) - write it again") from error
+    _require_columns(path, frame.columns)
+    for number, row in enumerate(frame.to_dict("records"), start=1):
+        yield f"{path}, row {number}", {str(key): value for key, value in row.items()}
+
+
+def _require_columns(path: Path, found: Iterable[str]) -> None:
+    names = [str(name) for name in found]
+    missing = [name for name in ("video_id", "caption") if name not in names]
+    if missing:
+        raise InputError(
+            f"{path}: no column {' and no column '.join(missing)}, only {', '.join(names) or 'nothing'} - "
+            "expected the header video_id,caption (and optionally caption_id, split)"
+        )
+
+
+def _encoding_error(path: Path, error: UnicodeDecodeError) -> InputError:
+    return InputError(
+        f"{path} is not UTF-8 (byte {error.object[error.start]:#04x} at {error.start}) - save it as UTF-8"
+    )
+
+
+def _text(value: Any) -> str:
+    # pandas writes a missing string as None or NaN.
+    return "" if value is None or (isinstance(value, float) and math.isnan(value)) else str(value)

@@ -1,0 +1,197 @@
+"""A feature store for reading: a folder of shards, or the single file that `svb export` writes."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svb.config import fingerprint
+from svb.data.shard import FORMAT_VERSION, Shard, VideoRecord
+from svb.errors import InputError, StoreError
+
+
+@dataclass(frozen=True)
+class FrameFeatures:
+    """Rows of many videos, one video after the other.
+
+    Attributes:
+        video_ids: V ids, the order of the rows.
+        features: `(N, F)` float16, finite.
+        times_seconds: `(N,)` float64.
+        offsets: `(V + 1,)` int64; video v owns rows `offsets[v]:offsets[v + 1]`, at least one.
+    """
+
+    video_ids: list[str]
+    features: NDArray[np.float16]
+    times_seconds: NDArray[np.float64]
+    offsets: NDArray[np.int64]
+
+
+class FeatureStore:
+    """The videos and features of a store, as they were when it was opened.
+
+    Attributes:
+        path: The folder or single file.
+        settings: What shaped every row: backbones, decoder, sampling, preprocessing.
+        fingerprint: Of `settings`.
+        records: The newest record of every video, by `video_id`, sorted.
+
+    Raises:
+        InputError: There is no store at `path`.
+        StoreError: A file of the store is damaged or of a newer format.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if path.is_dir():
+            self.description = read_description(path)
+            self.shards = live_shards(path)
+        elif path.is_file():
+            shard = Shard(path)
+            self.description, self.shards = shard.store, [shard]
+        else:
+            raise InputError(f"no feature store at {path} - make one with `svb extract VIDEOS -o {path}`")
+        self.settings: dict[str, Any] = self.description["settings"]
+        self.fingerprint: str = self.description["fingerprint"]
+        self._place: dict[str, tuple[int, int]] = {}
+        for s, shard in enumerate(self.shards):
+            if shard.store.get("fingerprint") != self.fingerprint:
+                raise StoreError(
+                    f"{shard.path} was made with other settings than {path} (fingerprint "
+                    f"{shard.store.get('fingerprint')}, not {self.fingerprint}) - move it out of the store"
+                )
+            for v, record in enumerate(shard.records):
+                self._place[record.video_id] = (s, v)
+        self.records: dict[str, VideoRecord] = {
+            video_id: self.shards[s].records[v] for video_id, (s, v) in sorted(self._place.items())
+        }
+
+    @property
+    def backbones(self) -> list[str]:
+        return list(self.settings["backbones"])
+
+    @property
+    def video_ids(self) -> list[str]:
+        """The ids of all videos that have features, sorted."""
+        return [video_id for video_id, record in self.records.items() if record.usable]
+
+    def is_current(self, shard: int, video: int) -> bool:
+        """Tell whether a shard's record has not been superseded by a newer one."""
+        return self._place[self.shards[shard].records[video].video_id] == (shard, video)
+
+    def status_counts(self) -> Counter[str]:
+        """Return how many videos ended with each status."""
+        return Counter(record.status for record in self.records.values())
+
+    def only_backbone(self, backbone: str | None = None) -> str:
+        """Return the named backbone, or the only one there is.
+
+        Raises:
+            InputError: The store does not hold it, or holds several and none was named.
+        """
+        held = ", ".join(self.backbones)
+        if backbone is None and len(self.backbones) == 1:
+            return self.backbones[0]
+        if backbone is None:
+            raise InputError(f"{self.path} holds several backbones ({held}) - choose one with --backbone")
+        if backbone not in self.backbones:
+            raise InputError(f"{self.path} holds no features of {backbone!r}, only {held}")
+        return backbone
+
+    def load(self, backbone: str, video_ids: Sequence[str] | None = None) -> FrameFeatures:
+        """Read the features of many videos into memory, each shard once.
+
+        Args:
+            backbone: Whose features.
+            video_ids: Which videos, in which order; all usable ones, sorted, where not given.
+
+        Raises:
+            InputError: A video has no features in this store.
+            StoreError: A value is not finite, naming the first bad video.
+        """
+        wanted = self.video_ids if video_ids is None else list(video_ids)
+        places = [self._usable_place(video_id) for video_id in wanted]
+        shard_offsets = [shard.offsets(backbone) for shard in self.shards]
+        counts = [int(shard_offsets[s][v + 1] - shard_offsets[s][v]) for s, v in places]
+        offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        feature_size = int(self.settings["backbones"][backbone]["feature_size"])
+        features = np.empty((offsets[-1], feature_size), np.float16)
+        times_seconds = np.empty(offsets[-1], np.float64)
+        by_shard: dict[int, list[int]] = {}
+        for position, (s, _) in enumerate(places):
+            by_shard.setdefault(s, []).append(position)
+        for s, positions in by_shard.items():
+            shard_features = self.shards[s].features(backbone)
+            shard_times = self.shards[s].times_seconds(backbone)
+            for position in positions:
+                v = places[position][1]
+                source = slice(shard_offsets[s][v], shard_offsets[s][v + 1])
+                target = slice(offsets[position], offsets[position + 1])
+                features[target], times_seconds[target] = shard_features[source], shard_times[source]
+        loaded = FrameFeatures(wanted, features, times_seconds, offsets)
+        _require_finite(loaded, self.path, backbone)
+        return loaded
+
+    def _usable_place(self, video_id: str) -> tuple[int, int]:
+        record = self.records.get(video_id)
+        if record is None or not record.usable:
+            state = "is not in" if record is None else f"ended as {record.status!r} in"
+            raise InputError(f"video {video_id!r} {state} {self.path} - extract it, or leave it out")
+        return self._place[video_id]
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """Return a store folder's store.json.
+
+    Raises:
+        InputError: The folder is no feature store.
+        StoreError: store.json is damaged or of a newer format.
+    """
+    path = folder / "store.json"
+    if not path.is_file():
+        raise InputError(
+            f"{folder} is not a feature store (it has no store.json) - make one with "
+            f"`svb extract VIDEOS -o {folder}`"
+        )
+    try:
+        description: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        version, settings = int(description["format_version"]), description["settings"]
+        whole = description["fingerprint"] == fingerprint(settings)
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{path} is damaged ({error}) - restore it from a backup or a shard's copy") from error
+    if version > FORMAT_VERSION:
+        raise StoreError(f"{path} has format {version} - this svb reads up to {FORMAT_VERSION}; upgrade svb")
+    if not whole:
+        raise StoreError(f"{path} was edited: its settings no longer give its fingerprint - undo the edit")
+    return description
+
+
+def live_shards(folder: Path) -> list[Shard]:
+    """Return the shards of a store folder in the order they were published, without replaced ones.
+
+    A kill between publishing a compacted shard and removing the small ones leaves both; the compacted
+    one says what it replaces.
+    """
+    shards = [Shard(path) for path in sorted((folder / "shards").glob("[0-9]*.h5"))]
+    replaced = {name for shard in shards for name in shard.replaces}
+    return [shard for shard in shards if shard.path.name not in replaced]
+
+
+def _require_finite(loaded: FrameFeatures, path: Path, backbone: str) -> None:
+    # Row sums in float32 are finite exactly when all float16 values are, without a mask of the size
+    # of the features.
+    sums = loaded.features.sum(axis=1, dtype=np.float32)
+    bad = np.flatnonzero(~np.isfinite(sums))
+    if bad.size:
+        video = int(np.searchsorted(loaded.offsets, bad[0], side="right")) - 1
+        raise StoreError(
+            f"{path}: features of {backbone} hold NaN or infinity, first in video "
+            f"{loaded.video_ids[video]!r} - run `svb verify {path}`, then extract that video again"
+        )

@@ -1,0 +1,99 @@
+"""Files that exist only if they are whole: written aside, synced, renamed into place."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# What a killed process leaves behind begins with this; whoever holds the folder next removes it.
+ASIDE_PREFIX = ".aside-"
+
+
+@contextmanager
+def published_file(path: Path) -> Iterator[Path]:
+    """Yield a path to write to; on success it becomes `path` in one step, on failure it is removed.
+
+    The content is synced before the rename and the folder after it, so that a power cut leaves either
+    the old file or the whole new one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.parent / f"{ASIDE_PREFIX}{uuid.uuid4().hex}{path.suffix}"
+    try:
+        yield aside
+        _sync(aside)
+        aside.replace(path)
+        _sync(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def published_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; on success it takes the place of `path`, on failure it is removed.
+
+    A folder cannot be replaced in one step. The old one is set aside first, so a kill in between leaves
+    no `path`, but `recover_folder` finds the new one, which was whole before the first rename.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    recover_folder(path)
+    filling = path.parent / f"{ASIDE_PREFIX}{uuid.uuid4().hex}"
+    filling.mkdir()
+    try:
+        yield filling
+        for file in filling.rglob("*"):
+            _sync(file)
+        _sync(filling)
+        new, old = _beside(path, "new"), _beside(path, "old")
+        filling.rename(new)
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+        _sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(filling, ignore_errors=True)
+
+
+def recover_folder(path: Path) -> None:
+    """Finish what a kill in `published_folder` interrupted: the newest whole folder becomes `path`."""
+    new, old = _beside(path, "new"), _beside(path, "old")
+    if not path.exists():
+        if new.exists():
+            new.rename(path)
+        elif old.exists():
+            old.rename(path)
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def publish_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, whole or not at all."""
+    with published_file(path) as aside:
+        aside.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed writers left in a folder; only its one writer may call this."""
+    for leftover in folder.glob(f"{ASIDE_PREFIX}*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def _beside(path: Path, role: str) -> Path:
+    return path.parent / f".{path.name}.{role}"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

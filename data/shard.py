@@ -1,0 +1,195 @@
+"""One shard of a feature store: the records and rows of some videos in one immutable HDF5 file.
+
+Layout, for V videos and, per backbone, N rows of F numbers (plain HDF5, contiguous, uncompressed):
+
+    videos/video_id, source_path, content_hash, codec, decoder, status, error     (V,) UTF-8
+    videos/size_bytes, mtime_ns, width_px, height_px, rotation_degrees            (V,) int64
+    videos/duration_seconds, frame_rate                                           (V,) float64
+    <backbone>/features        (N, F) float16
+    <backbone>/times_seconds   (N,) float64
+    <backbone>/offsets         (V + 1,) int64, video v owns rows offsets[v]:offsets[v + 1]
+
+In the group's name every `/` of the backbone's name is written `@`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from svb.data.publish import published_file
+from svb.errors import StoreError
+
+FORMAT_VERSION = 1
+USABLE = ("ok", "partial")
+
+
+@dataclass(frozen=True)
+class VideoRecord:
+    """What is known of one video; see the layout above. A failed video has empty or NaN properties.
+
+    `source_path` is where the file lay, `content_hash` the SHA-256 of its bytes, and `status` is `ok`,
+    `partial` (decoded less than the container promises) or a failure code, explained in `error`.
+    """
+
+    video_id: str
+    source_path: str
+    size_bytes: int
+    mtime_ns: int
+    content_hash: str
+    duration_seconds: float
+    frame_rate: float
+    width_px: int
+    height_px: int
+    rotation_degrees: int
+    codec: str
+    decoder: str
+    status: str
+    error: str
+
+    @property
+    def usable(self) -> bool:
+        return self.status in USABLE
+
+
+@dataclass(frozen=True)
+class VideoRows:
+    """One video's rows of one backbone: `features (T, F)` float16 and `times_seconds (T,)` float64."""
+
+    features: NDArray[np.float16]
+    times_seconds: NDArray[np.float64]
+
+
+_DTYPES = {"str": h5py.string_dtype("utf-8"), "int": np.dtype("int64"), "float": np.dtype("float64")}
+
+
+def group_name(backbone: str) -> str:
+    """Return the HDF5 group of a backbone: a `/` would nest groups, so it is written `@`."""
+    return backbone.replace("/", "@")
+
+
+def write_shard(
+    path: Path,
+    store: Mapping[str, Any],
+    records: Sequence[VideoRecord],
+    rows: Sequence[Mapping[str, VideoRows]],
+    feature_sizes: Mapping[str, int],
+    replaces: Sequence[str] = (),
+) -> None:
+    """Write a shard, whole or not at all.
+
+    Args:
+        path: The file to make.
+        store: The content of the store's store.json, repeated in the file so that it stands alone.
+        records: V records.
+        rows: For each record its rows by backbone; empty for a failed video.
+        feature_sizes: F of every backbone.
+        replaces: Names of the shards that this one takes the place of.
+    """
+    with published_file(path) as aside, h5py.File(aside, "w") as file:
+        file.attrs["format_version"] = FORMAT_VERSION
+        file.attrs["store"] = json.dumps(store, ensure_ascii=False)
+        file.attrs["replaces"] = json.dumps(list(replaces))
+        for field in fields(VideoRecord):
+            column = [_storable(getattr(record, field.name)) for record in records]
+            file.create_dataset(f"videos/{field.name}", data=column, dtype=_DTYPES[str(field.type)])
+        for backbone, feature_size in feature_sizes.items():
+            _write_rows(file.create_group(group_name(backbone)), backbone, rows, feature_size)
+
+
+def _write_rows(
+    group: h5py.Group, backbone: str, rows: Sequence[Mapping[str, VideoRows]], feature_size: int
+) -> None:
+    counts = [len(video[backbone].times_seconds) if video else 0 for video in rows]
+    offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
+    features = group.create_dataset("features", shape=(offsets[-1], feature_size), dtype=np.float16)
+    times_seconds = group.create_dataset("times_seconds", shape=(offsets[-1],), dtype=np.float64)
+    for video, begin, end in zip(rows, offsets[:-1], offsets[1:], strict=True):
+        if end > begin:
+            features[begin:end] = video[backbone].features
+            times_seconds[begin:end] = video[backbone].times_seconds
+    group.create_dataset("offsets", data=offsets)
+
+
+def _storable(value: Any) -> Any:
+    # A file name may hold bytes that are no UTF-8 (Python keeps them as surrogates) or a NUL, which
+    # would end an HDF5 string; both are written as escapes so that the record can always be stored.
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\\x00")
+    return value
+
+
+class Shard:
+    """A shard opened for reading; the file is opened for each call and never held.
+
+    Raises:
+        StoreError: The file is no shard, is damaged, or has a newer format.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with h5py.File(path, "r", locking=False) as file:
+                version = int(file.attrs["format_version"])
+                if version > FORMAT_VERSION:
+                    raise StoreError(
+                        f"{path} has format {version} - this svb reads up to {FORMAT_VERSION}; upgrade svb"
+                    )
+                self.store: dict[str, Any] = json.loads(file.attrs["store"])
+                self.replaces: list[str] = json.loads(file.attrs["replaces"])
+                columns = [_read_column(file, field.name) for field in fields(VideoRecord)]
+        except (OSError, KeyError, ValueError, TypeError) as error:
+            raise StoreError(
+                f"{path} is not a whole shard of a feature store ({error}) - move it away and run "
+                "`svb extract` again: only its videos are extracted anew"
+            ) from error
+        self.records = [VideoRecord(*values) for values in zip(*columns, strict=True)]
+
+    def offsets(self, backbone: str) -> NDArray[np.int64]:
+        """Return the `(V + 1,)` offsets of a backbone's rows."""
+        return self._read(backbone, "offsets")
+
+    def features(self, backbone: str) -> NDArray[np.float16]:
+        """Return all `(N, F)` float16 rows of a backbone."""
+        return self._read(backbone, "features")
+
+    def times_seconds(self, backbone: str) -> NDArray[np.float64]:
+        """Return the `(N,)` times of all rows of a backbone."""
+        return self._read(backbone, "times_seconds")
+
+    def video_rows(self, backbones: Sequence[str]) -> list[dict[str, VideoRows]]:
+        """Return for each record its rows by backbone; an empty dict for a failed video."""
+        rows: list[dict[str, VideoRows]] = [{} for _ in self.records]
+        for backbone in backbones:
+            offsets = self.offsets(backbone)
+            features, times_seconds = self.features(backbone), self.times_seconds(backbone)
+            for v, record in enumerate(self.records):
+                if record.usable:
+                    span = slice(offsets[v], offsets[v + 1])
+                    rows[v][backbone] = VideoRows(features[span], times_seconds[span])
+        return rows
+
+    def _read(self, backbone: str, dataset: str) -> NDArray[Any]:
+        try:
+            with h5py.File(self.path, "r", locking=False) as file:
+                array: NDArray[Any] = file[f"{group_name(backbone)}/{dataset}"][...]
+        except (OSError, KeyError) as error:
+            raise StoreError(
+                f"{self.path} cannot give {backbone}/{dataset} ({error}) - `svb verify` tells what is damaged"
+            ) from error
+        return array
+
+
+def _read_column(file: h5py.File, name: str) -> list[Any]:
+    dataset = file[f"videos/{name}"]
+    if h5py.check_string_dtype(dataset.dtype) is not None:
+        return list(dataset.asstr()[...])
+    values: list[Any] = dataset[...].tolist()
+    return values

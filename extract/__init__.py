@@ -1,0 +1,1 @@
+"""Videos through ffmpeg and frozen backbones into a feature store; captions through a frozen text encoder."""

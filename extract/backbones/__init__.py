@@ -1,0 +1,52 @@
+"""Frozen backbones by name: `family:model[/weights]`, one file a family."""
+
+from __future__ import annotations
+
+import importlib
+from typing import cast
+
+import torch
+
+from svb.errors import UsageError
+from svb.extract.backbones.backbone import Backbone, Classifier
+from svb.extract.weights import hash_weights, split_name
+
+FAMILIES = {
+    "offline": "svb.extract.backbones.offline",
+    "open_clip": "svb.extract.backbones.open_clip",
+    "torchvision": "svb.extract.backbones.torchvision",
+    "timm": "svb.extract.backbones.timm",
+}
+DEFAULT_BACKBONE = "open_clip:ViT-B-32/laion2b_s34b_b79k"
+
+
+def load_backbone(name: str, device: torch.device, dtype: torch.dtype) -> Backbone:
+    """Load a backbone, frozen, onto a device.
+
+    Raises:
+        UsageError: The family or model is unknown.
+        InputError: A local weights file is missing or does not fit.
+        ModelUnavailableError: The weights would come from a hub that cannot be reached.
+    """
+    family, model, weights = split_name(name)
+    backbone = cast(Backbone, _family(family).load(name, model, weights))
+    backbone.weights_hash = hash_weights(backbone.module)
+    backbone.module.eval().requires_grad_(False)
+    backbone.place(device, dtype)
+    return backbone
+
+
+def load_classifier(name: str) -> Classifier | None:
+    """Return the layer from a backbone's features to named classes, or None where it has none.
+
+    Raises:
+        As `load_backbone`.
+    """
+    family, model, weights = split_name(name)
+    return cast(Backbone, _family(family).load(name, model, weights)).classifier
+
+
+def _family(family: str):  # type: ignore[no-untyped-def]
+    if family not in FAMILIES:
+        raise UsageError(f"unknown backbone family {family!r} - expected one of {', '.join(FAMILIES)}")
+    return importlib.import_module(FAMILIES[family])

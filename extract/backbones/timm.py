@@ -1,0 +1,53 @@
+"""Any image model of timm: `timm:<model>` from its hub, `timm:<model>/<file>` with local weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import timm
+from timm.data import resolve_model_data_config
+
+from svb.errors import InputError, UsageError
+from svb.extract.backbones.backbone import Backbone, Classifier, imagenet_class_names
+from svb.extract.weights import load_state, unavailable
+
+
+def load(name: str, model: str, weights: str) -> Backbone:
+    """Load a model and cut off its classifier.
+
+    Raises:
+        UsageError: timm has no model of that name.
+        InputError: A local weights file is missing or does not fit.
+        ModelUnavailableError: The weights cannot be downloaded.
+    """
+    if not timm.is_model(model.partition(".")[0]):
+        raise UsageError(f"timm has no model {model!r} - see timm.list_models()")
+    overlay = {"file": weights} if weights else None
+    if weights:
+        load_state(Path(weights))  # names a missing or damaged file before timm meets it
+    try:
+        module = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay)
+    except Exception as error:  # a hub client's errors have no common root
+        if weights:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{weights} does not fit timm's {model} ({reason}) - name its own model") from error
+        raise unavailable(name, error) from error
+    config = resolve_model_data_config(module)
+    classifier = _classifier(module.get_classifier())
+    module.reset_classifier(0)
+    return Backbone(
+        name,
+        module,
+        image_size=int(config["input_size"][-1]),
+        feature_size=int(module.head_hidden_size),
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        classifier=classifier,
+    )
+
+
+def _classifier(layer) -> Classifier | None:  # type: ignore[no-untyped-def]
+    names = imagenet_class_names()
+    if getattr(layer, "out_features", None) != len(names):
+        return None
+    return Classifier(layer.weight.detach().float().numpy(), layer.bias.detach().float().numpy(), names)

@@ -1,0 +1,52 @@
+"""torchvision's classifiers of frames (`torchvision:resnet152`) and of clips (`torchvision:r2plus1d_18`).
+
+`torchvision:<model>` takes torchvision's default weights from its hub, `torchvision:<model>/<file>` those in
+a local file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torchvision
+
+from svb.errors import UsageError
+from svb.extract.backbones.backbone import Backbone, cut_classifier
+from svb.extract.weights import load_into, unavailable
+
+# The number of frames that the video classifiers were trained on.
+CLIP_FRAMES = 16
+
+
+def load(name: str, model: str, weights: str) -> Backbone:
+    """Load a classifier and cut off its last layer.
+
+    Raises:
+        UsageError: torchvision has no classifier of that name.
+        InputError: A local weights file is missing or does not fit.
+        ModelUnavailableError: The default weights cannot be downloaded.
+    """
+    video_models = torchvision.models.list_models(torchvision.models.video)
+    if model not in [*torchvision.models.list_models(torchvision.models), *video_models]:
+        raise UsageError(f"torchvision has no classifier {model!r} - see torchvision.models.list_models()")
+    default = torchvision.models.get_model_weights(model).DEFAULT  # type: ignore[attr-defined]
+    module = torchvision.models.get_model(model, weights=None)
+    if weights:
+        load_into(module, Path(weights))
+    else:
+        try:
+            module.load_state_dict(default.get_state_dict(check_hash=True))
+        except Exception as error:  # urllib's, ssl's and the hub's errors have no common root
+            raise unavailable(name, error) from error
+    feature_size, classifier = cut_classifier(module, default.meta["categories"])
+    preprocess = default.transforms()
+    return Backbone(
+        name,
+        module,
+        image_size=int(preprocess.crop_size[0]),
+        feature_size=feature_size,
+        mean=tuple(preprocess.mean),
+        std=tuple(preprocess.std),
+        clip_frames=CLIP_FRAMES if model in video_models else 1,
+        classifier=classifier,
+    )

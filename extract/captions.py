@@ -1,0 +1,113 @@
+"""`svb captions`: a caption table -> frozen text encoder -> a caption features file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svb.config import canonical_json, require_same
+from svb.data.caption_features import CaptionFeatures, read_caption_features, write_caption_features
+from svb.data.caption_table import CaptionTable, read_caption_table
+from svb.data.publish import published_file, remove_leftovers
+from svb.device import choose_device
+from svb.extract.text_encoders import DEFAULT_TEXT_ENCODER, load_text_encoder
+from svb.extract.text_encoders.text_encoder import TextEncoder
+
+# Captions in a block: what a killed run loses at most.
+BLOCK = 4096
+
+
+def captions(
+    table: Path | str,
+    out: Path | str,
+    *,
+    text_encoder: str = DEFAULT_TEXT_ENCODER,
+    device: str = "auto",
+    drop_empty: bool = False,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_message: Callable[[str], None] = lambda message: None,
+) -> Path:
+    """Encode the captions of a table; a caption that stands there several times is encoded once.
+
+    Finished blocks are kept beside `out` until it is whole: a killed run continues where it stopped.
+
+    Args:
+        table: CSV, JSON lines or Parquet with `video_id, caption` and optionally `caption_id, split`.
+        out: The HDF5 file to write.
+        text_encoder: `family:model[/weights]`.
+        device: `auto`, `cpu`, `cuda:0`, ...
+        drop_empty: Leave out rows with an empty caption rather than refuse the table.
+        on_progress: Called with the distinct captions done, and all of them.
+        on_message: Called with a line that the user should see.
+
+    Returns:
+        `out`.
+
+    Raises:
+        InputError: The table cannot be used.
+        MismatchError: `out` holds another table or text encoder.
+        ModelUnavailableError: The text encoder's weights cannot be had.
+    """
+    table, out = Path(table), Path(out)
+    read = read_caption_table(table, drop_empty=drop_empty)
+    table_hash = _hash_table(read)
+    existing = read_caption_features(out) if out.exists() else None
+    if existing is not None:
+        settings = existing.settings
+        require_same(
+            {"text_encoder": settings["text_encoder"]["name"], "captions": settings["table_hash"]},
+            {"text_encoder": text_encoder, "captions": table_hash},
+            what=f"{out}",
+            do_next="Write to another file with -o, or remove this one.",
+        )
+        on_message(f"nothing to do: {out} holds these {len(read)} captions")
+        return out
+    encoder = load_text_encoder(text_encoder, choose_device(device))
+    distinct = list(dict.fromkeys(read.captions))
+    features = _encode_in_blocks(encoder, distinct, out, on_progress)
+    row_of = {caption: row for row, caption in enumerate(distinct)}
+    rows = [row_of[caption] for caption in read.captions]
+    settings = {"text_encoder": encoder.settings(), "table_hash": table_hash}
+    write_caption_features(out, CaptionFeatures(read, features[rows], settings))
+    for path in _blocks_folder(out).glob("*.npy"):
+        path.unlink()
+    _blocks_folder(out).rmdir()
+    cut = [caption for caption in distinct if encoder.num_tokens(caption) > encoder.max_tokens]
+    if cut:
+        on_message(
+            f"{len(cut)} captions are longer than the {encoder.max_tokens} tokens that {text_encoder} reads; "
+            f"the rest of each was not seen, first of {cut[0][:60]!r}"
+        )
+    return out
+
+
+def _encode_in_blocks(
+    encoder: TextEncoder, distinct: Sequence[str], out: Path, on_progress: Callable[[int, int], None]
+) -> NDArray[np.float16]:
+    folder = _blocks_folder(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    features = np.empty((len(distinct), encoder.feature_size), np.float16)
+    for begin in range(0, len(distinct), BLOCK):
+        block = distinct[begin : begin + BLOCK]
+        key = hashlib.sha256(canonical_json([encoder.settings(), list(block)]).encode()).hexdigest()[:16]
+        path = folder / f"{key}.npy"
+        if not path.exists():
+            with published_file(path) as aside, aside.open("wb") as file:
+                np.save(file, encoder.encode(block).astype(np.float16))
+        features[begin : begin + len(block)] = np.load(path)
+        on_progress(begin + len(block), len(distinct))
+    return features
+
+
+def _blocks_folder(out: Path) -> Path:
+    return out.parent / f".{out.name}.blocks"
+
+
+def _hash_table(table: CaptionTable) -> str:
+    columns = [table.caption_ids, table.video_ids, table.captions, table.splits]
+    return hashlib.sha256(canonical_json(columns).encode()).hexdigest()[:16]

@@ -1,0 +1,97 @@
+"""CLIP models through open_clip: the one loading call of the image backbone and the text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from svb.errors import InputError, UsageError
+from svb.extract.weights import OFFLINE_HINT, load_state, unavailable
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A CLIP model: both towers, tokenizer, and what its images must look like.
+
+    Attributes:
+        module: Has `visual` and `encode_text`.
+        tokenizer: Texts to `(C, L)` int64 tokens.
+        image_size: Pixels of the square image.
+        embedding_size: D of the space both towers share.
+        mean: Of each RGB channel, for values from 0 to 1.
+        std: Of each RGB channel, for values from 0 to 1.
+    """
+
+    module: nn.Module
+    tokenizer: Callable[[list[str]], torch.Tensor]
+    image_size: int
+    embedding_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+def load_clip(name: str, model: str, weights: str) -> Clip:
+    """Load `<model>/<tag>` from a hub or its cache, `<model>/<file>`, or `local-dir:<folder>`.
+
+    Raises:
+        UsageError: open_clip does not know the model or tag, or no weights are named.
+        InputError: A local checkpoint is missing, unreadable or of another model.
+        ModelUnavailableError: No hub can be reached and its cache does not hold the weights.
+    """
+    import open_clip
+
+    local_folder = model.startswith("local-dir:")
+    if local_folder:
+        folder = Path(model.removeprefix("local-dir:"))
+        if not (folder / "open_clip_config.json").is_file():
+            raise InputError(f"{folder} holds no open_clip_config.json - expected a model saved by open_clip")
+    else:
+        _require_known(open_clip, name, model, weights)
+    try:
+        module = open_clip.create_model(model, pretrained=weights or None, require_pretrained=True)
+        tokenizer = open_clip.get_tokenizer(model)
+    except (RuntimeError, KeyError) as error:
+        if local_folder or Path(weights).is_file():
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"the weights of {name} do not fit ({reason}) - name their own model") from error
+        raise unavailable(name, error) from error
+    except Exception as error:  # a hub client's errors have no common root
+        raise unavailable(name, error) from error
+    preprocess = open_clip.get_model_preprocess_cfg(module)
+    size = preprocess["size"]
+    return Clip(
+        module,
+        tokenizer,
+        image_size=size if isinstance(size, int) else size[0],
+        embedding_size=int(module.text_projection.shape[-1])
+        if isinstance(getattr(module, "text_projection", None), torch.Tensor)
+        else int(open_clip.get_model_config(model)["embed_dim"]),
+        mean=_triple(preprocess["mean"]),
+        std=_triple(preprocess["std"]),
+    )
+
+
+def _require_known(open_clip, name: str, model: str, weights: str) -> None:  # type: ignore[no-untyped-def]
+    if model not in open_clip.list_models():
+        near = ", ".join(known for known in open_clip.list_models() if known[:5] == model[:5])
+        raise UsageError(f"open_clip knows no model {model!r} - similar ones: {near or 'none'}")
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if not weights:
+        raise UsageError(f"{name} names no weights - add a tag ({', '.join(tags)}) or a local checkpoint")
+    if weights in tags:
+        return
+    if not Path(weights).is_file():
+        raise InputError(
+            f"{weights!r} is neither a file nor weights that open_clip knows for {model} "
+            f"({', '.join(tags)}) - {OFFLINE_HINT}"
+        )
+    load_state(Path(weights))  # names a damaged file before open_clip meets it
+
+
+def _triple(values: tuple[float, ...]) -> tuple[float, float, float]:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue

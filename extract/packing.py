@@ -1,0 +1,118 @@
+"""Batches of one fixed shape, packed across videos.
+
+A row comes out bitwise the same whatever its neighbours in a batch of the same shape, so every batch is
+run full and the last one padded: a resumed run repeats to the byte, and short videos cost no more than
+long ones.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from svb.data.shard import VideoRows
+from svb.extract.backbones.backbone import Backbone
+
+
+@dataclass
+class _Open:
+    """A video whose rows are still coming: its rows so far, and for a clip backbone its latest frames."""
+
+    times_seconds: list[float] = field(default_factory=list)
+    rows: list[NDArray[np.float32]] = field(default_factory=list)
+    latest: deque[tuple[torch.Tensor, float]] = field(default_factory=deque)
+    since_window: int = 0
+
+
+class Packer:
+    """Collects the images of many videos for one backbone and runs it on full batches.
+
+    Args:
+        backbone: What to run.
+        batch_size: B, of every batch.
+    """
+
+    def __init__(self, backbone: Backbone, batch_size: int) -> None:
+        self.backbone = backbone
+        self._batch_size = batch_size
+        self._batch: torch.Tensor | None = None
+        self._owners: list[_Open] = []
+        self._open: dict[int, _Open] = {}
+
+    def add(self, video: int, squares: torch.Tensor, times_seconds: NDArray[np.float64]) -> None:
+        """Take the next frames of a video: `(T, 3, S, S)` uint8 and `(T,)`."""
+        state = self._open.setdefault(video, _Open())
+        for square, time_seconds in zip(squares, times_seconds, strict=True):
+            if self.backbone.clip_frames == 1:
+                self._push(state, square, float(time_seconds))
+            else:
+                self._add_to_window(state, square, float(time_seconds))
+
+    def end(self, video: int) -> None:
+        """Say that a video has no more frames: a clip backbone's last window is closed.
+
+        Windows follow each other without overlap; the last one ends at the last frame and overlaps the
+        one before, and a video shorter than a window repeats its last frame.
+        """
+        state = self._open[video]
+        if state.since_window and state.latest:
+            while len(state.latest) < self.backbone.clip_frames:
+                state.latest.append((state.latest[-1][0], state.latest[-1][1]))
+            self._push_window(state)
+
+    def is_complete(self, video: int) -> bool:
+        """Tell whether every image added for a video has been run."""
+        state = self._open[video]
+        return sum(map(len, state.rows)) == len(state.times_seconds)
+
+    def take(self, video: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+        """Return a complete video's `(T, F)` float32 features and `(T,)` times, and forget it."""
+        state = self._open.pop(video)
+        return np.concatenate(state.rows), np.array(state.times_seconds, np.float64)
+
+    def forget(self, video: int) -> None:
+        """Drop a video that failed; its images still waiting in the batch are run for nothing."""
+        self._open.pop(video, None)
+
+    def flush(self) -> None:
+        """Run what is waiting, padded to a full batch."""
+        if self._batch is None or not self._owners:
+            return
+        features = self.backbone(self._batch)[: len(self._owners)].numpy()
+        for owner, row in zip(self._owners, features, strict=True):
+            owner.rows.append(row[None])
+        self._owners.clear()
+
+    def _push(self, state: _Open, image: torch.Tensor, time_seconds: float) -> None:
+        if self._batch is None:
+            shape = (self._batch_size, *image.shape)
+            self._batch = torch.zeros(shape, dtype=torch.uint8, device=image.device)
+        self._batch[len(self._owners)] = image
+        self._owners.append(state)
+        state.times_seconds.append(time_seconds)
+        if len(self._owners) == self._batch_size:
+            self.flush()
+
+    def _add_to_window(self, state: _Open, square: torch.Tensor, time_seconds: float) -> None:
+        if len(state.latest) == self.backbone.clip_frames:
+            state.latest.popleft()
+        state.latest.append((square, time_seconds))
+        state.since_window += 1
+        if state.since_window == self.backbone.clip_frames:
+            self._push_window(state)
+
+    def _push_window(self, state: _Open) -> None:
+        clip = torch.stack([square for square, _ in state.latest], dim=1)  # (3, clip_frames, S, S)
+        self._push(state, clip, (state.latest[0][1] + state.latest[-1][1]) / 2)
+        state.since_window = 0
+
+
+def to_rows(features: NDArray[np.float32], times_seconds: NDArray[np.float64]) -> VideoRows | None:
+    """Return rows as they are stored, or None if a value is not finite or too large for float16."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        stored = features.astype(np.float16)
+    return VideoRows(stored, times_seconds) if np.isfinite(stored).all() else None

@@ -1,0 +1,204 @@
+"""Which videos to extract: folders, files and lists become `video_id`s, minus what a store already holds."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from svb.data.shard import VideoRecord
+from svb.errors import InputError
+
+VIDEO_SUFFIXES = frozenset(
+    [
+        ".3g2",
+        ".3gp",
+        ".apng",
+        ".asf",
+        ".avi",
+        ".divx",
+        ".dv",
+        ".f4v",
+        ".flv",
+        ".gif",
+        ".h264",
+        ".h265",
+        ".ivf",
+        ".m2ts",
+        ".m2v",
+        ".m4v",
+        ".mjpeg",
+        ".mkv",
+        ".mov",
+        ".mp4",
+        ".mpeg",
+        ".mpg",
+        ".mts",
+        ".mxf",
+        ".nut",
+        ".obu",
+        ".ogv",
+        ".rm",
+        ".rmvb",
+        ".swf",
+        ".ts",
+        ".vob",
+        ".webm",
+        ".webp",
+        ".wmv",
+        ".y4m",
+    ]
+)
+LIST_SUFFIXES = frozenset({".txt", ".csv", ".parquet"})
+
+
+@dataclass(frozen=True)
+class PlannedVideo:
+    """A video to extract: its id in the store and where its file lies."""
+
+    video_id: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done and what is not.
+
+    Attributes:
+        todo: Videos to extract, in order.
+        num_done: How many of those asked for the store already holds, unchanged.
+        messages: What the user should know: files ignored, ids that had to be made unique.
+    """
+
+    todo: list[PlannedVideo]
+    num_done: int
+    messages: list[str]
+
+
+def plan_videos(inputs: Sequence[Path], records: Mapping[str, VideoRecord], *, retry_failed: bool = False) -> Plan:
+    """Find the videos and leave out those that the store holds and whose files have not changed.
+
+    A file in a folder is called by its path below that folder without suffix, a file given by itself by
+    its name without suffix. Where two files would share an id, the first in order keeps it and the next
+    is called with its suffix, then with a number; a file that the store knows keeps its id.
+
+    Args:
+        inputs: Folders (walked recursively), video files, or lists of them (.txt, .csv, .parquet).
+        records: What the store holds, by video_id.
+        retry_failed: Take up again videos that failed.
+
+    Raises:
+        InputError: A path does not exist, a list is unreadable, or there is no video at all.
+    """
+    messages: list[str] = []
+    candidates = _unique_paths(_candidates(inputs, messages.append))
+    if not candidates:
+        folders = ", ".join(str(path) for path in inputs)
+        raise InputError(f"no videos in {folders} - expected files such as .mp4, .mkv, .webm, .avi or .gif")
+    id_of_path = {record.source_path: video_id for video_id, record in records.items()}
+    taken: dict[str, Path] = {}
+    todo: list[PlannedVideo] = []
+    for name, path in candidates:
+        video_id = id_of_path.get(str(path)) or _free_id(name, path, taken, records)
+        if video_id != name and str(path) not in id_of_path:
+            messages.append(f"another video is already called {name!r}: {path} becomes {video_id!r}")
+        taken[video_id] = path
+        if not _is_done(records.get(video_id), path, retry_failed):
+            todo.append(PlannedVideo(video_id, path))
+    return Plan(todo, len(candidates) - len(todo), messages)
+
+
+def _is_done(record: VideoRecord | None, path: Path, retry_failed: bool) -> bool:
+    if record is None or (retry_failed and not record.usable):
+        return False
+    try:
+        stat = path.stat()
+    except OSError:
+        return record.status == "missing"
+    return (stat.st_size, stat.st_mtime_ns) == (record.size_bytes, record.mtime_ns)
+
+
+def _free_id(name: str, path: Path, taken: Mapping[str, Path], records: Mapping[str, VideoRecord]) -> str:
+    def is_free(video_id: str) -> bool:
+        if video_id in taken:
+            return False
+        # A record whose file is gone was most likely this video before it was moved.
+        record = records.get(video_id)
+        return record is None or not Path(record.source_path).exists()
+
+    if is_free(name):
+        return name
+    with_suffix = f"{name}{path.suffix}"
+    number, video_id = 2, with_suffix
+    while not is_free(video_id):
+        video_id = f"{with_suffix}~{number}"
+        number += 1
+    return video_id
+
+
+def _unique_paths(candidates: Iterable[tuple[str, Path]]) -> list[tuple[str, Path]]:
+    first: dict[Path, str] = {}
+    for name, path in candidates:
+        first.setdefault(path, name)
+    return [(name, path) for path, name in first.items()]
+
+
+def _candidates(inputs: Sequence[Path], say: Callable[[str], None]) -> Iterable[tuple[str, Path]]:
+    for given in inputs:
+        if given.is_dir():
+            yield from _walk(given, say)
+        elif not given.exists():
+            raise InputError(f"no such file or folder: {given} - give folders, video files or a list of them")
+        elif given.suffix.lower() in LIST_SUFFIXES:
+            yield from _listed(given)
+        else:
+            yield given.stem, given.absolute()
+
+
+def _walk(folder: Path, say: Callable[[str], None]) -> Iterable[tuple[str, Path]]:
+    ignored: Counter[str] = Counter()
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"cannot read the folder {error.filename} ({error.strerror}) - mend its permissions")
+
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders.sort()
+        for name in sorted(names):
+            path = Path(parent, name)
+            if path.suffix.lower() in VIDEO_SUFFIXES:
+                yield str(path.relative_to(folder).with_suffix("").as_posix()), path.absolute()
+            else:
+                ignored[path.suffix.lower() or "no suffix"] += 1
+    if ignored:
+        kinds = ", ".join(f"{suffix} {count}" for suffix, count in ignored.most_common(5))
+        say(f"{folder}: ignored {ignored.total()} files that are not videos by their suffix ({kinds})")
+
+
+def _listed(path: Path) -> Iterable[tuple[str, Path]]:
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".txt":
+            rows = [("", line) for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+        elif suffix == ".csv":
+            with path.open(encoding="utf-8-sig", newline="") as file:
+                rows = _table_rows(path, list(csv.DictReader(file)))
+        else:
+            import pandas as pd
+
+            rows = _table_rows(path, pd.read_parquet(path).astype(object).to_dict("records"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 - save the list as UTF-8") from error
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputError(f"{path} is not a readable list of videos ({error}) - write it again") from error
+    for video_id, listed in rows:
+        name = video_id or Path(listed).with_suffix("").as_posix().removeprefix("/")
+        yield name, (path.parent / listed).absolute()
+
+
+def _table_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> list[tuple[str, str]]:
+    if rows and "path" not in rows[0]:
+        raise InputError(f"{path}: no column path - expected the header path (and optionally video_id)")
+    return [(str(row.get("video_id") or ""), str(row["path"])) for row in rows]

@@ -1,0 +1,38 @@
+"""Text towers of CLIP models, through open_clip: `open_clip:<model>/<tag or local checkpoint>`."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+
+from svb.extract.clip import load_clip
+from svb.extract.text_encoders.text_encoder import TextEncoder
+
+
+def load(name: str, model: str, weights: str, device: torch.device) -> TextEncoder:
+    """Load the text tower; its features lie in the space that it shares with the image tower.
+
+    Raises:
+        As `svb.extract.clip.load_clip`.
+    """
+    clip = load_clip(name, model, weights)
+    # The same weights serve both towers, and a hash over all of them names the pair.
+    module = cast(Any, clip.module).to(device)
+    tokenizer = cast(Any, clip.tokenizer)
+
+    def encode_batch(captions: list[str]) -> torch.Tensor:
+        features: torch.Tensor = module.encode_text(clip.tokenizer(captions).to(device))
+        return features
+
+    def num_tokens(caption: str) -> int:
+        return len(tokenizer.encode(caption)) + 2  # with the start and end tokens
+
+    return TextEncoder(
+        name,
+        module,
+        feature_size=clip.embedding_size,
+        encode_batch=encode_batch,
+        num_tokens=num_tokens,
+        max_tokens=int(tokenizer.context_length),
+    )

@@ -1,0 +1,1 @@
+"""Embeddings, metrics, evaluation, the index and search."""

@@ -1,0 +1,138 @@
+import csv
+import dataclasses
+import itertools
+import shutil
+import sys
+from pathlib import Path
+
+import av
+import pytest
+from svb.data import demo_clips
+from svb.data.demo_clips import make_demo_clips, plan_demo_clips
+from svb.errors import MismatchError, SvbError, UsageError
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo")
+    assert make_demo_clips(folder, num_videos=6) == folder / "captions.csv"
+    return folder
+
+
+def read_table(folder: Path) -> list[dict[str, str]]:
+    with (folder / "captions.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_table_names_the_files_that_are_there(demo: Path) -> None:
+    rows = read_table(demo)
+    videos = demo / "videos"
+    ids = {
+        path.relative_to(videos).with_suffix("").as_posix() for path in videos.rglob("*") if path.is_file()
+    }
+    assert {row["video_id"] for row in rows} == ids
+    assert list(rows[0]) == ["video_id", "split", "caption"]
+    assert len(rows) == 6 * 5
+    assert all("/" in video_id for video_id in ids)
+    assert {row["split"] for row in rows} == {"train", "val"}
+
+
+def test_every_clip_decodes_to_its_planned_length(demo: Path) -> None:
+    for clip in plan_demo_clips(6, 0):
+        with av.open(str(demo / "videos" / f"{clip.video_id}.mp4")) as container:
+            stream = container.streams.video[0]
+            assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+        assert len(frames) == clip.num_frames
+        assert 2 * demo_clips.FPS <= len(frames) <= 4 * demo_clips.FPS
+        assert frames[0].shape == (demo_clips.HEIGHT, demo_clips.WIDTH, 3)
+
+
+def test_same_seed_same_bytes(demo: Path, tmp_path: Path) -> None:
+    make_demo_clips(tmp_path, num_videos=6)
+    assert contents(tmp_path) == contents(demo)
+
+
+def test_second_run_does_only_what_is_missing(demo: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    shutil.copytree(demo, folder)
+    first, second, *_ = (folder / "videos" / f"{clip.video_id}.mp4" for clip in plan_demo_clips(6, 0))
+    whole = first.read_bytes()
+    # What a kill leaves: half a clip under its temporary name, and no table.
+    first.rename(first.with_name(first.name + ".part"))
+    first.with_name(first.name + ".part").write_bytes(whole[:100])
+    (folder / "captions.csv").unlink()
+    kept = second.stat().st_mtime_ns
+    progress: list[tuple[int, int]] = []
+    make_demo_clips(folder, num_videos=6, on_progress=lambda done, total: progress.append((done, total)))
+    assert progress == [(5, 6), (6, 6)]
+    assert second.stat().st_mtime_ns == kept
+    assert contents(folder) == contents(demo)
+
+
+def test_other_settings_in_the_same_folder_are_refused(demo: Path) -> None:
+    before = contents(demo)
+    with pytest.raises(MismatchError, match=r'"seed": 0.*"seed": 1'):
+        make_demo_clips(demo, num_videos=6, seed=1)
+    assert contents(demo) == before
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_both_splits_show_every_value(seed: int) -> None:
+    clips = plan_demo_clips(300, seed)
+    assert len({clip.video_id for clip in clips}) == 300
+    assert len({(clip.object, clip.colour, clip.motion, clip.background) for clip in clips}) == 300
+    assert sum(clip.split == "val" for clip in clips) == 50
+    for split in ("train", "val"):
+        shown = [clip for clip in clips if clip.split == split]
+        assert {clip.object for clip in shown} == set(demo_clips.OBJECTS)
+        assert {clip.colour for clip in shown} == set(demo_clips.COLOURS)
+        assert {clip.motion for clip in shown} == set(demo_clips.MOTIONS)
+        assert {clip.background for clip in shown} == set(demo_clips.BACKGROUNDS)
+
+
+def test_captions_read_well_and_are_shared_between_clips() -> None:
+    clips = plan_demo_clips(300, 0)
+    captions = [caption for clip in clips for caption in clip.captions]
+    assert all(len(set(clip.captions)) == demo_clips.CAPTIONS_PER_VIDEO for clip in clips)
+    assert len(set(captions)) < len(captions)
+    for caption in captions:
+        words = caption.rstrip(".").replace(",", "").lower().split()
+        assert caption[0].isupper()
+        assert caption.endswith(".")
+        assert "{" not in caption
+        for article, following in itertools.pairwise(words):
+            if article in ("a", "an"):
+                assert (article == "an") == (following[0] in "aeiou"), caption
+
+
+def test_every_value_can_be_drawn(tmp_path: Path) -> None:
+    clip = dataclasses.replace(plan_demo_clips(2, 0)[0], num_frames=2)
+    clips = [dataclasses.replace(clip, object=value) for value in demo_clips.OBJECTS]
+    clips += [dataclasses.replace(clip, colour=value) for value in demo_clips.COLOURS]
+    clips += [dataclasses.replace(clip, motion=value) for value in demo_clips.MOTIONS]
+    clips += [dataclasses.replace(clip, background=value) for value in demo_clips.BACKGROUNDS]
+    clips = [dataclasses.replace(clip, video_id=f"all/{number}") for number, clip in enumerate(clips)]
+    demo_clips._render_missing(clips, tmp_path, lambda done, total: None)
+    assert len(list(tmp_path.rglob("*.mp4"))) == len(clips)
+
+
+@pytest.mark.parametrize("num_videos", [0, 1, 10_000])
+def test_impossible_number_of_clips_is_refused(num_videos: int, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=str(num_videos)):
+        make_demo_clips(tmp_path, num_videos=num_videos)
+
+
+def test_ffmpeg_failure_is_told_and_leaves_no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "ffmpeg"
+    broken.write_text(f"#!{sys.executable}\nimport sys\nsys.exit('no such generator')\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", lambda: str(broken))
+    with pytest.raises(SvbError, match="no such generator"):
+        make_demo_clips(tmp_path / "demo", num_videos=2)
+    assert not (tmp_path / "demo" / "captions.csv").exists()
+    assert not list((tmp_path / "demo").rglob("*.mp4"))

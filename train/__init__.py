@@ -1,0 +1,1 @@
+"""Heads, losses, the support set and the loop that trains them on cached features."""

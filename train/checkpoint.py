@@ -1,0 +1,101 @@
+"""Checkpoints: folders that exist only if they are whole.
+
+model.safetensors   the model's weights
+training.pt         optimizer state, loadable with weights_only=True (only in last/)
+checkpoint.json     epoch, metrics, and the hash of every other file
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from svb.data.publish import published_folder, recover_folder
+from svb.errors import InputError, StoreError
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds.
+
+    Attributes:
+        epoch: Epochs finished.
+        metrics: Of val at that epoch; empty where it was not evaluated.
+        model: Weights by name.
+        training: Optimizer state and what the loop carries on; empty in best/.
+    """
+
+    epoch: int
+    metrics: dict[str, float]
+    model: dict[str, torch.Tensor]
+    training: dict[str, Any]
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint in the place of an older one: at every moment one of the two can be read."""
+    with published_folder(folder) as aside:
+        model = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.model.items()}
+        save_file(model, aside / "model.safetensors")
+        if checkpoint.training:
+            torch.save(checkpoint.training, aside / "training.pt")
+        hashes = {path.name: _hash(path) for path in sorted(aside.iterdir())}
+        description = {"epoch": checkpoint.epoch, "metrics": checkpoint.metrics, "hashes": hashes}
+        (aside / "checkpoint.json").write_text(json.dumps(description, indent=2) + "\n", "utf-8")
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        InputError: There is none.
+        StoreError: A file is missing, damaged, or not what was written.
+    """
+    recover_folder(folder)
+    if not folder.is_dir():
+        raise InputError(f"no checkpoint at {folder} - train first with `svb train`")
+    try:
+        description = json.loads((folder / "checkpoint.json").read_text("utf-8"))
+        for name, expected in description["hashes"].items():
+            if _hash(folder / name) != expected:
+                raise StoreError(f"{folder / name} is not what was written - restore the folder, or train again")
+        model = load_file(folder / "model.safetensors")
+        training: dict[str, Any] = {}
+        if "training.pt" in description["hashes"]:
+            training = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise StoreError(f"{folder} is not a whole checkpoint ({error}) - restore it, or train again") from error
+    return Checkpoint(int(description["epoch"]), description["metrics"], model, training)
+
+
+def load_weights(module: torch.nn.Module, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Load a checkpoint's weights into a model; the decoder's are left out where the model has none.
+
+    Raises:
+        StoreError: The checkpoint is of a model of other sizes.
+    """
+    wanted = module.state_dict()
+    extra = [name for name in weights if name not in wanted and not name.startswith("decoder.")]
+    wrong = [
+        f"{name} {tuple(weights[name].shape) if name in weights else 'missing'}, not {tuple(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name not in weights or weights[name].shape != tensor.shape
+    ]
+    if wrong or extra:
+        what = "; ".join([*wrong, *(f"{name} unknown" for name in extra)][:3])
+        raise StoreError(
+            f"the checkpoint {folder} does not fit its run's config.json ({what}) - it is of another model: "
+            "restore the folder, or train again"
+        )
+    module.load_state_dict({name: weights[name] for name in wanted})
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

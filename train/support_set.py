@@ -1,0 +1,86 @@
+"""The support set: which videos a caption may be rebuilt from, with what weights (Patrick et al. 2021, 3.2)."""
+
+from __future__ import annotations
+
+import torch
+
+from svb.errors import InputError
+
+
+def own_mask(caption_video: torch.Tensor, support_video: torch.Tensor) -> torch.Tensor:
+    """Return `(B, S)` bool, True where a support video is the caption's own: `(B,)` and `(S,)` video rows."""
+    return caption_video[:, None] == support_video[None, :]
+
+
+def support_weights(
+    caption_embeddings: torch.Tensor,
+    support_embeddings: torch.Tensor,
+    own: torch.Tensor,
+    *,
+    variant: str,
+    temperature: float,
+) -> torch.Tensor:
+    """Return what share of each support video a caption is rebuilt from.
+
+    `cross` is a softmax of the cosine similarities over the videos that are not the caption's own, `full`
+    the same over all of them; `identity` is the own video alone, and `hybrid` the mean of identity and
+    full.
+
+    Args:
+        caption_embeddings: `(B, D)`, L2-normalised.
+        support_embeddings: `(S, D)`, L2-normalised.
+        own: `(B, S)` bool, True on the caption's own video.
+        variant: `identity`, `full`, `hybrid` or `cross`.
+        temperature: Divides the similarities.
+
+    Returns:
+        `(B, S)`, rows sum to 1.
+
+    Raises:
+        InputError: A caption has no video to be rebuilt from.
+    """
+    if variant in ("identity", "hybrid"):
+        _require_allowed(own, "its own video is not in the support set")
+    if variant == "identity":
+        return _share_equally(own, caption_embeddings.dtype)
+    logits = caption_embeddings @ support_embeddings.T / temperature  # (B, S)
+    if variant == "cross":
+        _require_allowed(~own, "every video of the support set is its own")
+        return logits.masked_fill(own, float("-inf")).softmax(dim=1)
+    full = logits.softmax(dim=1)
+    return full if variant == "full" else (full + _share_equally(own, full.dtype)) / 2
+
+
+def mix(
+    weights: torch.Tensor, frame_sequences: torch.Tensor, frame_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Average the support videos' frame sequences time step by time step.
+
+    A video that has ended by a time step takes no part in it; the others' weights are scaled up.
+
+    Args:
+        weights: `(B, S)`.
+        frame_sequences: `(S, T, D)`.
+        frame_mask: `(S, T)` bool.
+
+    Returns:
+        The mixtures `(B, T, D)`, and `(B, T)` bool: True where some video of weight still goes on.
+    """
+    present = frame_mask.to(weights.dtype)
+    total = weights @ present  # (B, S) x (S, T) -> (B, T)
+    summed = torch.einsum("bs,std->btd", weights, frame_sequences * present[..., None])
+    return summed / total.clamp_min(1e-9)[..., None], total > 0
+
+
+def _share_equally(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    share = allowed.to(dtype)
+    return share / share.sum(dim=1, keepdim=True)
+
+
+def _require_allowed(allowed: torch.Tensor, why: str) -> None:
+    lonely = (~allowed.any(dim=1)).nonzero()
+    if lonely.numel():
+        raise InputError(
+            f"caption {int(lonely[0])} of the batch has no video to be rebuilt from: {why} - use a larger batch, "
+            "more videos, or another variant"
+        )

@@ -1,0 +1,151 @@
+"""Everything a training reads, in memory once: frame features, caption features, who belongs to whom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from svb.data.caption_features import CaptionFeatures
+from svb.data.feature_store import FeatureStore, FrameFeatures
+from svb.errors import InputError
+
+
+@dataclass(frozen=True)
+class FrameTable:
+    """Frame features of V videos as tensors, batches of which are gathered by row.
+
+    Attributes:
+        video_ids: V ids.
+        features: `(N, F)` float16.
+        offsets: `(V + 1,)` int64.
+        max_frames: A longer video is thinned evenly to this many frames.
+    """
+
+    video_ids: list[str]
+    features: torch.Tensor
+    offsets: torch.Tensor
+    max_frames: int
+
+    @classmethod
+    def of(cls, loaded: FrameFeatures, max_frames: int, device: torch.device) -> FrameTable:
+        features, offsets = torch.from_numpy(loaded.features), torch.from_numpy(loaded.offsets)
+        return cls(loaded.video_ids, features.to(device), offsets.to(device), max_frames)
+
+    def gather(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return `(B, T, F)` float32 frame features of the videos in `rows` `(B,)`, and `(B, T)` bool."""
+        begin = self.offsets[rows]
+        length = self.offsets[rows + 1] - begin
+        kept = length.clamp_max(self.max_frames)
+        step = torch.arange(int(kept.max()), device=rows.device)
+        frame_mask = step[None, :] < kept[:, None]
+        # The middle of each of `kept` equal parts; all frames, in order, where none is left out.
+        position = (2 * step[None, :] + 1) * length[:, None] // (2 * kept[:, None])
+        index = begin[:, None] + torch.minimum(position, length[:, None] - 1)
+        frames = self.features[index.flatten()].view(*index.shape, -1).float()
+        return frames * frame_mask[..., None], frame_mask
+
+
+@dataclass(frozen=True)
+class SplitData:
+    """One split: videos that have both features and captions.
+
+    Attributes:
+        frames: Features of V videos.
+        caption_features: `(C, F)` float16, captions of one video next to each other.
+        caption_video: `(C,)` int64 row of each caption's video, ascending.
+        captions: C sentences.
+        caption_ids: C ids.
+    """
+
+    frames: FrameTable
+    caption_features: torch.Tensor
+    caption_video: torch.Tensor
+    captions: list[str]
+    caption_ids: list[str]
+
+    @property
+    def num_videos(self) -> int:
+        return len(self.frames.video_ids)
+
+
+def load_split(
+    store: FeatureStore,
+    backbone: str,
+    captions: CaptionFeatures,
+    positions: Sequence[int],
+    *,
+    max_frames: int,
+    device: torch.device,
+) -> SplitData:
+    """Load the captions at `positions` of the table whose videos are in the store, and those videos.
+
+    Raises:
+        InputError: None of the captions' videos has features.
+    """
+    usable = set(store.video_ids)
+    held = [position for position in positions if captions.table.video_ids[position] in usable]
+    if not held:
+        raise InputError(
+            f"no caption is about a video in {store.path} - the video_ids of the caption table must be those "
+            f"of the store, such as {next(iter(store.records), 'none: it is empty')!r}"
+        )
+    video_ids = sorted({captions.table.video_ids[position] for position in held})
+    row_of = {video_id: row for row, video_id in enumerate(video_ids)}
+    held.sort(key=lambda position: row_of[captions.table.video_ids[position]])
+    caption_video = [row_of[captions.table.video_ids[position]] for position in held]
+    return SplitData(
+        FrameTable.of(store.load(backbone, video_ids), max_frames, device),
+        torch.from_numpy(captions.features[held]).to(device),
+        torch.tensor(caption_video, device=device),
+        [captions.table.captions[position] for position in held],
+        [captions.table.caption_ids[position] for position in held],
+    )
+
+
+def positions_of_splits(
+    captions: CaptionFeatures, *, val_fraction: float, seed: int, on_message: Callable[[str], None]
+) -> dict[str, list[int]]:
+    """Return the positions of each split's captions; a val split is carved from train where there is none.
+
+    The carving depends on `seed` and the video_ids alone, and on whole videos.
+    """
+    splits = np.array(captions.table.splits)
+    positions = {split: np.flatnonzero(splits == split).tolist() for split in ("train", "val", "test")}
+    if positions["val"] or not val_fraction:
+        return positions
+    video_ids = sorted({captions.table.video_ids[position] for position in positions["train"]})
+    num_val = round(val_fraction * len(video_ids))
+    chosen = np.random.default_rng([seed, 1]).permutation(len(video_ids))[:num_val]
+    val_ids = {video_ids[video] for video in chosen}
+    train = positions["train"]
+    positions["val"] = [position for position in train if captions.table.video_ids[position] in val_ids]
+    positions["train"] = [position for position in train if captions.table.video_ids[position] not in val_ids]
+    on_message(f"the captions have no val split: put {num_val} of {len(video_ids)} training videos aside as val")
+    return positions
+
+
+def epoch_batches(
+    caption_video: NDArray[np.int64], *, caption_sampling: str, batch_size: int, seed: int, epoch: int
+) -> list[NDArray[np.int64]]:
+    """Return the captions of every batch of an epoch: a pure function of its arguments.
+
+    Args:
+        caption_video: `(C,)` ascending video rows.
+        caption_sampling: `one` draws a caption of each video, `all` takes every caption.
+        batch_size: B at most; the batches are equally large within one.
+        seed: Of the run.
+        epoch: Counted from 0.
+    """
+    random = np.random.default_rng([seed, 0, epoch])
+    if caption_sampling == "one":
+        first = np.flatnonzero(np.diff(caption_video, prepend=-1))
+        counts = np.diff(first, append=len(caption_video))
+        chosen = first + (random.random(len(first)) * counts).astype(np.int64)
+    else:
+        chosen = np.arange(len(caption_video))
+    chosen = random.permutation(chosen)
+    return np.array_split(chosen, -(-len(chosen) // batch_size))

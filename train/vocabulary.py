@@ -1,0 +1,65 @@
+"""The decoder's vocabulary: the words of the training captions and nothing else."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from svb.errors import InputError
+
+PADDING, START, END, UNKNOWN = range(4)
+SPECIAL = ("<padding>", "<start>", "<end>", "<unknown>")
+MAX_WORDS = 40
+_WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
+
+
+class Vocabulary:
+    """Words to tokens.
+
+    Args:
+        words: In token order, without the special ones.
+    """
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.words = [*SPECIAL, *words]
+        self._token = {word: token for token, word in enumerate(self.words)}
+
+    @classmethod
+    def of(cls, captions: Iterable[str], min_count: int) -> Vocabulary:
+        """Build the vocabulary of captions: words that stand in them at least `min_count` times.
+
+        Raises:
+            InputError: No word does.
+        """
+        counts = Counter(word for caption in captions for word in split_words(caption))
+        words = sorted(word for word, count in counts.items() if count >= min_count)
+        if not words:
+            raise InputError(
+                f"no word stands {min_count} times in the training captions - lower --min-word-count, or train "
+                "with --variant none"
+            )
+        return cls(words)
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def encode(self, caption: str) -> list[int]:
+        """Return a caption's tokens from start to end; words beyond the 40th are left out."""
+        words = split_words(caption)[:MAX_WORDS]
+        return [START, *(self._token.get(word, UNKNOWN) for word in words), END]
+
+
+def split_words(caption: str) -> list[str]:
+    """Return the words of a caption in lower case, without punctuation."""
+    return _WORD.findall(caption.lower())
+
+
+def pad(encoded: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Return `(B, L)` int64 tokens, padded to the longest caption."""
+    tokens = torch.full((len(encoded), max(map(len, encoded))), PADDING, dtype=torch.int64)
+    for row, caption in enumerate(encoded):
+        tokens[row, : len(caption)] = torch.tensor(caption)
+    return tokens
