@@ -105,6 +105,15 @@ class FeatureStore:
             raise InputError(f"{self.path} holds no features of {backbone!r}, only {held}")
         return backbone
 
+    def video_settings(self, backbone: str) -> dict[str, Any]:
+        """Return what shaped a backbone's rows, for runs and indexes to remember."""
+        return {
+            "backbone": backbone,
+            "backbone_settings": self.settings["backbones"][backbone],
+            "sampling": self.settings["sampling"],
+            "decoder": self.settings["decoder"],
+        }
+
     def load(self, backbone: str, video_ids: Sequence[str] | None = None) -> FrameFeatures:
         """Read the features of many videos into memory, each shard once.
 

@@ -94,9 +94,7 @@ class Decoder(Protocol):
             `no_video_stream`, `attached_picture` or `zero_frames`.
     """
 
-    def __call__(
-        self, path: Path, sampling: Sampling
-    ) -> Iterator[VideoProperties | FrameChunk | DecodeEnd]: ...
+    def __call__(self, path: Path, sampling: Sampling) -> Iterator[VideoProperties | FrameChunk | DecodeEnd]: ...
 
 
 def promised_but_missing(promised_seconds: float, decoded_seconds: float, frame_rate: float) -> float:
@@ -127,7 +125,7 @@ def check_file(path: Path) -> None:
 
 
 def unreadable(path: Path, words: str) -> DecodeError:
-    """Return the error for a file that no demuxer opens: `truncated` where an index was lost, else `unreadable`."""
+    """Return the error for a file that no demuxer opens: `truncated` where its index was lost."""
     if _lacks_index(path):
         return DecodeError(
             "truncated",
@@ -233,9 +231,7 @@ class FrameChooser:
         """Say whether the frame that was counted last is used."""
         # A clock that jumps back (joined broadcasts) must not break the ascending order of times.
         wanted = time_seconds > self._last_used_seconds and (
-            self._is_next_on_grid(time_seconds)
-            if self._positions is None
-            else self.decoded - 1 in self._positions
+            self._is_next_on_grid(time_seconds) if self._positions is None else self.decoded - 1 in self._positions
         )
         if wanted:
             self.used += 1
@@ -264,8 +260,13 @@ class PacketTimes:
         self._frame_seconds = frame_seconds
         self._times_seconds = array("d")
 
-    def add(self, time_seconds: float, duration_seconds: float) -> None:
-        """Note one packet; a duration of 0 is unknown and taken to be one frame's."""
+    def add(self, time_seconds: float | None, duration_seconds: float) -> None:
+        """Note one packet; a duration of 0 is unknown and taken to be one frame's.
+
+        A bare stream without a container has no times: its packets follow one another.
+        """
+        if time_seconds is None:
+            time_seconds = self.end_seconds if self._times_seconds else 0.0
         self._times_seconds.append(time_seconds)
         self.start_seconds = min(self.start_seconds, time_seconds)
         end = time_seconds + (duration_seconds if duration_seconds > 0 else self._frame_seconds)
@@ -335,7 +336,5 @@ def judge_end(
     if not errors.count and not short:
         return DecodeEnd("ok")
     of_promised = f" of {promised:.1f} s" if promised > 0 else ""
-    words = (
-        f"{errors.count} decode errors, the last: {errors.last_words}" if errors.count else "the file ends"
-    )
+    words = f"decode errors: {errors.count}, the last: {errors.last_words}" if errors.count else "the file ends"
     return DecodeEnd("partial", f"decoded {decoded_seconds:.1f} s{of_promised}; {words}")

@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any
 
 import ffmpeg  # type: ignore[import-untyped]
-import imageio_ffmpeg
+import imageio_ffmpeg  # type: ignore[import-untyped]
 import numpy as np
 from numpy.typing import NDArray
 
@@ -76,7 +76,7 @@ def decode(path: Path, sampling: Sampling) -> Iterator[VideoProperties | FrameCh
     try:
         file = path.open("rb")
     except OSError as error:
-        raise unreadable(path, error.strerror) from error
+        raise unreadable(path, str(error)) from error
     with file:
         positions = None if sampling.frames is None else _positions(file.fileno(), sampling)
         run = _DecodeRun(file.fileno(), sampling, positions)
@@ -224,7 +224,7 @@ def _select_expression(sampling: Sampling, positions: Collection[int] | None) ->
 
 
 def _any_of(positions: list[int]) -> str:
-    """Return an expression for `n` being one of them, a tree that is not deeper than ffmpeg's parser likes."""
+    """Return an expression for `n` being one of them: a shallow tree, for each frame walks down it."""
     if len(positions) <= 8:
         return "+".join(f"eq(n,{position})" for position in positions)
     middle = len(positions) // 2
@@ -295,7 +295,8 @@ def _note_packet(line: str, units: dict[str, float], times: PacketTimes) -> None
     is_discarded = flags is not None and int(flags[1], 16) & 4
     if not is_discarded:
         timestamp = int(dts) if int(pts) == NO_TIMESTAMP else int(pts)
-        times.add(timestamp * units[stream], int(duration) * units[stream])
+        seconds = None if timestamp == NO_TIMESTAMP else timestamp * units[stream]
+        times.add(seconds, int(duration) * units[stream])
 
 
 class _Ffmpeg:

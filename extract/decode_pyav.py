@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import cast
 
@@ -91,7 +92,7 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         except (OSError, ValueError, av.error.FFmpegError) as error:
             raise unreadable(path, _words(error)) from error
         # PyAV asks for invented times, which are out of order for packed AVI; ffmpeg does not.
-        container.flags &= ~int(Flags.gen_pts.value)
+        container.flags &= ~cast("int", Flags.gen_pts.value)
         pictures = [bool(s.disposition & Disposition.attached_pic) for s in container.streams.video]
         if all(pictures):
             raise no_video(path, has_picture=any(pictures))
@@ -125,10 +126,11 @@ def _whole_file_seconds(path: Path) -> float:
 
 
 def _note_packet(packet: Packet[VideoStream], times: PacketTimes) -> None:
-    timestamp = packet.pts if packet.pts is not None else packet.dts
-    if timestamp is not None and packet.size and not packet.is_discard:
+    if packet.size and not packet.is_discard:
+        timestamp = packet.pts if packet.pts is not None else packet.dts
         unit = packet.time_base
-        times.add(timestamp * (unit.numerator / unit.denominator), float((packet.duration or 0) * unit))
+        seconds = None if timestamp is None else timestamp * (unit.numerator / unit.denominator)
+        times.add(seconds, float((packet.duration or 0) * unit))
 
 
 def _packets(
@@ -144,7 +146,7 @@ def _packets(
 def _decoded_frames(
     container: InputContainer, stream: VideoStream, errors: DecodeErrors
 ) -> Iterator[tuple[VideoFrame, float]]:
-    """Yield frames with their times in order of presentation; goes on after damaged packets as ffmpeg does."""
+    """Yield frames and their times in order of presentation; goes on after damage as ffmpeg does."""
     clock = _Clock(stream)
     for packet in _packets(container, (stream,), errors):
         if packet.size:
@@ -271,21 +273,21 @@ class _Converter:
         graph.link_nodes(*[graph.add(name, arguments) for name, arguments in filters]).configure()
         return graph
 
-    def _aspect_ratio(self) -> object:
+    def _aspect_ratio(self) -> Fraction:
         """Return the sample aspect ratio, the container's before the codec's, 1 where neither has one."""
-        return self._stream.sample_aspect_ratio or self._stream.codec_context.sample_aspect_ratio or 1
+        return self._stream.sample_aspect_ratio or self._stream.codec_context.sample_aspect_ratio or Fraction(1)
 
 
 def _display_matrix(frame: VideoFrame) -> tuple[int, ...]:
     """Return how the frame is to be turned and mirrored: 9 fixed-point numbers, or none."""
     try:
-        data = frame.side_data.get(SideDataType.DISPLAYMATRIX)
+        data = cast("Mapping[object, bytes]", frame.side_data).get(SideDataType.DISPLAYMATRIX)
     except ValueError:
         # PyAV does not know every kind of side data; it still knows the angle.
         angle = math.radians(-frame.rotation)
         cos, sin = round(math.cos(angle) * 65536), round(math.sin(angle) * 65536)
         return (cos, sin, 0, -sin, cos, 0, 0, 0, 1 << 30) if frame.rotation else ()
-    return struct.unpack("=9i", bytes(cast("bytes", data))) if data else ()
+    return struct.unpack("=9i", bytes(data)) if data else ()
 
 
 def _clockwise_degrees(matrix: tuple[int, ...]) -> int:

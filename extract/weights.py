@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -36,9 +37,14 @@ def split_name(name: str) -> tuple[str, str, str]:
 
 
 def hash_weights(module: nn.Module) -> str:
-    """Return the first 16 hex digits of a SHA-256 over all tensors of a network, in order, with names."""
+    """Return `hash_tensors` of all of a network's weights and buffers."""
+    return hash_tensors(module.state_dict())
+
+
+def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return the first 16 hex digits of a SHA-256 over tensors, in order, with names, types and shapes."""
     digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
+    for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

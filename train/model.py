@@ -62,7 +62,3 @@ class RetrievalModel(nn.Module):
     @property
     def logit_scale(self) -> torch.Tensor:
         return self.log_logit_scale.exp().clamp_max(MAX_LOGIT_SCALE)
-
-    def head_state(self) -> dict[str, torch.Tensor]:
-        """Return the weights that embedding needs: the state without the decoder's."""
-        return {name: value for name, value in self.state_dict().items() if not name.startswith("decoder.")}

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from svb.config import require_same
+from svb.config import fingerprint, require_same
 from svb.data.caption_features import CaptionFeatures, read_caption_features
 from svb.data.feature_store import FeatureStore
 from svb.data.publish import publish_json, published_file, remove_leftovers
@@ -71,12 +71,12 @@ def train(
     torch_device = choose_device(device)
     feature_store, caption_features = FeatureStore(Path(store)), read_caption_features(Path(captions))
     backbone = feature_store.only_backbone(backbone)
-    description = _describe(config, feature_store, backbone, caption_features)
-    _open_run(out, description)
-
     train_split, val_split = _load_splits(
         feature_store, backbone, caption_features, config, torch_device, on_message
     )
+    description = _describe(config, feature_store, backbone, caption_features)
+    description["data"] = {"train": _contents(train_split), "val": _contents(val_split)}
+    _open_run(out, description, feature_store.path, Path(captions))
     vocabulary = None
     if config.variant != "none":
         vocabulary = Vocabulary.of(train_split.captions, config.min_word_count)
@@ -251,13 +251,7 @@ def _describe(config: TrainConfig, store: FeatureStore, backbone: str, captions:
         "format_version": FORMAT_VERSION,
         "config": asdict(config),
         "shared_space": backbone == captions.text_encoder,
-        "video": {
-            "store_fingerprint": store.fingerprint,
-            "backbone": backbone,
-            "backbone_settings": store.settings["backbones"][backbone],
-            "sampling": store.settings["sampling"],
-            "decoder": store.settings["decoder"],
-        },
+        "video": store.video_settings(backbone),
         "text": {
             "captions_fingerprint": captions.fingerprint,
             "text_encoder": captions.settings["text_encoder"],
@@ -285,13 +279,24 @@ def read_run(run: Path) -> dict[str, Any]:
     return description
 
 
-def _open_run(out: Path, description: dict[str, Any]) -> None:
+def _contents(split: SplitData | None) -> dict[str, Any] | None:
+    if split is None:
+        return None
+    key = fingerprint({"videos": split.frames.video_ids, "captions": split.caption_ids})
+    return {"videos": split.num_videos, "captions": len(split.captions), "ids": key}
+
+
+def _open_run(out: Path, description: dict[str, Any], store: Path, captions: Path) -> None:
     if not (out / "config.json").exists():
         out.mkdir(parents=True, exist_ok=True)
-        publish_json(out / "config.json", description)
+        # Where the inputs lay is no setting: a run whose inputs were moved can still be resumed.
+        paths = {"store": str(store.absolute()), "captions": str(captions.absolute())}
+        publish_json(out / "config.json", {**description, "paths": paths})
         return
+    stored = read_run(out)
+    stored.pop("paths", None)
     require_same(
-        read_run(out),
+        stored,
         description,
         what=f"the run {out}",
         do_next="Give the options it was made with to resume it, or write to another folder with -o.",

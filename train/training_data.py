@@ -21,24 +21,25 @@ class FrameTable:
     Attributes:
         video_ids: V ids.
         features: `(N, F)` float16.
-        offsets: `(V + 1,)` int64.
+        begins: `(V,)` int64, a video's first row.
+        lengths: `(V,)` int64, how many rows it has, at least one.
         max_frames: A longer video is thinned evenly to this many frames.
     """
 
     video_ids: list[str]
     features: torch.Tensor
-    offsets: torch.Tensor
+    begins: torch.Tensor
+    lengths: torch.Tensor
     max_frames: int
 
     @classmethod
     def of(cls, loaded: FrameFeatures, max_frames: int, device: torch.device) -> FrameTable:
-        features, offsets = torch.from_numpy(loaded.features), torch.from_numpy(loaded.offsets)
-        return cls(loaded.video_ids, features.to(device), offsets.to(device), max_frames)
+        features, offsets = torch.from_numpy(loaded.features), torch.from_numpy(loaded.offsets).to(device)
+        return cls(loaded.video_ids, features.to(device), offsets[:-1], offsets.diff(), max_frames)
 
     def gather(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return `(B, T, F)` float32 frame features of the videos in `rows` `(B,)`, and `(B, T)` bool."""
-        begin = self.offsets[rows]
-        length = self.offsets[rows + 1] - begin
+        begin, length = self.begins[rows], self.lengths[rows]
         kept = length.clamp_max(self.max_frames)
         step = torch.arange(int(kept.max()), device=rows.device)
         frame_mask = step[None, :] < kept[:, None]

@@ -1,0 +1,165 @@
+"""Videos and captions into one space: by a trained run, or zero-shot by a store's backbone alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from svb.config import fingerprint
+from svb.errors import InputError, MismatchError
+from svb.extract.backbones import load_classifier
+from svb.extract.text_encoders import load_text_encoder
+from svb.extract.text_encoders.text_encoder import TextEncoder
+from svb.extract.weights import hash_tensors
+from svb.retrieve.conse import Conse, class_name_features
+from svb.train.checkpoint import load_checkpoint, load_weights
+from svb.train.embed import embed_in_batches
+from svb.train.heads import mean_of_frames
+from svb.train.run import build_model, read_run
+from svb.train.training_data import FrameTable
+
+# Zero-shot embeddings are means, for which any number of frames would do; this bounds a batch's memory.
+ZERO_SHOT_MAX_FRAMES = 256
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """What turns features of both sides into embeddings.
+
+    Attributes:
+        model: What it is, as stored in an index: `kind`, `video` and `text` settings, weights.
+        video_head: `(B, T, F)` float32, `(B, T)` bool -> `(B, D)`, L2-normalised.
+        text_head: `(B, F)` float32 -> `(B, D)`, L2-normalised.
+        weights: Of the heads, by name; empty where they have none of their own.
+    """
+
+    model: dict[str, Any]
+    video_head: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    text_head: Callable[[torch.Tensor], torch.Tensor]
+    weights: dict[str, torch.Tensor]
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.model)
+
+    @property
+    def backbone(self) -> str:
+        name: str = self.model["video"]["backbone"]
+        return name
+
+    @property
+    def text_encoder(self) -> str:
+        name: str = self.model["text"]["text_encoder"]["name"]
+        return name
+
+    @property
+    def max_frames(self) -> int:
+        frames: int = self.model["max_frames"]
+        return frames
+
+    def embed_videos(self, frames: FrameTable) -> NDArray[np.float32]:
+        """Return `(V, D)` float32, L2-normalised."""
+
+        def embed(rows: torch.Tensor) -> torch.Tensor:
+            return self.video_head(*frames.gather(rows))
+
+        return embed_in_batches(embed, torch.arange(len(frames.begins), device=frames.begins.device))
+
+    def embed_captions(self, caption_features: torch.Tensor) -> NDArray[np.float32]:
+        """Return `(C, D)` float32, L2-normalised, of `(C, F)` features."""
+        return embed_in_batches(lambda batch: self.text_head(batch.float()), caption_features)
+
+
+def run_embedder(run: Path, checkpoint: str, device: torch.device) -> Embedder:
+    """Load a run's heads from one of its checkpoints, `best` or `last`.
+
+    Raises:
+        InputError: The folder is no run, or has no such checkpoint.
+        StoreError: A file is damaged, or the weights are of another model.
+    """
+    description = read_run(run)
+    loaded = load_checkpoint(run / checkpoint)
+    heads = {name: value for name, value in loaded.model.items() if not name.startswith("decoder.")}
+    model = {
+        "kind": "run",
+        "checkpoint": checkpoint,
+        "epoch": loaded.epoch,
+        "max_frames": description["config"]["max_frames"],
+        **{key: description[key] for key in ("config", "shared_space", "video", "text")},
+    }
+    return heads_embedder(model, heads, run / checkpoint, device)
+
+
+def heads_embedder(
+    model: dict[str, Any], weights: Mapping[str, torch.Tensor], source: Path, device: torch.device
+) -> Embedder:
+    """Return the embedder of trained heads, from their description and weights."""
+    module = build_model(model)
+    load_weights(module, weights, source)
+    module.eval().requires_grad_(False).to(device)
+    return Embedder(
+        {**model, "weights": hash_tensors(weights)},
+        lambda features, mask: module.video_head(features, mask).video_embeddings,
+        module.text_head,
+        dict(weights),
+    )
+
+
+def zero_shot_embedder(video: Mapping[str, Any], text_encoder: TextEncoder, device: torch.device) -> Embedder:
+    """Return the embedder of a backbone without any training.
+
+    A CLIP backbone with its own text tower averages its frames; a classifier with any text encoder places
+    its frames among its class names (ConSE).
+
+    Args:
+        video: The backbone and what shaped its rows, as `FeatureStore.video_settings` gives it.
+        text_encoder: The queries' encoder.
+        device: Where to compute.
+
+    Raises:
+        InputError: The backbone is neither.
+    """
+    backbone: str = video["backbone"]
+    model = {
+        "max_frames": ZERO_SHOT_MAX_FRAMES,
+        "video": dict(video),
+        "text": {"text_encoder": text_encoder.settings()},
+    }
+    text_head = _normalise
+    if backbone == text_encoder.name:
+        return Embedder({"kind": "zero-shot CLIP", **model}, mean_of_frames, text_head, {})
+    classifier = load_classifier(backbone)
+    if classifier is None:
+        raise InputError(
+            f"{backbone} with {text_encoder.name} cannot be searched without training: they share no space and "
+            "the backbone has no named classes - train heads with `svb train`, or use a CLIP backbone with its "
+            "own text tower"
+        )
+    conse = Conse(classifier, class_name_features(classifier, text_encoder)).to(device)
+    return Embedder({"kind": "zero-shot ConSE", **model}, conse, text_head, {})
+
+
+def load_matching_text_encoder(settings: Mapping[str, Any], device: torch.device) -> TextEncoder:
+    """Load the text encoder that made some features.
+
+    Raises:
+        MismatchError: The weights found under its name are others.
+    """
+    encoder = load_text_encoder(settings["name"], device)
+    if encoder.weights_hash != settings["weights_hash"]:
+        raise MismatchError(
+            f"{settings['name']} has weights {encoder.weights_hash} here, but {settings['weights_hash']} when the "
+            "features were made - install the package versions of then, or make captions and index again"
+        )
+    return encoder
+
+
+def _normalise(features: torch.Tensor) -> torch.Tensor:
+    return F.normalize(features, dim=-1)

@@ -1,0 +1,134 @@
+"""Small clips, ordinary and odd, drawn by ffmpeg's own generators: tests need no footage."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import imageio_ffmpeg
+
+VIDEO_ZOO = Path(__file__).resolve().parents[2] / "shared" / "video-zoo"
+
+X264 = ("-c:v", "libx264", "-preset", "ultrafast", "-pix_fmt", "yuv420p")
+
+
+def run_ffmpeg(*arguments: str) -> None:
+    """Run ffmpeg; what it says becomes the test's failure message."""
+    done = subprocess.run(
+        [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-y", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def make_clip(
+    path: Path,
+    *,
+    seconds: float = 2.0,
+    fps: float = 10,
+    size: str = "64x48",
+    source: str = "testsrc2",
+    filters: str = "null",
+    codec: Sequence[str] = X264,
+    extra: Sequence[str] = (),
+) -> Path:
+    """Write a clip whose every frame differs; `extra` are further output options."""
+    pattern = f"{source}{':' if '=' in source else '='}size={size}:rate={fps}:duration={seconds}"
+    run_ffmpeg("-f", "lavfi", "-i", pattern, "-vf", filters, *codec, *extra, f"file:{path}")
+    return path
+
+
+def make_odd_size_clip(path: Path) -> Path:
+    """Write a clip of 67x51: chroma planes have half a pixel too many."""
+    return make_clip(path, filters="scale=67:51", codec=("-c:v", "ffv1", "-pix_fmt", "yuv420p"))
+
+
+def make_one_frame_clip(path: Path) -> Path:
+    return make_clip(path, seconds=0.1, fps=10)
+
+
+def make_anamorphic_clip(path: Path, sample_aspect_ratio: str = "4/3") -> Path:
+    """Write a clip whose pixels are not square: 64x48 is shown as 85x48."""
+    return make_clip(path, filters=f"setsar={sample_aspect_ratio}")
+
+
+def make_turned_clip(path: Path, degrees: int, **mirrored: bool) -> Path:
+    """Write a clip as a phone held otherwise does: the picture lies, the header says how to turn it."""
+    upright = make_clip(path.with_name(f"upright-{path.name}"))
+    flags = [f"-display_{name}" for name, is_on in mirrored.items() if is_on]
+    copy = ("-c", "copy", f"file:{path}")
+    run_ffmpeg("-display_rotation", str(degrees), *flags, "-i", f"file:{upright}", *copy)
+    return path
+
+
+def make_variable_rate_clip(path: Path) -> Path:
+    """Write a clip that drops frames unevenly, as phones and screen recordings do."""
+    return make_clip(
+        path,
+        seconds=3,
+        fps=30,
+        filters="select='lt(mod(n,7),2)+gt(n,60)'",
+        extra=("-fps_mode", "vfr", "-enc_time_base", "1/1000"),
+    )
+
+
+def make_late_clip(path: Path, start_seconds: float = 4.7) -> Path:
+    """Write a clip whose first frame has a time other than 0."""
+    return make_clip(path, filters=f"setpts=PTS+{start_seconds}/TB", extra=("-copyts",))
+
+
+def make_resized_clip(path: Path) -> Path:
+    """Write an MPEG-TS whose resolution halves after 2 of its 4 seconds."""
+    codec = ("-c:v", "mpeg2video")
+    first = make_clip(path.with_name("first.ts"), codec=codec)
+    second = make_clip(path.with_name("second.ts"), size="32x24", codec=codec, extra=("-output_ts_offset", "2"))
+    path.write_bytes(first.read_bytes() + second.read_bytes())
+    return path
+
+
+def make_truncated_clip(path: Path, *, keeps_index: bool) -> Path:
+    """Write the first part of an mp4: with its index in front it plays partly, without it not at all."""
+    flags = ("-movflags", "+faststart") if keeps_index else ()
+    whole = make_clip(path.with_name(f"whole-{path.name}"), seconds=3, extra=(*flags, "-g", "10"))
+    data = whole.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    return path
+
+
+def make_rotten_clip(path: Path) -> Path:
+    """Write a clip with its index whole and some of its pictures' bytes overwritten."""
+    make_clip(path, seconds=3, extra=("-movflags", "+faststart", "-g", "10"))
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 600] = bytes(range(100)) * 6
+    path.write_bytes(data)
+    return path
+
+
+def make_sound(path: Path, seconds: float = 1.0) -> Path:
+    run_ffmpeg("-f", "lavfi", "-i", f"sine=duration={seconds}", f"file:{path}")
+    return path
+
+
+def make_clip_with_sound(path: Path, *, seconds: float, sound_seconds: float) -> Path:
+    pattern = f"testsrc2=size=64x48:rate=10:duration={seconds}"
+    sound = f"sine=duration={sound_seconds}"
+    run_ffmpeg("-f", "lavfi", "-i", pattern, "-f", "lavfi", "-i", sound, *X264, f"file:{path}")
+    return path
+
+
+def make_song_with_cover(path: Path) -> Path:
+    """Write an mp3 whose cover art is its only video stream."""
+    cover = path.with_suffix(".png")
+    run_ffmpeg("-f", "lavfi", "-i", "testsrc2=size=64x64", "-frames:v", "1", f"file:{cover}")
+    sound = make_sound(path.with_name(f"sound-{path.name}"))
+    inputs = ("-i", f"file:{sound}", "-i", f"file:{cover}", "-map", "0", "-map", "1")
+    run_ffmpeg(*inputs, "-c", "copy", "-disposition:v:0", "attached_pic", f"file:{path}")
+    return path
+
+
+def make_animated_webp(path: Path) -> Path:
+    return make_clip(path, seconds=2, fps=5, codec=("-c:v", "libwebp_anim", "-lossless", "1"))

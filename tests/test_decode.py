@@ -1,0 +1,340 @@
+"""Both decoders turn a file into the same frames with the same times, or fail with the same status."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import clips
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from svb.extract import decode as decode_module
+from svb.extract import decode_ffmpeg, decode_pyav
+from svb.extract.decode import (
+    DecodeEnd,
+    DecodeError,
+    Decoder,
+    FrameChooser,
+    FrameChunk,
+    VideoProperties,
+    judge_end,
+)
+from svb.extract.sampling import Sampling
+
+DECODERS: dict[str, Decoder] = {"pyav": decode_pyav.decode, "ffmpeg": decode_ffmpeg.decode}
+EVERY_FRAME = Sampling(fps=1000)
+SAMPLINGS = {"fps": Sampling(fps=2), "frames": Sampling(frames=4), "every": EVERY_FRAME}
+
+
+@dataclass
+class Decoded:
+    properties: VideoProperties
+    frames: NDArray[np.uint8]
+    times_seconds: NDArray[np.float64]
+    end: DecodeEnd
+
+
+def run(decoder: Decoder, path: Path, sampling: Sampling) -> Decoded:
+    properties, *chunks, end = decoder(path, sampling)
+    assert isinstance(properties, VideoProperties)
+    assert isinstance(end, DecodeEnd)
+    assert chunks and all(isinstance(chunk, FrameChunk) for chunk in chunks)
+    frames = np.concatenate([chunk.frames for chunk in chunks])
+    times = np.concatenate([chunk.frame_times_seconds for chunk in chunks])
+    assert frames.dtype == np.uint8 and times.dtype == np.float64
+    assert frames.shape == (len(times), properties.height_px, properties.width_px, 3)
+    assert (np.diff(times) > 0).all()
+    return Decoded(properties, frames, times, end)
+
+
+def assert_same(path: Path, sampling: Sampling) -> Decoded:
+    pyav, ffmpeg = (run(decoder, path, sampling) for decoder in DECODERS.values())
+    np.testing.assert_allclose(pyav.times_seconds, ffmpeg.times_seconds, rtol=0, atol=2e-6)
+    difference = np.abs(pyav.frames.astype(np.int16) - ffmpeg.frames)
+    assert difference.mean() < 0.5 and difference.max() <= 3
+    assert pyav.end.status == ffmpeg.end.status
+    a, b = pyav.properties, ffmpeg.properties
+    assert (a.width_px, a.height_px, a.rotation_degrees, a.codec) == (
+        *(b.width_px, b.height_px, b.rotation_degrees, b.codec),
+    )
+    # ffmpeg prints a rate with two decimals, and a duration too.
+    assert a.frame_rate == pytest.approx(b.frame_rate, abs=0.006)
+    assert a.duration_seconds == pytest.approx(b.duration_seconds, abs=0.011, nan_ok=True)
+    return pyav
+
+
+CLIPS: dict[str, tuple[str, Callable[[Path], Path]]] = {
+    "h264": ("a.mp4", clips.make_clip),
+    "h264 with B-frames": (
+        "a.mp4",
+        lambda path: clips.make_clip(path, fps=29.97, codec=("-c:v", "libx264", "-bf", "3")),
+    ),
+    "h265": ("a.mp4", lambda path: clips.make_clip(path, codec=("-c:v", "libx265"))),
+    "h265 10 bit": (
+        "a.mkv",
+        lambda path: clips.make_clip(path, codec=("-c:v", "libx265", "-pix_fmt", "yuv420p10le")),
+    ),
+    "av1": ("a.mkv", lambda path: clips.make_clip(path, codec=("-c:v", "libaom-av1", "-cpu-used", "8"))),
+    "xvid": ("a.avi", lambda path: clips.make_clip(path, codec=("-c:v", "libxvid", "-bf", "2"))),
+    "bare h264": ("a.h264", lambda path: clips.make_clip(path, codec=("-c:v", "libx264", "-bf", "3"))),
+    "bt709": (
+        "a.mp4",
+        lambda path: clips.make_clip(path, filters="scale=out_color_matrix=bt709", extra=("-colorspace", "bt709")),
+    ),
+    "full range": (
+        "a.mp4",
+        lambda path: clips.make_clip(path, codec=("-c:v", "libx264", "-pix_fmt", "yuvj420p")),
+    ),
+    "variable rate": ("a.mp4", clips.make_variable_rate_clip),
+    "starts late, mp4": ("a.mp4", clips.make_late_clip),
+    "starts late, mkv": ("a.mkv", clips.make_late_clip),
+    "starts late, ts": ("a.ts", clips.make_late_clip),
+    "anamorphic": ("a.mp4", clips.make_anamorphic_clip),
+    "odd size": ("a.mkv", clips.make_odd_size_clip),
+    "one frame": ("a.mp4", clips.make_one_frame_clip),
+    "16x16": ("a.mp4", lambda path: clips.make_clip(path, size="16x16")),
+    "resized": ("a.ts", clips.make_resized_clip),
+    "turned by 45": ("a.mp4", lambda path: clips.make_turned_clip(path, 45)),
+}
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_decoders_agree(name: str, tmp_path: Path) -> None:
+    file_name, make = CLIPS[name]
+    path = make(tmp_path / file_name)
+    for sampling in SAMPLINGS.values():
+        assert assert_same(path, sampling).end == DecodeEnd("ok")
+
+
+ZOO = (
+    *("action.avi", "av1.mkv", "corrupted.mp4", "h265.mp4", "sintel.avi", "unordered.mov", "vid1.mp4"),
+    *("rotate-0.mov", "rotate-90.mov", "rotate-180.mov", "rotate-270.mov"),
+)
+
+
+@pytest.mark.skipif(not clips.VIDEO_ZOO.is_dir(), reason=f"no real footage: {clips.VIDEO_ZOO} is missing")
+@pytest.mark.parametrize("sampling", ["fps", "frames"])
+@pytest.mark.parametrize("name", ZOO)
+def test_decoders_agree_on_real_footage(name: str, sampling: str) -> None:
+    decoded = assert_same(clips.VIDEO_ZOO / name, SAMPLINGS[sampling])
+    assert decoded.end.status == ("partial" if name == "corrupted.mp4" else "ok")
+    turned = {"rotate-90.mov": 270, "rotate-180.mov": 180, "rotate-270.mov": 90}
+    assert decoded.properties.rotation_degrees == turned.get(name, 0)
+
+
+@pytest.mark.parametrize("decoder", DECODERS.values(), ids=DECODERS)
+class TestEachDecoder:
+    def test_colours_are_true(self, decoder: Decoder, tmp_path: Path) -> None:
+        # This orange differs by 10 and more between the BT.601 and BT.709 matrices.
+        path = clips.make_clip(
+            tmp_path / "red.mp4",
+            source="color=c=0xC83214",
+            size="64x48",
+            filters="scale=out_color_matrix=bt709:out_range=tv",
+            extra=("-colorspace", "bt709", "-color_range", "tv", "-qp", "0"),
+        )
+        mean = run(decoder, path, Sampling(frames=1)).frames.mean(axis=(0, 1, 2))
+        np.testing.assert_allclose(mean, (0xC8, 0x32, 0x14), atol=3)
+
+    @pytest.mark.parametrize("degrees", [0, 90, 180, 270])
+    def test_turned_video_is_upright(self, decoder: Decoder, degrees: int, tmp_path: Path) -> None:
+        path = clips.make_turned_clip(tmp_path / "a.mp4", degrees)
+        turned = run(decoder, path, Sampling(frames=1))
+        lying = run(decoder, tmp_path / "upright-a.mp4", Sampling(frames=1)).frames[0]
+        assert turned.properties.rotation_degrees == degrees
+        # Chroma is interpolated along the other axis, hence not the same to the bit.
+        expected = np.rot90(lying, degrees // 90).astype(np.int16)
+        assert np.abs(turned.frames[0] - expected).mean() < 3
+
+    def test_mirrored_video_is_mirrored_back(self, decoder: Decoder, tmp_path: Path) -> None:
+        path = clips.make_turned_clip(tmp_path / "a.mp4", 0, hflip=True)
+        mirrored = run(decoder, path, Sampling(frames=1)).frames[0]
+        straight = run(decoder, tmp_path / "upright-a.mp4", Sampling(frames=1)).frames[0]
+        assert np.abs(mirrored - straight[:, ::-1].astype(np.int16)).mean() < 3
+
+    def test_pixels_are_square(self, decoder: Decoder, tmp_path: Path) -> None:
+        properties = run(decoder, clips.make_anamorphic_clip(tmp_path / "a.mp4"), Sampling(fps=1)).properties
+        assert (properties.width_px, properties.height_px) == (85, 48)
+
+    def test_times_are_the_files_own(self, decoder: Decoder, tmp_path: Path) -> None:
+        path = clips.make_late_clip(tmp_path / "a.mkv", start_seconds=4.7)
+        times = run(decoder, path, EVERY_FRAME).times_seconds
+        np.testing.assert_allclose(times, 4.7 + np.arange(20) / 10, atol=1e-9)
+        times = run(decoder, path, Sampling(fps=1)).times_seconds
+        np.testing.assert_allclose(times, [4.7, 5.7], atol=1e-9)
+
+    def test_milliseconds_do_not_move_the_grid(self, decoder: Decoder, tmp_path: Path) -> None:
+        # Matroska counts in milliseconds: frame 10 lies at 0.333, before the grid point it belongs to.
+        path = clips.make_clip(tmp_path / "a.mkv", fps=30, seconds=3)
+        times = run(decoder, path, Sampling(fps=3)).times_seconds
+        np.testing.assert_allclose(times, np.arange(9) / 3, atol=1e-3)
+
+    def test_frames_are_spread_over_the_decodable_part(self, decoder: Decoder, tmp_path: Path) -> None:
+        path = clips.make_clip(tmp_path / "a.mp4")
+        times = run(decoder, path, Sampling(frames=4)).times_seconds
+        np.testing.assert_allclose(times, [0.2, 0.7, 1.2, 1.7], atol=1e-9)
+
+    def test_asking_for_more_frames_than_there_are(self, decoder: Decoder, tmp_path: Path) -> None:
+        path = clips.make_clip(tmp_path / "a.mp4")
+        assert len(run(decoder, path, Sampling(frames=6000)).times_seconds) == 20
+
+    def test_every_frame_keeps_the_first_ones_size(self, decoder: Decoder, tmp_path: Path) -> None:
+        path = clips.make_resized_clip(tmp_path / "a.ts")
+        decoded = run(decoder, path, Sampling(fps=2))
+        assert decoded.frames.shape == (8, 48, 64, 3)
+
+    def test_chunks_are_bounded(self, decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(decode_module, "CHUNK_BYTES", 5 * 64 * 48 * 3)
+        path = clips.make_clip(tmp_path / "a.mp4")
+        chunks = [chunk for chunk in decoder(path, EVERY_FRAME) if isinstance(chunk, FrameChunk)]
+        assert [len(chunk.frames) for chunk in chunks] == [5, 5, 5, 5]
+
+    @pytest.mark.parametrize(
+        "name",
+        ["a b.mp4", "'q\" $x.mp4", "-i.mp4", "a:b=c.mp4", "100%d.mp4", "line\nbreak.mp4", "Видео 動画.mp4"],
+    )
+    def test_any_name_is_only_a_name(
+        self, decoder: Decoder, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / name).write_bytes(clips.make_clip(tmp_path / "plain.mp4", seconds=0.5).read_bytes())
+        monkeypatch.chdir(tmp_path)
+        assert run(decoder, Path(name), Sampling(frames=2)).end.status == "ok"
+
+    @pytest.mark.parametrize("playlist", ["ffconcat version 1.0\nfile a.ts\n", "#EXTM3U\n#EXTINF:2,\na.ts\n"])
+    def test_a_playlist_opens_no_other_file(self, decoder: Decoder, playlist: str, tmp_path: Path) -> None:
+        clips.make_clip(tmp_path / "a.ts")
+        path = tmp_path / "playlist.mp4"
+        path.write_text(playlist)
+        assert failure(decoder, path) == "unreadable"
+
+    def test_statuses(self, decoder: Decoder, tmp_path: Path) -> None:
+        (tmp_path / "empty.mp4").touch()
+        (tmp_path / "text.mp4").write_text("not a video\n" * 50)
+        clips.make_truncated_clip(tmp_path / "truncated.mp4", keeps_index=False)
+        clips.make_sound(tmp_path / "sound.m4a")
+        clips.make_song_with_cover(tmp_path / "song.mp3")
+        expected = {
+            "missing.mp4": "missing",
+            "empty.mp4": "empty",
+            "text.mp4": "unreadable",
+            "truncated.mp4": "truncated",
+            "sound.m4a": "no_video_stream",
+            "song.mp3": "attached_picture",
+        }
+        assert {name: failure(decoder, tmp_path / name) for name in expected} == expected
+        assert failure(decoder, tmp_path) == "unreadable"
+
+    def test_a_stream_without_decodable_frames(self, decoder: Decoder, tmp_path: Path) -> None:
+        path = clips.make_clip(tmp_path / "a.mkv", codec=("-c:v", "libxvid"))
+        data = path.read_bytes()
+        start = data.index(b"\x00\x00\x01\xb6")
+        path.write_bytes(data[:start] + b"\x11" * (len(data) - start))
+        assert failure(decoder, path) == "zero_frames"
+
+    @pytest.mark.parametrize("sampling", [Sampling(fps=5), Sampling(frames=8)], ids=["fps", "frames"])
+    def test_cut_file_is_partial(self, decoder: Decoder, sampling: Sampling, tmp_path: Path) -> None:
+        path = clips.make_truncated_clip(tmp_path / "a.mp4", keeps_index=True)
+        decoded = run(decoder, path, sampling)
+        assert decoded.end.status == "partial"
+        assert "s of 3.0 s; decode errors: 1, the last: " in decoded.end.error
+        assert 0 < decoded.times_seconds[-1] < 2
+
+    def test_the_last_frame_stands_in_for_what_does_not_decode(
+        self, decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(Sampling, "spread", lambda *_: [1000])
+        decoded = run(decoder, clips.make_clip(tmp_path / "a.mp4"), Sampling(frames=1))
+        np.testing.assert_allclose(decoded.times_seconds, [1.9], atol=1e-9)
+
+    def test_rotten_file_is_partial(self, decoder: Decoder, tmp_path: Path) -> None:
+        decoded = run(decoder, clips.make_rotten_clip(tmp_path / "a.mp4"), Sampling(fps=2))
+        assert decoded.end.status == "partial" and "decode errors" in decoded.end.error
+
+    @pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi"])
+    def test_sound_that_outlasts_the_picture_is_no_loss(
+        self, decoder: Decoder, suffix: str, tmp_path: Path
+    ) -> None:
+        path = clips.make_clip_with_sound(tmp_path / f"a.{suffix}", seconds=1, sound_seconds=4)
+        assert run(decoder, path, Sampling(fps=2)).end == DecodeEnd("ok")
+
+    @pytest.mark.parametrize("items", [1, 2], ids=["after the properties", "after a chunk"])
+    def test_closing_leaves_nothing_behind(
+        self, decoder: Decoder, items: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(decode_module, "CHUNK_BYTES", 1)
+        path = clips.make_clip(tmp_path / "a.mp4", seconds=20, size="320x240")
+        before = open_files()
+        decoding = decoder(path, EVERY_FRAME)
+        assert isinstance(decoding, Iterator)
+        for _ in range(items):
+            next(decoding)
+        started = time.monotonic()
+        decoding.close()  # type: ignore[attr-defined]
+        gc.collect()
+        assert time.monotonic() - started < 2
+        assert open_files() == before
+        assert not children()
+
+    def test_finishing_leaves_nothing_behind(self, decoder: Decoder, tmp_path: Path) -> None:
+        path = clips.make_clip(tmp_path / "a.mp4")
+        (tmp_path / "text.mp4").write_text("not a video")
+        before = open_files()
+        run(decoder, path, Sampling(frames=3))
+        failure(decoder, tmp_path / "text.mp4")
+        gc.collect()
+        assert open_files() == before
+        assert not children()
+
+
+def test_animated_webp_needs_ffmpeg(tmp_path: Path) -> None:
+    path = clips.make_animated_webp(tmp_path / "a.webp")
+    assert failure(decode_pyav.decode, path) in {"unreadable", "zero_frames"}
+    decoded = run(decode_ffmpeg.decode, path, EVERY_FRAME)
+    np.testing.assert_allclose(decoded.times_seconds, np.arange(10) / 5, atol=1e-9)
+
+
+def test_selecting_thousands_of_positions_fits_into_an_argument() -> None:
+    positions = range(0, 10_000_000, 2000)
+    expression = decode_ffmpeg._select_expression(Sampling(frames=5000), positions)
+    assert len(positions) == 5000
+    assert len(expression) < 120_000
+    assert decode_ffmpeg._select_expression(Sampling(frames=5001), range(5001)) == "1"
+
+
+def test_a_clock_that_jumps_back_gives_no_frame_twice() -> None:
+    chooser = FrameChooser(Sampling(frames=4), positions=[0, 1, 2, 3])
+    assert [chooser.wants(seconds) for seconds in (5.0, 6.0, 0.0, 7.0)] == [True, True, False, True]
+    assert (chooser.decoded, chooser.used) == (4, 3)
+
+
+def test_a_slide_shown_for_long_is_no_loss() -> None:
+    properties = VideoProperties(10.0, 1.0, 64, 48, 0, "h264")
+    errors = decode_module.DecodeErrors()
+    assert judge_end(properties, 6.0, errors, lambda: 10.0) == DecodeEnd("ok")
+    assert judge_end(properties, 6.0, errors, lambda: 6.0) == DecodeEnd(
+        "partial", "decoded 6.0 s of 10.0 s; the file ends"
+    )
+
+
+def failure(decoder: Decoder, path: Path) -> str:
+    with pytest.raises(DecodeError) as caught:
+        list(decoder(path, Sampling(fps=1)))
+    with pytest.raises(DecodeError) as again:
+        list(decoder(path, Sampling(frames=1)))
+    assert caught.value.status == again.value.status
+    assert str(path) in str(caught.value)
+    return caught.value.status
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - /proc is not a folder of files
+
+
+def children() -> str:
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text()
