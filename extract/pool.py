@@ -8,7 +8,6 @@ queue, whatever the length of a video.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import multiprocessing
 import queue
 import signal
@@ -20,6 +19,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from svb.data.publish import hash_file
 from svb.extract.decode import DecodeEnd, DecodeError, FrameChunk, VideoProperties
 from svb.extract.plan import PlannedVideo
 from svb.extract.sampling import Sampling
@@ -191,7 +191,7 @@ def decode_file(path: Path, sampling: Sampling, decoder: str) -> Iterator[Messag
         with contextlib.suppress(OSError):
             stat = path.stat()
             size_bytes, mtime_ns = stat.st_size, stat.st_mtime_ns
-            content_hash = _hash_file(path)
+            content_hash = hash_file(path)
         for message in _decode_or_hand_over(path, sampling, decoder):
             if isinstance(message, str):
                 used = message
@@ -224,11 +224,3 @@ def _decode_or_hand_over(path: Path, sampling: Sampling, decoder: str) -> Iterat
         yield from decode_ffmpeg.decode(path, sampling)
     except DecodeError as second_failure:
         raise first_failure from second_failure
-
-
-def _hash_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 from svb.config import require_same
 from svb.data.feature_store import FeatureStore, read_description
 from svb.data.feature_store_writer import FeatureStoreWriter
-from svb.data.shard import VideoRecord, VideoRows
+from svb.data.shard import USABLE, VideoRecord, VideoRows
 from svb.device import choose_device, choose_precision
-from svb.errors import UsageError
+from svb.errors import InputError, UsageError
 from svb.extract.backbones import DEFAULT_BACKBONE, load_backbone
 from svb.extract.backbones.backbone import Backbone
 from svb.extract.decode import FrameChunk, VideoProperties
 from svb.extract.packing import Packer, to_rows
 from svb.extract.plan import Plan, PlannedVideo, plan_videos
-from svb.extract.pool import DecodePool, Finished, Message
+from svb.extract.pool import DecodePool, Finished, Message, decode_file
 from svb.extract.sampling import Sampling
 from svb.extract.transform import to_squares
 
@@ -177,7 +177,7 @@ class _Pipeline:
         for position, video in list(self._in_flight.items()):
             if video.finished is None:
                 continue
-            failed = not video.has_frames or video.finished.status not in ("ok", "partial")
+            failed = not video.has_frames or video.finished.status not in USABLE
             if not failed and not all(packer.is_complete(position) for packer in self._packers):
                 continue
             self._write(position, video, video.finished, failed)
@@ -197,9 +197,29 @@ class _Pipeline:
                 status, error = "nonfinite_features", _worst(packer.backbone.name, features)
             else:
                 rows[packer.backbone.name] = stored
-        if status not in ("ok", "partial"):
+        if status not in USABLE:
             rows = {}
         self._writer.add(_record(self._videos[position], video.properties, finished, status, error), rows)
+
+
+def extract_file(
+    file: Path, backbone: Backbone, sampling: Sampling, decoder: str, batch_size: int = 32
+) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Return one file's `(T, F)` float32 features and `(T,)` times, decoded in this process.
+
+    Raises:
+        InputError: The file gives no frame.
+    """
+    packer = Packer(backbone, batch_size)
+    for message in decode_file(file, sampling, decoder):
+        if isinstance(message, FrameChunk):
+            frames = torch.from_numpy(message.frames).to(backbone.device)
+            packer.add(0, to_squares(frames, backbone.image_size), message.frame_times_seconds)
+        elif isinstance(message, Finished) and message.status not in USABLE:
+            raise InputError(f"{file} cannot be used as a video ({message.status}): {message.error}")
+    packer.end(0)
+    packer.flush()
+    return packer.take(0)
 
 
 def _record(

@@ -13,12 +13,16 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from svb.config import fingerprint
+from svb.data.feature_store import FrameFeatures
+from svb.device import choose_precision
 from svb.errors import InputError, MismatchError
-from svb.extract.backbones import load_classifier
+from svb.extract.backbones import load_backbone, load_classifier
+from svb.extract.run import extract_file
+from svb.extract.sampling import Sampling
 from svb.extract.text_encoders import load_text_encoder
 from svb.extract.text_encoders.text_encoder import TextEncoder
 from svb.extract.weights import hash_tensors
-from svb.retrieve.conse import Conse, class_name_features
+from svb.retrieve.conse import Conse, embed_class_names
 from svb.train.checkpoint import load_checkpoint, load_weights
 from svb.train.embed import embed_in_batches
 from svb.train.heads import mean_of_frames
@@ -142,7 +146,7 @@ def zero_shot_embedder(video: Mapping[str, Any], text_encoder: TextEncoder, devi
             "the backbone has no named classes - train heads with `svb train`, or use a CLIP backbone with its "
             "own text tower"
         )
-    conse = Conse(classifier, class_name_features(classifier, text_encoder)).to(device)
+    conse = Conse(classifier, embed_class_names(classifier, text_encoder)).to(device)
     return Embedder({"kind": "zero-shot ConSE", **model}, conse, text_head, {})
 
 
@@ -159,6 +163,28 @@ def load_matching_text_encoder(settings: Mapping[str, Any], device: torch.device
             "features were made - install the package versions of then, or make captions and index again"
         )
     return encoder
+
+
+def embed_file(file: Path, embedder: Embedder, device: torch.device) -> NDArray[np.float32]:
+    """Return the `(D,)` embedding of a video file, decoded and computed as the embedder's features were.
+
+    Raises:
+        InputError: The file gives no frame.
+        MismatchError: The backbone's weights here are not those of the features.
+    """
+    video = embedder.model["video"]
+    settings = video["backbone_settings"]
+    backbone = load_backbone(embedder.backbone, device, choose_precision(device, settings["precision"]))
+    if backbone.weights_hash != settings["weights_hash"]:
+        raise MismatchError(
+            f"{embedder.backbone} has weights {backbone.weights_hash} here, but {settings['weights_hash']} when "
+            "the features were made - install the package versions of then, or extract and index again"
+        )
+    features, times_seconds = extract_file(file, backbone, Sampling(**video["sampling"]), video["decoder"]["name"])
+    offsets = np.array([0, len(features)])
+    loaded = FrameFeatures([str(file)], features.astype(np.float16), times_seconds, offsets)
+    embedding: NDArray[np.float32] = embedder.embed_videos(FrameTable.of(loaded, embedder.max_frames, device))[0]
+    return embedding
 
 
 def _normalise(features: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,6 @@ checkpoint.json     epoch, metrics, and the hash of every other file
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from svb.data.publish import published_folder, recover_folder
+from svb.data.publish import hash_file, published_folder, recover_folder
 from svb.errors import InputError, StoreError
 
 
@@ -46,7 +45,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         save_file(model, aside / "model.safetensors")
         if checkpoint.training:
             torch.save(checkpoint.training, aside / "training.pt")
-        hashes = {path.name: _hash(path) for path in sorted(aside.iterdir())}
+        hashes = {path.name: hash_file(path) for path in sorted(aside.iterdir())}
         description = {"epoch": checkpoint.epoch, "metrics": checkpoint.metrics, "hashes": hashes}
         (aside / "checkpoint.json").write_text(json.dumps(description, indent=2) + "\n", "utf-8")
 
@@ -64,7 +63,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     try:
         description = json.loads((folder / "checkpoint.json").read_text("utf-8"))
         for name, expected in description["hashes"].items():
-            if _hash(folder / name) != expected:
+            if hash_file(folder / name) != expected:
                 raise StoreError(f"{folder / name} is not what was written - restore the folder, or train again")
         model = load_file(folder / "model.safetensors")
         training: dict[str, Any] = {}
@@ -95,7 +94,3 @@ def load_weights(module: torch.nn.Module, weights: Mapping[str, torch.Tensor], f
             "restore the folder, or train again"
         )
     module.load_state_dict({name: weights[name] for name in wanted})
-
-
-def _hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

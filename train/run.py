@@ -156,7 +156,7 @@ class _Loop:
                 "in the features with `svb verify`; best/ and last/ hold the state before"
             )
         metrics = dict(zip(("loss", "contrastive", "cross_captioning"), mean, strict=True))
-        metrics["logit_scale"] = float(self._model.logit_scale)
+        metrics["logit_scale"] = float(self._model.logit_scale.detach())
         return self._evaluate_and_save({"epoch": self.epoch, **metrics})
 
     def _losses(self, batch: torch.Tensor) -> _Step:

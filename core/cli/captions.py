@@ -1,0 +1,47 @@
+"""`svb captions`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from svb.cli.output import Meter, say
+from svb.config import default_path
+
+
+@click.command()
+@click.argument("table", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="The file to write. [default: ./captions.h5]")
+@click.option(
+    "--text-encoder", help="family:model[/weights]. [default: open_clip:ViT-B-32/laion2b_s34b_b79k]"
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:0, ...")
+@click.option("--drop-empty", is_flag=True, help="Leave out rows with an empty caption rather than refuse them.")
+def captions(table: Path, out: Path | None, text_encoder: str | None, device: str, drop_empty: bool) -> None:
+    """Encode the captions of TABLE with a frozen text encoder.
+
+    TABLE is CSV, JSON lines or Parquet with the columns video_id, caption and optionally caption_id, split.
+
+    \b
+    svb captions captions.csv -o captions.h5 --text-encoder offline:minilm-l6
+    """
+    from svb.extract import captions as stage
+    from svb.extract.text_encoders import DEFAULT_TEXT_ENCODER
+
+    out, chosen = out or default_path("SVB_CAPTIONS", "captions.h5"), text_encoder or DEFAULT_TEXT_ENCODER
+    say(f"encoding {table} into {out} with {chosen}")
+    meter = Meter("captions")
+    try:
+        stage.captions(
+            table,
+            out,
+            text_encoder=chosen,
+            device=device,
+            drop_empty=drop_empty,
+            on_progress=meter.update,
+            on_message=say,
+        )
+    finally:
+        meter.close()
+    click.echo(out)

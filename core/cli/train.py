@@ -1,0 +1,85 @@
+"""`svb train`."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from svb.cli.output import say
+from svb.config import default_path
+from svb.train.config import CAPTION_SAMPLING, LOSSES, VARIANTS, TrainConfig
+
+_CHOICES = {"loss": LOSSES, "variant": VARIANTS, "caption_sampling": CAPTION_SAMPLING}
+
+
+def _config_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for every field of TrainConfig, with the help that its docstring has."""
+    for field in reversed(dataclasses.fields(TrainConfig)):
+        choices = _CHOICES.get(field.name)
+        command = click.option(
+            f"--{field.name.replace('_', '-')}",
+            type=click.Choice(choices) if choices else type(field.default),
+            default=field.default,
+            show_default=True,
+            help=_help_of(field.name),
+        )(command)
+    return command
+
+
+def _help_of(name: str) -> str:
+    document = inspect.getdoc(TrainConfig) or ""
+    found = re.search(rf"^ +{name}: (.*?)(?=^ +\w+: |^$)", document, re.MULTILINE | re.DOTALL)
+    return " ".join(found.group(1).replace("`", "").split()) if found else ""
+
+
+@click.command()
+@click.argument("store", required=False, type=click.Path(path_type=Path))
+@click.argument("captions", required=False, type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="The run. [default: the next ./runs/NNN]")
+@click.option("--backbone", help="Whose features, where the store holds several.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:0, ...")
+@_config_options
+def train(
+    store: Path | None,
+    captions: Path | None,
+    out: Path | None,
+    backbone: str | None,
+    device: str,
+    **options: Any,
+) -> None:
+    """Train heads on the features in STORE and CAPTIONS.
+
+    STORE is a feature store [default: ./features], CAPTIONS a caption features file [default: ./captions.h5].
+    Run it again with the same options to go on where it stopped.
+
+    \b
+    svb train features/ captions.h5 -o runs/cross
+    """
+    from svb.train import run
+
+    store = store or default_path("SVB_FEATURES", "features")
+    captions = captions or default_path("SVB_CAPTIONS", "captions.h5")
+    out = out or _next_run()
+    say(f"training {out} on {store} and {captions}")
+
+    def show(metrics: dict[str, float]) -> None:
+        line = f"epoch {metrics['epoch']:>3}  loss {metrics['loss']:.3f}"
+        if "val/t2v/R@1" in metrics:
+            line += "  val " + "  ".join(f"{k} {metrics[f'val/{k}']:.1f}" for k in ("t2v/R@1", "t2v/R@10", "v2t/R@1"))
+        say(line)
+
+    run.train(
+        store, captions, out, TrainConfig(**options), backbone=backbone, device=device, on_epoch=show, on_message=say
+    )
+    click.echo(out)
+
+
+def _next_run() -> Path:
+    taken = [int(path.name) for path in Path("runs").glob("*") if path.name.isdigit()]
+    return Path("runs") / f"{max(taken, default=0) + 1:03}"

@@ -1,0 +1,197 @@
+"""`svb index`: a run or a store -> embeddings of every video and moment -> an index folder.
+
+manifest.json     the commit point, written last: model, segments, captions, each with its hashes
+segments/<key>/   immutable arrays, see `svb.retrieve.segment`
+captions/<key>/   captions.json and caption_embeddings.npy (C, D) float16: what a video query is answered with
+model/<key>/      heads.safetensors of a run
+cache/            FAISS files, rebuilt when they are not there
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import save_file
+
+from svb.config import canonical_json, fingerprint
+from svb.data.publish import hash_file, publish_json, published_folder, remove_leftovers
+from svb.device import choose_device
+from svb.errors import InputError, StoreError, UsageError
+from svb.retrieve.inputs import Inputs, open_inputs
+from svb.retrieve.segment import MomentWindows, embed_segment, write_segment
+
+FORMAT_VERSION = 1
+PARTS = ("segments", "captions", "model")
+
+
+def index(
+    source: Path | str,
+    out: Path | str,
+    *,
+    store: Path | str | None = None,
+    captions: Path | str | None = None,
+    backbone: str | None = None,
+    text_encoder: str | None = None,
+    checkpoint: str = "best",
+    moment_seconds: float = 4.0,
+    moment_stride_seconds: float = 2.0,
+    device: str = "auto",
+    on_message: Callable[[str], None] = lambda message: None,
+) -> Path:
+    """Embed all videos and moments of a store, with a run's heads or zero-shot.
+
+    An index that is there already is replaced in one step; a search sees the old or the new one.
+
+    Args:
+        source: A run, or a feature store to be searched without training.
+        out: The index's folder.
+        store: A run's feature store, where it is not where the run found it.
+        captions: Whose captions answer a video query; a run's own where not given.
+        backbone: Of a store that holds several.
+        text_encoder: Of a zero-shot search.
+        checkpoint: Of a run, `best` or `last`.
+        moment_seconds: Length of a moment.
+        moment_stride_seconds: From one moment to the next.
+        device: `auto`, `cpu`, `cuda:0`, ...
+        on_message: Called with a line that the user should see.
+
+    Returns:
+        `out`.
+
+    Raises:
+        InputError: The store has no usable video.
+        UsageError: A moment has no length.
+        MismatchError: Store or captions were made with other settings than the run's.
+    """
+    for name, value in (("moment_seconds", moment_seconds), ("moment_stride_seconds", moment_stride_seconds)):
+        if not (math.isfinite(value) and value > 0):
+            raise UsageError(f"{name} is {value} - expected a number above 0")
+    out, torch_device = Path(out), choose_device(device)
+    inputs = open_inputs(
+        Path(source),
+        device=torch_device,
+        store=store,
+        captions=captions,
+        backbone=backbone,
+        text_encoder=text_encoder,
+        checkpoint=checkpoint,
+    )
+    if not inputs.store.video_ids:
+        raise InputError(f"{inputs.store.path} has no video with features - `svb info --failures` tells why")
+    windows = MomentWindows(moment_seconds, moment_stride_seconds)
+    segment = embed_segment(inputs.store, inputs.embedder, windows, torch_device)
+    heads = inputs.embedder.weights
+    parts = {
+        "segments": [_publish_part(out, "segments", lambda folder: write_segment(folder, segment))],
+        "captions": [],
+        "model": [],
+    }
+    if inputs.captions is not None:
+        parts["captions"].append(_publish_part(out, "captions", lambda folder: _write_captions(folder, inputs)))
+    if heads:
+        parts["model"].append(
+            _publish_part(out, "model", lambda folder: save_file(heads, folder / "heads.safetensors"))
+        )
+    manifest = {
+        "format": "svb index",
+        "format_version": FORMAT_VERSION,
+        "model": inputs.embedder.model,
+        "model_fingerprint": inputs.embedder.fingerprint,
+        "moments": {"seconds": moment_seconds, "stride_seconds": moment_stride_seconds},
+        "videos": len(segment.videos),
+        "moments_total": len(segment.moment_seconds),
+        **parts,
+    }
+    publish_json(out / "manifest.json", manifest)
+    _remove_unnamed(out, manifest)
+    on_message(
+        f"{out}: {len(segment.videos)} videos, {len(segment.moment_seconds)} moments of {moment_seconds:g} s, "
+        f"{inputs.embedder.model['kind']}"
+    )
+    return out
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return an index's manifest.
+
+    Raises:
+        InputError: The folder is no index.
+        StoreError: The manifest is damaged or of a newer format.
+    """
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise InputError(
+            f"{folder} is not an index (no manifest.json) - make one with `svb index -o {folder}`"
+        )
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        version, model = int(manifest["format_version"]), manifest["model"]
+        whole = manifest["model_fingerprint"] == fingerprint(model)
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{path} is damaged ({error}) - make the index again with `svb index`") from error
+    if version > FORMAT_VERSION:
+        raise StoreError(f"{path} has format {version} - this svb reads up to {FORMAT_VERSION}; upgrade svb")
+    if not whole:
+        raise StoreError(f"{path} was edited: its model no longer gives its fingerprint - make the index again")
+    return manifest
+
+
+def verify_index(folder: Path) -> list[str]:
+    """Return what is wrong with an index's files, a line each; empty when all hashes agree."""
+    manifest = read_manifest(folder)
+    problems = []
+    for part in PARTS:
+        for entry in manifest[part]:
+            for name, expected in entry["files"].items():
+                path = folder / part / entry["key"] / name
+                if not path.is_file():
+                    problems.append(f"{path} is missing")
+                elif hash_file(path) != expected:
+                    problems.append(f"{path} is not what was written")
+    return problems
+
+
+def _publish_part(out: Path, part: str, write: Callable[[Path], None]) -> dict[str, Any]:
+    """Write a part's files under a name made of their content, and return its entry in the manifest."""
+    (out / part).mkdir(parents=True, exist_ok=True)
+    building = out / part / "building"
+    with published_folder(building) as aside:
+        write(aside)
+    files = {path.name: hash_file(path) for path in sorted(building.iterdir())}
+    key = hashlib.sha256(canonical_json(files).encode()).hexdigest()[:16]
+    final = out / part / key
+    if final.exists():
+        shutil.rmtree(building)
+    else:
+        building.rename(final)
+    return {"key": key, "files": files}
+
+
+def _write_captions(folder: Path, inputs: Inputs) -> None:
+    import torch
+
+    assert inputs.captions is not None
+    table = inputs.captions.table
+    first = {caption: position for position, caption in reversed(list(enumerate(table.captions)))}
+    positions = sorted(first.values())
+    features = torch.from_numpy(inputs.captions.features[positions])
+    np.save(folder / "caption_embeddings.npy", inputs.embedder.embed_captions(features).astype(np.float16))
+    captions = [{"caption": table.captions[p], "video_id": table.video_ids[p]} for p in positions]
+    (folder / "captions.json").write_text(json.dumps(captions, ensure_ascii=False), "utf-8")
+
+
+def _remove_unnamed(out: Path, manifest: dict[str, Any]) -> None:
+    for part in PARTS:
+        named = {entry["key"] for entry in manifest[part]}
+        if (out / part).is_dir():
+            remove_leftovers(out / part)
+            for path in (out / part).iterdir():
+                if path.name not in named:
+                    shutil.rmtree(path)
