@@ -3,7 +3,7 @@
 manifest.json     the commit point, written last: model, segments, captions, each with its hashes
 segments/<key>/   immutable arrays, see `svb.retrieve.segment`
 captions/<key>/   captions.json and caption_embeddings.npy (C, D) float16: what a video query is answered with
-model/<key>/      heads.safetensors of a run
+heads/<key>/      heads.safetensors of a run
 cache/            FAISS files, rebuilt when they are not there
 """
 
@@ -28,7 +28,7 @@ from svb.retrieve.inputs import Inputs, open_inputs
 from svb.retrieve.segment import MomentWindows, embed_segment, write_segment
 
 FORMAT_VERSION = 1
-PARTS = ("segments", "captions", "model")
+PARTS = ("segments", "captions", "heads")
 
 
 def index(
@@ -91,13 +91,13 @@ def index(
     parts = {
         "segments": [_publish_part(out, "segments", lambda folder: write_segment(folder, segment))],
         "captions": [],
-        "model": [],
+        "heads": [],
     }
     if inputs.captions is not None:
         parts["captions"].append(_publish_part(out, "captions", lambda folder: _write_captions(folder, inputs)))
     if heads:
-        parts["model"].append(
-            _publish_part(out, "model", lambda folder: save_file(heads, folder / "heads.safetensors"))
+        parts["heads"].append(
+            _publish_part(out, "heads", lambda folder: save_file(heads, folder / "heads.safetensors"))
         )
     manifest = {
         "format": "svb index",
@@ -127,9 +127,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / "manifest.json"
     if not path.is_file():
-        raise InputError(
-            f"{folder} is not an index (no manifest.json) - make one with `svb index -o {folder}`"
-        )
+        raise InputError(f"{folder} is not an index (no manifest.json) - make one with `svb index -o {folder}`")
     try:
         manifest: dict[str, Any] = json.loads(path.read_text("utf-8"))
         version, model = int(manifest["format_version"]), manifest["model"]

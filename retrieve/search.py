@@ -221,7 +221,7 @@ class Searcher:
         if self._embedder is None:
             model = self.manifest["model"]
             if model["kind"] == "run":
-                path = self._part("model") / "heads.safetensors"
+                path = self._part("heads") / "heads.safetensors"
                 try:
                     weights = load_file(path)
                 except (OSError, SafetensorError) as error:

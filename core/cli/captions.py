@@ -13,9 +13,7 @@ from svb.config import default_path
 @click.command()
 @click.argument("table", type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="The file to write. [default: ./captions.h5]")
-@click.option(
-    "--text-encoder", help="family:model[/weights]. [default: open_clip:ViT-B-32/laion2b_s34b_b79k]"
-)
+@click.option("--text-encoder", help="family:model[/weights]. [default: open_clip:ViT-B-32/laion2b_s34b_b79k]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:0, ...")
 @click.option("--drop-empty", is_flag=True, help="Leave out rows with an empty caption rather than refuse them.")
 def captions(table: Path, out: Path | None, text_encoder: str | None, device: str, drop_empty: bool) -> None:

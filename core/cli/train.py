@@ -71,11 +71,20 @@ def train(
     def show(metrics: dict[str, float]) -> None:
         line = f"epoch {metrics['epoch']:>3}  loss {metrics['loss']:.3f}"
         if "val/t2v/R@1" in metrics:
-            line += "  val " + "  ".join(f"{k} {metrics[f'val/{k}']:.1f}" for k in ("t2v/R@1", "t2v/R@10", "v2t/R@1"))
+            line += "  val " + "  ".join(
+                f"{k} {metrics[f'val/{k}']:.1f}" for k in ("t2v/R@1", "t2v/R@10", "v2t/R@1")
+            )
         say(line)
 
     run.train(
-        store, captions, out, TrainConfig(**options), backbone=backbone, device=device, on_epoch=show, on_message=say
+        store,
+        captions,
+        out,
+        TrainConfig(**options),
+        backbone=backbone,
+        device=device,
+        on_epoch=show,
+        on_message=say,
     )
     click.echo(out)
 

@@ -1,0 +1,179 @@
+"""`svb info` and `svb verify`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from svb.cli.output import print_json, print_table, say
+from svb.errors import InputError, StoreError
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--failures", is_flag=True, help="List the videos of a store that did not end as ok, and why.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def info(path: Path, failures: bool, as_json: bool) -> None:
+    """Say what PATH holds: a feature store, a caption features file, a run or an index.
+
+    \b
+    svb info features/
+    svb info features/ --failures
+    """
+    kind = _kind(path)
+    if failures:
+        if kind != "feature store":
+            raise InputError(f"{path} is a {kind} - --failures goes with a feature store")
+        _print_failures(path, as_json)
+        return
+    held = {"path": str(path), "kind": kind, **_DESCRIBE[kind](path)}
+    if as_json:
+        print_json(held)
+    else:
+        for name, value in _flat(held):
+            click.echo(f"{name}: {value}")
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+def verify(path: Path) -> None:
+    """Check that PATH is whole: a feature store, a caption features file, a run or an index.
+
+    Exits with 1 and says what is wrong where something is.
+
+    \b
+    svb verify features/
+    """
+    kind = _kind(path)
+    problems = _VERIFY[kind](path)
+    for problem in problems:
+        click.echo(problem)
+    if problems:
+        raise StoreError(f"{path}: {len(problems)} problems - what is damaged must be restored or made again")
+    click.echo(f"{path}: a whole {kind}")
+
+
+def _kind(path: Path) -> str:
+    for kind, mark in (("feature store", "store.json"), ("run", "config.json"), ("index", "manifest.json")):
+        if (path / mark).is_file():
+            return kind
+    if path.is_file():
+        import h5py
+
+        if not h5py.is_hdf5(path):
+            raise InputError(f"{path} is not HDF5 - expected something that svb wrote")
+        with h5py.File(path, "r") as file:
+            return "feature store" if "videos" in file else "caption features file"
+    raise InputError(f"{path} is nothing that svb wrote - expected a store, captions file, run or index")
+
+
+def _print_failures(path: Path, as_json: bool) -> None:
+    from svb.data.feature_store import FeatureStore
+
+    records = [record for record in FeatureStore(path).records.values() if record.status != "ok"]
+    if as_json:
+        print_json(
+            [
+                {"video_id": r.video_id, "status": r.status, "error": r.error, "source_path": r.source_path}
+                for r in records
+            ]
+        )
+    elif records:
+        print_table(["status", "video", "error"], [[r.status, repr(r.video_id), r.error] for r in records])
+    else:
+        say("every video ended as ok")
+
+
+def _describe_store(path: Path) -> dict[str, Any]:
+    from svb.data.feature_store import FeatureStore
+
+    store = FeatureStore(path)
+    rows = {name: sum(int(shard.offsets(name)[-1]) for shard in store.shards) for name in store.backbones}
+    return {
+        "fingerprint": store.fingerprint,
+        "videos": dict(store.status_counts()),
+        "rows": rows,
+        "shards": len(store.shards),
+        **store.settings,
+        "provenance": store.description["provenance"],
+    }
+
+
+def _describe_captions(path: Path) -> dict[str, Any]:
+    from collections import Counter
+
+    from svb.data.caption_features import read_caption_features
+
+    captions = read_caption_features(path)
+    return {
+        "captions": len(captions.table),
+        "videos": len(set(captions.table.video_ids)),
+        "splits": dict(Counter(captions.table.splits)),
+        **captions.settings,
+    }
+
+
+def _describe_run(path: Path) -> dict[str, Any]:
+    from svb.train.checkpoint import load_checkpoint
+    from svb.train.run import read_run
+
+    description = read_run(path)
+    held = {name: load_checkpoint(path / name) for name in ("best", "last") if (path / name).is_dir()}
+    checkpoints = {name: {"epoch": c.epoch, **c.metrics} for name, c in held.items()}
+    return {**{key: description[key] for key in ("config", "data", "video", "text", "paths")}, **checkpoints}
+
+
+def _describe_index(path: Path) -> dict[str, Any]:
+    from svb.retrieve.index import read_manifest
+
+    manifest = read_manifest(path)
+    return {key: manifest[key] for key in ("videos", "moments_total", "moments", "model_fingerprint", "model")}
+
+
+def _verify_store(path: Path) -> list[str]:
+    from svb.data.feature_store import verify_store
+
+    return verify_store(path)
+
+
+def _verify_captions(path: Path) -> list[str]:
+    from svb.data.caption_features import read_caption_features
+
+    read_caption_features(path)
+    return []
+
+
+def _verify_run(path: Path) -> list[str]:
+    _describe_run(path)
+    return []
+
+
+def _verify_index(path: Path) -> list[str]:
+    from svb.retrieve.index import verify_index
+
+    return verify_index(path)
+
+
+_DESCRIBE = {
+    "feature store": _describe_store,
+    "caption features file": _describe_captions,
+    "run": _describe_run,
+    "index": _describe_index,
+}
+_VERIFY = {
+    "feature store": _verify_store,
+    "caption features file": _verify_captions,
+    "run": _verify_run,
+    "index": _verify_index,
+}
+
+
+def _flat(held: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in held.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", f"{value:g}" if isinstance(value, float) else str(value)
