@@ -85,10 +85,15 @@ def read_caption_features(path: Path) -> CaptionFeatures:
             if int(file.attrs["format_version"]) > FORMAT_VERSION:
                 raise StoreError(f"{path} has a newer format than this svb reads - upgrade svb")
             settings: dict[str, Any] = json.loads(file.attrs["settings"])
-            columns = [list(file[name].asstr()[...]) for name in ("caption_id", "video_id", "caption", "split")]
-            table = CaptionTable(*columns, has_split=bool(file.attrs["has_split"]))
+            caption_ids, video_ids, captions, splits = (
+                list(file[name].asstr()[...]) for name in ("caption_id", "video_id", "caption", "split")
+            )
+            table = CaptionTable(caption_ids, video_ids, captions, splits, bool(file.attrs["has_split"]))
             features = file[group_name(settings["text_encoder"]["name"])]["features"][...]
-    except (OSError, KeyError, ValueError, TypeError) as error:
+            lengths = {len(caption_ids), len(video_ids), len(captions), len(splits)}
+            if features.ndim != 2 or lengths != {len(features)}:
+                raise ValueError(f"features of shape {features.shape} for {len(table)} captions")
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise StoreError(
             f"{path} is not a whole caption features file ({error}) - make it again with `svb captions`"
         ) from error

@@ -61,6 +61,9 @@ def read_caption_table(path: Path, *, drop_empty: bool = False) -> CaptionTable:
         video_id, caption = _text(row.get("video_id")), _text(row.get("caption")).strip()
         if not video_id:
             raise InputError(f"{place}: video_id is empty - give every caption the id of its video")
+        for column, value in row.items():
+            if "\0" in _text(value) or not _is_unicode(_text(value)):
+                raise InputError(f"{place}: {column} holds a NUL or half a character - remove it")
         if not caption:
             empty.append(place)
             continue
@@ -121,7 +124,7 @@ def _csv_rows(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
                     )
                 yield place, row
     except UnicodeDecodeError as error:
-        raise _encoding_error(path, error) from error
+        raise _encoding_error(path) from error
     except csv.Error as error:
         raise InputError(f"{path} is not readable as CSV ({error}) - save it as comma-separated UTF-8") from error
 
@@ -142,7 +145,7 @@ def _json_rows(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
                 _require_columns(path, row)
                 yield place, row
     except UnicodeDecodeError as error:
-        raise _encoding_error(path, error) from error
+        raise _encoding_error(path) from error
 
 
 def _parquet_rows(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
@@ -167,10 +170,20 @@ def _require_columns(path: Path, found: Iterable[str]) -> None:
         )
 
 
-def _encoding_error(path: Path, error: UnicodeDecodeError) -> InputError:
-    return InputError(
-        f"{path} is not UTF-8 (byte {error.object[error.start]:#04x} at {error.start}) - save it as UTF-8"
-    )
+def _encoding_error(path: Path) -> InputError:
+    # A file is decoded block by block, and the error it raised counts from its block.
+    data = path.read_bytes()
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        return InputError(f"{path}, line {line}: byte {data[error.start]:#04x} is not UTF-8 - save it as UTF-8")
+    return InputError(f"{path} changed while it was read - run the same command again")
+
+
+def _is_unicode(text: str) -> bool:
+    # JSON can spell half of a surrogate pair, which no file can hold.
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _text(value: Any) -> str:

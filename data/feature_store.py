@@ -204,3 +204,42 @@ def _require_finite(loaded: FrameFeatures, path: Path, backbone: str) -> None:
             f"{path}: features of {backbone} hold NaN or infinity, first in video "
             f"{loaded.video_ids[video]!r} - run `svb verify {path}`, then extract that video again"
         )
+
+
+def verify_store(path: Path) -> list[str]:
+    """Return what is wrong with a store's shards, a line each; empty when it is whole.
+
+    Checked: every shard opens, its offsets ascend from 0 to its number of rows, a video has rows exactly if
+    it did not fail, features and times are finite, and every row has the backbone's size.
+
+    Raises:
+        InputError, StoreError: There is no store at `path`, or it cannot be opened at all.
+    """
+    store = FeatureStore(path)
+    problems: list[str] = []
+    for shard in store.shards:
+        for backbone, settings in store.settings["backbones"].items():
+            problems += _shard_problems(shard, backbone, int(settings["feature_size"]))
+    return problems
+
+
+def _shard_problems(shard: Shard, backbone: str, feature_size: int) -> list[str]:
+    place = f"{shard.path}, {backbone}"
+    try:
+        offsets = shard.offsets(backbone)
+        features, times_seconds = shard.features(backbone), shard.times_seconds(backbone)
+    except StoreError as error:
+        return [str(error)]
+    counts = np.diff(offsets)
+    if len(counts) != len(shard.records) or offsets[0] != 0 or (counts < 0).any():
+        return [f"{place}: offsets do not fit {len(shard.records)} videos"]
+    if not offsets[-1] == len(features) == len(times_seconds) or features.shape[1] != feature_size:
+        return [f"{place}: {features.shape} features and {len(times_seconds)} times, offsets end at {offsets[-1]}"]
+    problems = [
+        f"{place}: video {record.video_id!r} is {record.status} and has {count} rows"
+        for record, count in zip(shard.records, counts, strict=True)
+        if record.usable != (count > 0)
+    ]
+    bad = ~np.isfinite(features).all(axis=1) | ~np.isfinite(times_seconds)
+    bad_videos = np.unique(np.searchsorted(offsets, np.flatnonzero(bad), side="right") - 1)
+    return problems + [f"{place}: video {shard.records[v].video_id!r} holds NaN or infinity" for v in bad_videos]

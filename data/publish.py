@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from typing import Any
 ASIDE_PREFIX = ".aside-"
 
 
-@contextmanager
+@contextlib.contextmanager
 def published_file(path: Path) -> Iterator[Path]:
     """Yield a path to write to; on success it becomes `path` in one step, on failure it is removed.
 
@@ -34,7 +34,7 @@ def published_file(path: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
-@contextmanager
+@contextlib.contextmanager
 def published_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder to fill; on success it takes the place of `path`, on failure it is removed.
 
@@ -43,6 +43,8 @@ def published_folder(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(path)
+    for leftover in (_beside(path, "new"), _beside(path, "old")):
+        shutil.rmtree(leftover, ignore_errors=True)
     filling = path.parent / f"{ASIDE_PREFIX}{uuid.uuid4().hex}"
     filling.mkdir()
     try:
@@ -54,7 +56,8 @@ def published_folder(path: Path) -> Iterator[Path]:
         filling.rename(new)
         if path.exists():
             path.rename(old)
-        new.rename(path)
+        with contextlib.suppress(FileNotFoundError):  # a reader's `recover_folder` was faster
+            new.rename(path)
         _sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
@@ -62,15 +65,15 @@ def published_folder(path: Path) -> Iterator[Path]:
 
 
 def recover_folder(path: Path) -> None:
-    """Finish what a kill in `published_folder` interrupted: the newest whole folder becomes `path`."""
-    new, old = _beside(path, "new"), _beside(path, "old")
-    if not path.exists():
-        if new.exists():
-            new.rename(path)
-        elif old.exists():
-            old.rename(path)
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    """Where `path` is missing, finish what a kill in `published_folder` interrupted.
+
+    The newest whole folder becomes `path`. Readers call this too, even beside a living writer: nothing is
+    removed here.
+    """
+    for whole in (_beside(path, "new"), _beside(path, "old")):
+        if not path.exists():
+            with contextlib.suppress(FileNotFoundError):
+                whole.rename(path)
 
 
 def publish_json(path: Path, value: Any) -> None:

@@ -67,6 +67,8 @@ class VideoRows:
     times_seconds: NDArray[np.float64]
 
 
+# What h5py raises on damaged files, depending on where the damage is.
+_DAMAGE = (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError)
 _DTYPES = {"str": h5py.string_dtype("utf-8"), "int": np.dtype("int64"), "float": np.dtype("float64")}
 
 
@@ -98,7 +100,9 @@ def write_shard(
         file.attrs["store"] = json.dumps(store, ensure_ascii=False)
         file.attrs["replaces"] = json.dumps(list(replaces))
         for field in fields(VideoRecord):
-            column = [_storable(getattr(record, field.name)) for record in records]
+            column = [getattr(record, field.name) for record in records]
+            if field.type == "str":
+                column = [storable_text(text) for text in column]
             file.create_dataset(f"videos/{field.name}", data=column, dtype=_DTYPES[str(field.type)])
         for backbone, feature_size in feature_sizes.items():
             _write_rows(file.create_group(group_name(backbone)), backbone, rows, feature_size)
@@ -118,12 +122,13 @@ def _write_rows(
     group.create_dataset("offsets", data=offsets)
 
 
-def _storable(value: Any) -> Any:
-    # A file name may hold bytes that are no UTF-8 (Python keeps them as surrogates) or a NUL, which
-    # would end an HDF5 string; both are written as escapes so that the record can always be stored.
-    if isinstance(value, str):
-        return value.encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\\x00")
-    return value
+def storable_text(text: str) -> str:
+    """Return text as a store holds it.
+
+    A file name may hold bytes that are no UTF-8 (Python keeps them as surrogates) or a NUL, which would end
+    an HDF5 string; both are written as escapes so that the record can always be stored.
+    """
+    return text.encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\\x00")
 
 
 class Shard:
@@ -145,12 +150,12 @@ class Shard:
                 self.store: dict[str, Any] = json.loads(file.attrs["store"])
                 self.replaces: list[str] = json.loads(file.attrs["replaces"])
                 columns = [_read_column(file, field.name) for field in fields(VideoRecord)]
-        except (OSError, KeyError, ValueError, TypeError) as error:
+                self.records = [VideoRecord(*values) for values in zip(*columns, strict=True)]
+        except _DAMAGE as error:
             raise StoreError(
                 f"{path} is not a whole shard of a feature store ({error}) - move it away and run "
                 "`svb extract` again: only its videos are extracted anew"
             ) from error
-        self.records = [VideoRecord(*values) for values in zip(*columns, strict=True)]
 
     def offsets(self, backbone: str) -> NDArray[np.int64]:
         """Return the `(V + 1,)` offsets of a backbone's rows."""
@@ -180,7 +185,7 @@ class Shard:
         try:
             with h5py.File(self.path, "r", locking=False) as file:
                 array: NDArray[Any] = file[f"{group_name(backbone)}/{dataset}"][...]
-        except (OSError, KeyError) as error:
+        except _DAMAGE as error:
             raise StoreError(
                 f"{self.path} cannot give {backbone}/{dataset} ({error}) - `svb verify` tells what is damaged"
             ) from error

@@ -14,6 +14,7 @@ from svb.data.caption_features import CaptionFeatures, read_caption_features, wr
 from svb.data.caption_table import CaptionTable, read_caption_table
 from svb.data.publish import published_file, remove_leftovers
 from svb.device import choose_device
+from svb.errors import InputError
 from svb.extract.text_encoders import DEFAULT_TEXT_ENCODER, load_text_encoder
 from svb.extract.text_encoders.text_encoder import TextEncoder
 
@@ -98,10 +99,22 @@ def _encode_in_blocks(
         path = folder / f"{key}.npy"
         if not path.exists():
             with published_file(path) as aside, aside.open("wb") as file:
-                np.save(file, encoder.encode(block).astype(np.float16))
+                np.save(file, _as_stored(encoder.encode(block), block))
         features[begin : begin + len(block)] = np.load(path)
         on_progress(begin + len(block), len(distinct))
     return features
+
+
+def _as_stored(features: NDArray[np.float32], captions: Sequence[str]) -> NDArray[np.float16]:
+    with np.errstate(over="ignore", invalid="ignore"):
+        stored = features.astype(np.float16)
+    bad = np.flatnonzero(~np.isfinite(stored).all(axis=1))
+    if bad.size:
+        raise InputError(
+            f"the text encoder gave {captions[bad[0]]!r} a value of {np.abs(features[bad[0]]).max():g} - float16 "
+            "holds finite values up to 65504; choose another text encoder"
+        )
+    return stored
 
 
 def _blocks_folder(out: Path) -> Path:

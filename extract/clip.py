@@ -54,12 +54,10 @@ def load_clip(name: str, model: str, weights: str) -> Clip:
     try:
         module = open_clip.create_model(model, pretrained=weights or None, require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(model)
-    except (RuntimeError, KeyError) as error:
+    except Exception as error:  # a hub client's errors have no common root
         if local_folder or Path(weights).is_file():
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"the weights of {name} do not fit ({reason}) - name their own model") from error
-        raise unavailable(name, error) from error
-    except Exception as error:  # a hub client's errors have no common root
         raise unavailable(name, error) from error
     preprocess = open_clip.get_model_preprocess_cfg(module)
     size = preprocess["size"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from svb.data.shard import VideoRecord
+from svb.data.shard import VideoRecord, storable_text
 from svb.errors import InputError
 
 VIDEO_SUFFIXES = frozenset(
@@ -99,13 +100,14 @@ def plan_videos(inputs: Sequence[Path], records: Mapping[str, VideoRecord], *, r
         folders = ", ".join(str(path) for path in inputs)
         raise InputError(f"no videos in {folders} - expected files such as .mp4, .mkv, .webm, .avi or .gif")
     id_of_path = {record.source_path: video_id for video_id, record in records.items()}
-    taken: dict[str, Path] = {}
+    known = {path: id_of_path.get(storable_text(str(path))) for _, path in candidates}
+    taken = {video_id for video_id in known.values() if video_id is not None}
     todo: list[PlannedVideo] = []
     for name, path in candidates:
-        video_id = id_of_path.get(str(path)) or _free_id(name, path, taken, records)
-        if video_id != name and str(path) not in id_of_path:
+        video_id = known[path] or _free_id(name, path, taken, records)
+        if video_id != name and known[path] is None:
             messages.append(f"another video is already called {name!r}: {path} becomes {video_id!r}")
-        taken[video_id] = path
+        taken.add(video_id)
         if not _is_done(records.get(video_id), path, retry_failed):
             todo.append(PlannedVideo(video_id, path))
     return Plan(todo, len(candidates) - len(todo), messages)
@@ -121,17 +123,17 @@ def _is_done(record: VideoRecord | None, path: Path, retry_failed: bool) -> bool
     return (stat.st_size, stat.st_mtime_ns) == (record.size_bytes, record.mtime_ns)
 
 
-def _free_id(name: str, path: Path, taken: Mapping[str, Path], records: Mapping[str, VideoRecord]) -> str:
+def _free_id(name: str, path: Path, taken: Collection[str], records: Mapping[str, VideoRecord]) -> str:
     def is_free(video_id: str) -> bool:
         if video_id in taken:
             return False
         # A record whose file is gone was most likely this video before it was moved.
         record = records.get(video_id)
-        return record is None or not Path(record.source_path).exists()
+        return record is None or not _is_another_file(Path(record.source_path), path)
 
     if is_free(name):
         return name
-    with_suffix = f"{name}{path.suffix}"
+    with_suffix = f"{name}{storable_text(path.suffix)}"
     number, video_id = 2, with_suffix
     while not is_free(video_id):
         video_id = f"{with_suffix}~{number}"
@@ -139,10 +141,18 @@ def _free_id(name: str, path: Path, taken: Mapping[str, Path], records: Mapping[
     return video_id
 
 
+def _is_another_file(stored: Path, path: Path) -> bool:
+    try:
+        return not stored.samefile(path)
+    except OSError:
+        return stored.exists()
+
+
 def _unique_paths(candidates: Iterable[tuple[str, Path]]) -> list[tuple[str, Path]]:
     first: dict[Path, str] = {}
     for name, path in candidates:
-        first.setdefault(path, name)
+        # abspath drops the `..` that tells where a command was run, and follows no link to a shared file.
+        first.setdefault(Path(os.path.abspath(path)), storable_text(name))  # noqa: PTH100
     return [(name, path) for path, name in first.items()]
 
 
@@ -155,7 +165,7 @@ def _candidates(inputs: Sequence[Path], say: Callable[[str], None]) -> Iterable[
         elif given.suffix.lower() in LIST_SUFFIXES:
             yield from _listed(given)
         else:
-            yield given.stem, given.absolute()
+            yield given.stem, given
 
 
 def _walk(folder: Path, say: Callable[[str], None]) -> Iterable[tuple[str, Path]]:
@@ -169,7 +179,7 @@ def _walk(folder: Path, say: Callable[[str], None]) -> Iterable[tuple[str, Path]
         for name in sorted(names):
             path = Path(parent, name)
             if path.suffix.lower() in VIDEO_SUFFIXES:
-                yield str(path.relative_to(folder).with_suffix("").as_posix()), path.absolute()
+                yield str(path.relative_to(folder).with_suffix("").as_posix()), path
             else:
                 ignored[path.suffix.lower() or "no suffix"] += 1
     if ignored:
@@ -181,24 +191,37 @@ def _listed(path: Path) -> Iterable[tuple[str, Path]]:
     suffix = path.suffix.lower()
     try:
         if suffix == ".txt":
-            rows = [("", line) for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+            lines = path.read_text("utf-8-sig").split("\n")
+            rows = [("", line) for line in lines if line.strip()]
         elif suffix == ".csv":
             with path.open(encoding="utf-8-sig", newline="") as file:
                 rows = _table_rows(path, list(csv.DictReader(file)))
         else:
-            import pandas as pd
-
-            rows = _table_rows(path, pd.read_parquet(path).astype(object).to_dict("records"))
+            rows = _table_rows(path, _parquet_rows(path))
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 - save the list as UTF-8") from error
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{path} is not a readable list of videos ({error}) - write it again") from error
-    for video_id, listed in rows:
+    for number, (video_id, listed) in enumerate(rows, start=1):
+        if not Path(listed).name:
+            raise InputError(f"{path}, row {number}: the path is {listed!r} - expected a video's")
         name = video_id or Path(listed).with_suffix("").as_posix().removeprefix("/")
-        yield name, (path.parent / listed).absolute()
+        yield name, path.parent / listed
 
 
 def _table_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> list[tuple[str, str]]:
     if rows and "path" not in rows[0]:
         raise InputError(f"{path}: no column path - expected the header path (and optionally video_id)")
-    return [(str(row.get("video_id") or ""), str(row["path"])) for row in rows]
+    return [(_text(row.get("video_id")), _text(row["path"])) for row in rows]
+
+
+def _text(value: object) -> str:
+    # csv and pandas write what is missing as None or NaN.
+    return "" if value is None or (isinstance(value, float) and math.isnan(value)) else str(value)
+
+
+def _parquet_rows(path: Path) -> list[dict[str, object]]:
+    import pandas as pd
+
+    table = pd.read_parquet(path).astype(object)
+    return [{str(name): value for name, value in row.items()} for row in table.to_dict("records")]

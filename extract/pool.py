@@ -123,14 +123,13 @@ class DecodePool:
                 silent_seconds = time.monotonic() - worker.heard
                 if silent_seconds < self._stall_seconds:
                     return True
-                failed = Finished("timeout", f"the decoder gave nothing for {silent_seconds:.0f} s", self._job[1])
-                self._put((worker.position, failed))
+                self._put_failure(worker, "timeout", f"the decoder gave nothing for {silent_seconds:.0f} s")
                 return False
             message: Message = worker.connection.recv()
         except (EOFError, OSError):
             worker.process.join(timeout=5)
             words = f"the decoder's process died with exit code {worker.process.exitcode}"
-            self._put((worker.position, Finished("decoder_crash", words, self._job[1])))
+            self._put_failure(worker, "decoder_crash", words)
             return False
         self._put((worker.position, message))
         # Time that the queue was full is not the worker's silence.
@@ -140,11 +139,18 @@ class DecodePool:
         return True
 
     def _give_next(self, worker: _Worker, todo: Iterator[tuple[int, PlannedVideo]]) -> None:
-        worker.position, video = next(todo, (None, None))
+        worker.position, worker.video = next(todo, (None, None))
         worker.heard = time.monotonic()
-        if video is not None:
-            with contextlib.suppress(BrokenPipeError):  # a dead worker is noticed when it is listened to
-                worker.connection.send((video.path, *self._job))
+        if worker.video is not None:
+            with contextlib.suppress(OSError):  # a dead worker is noticed when it is listened to
+                worker.connection.send((worker.video.path, *self._job))
+
+    def _put_failure(self, worker: _Worker, status: str, words: str) -> None:
+        # With the file's size and time the record says which file failed: an unchanged one is not tried again.
+        assert worker.position is not None and worker.video is not None
+        size_bytes, mtime_ns = _size_and_mtime(worker.video.path)
+        failed = Finished(status, words, self._job[1], size_bytes=size_bytes, mtime_ns=mtime_ns)
+        self._put((worker.position, failed))
 
     def _put(self, item: tuple[int, Message] | BaseException | None) -> None:
         while not self._stop.is_set():
@@ -154,7 +160,7 @@ class DecodePool:
 
 
 class _Worker:
-    """One decode process and the pipe to it; `position` is the video it works on."""
+    """One decode process and the pipe to it; `video`, at `position`, is what it works on."""
 
     def __init__(self) -> None:
         # spawn: a fork would copy torch's threads and CUDA's state in a broken condition.
@@ -164,6 +170,7 @@ class _Worker:
         self.process.start()
         theirs.close()
         self.position: int | None = None
+        self.video: PlannedVideo | None = None
         self.heard = time.monotonic()
 
     def kill(self) -> None:
@@ -184,13 +191,11 @@ def _work(connection: Connection) -> None:
 
 def decode_file(path: Path, sampling: Sampling, decoder: str) -> Iterator[Message]:
     """Yield a file's properties and chunks, then `Finished`; a file that cannot be decoded only that."""
-    size_bytes = mtime_ns = 0
+    size_bytes, mtime_ns = _size_and_mtime(path)
     content_hash = ""
     used = decoder
     try:
         with contextlib.suppress(OSError):
-            stat = path.stat()
-            size_bytes, mtime_ns = stat.st_size, stat.st_mtime_ns
             content_hash = hash_file(path)
         for message in _decode_or_hand_over(path, sampling, decoder):
             if isinstance(message, str):
@@ -203,7 +208,17 @@ def decode_file(path: Path, sampling: Sampling, decoder: str) -> Iterator[Messag
         status, error = failure.status, str(failure)
     except MemoryError:
         status, error = "out_of_memory", "the decoder ran out of memory"
+    except Exception as unexpected:  # one strange file must not cost the others, and its words must not be lost
+        status, error = "decoder_crash", f"{type(unexpected).__name__}: {unexpected}"
     yield Finished(status, error, used, content_hash, size_bytes, mtime_ns)
+
+
+def _size_and_mtime(path: Path) -> tuple[int, int]:
+    try:
+        stat = path.stat()
+    except OSError:
+        return 0, 0
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _decode_or_hand_over(path: Path, sampling: Sampling, decoder: str) -> Iterator[Any]:

@@ -84,16 +84,19 @@ def extract(
         MismatchError: The store was made with other settings.
         ModelUnavailableError: A backbone's weights cannot be had.
         StoreError: The store is damaged or being written by another process.
+        UsageError: An option means nothing.
     """
     if decoder not in DECODERS:
         raise UsageError(f"unknown decoder {decoder!r} - expected one of {', '.join(DECODERS)}")
     if not backbones or num_workers < 1 or batch_size < 1:
         raise UsageError("nothing to run - give at least one backbone, one worker and a batch of one")
+    if not stall_seconds > 0:
+        raise UsageError(f"cannot wait {stall_seconds} s for a decoder - give a positive number of seconds")
     out, sampling = Path(out), sampling or Sampling(fps=1.0)
     request = {"sampling": sampling.settings(), "decoder": decoder_settings(decoder)}
     plan = _plan(videos, out, backbones, request, retry_failed)
-    for message in plan.messages:
-        on_message(message)
+    for line in plan.messages:
+        on_message(line)
     if not plan.todo:
         on_message(f"nothing to do: all {plan.num_done} videos are in {out}, unchanged")
         return out
@@ -109,6 +112,7 @@ def extract(
         pipeline = _Pipeline(plan.todo, networks, batch_size, writer)
         for position, message in pool.run(plan.todo):
             pipeline.take(position, message)
+            writer.publish_if_due()  # a long video must not hold back those that are finished
             on_progress(pipeline.progress)
         pipeline.finish()
         on_progress(pipeline.progress)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from svb.errors import UsageError
@@ -63,4 +63,4 @@ class Sampling:
 
     def settings(self) -> dict[str, Any]:
         """Return the settings as they are stored and fingerprinted."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        return {"fps": float(self.fps)} if self.fps is not None else {"frames": self.frames}

@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from svb.errors import InputError, ModelUnavailableError, UsageError
 
+_UNREADABLE = (pickle.UnpicklingError, SafetensorError)
 OFFLINE_HINT = (
     "choose --backbone offline:efficientnet-lite0 and --text-encoder offline:minilm-l6 (weights that are "
     "installed with svb), or name a local file: open_clip:ViT-B-32/PATH"
@@ -62,11 +65,9 @@ def load_state(path: Path) -> dict[str, torch.Tensor]:
         raise InputError(f"no weights at {path} - expected a PyTorch or safetensors file")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, LookupError, ValueError, EOFError, *_UNREADABLE) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path} is not a readable weights file ({first_line}) - get it again") from error
     for key in ("state_dict", "model"):

@@ -32,6 +32,10 @@ class Conse(nn.Module):
         frame_features `(B, T, F)`, frame_mask `(B, T)` bool -> `(B, D)`, L2-normalised.
     """
 
+    weight: torch.Tensor
+    bias: torch.Tensor
+    class_embeddings: torch.Tensor
+
     def __init__(self, classifier: Classifier, class_embeddings: torch.Tensor) -> None:
         super().__init__()
         self.register_buffer("weight", torch.from_numpy(classifier.weight))

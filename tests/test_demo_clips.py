@@ -7,6 +7,7 @@ from pathlib import Path
 
 import av
 import pytest
+
 from svb.data import demo_clips
 from svb.data.demo_clips import make_demo_clips, plan_demo_clips
 from svb.errors import MismatchError, SvbError, UsageError
@@ -31,9 +32,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_table_names_the_files_that_are_there(demo: Path) -> None:
     rows = read_table(demo)
     videos = demo / "videos"
-    ids = {
-        path.relative_to(videos).with_suffix("").as_posix() for path in videos.rglob("*") if path.is_file()
-    }
+    ids = {path.relative_to(videos).with_suffix("").as_posix() for path in videos.rglob("*") if path.is_file()}
     assert {row["video_id"] for row in rows} == ids
     assert list(rows[0]) == ["video_id", "split", "caption"]
     assert len(rows) == 6 * 5

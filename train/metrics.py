@@ -38,7 +38,8 @@ def t2v_ranks(similarity: NDArray[np.floating], caption_video: NDArray[np.intege
     own = similarity[np.arange(len(caption_video)), caption_video][:, None]
     better = (similarity > own).sum(axis=1)
     equal = (similarity == own).sum(axis=1) - 1
-    return 1.0 + better + equal / 2
+    ranks: NDArray[np.float64] = 1.0 + better + equal / 2
+    return ranks
 
 
 def v2t_ranks(

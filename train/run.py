@@ -144,7 +144,7 @@ class _Loop:
                 group["lr"] = learning_rate
             losses = self._losses(torch.from_numpy(batch).to(self._train.caption_video.device))
             self._optimizer.zero_grad(set_to_none=True)
-            losses.loss.backward()  # type: ignore[no-untyped-call]
+            losses.loss.backward()
             torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
             self._optimizer.step()
             totals += torch.stack([losses.loss, losses.contrastive, losses.cross_captioning]).detach().cpu()

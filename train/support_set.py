@@ -6,6 +6,10 @@ import torch
 
 from svb.errors import InputError
 
+# Of the weight of one mixture: less than this going on at a time step is nothing, since dividing by it would
+# turn rounding into content, and its gradient into infinity.
+SMALLEST_SHARE = 1e-9
+
 
 def own_mask(caption_video: torch.Tensor, support_video: torch.Tensor) -> torch.Tensor:
     """Return `(B, S)` bool, True where a support video is the caption's own: `(B,)` and `(S,)` video rows."""
@@ -69,7 +73,7 @@ def mix(
     present = frame_mask.to(weights.dtype)
     total = weights @ present  # (B, S) x (S, T) -> (B, T)
     summed = torch.einsum("bs,std->btd", weights, frame_sequences * present[..., None])
-    return summed / total.clamp_min(1e-9)[..., None], total > 0
+    return summed / total.clamp_min(SMALLEST_SHARE)[..., None], total > SMALLEST_SHARE
 
 
 def _share_equally(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -50,9 +50,9 @@ def demo(ctx: click.Context, out: Path, videos: int, epochs: int, seed: int) -> 
         ["train", features, captions, "-o", run, "--epochs", str(epochs), "--seed", str(seed)],
         ["evaluate", run],
         ["index", run, "-o", index],
-        *(["search", query, "--index", index, "-k", "3"] for query in QUERIES),
-        ["search", "--video", _first_clip(out / "videos"), "--index", index, "-k", "3"],
     ]
+    steps += [["search", query, "--index", index, "-k", "3"] for query in QUERIES]
+    steps += [["search", "--video", _first_clip(out / "videos"), "--index", index, "-k", "3"]]
     for step in steps:
         arguments = [str(argument) for argument in step]
         click.echo(f"\n$ svb {shlex.join(arguments)}")

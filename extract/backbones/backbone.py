@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from svb.device import precision_name
+from svb.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,9 @@ def cut_classifier(module: nn.Module, class_names: list[str] | None) -> tuple[in
 
     Returns:
         The feature size F and the layer that was cut, None where its classes have no names.
+
+    Raises:
+        UsageError: The network has no linear layer.
     """
     path, last = _last_linear(module)
     parent = module.get_submodule(path.rpartition(".")[0])
@@ -122,7 +126,9 @@ def _last_linear(module: nn.Module) -> tuple[str, nn.Linear]:
     def linears() -> Iterator[tuple[str, nn.Linear]]:
         return ((path, child) for path, child in module.named_modules() if isinstance(child, nn.Linear))
 
-    *_, last = linears()
+    *_, last = [None, *linears()]
+    if last is None:
+        raise UsageError(f"{type(module).__name__} does not end in a linear layer - choose another model")
     return last
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import timm
-from timm.data import resolve_model_data_config
+from timm.data.config import resolve_model_data_config
 
 from svb.errors import InputError, UsageError
 from svb.extract.backbones.backbone import Backbone, Classifier, imagenet_class_names
@@ -26,7 +27,7 @@ def load(name: str, model: str, weights: str) -> Backbone:
     if weights:
         load_state(Path(weights))  # names a missing or damaged file before timm meets it
     try:
-        module = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay)
+        module: Any = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay)
     except Exception as error:  # a hub client's errors have no common root
         if weights:
             reason = " ".join(str(error).split())[:200]

@@ -22,14 +22,14 @@ def load(name: str, model: str, weights: str) -> Backbone:
     """Load a classifier and cut off its last layer.
 
     Raises:
-        UsageError: torchvision has no classifier of that name.
+        UsageError: torchvision has no classifier of that name, or it does not end in a linear layer.
         InputError: A local weights file is missing or does not fit.
         ModelUnavailableError: The default weights cannot be downloaded.
     """
     video_models = torchvision.models.list_models(torchvision.models.video)
     if model not in [*torchvision.models.list_models(torchvision.models), *video_models]:
         raise UsageError(f"torchvision has no classifier {model!r} - see torchvision.models.list_models()")
-    default = torchvision.models.get_model_weights(model).DEFAULT  # type: ignore[attr-defined]
+    default = torchvision.models.get_model_weights(model).DEFAULT
     module = torchvision.models.get_model(model, weights=None)
     if weights:
         load_into(module, Path(weights))
@@ -38,6 +38,10 @@ def load(name: str, model: str, weights: str) -> Backbone:
             module.load_state_dict(default.get_state_dict(check_hash=True))
         except Exception as error:  # urllib's, ssl's and the hub's errors have no common root
             raise unavailable(name, error) from error
+    if hasattr(module, "transform_input"):
+        # googlenet and inception_v3 were trained on other means than those their transforms subtract;
+        # torchvision corrects it inside the network, but only where it loads the weights itself.
+        module.transform_input = True
     feature_size, classifier = cut_classifier(module, default.meta["categories"])
     preprocess = default.transforms()
     return Backbone(

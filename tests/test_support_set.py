@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import naive
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from svb.errors import InputError
+from svb.train.config import VARIANTS
+from svb.train.heads import masked_mean
+from svb.train.support_set import mix, own_mask, support_weights
+from svb.train.training_data import FrameTable
+
+WEIGHTED = [variant for variant in VARIANTS if variant != "none"]
+OWNERS = {"a caption a video": [0, 1, 2, 3], "pairs": [0, 0, 1, 1], "three of one": [2, 2, 0, 2]}
+
+
+def make_embeddings(owners: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(1)
+    rows = torch.tensor(owners)
+    captions = F.normalize(torch.randn(len(owners), 5, generator=random, dtype=torch.float64), dim=-1)
+    videos = F.normalize(torch.randn(max(owners) + 1, 5, generator=random, dtype=torch.float64), dim=-1)
+    return captions, videos[rows], own_mask(rows, rows)
+
+
+@pytest.mark.parametrize("owners", OWNERS.values(), ids=OWNERS.keys())
+@pytest.mark.parametrize("variant", WEIGHTED)
+@pytest.mark.parametrize("temperature", [0.01, 0.1, 1.0])
+def test_weights_are_their_formula_and_rows_sum_to_one(variant: str, owners: list[int], temperature: float) -> None:
+    captions, videos, own = make_embeddings(owners)
+    weights = support_weights(captions, videos, own, variant=variant, temperature=temperature)
+    expected = naive.support_weights(captions.tolist(), videos.tolist(), own.tolist(), variant, temperature)
+    np.testing.assert_allclose(weights.numpy(), expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(weights.sum(dim=1).numpy(), 1, rtol=1e-12)
+
+
+@pytest.mark.parametrize("owners", OWNERS.values(), ids=OWNERS.keys())
+def test_cross_gives_its_own_video_nothing_and_no_gradient(owners: list[int]) -> None:
+    captions, videos, own = make_embeddings(owners)
+    videos.requires_grad_()
+    weights = support_weights(captions, videos, own, variant="cross", temperature=0.1)
+    assert (weights[own] == 0).all() and (weights[~own] > 0).all()
+    coefficients = torch.arange(weights.numel(), dtype=torch.float64).view(weights.shape)
+    (weights[0] * coefficients[0]).sum().backward()
+    assert videos.grad is not None and videos.grad.isfinite().all()
+    assert (videos.grad[own[0]] == 0).all()
+    if (~own[0]).sum() > 1:  # a single video left has all of the weight, whatever it shows
+        assert (videos.grad[~own[0]] != 0).any()
+
+
+def test_cross_without_another_video_is_an_error_and_no_row_of_nan() -> None:
+    captions, videos, own = make_embeddings([0, 0, 0])
+    with pytest.raises(InputError, match=r"caption 0 of the batch has no video to be rebuilt from: every video"):
+        support_weights(captions, videos, own, variant="cross", temperature=0.1)
+
+
+@pytest.mark.parametrize("variant", ["identity", "hybrid"])
+def test_identity_without_its_own_video_is_an_error(variant: str) -> None:
+    captions, videos, own = make_embeddings([0, 1, 2])
+    own[1] = False
+    with pytest.raises(InputError, match=r"caption 1 of the batch .* its own video is not in the support set"):
+        support_weights(captions, videos, own, variant=variant, temperature=0.1)
+
+
+@pytest.mark.parametrize("variant", WEIGHTED)
+def test_a_collapsed_model_rebuilds_from_all_allowed_videos_alike(variant: str) -> None:
+    same = F.normalize(torch.ones(4, 5), dim=-1)
+    own = torch.eye(4, dtype=torch.bool)
+    weights = support_weights(same, same, own, variant=variant, temperature=0.01)
+    expected = {
+        "cross": (1 - torch.eye(4)) / 3,
+        "full": torch.full((4, 4), 0.25),
+        "identity": torch.eye(4),
+        "hybrid": (torch.eye(4) + 0.25) / 2,
+    }
+    torch.testing.assert_close(weights, expected[variant])
+
+
+def test_a_support_set_may_be_larger_than_the_batch() -> None:
+    captions, _, _ = make_embeddings([0, 1])
+    _, videos, _ = make_embeddings([0, 1, 2, 3, 4])
+    own = own_mask(torch.tensor([0, 4]), torch.arange(5))
+    weights = support_weights(captions, videos, own, variant="cross", temperature=0.1)
+    expected = naive.support_weights(captions.tolist(), videos.tolist(), own.tolist(), "cross", 0.1)
+    np.testing.assert_allclose(weights.numpy(), expected)
+
+
+@pytest.mark.parametrize("temperature", [0.001, 0.02, 0.1, 1.0])
+def test_mixtures_are_averaged_time_step_by_time_step(temperature: float) -> None:
+    captions, videos, own = make_embeddings([0, 1, 2, 3])
+    weights = support_weights(captions, videos, own, variant="cross", temperature=temperature)
+    random = torch.Generator().manual_seed(2)
+    frame_sequences = torch.randn(4, 6, 3, generator=random, dtype=torch.float64)
+    frame_mask = torch.arange(6)[None] < torch.tensor([1, 3, 4, 4])[:, None]
+    mixtures, goes_on = mix(weights, frame_sequences, frame_mask)
+    expected = naive.mix(weights.tolist(), frame_sequences.tolist(), frame_mask.tolist())
+    for b in range(4):
+        for t in range(6):
+            wanted = expected[b][t]
+            if goes_on[b, t]:
+                np.testing.assert_allclose(mixtures[b, t].numpy(), wanted, rtol=1e-9)
+            elif wanted is not None:  # so little weight goes on that it is taken for none
+                assert weights[b][frame_mask[:, t]].sum() < 1e-8
+    assert goes_on[:, 0].all() and not goes_on[:, 4:].any()
+    assert mixtures.isfinite().all()
+
+
+def test_a_mixture_has_a_gradient_even_where_next_to_nothing_goes_on() -> None:
+    logits = torch.tensor([[0.0, -60.0], [0.0, -200.0]], requires_grad=True)
+    frame_mask = torch.tensor([[True, False], [True, True]])
+    frame_sequences = torch.ones(2, 2, 3, requires_grad=True)
+    mixtures, goes_on = mix(logits.softmax(dim=1), frame_sequences, frame_mask)
+    mixtures.sum().backward()
+    assert goes_on[:, 0].all()
+    assert logits.grad is not None and logits.grad.isfinite().all()
+    assert frame_sequences.grad is not None and frame_sequences.grad.isfinite().all()
+
+
+def test_padding_in_the_support_set_changes_no_mixture() -> None:
+    random = torch.Generator().manual_seed(3)
+    weights = torch.rand(3, 2, generator=random)
+    frames = torch.randn(2, 4, 3, generator=random)
+    frame_mask = torch.tensor([[True, True, False, False], [True, True, True, False]])
+    mixtures, goes_on = mix(weights, frames, frame_mask)
+    other, other_goes_on = mix(weights, torch.where(frame_mask[..., None], frames, 1e6), frame_mask)
+    torch.testing.assert_close(mixtures, other, rtol=0, atol=0)
+    assert torch.equal(goes_on, other_goes_on)
+
+
+def test_masked_mean_is_its_formula() -> None:
+    random = torch.Generator().manual_seed(4)
+    frames = torch.randn(3, 5, 2, generator=random)
+    frame_mask = torch.arange(5)[None] < torch.tensor([1, 3, 5])[:, None]
+    expected = naive.masked_mean(frames.tolist(), frame_mask.tolist())
+    np.testing.assert_allclose(masked_mean(frames, frame_mask).numpy(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("max_frames", [1, 2, 3, 7, 8, 100])
+def test_long_videos_are_thinned_to_the_middle_of_equal_parts(max_frames: int) -> None:
+    lengths = [1, 2, 3, 7, 8, 9, 20]
+    features = torch.arange(sum(lengths), dtype=torch.float16)[:, None]
+    ends = torch.tensor(lengths).cumsum(0)
+    table = FrameTable([], features, ends - torch.tensor(lengths), torch.tensor(lengths), max_frames)
+    frames, frame_mask = table.gather(torch.arange(len(lengths)))
+    assert frames.shape[1] == min(max_frames, max(lengths))
+    begin = 0
+    for row, length in enumerate(lengths):
+        kept = [int(value) - begin for value in frames[row, frame_mask[row], 0]]
+        assert kept == naive.thin(length, max_frames)
+        assert (frames[row, ~frame_mask[row]] == 0).all()
+        begin += length
