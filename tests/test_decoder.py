@@ -10,6 +10,8 @@ from svb.train.losses import cross_captioning
 from svb.train.support_set import mix, own_mask, support_weights
 from svb.train.vocabulary import END, MAX_WORDS, PADDING, SPECIAL, START, UNKNOWN, Vocabulary, pad, split_words
 
+# Tensors this small are slower on two threads than on one.
+torch.set_num_threads(1)
 MEMORY_SIZE = 6
 
 
@@ -32,7 +34,7 @@ def test_a_later_word_changes_no_earlier_prediction() -> None:
         changed[:, position:] = 10
         other = decoder(changed, *memory)
         torch.testing.assert_close(logits[:, :position], other[:, :position], rtol=1e-5, atol=1e-5)
-        assert (logits[:, position] - other[:, position]).abs().max() > 1e-3 or position == 3
+        assert (logits[:, position] - other[:, position]).abs().max() > 1e-3
 
 
 def test_padding_in_memory_is_ignored() -> None:

@@ -34,7 +34,7 @@ def stir(head: torch.nn.Module) -> None:
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in head.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
 
 
 @pytest.mark.parametrize("residual", [False, True])

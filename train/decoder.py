@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from svb.errors import UsageError
 from svb.train.heads import sinusoids
 from svb.train.vocabulary import PADDING
 
@@ -21,16 +22,22 @@ class CaptionDecoder(nn.Module):
         size: Width.
         layers: Transformer layers.
         dropout: In the layers.
+
+    Raises:
+        UsageError: The width cannot be divided among the attention heads.
     """
 
     def __init__(self, vocabulary_size: int, memory_size: int, *, size: int, layers: int, dropout: float) -> None:
         super().__init__()
+        heads = max(1, size // 64)
+        if size % heads:
+            raise UsageError(f"decoder size {size} - expected a multiple of 64, for heads of 64")
         self.embedding = nn.Embedding(vocabulary_size, size)
         nn.init.normal_(self.embedding.weight, std=size**-0.5)
         self.project_memory = nn.Linear(memory_size, size)
         layer = nn.TransformerDecoderLayer(
             size,
-            nhead=max(1, size // 64),
+            nhead=heads,
             dim_feedforward=4 * size,
             dropout=dropout,
             activation="gelu",
