@@ -184,12 +184,23 @@ class Shard:
     def _read(self, backbone: str, dataset: str) -> NDArray[Any]:
         try:
             with h5py.File(self.path, "r", locking=False) as file:
-                array: NDArray[Any] = file[f"{group_name(backbone)}/{dataset}"][...]
+                group = file[group_name(backbone)]
+                array: NDArray[Any] = group[dataset][...]
+                self._require_fitting(dataset, array, len(group["features"]))
         except _DAMAGE as error:
             raise StoreError(
                 f"{self.path} cannot give {backbone}/{dataset} ({error}) - `svb verify` tells what is damaged"
             ) from error
         return array
+
+    def _require_fitting(self, dataset: str, array: NDArray[Any], num_rows: int) -> None:
+        if dataset == "offsets":
+            num_videos = len(self.records)
+            fits = array.shape == (num_videos + 1,) and array[0] == 0 and array[-1] == num_rows
+            if not fits or (np.diff(array) < 0).any():
+                raise ValueError(f"they do not lead {num_videos} videos through {num_rows} rows")
+        elif len(array) != num_rows:
+            raise ValueError(f"there are {len(array)} for {num_rows} rows")
 
 
 def _read_column(file: h5py.File, name: str) -> list[Any]:

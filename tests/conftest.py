@@ -1,0 +1,69 @@
+"""What many tests share: a command line in this process, clips, and one small real feature store."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import clips
+import pytest
+
+from svb.cli import run
+
+
+class Ran(NamedTuple):
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+RunSvb = Callable[..., Ran]
+
+
+@pytest.fixture
+def run_svb(capfd: pytest.CaptureFixture[str]) -> RunSvb:
+    """Return `run_svb(*arguments) -> (exit code, stdout, stderr)`; what worker processes say is seen too."""
+
+    def call(*arguments: object) -> Ran:
+        capfd.readouterr()
+        exit_code = run([str(argument) for argument in arguments])
+        return Ran(exit_code, *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def toy_backbones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make `toy:frames` and its like known: see toy_backbone.py."""
+    from svb.extract.backbones import FAMILIES
+
+    monkeypatch.setitem(FAMILIES, "toy", "toy_backbone")
+
+
+@pytest.fixture(scope="session")
+def clips_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of four clips of 1 to 4 s, one of them in a sub-folder. Not to be written to."""
+    folder = tmp_path_factory.mktemp("clips")
+    (folder / "deep").mkdir()
+    for seconds, name in enumerate(("a.mp4", "b.mkv", "c.webm", "deep/d.avi"), start=1):
+        codec = ("-c:v", "libvpx", "-deadline", "realtime") if name.endswith("webm") else clips.X264
+        clips.make_clip(folder / name, seconds=seconds, codec=codec)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def extracted_store(clips_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a feature store of `clips_folder` with offline:efficientnet-lite0 features. Not to be written to."""
+    from svb.extract.run import extract
+
+    out = tmp_path_factory.mktemp("store") / "features"
+    backbones = ("offline:efficientnet-lite0",)
+    return extract([clips_folder], out, backbones=backbones, precision="float32", num_workers=1, batch_size=4)
+
+
+@pytest.fixture
+def own_store(extracted_store: Path, tmp_path: Path) -> Path:
+    """Return a copy of `extracted_store` that the test may damage."""
+    return Path(shutil.copytree(extracted_store, tmp_path / "own-features"))

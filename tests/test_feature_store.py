@@ -1,0 +1,520 @@
+"""What is at rest: its layout for others, and that a kill or damage never passes for data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from svb.data import publish
+from svb.data.feature_store import FeatureStore, read_description, verify_store
+from svb.data.feature_store_writer import FeatureStoreWriter, export_store
+from svb.data.publish import ASIDE_PREFIX, published_file, published_folder, recover_folder
+from svb.data.shard import VideoRecord, VideoRows
+from svb.errors import InputError, MismatchError, StoreError
+
+BACKBONE = "toy:frames/some/weights.pth"
+GROUP = "toy:frames@some@weights.pth"
+OTHER = "toy:wide"
+SETTINGS = {
+    "sampling": {"fps": 1.0},
+    "decoder": {"name": "pyav", "version": "1"},
+    "backbones": {BACKBONE: {"feature_size": 3}, OTHER: {"feature_size": 2}},
+}
+STRINGS = ("video_id", "source_path", "content_hash", "codec", "decoder", "status", "error")
+INTEGERS = ("size_bytes", "mtime_ns", "width_px", "height_px", "rotation_degrees")
+FLOATS = ("duration_seconds", "frame_rate")
+
+
+def record(video_id: str, status: str = "ok") -> VideoRecord:
+    return VideoRecord(
+        video_id, f"/clips/{video_id}.mp4", 1000, 17, "ab" * 32, 2.0, 25.0, 64, 48, 90, "h264", "pyav", status, ""
+    )
+
+
+def rows(value: float, count: int = 2) -> dict[str, VideoRows]:
+    times = np.arange(count, dtype=np.float64)
+    return {
+        BACKBONE: VideoRows(np.full((count, 3), value, np.float16), times),
+        OTHER: VideoRows(np.full((count, 2), -value, np.float16), times + 0.5),
+    }
+
+
+def write(path: Path, *shards: dict[str, float | None], compact: bool = False) -> Path:
+    """Write shards of videos; a video's value fills its rows, None is a failed video."""
+    with FeatureStoreWriter(path, SETTINGS, {}) as writer:
+        for shard in shards:
+            for video_id, value in shard.items():
+                failed = value is None
+                writer.add(record(video_id, "unreadable" if failed else "ok"), {} if value is None else rows(value))
+            writer.publish()
+        if compact:
+            writer.compact()
+    return path
+
+
+def values(path: Path) -> dict[str, float]:
+    store = FeatureStore(path)
+    loaded = store.load(BACKBONE)
+    begins = loaded.offsets[:-1]
+    return {v: float(loaded.features[b, 0]) for v, b in zip(loaded.video_ids, begins, strict=True)}
+
+
+def shard_files(path: Path) -> list[Path]:
+    return sorted((path / "shards").glob("*.h5"))
+
+
+class TestLayout:
+    @pytest.fixture
+    def shard(self, tmp_path: Path) -> Path:
+        return shard_files(write(tmp_path / "store", {"a/x": 1.0, "failed": None, "b": 2.0}))[0]
+
+    def test_shapes_and_types(self, shard: Path) -> None:
+        with h5py.File(shard) as file:
+            assert set(file) == {"videos", GROUP, OTHER}
+            for name in STRINGS:
+                assert h5py.check_string_dtype(file["videos"][name].dtype).encoding == "utf-8"
+            assert {str(file["videos"][name].dtype) for name in INTEGERS} == {"int64"}
+            assert {str(file["videos"][name].dtype) for name in FLOATS} == {"float64"}
+            assert set(file["videos"]) == {*STRINGS, *INTEGERS, *FLOATS}
+            assert all(dataset.shape == (3,) for dataset in file["videos"].values())
+            for group, feature_size in ((GROUP, 3), (OTHER, 2)):
+                assert set(file[group]) == {"features", "times_seconds", "offsets"}
+                features, times, offsets = (file[group][n] for n in ("features", "times_seconds", "offsets"))
+                assert (features.shape, features.dtype) == ((4, feature_size), np.float16)
+                assert (times.shape, times.dtype) == ((4,), np.float64)
+                assert (offsets.shape, offsets.dtype) == ((4,), np.int64)
+                assert list(offsets) == [0, 2, 2, 4]
+
+    def test_contiguous_and_uncompressed(self, shard: Path) -> None:
+        with h5py.File(shard) as file:
+            assert file.libver[0] == "earliest"
+            datasets: list[h5py.Dataset] = []
+            file.visititems(lambda _, item: datasets.append(item) if isinstance(item, h5py.Dataset) else None)
+            assert all(dataset.chunks is None and dataset.compression is None for dataset in datasets)
+
+    def test_rows_of_each_video(self, shard: Path) -> None:
+        with h5py.File(shard) as file:
+            ids = list(file["videos/video_id"].asstr())
+            assert ids == ["a/x", "failed", "b"]
+            offsets = file[GROUP]["offsets"]
+            b = ids.index("b")
+            np.testing.assert_array_equal(
+                file[GROUP]["features"][offsets[b] : offsets[b + 1]], np.full((2, 3), 2.0)
+            )
+
+    def test_a_shard_stands_alone(self, shard: Path) -> None:
+        with h5py.File(shard) as file:
+            assert json.loads(file.attrs["store"]) == read_description(shard.parents[1])
+
+    def test_times_of_a_real_store(self, extracted_store: Path) -> None:
+        store = FeatureStore(extracted_store)
+        assert store.backbones == ["offline:efficientnet-lite0"]
+        assert store.video_ids == ["a", "b", "c", "deep/d"]
+        loaded = store.load("offline:efficientnet-lite0")
+        assert loaded.features.shape == (10, 1280)
+        np.testing.assert_allclose(loaded.times_seconds, [0, 0, 1, 0, 1, 2, 0, 1, 2, 3], atol=0.01)
+
+
+class TestReading:
+    def test_one_file_is_taken_like_the_folder(self, tmp_path: Path) -> None:
+        folder = write(tmp_path / "store", {"a": 1.0, "b": None}, {"a": 3.0, "c": 2.0})
+        one = export_store(FeatureStore(folder), tmp_path / "store.h5")
+        a, b = FeatureStore(folder), FeatureStore(one)
+        assert (a.records, a.settings, a.fingerprint) == (b.records, b.settings, b.fingerprint)
+        for backbone in (BACKBONE, OTHER):
+            x, y = a.load(backbone), b.load(backbone)
+            assert x.video_ids == y.video_ids == ["a", "c"]
+            np.testing.assert_array_equal(x.features, y.features)
+            np.testing.assert_array_equal(x.times_seconds, y.times_seconds)
+            np.testing.assert_array_equal(x.offsets, y.offsets)
+        assert verify_store(one) == []
+
+    def test_videos_come_in_the_order_asked_for(self, tmp_path: Path) -> None:
+        store = FeatureStore(write(tmp_path / "store", {"a": 1.0}, {"b": 2.0}, {"c": 3.0}))
+        loaded = store.load(BACKBONE, ["c", "a"])
+        assert loaded.video_ids == ["c", "a"] and loaded.features[:, 0].tolist() == [3, 3, 1, 1]
+
+    def test_the_newest_record_wins(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "store", {"a": None, "b": 1.0}, {"a": 2.0}, {"b": None})
+        store = FeatureStore(path)
+        assert {video_id: r.status for video_id, r in store.records.items()} == {"a": "ok", "b": "unreadable"}
+        assert values(path) == {"a": 2.0}
+        assert store.status_counts() == {"ok": 1, "unreadable": 1}
+        with pytest.raises(InputError, match=r"'b' ended as 'unreadable' in .* - extract it"):
+            store.load(BACKBONE, ["b"])
+        with pytest.raises(InputError, match="'z' is not in"):
+            store.load(BACKBONE, ["z"])
+
+    def test_choosing_a_backbone(self, tmp_path: Path) -> None:
+        store = FeatureStore(write(tmp_path / "store", {"a": 1.0}))
+        with pytest.raises(InputError, match=r"several backbones .* choose one with --backbone"):
+            store.only_backbone()
+        with pytest.raises(InputError, match="holds no features of 'x', only"):
+            store.only_backbone("x")
+        assert store.only_backbone(OTHER) == OTHER
+
+    def test_nothing_there(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match=r"no feature store at .* make one with `svb extract"):
+            FeatureStore(tmp_path / "nowhere")
+        with pytest.raises(InputError, match="it has no store\\.json"):
+            FeatureStore(tmp_path)
+
+    def test_nan_names_the_video(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "store", {"a": 1.0, "b": 2.0})
+        with h5py.File(shard_files(path)[0], "r+") as file:
+            file[GROUP]["features"][3, 1] = np.nan
+        with pytest.raises(StoreError, match=r"NaN or infinity, first in video 'b' - run `svb verify"):
+            FeatureStore(path).load(BACKBONE)
+        FeatureStore(path).load(OTHER)
+
+
+class TestCompaction:
+    def test_small_shards_become_one(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "store", {"a": 1.0}, {"b": None}, {"a": 2.0, "c": 3.0}, compact=True)
+        assert len(shard_files(path)) == 1
+        store = FeatureStore(path)
+        assert len(store.shards[0].records) == 3
+        assert values(path) == {"a": 2.0, "c": 3.0} and store.records["b"].status == "unreadable"
+        assert verify_store(path) == []
+
+    def test_what_comes_later_still_supersedes(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "store", {"a": 1.0}, {"b": 1.0}, compact=True)
+        assert values(write(path, {"a": 5.0})) == {"a": 5.0, "b": 1.0}
+        assert values(write(path, {"c": 6.0}, compact=True)) == {"a": 5.0, "b": 1.0, "c": 6.0}
+
+    def test_killed_before_the_small_shards_are_removed(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = write(tmp_path / "store", {"a": 1.0, "b": 2.0}, {"a": 3.0}, {"c": 4.0})
+        expected = values(path)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", lambda *_, **__: None)
+            with FeatureStoreWriter(path, SETTINGS, {}) as writer:
+                writer.compact()
+        assert len(shard_files(path)) == 4
+        store = FeatureStore(path)
+        assert values(path) == expected
+        assert sum(len(shard.records) for shard in store.shards) == 3
+        assert verify_store(path) == []
+        # The next writer clears up, and nothing changes.
+        write(path)
+        assert len(shard_files(path)) == 1 and values(path) == expected
+
+    def test_killed_while_only_some_are_removed(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "store", {"a": 1.0}, {"a": 2.0}, {"b": 3.0})
+        small = [(file, file.read_bytes()) for file in shard_files(path)]
+        write(path, compact=True)
+        for file, content in small[1:]:
+            file.write_bytes(content)
+        assert values(path) == {"a": 2.0, "b": 3.0}
+
+    def test_large_shards_are_left_alone(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("svb.data.feature_store_writer.SHARD_VIDEOS", 2)
+        path = write(tmp_path / "store", {"a": 1.0, "b": 2.0}, {"c": 3.0}, {"d": 4.0}, {"e": 5.0})
+        large = shard_files(path)[0].name
+        write(path, compact=True)
+        assert [len(shard.records) for shard in FeatureStore(path).shards] == [2, 2, 1]
+        assert shard_files(path)[0].name == large
+
+
+class TestWriting:
+    def test_foreign_settings_are_refused(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "store", {"a": 1.0})
+        other = {**SETTINGS, "sampling": {"frames": 8}, "decoder": {"name": "pyav", "version": "2"}}
+        with pytest.raises(MismatchError) as caught:
+            FeatureStoreWriter(path, other, {})
+        message = str(caught.value)
+        assert "decoder.version: stored '1', wanted '2'" in message
+        assert "sampling.fps: stored 1.0, wanted None; sampling.frames: stored None, wanted 8" in message
+        assert "backbones" not in message and "with -o" in message
+        write(path, {"b": 1.0})  # the refused writer has let go of the lock
+
+    def test_a_foreign_shard_is_refused(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "store", {"a": 1.0})
+        with FeatureStoreWriter(tmp_path / "other", {**SETTINGS, "sampling": {"fps": 2.0}}, {}) as writer:
+            writer.add(record("b"), rows(2.0))
+        shutil.copy(shard_files(tmp_path / "other")[0], path / "shards" / "000002-foreign.h5")
+        with pytest.raises(StoreError, match=r"000002-foreign.h5 was made with other settings .* move it out"):
+            FeatureStore(path)
+
+    def test_two_writers_at_once(self, tmp_path: Path) -> None:
+        first = FeatureStoreWriter(tmp_path / "store", SETTINGS, {})
+        with first, pytest.raises(StoreError, match=r"another `svb extract` may be writing"):
+            FeatureStoreWriter(tmp_path / "store", SETTINGS, {})
+        write(tmp_path / "store", {"a": 1.0})
+
+    def test_leftovers_are_removed_by_the_next_writer(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "store", {"a": 1.0})
+        for leftover in (path / f"{ASIDE_PREFIX}1.json", path / "shards" / f"{ASIDE_PREFIX}2.h5"):
+            leftover.write_bytes(b"half")
+        assert values(path) == {"a": 1.0}
+        write(path)
+        assert not list(path.rglob(f"{ASIDE_PREFIX}*"))
+
+    def test_an_error_publishes_what_was_added(self, tmp_path: Path) -> None:
+        with pytest.raises(RuntimeError), FeatureStoreWriter(tmp_path / "store", SETTINGS, {}) as writer:
+            writer.add(record("a"), rows(1.0))
+            raise RuntimeError
+        assert values(tmp_path / "store") == {"a": 1.0}
+
+    @pytest.mark.parametrize("limit", ["SHARD_VIDEOS", "SHARD_BYTES", "SHARD_SECONDS"])
+    def test_published_when_due(self, limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(f"svb.data.feature_store_writer.{limit}", 0)
+        with FeatureStoreWriter(tmp_path / "store", SETTINGS, {}) as writer:
+            writer.add(record("a"), rows(1.0))
+            assert values(tmp_path / "store") == {"a": 1.0}
+
+    def test_killed_before_store_json(self, tmp_path: Path) -> None:
+        (tmp_path / "store" / "shards").mkdir(parents=True)
+        assert values(write(tmp_path / "store", {"a": 1.0})) == {"a": 1.0}
+
+    def test_lost_store_json(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "store", {"a": 1.0})
+        (path / "store.json").unlink()
+        with pytest.raises(StoreError, match=r"shards but no store.json - restore it"):
+            write(path)
+
+    def test_text_that_is_no_unicode(self, tmp_path: Path) -> None:
+        with FeatureStoreWriter(tmp_path / "store", SETTINGS, {}) as writer:
+            writer.add(replace(record("a"), error="\udcff\0é\n"), rows(1.0))
+        assert FeatureStore(tmp_path / "store").records["a"].error == "\\udcff\\x00é\n"
+
+    def test_equal_content_gives_equal_bytes(self, tmp_path: Path) -> None:
+        a, b = (write(tmp_path / name, {"a": 1.0}, {"b": 2.0}, compact=True) for name in "ab")
+        assert hashes(a) == hashes(b)
+
+
+def hashes(path: Path) -> dict[str, str]:
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in shard_files(path)}
+
+
+class TestDamage:
+    @pytest.mark.parametrize("keep", [0.0, 0.3, 0.9])
+    def test_a_cut_shard(self, keep: float, tmp_path: Path) -> None:
+        path = write(tmp_path / "store", {"a": 1.0}, {"b": 2.0})
+        shard = shard_files(path)[0]
+        shard.write_bytes(shard.read_bytes()[: int(keep * shard.stat().st_size)])
+        with pytest.raises(StoreError, match=rf"{shard.name} is not a whole shard .* run `svb extract` again"):
+            FeatureStore(path)
+
+    def test_a_moved_shard_is_extracted_anew(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "store", {"a": 1.0}, {"b": 2.0})
+        shard_files(path)[1].unlink()
+        assert values(path) == {"a": 1.0}
+        assert values(write(path, {"b": 3.0})) == {"a": 1.0, "b": 3.0}
+
+    def test_flipped_bytes_never_escape_as_another_error(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "store", {"a": 1.0, "failed": None})
+        shard = shard_files(path)[0]
+        whole = shard.read_bytes()
+        random = np.random.default_rng(0)
+        for position in random.integers(0, len(whole), 300):
+            damaged = bytearray(whole)
+            damaged[position] ^= 0xFF
+            shard.write_bytes(damaged)
+            try:
+                verify_store(path)
+                FeatureStore(path).load(BACKBONE)
+            except StoreError:
+                continue
+
+    @pytest.mark.parametrize("text", ["", "{", "[]", '{"format_version": 1}'])
+    def test_a_damaged_store_json(self, text: str, tmp_path: Path) -> None:
+        path = write(tmp_path / "store", {"a": 1.0})
+        (path / "store.json").write_text(text)
+        with pytest.raises(StoreError, match=r"store.json is damaged .* restore it"):
+            FeatureStore(path)
+
+    def test_an_edited_store_json(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "store", {"a": 1.0})
+        (path / "store.json").write_text((path / "store.json").read_text().replace('"pyav"', '"ffmpeg"'))
+        with pytest.raises(StoreError, match=r"was edited: .* - undo the edit"):
+            FeatureStore(path)
+
+    def test_a_newer_format(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "store", {"a": 1.0})
+        shard = shard_files(path)[0]
+        with h5py.File(shard, "r+") as file:
+            file.attrs["format_version"] = 2
+        with pytest.raises(StoreError, match="has format 2 - this svb reads up to 1; upgrade svb"):
+            FeatureStore(path)
+        description = json.loads((path / "store.json").read_text())
+        (path / "store.json").write_text(json.dumps({**description, "format_version": 2}))
+        with pytest.raises(StoreError, match=r"store.json has format 2"):
+            FeatureStore(path)
+
+    def test_no_store_at_all(self, tmp_path: Path) -> None:
+        (tmp_path / "text.h5").write_text("text")
+        with pytest.raises(StoreError, match="not a whole shard"):
+            FeatureStore(tmp_path / "text.h5")
+
+
+def set_value(dataset: str, place: object, value: object) -> Callable[[h5py.File], None]:
+    def damage(file: h5py.File) -> None:
+        file[dataset][place] = value
+
+    return damage
+
+
+def replaced(dataset: str, value: np.ndarray) -> Callable[[h5py.File], None]:
+    def damage(file: h5py.File) -> None:
+        del file[dataset]
+        file[dataset] = value
+
+    return damage
+
+
+def without(name: str) -> Callable[[h5py.File], None]:
+    def damage(file: h5py.File) -> None:
+        del file[name]
+
+    return damage
+
+
+class TestVerify:
+    def test_a_whole_store(self, tmp_path: Path, extracted_store: Path) -> None:
+        assert verify_store(write(tmp_path / "store", {"a": 1.0, "failed": None}, {"b": 2.0})) == []
+        assert verify_store(extracted_store) == []
+
+    @pytest.mark.parametrize(
+        ("damage", "words"),
+        [
+            (set_value(f"{GROUP}/features", (2, 1), np.nan), "video 'b' holds NaN or infinity"),
+            (set_value(f"{GROUP}/features", (0, 0), np.inf), "video 'a' holds NaN or infinity"),
+            (set_value(f"{OTHER}/times_seconds", 3, np.nan), "video 'b' holds NaN or infinity"),
+            (set_value(f"{GROUP}/offsets", 0, 1), "offsets (they do not lead 3 videos through 4 rows)"),
+            (set_value(f"{GROUP}/offsets", 1, 3), "offsets (they do not lead 3 videos through 4 rows)"),
+            (set_value(f"{GROUP}/offsets", 3, 9), "offsets (they do not lead 3 videos through 4 rows)"),
+            (set_value(f"{GROUP}/offsets", 2, 3), "'failed' is unreadable and has 1 rows"),
+            (set_value("videos/status", 1, "ok"), "'failed' is ok and has 0 rows"),
+            (set_value("videos/status", 2, "empty"), "'b' is empty and has 2 rows"),
+            (replaced(f"{GROUP}/offsets", np.array([0, 4])), "offsets (they do not lead 3 videos through 4 rows)"),
+            (
+                replaced(f"{GROUP}/features", np.zeros((4, 2), np.float16)),
+                "features of shape (4, 2), expected rows of 3",
+            ),
+            (replaced(f"{GROUP}/features", np.zeros((3, 3), np.float16)), "do not lead 3 videos through 3 rows"),
+            (replaced(f"{GROUP}/features", np.zeros(4, np.float16)), "features of shape (4,), expected rows of 3"),
+            (replaced(f"{GROUP}/times_seconds", np.zeros(3)), "there are 3 for 4 rows"),
+            (without(GROUP), "cannot give"),
+            (without(f"{OTHER}/times_seconds"), "cannot give"),
+            (without("videos/codec"), "not a whole shard"),
+            (replaced("videos/codec", np.array([1, 2])), "not a whole shard"),
+        ],
+    )
+    def test_finds(self, damage: Callable[[h5py.File], None], words: str, tmp_path: Path) -> None:
+        path = write(tmp_path / "store", {"a": 1.0, "failed": None, "b": 2.0}, {"c": 1.0})
+        with h5py.File(shard_files(path)[0], "r+") as file:
+            damage(file)
+        problems = verify_store(path)
+        assert problems and any(words in problem for problem in problems)
+        assert all(shard_files(path)[0].name in problem for problem in problems)
+
+    def test_finds_every_damaged_shard(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "store", {"a": 1.0}, {"b": 2.0}, {"c": 3.0})
+        for shard in shard_files(path)[:2]:
+            shard.write_bytes(b"half")
+        problems = verify_store(path)
+        assert len(problems) == 2
+
+
+class TestPublishedFile:
+    def test_failure_leaves_the_old_file(self, tmp_path: Path) -> None:
+        (tmp_path / "x.txt").write_text("old")
+        with pytest.raises(RuntimeError), published_file(tmp_path / "x.txt") as aside:
+            aside.write_text("half")
+            raise RuntimeError
+        assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("x.txt", "old")]
+
+    def test_failure_before_anything_was_written(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError), published_file(tmp_path / "x.txt"):
+            pass
+        assert not list(tmp_path.iterdir())
+
+    def test_success_replaces_in_one_step(self, tmp_path: Path) -> None:
+        (tmp_path / "x.txt").write_text("old")
+        with published_file(tmp_path / "x.txt") as aside:
+            aside.write_text("new")
+            assert (tmp_path / "x.txt").read_text() == "old"
+        assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("x.txt", "new")]
+
+
+class Killed(BaseException):
+    pass
+
+
+class TestPublishedFolder:
+    def fill(self, path: Path, text: str) -> None:
+        with published_folder(path) as filling:
+            (filling / "deep").mkdir()
+            (filling / "deep" / "file").write_text(text)
+
+    def content(self, path: Path) -> str:
+        return (path / "deep" / "file").read_text()
+
+    def test_replaces(self, tmp_path: Path) -> None:
+        self.fill(tmp_path / "x", "old")
+        self.fill(tmp_path / "x", "new")
+        assert self.content(tmp_path / "x") == "new" and len(list(tmp_path.iterdir())) == 1
+
+    def test_failure_leaves_the_old_folder(self, tmp_path: Path) -> None:
+        self.fill(tmp_path / "x", "old")
+        with pytest.raises(RuntimeError), published_folder(tmp_path / "x") as filling:
+            (filling / "file").write_text("half")
+            raise RuntimeError
+        assert self.content(tmp_path / "x") == "old" and len(list(tmp_path.iterdir())) == 1
+
+    @pytest.mark.parametrize("renames", [0, 1, 2])
+    def test_killed_between_the_renames(
+        self, renames: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.fill(tmp_path / "x", "old")
+        rename = Path.rename
+        done: list[Path] = []
+
+        def rename_until_killed(source: Path, target: Path) -> Path:
+            if len(done) == renames:
+                raise Killed
+            done.append(source)
+            return rename(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", rename_until_killed)
+            patch.setattr(publish.shutil, "rmtree", lambda *_, **__: None)
+            with pytest.raises(Killed):
+                self.fill(tmp_path / "x", "new")
+        recover_folder(tmp_path / "x")
+        assert self.content(tmp_path / "x") == ("new" if renames == 2 else "old")
+        self.fill(tmp_path / "x", "newest")
+        assert self.content(tmp_path / "x") == "newest"
+        assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(ASIDE_PREFIX)] == ["x"]
+
+    def test_a_reader_that_recovers_does_not_disturb_the_writer(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.fill(tmp_path / "x", "old")
+        rename = Path.rename
+
+        def rename_beside_a_reader(source: Path, target: Path) -> Path:
+            renamed = rename(source, target)
+            with monkeypatch.context() as patch:
+                patch.setattr(Path, "rename", rename)
+                recover_folder(tmp_path / "x")
+            return renamed
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", rename_beside_a_reader)
+            self.fill(tmp_path / "x", "new")
+        assert self.content(tmp_path / "x") == "new"
+
+    def test_nothing_to_recover(self, tmp_path: Path) -> None:
+        recover_folder(tmp_path / "x")
+        assert not list(tmp_path.iterdir())

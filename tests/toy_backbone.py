@@ -1,0 +1,39 @@
+"""Backbones that cost nothing: whole pipelines run in tests without a real network."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from svb.extract.backbones.backbone import Backbone
+
+CLIP_FRAMES = 4
+
+
+class _Pooled(nn.Module):
+    """Mixes the pixels of a coarse grid with fixed random weights; a clip's frames are told apart."""
+
+    def __init__(self, feature_size: int, scale: float) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(feature_size)
+        self.weight = nn.Parameter(scale * torch.randn(3 * 4 * 4, feature_size, generator=generator))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if images.ndim == 5:  # (B, 3, T, S, S)
+            ramp = torch.arange(1, images.shape[2] + 1, dtype=images.dtype).view(1, 1, -1, 1, 1)
+            images = (images * ramp).mean(dim=2)
+        grid = nn.functional.adaptive_avg_pool2d(images, 4).flatten(1)
+        features: torch.Tensor = grid @ self.weight.to(grid.dtype)
+        return features
+
+
+def load(name: str, model: str, weights: str) -> Backbone:
+    """Load `toy:frames`, `toy:wide`, `toy:clips` or `toy:overflow`."""
+    feature_size, scale, clip_frames = {
+        "frames": (8, 1.0, 1),
+        "wide": (12, 1.0, 1),
+        "clips": (6, 1.0, CLIP_FRAMES),
+        "overflow": (8, 1e6, 1),
+    }[model]
+    half = (0.5, 0.5, 0.5)
+    return Backbone(name, _Pooled(feature_size, scale), 16, feature_size, half, half, clip_frames)
