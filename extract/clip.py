@@ -50,7 +50,7 @@ def load_clip(name: str, model: str, weights: str) -> Clip:
         if not (folder / "open_clip_config.json").is_file():
             raise InputError(f"{folder} holds no open_clip_config.json - expected a model saved by open_clip")
     else:
-        _require_known(open_clip, name, model, weights)
+        _require_known(name, model, weights)
     try:
         module = open_clip.create_model(model, pretrained=weights or None, require_pretrained=True)
         tokenizer = open_clip.get_tokenizer(model)
@@ -73,7 +73,9 @@ def load_clip(name: str, model: str, weights: str) -> Clip:
     )
 
 
-def _require_known(open_clip, name: str, model: str, weights: str) -> None:  # type: ignore[no-untyped-def]
+def _require_known(name: str, model: str, weights: str) -> None:
+    import open_clip
+
     if model not in open_clip.list_models():
         near = ", ".join(known for known in open_clip.list_models() if known[:5] == model[:5])
         raise UsageError(f"open_clip knows no model {model!r} - similar ones: {near or 'none'}")

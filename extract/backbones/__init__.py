@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from types import ModuleType
 from typing import cast
 
 import torch
@@ -46,7 +47,7 @@ def load_classifier(name: str) -> Classifier | None:
     return cast(Backbone, _family(family).load(name, model, weights)).classifier
 
 
-def _family(family: str):  # type: ignore[no-untyped-def]
+def _family(family: str) -> ModuleType:
     if family not in FAMILIES:
         raise UsageError(f"unknown backbone family {family!r} - expected one of {', '.join(FAMILIES)}")
     return importlib.import_module(FAMILIES[family])

@@ -47,7 +47,7 @@ def load(name: str, model: str, weights: str) -> Backbone:
     )
 
 
-def _classifier(layer) -> Classifier | None:  # type: ignore[no-untyped-def]
+def _classifier(layer: Any) -> Classifier | None:
     names = imagenet_class_names()
     if getattr(layer, "out_features", None) != len(names):
         return None
