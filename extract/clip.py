@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from svb.errors import InputError, UsageError
-from svb.extract.weights import OFFLINE_HINT, load_state, unavailable
+from svb.extract.weights import OFFLINE_HINT, hub, load_state, unavailable
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,9 @@ def load_clip(name: str, model: str, weights: str) -> Clip:
     else:
         _require_known(name, model, weights)
     try:
-        module = open_clip.create_model(model, pretrained=weights or None, require_pretrained=True)
-        tokenizer = open_clip.get_tokenizer(model)
+        with hub():
+            module = open_clip.create_model(model, pretrained=weights or None, require_pretrained=True)
+            tokenizer = open_clip.get_tokenizer(model)
     except Exception as error:  # a hub client's errors have no common root
         if local_folder or Path(weights).is_file():
             reason = " ".join(str(error).split())[:200]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 import pickle
-from collections.abc import Mapping
+import socket
+import textwrap
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 from safetensors import SafetensorError
@@ -91,7 +96,28 @@ def load_into(module: nn.Module, path: Path) -> None:
         raise InputError(f"{path} does not fit this network ({first}) - name the model it is of") from error
 
 
+@contextlib.contextmanager
+def hub() -> Iterator[None]:
+    """Load weights from a hub or its local cache within this block: quietly, and without waiting for nothing.
+
+    Where the hub's name cannot be resolved, only the cache is asked: the client would try for a minute.
+    """
+    import huggingface_hub.constants as settings
+
+    was_offline, was_disabled = settings.HF_HUB_OFFLINE, logging.root.manager.disable
+    try:
+        socket.getaddrinfo(urlsplit(settings.ENDPOINT).hostname, 443)
+    except OSError:
+        settings.HF_HUB_OFFLINE = True
+    logging.disable(logging.CRITICAL)  # what goes wrong is in the exception
+    try:
+        yield
+    finally:
+        settings.HF_HUB_OFFLINE = was_offline
+        logging.disable(was_disabled)
+
+
 def unavailable(name: str, error: Exception) -> ModelUnavailableError:
     """Return the error for weights that a hub would have served, saying what works without one."""
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    reason = textwrap.shorten(str(error) or type(error).__name__, 160, placeholder=" ...")
     return ModelUnavailableError(f"the weights of {name} cannot be had here ({reason}) - {OFFLINE_HINT}")

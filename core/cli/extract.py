@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from svb.cli.output import Meter, print_json, print_table, say
 from svb.config import default_path
+
+if TYPE_CHECKING:
+    from svb.extract.sampling import Sampling
 
 
 @click.command()
@@ -107,5 +111,5 @@ def extract(
         say(f"`svb info {out} --failures` says what was wrong with the others")
 
 
-def _describe(sampling) -> str:  # type: ignore[no-untyped-def]
-    return f"{sampling.fps:g} frames a second" if sampling.fps else f"{sampling.frames} frames a video"
+def _describe(sampling: Sampling) -> str:
+    return f"--fps {sampling.fps:g}" if sampling.fps else f"--frames {sampling.frames}"

@@ -50,11 +50,15 @@ class Meter:
         self._began = time.monotonic()
         self._drawn = self._began if not self._is_terminal else 0.0
         self._width = 0
+        self._finished = False
 
     def update(self, done: int, total: int, more: dict[str, int] | None = None) -> None:
         """Show `done` of `total`, the rates of it and of `more` counts, and the time it will take."""
         now = time.monotonic()
-        if done < total and now - self._drawn < (0.2 if self._is_terminal else 10.0):
+        if self._finished:
+            return
+        self._finished = done == total
+        if not self._finished and now - self._drawn < (0.2 if self._is_terminal else 10.0):
             return
         self._drawn = now
         seconds = max(now - self._began, 1e-6)

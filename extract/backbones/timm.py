@@ -10,7 +10,7 @@ from timm.data.config import resolve_model_data_config
 
 from svb.errors import InputError, UsageError
 from svb.extract.backbones.backbone import Backbone, Classifier, imagenet_class_names
-from svb.extract.weights import load_state, unavailable
+from svb.extract.weights import hub, load_state, unavailable
 
 
 def load(name: str, model: str, weights: str) -> Backbone:
@@ -27,7 +27,8 @@ def load(name: str, model: str, weights: str) -> Backbone:
     if weights:
         load_state(Path(weights))  # names a missing or damaged file before timm meets it
     try:
-        module: Any = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay)
+        with hub():
+            module: Any = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay)
     except Exception as error:  # a hub client's errors have no common root
         if weights:
             reason = " ".join(str(error).split())[:200]
