@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 
 from svb.errors import UsageError
-from svb.train.config import TrainConfig
+from svb.train.config import MAX_LOGIT_SCALE, TrainConfig
 from svb.train.heads import TextHead, VideoHead, mean_of_frames, sinusoids
 from svb.train.losses import cross_captioning, info_nce
 from svb.train.metrics import t2v_ranks
-from svb.train.model import MAX_LOGIT_SCALE, RetrievalModel
+from svb.train.model import RetrievalModel
 from svb.train.support_set import mix, own_mask, support_weights
 
 FEATURE_SIZE, EMBEDDING_SIZE = 12, 128

@@ -2,7 +2,7 @@
 
 model.safetensors   the model's weights
 training.pt         optimizer state, loadable with weights_only=True (only in last/)
-checkpoint.json     epoch, metrics, and the hash of every other file
+checkpoint.json     epoch, metrics, the hash of every other file, and a fingerprint of all that
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from svb.data.publish import hash_file, published_folder, recover_folder
+from svb.config import fingerprint
+from svb.data.publish import hash_file, published_folder
 from svb.errors import InputError, StoreError
 
 
@@ -47,6 +48,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
             torch.save(checkpoint.training, aside / "training.pt")
         hashes = {path.name: hash_file(path) for path in sorted(aside.iterdir())}
         description = {"epoch": checkpoint.epoch, "metrics": checkpoint.metrics, "hashes": hashes}
+        description["fingerprint"] = fingerprint(description)
         (aside / "checkpoint.json").write_text(json.dumps(description, indent=2) + "\n", "utf-8")
 
 
@@ -57,11 +59,13 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         InputError: There is none.
         StoreError: A file is missing, damaged, or not what was written.
     """
-    recover_folder(folder)
+    folder = _whole_folder(folder)
     if not folder.is_dir():
         raise InputError(f"no checkpoint at {folder} - train first with `svb train`")
     try:
         description = json.loads((folder / "checkpoint.json").read_text("utf-8"))
+        if description.pop("fingerprint") != fingerprint(description):
+            raise StoreError(f"{folder / 'checkpoint.json'} is not what was written - restore it, or train again")
         for name, expected in description["hashes"].items():
             if hash_file(folder / name) != expected:
                 raise StoreError(f"{folder / name} is not what was written - restore the folder, or train again")
@@ -69,9 +73,18 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         training: dict[str, Any] = {}
         if "training.pt" in description["hashes"]:
             training = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise StoreError(f"{folder} is not a whole checkpoint ({error}) - restore it, or train again") from error
     return Checkpoint(int(description["epoch"]), description["metrics"], model, training)
+
+
+def _whole_folder(folder: Path) -> Path:
+    """Return the folder to read: after a kill between a checkpoint's two renames, where the whole one lies.
+
+    Nothing is renamed here: a run may be read while its training goes on, and that alone may tidy it up.
+    """
+    beside = (folder.parent / f".{folder.name}.{role}" for role in ("new", "old"))
+    return next((path for path in (folder, *beside) if path.is_dir()), folder)
 
 
 def load_weights(module: torch.nn.Module, weights: Mapping[str, torch.Tensor], folder: Path) -> None:

@@ -10,6 +10,7 @@ from svb.errors import UsageError
 LOSSES = ("info_nce", "max_margin")
 VARIANTS = ("none", "identity", "full", "hybrid", "cross")
 CAPTION_SAMPLING = ("one", "all")
+MAX_LOGIT_SCALE = 100.0
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class TrainConfig:
         batch_size: B, captions in a batch.
         epochs: Passes over the training videos (or captions, with `all`).
         learning_rate: AdamW's at its peak.
-        weight_decay: AdamW's.
+        weight_decay: AdamW's, on matrices alone.
         warmup: Share of all steps in which the learning rate rises; after it a cosine falls to zero.
         evaluate_every: Epochs between evaluations on val.
         val_fraction: Share of videos put aside as val where the caption table has no val split.
@@ -87,6 +88,10 @@ class TrainConfig:
         for name in ("support_temperature", "logit_scale", "learning_rate"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} is {getattr(self, name)} - expected more than 0")
+        if self.logit_scale > MAX_LOGIT_SCALE:
+            raise UsageError(f"logit_scale is {self.logit_scale} - expected at most {MAX_LOGIT_SCALE:g}")
+        if self.seed >= 2**32:
+            raise UsageError(f"seed is {self.seed} - expected less than {2**32}")
 
 
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -7,11 +7,9 @@ import math
 import torch
 from torch import nn
 
-from svb.train.config import TrainConfig
+from svb.train.config import MAX_LOGIT_SCALE, TrainConfig
 from svb.train.decoder import CaptionDecoder
 from svb.train.heads import TextHead, VideoHead
-
-MAX_LOGIT_SCALE = 100.0
 
 
 class RetrievalModel(nn.Module):

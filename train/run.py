@@ -76,12 +76,13 @@ def train(
     )
     description = _describe(config, feature_store, backbone, caption_features)
     description["data"] = {"train": _contents(train_split), "val": _contents(val_split)}
-    _open_run(out, description, feature_store.path, Path(captions))
     vocabulary = None
     if config.variant != "none":
         vocabulary = Vocabulary.of(train_split.captions, config.min_word_count)
     torch.manual_seed(config.seed)
     model = build_model(description, len(vocabulary) if vocabulary else None).to(torch_device)
+    # Only now, so that options which make no model leave no run behind.
+    _open_run(out, description, feature_store.path, Path(captions))
     loop = _Loop(model, train_split, val_split, vocabulary, config, out)
     loop.resume(on_message)
     if loop.epoch == config.epochs:
@@ -137,7 +138,7 @@ class _Loop:
         # What is drawn at random depends on the epoch alone, so a resumed run draws the same.
         torch.manual_seed(self._config.seed * 1_000_003 + self.epoch)
         self._model.train()
-        totals = torch.zeros(3)
+        totals = torch.zeros(4)
         for step, batch in enumerate(self._batches(self.epoch)):
             learning_rate = self._learning_rate(self.epoch * self._steps_per_epoch + step)
             for group in self._optimizer.param_groups:
@@ -145,17 +146,18 @@ class _Loop:
             losses = self._losses(torch.from_numpy(batch).to(self._train.caption_video.device))
             self._optimizer.zero_grad(set_to_none=True)
             losses.loss.backward()
-            torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+            gradient_norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
             self._optimizer.step()
-            totals += torch.stack([losses.loss, losses.contrastive, losses.cross_captioning]).detach().cpu()
+            watched = [losses.loss, losses.contrastive, losses.cross_captioning, gradient_norm]
+            totals += torch.stack(watched).detach().cpu()
         self.epoch += 1
         mean = (totals / self._steps_per_epoch).tolist()
         if not all(map(math.isfinite, mean)):
             raise InputError(
-                f"the loss is {mean[0]} after epoch {self.epoch} - lower --learning-rate, or look for odd values "
-                "in the features with `svb verify`; best/ and last/ hold the state before"
+                f"the loss is {mean[0]}, its gradient {mean[3]} in epoch {self.epoch} - lower --learning-rate, or "
+                "look for odd values in the features with `svb verify`; best/ and last/ hold the state before"
             )
-        metrics = dict(zip(("loss", "contrastive", "cross_captioning"), mean, strict=True))
+        metrics = dict(zip(("loss", "contrastive", "cross_captioning", "gradient_norm"), mean, strict=True))
         metrics["logit_scale"] = float(self._model.logit_scale.detach())
         return self._evaluate_and_save({"epoch": self.epoch, **metrics})
 
@@ -276,6 +278,8 @@ def read_run(run: Path) -> dict[str, Any]:
         raise StoreError(f"{path} is damaged ({error}) - restore it, or train again") from error
     if version > FORMAT_VERSION:
         raise StoreError(f"{path} has format {version} - this svb reads up to {FORMAT_VERSION}; upgrade svb")
+    if description.pop("fingerprint", None) != fingerprint(description):
+        raise StoreError(f"{path} was edited: its settings no longer give its fingerprint - undo the edit")
     return description
 
 
@@ -291,10 +295,11 @@ def _open_run(out: Path, description: dict[str, Any], store: Path, captions: Pat
         out.mkdir(parents=True, exist_ok=True)
         # Where the inputs lay is no setting: a run whose inputs were moved can still be resumed.
         paths = {"store": str(store.absolute()), "captions": str(captions.absolute())}
-        publish_json(out / "config.json", {**description, "paths": paths})
+        whole = {**description, "paths": paths}
+        publish_json(out / "config.json", {**whole, "fingerprint": fingerprint(whole)})
         return
     stored = read_run(out)
-    stored.pop("paths", None)
+    del stored["paths"]
     require_same(
         stored,
         description,
@@ -316,6 +321,10 @@ def _load_splits(
     positions = positions_of_splits(
         captions, val_fraction=config.val_fraction, seed=config.seed, on_message=on_message
     )
+    usable = set(store.video_ids)
+    if positions["val"] and not any(captions.table.video_ids[position] in usable for position in positions["val"]):
+        on_message("no video of the val split has features: the checkpoint of the last epoch will be best/")
+        positions["val"] = []
     loaded = {
         split: load_split(store, backbone, captions, positions[split], max_frames=config.max_frames, device=device)
         for split in ("train", "val")
