@@ -129,7 +129,7 @@ def evaluate(
     t2v, v2t = t2v_ranks(similarity, caption_video), v2t_ranks(similarity, caption_video, v2t_convention)
     ranks = ranks or (Path(source) / "ranks.npz" if embedder.model["kind"] == "run" else None)
     if ranks is not None:
-        with published_file(ranks.with_suffix(".npz")) as aside, aside.open("wb") as file:
+        with published_file(ranks) as aside, aside.open("wb") as file:
             np.savez(
                 file, t2v=t2v, v2t=v2t, caption_ids=data.caption_ids, video_ids=data.frames.video_ids, split=split
             )

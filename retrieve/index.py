@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ from svb.retrieve.segment import MomentWindows, embed_segment, write_segment
 
 FORMAT_VERSION = 1
 PARTS = ("segments", "captions", "heads")
+_KEY = re.compile(r"[0-9a-f]{16}")
 
 
 def index(
@@ -109,7 +111,7 @@ def index(
         "moments_total": len(segment.moment_seconds),
         **parts,
     }
-    publish_json(out / "manifest.json", manifest)
+    publish_json(out / "manifest.json", {**manifest, "fingerprint": fingerprint(manifest)})
     _remove_unnamed(out, manifest)
     on_message(
         f"{out}: {len(segment.videos)} videos, {len(segment.moment_seconds)} moments of {moment_seconds:g} s, "
@@ -130,14 +132,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} is not an index (no manifest.json) - make one with `svb index -o {folder}`")
     try:
         manifest: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        version, model = int(manifest["format_version"]), manifest["model"]
-        whole = manifest["model_fingerprint"] == fingerprint(model)
+        version = int(manifest["format_version"])
     except (ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{path} is damaged ({error}) - make the index again with `svb index`") from error
     if version > FORMAT_VERSION:
         raise StoreError(f"{path} has format {version} - this svb reads up to {FORMAT_VERSION}; upgrade svb")
-    if not whole:
-        raise StoreError(f"{path} was edited: its model no longer gives its fingerprint - make the index again")
+    if manifest.pop("fingerprint", None) != fingerprint(manifest):
+        raise StoreError(f"{path} was edited: it no longer gives its fingerprint - make the index again")
     return manifest
 
 
@@ -191,5 +192,6 @@ def _remove_unnamed(out: Path, manifest: dict[str, Any]) -> None:
         if (out / part).is_dir():
             remove_leftovers(out / part)
             for path in (out / part).iterdir():
-                if path.name not in named:
+                # Only what is named as parts are: the folder may have held other things before.
+                if path.name not in named and _KEY.fullmatch(path.name):
                     shutil.rmtree(path)

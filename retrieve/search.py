@@ -92,6 +92,7 @@ class Searcher:
         self.manifest = read_manifest(self.path)
         self._device = choose_device(device)
         self._segment = self._read_segment()
+        self._opened: dict[str, faiss.Index] = {}
         self._text_encoder: TextEncoder | None = None
         self._embedder: Embedder | None = None
 
@@ -108,11 +109,15 @@ class Searcher:
             by: `video` ranks whole videos, `moment` single moments: a video may come several times.
 
         Raises:
-            InputError: The query is empty or longer than the text encoder reads.
+            UsageError: K is less than 1, or `by` is neither.
+            InputError: The query is empty, not Unicode, or longer than the text encoder reads.
             MismatchError: The text encoder here is not the one the index was made with.
         """
+        _check_request(k, by)
         if not query.strip():
             raise InputError("the query is empty - say what to look for")
+        if not query.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in query):
+            raise InputError(f"the query {query!r} is not UTF-8 - type it in a UTF-8 terminal")
         encoder = self._load_text_encoder()
         tokens = encoder.num_tokens(query)
         if tokens > encoder.max_tokens:
@@ -129,6 +134,7 @@ class Searcher:
             InputError: The file gives no frame.
             MismatchError: The backbone here is not the one the index was made with.
         """
+        _check_request(k, "video")
         embedding = embed_file(file, self._load_embedder(), self._device)
         return self._captions_of(embedding, k), self.search_embedding(embedding, k)
 
@@ -136,10 +142,10 @@ class Searcher:
         self, embedding: NDArray[np.float32], k: int = 10, *, by: str = "video"
     ) -> list[VideoResult]:
         """Return the K best videos for a `(D,)` embedding; see `search_text`."""
-        if k < 1:
-            raise UsageError(f"k is {k} - expected at least 1")
-        if by not in ("video", "moment"):
-            raise UsageError(f"cannot rank by {by!r} - expected video or moment")
+        _check_request(k, by)
+        size = self._segment.video_embeddings.shape[1]
+        if embedding.shape != (size,):
+            raise UsageError(f"the embedding is {embedding.shape} - expected ({size},), the index's size")
         scores, rows = self._nearest(f"{by}_embeddings", embedding, k)
         results = []
         for rank, (score, row) in enumerate(zip(scores, rows, strict=True), start=1):
@@ -166,8 +172,13 @@ class Searcher:
         if not self.manifest["captions"]:
             return []
         folder = self._part("captions")
-        captions = json.loads((folder / "captions.json").read_text("utf-8"))
-        embeddings = np.load(folder / "caption_embeddings.npy")
+        try:
+            captions = json.loads((folder / "captions.json").read_text("utf-8"))
+            embeddings = np.load(folder / "caption_embeddings.npy")
+            if len(captions) != len(embeddings):
+                raise ValueError(f"{len(captions)} captions with {len(embeddings)} embeddings")
+        except (OSError, ValueError, EOFError) as error:
+            raise StoreError(f"{folder} is damaged ({error}) - make the index again with `svb index`") from error
         scores, rows = _search(_build_faiss(embeddings), embedding, k)
         return [
             CaptionResult(rank, score, captions[row]["caption"], captions[row]["video_id"])
@@ -179,21 +190,29 @@ class Searcher:
 
     def _faiss(self, array: str) -> faiss.Index:
         """Return a FAISS index over an array, mapped from the cache; made anew where it is not there."""
+        if array not in self._opened:
+            self._opened[array] = self._open_faiss(array)
+        return self._opened[array]
+
+    def _open_faiss(self, array: str) -> faiss.Index:
         entry = self.manifest["segments"][0]
         path = self.path / "cache" / f"{entry['files'][f'{array}.npy'][:16]}.faiss"
+        embeddings = getattr(self._segment, array)
         if path.exists():
             try:
-                return faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+                opened = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+                if (opened.ntotal, opened.d) == embeddings.shape:
+                    return opened
             except RuntimeError:  # damaged: the arrays are the truth
-                path.unlink()
-        built = _build_faiss(getattr(self._segment, array))
+                pass
+        built = _build_faiss(embeddings)
         try:
             for stale in (self.path / "cache").glob("*.faiss"):
                 if not any(stale.stem == name[:16] for name in entry["files"].values()):
                     stale.unlink()
             with published_file(path) as aside:
                 faiss.write_index(built, str(aside))
-        except OSError:  # an index on a read-only disk can still be searched
+        except (OSError, RuntimeError):  # an index on a read-only or full disk can still be searched
             pass
         return built
 
@@ -201,7 +220,7 @@ class Searcher:
         folder = self._part("segments")
         try:
             segment = read_segment(folder)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise StoreError(f"{folder} is damaged ({error}) - make the index again with `svb index`") from error
         if not np.isfinite(segment.video_embeddings).all():
             raise StoreError(f"{folder} holds NaN - make the index again with `svb index`")
@@ -235,6 +254,13 @@ class Searcher:
                     f"{self._embedder.fingerprint} - install the package versions of then, or make the index again"
                 )
         return self._embedder
+
+
+def _check_request(k: int, by: str) -> None:
+    if k < 1:
+        raise UsageError(f"k is {k} - expected at least 1")
+    if by not in ("video", "moment"):
+        raise UsageError(f"cannot rank by {by!r} - expected video or moment")
 
 
 def _build_faiss(embeddings: NDArray[np.float16]) -> faiss.Index:

@@ -10,6 +10,7 @@ moment_seconds.npy       (M, 2) float64, each moment's half-open interval [begin
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from svb.data.feature_store import FeatureStore, FrameFeatures
 from svb.retrieve.embedder import Embedder
 from svb.train.training_data import FrameTable
 
+# A moment of a single frame whose video tells no duration; an interval must not be empty.
+SHORTEST_SECONDS = 0.04
 ARRAYS = ("video_embeddings", "moment_embeddings", "moment_offsets", "moment_seconds")
 
 
@@ -53,7 +56,8 @@ def embed_segment(store: FeatureStore, embedder: Embedder, windows: MomentWindow
     """Embed every usable video of a store and its moments: the video head on a sliding window."""
     loaded = store.load(embedder.backbone)
     frames = FrameTable.of(loaded, embedder.max_frames, device)
-    rows, moment_offsets, moment_seconds = _moments(loaded, windows)
+    durations_seconds = [store.records[video_id].duration_seconds for video_id in loaded.video_ids]
+    rows, moment_offsets, moment_seconds = _moments(loaded, durations_seconds, windows)
     moment_frames = FrameTable(
         [],
         frames.features,
@@ -79,25 +83,33 @@ def embed_segment(store: FeatureStore, embedder: Embedder, windows: MomentWindow
 
 
 def _moments(
-    loaded: FrameFeatures, windows: MomentWindows
+    loaded: FrameFeatures, durations_seconds: Sequence[float], windows: MomentWindows
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
     """Return the `(M, 2)` first row and number of rows of every moment, `(V + 1,)` offsets, `(M, 2)` seconds."""
     rows: list[tuple[int, int]] = []
     seconds: list[tuple[float, float]] = []
     offsets = [0]
-    for first, last in zip(loaded.offsets[:-1], loaded.offsets[1:], strict=True):
+    for first, last, duration in zip(loaded.offsets[:-1], loaded.offsets[1:], durations_seconds, strict=True):
         times = loaded.times_seconds[first:last]
-        # The last frame is shown about as long as frames lie apart.
-        end = times[-1] + (np.diff(times).mean() if len(times) > 1 else 0.0)
+        end = _end_seconds(times, duration)
         num_windows = max(1, int(np.ceil((end - times[0] - windows.seconds) / windows.stride_seconds)) + 1)
         for window in range(num_windows):
             begin = times[0] + window * windows.stride_seconds
             low, high = np.searchsorted(times, [begin - 1e-6, begin + windows.seconds - 1e-6])
             if high > low:
                 rows.append((int(first + low), int(high - low)))
-                seconds.append((float(begin), float(max(min(begin + windows.seconds, end), times[high - 1]))))
+                seconds.append((float(begin), float(min(begin + windows.seconds, end))))
         offsets.append(len(rows))
     return np.array(rows, np.int64), np.array(offsets, np.int64), np.array(seconds, np.float64)
+
+
+def _end_seconds(times_seconds: NDArray[np.float64], duration_seconds: float) -> float:
+    """Return when a video ends: its last frame is shown about as long as frames lie apart, and not for ever."""
+    first, last = float(times_seconds[0]), float(times_seconds[-1])
+    ends = [last + (last - first) / (len(times_seconds) - 1)] if len(times_seconds) > 1 else []
+    if first + duration_seconds > last:  # False where the container promised nothing, or too little
+        ends.append(first + duration_seconds)
+    return min(ends, default=last + SHORTEST_SECONDS)
 
 
 def write_segment(folder: Path, segment: Segment) -> None:
@@ -112,11 +124,16 @@ def read_segment(folder: Path) -> Segment:
 
     Raises:
         OSError: A file is missing.
-        ValueError: A file is damaged.
+        ValueError, EOFError: A file is damaged, or they do not belong together.
     """
     videos = json.loads((folder / "videos.json").read_text("utf-8"))
     arrays = {
         name: np.load(folder / f"{name}.npy", mmap_mode="r" if name == "moment_embeddings" else None)
         for name in ARRAYS
     }
-    return Segment(videos, **arrays)
+    segment = Segment(videos, **arrays)
+    counts = {len(videos), len(segment.video_embeddings), len(segment.moment_offsets) - 1}
+    moments = {len(segment.moment_embeddings), len(segment.moment_seconds), int(segment.moment_offsets[-1])}
+    if len(counts) > 1 or len(moments) > 1:
+        raise ValueError(f"arrays of {sorted(counts)} videos and {sorted(moments)} moments")
+    return segment

@@ -50,6 +50,14 @@ def test_padding_in_memory_is_ignored() -> None:
     assert (decoder(tokens, moved, frame_mask)[0] - logits[0]).abs().max() > 1e-4
 
 
+def test_wanted_positions_get_the_logits_that_all_positions_get() -> None:
+    decoder, memory = make_decoder(), make_memory()
+    tokens = torch.tensor([[START, 4, PADDING], [START, 8, 9]])
+    wanted = torch.tensor([[True, True, False], [False, True, True]])
+    everything = decoder(tokens, *memory)
+    torch.testing.assert_close(decoder(tokens, *memory, wanted), everything[wanted], rtol=1e-5, atol=1e-5)
+
+
 def test_padding_of_captions_is_ignored() -> None:
     decoder, memory = make_decoder(), make_memory()
     short = decoder(torch.tensor([[START, 4], [START, 8]]), *memory)
@@ -70,14 +78,15 @@ def test_overfits_a_handful_of_captions_through_mixtures() -> None:
     mixtures, mixture_mask = mix(weights, frames, frame_mask)
     decoder = CaptionDecoder(len(vocabulary), MEMORY_SIZE, size=32, layers=2, dropout=0.0)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=3e-3)
+    real = tokens[:, 1:] != PADDING
     for _ in range(150):
-        loss = cross_captioning(decoder(tokens[:, :-1], mixtures, mixture_mask), tokens, PADDING)
+        logits = decoder(tokens[:, :-1], mixtures, mixture_mask, real)
+        loss = cross_captioning(logits, tokens[:, 1:][real])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.05
     said = decoder(tokens[:, :-1], mixtures, mixture_mask).argmax(dim=-1)
-    real = tokens[:, 1:] != PADDING
     assert torch.equal(said[real], tokens[:, 1:][real])
 
 

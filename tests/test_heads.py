@@ -139,8 +139,9 @@ def test_gradients_reach_every_parameter(variant: str, shared_space: bool) -> No
     if model.decoder is not None:
         weights = support_weights(caption_embeddings, video_embeddings, own, variant="cross", temperature=0.1)
         tokens = torch.tensor([[1, 4, 5, 2], [1, 6, 2, 0], [1, 7, 2, 0], [1, 8, 4, 2]])
-        logits = model.decoder(tokens[:, :-1], *mix(weights, sequences, frame_mask))
-        loss = loss + cross_captioning(logits, tokens, 0)
+        is_word = tokens[:, 1:] != 0
+        logits = model.decoder(tokens[:, :-1], *mix(weights, sequences, frame_mask), is_word)
+        loss = loss + cross_captioning(logits, tokens[:, 1:][is_word])
     loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name

@@ -48,7 +48,7 @@ class TrainConfig:
 
     embedding_size: int = 512
     layers: int = 1
-    dropout: float = 0.3
+    dropout: float = 0.5
     max_frames: int = 32
     loss: str = "info_nce"
     margin: float = 0.2
@@ -57,12 +57,12 @@ class TrainConfig:
     cross_captioning_weight: float = 0.1
     support_temperature: float = 0.1
     decoder_size: int = 256
-    decoder_layers: int = 2
+    decoder_layers: int = 1
     min_word_count: int = 2
     caption_sampling: str = "one"
     batch_size: int = 128
     epochs: int = 30
-    learning_rate: float = 5e-4
+    learning_rate: float = 2.5e-4
     weight_decay: float = 0.05
     warmup: float = 0.1
     evaluate_every: int = 5

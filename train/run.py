@@ -16,7 +16,7 @@ from svb.config import fingerprint, require_same
 from svb.data.caption_features import CaptionFeatures, read_caption_features
 from svb.data.feature_store import FeatureStore
 from svb.data.publish import publish_json, published_file, remove_leftovers
-from svb.device import choose_device
+from svb.device import choose_device, choose_precision, precision_name
 from svb.errors import InputError, StoreError
 from svb.train.checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
 from svb.train.config import TrainConfig
@@ -75,6 +75,7 @@ def train(
         feature_store, backbone, caption_features, config, torch_device, on_message
     )
     description = _describe(config, feature_store, backbone, caption_features)
+    description["decoder_precision"] = precision_name(_decoder_dtype(torch_device))
     description["data"] = {"train": _contents(train_split), "val": _contents(val_split)}
     vocabulary = None
     if config.variant != "none":
@@ -131,6 +132,7 @@ class _Loop:
         self._tokens = [vocabulary.encode(caption) for caption in train_split.captions] if vocabulary else []
         self._steps_per_epoch = len(self._batches(0))
         self._optimizer = torch.optim.AdamW(_parameter_groups(model, config.weight_decay), lr=config.learning_rate)
+        self._decoder_dtype = _decoder_dtype(train_split.caption_video.device)
         self._saved_at = time.monotonic()
 
     def run_epoch(self) -> dict[str, float]:
@@ -184,8 +186,10 @@ class _Loop:
         )  # (B, B)
         mixtures, mixture_mask = mix(weights, frame_sequences, frame_mask)  # (B, T, D), (B, T)
         tokens = pad([self._tokens[position] for position in batch.tolist()]).to(rows.device)  # (B, L)
-        logits = model.decoder(tokens[:, :-1], mixtures, mixture_mask)  # (B, L - 1, vocabulary)
-        rebuilding = cross_captioning(logits, tokens, PADDING)
+        is_word = tokens[:, 1:] != PADDING  # (B, L - 1)
+        with torch.autocast(rows.device.type, self._decoder_dtype, enabled=self._decoder_dtype != torch.float32):
+            logits = model.decoder(tokens[:, :-1], mixtures, mixture_mask, is_word)  # (N, vocabulary)
+        rebuilding = cross_captioning(logits, tokens[:, 1:][is_word])
         return _Step(contrastive + config.cross_captioning_weight * rebuilding, contrastive, rebuilding)
 
     def _evaluate_and_save(self, metrics: dict[str, float]) -> dict[str, float]:
@@ -238,6 +242,12 @@ class _Loop:
             return self._config.learning_rate * (step + 1) / warmup
         progress = (step - warmup) / max(1, total - warmup)
         return self._config.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+
+
+def _decoder_dtype(device: torch.device) -> torch.dtype:
+    # The decoder is nearly all of the cost; float16 would need its loss scaled.
+    dtype = choose_precision(device)
+    return dtype if dtype == torch.bfloat16 else torch.float32
 
 
 def _parameter_groups(model: RetrievalModel, weight_decay: float) -> list[dict[str, Any]]:

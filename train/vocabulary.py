@@ -12,7 +12,8 @@ from svb.errors import InputError
 
 PADDING, START, END, UNKNOWN = range(4)
 SPECIAL = ("<padding>", "<start>", "<end>", "<unknown>")
-MAX_WORDS = 40
+# Longer captions are rare, and the longest of a batch sets its cost.
+MAX_WORDS = 24
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
 
@@ -47,7 +48,7 @@ class Vocabulary:
         return len(self.words)
 
     def encode(self, caption: str) -> list[int]:
-        """Return a caption's tokens from start to end; words beyond the 40th are left out."""
+        """Return a caption's tokens from start to end; words beyond the 24th are left out."""
         words = split_words(caption)[:MAX_WORDS]
         return [START, *(self._token.get(word, UNKNOWN) for word in words), END]
 

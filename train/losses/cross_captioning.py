@@ -6,15 +6,14 @@ import torch
 import torch.nn.functional as F
 
 
-def cross_captioning(logits: torch.Tensor, tokens: torch.Tensor, padding_id: int) -> torch.Tensor:
-    """Return the mean negative log-likelihood of the captions' tokens.
+def cross_captioning(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the mean negative log-likelihood of the words to be rebuilt.
 
     Args:
-        logits: `(B, L - 1, vocabulary)`; position l predicts token l + 1.
-        tokens: `(B, L)` int64, from the start token to the end token, then padding.
-        padding_id: The token that is not predicted.
+        logits: `(N, vocabulary)` of the N words of all captions of a batch, padding left out.
+        targets: `(N,)` int64, the words.
 
     Returns:
-        Scalar: the mean over all tokens that are not padding.
+        Scalar.
     """
-    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=padding_id)
+    return F.cross_entropy(logits.float(), targets)

@@ -1,0 +1,387 @@
+"""What users really bring: each odd input gets one clear line, the right exit code, and nothing half-made."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import clips
+import numpy as np
+import pytest
+from conftest import Ran, RunSvb
+
+from svb.data.feature_store import FeatureStore, verify_store
+
+pytestmark = pytest.mark.usefixtures("toy_backbones")
+
+TOY = ("--backbone", "toy:frames", "--workers", "1")
+MINILM = ("--text-encoder", "offline:minilm-l6")
+
+
+def assert_refused(ran: Ran, *words: str, exit_code: int = 1) -> None:
+    """Assert that a command ended with one line that says what, what was expected and what to do."""
+    complaints = [line for line in ran.stderr.splitlines() if line.startswith("svb: ")]
+    assert ran.exit_code == exit_code, ran
+    assert len(complaints) == 1 and ran.stderr.splitlines()[-1] == complaints[0], ran.stderr
+    assert "Traceback" not in ran.stderr and not ran.stdout
+    for word in words:
+        assert word in complaints[0], complaints[0]
+    assert " - " in complaints[0] or "; " in complaints[0] or ". " in complaints[0]
+
+
+def assert_wrong_usage(ran: Ran, *words: str) -> None:
+    assert ran.exit_code == 2 and "Traceback" not in ran.stderr and not ran.stdout, ran
+    for word in words:
+        assert word in ran.stderr.splitlines()[-1], ran.stderr
+
+
+class Extracted:
+    """What a finished `svb extract --json` left behind."""
+
+    def __init__(self, ran: Ran, out: Path) -> None:
+        assert ran.exit_code == 0, ran
+        assert "Traceback" not in ran.stderr
+        assert verify_store(out) == []
+        self.stderr = ran.stderr
+        self.store = FeatureStore(out)
+        assert json.loads(ran.stdout)["videos"] == dict(self.store.status_counts())
+        self.statuses = {video_id: record.status for video_id, record in self.store.records.items()}
+
+
+@pytest.fixture
+def extract(run_svb: RunSvb, tmp_path: Path) -> Callable[..., Extracted]:
+    def call(*arguments: object) -> Extracted:
+        return Extracted(run_svb("extract", *arguments, "-o", tmp_path / "out", "--json", *TOY), tmp_path / "out")
+
+    return call
+
+
+class TestNoVideos:
+    def test_no_such_path(self, run_svb: RunSvb, tmp_path: Path) -> None:
+        ran = run_svb("extract", tmp_path / "nowhere", "-o", tmp_path / "out", *TOY)
+        assert_refused(ran, f"no such file or folder: {tmp_path}/nowhere", "give folders, video files or a list")
+        assert not (tmp_path / "out").exists()
+
+    def test_an_empty_folder(self, run_svb: RunSvb, tmp_path: Path) -> None:
+        (tmp_path / "empty").mkdir()
+        ran = run_svb("extract", tmp_path / "empty", "-o", tmp_path / "out", *TOY)
+        assert_refused(ran, "no videos in", "empty", "expected files such as .mp4")
+        assert not (tmp_path / "out").exists()
+
+    def test_a_folder_of_other_things(self, run_svb: RunSvb, tmp_path: Path) -> None:
+        (tmp_path / "notes.txt").touch()
+        assert_refused(run_svb("extract", tmp_path, "-o", tmp_path / "out", *TOY), "no videos in")
+
+    def test_no_argument(self, run_svb: RunSvb) -> None:
+        assert_wrong_usage(run_svb("extract"), "Missing argument 'VIDEOS...'")
+
+
+class TestFiles:
+    """One store per test; a bad file never costs the good ones."""
+
+    def test_statuses(self, extract: Callable[..., Extracted], run_svb: RunSvb, tmp_path: Path) -> None:
+        folder = tmp_path / "clips"
+        folder.mkdir()
+        (folder / "empty.mp4").touch()
+        (folder / "text.mp4").write_text("not a video\n" * 50)
+        clips.make_truncated_clip(folder / "no-index.mp4", keeps_index=False)
+        clips.make_truncated_clip(folder / "cut.mp4", keeps_index=True)
+        clips.make_rotten_clip(folder / "rotten.mp4")
+        clips.make_sound(folder / "sound.m4a").rename(folder / "sound.mp4")
+        clips.make_song_with_cover(folder / "song.mp3").rename(folder / "song.mp4")
+        clips.make_one_frame_clip(folder / "one-frame.mp4")
+        clips.make_clip(folder / "tiny.mp4", size="16x16")
+        clips.make_odd_size_clip(folder / "odd.mkv")
+        clips.make_turned_clip(folder / "turned.mp4", 270)
+        clips.make_variable_rate_clip(folder / "variable.mp4")
+        clips.make_late_clip(folder / "late.mkv")
+        clips.make_anamorphic_clip(folder / "anamorphic.mp4")
+        clips.make_animated_webp(folder / "moving.webp")
+        done = extract(folder)
+        assert done.statuses == {
+            **{"empty": "empty", "text": "unreadable", "no-index": "truncated", "cut": "partial"},
+            **{"rotten": "partial", "sound": "no_video_stream", "song": "attached_picture", "one-frame": "ok"},
+            **{"tiny": "ok", "odd": "ok", "turned": "ok", "variable": "ok", "late": "ok", "anamorphic": "ok"},
+            **{"moving": "ok", "upright-turned": "ok", "whole-cut": "ok", "whole-no-index": "ok"},
+        }
+        assert "svb info" in done.stderr and "--failures" in done.stderr
+        records = done.store.records
+        for video_id, words in (
+            ("empty", "has 0 bytes - copy or download it again"),
+            ("text", "is not a video that can be read"),
+            ("no-index", "moov atom not found"),
+            ("cut", "s of 3.0 s; decode errors"),
+            ("sound", "has no video stream - expected a video"),
+            ("song", "has cover art but no video stream - expected a video, not music"),
+        ):
+            assert words in records[video_id].error
+        sizes = {v: (records[v].width_px, records[v].height_px) for v in ("tiny", "odd", "turned", "anamorphic")}
+        assert sizes == {"tiny": (16, 16), "odd": (67, 51), "turned": (48, 64), "anamorphic": (85, 48)}
+        loaded = done.store.load("toy:frames", ["one-frame", "late"])
+        np.testing.assert_allclose(loaded.times_seconds, [0, 4.7, 5.7], atol=1e-9)
+
+        listed = run_svb("info", tmp_path / "out", "--failures", "--json")
+        assert listed.exit_code == 0
+        failures = {row["video_id"]: row for row in json.loads(listed.stdout)}
+        assert set(failures) == {v for v, status in done.statuses.items() if status != "ok"}
+        assert failures["empty"]["source_path"] == str(folder / "empty.mp4")
+        again = extract(folder)
+        assert "nothing to do" in again.stderr and again.statuses == done.statuses
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            *("a b.mp4", 'it\'s "quoted" $HOME.mp4', "line\nbreak.mp4", "Видео 動画 😀.mp4", "-v.mp4", "a@b.mp4"),
+            *("100%d.mp4", "a..b.mp4", " .mp4", "tab\t.mp4"),
+        ],
+    )
+    def test_names(self, name: str, extract: Callable[..., Extracted], tmp_path: Path) -> None:
+        (tmp_path / "clips").mkdir()
+        clips.make_clip(tmp_path / "clips" / "plain.mp4", seconds=0.3).rename(tmp_path / "clips" / name)
+        assert extract(tmp_path / "clips").statuses == {name.removesuffix(".mp4"): "ok"}
+        assert "nothing to do" in extract(tmp_path / "clips").stderr
+        assert "nothing to do" in extract(tmp_path / "clips" / name).stderr
+
+    def test_a_name_that_is_not_utf8(
+        self, extract: Callable[..., Extracted], run_svb: RunSvb, tmp_path: Path
+    ) -> None:
+        folder = tmp_path / "clips"
+        folder.mkdir()
+        clips.make_clip(folder / "plain.mp4", seconds=0.3)
+        name = os.fsdecode(b"caf\xe9.mp4")
+        (folder / "plain.mp4").rename(folder / name)
+        done = extract(folder)
+        assert done.statuses == {"caf\\udce9": "ok"}
+        assert "nothing to do" in extract(folder).stderr
+        shutil.copy(folder / name, folder / os.fsdecode(b"caf\xe9.mkv"))
+        done = extract(folder)
+        assert done.statuses == {"caf\\udce9": "ok", "caf\\udce9.mkv": "ok"}
+        assert "nothing to do" in extract(folder).stderr
+        os.truncate(folder / name, 0)
+        assert extract(folder).statuses["caf\\udce9"] == "empty"
+        assert run_svb("info", tmp_path / "out", "--failures").exit_code == 0
+
+    def test_two_files_that_share_a_name(self, extract: Callable[..., Extracted], tmp_path: Path) -> None:
+        for name in ("a.mp4", "a.mkv"):
+            (tmp_path / "clips").mkdir(exist_ok=True)
+            clips.make_clip(tmp_path / "clips" / name, seconds=0.3)
+        done = extract(tmp_path / "clips")
+        assert done.statuses == {"a": "ok", "a.mp4": "ok"}
+        assert "another video is already called 'a'" in done.stderr
+
+    def test_a_folder_that_calls_itself_a_video(self, extract: Callable[..., Extracted], tmp_path: Path) -> None:
+        (tmp_path / "clips" / "deep.mp4").mkdir(parents=True)
+        clips.make_clip(tmp_path / "clips" / "deep.mp4" / "a.mp4", seconds=0.3)
+        (tmp_path / "clips" / "gone.mp4").symlink_to(tmp_path / "nowhere")
+        os.mkfifo(tmp_path / "clips" / "pipe.mp4")
+        assert extract(tmp_path / "clips").statuses == {
+            **{"deep.mp4/a": "ok", "gone": "missing", "pipe": "unreadable"}
+        }
+
+    @pytest.mark.skipif(not clips.VIDEO_ZOO.is_dir(), reason=f"no real footage: {clips.VIDEO_ZOO} is missing")
+    def test_the_zoo(self, extract: Callable[..., Extracted]) -> None:
+        done = extract(clips.VIDEO_ZOO)
+        names = {path.stem for path in clips.VIDEO_ZOO.iterdir()}
+        assert done.statuses == {name: "partial" if name == "corrupted" else "ok" for name in names}
+        upright = {done.store.records[f"rotate-{angle}"].width_px for angle in (0, 180)}
+        turned = {done.store.records[f"rotate-{angle}"].height_px for angle in (90, 270)}
+        assert len(upright) == len(turned) == 1
+
+
+class TestOptions:
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            (("--fps", "0"), ["cannot sample 0.0 frames", "give a positive number"]),
+            (("--fps", "-1"), ["cannot sample -1.0 frames"]),
+            (("--fps", "nan"), ["cannot sample nan frames"]),
+            (("--frames", "0"), ["cannot sample 0 frames"]),
+            (("--fps", "1", "--frames", "8"), ["got fps=1.0 and frames=8", "give exactly one"]),
+            (("--workers", "0"), ["at least one backbone, one worker"]),
+            (("--batch-size", "0"), ["a batch of one"]),
+            (("--stall-seconds", "0"), ["cannot wait 0.0 s", "give a positive number of seconds"]),
+            (("--device", "abacus"), ["cannot use device 'abacus'", "try auto, cpu or cuda:0"]),
+            (
+                ("--backbone", "nonsense:x"),
+                ["unknown backbone family 'nonsense'", "offline, open_clip, torchvision"],
+            ),
+            (("--backbone", "nonsense"), ["'nonsense' names no network", "expected family:model"]),
+            (("--backbone", "offline:resnet"), ["no offline backbone", "expected offline:efficientnet-lite0"]),
+            (("--backbone", "torchvision:resnet1"), ["no classifier 'resnet1'", "list_models()"]),
+            (("--backbone", "timm:resnet1"), ["timm has no model 'resnet1'", "timm.list_models()"]),
+            (("--backbone", "open_clip:ViT-B-3/openai"), ["no model 'ViT-B-3'", "ViT-B-32"]),
+            (("--backbone", "open_clip:ViT-B-32"), ["names no weights", "laion2b_s34b_b79k", "local checkpoint"]),
+        ],
+    )
+    def test_values_that_mean_nothing(
+        self, options: tuple[str, ...], words: list[str], run_svb: RunSvb, clips_folder: Path, tmp_path: Path
+    ) -> None:
+        backbone = () if "--backbone" in options else TOY[:2]
+        ran = run_svb("extract", clips_folder, "-o", tmp_path / "out", *backbone, *options)
+        assert_refused(ran, *words, exit_code=2)
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            (("--fps", "fast"), ["Invalid value for '--fps'", "'fast' is not a valid float"]),
+            (("--frames", "2.5"), ["Invalid value for '--frames'"]),
+            (("--decoder", "vlc"), ["Invalid value for '--decoder'", "'pyav', 'ffmpeg'"]),
+            (("--precision", "int8"), ["Invalid value for '--precision'", "'bfloat16'"]),
+            (("--fsp", "1"), ["No such option", "--fsp", "--fps"]),
+        ],
+    )
+    def test_options_that_do_not_parse(
+        self, options: tuple[str, ...], words: list[str], run_svb: RunSvb, clips_folder: Path, tmp_path: Path
+    ) -> None:
+        ran = run_svb("extract", clips_folder, "-o", tmp_path / "out", *TOY, *options)
+        assert_wrong_usage(ran, *words)
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("command", [("extract", "--backbone"), ("captions", "--text-encoder")])
+    def test_weights_that_cannot_be_reached(
+        self,
+        command: tuple[str, str],
+        run_svb: RunSvb,
+        clips_folder: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        (tmp_path / "table.csv").write_text("video_id,caption\na,a dog\n")
+        name, option = command
+        given = clips_folder if name == "extract" else tmp_path / "table.csv"
+        default = (option, "open_clip:ViT-B-32/laion2b_s34b_b79k")
+        ran = run_svb(name, given, "-o", tmp_path / "out", *default)
+        assert_refused(
+            ran, "cannot be had here", "offline:efficientnet-lite0", "offline:minilm-l6", "open_clip:ViT-B-32/PATH"
+        )
+        assert not (tmp_path / "out").exists()
+
+    def test_weights_that_are_no_file(self, run_svb: RunSvb, clips_folder: Path, tmp_path: Path) -> None:
+        name = "open_clip:ViT-B-32/mine.pt"
+        ran = run_svb("extract", clips_folder, "-o", tmp_path / "out", "--backbone", name)
+        assert_refused(ran, "'mine.pt' is neither a file nor weights that open_clip knows", "laion2b_s34b_b79k")
+
+    def test_unknown_text_encoders(self, run_svb: RunSvb, tmp_path: Path) -> None:
+        (tmp_path / "table.csv").write_text("video_id,caption\na,a dog\n")
+        arguments = ("captions", tmp_path / "table.csv", "-o", tmp_path / "out.h5", "--text-encoder")
+        assert_refused(run_svb(*arguments, "x:y"), "unknown text encoder family 'x'", "offline", exit_code=2)
+        assert_refused(run_svb(*arguments, "offline:t5"), "expected offline:minilm-l6", exit_code=2)
+        ran = run_svb(*arguments, f"sentence_transformers:{tmp_path}")
+        assert_refused(ran, "holds no sentence-transformers model", "expected a folder that its save() wrote")
+
+
+class TestStores:
+    def test_made_with_other_settings(self, run_svb: RunSvb, clips_folder: Path, tmp_path: Path) -> None:
+        arguments = ("extract", clips_folder / "a.mp4", "-o", tmp_path / "out", *TOY)
+        assert run_svb(*arguments).exit_code == 0
+        before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+        ran = run_svb(*arguments, "--fps", "2", "--decoder", "ffmpeg")
+        assert_refused(
+            ran,
+            "was made with other settings",
+            "decoder.name: stored 'pyav', wanted 'ffmpeg'",
+            "sampling.fps: stored 1.0, wanted 2.0",
+            "Give the options it was made with, or write to another folder with -o.",
+        )
+        assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
+
+    def test_the_output_is_a_file(self, run_svb: RunSvb, clips_folder: Path, tmp_path: Path) -> None:
+        (tmp_path / "out").write_text("mine")
+        ran = run_svb("extract", clips_folder, "-o", tmp_path / "out", *TOY)
+        assert_refused(ran, "cannot use", str(tmp_path / "out"))
+        assert (tmp_path / "out").read_text() == "mine"
+
+    @pytest.mark.parametrize("command", ["extract", "captions"])
+    def test_the_output_cannot_be_written(
+        self, command: str, run_svb: RunSvb, clips_folder: Path, tmp_path: Path
+    ) -> None:
+        (tmp_path / "file").touch()  # not even root can make a folder below a file
+        (tmp_path / "table.csv").write_text("video_id,caption\na,a dog\n")
+        out = tmp_path / "file" / "out.h5"
+        given: tuple[object, ...] = (clips_folder, *TOY)
+        if command == "captions":
+            given = (tmp_path / "table.csv", *MINILM)
+        assert_refused(run_svb(command, *given, "-o", out), "cannot use", str(tmp_path / "file"))
+
+    def test_a_damaged_shard(self, run_svb: RunSvb, own_store: Path) -> None:
+        shard = next((own_store / "shards").glob("*.h5"))
+        shard.write_bytes(shard.read_bytes()[:5000])
+        assert_refused(run_svb("info", own_store), "is not a whole shard", "run `svb extract` again")
+        ran = run_svb("verify", own_store)
+        assert ran.exit_code == 1 and "is not a whole shard" in ran.stdout and "Traceback" not in ran.stderr
+
+
+class TestCaptionTables:
+    @pytest.fixture
+    def refuse(self, run_svb: RunSvb, tmp_path: Path) -> Callable[..., None]:
+        def call(content: str | bytes, *words: str, name: str = "table.csv", options: tuple[str, ...] = ()) -> None:
+            data = content.encode() if isinstance(content, str) else content
+            (tmp_path / name).write_bytes(data)
+            ran = run_svb("captions", tmp_path / name, "-o", tmp_path / "out.h5", *MINILM, *options)
+            assert_refused(ran, f"{tmp_path}/{name}", *words)
+            assert [path.name for path in tmp_path.iterdir()] == [name]
+
+        return call
+
+    def test_header(self, refuse: Callable[..., None]) -> None:
+        refuse(
+            "id,text\na,a dog\n", "no column video_id and no column caption, only id, text", "expected the header"
+        )
+        refuse("video_id;caption\na;a dog\n", "only video_id;caption", "expected the header video_id,caption")
+        refuse("", "only nothing")
+
+    def test_encoding(self, refuse: Callable[..., None]) -> None:
+        good = b"a,a dog runs\n" * 2000  # more than what is decoded at once
+        refuse(
+            b"video_id,caption\n" + good + b"a,caf\xe9\n", "line 2002: byte 0xe9 is not UTF-8", "save it as UTF-8"
+        )
+        refuse("video_id,caption\na,a dog\n".encode("utf-16"), "line 1: byte 0xff is not UTF-8")
+        refuse(b'{"video_id": "a", "caption": "caf\xe9"}', "byte 0xe9 is not UTF-8", name="table.jsonl")
+
+    def test_empty_captions(self, refuse: Callable[..., None], run_svb: RunSvb, tmp_path: Path) -> None:
+        table = "video_id,caption\na,a dog\nb,\nc,  \n"
+        refuse(table, "line 3: the caption is empty (2 such rows)", "fill them in", "--drop-empty")
+        ran = run_svb("captions", tmp_path / "table.csv", "-o", tmp_path / "out.h5", *MINILM, "--drop-empty")
+        assert ran.exit_code == 0
+        described = json.loads(run_svb("info", tmp_path / "out.h5", "--json").stdout)
+        assert described["captions"] == described["videos"] == 1
+
+    def test_no_rows(self, refuse: Callable[..., None]) -> None:
+        refuse("video_id,caption\n", "holds no captions", "expected rows with video_id, caption")
+        refuse("video_id,caption\na,\n", "holds no captions", options=("--drop-empty",))
+        refuse("\n\n", "holds no captions", name="table.jsonl")
+
+    def test_splits(self, refuse: Callable[..., None]) -> None:
+        refuse(
+            "video_id,caption,split\na,a dog,dev\n", "line 2: split is 'dev'", "expected one of train, val, test"
+        )
+        refuse("video_id,caption,split\na,x,train\na,y,test\n", "'a' is in train and in test", "into one split")
+
+    def test_rows(self, refuse: Callable[..., None]) -> None:
+        refuse("video_id,caption\na,a dog, running\n", "line 2: 3 fields where the header has 2", "quote captions")
+        refuse("video_id,caption\na\n", "line 2: 1 fields where the header has 2")
+        refuse("video_id,caption\n,a dog\n", "line 2: video_id is empty")
+        refuse("video_id,caption,caption_id\na,x,1\nb,y,1\n", "caption_id '1' stands twice", "make every")
+        refuse("video_id,caption\na,a\0dog\n", "caption holds a NUL or half a character - remove it")
+
+    def test_json(self, refuse: Callable[..., None]) -> None:
+        refuse('{"video_id": "a"', "line 1: not JSON", "one object a line", name="table.jsonl")
+
+    def test_json_rows(self, refuse: Callable[..., None]) -> None:
+        refuse("[1]", "line 1: not a JSON object", name="table.jsonl")
+        refuse('{"video_id": "a"}', "no column caption, only video_id", name="table.jsonl")
+        refuse('{"video_id": "a", "caption": "\\ud83d"}', "half a character", name="table.jsonl")
+
+    def test_kind_of_file(self, refuse: Callable[..., None], run_svb: RunSvb, tmp_path: Path) -> None:
+        refuse("text", "cannot tell the format from '.xlsx'", "expected .csv, .jsonl", name="table.xlsx")
+        (tmp_path / "table.xlsx").unlink()
+        refuse("text", "not readable as Parquet", name="table.parquet")
+        (tmp_path / "table.parquet").unlink()
+        ran = run_svb("captions", tmp_path / "nowhere.csv", "-o", tmp_path / "out.h5", *MINILM)
+        assert_refused(ran, f"no caption table at {tmp_path}/nowhere.csv", "expected a .csv")

@@ -1,0 +1,528 @@
+"""The whole extraction: one decode for all backbones, resumed to the same bytes, whatever goes wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import clips
+import h5py
+import numpy as np
+import pytest
+import torch
+import torchvision
+from numpy.typing import NDArray
+
+from svb.data.feature_store import FeatureStore, verify_store
+from svb.data.shard import VideoRecord
+from svb.errors import InputError, MismatchError, UsageError
+from svb.extract import decode_pyav
+from svb.extract import run as run_module
+from svb.extract.backbones import load_backbone
+from svb.extract.decode import DecodeError
+from svb.extract.packing import Packer, to_rows
+from svb.extract.plan import PlannedVideo, plan_videos
+from svb.extract.pool import DecodePool, Finished, decode_file
+from svb.extract.run import extract, extract_file
+from svb.extract.sampling import Sampling
+from svb.extract.transform import to_squares
+
+pytestmark = pytest.mark.usefixtures("toy_backbones")
+
+FRAMES, WIDE, CLIPS = "toy:frames", "toy:wide", "toy:clips"
+
+
+def run(videos: Path | list[Path], out: Path, *backbones: str, **options: object) -> list[str]:
+    """Extract with toy backbones; returns the messages."""
+    messages: list[str] = []
+    settings: dict[str, object] = {"num_workers": 1, "batch_size": 4, "precision": "float32", **options}
+    extract(
+        videos if isinstance(videos, list) else [videos],
+        out,
+        backbones=backbones or (FRAMES,),
+        on_message=messages.append,
+        **settings,  # type: ignore[arg-type]
+    )
+    return messages
+
+
+def statuses(out: Path) -> dict[str, str]:
+    return {video_id: record.status for video_id, record in FeatureStore(out).records.items()}
+
+
+def shards(out: Path) -> dict[str, tuple[int, bytes]]:
+    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in (out / "shards").glob("*.h5")}
+
+
+def features(out: Path, backbone: str = FRAMES) -> dict[str, NDArray[np.float16]]:
+    loaded = FeatureStore(out).load(backbone)
+    spans = zip(loaded.offsets[:-1], loaded.offsets[1:], strict=True)
+    return {v: loaded.features[begin:end] for v, (begin, end) in zip(loaded.video_ids, spans, strict=True)}
+
+
+def times(out: Path, video_id: str, backbone: str = FRAMES) -> list[float]:
+    return FeatureStore(out).load(backbone, [video_id]).times_seconds.tolist()
+
+
+@pytest.fixture
+def folder(clips_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(clips_folder, tmp_path / "clips"))
+
+
+class TestPipeline:
+    def test_a_folder(self, folder: Path, tmp_path: Path) -> None:
+        (folder / "notes.txt").write_text("no video")
+        (folder / "text.mp4").write_text("no video")
+        done: list[tuple[int, int]] = []
+        messages = run(
+            folder, tmp_path / "out", on_progress=lambda progress: done.append((progress.videos_done, 5))
+        )
+        assert messages == [f"{folder}: ignored 1 files that are not videos by their suffix (.txt 1)"]
+        assert done[-1] == (5, 5)
+        assert statuses(tmp_path / "out") == {
+            **{"a": "ok", "b": "ok", "c": "ok", "deep/d": "ok", "text": "unreadable"}
+        }
+        assert verify_store(tmp_path / "out") == []
+        record = FeatureStore(tmp_path / "out").records["deep/d"]
+        stat = (folder / "deep" / "d.avi").stat()
+        assert record.source_path == str(folder / "deep" / "d.avi")
+        assert (record.size_bytes, record.mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+        assert (record.width_px, record.height_px, record.rotation_degrees) == (64, 48, 0)
+        assert (record.codec, record.decoder, record.frame_rate) == ("h264", "pyav", 10.0)
+        assert record.duration_seconds == pytest.approx(4.0, abs=0.1) and len(record.content_hash) == 64
+
+    def test_rows_are_the_backbones_of_the_decoders_frames(self, clips_folder: Path, tmp_path: Path) -> None:
+        run(clips_folder, tmp_path / "out", FRAMES)
+        backbone = load_backbone(FRAMES, torch.device("cpu"), torch.float32)
+        sampling = Sampling(fps=1)
+        _, *chunks, _ = decode_pyav.decode(clips_folder / "deep" / "d.avi", sampling)
+        frames = np.concatenate([chunk.frames for chunk in chunks])  # type: ignore[union-attr]
+        expected = backbone(to_squares(torch.from_numpy(frames), backbone.image_size)).numpy()
+        np.testing.assert_allclose(features(tmp_path / "out")["deep/d"], expected, atol=2e-3)
+        alone, alone_times = extract_file(clips_folder / "deep" / "d.avi", backbone, sampling, "pyav", batch_size=4)
+        np.testing.assert_array_equal(features(tmp_path / "out")["deep/d"], alone.astype(np.float16))
+        assert times(tmp_path / "out", "deep/d") == alone_times.tolist()
+
+    def test_several_backbones_share_one_decode(
+        self, clips_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        decoded: list[int] = []
+        pool_run = DecodePool.run
+
+        def counted(pool: DecodePool, videos: list[PlannedVideo]) -> Iterator[object]:
+            decoded.append(len(videos))
+            return pool_run(pool, videos)
+
+        monkeypatch.setattr(DecodePool, "run", counted)
+        run(clips_folder, tmp_path / "all", FRAMES, WIDE, CLIPS)
+        assert decoded == [4]
+        for backbone, feature_size in ((FRAMES, 8), (WIDE, 12), (CLIPS, 6)):
+            run(clips_folder, tmp_path / backbone, backbone)
+            together, alone = features(tmp_path / "all", backbone), features(tmp_path / backbone, backbone)
+            assert together["a"].shape[1] == feature_size
+            for video_id in together:
+                np.testing.assert_array_equal(together[video_id], alone[video_id])
+
+    def test_neighbours_and_workers_leave_the_bytes_alone(self, clips_folder: Path, tmp_path: Path) -> None:
+        sampling = Sampling(fps=3)
+        run(clips_folder, tmp_path / "one", FRAMES, CLIPS, sampling=sampling)
+        run(clips_folder, tmp_path / "three", FRAMES, CLIPS, sampling=sampling, num_workers=3)
+        run(clips_folder / "b.mkv", tmp_path / "alone", FRAMES, CLIPS, sampling=sampling)
+        for backbone in (FRAMES, CLIPS):
+            one, three = (features(tmp_path / name, backbone) for name in ("one", "three"))
+            assert {v: rows.tobytes() for v, rows in one.items()} == {
+                v: rows.tobytes() for v, rows in three.items()
+            }
+            assert features(tmp_path / "alone", backbone)["b"].tobytes() == one["b"].tobytes()
+
+    def test_a_real_network_gives_the_same_bytes_packed_and_alone(
+        self, clips_folder: Path, extracted_store: Path
+    ) -> None:
+        backbone = load_backbone("offline:efficientnet-lite0", torch.device("cpu"), torch.float32)
+        alone, _ = extract_file(clips_folder / "b.mkv", backbone, Sampling(fps=1), "pyav", batch_size=4)
+        packed = features(extracted_store, "offline:efficientnet-lite0")["b"]
+        assert packed.tobytes() == alone.astype(np.float16).tobytes()
+
+    def test_frames_sampling(self, clips_folder: Path, tmp_path: Path) -> None:
+        run(clips_folder, tmp_path / "out", sampling=Sampling(frames=3))
+        assert {len(rows) for rows in features(tmp_path / "out").values()} == {3}
+        np.testing.assert_allclose(times(tmp_path / "out", "a"), [0.1, 0.5, 0.8], atol=0.01)
+        assert FeatureStore(tmp_path / "out").settings["sampling"] == {"frames": 3}
+
+    def test_rotation_is_applied_and_recorded(self, tmp_path: Path) -> None:
+        clip = clips.make_turned_clip(tmp_path / "turned.mp4", 90)
+        run([clip, tmp_path / "upright-turned.mp4"], tmp_path / "out")
+        turned = FeatureStore(tmp_path / "out").records["turned"]
+        assert (turned.width_px, turned.height_px, turned.rotation_degrees) == (48, 64, 90)
+        rows = features(tmp_path / "out")
+        assert np.abs(rows["turned"] - rows["upright-turned"]).max() > 0.1
+
+    def test_the_decoder_that_gave_the_frames_is_recorded(self, tmp_path: Path) -> None:
+        clips.make_animated_webp(tmp_path / "a.webp")
+        clips.make_clip(tmp_path / "b.mp4")
+        run(tmp_path, tmp_path / "pyav")
+        run(tmp_path, tmp_path / "ffmpeg", decoder="ffmpeg")
+        used = {v: r.decoder for v, r in FeatureStore(tmp_path / "pyav").records.items()}
+        assert used == {"a": "ffmpeg", "b": "pyav"}
+        assert {r.decoder for r in FeatureStore(tmp_path / "ffmpeg").records.values()} == {"ffmpeg"}
+        assert set(statuses(tmp_path / "pyav").values()) == {"ok"}
+        difference = features(tmp_path / "pyav")["b"] - features(tmp_path / "ffmpeg")["b"]
+        assert np.abs(difference).max() < 0.05
+
+    def test_values_beyond_float16_are_a_failure(self, clips_folder: Path, tmp_path: Path) -> None:
+        run(clips_folder / "a.mp4", tmp_path / "out", FRAMES, "toy:overflow")
+        record = FeatureStore(tmp_path / "out").records["a"]
+        assert record.status == "nonfinite_features"
+        assert "toy:overflow gave a value of" in record.error and "up to 65504" in record.error
+        assert verify_store(tmp_path / "out") == []
+
+    def test_a_finished_video_is_not_held_back_by_a_long_one(
+        self, clips_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("svb.data.feature_store_writer.SHARD_SECONDS", 0.2)
+        seen: list[int] = []
+
+        def on_progress(progress: object) -> None:
+            time.sleep(0.25)
+            seen.append(len(list((tmp_path / "out" / "shards").glob("[0-9]*.h5"))))
+
+        # The first video's rows wait in the batch; the message that completes it is not its own last one.
+        run(clips_folder, tmp_path / "out", batch_size=1, on_progress=on_progress)
+        assert seen[-1] >= 3
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"decoder": "vlc"}, "unknown decoder 'vlc' - expected one of pyav, ffmpeg"),
+            ({"num_workers": 0}, "at least one backbone, one worker"),
+            ({"batch_size": 0}, "a batch of one"),
+            ({"stall_seconds": 0.0}, "give a positive number of seconds"),
+            ({"stall_seconds": float("nan")}, "give a positive number of seconds"),
+            ({"precision": "int8"}, "unknown precision 'int8' - expected one of auto, float32"),
+            ({"device": "abacus"}, "cannot use device 'abacus'"),
+        ],
+    )
+    def test_options_that_mean_nothing(
+        self, options: dict[str, object], words: str, clips_folder: Path, tmp_path: Path
+    ) -> None:
+        with pytest.raises(UsageError, match=words.replace("(", r"\(")):
+            run(clips_folder, tmp_path / "out", **options)
+        assert not (tmp_path / "out").exists()
+
+
+class TestResume:
+    def test_nothing_to_do(self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (folder / "text.mp4").write_text("no video")
+        run(folder, tmp_path / "out")
+        before = shards(tmp_path / "out")
+        monkeypatch.setattr(run_module, "DecodePool", None)
+        monkeypatch.setattr(run_module, "load_backbone", None)
+        messages = run(folder, tmp_path / "out")
+        assert messages == [f"nothing to do: all 5 videos are in {tmp_path / 'out'}, unchanged"]
+        assert shards(tmp_path / "out") == before
+
+    def test_only_what_is_new_is_decoded(self, folder: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        run([folder / "a.mp4", folder / "c.webm"], out)
+        counts: list[int] = []
+        run(folder, out, on_progress=lambda progress: counts.append(progress.num_videos))
+        assert counts[-1] == 2
+        run(folder, tmp_path / "at-once")
+        resumed, at_once = features(out), features(tmp_path / "at-once")
+        assert {v: rows.tobytes() for v, rows in resumed.items()} == {v: r.tobytes() for v, r in at_once.items()}
+
+    def test_a_changed_file_is_extracted_again(self, folder: Path, tmp_path: Path) -> None:
+        run(folder, tmp_path / "out")
+        before = features(tmp_path / "out")
+        old = FeatureStore(tmp_path / "out").records["a"]
+        clips.make_clip(folder / "a.mp4", seconds=3, filters="hflip")
+        counts: list[int] = []
+        run(folder, tmp_path / "out", on_progress=lambda progress: counts.append(progress.num_videos))
+        after, new = features(tmp_path / "out"), FeatureStore(tmp_path / "out").records["a"]
+        assert counts[-1] == 1 and len(after["a"]) == 3
+        assert new.content_hash != old.content_hash
+        np.testing.assert_array_equal(before["b"], after["b"])
+        assert len(FeatureStore(tmp_path / "out").shards) == 1
+        assert len(FeatureStore(tmp_path / "out").shards[0].records) == 4
+
+    def test_failed_videos_are_taken_up_only_when_asked(self, folder: Path, tmp_path: Path) -> None:
+        shutil.copy(folder / "a.mp4", folder / "aside")
+        os.truncate(folder / "a.mp4", 300)
+        run(folder, tmp_path / "out")
+        assert statuses(tmp_path / "out")["a"] == "truncated"
+        assert run(folder, tmp_path / "out")[-1].startswith("nothing to do")
+        counts: list[int] = []
+        run(folder, tmp_path / "out", retry_failed=True, on_progress=lambda p: counts.append(p.num_videos))
+        assert counts[-1] == 1 and statuses(tmp_path / "out")["a"] == "truncated"
+        (folder / "aside").rename(folder / "a.mp4")
+        run(folder, tmp_path / "out", retry_failed=True)
+        assert set(statuses(tmp_path / "out").values()) == {"ok"}
+        assert len(FeatureStore(tmp_path / "out").records) == 4
+
+    def test_from_another_working_directory(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run(folder, tmp_path / "out")
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        assert run(Path("../clips"), tmp_path / "out")[-1].startswith("nothing to do: all 4")
+        (tmp_path / "link").symlink_to(folder)
+        assert run(tmp_path / "link", tmp_path / "out")[-1].startswith("nothing to do: all 4")
+
+    def test_a_moved_folder_is_known_by_its_names(self, folder: Path, tmp_path: Path) -> None:
+        run(folder, tmp_path / "out")
+        folder.rename(tmp_path / "moved")
+        assert run(tmp_path / "moved", tmp_path / "out")[-1].startswith("nothing to do: all 4")
+
+    def test_other_settings_are_refused_before_a_network_is_loaded(
+        self, clips_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        run(clips_folder, tmp_path / "out")
+        before = shards(tmp_path / "out")
+        monkeypatch.setattr(run_module, "load_backbone", None)
+        for options, words in (
+            ({"sampling": Sampling(fps=2)}, "sampling.fps: stored 1.0, wanted 2.0"),
+            ({"sampling": Sampling(frames=2)}, "sampling.frames: stored None, wanted 2"),
+            ({"decoder": "ffmpeg"}, "decoder.name: stored 'pyav', wanted 'ffmpeg'"),
+        ):
+            with pytest.raises(MismatchError, match=words):
+                run(clips_folder, tmp_path / "out", **options)
+        with pytest.raises(MismatchError, match=r"backbones: stored \['toy:frames'\], wanted \['toy:wide'\]"):
+            run(clips_folder, tmp_path / "out", WIDE)
+        assert shards(tmp_path / "out") == before
+
+    def test_another_precision_is_refused(self, folder: Path, tmp_path: Path) -> None:
+        run(folder, tmp_path / "out")
+        clips.make_clip(folder / "new.mp4")
+        with pytest.raises(MismatchError, match=r"precision: stored 'float32', wanted 'bfloat16'"):
+            run(folder, tmp_path / "out", precision="bfloat16")
+
+
+class TestClips:
+    @pytest.mark.parametrize(
+        ("num_frames", "windows"),
+        [
+            (1, [(0, 0)]),
+            (3, [(0, 2)]),
+            (4, [(0, 3)]),
+            (5, [(0, 3), (1, 4)]),
+            (8, [(0, 3), (4, 7)]),
+            (10, [(0, 3), (4, 7), (6, 9)]),
+        ],
+    )
+    @pytest.mark.parametrize("chunk", [1, 3, 16])
+    def test_windows(self, num_frames: int, windows: list[tuple[int, int]], chunk: int) -> None:
+        backbone = load_backbone(CLIPS, torch.device("cpu"), torch.float32)
+        squares = torch.randint(0, 256, (num_frames, 3, 16, 16), dtype=torch.uint8)
+        frame_times = 5 + np.arange(num_frames) / 2
+        packer = Packer(backbone, 4)
+        for begin in range(0, num_frames, chunk):
+            packer.add(7, squares[begin : begin + chunk], frame_times[begin : begin + chunk])
+        packer.end(7)
+        packer.flush()
+        assert packer.is_complete(7)
+        rows, middles = packer.take(7)
+        np.testing.assert_allclose(middles, [5 + (first + last) / 4 for first, last in windows])
+        for row, (first, last) in zip(rows, windows, strict=True):
+            positions = [min(position, last) for position in range(first, first + 4)]
+            clip = torch.stack([squares[position] for position in positions], dim=1)
+            np.testing.assert_allclose(row, backbone(clip[None])[0].numpy(), rtol=1e-5, atol=1e-6)
+
+    def test_r2plus1d_from_a_local_file(self, clips_folder: Path, tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        module = torchvision.models.get_model("r2plus1d_18", weights=None)
+        torch.save(module.state_dict(), tmp_path / "weights.pth")
+        name = f"torchvision:r2plus1d_18/{tmp_path / 'weights.pth'}"
+        # 30 frames: two windows of 16 that overlap by two.
+        run(clips_folder / "c.webm", tmp_path / "out", name, FRAMES, sampling=Sampling(fps=20), batch_size=1)
+        store = FeatureStore(tmp_path / "out")
+        assert store.settings["backbones"][name]["clip_frames"] == 16
+        assert features(tmp_path / "out", name)["c"].shape == (2, 512)
+        assert len(times(tmp_path / "out", "c")) == 30
+        np.testing.assert_allclose(times(tmp_path / "out", "c", name), [0.75, 2.15], atol=2e-3)
+        with h5py.File(next((tmp_path / "out" / "shards").glob("*.h5"))) as file:
+            assert name.replace("/", "@") in file
+
+
+def test_to_rows_keeps_the_largest_value_that_fits() -> None:
+    fits = to_rows(np.array([[65504.0]], np.float32), np.zeros(1))
+    assert fits is not None and fits.features.dtype == np.float16
+    assert to_rows(np.array([[65520.0]], np.float32), np.zeros(1)) is None
+    assert to_rows(np.array([[np.nan]], np.float32), np.zeros(1)) is None
+
+
+def spawned_children() -> list[int]:
+    found: list[int] = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):
+            for child in (task / "children").read_text().split():
+                if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                    found.append(int(child))
+    return found
+
+
+@pytest.fixture
+def signal_first_worker() -> Iterator[object]:
+    """Send a signal to the first decode worker as soon as there is one."""
+    threads: list[threading.Thread] = []
+
+    def send(number: signal.Signals) -> None:
+        def wait_and_send() -> None:
+            until = time.monotonic() + 30
+            while not (found := spawned_children()) and time.monotonic() < until:
+                time.sleep(0.002)
+            os.kill(found[0], number)
+
+        threads.append(threading.Thread(target=wait_and_send))
+        threads[-1].start()
+
+    yield send
+    for thread in threads:
+        thread.join()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds worker processes in Linux's /proc")
+class TestWorkersThatFail:
+    def test_one_that_dies_costs_one_video(self, folder: Path, tmp_path: Path, signal_first_worker) -> None:  # type: ignore[no-untyped-def]
+        signal_first_worker(signal.SIGKILL)
+        run(folder, tmp_path / "out")
+        assert statuses(tmp_path / "out") == {"a": "decoder_crash", "b": "ok", "c": "ok", "deep/d": "ok"}
+        record = FeatureStore(tmp_path / "out").records["a"]
+        assert record.error == "the decoder's process died with exit code -9"
+        self.assert_mended(folder, tmp_path / "out", record)
+
+    def test_one_that_hangs_costs_one_video(self, folder: Path, tmp_path: Path, signal_first_worker) -> None:  # type: ignore[no-untyped-def]
+        signal_first_worker(signal.SIGSTOP)
+        run(folder, tmp_path / "out", stall_seconds=6.0)
+        assert statuses(tmp_path / "out") == {"a": "timeout", "b": "ok", "c": "ok", "deep/d": "ok"}
+        record = FeatureStore(tmp_path / "out").records["a"]
+        assert record.error == "the decoder gave nothing for 6 s"
+        self.assert_mended(folder, tmp_path / "out", record)
+
+    def assert_mended(self, folder: Path, out: Path, record: VideoRecord) -> None:
+        stat = (folder / "a.mp4").stat()
+        assert (record.size_bytes, record.mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+        assert not spawned_children()
+        assert run(folder, out)[-1].startswith("nothing to do")
+        run(folder, out, retry_failed=True)
+        assert set(statuses(out).values()) == {"ok"}
+
+    def test_an_error_in_the_main_process_ends_the_workers(self, folder: Path, tmp_path: Path) -> None:
+        def fail(progress: object) -> None:
+            raise RuntimeError("the user's own")
+
+        with pytest.raises(RuntimeError, match="the user's own"):
+            run(folder, tmp_path / "out", on_progress=fail, num_workers=2)
+        assert not spawned_children()
+
+
+def test_an_unexpected_error_keeps_its_words(clips_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path, sampling: Sampling) -> Iterator[object]:
+        raise ZeroDivisionError("a header says 0 frames a second")
+
+    monkeypatch.setattr(decode_pyav, "decode", fail)
+    (finished,) = decode_file(clips_folder / "a.mp4", Sampling(fps=1), "pyav")
+    assert isinstance(finished, Finished)
+    assert (finished.status, finished.error) == (
+        *("decoder_crash", "ZeroDivisionError: a header says 0 frames a second"),
+    )
+
+
+def test_both_decoders_failing_keeps_the_first_ones_words(
+    clips_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(words: str) -> object:
+        def decode(path: Path, sampling: Sampling) -> Iterator[object]:
+            raise DecodeError("unreadable", words)
+
+        return decode
+
+    monkeypatch.setattr(decode_pyav, "decode", fail("first"))
+    monkeypatch.setattr("svb.extract.decode_ffmpeg.decode", fail("second"))
+    (finished,) = decode_file(clips_folder / "a.mp4", Sampling(fps=1), "pyav")
+    assert isinstance(finished, Finished)
+    assert (finished.status, finished.error, finished.decoder) == ("unreadable", "first", "ffmpeg")
+
+
+class TestPlan:
+    def ids(self, *inputs: Path, records: dict[str, VideoRecord] | None = None) -> list[str]:
+        return [video.video_id for video in plan_videos(list(inputs), records or {}).todo]
+
+    def test_lists(self, tmp_path: Path) -> None:
+        (tmp_path / "list.txt").write_text("clips/a.mp4\r\n\n/abs/b.c.mp4\nnew\u2028line.mp4\n", "utf-8")
+        plan = plan_videos([tmp_path / "list.txt"], {})
+        assert [(video.video_id, str(video.path)) for video in plan.todo] == [
+            ("clips/a", f"{tmp_path}/clips/a.mp4"),
+            ("abs/b.c", "/abs/b.c.mp4"),
+            ("new\u2028line", f"{tmp_path}/new\u2028line.mp4"),
+        ]
+
+    def test_tables_name_the_id(self, tmp_path: Path) -> None:
+        import pandas as pd
+
+        (tmp_path / "list.csv").write_text("video_id,path\nx,a.mp4\n,b.mp4\n")
+        assert self.ids(tmp_path / "list.csv") == ["x", "b"]
+        pd.DataFrame({"path": ["a.mp4", "b.mp4"], "video_id": ["x", None]}).to_parquet(tmp_path / "list.parquet")
+        assert self.ids(tmp_path / "list.parquet") == ["x", "b"]
+
+    @pytest.mark.parametrize(
+        ("name", "content", "words"),
+        [
+            ("l.csv", b"file\na.mp4\n", "no column path - expected the header path"),
+            ("l.csv", b"path,video_id\n,x\n", r"row 1: the path is '' - expected a video's"),
+            ("l.csv", b"path\n\xff.mp4\n", "is not UTF-8 - save the list as UTF-8"),
+            ("l.parquet", b"text", "not a readable list of videos"),
+            ("l.txt", b"..\n/\n", "row 2: the path is '/'"),
+        ],
+    )
+    def test_lists_that_cannot_be_used(self, name: str, content: bytes, words: str, tmp_path: Path) -> None:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=words):
+            self.ids(tmp_path / name)
+
+    def test_a_listed_file_that_is_missing_is_recorded_once(self, clips_folder: Path, tmp_path: Path) -> None:
+        (tmp_path / "list.txt").write_text(f"{clips_folder}/a.mp4\ngone.mp4\n")
+        run(tmp_path / "list.txt", tmp_path / "out")
+        assert list(statuses(tmp_path / "out").values()).count("missing") == 1
+        assert run(tmp_path / "list.txt", tmp_path / "out")[-1].startswith("nothing to do")
+
+    def test_two_files_that_would_share_an_id(self, tmp_path: Path) -> None:
+        for name in ("x/a.mkv", "x/a.mp4", "y/a.mp4"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
+        plan = plan_videos([tmp_path / "x", tmp_path / "y"], {})
+        assert [video.video_id for video in plan.todo] == ["a", "a.mp4", "a.mp4~2"]
+        assert len(plan.messages) == 2
+        assert f"another video is already called 'a': {tmp_path}/x/a.mp4 becomes 'a.mp4'" in plan.messages
+
+    def test_an_id_stays_with_its_file(self, tmp_path: Path) -> None:
+        for name in ("a.mp4", "b.mp4"):
+            clips.make_clip(tmp_path / name, seconds=0.3)
+        run(tmp_path, tmp_path / "out")
+        before = features(tmp_path / "out")
+        clips.make_clip(tmp_path / "a.avi", seconds=0.3, filters="hflip")  # sorts before a.mp4
+        run(tmp_path, tmp_path / "out")
+        after = features(tmp_path / "out")
+        assert set(after) == {"a", "b", "a.avi"}
+        np.testing.assert_array_equal(after["a"], before["a"])
+
+    def test_a_known_file_keeps_its_id_from_a_newcomer(self, tmp_path: Path) -> None:
+        # The known file is gone, but still asked for by a list: the newcomer must not take its id.
+        clips.make_clip(tmp_path / "a.mp4", seconds=0.3)
+        run(tmp_path / "a.mp4", tmp_path / "out")
+        (tmp_path / "new").mkdir()
+        (tmp_path / "a.mp4").rename(tmp_path / "new" / "a.mp4")
+        (tmp_path / "list.txt").write_text("a.mp4\n")
+        records = FeatureStore(tmp_path / "out").records
+        assert sorted(self.ids(tmp_path / "new", tmp_path / "list.txt", records=records)) == ["a", "a.mp4"]
+
+    def test_the_same_file_twice_is_one_video(self, clips_folder: Path) -> None:
+        assert self.ids(clips_folder / "a.mp4", clips_folder, clips_folder / "deep" / ".." / "a.mp4") == [
+            *("a", "b", "c", "deep/d"),
+        ]
