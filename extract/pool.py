@@ -195,8 +195,9 @@ def decode_file(path: Path, sampling: Sampling, decoder: str) -> Iterator[Messag
     content_hash = ""
     used = decoder
     try:
-        with contextlib.suppress(OSError):
-            content_hash = hash_file(path)
+        if path.is_file():  # reading a named pipe would wait for ever
+            with contextlib.suppress(OSError):
+                content_hash = hash_file(path)
         for message in _decode_or_hand_over(path, sampling, decoder):
             if isinstance(message, str):
                 used = message
