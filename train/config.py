@@ -47,7 +47,7 @@ class TrainConfig:
     """
 
     embedding_size: int = 512
-    layers: int = 1
+    layers: int = 0
     dropout: float = 0.5
     max_frames: int = 32
     loss: str = "info_nce"

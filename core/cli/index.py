@@ -47,10 +47,11 @@ def index(
     """
     from svb.retrieve.index import index as build
 
-    source = source or newest_run()
+    source, out = source or newest_run(), out or default_path("SVB_INDEX", "index")
+    say(f"indexing {source} into {out}")
     build(
         source,
-        out := out or default_path("SVB_INDEX", "index"),
+        out,
         store=store,
         captions=captions,
         backbone=backbone,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from svb.cli.output import print_json, print_table
+from svb.cli.output import print_json, print_table, say
 from svb.config import default_path
 from svb.errors import UsageError
 
@@ -45,7 +45,10 @@ def search(
         raise UsageError("--by moment goes with a text - leave it out with --video")
     from svb.retrieve.search import Searcher
 
-    searcher = Searcher(index_path or default_path("SVB_INDEX", "index"), device)
+    if index_path is None:
+        index_path = default_path("SVB_INDEX", "index")
+        say(f"searching {index_path}")
+    searcher = Searcher(index_path, device)
     if video is not None:
         captions, videos = searcher.search_video(video, k)
         if as_json:
