@@ -116,8 +116,10 @@ class Searcher:
         _check_request(k, by)
         if not query.strip():
             raise InputError("the query is empty - say what to look for")
-        if not query.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in query):
-            raise InputError(f"the query {query!r} is not UTF-8 - type it in a UTF-8 terminal")
+        try:
+            query.encode()
+        except UnicodeEncodeError as error:  # bytes of the command line that were no UTF-8
+            raise InputError(f"the query {query!r} is not UTF-8 - type it in a UTF-8 terminal") from error
         encoder = self._load_text_encoder()
         tokens = encoder.num_tokens(query)
         if tokens > encoder.max_tokens:

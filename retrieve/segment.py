@@ -107,7 +107,7 @@ def _end_seconds(times_seconds: NDArray[np.float64], duration_seconds: float) ->
     """Return when a video ends: its last frame is shown about as long as frames lie apart, and not for ever."""
     first, last = float(times_seconds[0]), float(times_seconds[-1])
     ends = [last + (last - first) / (len(times_seconds) - 1)] if len(times_seconds) > 1 else []
-    if first + duration_seconds > last:  # False where the container promised nothing, or too little
+    if first + duration_seconds > last + 1e-3:  # False where the container promised nothing, or too little
         ends.append(first + duration_seconds)
     return min(ends, default=last + SHORTEST_SECONDS)
 

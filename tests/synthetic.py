@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from svb.data.caption_features import CaptionFeatures, write_caption_features
 from svb.data.caption_table import CaptionTable
 from svb.data.feature_store_writer import FeatureStoreWriter
 from svb.data.shard import VideoRecord, VideoRows
+from svb.extract.text_encoders.text_encoder import TextEncoder
 
 BACKBONE = "synthetic:frames"
 TEXT_ENCODER = "synthetic:words"
@@ -132,4 +135,26 @@ def make_task(
     return (
         make_store(folder / "features", videos),
         make_captions(folder / "captions.h5", rows, np.stack(features)),
+    )
+
+
+def make_text_encoder(size: int = 20) -> TextEncoder:
+    """Return an encoder whose features are sums of a random vector a word; it reads 10 words."""
+
+    def encode_batch(captions: list[str]) -> torch.Tensor:
+        features = torch.zeros(len(captions), size)
+        for row, caption in enumerate(captions):
+            for word in caption.split():
+                seed = zlib.crc32(word.encode())
+                features[row] += torch.randn(size, generator=torch.Generator().manual_seed(seed))
+        return features
+
+    return TextEncoder(
+        TEXT_ENCODER,
+        torch.nn.Identity(),
+        size,
+        encode_batch,
+        num_tokens=lambda caption: len(caption.split()) + 2,
+        max_tokens=12,
+        weights_hash="made-up",
     )
