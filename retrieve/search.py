@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from svb.data.publish import published_file
+from svb.data.publish import hash_file, published_file
 from svb.device import choose_device
 from svb.errors import InputError, MismatchError, StoreError, UsageError
 from svb.extract.text_encoders.text_encoder import TextEncoder
@@ -197,23 +197,22 @@ class Searcher:
         return self._opened[array]
 
     def _open_faiss(self, array: str) -> faiss.Index:
-        entry = self.manifest["segments"][0]
-        path = self.path / "cache" / f"{entry['files'][f'{array}.npy'][:16]}.faiss"
-        embeddings = getattr(self._segment, array)
-        if path.exists():
-            try:
-                opened = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
-                if (opened.ntotal, opened.d) == embeddings.shape:
-                    return opened
-            except RuntimeError:  # damaged: the arrays are the truth
-                pass
-        built = _build_faiss(embeddings)
+        files, cache = self.manifest["segments"][0]["files"], self.path / "cache"
+        key = files[f"{array}.npy"][:16]
+        for path in cache.glob(f"{key}-*.faiss"):
+            # One flipped bit of its header can hang FAISS, so a file is read once before it is believed, which
+            # costs about as much as one search. Damaged, it is made anew: the arrays are the truth.
+            if path.stem == f"{key}-{hash_file(path)[:16]}":
+                return faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+        built = _build_faiss(getattr(self._segment, array))
         try:
-            for stale in (self.path / "cache").glob("*.faiss"):
-                if not any(stale.stem == name[:16] for name in entry["files"].values()):
+            for stale in cache.glob("*.faiss"):
+                if stale.name.startswith(key) or not any(stale.name.startswith(h[:16]) for h in files.values()):
                     stale.unlink()
-            with published_file(path) as aside:
+            with published_file(cache / f"{key}.building") as aside:
                 faiss.write_index(built, str(aside))
+                final = cache / f"{key}-{hash_file(aside)[:16]}.faiss"
+            (cache / f"{key}.building").replace(final)
         except (OSError, RuntimeError):  # an index on a read-only or full disk can still be searched
             pass
         return built

@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import naive
+import numpy as np
+import pytest
+import synthetic
+import torch
+from click.testing import CliRunner
+
+from svb.cli import cli, run
+from svb.data.caption_features import read_caption_features
+from svb.data.feature_store import FeatureStore
+from svb.errors import InputError, MismatchError, StoreError
+from svb.retrieve.embedder import run_embedder
+from svb.retrieve.evaluate import evaluate
+from svb.train.config import TrainConfig
+from svb.train.metrics import V2T_CONVENTIONS
+from svb.train.run import train
+from svb.train.training_data import load_split
+
+# Tensors this small are slower on two threads than on one.
+torch.set_num_threads(1)
+
+CONFIG = TrainConfig(
+    embedding_size=16,
+    decoder_size=16,
+    decoder_layers=1,
+    batch_size=16,
+    epochs=6,
+    evaluate_every=6,
+    learning_rate=2e-3,
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    return train(*synthetic.make_task(folder), folder / "run", CONFIG)
+
+
+def without_videos(run_folder: Path, out: Path, missing: set[str]) -> Path:
+    """Write a copy of a run's store in which some videos failed."""
+    store = FeatureStore(run_folder.parent / "features")
+    loaded = store.load(synthetic.BACKBONE)
+    parts = np.split(loaded.features, loaded.offsets[1:-1])
+    videos = {
+        video_id: part[:0] if video_id in missing else part
+        for video_id, part in zip(loaded.video_ids, parts, strict=True)
+    }
+    return synthetic.make_store(out, videos)
+
+
+@pytest.mark.parametrize("convention", ["set", "best"])
+def test_metrics_and_ranks_are_those_of_slow_sorting(trained: Path, tmp_path: Path, convention: str) -> None:
+    evaluation = evaluate(trained, v2t_convention=convention, ranks=tmp_path / "ranks.v1.npz")
+    captions = read_caption_features(trained.parent / "captions.h5")
+    positions = [row for row, split in enumerate(captions.table.splits) if split == "val"]
+    device = torch.device("cpu")
+    store = FeatureStore(trained.parent / "features")
+    data = load_split(store, synthetic.BACKBONE, captions, positions, max_frames=32, device=device)
+    embedder = run_embedder(trained, "best", device)
+    similarity = (embedder.embed_captions(data.caption_features) @ embedder.embed_videos(data.frames).T).tolist()
+    owners = data.caption_video.tolist()
+    v2t = {"set": naive.v2t_ranks_set, "best": naive.v2t_ranks_best}[convention](similarity, owners)
+    expected = {"t2v": naive.t2v_ranks(similarity, owners), "v2t": v2t}
+    with np.load(tmp_path / "ranks.v1.npz") as stored:
+        for direction, ranks in expected.items():
+            np.testing.assert_array_equal(stored[direction], ranks)
+            assert evaluation.metrics[f"{direction}/MeanR"] == pytest.approx(sum(ranks) / len(ranks))
+            recall = 100 * sum(rank <= 5 for rank in ranks) / len(ranks)
+            assert evaluation.metrics[f"{direction}/R@5"] == pytest.approx(recall)
+        assert len(stored["caption_ids"]) == len(stored["t2v"]) == 40
+        assert stored["video_ids"].tolist() == [f"clip{video:03}" for video in range(60, 80)]
+        assert stored["split"] == "val"
+    assert evaluation.v2t_convention == f"{convention}: {V2T_CONVENTIONS[convention]}"
+
+
+def test_a_run_says_what_was_measured(trained: Path) -> None:
+    evaluation = evaluate(trained)
+    assert (evaluation.model, evaluation.checkpoint, evaluation.epoch) == ("run", "best", 6)
+    assert (evaluation.num_captions, evaluation.num_videos, evaluation.num_missing) == (40, 20, 0)
+    assert evaluation.selected_on_split
+    last_line = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
+    assert evaluation.metrics == pytest.approx(
+        {name.removeprefix("val/"): value for name, value in last_line.items() if name.startswith("val/")}
+    )
+    assert (trained / "ranks.npz").is_file()
+    assert not evaluate(trained, split="train").selected_on_split
+    assert not evaluate(trained, checkpoint="last").selected_on_split
+
+
+@pytest.mark.parametrize("convention", ["set", "best"])
+def test_the_command_names_the_conventions(trained: Path, convention: str) -> None:
+    result = CliRunner().invoke(cli, ["evaluate", str(trained), "--v2t", convention])
+    assert result.exit_code == 0, result.output
+    assert f"ties averaged; v2t by {convention}: {V2T_CONVENTIONS[convention]}" in result.stdout
+    assert "val: 40 captions against 20 videos\n" in result.stdout
+    assert "the checkpoint was chosen on this split" in result.stdout
+    names = next(line for line in result.stdout.splitlines() if "MedR" in line).split()
+    assert names == ["R@1", "R@5", "R@10", "R@50", "MedR", "MeanR"]
+
+
+def test_json_holds_all_of_it(trained: Path) -> None:
+    result = CliRunner().invoke(cli, ["evaluate", str(trained), "--json"])
+    held = json.loads(result.stdout)
+    assert held == evaluate(trained).as_json()
+    assert set(held) == {
+        *("source", "model", "checkpoint", "epoch", "split", "num_captions", "num_videos", "num_missing"),
+        *("tie_rule", "v2t_convention", "selected_on_split", "metrics"),
+    }
+    names = ("R@1", "R@5", "R@10", "R@50", "MedR", "MeanR")
+    assert set(held["metrics"]) == {f"{way}/{name}" for way in ("t2v", "v2t") for name in names}
+
+
+def test_missing_videos_are_refused_or_counted(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = without_videos(trained, tmp_path / "features", {"clip060", "clip070"})
+    with pytest.raises(
+        InputError, match=r"2 videos of the val split have no features, first 'clip060'.*--allow-missing"
+    ):
+        evaluate(trained, store=store)
+    evaluation = evaluate(trained, store=store, allow_missing=True)
+    assert (evaluation.num_captions, evaluation.num_videos, evaluation.num_missing) == (36, 18, 4)
+    assert run(["evaluate", str(trained), "--store", str(store)]) == 1
+    assert "--allow-missing" in capsys.readouterr().err
+    assert run(["evaluate", str(trained), "--store", str(store), "--allow-missing"]) == 0
+    assert "36 captions against 18 videos, 4 captions left out: no features" in capsys.readouterr().out
+
+
+def test_a_carved_val_split_is_the_one_training_put_aside(tmp_path: Path) -> None:
+    store, captions = synthetic.make_task(tmp_path, num_train=30, num_val=0, has_split=False)
+    folder = train(store, captions, tmp_path / "run", CONFIG)
+    messages: list[str] = []
+    evaluation = evaluate(folder, on_message=messages.append)
+    assert evaluation.num_videos == 3
+    assert messages == ["the captions have no val split: put 3 of 30 training videos aside as val"]
+    last_line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert evaluation.metrics["t2v/MeanR"] == pytest.approx(last_line["val/t2v/MeanR"])
+    with pytest.raises(InputError, match="the captions have no test split"):
+        evaluate(folder, split="test")
+
+
+def test_other_features_are_refused(trained: Path, tmp_path: Path) -> None:
+    videos = {f"clip{video:03}": np.ones((2, 24)) for video in range(80)}
+    store = synthetic.make_store(tmp_path / "features", videos, seconds_between_frames=0.5)
+    with pytest.raises(MismatchError, match=r"sampling\.fps: stored 2\.0, wanted 1\.0.*--store"):
+        evaluate(trained, store=store)
+    captions = synthetic.make_captions(
+        tmp_path / "captions.h5", [("clip060", "a dog", "val")], np.ones((1, 20)), text_encoder="synthetic:other"
+    )
+    with pytest.raises(
+        MismatchError, match=r"name: stored 'synthetic:other', wanted 'synthetic:words'.*--captions"
+    ):
+        evaluate(trained, captions=captions)
+
+
+def test_a_store_needs_captions_and_a_known_kind_of_backbone(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = synthetic.make_text_encoder()
+    monkeypatch.setattr("svb.retrieve.inputs.load_matching_text_encoder", lambda settings, device: encoder)
+    monkeypatch.setattr("svb.retrieve.inputs.load_text_encoder", lambda name, device: encoder)
+    monkeypatch.setattr("svb.retrieve.embedder.load_classifier", lambda name: None)
+    with pytest.raises(InputError, match="cannot be searched without training"):
+        evaluate(trained.parent / "features", captions=trained.parent / "captions.h5")
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"neither a run .* nor a feature store"):
+        evaluate(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "checkpoint.json"])
+def test_a_damaged_run_is_refused(tmp_path: Path, name: str) -> None:
+    folder = train(*synthetic.make_task(tmp_path, num_train=8, num_val=4), tmp_path / "run", CONFIG)
+    path = folder / "best" / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(StoreError, match=r"not what was written|not a whole checkpoint"):
+        evaluate(folder)
+    assert run(["evaluate", str(folder)]) == 1
+    assert run(["verify", str(folder)]) == 1
+
+
+def test_evaluating_beside_a_training_changes_nothing_of_it(trained: Path) -> None:
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file() and path.name != "ranks.npz"}
+    evaluate(trained, checkpoint="last")
+    after = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file() and path.name != "ranks.npz"}
+    assert after == before
