@@ -188,7 +188,14 @@ def live_shards(folder: Path) -> list[Shard]:
     A kill between publishing a compacted shard and removing the small ones leaves both; the compacted
     one says what it replaces.
     """
-    shards = [Shard(path) for path in _shard_paths(folder)]
+    shards: list[Shard] = []
+    for path in _shard_paths(folder):
+        try:
+            shards.append(Shard(path))
+        except StoreError:
+            if path.exists():
+                raise
+            return live_shards(folder)  # a writer has replaced it since it was listed
     replaced = {name for shard in shards for name in shard.replaces}
     return [shard for shard in shards if shard.path.name not in replaced]
 
@@ -235,7 +242,8 @@ def _unreadable_shards(folder: Path) -> list[str]:
         try:
             Shard(path)
         except StoreError as error:
-            problems.append(str(error))
+            if path.exists():
+                problems.append(str(error))
     return problems
 
 

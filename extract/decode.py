@@ -24,6 +24,8 @@ from svb.extract.sampling import Sampling
 # A chunk crosses from a decode worker to the backbones in one piece; this bounds a worker's memory
 # whatever the length of the video.
 CHUNK_BYTES = 16 * 2**20
+# Small frames are enlarged for the backbone: 512 of them are 75 MB there, whatever size they had.
+CHUNK_FRAMES = 512
 
 # Without these flags swscale rounds and places chroma faster but worse, and PyAV's and ffmpeg's pixels part.
 SCALE_FLAGS = "bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"
@@ -280,7 +282,10 @@ class PacketTimes:
 
 
 class ChunkBuilder:
-    """Gathers frames of one size into chunks of at most `CHUNK_BYTES`, or of one frame that is larger."""
+    """Gathers frames of one size into chunks of at most `CHUNK_BYTES` and `CHUNK_FRAMES`.
+
+    A frame that is larger makes a chunk of its own.
+    """
 
     def __init__(self) -> None:
         self._frames: list[NDArray[np.uint8]] = []
@@ -288,7 +293,7 @@ class ChunkBuilder:
 
     def add(self, frame: NDArray[np.uint8], time_seconds: float) -> Iterator[FrameChunk]:
         """Add a frame; yields the chunk that it does not fit into any more."""
-        if (len(self._frames) + 1) * frame.nbytes > CHUNK_BYTES:
+        if (len(self._frames) + 1) * frame.nbytes > CHUNK_BYTES or len(self._frames) == CHUNK_FRAMES:
             yield from self.flush()
         self._frames.append(frame)
         self._times_seconds.append(time_seconds)

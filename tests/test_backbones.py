@@ -40,7 +40,8 @@ def images(size: int, count: int = 3) -> torch.Tensor:
 
 
 def normalised(batch: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
-    return torchvision.transforms.functional.normalize(batch.float() / 255, list(mean), list(std))
+    shape = (1, 3, 1, 1)
+    return (batch.float() / 255 - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
 
 
 def cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -82,7 +83,7 @@ class TestOffline:
         }
 
     def test_bfloat16_is_close_to_float32(self) -> None:
-        frames = torch.stack([torch.from_numpy(picture(seed)) for seed in range(3)])
+        frames = torch.stack([torch.from_numpy(picture(seed)) for seed in range(2)])
         squares = to_squares(frames, 224)
         exact, fast = (
             load_backbone(OFFLINE, CPU, dtype)(squares).numpy() for dtype in (torch.float32, torch.bfloat16)
@@ -237,7 +238,7 @@ class TestTimm:
         torch.manual_seed(0)
         module = timm.create_model(self.NAME, pretrained=False).eval()
         path = tmp_path / f"w.{suffix}"
-        (save_file if suffix == "safetensors" else torch.save)(module.state_dict(), path)  # type: ignore[operator]
+        (save_file if suffix == "safetensors" else torch.save)(module.state_dict(), path)
         backbone = load_backbone(f"timm:{self.NAME}/{path}", CPU, torch.float32)
         module.reset_classifier(0)  # type: ignore[operator]
         with torch.inference_mode():

@@ -269,7 +269,7 @@ class TestEachDecoder:
     ) -> None:
         monkeypatch.setattr(decode_module, "CHUNK_BYTES", 1)
         path = clips.make_clip(tmp_path / "a.mp4", seconds=20, size="320x240")
-        before = open_files()
+        before = open_files(), children()
         decoding = decoder(path, EVERY_FRAME)
         assert isinstance(decoding, Iterator)
         for _ in range(items):
@@ -278,18 +278,16 @@ class TestEachDecoder:
         decoding.close()  # type: ignore[attr-defined]
         gc.collect()
         assert time.monotonic() - started < 2
-        assert open_files() == before
-        assert not children()
+        assert (open_files(), children()) == before
 
     def test_finishing_leaves_nothing_behind(self, decoder: Decoder, tmp_path: Path) -> None:
         path = clips.make_clip(tmp_path / "a.mp4")
         (tmp_path / "text.mp4").write_text("not a video")
-        before = open_files()
+        before = open_files(), children()
         run(decoder, path, Sampling(frames=3))
         failure(decoder, tmp_path / "text.mp4")
         gc.collect()
-        assert open_files() == before
-        assert not children()
+        assert (open_files(), children()) == before
 
 
 def test_animated_webp_needs_ffmpeg(tmp_path: Path) -> None:

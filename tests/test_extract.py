@@ -25,7 +25,7 @@ from svb.errors import InputError, MismatchError, UsageError
 from svb.extract import decode_pyav
 from svb.extract import run as run_module
 from svb.extract.backbones import load_backbone
-from svb.extract.decode import DecodeError
+from svb.extract.decode import DecodeError, FrameChunk
 from svb.extract.packing import Packer, to_rows
 from svb.extract.plan import PlannedVideo, plan_videos
 from svb.extract.pool import DecodePool, Finished, decode_file
@@ -67,7 +67,7 @@ def features(out: Path, backbone: str = FRAMES) -> dict[str, NDArray[np.float16]
 
 
 def times(out: Path, video_id: str, backbone: str = FRAMES) -> list[float]:
-    return FeatureStore(out).load(backbone, [video_id]).times_seconds.tolist()
+    return [float(seconds) for seconds in FeatureStore(out).load(backbone, [video_id]).times_seconds]
 
 
 @pytest.fixture
@@ -334,6 +334,7 @@ class TestClips:
             clip = torch.stack([squares[position] for position in positions], dim=1)
             np.testing.assert_allclose(row, backbone(clip[None])[0].numpy(), rtol=1e-5, atol=1e-6)
 
+    @pytest.mark.slow
     def test_r2plus1d_from_a_local_file(self, clips_folder: Path, tmp_path: Path) -> None:
         torch.manual_seed(0)
         module = torchvision.models.get_model("r2plus1d_18", weights=None)
@@ -399,10 +400,10 @@ class TestWorkersThatFail:
 
     def test_one_that_hangs_costs_one_video(self, folder: Path, tmp_path: Path, signal_first_worker) -> None:  # type: ignore[no-untyped-def]
         signal_first_worker(signal.SIGSTOP)
-        run(folder, tmp_path / "out", stall_seconds=6.0)
+        run(folder, tmp_path / "out", stall_seconds=8.0)
         assert statuses(tmp_path / "out") == {"a": "timeout", "b": "ok", "c": "ok", "deep/d": "ok"}
         record = FeatureStore(tmp_path / "out").records["a"]
-        assert record.error == "the decoder gave nothing for 6 s"
+        assert record.error == "the decoder gave nothing for 8 s"
         self.assert_mended(folder, tmp_path / "out", record)
 
     def assert_mended(self, folder: Path, out: Path, record: VideoRecord) -> None:
@@ -432,6 +433,14 @@ def test_an_unexpected_error_keeps_its_words(clips_folder: Path, monkeypatch: py
     assert (finished.status, finished.error) == (
         *("decoder_crash", "ZeroDivisionError: a header says 0 frames a second"),
     )
+
+
+@pytest.mark.parametrize("decoder", ["pyav", "ffmpeg"])
+def test_tiny_frames_come_in_bounded_chunks(decoder: str, tmp_path: Path) -> None:
+    # By bytes 1,200 frames of 16x16 fit into one chunk; scaled up to a backbone's size they are 180 MB.
+    path = clips.make_clip(tmp_path / "a.mp4", seconds=12, fps=100, size="16x16")
+    chunks = [m for m in decode_file(path, Sampling(fps=100), decoder) if isinstance(m, FrameChunk)]
+    assert [len(chunk.frames) for chunk in chunks] == [512, 512, 176]
 
 
 def test_both_decoders_failing_keeps_the_first_ones_words(

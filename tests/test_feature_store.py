@@ -13,7 +13,6 @@ import h5py
 import numpy as np
 import pytest
 
-from svb.data import publish
 from svb.data.feature_store import FeatureStore, read_description, verify_store
 from svb.data.feature_store_writer import FeatureStoreWriter, export_store
 from svb.data.publish import ASIDE_PREFIX, published_file, published_folder, recover_folder
@@ -216,6 +215,14 @@ class TestCompaction:
             file.write_bytes(content)
         assert values(path) == {"a": 2.0, "b": 3.0}
 
+    def test_a_reader_beside_a_compacting_writer(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = write(tmp_path / "store", {"a": 1.0}, {"b": 2.0}, {"c": 3.0})
+        listed = shard_files(path)
+        write(path, compact=True)
+        answers = iter([listed, shard_files(path)])
+        monkeypatch.setattr("svb.data.feature_store._shard_paths", lambda _: next(answers))
+        assert values(path) == {"a": 1.0, "b": 2.0, "c": 3.0}
+
     def test_large_shards_are_left_alone(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("svb.data.feature_store_writer.SHARD_VIDEOS", 2)
         path = write(tmp_path / "store", {"a": 1.0, "b": 2.0}, {"c": 3.0}, {"d": 4.0}, {"e": 5.0})
@@ -316,7 +323,7 @@ class TestDamage:
         shard = shard_files(path)[0]
         whole = shard.read_bytes()
         random = np.random.default_rng(0)
-        for position in random.integers(0, len(whole), 300):
+        for position in random.integers(0, len(whole), 100):
             damaged = bytearray(whole)
             damaged[position] ^= 0xFF
             shard.write_bytes(damaged)
@@ -488,7 +495,7 @@ class TestPublishedFolder:
 
         with monkeypatch.context() as patch:
             patch.setattr(Path, "rename", rename_until_killed)
-            patch.setattr(publish.shutil, "rmtree", lambda *_, **__: None)
+            patch.setattr("svb.data.publish.shutil.rmtree", lambda *_, **__: None)
             with pytest.raises(Killed):
                 self.fill(tmp_path / "x", "new")
         recover_folder(tmp_path / "x")
