@@ -153,7 +153,10 @@ def test_the_logit_scale_stays_within_its_limit() -> None:
     assert model.logit_scale.item() == pytest.approx(20.0)
     with torch.no_grad():
         model.log_logit_scale += 50
-    assert model.logit_scale.item() == MAX_LOGIT_SCALE
+    model.limit_logit_scale()
+    assert model.logit_scale.item() == pytest.approx(MAX_LOGIT_SCALE)
+    model.logit_scale.backward()
+    assert model.log_logit_scale.grad is not None and model.log_logit_scale.grad.item() > 0
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 128])

@@ -59,4 +59,9 @@ class RetrievalModel(nn.Module):
 
     @property
     def logit_scale(self) -> torch.Tensor:
-        return self.log_logit_scale.exp().clamp_max(MAX_LOGIT_SCALE)
+        return self.log_logit_scale.exp()
+
+    @torch.no_grad()
+    def limit_logit_scale(self) -> None:
+        """Keep the learned scale at `MAX_LOGIT_SCALE` or below; a limit in the graph would hold it there."""
+        self.log_logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))

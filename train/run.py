@@ -150,6 +150,7 @@ class _Loop:
             losses.loss.backward()
             gradient_norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
             self._optimizer.step()
+            self._model.limit_logit_scale()
             watched = [losses.loss, losses.contrastive, losses.cross_captioning, gradient_norm]
             totals += torch.stack(watched).detach().cpu()
         self.epoch += 1

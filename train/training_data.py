@@ -137,7 +137,7 @@ def epoch_batches(
     Args:
         caption_video: `(C,)` ascending video rows.
         caption_sampling: `one` draws a caption of each video, `all` takes every caption.
-        batch_size: B at most; the batches are equally large within one.
+        batch_size: B at most (one more where a caption would be left alone); equally large within one.
         seed: Of the run.
         epoch: Counted from 0.
     """
@@ -149,4 +149,6 @@ def epoch_batches(
     else:
         chosen = np.arange(len(caption_video))
     chosen = random.permutation(chosen)
-    return np.array_split(chosen, -(-len(chosen) // batch_size))
+    # At least two captions a batch: one alone has no negative and no other video to be rebuilt from.
+    num_batches = max(1, min(-(-len(chosen) // batch_size), len(chosen) // 2))
+    return np.array_split(chosen, num_batches)
