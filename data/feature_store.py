@@ -112,6 +112,7 @@ class FeatureStore:
             "backbone_settings": self.settings["backbones"][backbone],
             "sampling": self.settings["sampling"],
             "decoder": self.settings["decoder"],
+            "batch_size": self.settings["batch_size"],
         }
 
     def load(self, backbone: str, video_ids: Sequence[str] | None = None) -> FrameFeatures:

@@ -174,8 +174,13 @@ def _walk(folder: Path, say: Callable[[str], None]) -> Iterable[tuple[str, Path]
     def refuse(error: OSError) -> None:
         raise InputError(f"cannot read the folder {error.filename} ({error.strerror}) - mend its permissions")
 
-    for parent, folders, names in os.walk(folder, onerror=refuse):
+    seen: set[str] = set()
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         folders.sort()
+        if os.path.realpath(parent) in seen:  # a link back into what was walked
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(parent))
         for name in sorted(names):
             path = Path(parent, name)
             if path.suffix.lower() in VIDEO_SUFFIXES:

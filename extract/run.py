@@ -93,7 +93,8 @@ def extract(
     if not stall_seconds > 0:
         raise UsageError(f"cannot wait {stall_seconds} s for a decoder - give a positive number of seconds")
     out, sampling = Path(out), sampling or Sampling(fps=1.0)
-    request = {"sampling": sampling.settings(), "decoder": decoder_settings(decoder)}
+    # In bfloat16 a row's last bits depend on the size of the batch it is computed in.
+    request = {"sampling": sampling.settings(), "decoder": decoder_settings(decoder), "batch_size": batch_size}
     plan = _plan(videos, out, backbones, request, retry_failed)
     for line in plan.messages:
         on_message(line)
@@ -105,7 +106,7 @@ def extract(
     dtype = choose_precision(torch_device, precision)
     networks = [load_backbone(name, torch_device, dtype) for name in dict.fromkeys(backbones)]
     settings = {**request, "backbones": {network.name: network.settings() for network in networks}}
-    provenance = {"device": str(torch_device), "batch_size": batch_size, "versions": _versions()}
+    provenance = {"device": str(torch_device), "versions": _versions()}
 
     with FeatureStoreWriter(out, settings, provenance) as writer:
         pool = DecodePool(num_workers, sampling, decoder, stall_seconds)
@@ -207,7 +208,7 @@ class _Pipeline:
 
 
 def extract_file(
-    file: Path, backbone: Backbone, sampling: Sampling, decoder: str, batch_size: int = 32
+    file: Path, backbone: Backbone, sampling: Sampling, decoder: str, batch_size: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """Return one file's `(T, F)` float32 features and `(T,)` times, decoded in this process.
 

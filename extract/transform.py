@@ -21,13 +21,14 @@ def to_squares(frames: torch.Tensor, size: int) -> torch.Tensor:
     """
     images = frames.permute(0, 3, 1, 2)  # a channels-last view, which the uint8 kernel is fastest on
     height, width = images.shape[-2:]
-    scale = size / min(height, width)
-    scaled = (max(size, round(height * scale)), max(size, round(width * scale)))
+    # The length is cut off and the margin rounded as torchvision does, and with it CLIP's own preprocessing.
+    long_side = int(size * max(height, width) / min(height, width))
+    scaled = (size, long_side) if height <= width else (long_side, size)
     if (height, width) != scaled:
         if images.device.type == "cpu":
             images = F.interpolate(images, scaled, mode="bicubic", antialias=True, align_corners=False)
         else:
             resized = F.interpolate(images.float(), scaled, mode="bicubic", antialias=True, align_corners=False)
             images = resized.round_().clamp_(0, 255).to(torch.uint8)
-    top, left = (scaled[0] - size) // 2, (scaled[1] - size) // 2
+    top, left = round((scaled[0] - size) / 2), round((scaled[1] - size) / 2)
     return images[:, :, top : top + size, left : left + size]

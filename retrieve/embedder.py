@@ -26,7 +26,7 @@ from svb.retrieve.conse import Conse, embed_class_names
 from svb.train.checkpoint import load_checkpoint, load_weights
 from svb.train.embed import embed_in_batches
 from svb.train.heads import mean_of_frames
-from svb.train.run import build_model, read_run
+from svb.train.run import build_model, is_one_model, read_run
 from svb.train.training_data import FrameTable
 
 # Zero-shot embeddings are means, for which any number of frames would do; this bounds a batch's memory.
@@ -137,7 +137,7 @@ def zero_shot_embedder(video: Mapping[str, Any], text_encoder: TextEncoder, devi
         "text": {"text_encoder": text_encoder.settings()},
     }
     text_head = _normalise
-    if backbone == text_encoder.name:
+    if is_one_model(video, text_encoder.settings()):
         return Embedder({"kind": "zero-shot CLIP", **model}, mean_of_frames, text_head, {})
     classifier = load_classifier(backbone)
     if classifier is None:
@@ -180,7 +180,9 @@ def embed_file(file: Path, embedder: Embedder, device: torch.device) -> NDArray[
             f"{embedder.backbone} has weights {backbone.weights_hash} here, but {settings['weights_hash']} when "
             "the features were made - install the package versions of then, or extract and index again"
         )
-    features, times_seconds = extract_file(file, backbone, Sampling(**video["sampling"]), video["decoder"]["name"])
+    features, times_seconds = extract_file(
+        file, backbone, Sampling(**video["sampling"]), video["decoder"]["name"], video["batch_size"]
+    )
     offsets = np.array([0, len(features)])
     loaded = FrameFeatures([str(file)], features.astype(np.float16), times_seconds, offsets)
     embedding: NDArray[np.float32] = embedder.embed_videos(FrameTable.of(loaded, embedder.max_frames, device))[0]

@@ -641,8 +641,6 @@ def test_the_command_says_what_it_chose_and_prints_the_run(
 
 @pytest.mark.parametrize(("num_videos", "batch_size"), [(2, 2), (3, 2), (5, 2), (7, 3), (100, 128)])
 def test_no_batch_has_a_single_caption(num_videos: int, batch_size: int) -> None:
-    batches = epoch_batches(
-        np.arange(num_videos), caption_sampling="one", batch_size=batch_size, seed=0, epoch=0
-    )
+    batches = epoch_batches(np.arange(num_videos), caption_sampling="one", batch_size=batch_size, seed=0, epoch=0)
     assert min(map(len, batches)) >= 2
     assert sorted(np.concatenate(batches)) == list(range(num_videos))

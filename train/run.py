@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -263,7 +263,7 @@ def _describe(config: TrainConfig, store: FeatureStore, backbone: str, captions:
         "format": "svb run",
         "format_version": FORMAT_VERSION,
         "config": asdict(config),
-        "shared_space": backbone == captions.text_encoder,
+        "shared_space": is_one_model(store.video_settings(backbone), captions.settings["text_encoder"]),
         "video": store.video_settings(backbone),
         "text": {
             "captions_fingerprint": captions.fingerprint,
@@ -292,6 +292,14 @@ def read_run(run: Path) -> dict[str, Any]:
     if description.pop("fingerprint", None) != fingerprint(description):
         raise StoreError(f"{path} was edited: its settings no longer give its fingerprint - undo the edit")
     return description
+
+
+def is_one_model(video: Mapping[str, Any], text_encoder: Mapping[str, Any]) -> bool:
+    """Tell whether a backbone and a text encoder are the two towers of one model, whose space they share."""
+    return (video["backbone"], video["backbone_settings"]["weights_hash"]) == (
+        text_encoder["name"],
+        text_encoder["weights_hash"],
+    )
 
 
 def _contents(split: SplitData | None) -> dict[str, Any] | None:

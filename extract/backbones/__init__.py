@@ -31,7 +31,7 @@ def load_backbone(name: str, device: torch.device, dtype: torch.dtype) -> Backbo
     """
     family, model, weights = split_name(name)
     backbone = cast(Backbone, _family(family).load(name, model, weights))
-    backbone.weights_hash = hash_weights(backbone.module)
+    backbone.weights_hash = backbone.weights_hash or hash_weights(backbone.module)
     backbone.module.eval().requires_grad_(False)
     backbone.place(device, dtype)
     return backbone

@@ -43,7 +43,7 @@ class Backbone:
         std: Of each RGB channel, for values from 0 to 1.
         clip_frames: How many frames one row is made of; 1 for a frame backbone.
         classifier: The layer that was cut off, where its classes have names.
-        weights_hash: Of the module in the precision it was stored in.
+        weights_hash: Of the module, or of the whole CLIP model it is a tower of, in the precision it is stored in.
     """
 
     name: str

@@ -9,6 +9,7 @@ from torch import nn
 
 from svb.extract.backbones.backbone import Backbone
 from svb.extract.clip import load_clip
+from svb.extract.weights import hash_weights
 
 
 class _ImageTower(nn.Module):
@@ -35,4 +36,6 @@ def load(name: str, model: str, weights: str) -> Backbone:
         feature_size=clip.embedding_size,
         mean=clip.mean,
         std=clip.std,
+        # Of both towers, so that a backbone and a text encoder tell whether they are of one model.
+        weights_hash=hash_weights(clip.module),
     )
