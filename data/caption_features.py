@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 
 from svb.config import fingerprint
 from svb.data.caption_table import CaptionTable
+from svb.data.description import FORMAT_VERSION
 from svb.data.publish import published_file
-from svb.data.shard import FORMAT_VERSION, group_name
+from svb.data.shard import group_name
 from svb.errors import InputError, StoreError
 
 

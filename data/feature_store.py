@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from svb.config import fingerprint
-from svb.data.shard import FORMAT_VERSION, Shard, VideoRecord
+from svb.data.description import read_description
+from svb.data.shard import Shard, VideoRecord
 from svb.errors import InputError, StoreError
 
 
@@ -51,7 +50,7 @@ class FeatureStore:
     def __init__(self, path: Path) -> None:
         self.path = path
         if path.is_dir():
-            self.description = read_description(path)
+            self.description = read_store_description(path)
             self.shards = live_shards(path)
         elif path.is_file():
             shard = Shard(path)
@@ -157,30 +156,10 @@ class FeatureStore:
         return self._place[video_id]
 
 
-def read_description(folder: Path) -> dict[str, Any]:
-    """Return a store folder's store.json.
-
-    Raises:
-        InputError: The folder is no feature store.
-        StoreError: store.json is damaged or of a newer format.
-    """
-    path = folder / "store.json"
-    if not path.is_file():
-        raise InputError(
-            f"{folder} is not a feature store (it has no store.json) - make one with "
-            f"`svb extract VIDEOS -o {folder}`"
-        )
-    try:
-        description: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        version, settings = int(description["format_version"]), description["settings"]
-        whole = description["fingerprint"] == fingerprint(settings)
-    except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{path} is damaged ({error}) - restore it from a backup or a shard's copy") from error
-    if version > FORMAT_VERSION:
-        raise StoreError(f"{path} has format {version} - this svb reads up to {FORMAT_VERSION}; upgrade svb")
-    if not whole:
-        raise StoreError(f"{path} was edited: its settings no longer give its fingerprint - undo the edit")
-    return description
+def read_store_description(folder: Path) -> dict[str, Any]:
+    """Return a store folder's store.json; errors as `svb.data.description.read_description`."""
+    make = f"svb extract VIDEOS -o {folder}"
+    return read_description(folder / "store.json", kind="a feature store", make=make)
 
 
 def live_shards(folder: Path) -> list[Shard]:

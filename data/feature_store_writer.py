@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from svb.config import fingerprint, require_same
-from svb.data.feature_store import FeatureStore, live_shards, read_description
-from svb.data.publish import publish_json, remove_leftovers
-from svb.data.shard import FORMAT_VERSION, VideoRecord, VideoRows, write_shard
+from svb.data.description import publish_description
+from svb.data.feature_store import FeatureStore, live_shards, read_store_description
+from svb.data.publish import remove_leftovers
+from svb.data.shard import VideoRecord, VideoRows, write_shard
 from svb.errors import StoreError
 
 SHARD_VIDEOS = 256
@@ -161,7 +162,7 @@ def export_store(store: FeatureStore, path: Path) -> Path:
 
 def _open_or_create(path: Path, settings: Mapping[str, Any], provenance: Mapping[str, Any]) -> dict[str, Any]:
     if (path / "store.json").exists():
-        description = read_description(path)
+        description = read_store_description(path)
         require_same(
             description["settings"],
             settings,
@@ -173,13 +174,12 @@ def _open_or_create(path: Path, settings: Mapping[str, Any], provenance: Mapping
         raise StoreError(f"{path} has shards but no store.json - restore it, or write to another folder")
     description = {
         "format": "svb feature store",
-        "format_version": FORMAT_VERSION,
         "fingerprint": fingerprint(settings),
         "settings": dict(settings),
         "provenance": dict(provenance),
     }
-    publish_json(path / "store.json", description)
-    return description
+    publish_description(path / "store.json", description)
+    return read_store_description(path)
 
 
 def _remove_replaced(path: Path) -> None:

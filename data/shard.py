@@ -24,10 +24,10 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from svb.data.description import FORMAT_VERSION
 from svb.data.publish import published_file
 from svb.errors import StoreError
 
-FORMAT_VERSION = 1
 USABLE = ("ok", "partial")
 
 

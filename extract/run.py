@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from svb.config import require_same
-from svb.data.feature_store import FeatureStore, read_description
+from svb.data.feature_store import FeatureStore, read_store_description
 from svb.data.feature_store_writer import FeatureStoreWriter
 from svb.data.shard import USABLE, VideoRecord, VideoRows
 from svb.device import choose_device, choose_precision
@@ -265,7 +265,7 @@ def _plan(
     if (out / "store.json").exists():
         # What needs no network to be known is compared before one is loaded: a run with nothing to do
         # takes a second, a mistaken option not much longer.
-        settings = read_description(out)["settings"]
+        settings = read_store_description(out)["settings"]
         require_same(
             {**settings, "backbones": sorted(settings["backbones"])},
             {**request, "backbones": sorted(set(backbones))},

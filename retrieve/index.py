@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 from safetensors.torch import save_file
 
-from svb.config import canonical_json, fingerprint
-from svb.data.publish import hash_file, publish_json, published_folder, remove_leftovers
+from svb.config import canonical_json
+from svb.data.description import publish_description, read_description
+from svb.data.publish import hash_file, published_folder, remove_leftovers
 from svb.device import choose_device
-from svb.errors import InputError, StoreError, UsageError
+from svb.errors import InputError, UsageError
 from svb.retrieve.inputs import Inputs, open_inputs
 from svb.retrieve.segment import MomentWindows, embed_segment, write_segment
 
-FORMAT_VERSION = 1
 PARTS = ("segments", "captions", "heads")
 _KEY = re.compile(r"[0-9a-f]{16}")
 
@@ -103,7 +103,6 @@ def index(
         )
     manifest = {
         "format": "svb index",
-        "format_version": FORMAT_VERSION,
         "model": inputs.embedder.model,
         "model_fingerprint": inputs.embedder.fingerprint,
         "moments": {"seconds": moment_seconds, "stride_seconds": moment_stride_seconds},
@@ -111,7 +110,7 @@ def index(
         "moments_total": len(segment.moment_seconds),
         **parts,
     }
-    publish_json(out / "manifest.json", {**manifest, "fingerprint": fingerprint(manifest)})
+    publish_description(out / "manifest.json", manifest)
     _remove_unnamed(out, manifest)
     on_message(
         f"{out}: {len(segment.videos)} videos, {len(segment.moment_seconds)} moments of {moment_seconds:g} s, "
@@ -121,25 +120,8 @@ def index(
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return an index's manifest.
-
-    Raises:
-        InputError: The folder is no index.
-        StoreError: The manifest is damaged or of a newer format.
-    """
-    path = folder / "manifest.json"
-    if not path.is_file():
-        raise InputError(f"{folder} is not an index (no manifest.json) - make one with `svb index -o {folder}`")
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        version = int(manifest["format_version"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{path} is damaged ({error}) - make the index again with `svb index`") from error
-    if version > FORMAT_VERSION:
-        raise StoreError(f"{path} has format {version} - this svb reads up to {FORMAT_VERSION}; upgrade svb")
-    if manifest.pop("fingerprint", None) != fingerprint(manifest):
-        raise StoreError(f"{path} was edited: it no longer gives its fingerprint - make the index again")
-    return manifest
+    """Return an index's manifest; errors as `svb.data.description.read_description`."""
+    return read_description(folder / "manifest.json", kind="an index", make=f"svb index -o {folder}")
 
 
 def verify_index(folder: Path) -> list[str]:

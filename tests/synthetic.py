@@ -58,6 +58,7 @@ def make_store(
         "backbones": {backbone: {"weights_hash": "made-up", "feature_size": feature_size, "precision": "float32"}},
         "sampling": {"fps": 1.0 / seconds_between_frames},
         "decoder": {"name": "pyav", "version": "none"},
+        "batch_size": 32,
     }
     with FeatureStoreWriter(path, settings, {}) as writer:
         for video_id, frames in videos.items():

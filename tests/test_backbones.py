@@ -15,6 +15,8 @@ import torchvision
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import center_crop, resize
 
 from svb.errors import InputError, UsageError
 from svb.extract.backbones import FAMILIES, load_backbone, load_classifier
@@ -351,11 +353,9 @@ class TestSquares:
     def test_close_to_pil(self, height: int, width: int, size: int) -> None:
         frame = picture(height, height, width)
         (square,) = to_squares(torch.from_numpy(frame[None]), size)
-        scale = size / min(height, width)
-        scaled = (max(size, round(width * scale)), max(size, round(height * scale)))
-        left, top = (scaled[0] - size) // 2, (scaled[1] - size) // 2
-        resized = Image.fromarray(frame).resize(scaled, Image.Resampling.BICUBIC)
-        expected = np.array(resized.crop((left, top, left + size, top + size)))
+        # On a PIL image torchvision's transforms are PIL's: CLIP's own preprocessing.
+        resized = resize(Image.fromarray(frame), [size], InterpolationMode.BICUBIC)
+        expected = np.array(center_crop(resized, [size]))
         assert square.dtype == torch.uint8 and square.shape == (3, size, size)
         difference = np.abs(square.permute(1, 2, 0).numpy().astype(np.int16) - expected)
         assert difference.max() <= 2

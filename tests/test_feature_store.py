@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import pytest
 
-from svb.data.feature_store import FeatureStore, read_description, verify_store
+from svb.data.feature_store import FeatureStore, read_store_description, verify_store
 from svb.data.feature_store_writer import FeatureStoreWriter, export_store
 from svb.data.publish import ASIDE_PREFIX, published_file, published_folder, recover_folder
 from svb.data.shard import VideoRecord, VideoRows
@@ -25,6 +25,7 @@ OTHER = "toy:wide"
 SETTINGS = {
     "sampling": {"fps": 1.0},
     "decoder": {"name": "pyav", "version": "1"},
+    "batch_size": 32,
     "backbones": {BACKBONE: {"feature_size": 3}, OTHER: {"feature_size": 2}},
 }
 STRINGS = ("video_id", "source_path", "content_hash", "codec", "decoder", "status", "error")
@@ -111,7 +112,7 @@ class TestLayout:
 
     def test_a_shard_stands_alone(self, shard: Path) -> None:
         with h5py.File(shard) as file:
-            assert json.loads(file.attrs["store"]) == read_description(shard.parents[1])
+            assert json.loads(file.attrs["store"]) == read_store_description(shard.parents[1])
 
     def test_times_of_a_real_store(self, extracted_store: Path) -> None:
         store = FeatureStore(extracted_store)
@@ -343,7 +344,7 @@ class TestDamage:
     def test_an_edited_store_json(self, tmp_path: Path) -> None:
         path = write(tmp_path / "store", {"a": 1.0})
         (path / "store.json").write_text((path / "store.json").read_text().replace('"pyav"', '"ffmpeg"'))
-        with pytest.raises(StoreError, match=r"was edited: .* - undo the edit"):
+        with pytest.raises(StoreError, match=r"was edited or damaged: .* - undo the edit"):
             FeatureStore(path)
 
     def test_a_newer_format(self, tmp_path: Path) -> None:

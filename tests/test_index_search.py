@@ -70,9 +70,9 @@ def found(folder: Path, **options: Any) -> list[tuple[str, float]]:
 
 
 def edit_manifest(folder: Path, **changes: Any) -> None:
-    """Write other values into a manifest, with the fingerprint that goes with them."""
+    """Write other values into a manifest, with the checksum that goes with them."""
     manifest = {**read_manifest(folder), **changes}
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "fingerprint": fingerprint(manifest)}))
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "checksum": fingerprint(manifest)}))
 
 
 @pytest.mark.parametrize("k", [1, 10, 80, 10_000])
@@ -173,7 +173,7 @@ def test_a_build_that_fails_leaves_the_old_index(
     def fail(path: Path, value: Any) -> None:
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(index_module, "publish_json", fail)
+    monkeypatch.setattr(index_module, "publish_description", fail)
     with pytest.raises(OSError, match="the disk is full"):
         index(trained, copied, moment_seconds=1, moment_stride_seconds=1)
     monkeypatch.undo()
@@ -184,13 +184,13 @@ def test_a_build_that_fails_leaves_the_old_index(
 def test_the_manifest_is_written_when_all_it_names_is_there(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, checked = index_module.publish_json, []
+    real, checked = index_module.publish_description, []
 
     def check(path: Path, manifest: Any) -> None:
         real(path, manifest)
         checked.append(verify_index(path.parent))
 
-    monkeypatch.setattr(index_module, "publish_json", check)
+    monkeypatch.setattr(index_module, "publish_description", check)
     index(trained, tmp_path / "index")
     assert checked == [[]]
 

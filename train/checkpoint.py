@@ -7,7 +7,6 @@ checkpoint.json     epoch, metrics, the hash of every other file, and a fingerpr
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from svb.config import fingerprint
+from svb.data.description import publish_description, read_description
 from svb.data.publish import hash_file, published_folder
 from svb.errors import InputError, StoreError
 
@@ -48,8 +47,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
             torch.save(checkpoint.training, aside / "training.pt")
         hashes = {path.name: hash_file(path) for path in sorted(aside.iterdir())}
         description = {"epoch": checkpoint.epoch, "metrics": checkpoint.metrics, "hashes": hashes}
-        description["fingerprint"] = fingerprint(description)
-        (aside / "checkpoint.json").write_text(json.dumps(description, indent=2) + "\n", "utf-8")
+        publish_description(aside / "checkpoint.json", description)
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
@@ -63,9 +61,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     if not folder.is_dir():
         raise InputError(f"no checkpoint at {folder} - train first with `svb train`")
     try:
-        description = json.loads((folder / "checkpoint.json").read_text("utf-8"))
-        if description.pop("fingerprint") != fingerprint(description):
-            raise StoreError(f"{folder / 'checkpoint.json'} is not what was written - restore it, or train again")
+        description = read_description(folder / "checkpoint.json", kind="a whole checkpoint", make="svb train")
         for name, expected in description["hashes"].items():
             if hash_file(folder / name) != expected:
                 raise StoreError(f"{folder / name} is not what was written - restore the folder, or train again")
@@ -73,7 +69,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         training: dict[str, Any] = {}
         if "training.pt" in description["hashes"]:
             training = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (InputError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise StoreError(f"{folder} is not a whole checkpoint ({error}) - restore it, or train again") from error
     return Checkpoint(int(description["epoch"]), description["metrics"], model, training)
 

@@ -14,10 +14,11 @@ import torch
 
 from svb.config import fingerprint, require_same
 from svb.data.caption_features import CaptionFeatures, read_caption_features
+from svb.data.description import publish_description, read_description
 from svb.data.feature_store import FeatureStore
-from svb.data.publish import publish_json, published_file, remove_leftovers
+from svb.data.publish import published_file, remove_leftovers
 from svb.device import choose_device, choose_precision, precision_name
-from svb.errors import InputError, StoreError
+from svb.errors import InputError
 from svb.train.checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
 from svb.train.config import TrainConfig
 from svb.train.embed import split_metrics
@@ -28,7 +29,6 @@ from svb.train.support_set import mix, own_mask, support_weights
 from svb.train.training_data import SplitData, epoch_batches, load_split, positions_of_splits
 from svb.train.vocabulary import PADDING, Vocabulary, pad
 
-FORMAT_VERSION = 1
 # Seconds of work that a kill may cost; epochs are often shorter than it takes to write a checkpoint.
 CHECKPOINT_SECONDS = 20.0
 
@@ -261,7 +261,6 @@ def _parameter_groups(model: RetrievalModel, weight_decay: float) -> list[dict[s
 def _describe(config: TrainConfig, store: FeatureStore, backbone: str, captions: CaptionFeatures) -> dict[str, Any]:
     return {
         "format": "svb run",
-        "format_version": FORMAT_VERSION,
         "config": asdict(config),
         "shared_space": is_one_model(store.video_settings(backbone), captions.settings["text_encoder"]),
         "video": store.video_settings(backbone),
@@ -273,25 +272,8 @@ def _describe(config: TrainConfig, store: FeatureStore, backbone: str, captions:
 
 
 def read_run(run: Path) -> dict[str, Any]:
-    """Return a run's config.json.
-
-    Raises:
-        InputError: The folder is no run.
-        StoreError: config.json is damaged or of a newer format.
-    """
-    path = run / "config.json"
-    if not path.is_file():
-        raise InputError(f"{run} is not a run (it has no config.json) - make one with `svb train -o {run}`")
-    try:
-        description: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        version = int(description["format_version"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{path} is damaged ({error}) - restore it, or train again") from error
-    if version > FORMAT_VERSION:
-        raise StoreError(f"{path} has format {version} - this svb reads up to {FORMAT_VERSION}; upgrade svb")
-    if description.pop("fingerprint", None) != fingerprint(description):
-        raise StoreError(f"{path} was edited: its settings no longer give its fingerprint - undo the edit")
-    return description
+    """Return a run's config.json; errors as `svb.data.description.read_description`."""
+    return read_description(run / "config.json", kind="a run", make=f"svb train -o {run}")
 
 
 def is_one_model(video: Mapping[str, Any], text_encoder: Mapping[str, Any]) -> bool:
@@ -314,11 +296,10 @@ def _open_run(out: Path, description: dict[str, Any], store: Path, captions: Pat
         out.mkdir(parents=True, exist_ok=True)
         # Where the inputs lay is no setting: a run whose inputs were moved can still be resumed.
         paths = {"store": str(store.absolute()), "captions": str(captions.absolute())}
-        whole = {**description, "paths": paths}
-        publish_json(out / "config.json", {**whole, "fingerprint": fingerprint(whole)})
+        publish_description(out / "config.json", {**description, "paths": paths})
         return
     stored = read_run(out)
-    del stored["paths"]
+    del stored["paths"], stored["format_version"]
     require_same(
         stored,
         description,

@@ -1,0 +1,52 @@
+"""Descriptions: the JSON files that say what a store, run, checkpoint or index is.
+
+Each carries a checksum of itself, so that an edited or damaged one is never believed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from svb.config import fingerprint
+from svb.data.publish import publish_json
+from svb.errors import InputError, StoreError
+
+FORMAT_VERSION = 1
+
+
+def publish_description(path: Path, description: Mapping[str, Any]) -> None:
+    """Write a description with the format's version and its checksum, whole or not at all."""
+    versioned = {"format_version": FORMAT_VERSION, **description}
+    publish_json(path, {**versioned, "checksum": fingerprint(versioned)})
+
+
+def read_description(path: Path, *, kind: str, make: str) -> dict[str, Any]:
+    """Read a description and check it against its checksum.
+
+    Args:
+        path: The JSON file.
+        kind: What its folder is, with an article, for messages: `a run`.
+        make: The command that makes one.
+
+    Raises:
+        InputError: There is none.
+        StoreError: It is damaged, was edited, or is of a newer format.
+    """
+    if not path.is_file():
+        raise InputError(f"{path.parent} is not {kind} (it has no {path.name}) - make one with `{make}`")
+    try:
+        description: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        version, checksum = int(description["format_version"]), description.pop("checksum")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(f"{path} is damaged ({error}) - restore it, or make another with `{make}`") from error
+    if version > FORMAT_VERSION:
+        raise StoreError(f"{path} has format {version} - this svb reads up to {FORMAT_VERSION}; upgrade svb")
+    if checksum != fingerprint(description):
+        raise StoreError(
+            f"{path} was edited or damaged: it no longer gives its checksum - undo the edit, restore it, or "
+            f"make another with `{make}`"
+        )
+    return description
