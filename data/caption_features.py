@@ -24,7 +24,7 @@ from svb.config import fingerprint
 from svb.data.caption_table import CaptionTable
 from svb.data.description import FORMAT_VERSION
 from svb.data.publish import published_file
-from svb.data.shard import group_name
+from svb.data.shard import group_name, hash_array
 from svb.errors import InputError, StoreError
 
 
@@ -35,7 +35,7 @@ class CaptionFeatures:
     Attributes:
         table: The captions, their ids, videos and splits.
         features: `(C, F)` float16, finite, in the table's order.
-        settings: The text encoder's name, weights, precision; the table's hash.
+        settings: The text encoder's name, weights and size; the table's hash.
     """
 
     table: CaptionTable
@@ -68,7 +68,7 @@ def write_caption_features(path: Path, captions: CaptionFeatures) -> Path:
         for name, column in columns.items():
             file.create_dataset(name, data=column, dtype=h5py.string_dtype("utf-8"))
         group = file.create_group(group_name(captions.text_encoder))
-        group.create_dataset("features", data=captions.features)
+        group.create_dataset("features", data=captions.features).attrs["sha256"] = hash_array(captions.features)
     return path
 
 
@@ -96,12 +96,25 @@ def read_caption_features(path: Path) -> CaptionFeatures:
                 raise ValueError(f"features of shape {features.shape} for {len(table)} captions")
     except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise StoreError(
-            f"{path} is not a whole caption features file ({error}) - make it again with `svb captions`"
+            f"{path} is not a whole caption features file ({error}) - remove it, then make it again with "
+            "`svb captions`"
         ) from error
     bad = np.flatnonzero(~np.isfinite(features.sum(axis=1, dtype=np.float32)))
     if bad.size:
         raise StoreError(
             f"{path}: features hold NaN or infinity, first for caption {table.caption_ids[bad[0]]!r} - "
-            "make it again with `svb captions`"
+            "remove it, then make it again with `svb captions`"
         )
     return CaptionFeatures(table, features, settings)
+
+
+def verify_caption_features(path: Path) -> list[str]:
+    """Return what is wrong with a caption features file, a line each.
+
+    Raises:
+        InputError, StoreError: It cannot be read at all.
+    """
+    captions = read_caption_features(path)
+    with h5py.File(path, "r", locking=False) as file:
+        written = file[group_name(captions.text_encoder)]["features"].attrs.get("sha256", "")
+    return [] if written == hash_array(captions.features) else [f"{path}: features are not what was written"]

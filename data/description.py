@@ -41,12 +41,14 @@ def read_description(path: Path, *, kind: str, make: str) -> dict[str, Any]:
         description: dict[str, Any] = json.loads(path.read_text("utf-8"))
         version, checksum = int(description["format_version"]), description.pop("checksum")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"{path} is damaged ({error}) - restore it, or make another with `{make}`") from error
+        raise StoreError(
+            f"{path} is damaged ({error}) - restore it, or move {path.parent} away and make another with `{make}`"
+        ) from error
     if version > FORMAT_VERSION:
         raise StoreError(f"{path} has format {version} - this svb reads up to {FORMAT_VERSION}; upgrade svb")
     if checksum != fingerprint(description):
         raise StoreError(
             f"{path} was edited or damaged: it no longer gives its checksum - undo the edit, restore it, or "
-            f"make another with `{make}`"
+            f"move {path.parent} away and make another with `{make}`"
         )
     return description

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svb.data.description import read_description
-from svb.data.shard import Shard, VideoRecord
+from svb.data.shard import Shard, VideoRecord, hash_array
 from svb.errors import InputError, StoreError
 
 
@@ -114,6 +114,10 @@ class FeatureStore:
             "batch_size": self.settings["batch_size"],
         }
 
+    def shard_of(self, video_id: str) -> Path:
+        """Return the file that holds a video's newest record."""
+        return self.shards[self._place[video_id][0]].path
+
     def load(self, backbone: str, video_ids: Sequence[str] | None = None) -> FrameFeatures:
         """Read the features of many videos into memory, each shard once.
 
@@ -145,8 +149,19 @@ class FeatureStore:
                 target = slice(offsets[position], offsets[position + 1])
                 features[target], times_seconds[target] = shard_features[source], shard_times[source]
         loaded = FrameFeatures(wanted, features, times_seconds, offsets)
-        _require_finite(loaded, self.path, backbone)
+        self._require_finite(loaded, backbone)
         return loaded
+
+    def _require_finite(self, loaded: FrameFeatures, backbone: str) -> None:
+        # Row sums in float32 are finite exactly when all float16 values are, without a mask of the size
+        # of the features.
+        bad = np.flatnonzero(~np.isfinite(loaded.features.sum(axis=1, dtype=np.float32)))
+        if bad.size:
+            video_id = loaded.video_ids[int(np.searchsorted(loaded.offsets, bad[0], side="right")) - 1]
+            raise StoreError(
+                f"{self.path}: features of {backbone} hold NaN or infinity, first in video {video_id!r} - move "
+                f"{self.shard_of(video_id)} away and run `svb extract` again: only its videos are extracted anew"
+            )
 
     def _usable_place(self, video_id: str) -> tuple[int, int]:
         record = self.records.get(video_id)
@@ -184,24 +199,12 @@ def _shard_paths(folder: Path) -> list[Path]:
     return sorted((folder / "shards").glob("[0-9]*.h5"))
 
 
-def _require_finite(loaded: FrameFeatures, path: Path, backbone: str) -> None:
-    # Row sums in float32 are finite exactly when all float16 values are, without a mask of the size
-    # of the features.
-    sums = loaded.features.sum(axis=1, dtype=np.float32)
-    bad = np.flatnonzero(~np.isfinite(sums))
-    if bad.size:
-        video = int(np.searchsorted(loaded.offsets, bad[0], side="right")) - 1
-        raise StoreError(
-            f"{path}: features of {backbone} hold NaN or infinity, first in video "
-            f"{loaded.video_ids[video]!r} - run `svb verify {path}`, then extract that video again"
-        )
-
-
 def verify_store(path: Path) -> list[str]:
     """Return what is wrong with a store's shards, a line each; empty when it is whole.
 
     Checked: every shard opens, its offsets ascend from 0 to its number of rows, a video has rows exactly if
-    it did not fail, features and times are finite, and every row has the backbone's size.
+    it did not fail, features and times are finite and are the bytes that were written, and every row has the
+    backbone's size.
 
     Raises:
         InputError, StoreError: There is no store at `path`, or it cannot be opened at all.
@@ -238,6 +241,11 @@ def _shard_problems(shard: Shard, backbone: str, feature_size: int) -> list[str]
     if features.shape[1:] != (feature_size,):
         return [f"{place}: features of shape {features.shape}, expected rows of {feature_size}"]
     problems = [
+        f"{place}: {name} are not what was written"
+        for name, array in (("features", features), ("times_seconds", times_seconds), ("offsets", offsets))
+        if shard.checksum(backbone, name) != hash_array(array)
+    ]
+    problems += [
         f"{place}: video {record.video_id!r} is {record.status} and has {count} rows"
         for record, count in zip(shard.records, counts, strict=True)
         if record.usable != (count > 0)

@@ -15,7 +15,7 @@ from svb.data.description import publish_description
 from svb.data.feature_store import FeatureStore, live_shards, read_store_description
 from svb.data.publish import remove_leftovers
 from svb.data.shard import VideoRecord, VideoRows, write_shard
-from svb.errors import StoreError
+from svb.errors import InputError, StoreError
 
 SHARD_VIDEOS = 256
 SHARD_BYTES = 512 * 2**20
@@ -153,7 +153,12 @@ def export_store(store: FeatureStore, path: Path) -> Path:
     """Write a store as one HDF5 file of the same layout, which `FeatureStore` reads like the folder.
 
     Everything is held in memory once. Returns `path`.
+
+    Raises:
+        InputError: There is a file at `path` already.
     """
+    if path.exists():
+        raise InputError(f"{path} exists - remove it, or name another file with -o")
     records, rows = current_content(store, list(range(len(store.shards))))
     sizes = {name: int(backbone["feature_size"]) for name, backbone in store.settings["backbones"].items()}
     write_shard(path, store.description, records, rows, sizes)

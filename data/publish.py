@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +56,7 @@ def published_folder(path: Path) -> Iterator[Path]:
         filling.rename(new)
         if path.exists():
             path.rename(old)
-        with contextlib.suppress(FileNotFoundError):  # a reader's `recover_folder` was faster
-            new.rename(path)
+        new.rename(path)
         _sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
@@ -67,8 +66,7 @@ def published_folder(path: Path) -> Iterator[Path]:
 def recover_folder(path: Path) -> None:
     """Where `path` is missing, finish what a kill in `published_folder` interrupted.
 
-    The newest whole folder becomes `path`. Readers call this too, even beside a living writer: nothing is
-    removed here.
+    The newest whole folder becomes `path`.
     """
     for whole in (_beside(path, "new"), _beside(path, "old")):
         if not path.exists():
@@ -91,12 +89,13 @@ def remove_leftovers(folder: Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, in hex."""
+def hash_file(path: Path, on_block: Callable[[], None] = lambda: None) -> str:
+    """Return the SHA-256 of a file's bytes, in hex; `on_block` is called with every MiB."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):
             digest.update(block)
+            on_block()
     return digest.hexdigest()
 
 

@@ -14,6 +14,7 @@ In the group's name every `/` of the backbone's name is written `@`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -113,13 +114,22 @@ def _write_rows(
 ) -> None:
     counts = [len(video[backbone].times_seconds) if video else 0 for video in rows]
     offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
+    features_hash, times_hash = hashlib.sha256(), hashlib.sha256()
     features = group.create_dataset("features", shape=(offsets[-1], feature_size), dtype=np.float16)
     times_seconds = group.create_dataset("times_seconds", shape=(offsets[-1],), dtype=np.float64)
     for video, begin, end in zip(rows, offsets[:-1], offsets[1:], strict=True):
         if end > begin:
             features[begin:end] = video[backbone].features
             times_seconds[begin:end] = video[backbone].times_seconds
-    group.create_dataset("offsets", data=offsets)
+            features_hash.update(np.ascontiguousarray(video[backbone].features, np.float16).data)
+            times_hash.update(np.ascontiguousarray(video[backbone].times_seconds, np.float64).data)
+    features.attrs["sha256"], times_seconds.attrs["sha256"] = features_hash.hexdigest(), times_hash.hexdigest()
+    group.create_dataset("offsets", data=offsets).attrs["sha256"] = hash_array(offsets)
+
+
+def hash_array(array: NDArray[Any]) -> str:
+    """Return the SHA-256 of an array's bytes, in hex: the attribute `sha256` of the datasets that svb writes."""
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
 
 
 def storable_text(text: str) -> str:
@@ -168,6 +178,11 @@ class Shard:
     def times_seconds(self, backbone: str) -> NDArray[np.float64]:
         """Return the `(N,)` times of all rows of a backbone."""
         return self._read(backbone, "times_seconds")
+
+    def checksum(self, backbone: str, dataset: str) -> str:
+        """Return the SHA-256 that a dataset was written with; empty where it has none."""
+        with h5py.File(self.path, "r", locking=False) as file:
+            return str(file[f"{group_name(backbone)}/{dataset}"].attrs.get("sha256", ""))
 
     def video_rows(self, backbones: Sequence[str]) -> list[dict[str, VideoRows]]:
         """Return for each record its rows by backbone; an empty dict for a failed video."""

@@ -17,6 +17,7 @@ from svb.device import choose_device
 from svb.errors import InputError
 from svb.extract.text_encoders import DEFAULT_TEXT_ENCODER, load_text_encoder
 from svb.extract.text_encoders.text_encoder import TextEncoder
+from svb.extract.weights import absolute_name
 
 # Captions in a block: what a killed run loses at most.
 BLOCK = 4096
@@ -53,9 +54,11 @@ def captions(
         MismatchError: `out` holds another table or text encoder.
         ModelUnavailableError: The text encoder's weights cannot be had.
     """
-    table, out = Path(table), Path(out)
+    table, out, text_encoder = Path(table), Path(out), absolute_name(text_encoder)
     read = read_caption_table(table, drop_empty=drop_empty)
     table_hash = _hash_table(read)
+    if out.is_dir():
+        raise InputError(f"{out} is a folder - name the file to write with -o, such as {out / 'captions.h5'}")
     existing = read_caption_features(out) if out.exists() else None
     if existing is not None:
         settings = existing.settings
@@ -70,6 +73,12 @@ def captions(
     encoder = load_text_encoder(text_encoder, choose_device(device))
     distinct = list(dict.fromkeys(read.captions))
     features = _encode_in_blocks(encoder, distinct, out, on_progress)
+    cut = [caption for caption in distinct if encoder.num_tokens(caption) > encoder.max_tokens]
+    if cut:
+        on_message(
+            f"{len(cut)} captions are longer than the {encoder.max_tokens} tokens that {text_encoder} reads; "
+            f"the rest of each was not seen, first of {cut[0][:60]!r}"
+        )
     row_of = {caption: row for row, caption in enumerate(distinct)}
     rows = [row_of[caption] for caption in read.captions]
     settings = {"text_encoder": encoder.settings(), "table_hash": table_hash}
@@ -77,12 +86,6 @@ def captions(
     for path in _blocks_folder(out).glob("*.npy"):
         path.unlink()
     _blocks_folder(out).rmdir()
-    cut = [caption for caption in distinct if encoder.num_tokens(caption) > encoder.max_tokens]
-    if cut:
-        on_message(
-            f"{len(cut)} captions are longer than the {encoder.max_tokens} tokens that {text_encoder} reads; "
-            f"the rest of each was not seen, first of {cut[0][:60]!r}"
-        )
     return out
 
 

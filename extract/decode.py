@@ -24,7 +24,7 @@ from svb.extract.sampling import Sampling
 # A chunk crosses from a decode worker to the backbones in one piece; this bounds a worker's memory
 # whatever the length of the video.
 CHUNK_BYTES = 16 * 2**20
-# Small frames are enlarged for the backbone: 512 of them are 75 MB there, whatever size they had.
+# Small frames are enlarged for the backbone: 512 squares of 224 pixels are 77 MB there.
 CHUNK_FRAMES = 512
 
 # Without these flags swscale rounds and places chroma faster but worse, and PyAV's and ffmpeg's pixels part.
@@ -198,6 +198,14 @@ def tagged_seconds(text: str) -> float:
     return int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3])
 
 
+def _nobody_listens() -> None: ...
+
+
+# Called whenever a decoder has got on by a frame or a packet. A decode worker sets it to tell the main
+# process that it is alive: with few frames wanted of a long video, nothing else is heard of it for minutes.
+got_on: Callable[[], None] = _nobody_listens
+
+
 class FrameChooser:
     """Says of each decoded frame, in order of presentation, whether it is used; keeps what was seen.
 
@@ -224,6 +232,7 @@ class FrameChooser:
 
     def count(self, time_seconds: float) -> None:
         """Count one more decoded frame."""
+        got_on()
         self.decoded += 1
         if self.decoded == 1:
             self.first_time_seconds = time_seconds
@@ -267,6 +276,7 @@ class PacketTimes:
 
         A bare stream without a container has no times: its packets follow one another.
         """
+        got_on()
         if time_seconds is None:
             time_seconds = self.end_seconds if self._times_seconds else 0.0
         self._times_seconds.append(time_seconds)

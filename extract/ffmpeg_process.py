@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import selectors
-import signal
 import subprocess
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -42,7 +41,6 @@ class FfmpegProcess:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 pass_fds=(video_fd, times_write),
-                start_new_session=True,
             )
         except BaseException:
             os.close(times_read)
@@ -58,7 +56,7 @@ class FfmpegProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdout, self._process.stderr, self._times):
             if pipe is not None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from svb.data.publish import hash_file
 from svb.data.shard import VideoRecord, storable_text
 from svb.errors import InputError
 
@@ -103,13 +104,19 @@ def plan_videos(inputs: Sequence[Path], records: Mapping[str, VideoRecord], *, r
     known = {path: id_of_path.get(storable_text(str(path))) for _, path in candidates}
     taken = {video_id for video_id in known.values() if video_id is not None}
     todo: list[PlannedVideo] = []
+    gone: list[Path] = []
     for name, path in candidates:
         video_id = known[path] or _free_id(name, path, taken, records)
         if video_id != name and known[path] is None:
             messages.append(f"another video is already called {name!r}: {path} becomes {video_id!r}")
         taken.add(video_id)
-        if not _is_done(records.get(video_id), path, retry_failed):
+        record = records.get(video_id)
+        if record is not None and record.usable and not path.exists():
+            gone.append(path)
+        if not _is_done(record, path, retry_failed):
             todo.append(PlannedVideo(video_id, path))
+    if gone:
+        messages.append(f"{len(gone)} files are gone, first {gone[0]}: their features are kept")
     return Plan(todo, len(candidates) - len(todo), messages)
 
 
@@ -118,8 +125,8 @@ def _is_done(record: VideoRecord | None, path: Path, retry_failed: bool) -> bool
         return False
     try:
         stat = path.stat()
-    except OSError:
-        return record.status == "missing"
+    except OSError:  # the file is gone: what was extracted from it is kept
+        return record.usable or record.status == "missing"
     return (stat.st_size, stat.st_mtime_ns) == (record.size_bytes, record.mtime_ns)
 
 
@@ -127,9 +134,8 @@ def _free_id(name: str, path: Path, taken: Collection[str], records: Mapping[str
     def is_free(video_id: str) -> bool:
         if video_id in taken:
             return False
-        # A record whose file is gone was most likely this video before it was moved.
         record = records.get(video_id)
-        return record is None or not _is_another_file(Path(record.source_path), path)
+        return record is None or not _is_another_file(record, path)
 
     if is_free(name):
         return name
@@ -141,11 +147,18 @@ def _free_id(name: str, path: Path, taken: Collection[str], records: Mapping[str
     return video_id
 
 
-def _is_another_file(stored: Path, path: Path) -> bool:
+def _is_another_file(record: VideoRecord, path: Path) -> bool:
+    stored = Path(record.source_path)
     try:
         return not stored.samefile(path)
-    except OSError:
-        return stored.exists()
+    except (OSError, ValueError):
+        if stored.exists():
+            return True
+    # The stored file is gone: it was moved here if the content is the same; else its disk may be away.
+    try:
+        return path.stat().st_size != record.size_bytes or hash_file(path) != record.content_hash
+    except (OSError, ValueError):
+        return True
 
 
 def _unique_paths(candidates: Iterable[tuple[str, Path]]) -> list[tuple[str, Path]]:
@@ -208,6 +221,8 @@ def _listed(path: Path) -> Iterable[tuple[str, Path]]:
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(f"{path} is not a readable list of videos ({error}) - write it again") from error
     for number, (video_id, listed) in enumerate(rows, start=1):
+        if "\0" in listed:
+            raise InputError(f"{path}, row {number}: the path holds a NUL - save the list as UTF-8")
         if not Path(listed).name:
             raise InputError(f"{path}, row {number}: the path is {listed!r} - expected a video's")
         name = video_id or Path(listed).with_suffix("").as_posix().removeprefix("/")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import queue
 import signal
 import threading
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from svb.data.publish import hash_file
+from svb.extract import decode
 from svb.extract.decode import DecodeEnd, DecodeError, FrameChunk, VideoProperties
 from svb.extract.plan import PlannedVideo
 from svb.extract.sampling import Sampling
@@ -50,6 +52,11 @@ class Finished:
     mtime_ns: int = 0
 
 
+@dataclass(frozen=True)
+class Alive:
+    """A worker has got on, though it has nothing to give yet."""
+
+
 Message = VideoProperties | FrameChunk | Finished
 
 
@@ -60,8 +67,8 @@ class DecodePool:
         num_workers: How many processes.
         sampling: Which frames.
         decoder: `pyav`, which hands over to ffmpeg what it cannot read, or `ffmpeg`.
-        stall_seconds: A worker that gives nothing for this long is killed and its video recorded as
-            `timeout`.
+        stall_seconds: A worker that does not get on for this long, by a frame, a packet or a block of the
+            file, is killed and its video recorded as `timeout`.
     """
 
     def __init__(self, num_workers: int, sampling: Sampling, decoder: str, stall_seconds: float = 120.0) -> None:
@@ -125,13 +132,14 @@ class DecodePool:
                     return True
                 self._put_failure(worker, "timeout", f"the decoder gave nothing for {silent_seconds:.0f} s")
                 return False
-            message: Message = worker.connection.recv()
+            message: Message | Alive = worker.connection.recv()
         except (EOFError, OSError):
             worker.process.join(timeout=5)
             words = f"the decoder's process died with exit code {worker.process.exitcode}"
             self._put_failure(worker, "decoder_crash", words)
             return False
-        self._put((worker.position, message))
+        if not isinstance(message, Alive):
+            self._put((worker.position, message))
         # Time that the queue was full is not the worker's silence.
         worker.heard = time.monotonic()
         if isinstance(message, Finished):
@@ -174,7 +182,11 @@ class _Worker:
         self.heard = time.monotonic()
 
     def kill(self) -> None:
-        self.process.kill()
+        assert self.process.pid is not None
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:  # not yet a group of its own
+            self.process.kill()
         self.process.join()
         self.connection.close()
 
@@ -182,11 +194,26 @@ class _Worker:
 def _work(connection: Connection) -> None:
     # The terminal's Ctrl-C reaches the whole group; the main process decides when workers end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setsid()  # an ffmpeg that this worker starts is killed with it
+    decode.got_on = _Pulse(connection)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             path, sampling, decoder = connection.recv()
             for message in decode_file(path, sampling, decoder):
                 connection.send(message)
+
+
+class _Pulse:
+    """Sends `Alive`, at most once a second."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._sent = time.monotonic()
+
+    def __call__(self) -> None:
+        if time.monotonic() - self._sent >= 1.0:
+            self._sent = time.monotonic()
+            self._connection.send(Alive())
 
 
 def decode_file(path: Path, sampling: Sampling, decoder: str) -> Iterator[Message]:
@@ -197,7 +224,7 @@ def decode_file(path: Path, sampling: Sampling, decoder: str) -> Iterator[Messag
     try:
         if path.is_file():  # reading a named pipe would wait for ever
             with contextlib.suppress(OSError):
-                content_hash = hash_file(path)
+                content_hash = hash_file(path, decode.got_on)
         for message in _decode_or_hand_over(path, sampling, decoder):
             if isinstance(message, str):
                 used = message
@@ -217,7 +244,7 @@ def decode_file(path: Path, sampling: Sampling, decoder: str) -> Iterator[Messag
 def _size_and_mtime(path: Path) -> tuple[int, int]:
     try:
         stat = path.stat()
-    except OSError:
+    except (OSError, ValueError):
         return 0, 0
     return stat.st_size, stat.st_mtime_ns
 

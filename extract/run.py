@@ -24,11 +24,13 @@ from svb.extract.backbones.backbone import Backbone
 from svb.extract.decode import FrameChunk, VideoProperties
 from svb.extract.packing import Packer, to_rows
 from svb.extract.plan import Plan, PlannedVideo, plan_videos
-from svb.extract.pool import DecodePool, Finished, Message, decode_file
+from svb.extract.pool import DecodePool, Finished, Message
 from svb.extract.sampling import Sampling
 from svb.extract.transform import to_squares
+from svb.extract.weights import absolute_name
 
 DECODERS = ("pyav", "ffmpeg")
+MAX_BATCH_SIZE = 4096
 
 
 @dataclass
@@ -88,14 +90,17 @@ def extract(
     """
     if decoder not in DECODERS:
         raise UsageError(f"unknown decoder {decoder!r} - expected one of {', '.join(DECODERS)}")
-    if not backbones or num_workers < 1 or batch_size < 1:
-        raise UsageError("nothing to run - give at least one backbone, one worker and a batch of one")
+    if not backbones or num_workers < 1:
+        raise UsageError("nothing to run - give at least one backbone and one worker")
+    if not 1 <= batch_size <= MAX_BATCH_SIZE:
+        raise UsageError(f"batch size {batch_size} - expected 1 to {MAX_BATCH_SIZE}")
     if not stall_seconds > 0:
         raise UsageError(f"cannot wait {stall_seconds} s for a decoder - give a positive number of seconds")
     out, sampling = Path(out), sampling or Sampling(fps=1.0)
+    backbones = [absolute_name(name) for name in dict.fromkeys(backbones)]
     # In bfloat16 a row's last bits depend on the size of the batch it is computed in.
     request = {"sampling": sampling.settings(), "decoder": decoder_settings(decoder), "batch_size": batch_size}
-    plan = _plan(videos, out, backbones, request, retry_failed)
+    plan = _plan(videos, out, backbones, request, precision, retry_failed)
     for line in plan.messages:
         on_message(line)
     if not plan.todo:
@@ -104,7 +109,7 @@ def extract(
 
     torch_device = choose_device(device)
     dtype = choose_precision(torch_device, precision)
-    networks = [load_backbone(name, torch_device, dtype) for name in dict.fromkeys(backbones)]
+    networks = [load_backbone(name, torch_device, dtype) for name in backbones]
     settings = {**request, "backbones": {network.name: network.settings() for network in networks}}
     provenance = {"device": str(torch_device), "versions": _versions()}
 
@@ -210,13 +215,13 @@ class _Pipeline:
 def extract_file(
     file: Path, backbone: Backbone, sampling: Sampling, decoder: str, batch_size: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    """Return one file's `(T, F)` float32 features and `(T,)` times, decoded in this process.
+    """Return one file's `(T, F)` float32 features and `(T,)` times, decoded in a worker process.
 
     Raises:
         InputError: The file gives no frame.
     """
     packer = Packer(backbone, batch_size)
-    for message in decode_file(file, sampling, decoder):
+    for _, message in DecodePool(1, sampling, decoder).run([PlannedVideo(str(file), file)]):
         if isinstance(message, FrameChunk):
             frames = torch.from_numpy(message.frames).to(backbone.device)
             packer.add(0, to_squares(frames, backbone.image_size), message.frame_times_seconds)
@@ -259,6 +264,7 @@ def _plan(
     out: Path,
     backbones: Sequence[str],
     request: dict[str, Any],
+    precision: str,
     retry_failed: bool,
 ) -> Plan:
     records: dict[str, VideoRecord] = {}
@@ -270,8 +276,13 @@ def _plan(
             {**settings, "backbones": sorted(settings["backbones"])},
             {**request, "backbones": sorted(set(backbones))},
             what=f"the feature store {out}",
-            do_next="Give the options it was made with, or write to another folder with -o.",
+            do_next="Give the options (and package versions) it was made with, or write to another folder with -o.",
         )
+        if precision != "auto":
+            held = settings["backbones"].items()
+            stored = {name: {"precision": backbone["precision"]} for name, backbone in held}
+            wanted = {name: {"precision": precision} for name in stored}
+            require_same(stored, wanted, what=f"the feature store {out}", do_next="Leave out --precision.")
         records = FeatureStore(out).records
     return plan_videos([Path(video) for video in videos], records, retry_failed=retry_failed)
 

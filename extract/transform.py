@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+# Frames are scaled a few at a time: a narrow strip grows to many times its bytes before it is cropped.
+SCALED_BYTES = 64 * 2**20
+
 
 def to_squares(frames: torch.Tensor, size: int) -> torch.Tensor:
     """Scale the short side to `size` with antialiased bicubic, on the frames' device, and crop the centre.
@@ -19,12 +22,17 @@ def to_squares(frames: torch.Tensor, size: int) -> torch.Tensor:
     Returns:
         `(T, 3, S, S)` uint8.
     """
-    images = frames.permute(0, 3, 1, 2)  # a channels-last view, which the uint8 kernel is fastest on
-    height, width = images.shape[-2:]
+    height, width = frames.shape[1:3]
     # The length is cut off and the margin rounded as torchvision does, and with it CLIP's own preprocessing.
     long_side = int(size * max(height, width) / min(height, width))
     scaled = (size, long_side) if height <= width else (long_side, size)
-    if (height, width) != scaled:
+    at_once = max(1, SCALED_BYTES // (3 * size * long_side))
+    return torch.cat([_scale_and_crop(part, scaled, size) for part in frames.split(at_once)])
+
+
+def _scale_and_crop(frames: torch.Tensor, scaled: tuple[int, int], size: int) -> torch.Tensor:
+    images = frames.permute(0, 3, 1, 2)  # a channels-last view, which the uint8 kernel is fastest on
+    if images.shape[-2:] != scaled:
         if images.device.type == "cpu":
             images = F.interpolate(images, scaled, mode="bicubic", antialias=True, align_corners=False)
         else:

@@ -44,6 +44,18 @@ def split_name(name: str) -> tuple[str, str, str]:
     return family, model, weights
 
 
+def absolute_name(name: str) -> str:
+    """Return a network's name with the local file or folder in it made absolute, so that it holds everywhere."""
+    family, model, weights = split_name(name)
+    if family == "sentence_transformers":
+        return f"{family}:{Path(model).absolute()}"
+    if model.startswith("local-dir:"):
+        return f"{family}:local-dir:{Path(model.removeprefix('local-dir:')).absolute()}"
+    if weights and Path(weights).is_file():
+        return f"{family}:{model}/{Path(weights).absolute()}"
+    return name
+
+
 def hash_weights(module: nn.Module) -> str:
     """Return `hash_tensors` of all of a network's weights and buffers."""
     return hash_tensors(module.state_dict())

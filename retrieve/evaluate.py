@@ -11,9 +11,10 @@ import numpy as np
 from svb.data.publish import published_file
 from svb.device import choose_device
 from svb.errors import InputError
-from svb.retrieve.inputs import open_inputs
+from svb.retrieve.inputs import Inputs, open_inputs
 from svb.train.metrics import TIE_RULE, V2T_CONVENTIONS, summarise, t2v_ranks, v2t_ranks
-from svb.train.training_data import load_split, positions_of_splits
+from svb.train.run import split_contents
+from svb.train.training_data import SplitData, load_split, positions_of_splits
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ def evaluate(
         max_frames=embedder.max_frames,
         device=torch_device,
     )
+    _require_unseen(inputs, split, data, source)
     similarity = embedder.embed_captions(data.caption_features) @ embedder.embed_videos(data.frames).T
     caption_video = data.caption_video.cpu().numpy()
     t2v, v2t = t2v_ranks(similarity, caption_video), v2t_ranks(similarity, caption_video, v2t_convention)
@@ -151,3 +153,16 @@ def evaluate(
             for name, value in summarise(values).items()
         },
     )
+
+
+def _require_unseen(inputs: Inputs, split: str, data: SplitData, source: Path | str) -> None:
+    """Refuse a val split that was carved now and is not the one that training put aside."""
+    assert inputs.captions is not None
+    if inputs.data is None or split != "val" or "val" in inputs.captions.table.splits:
+        return
+    put_aside = (inputs.data["val"] or {}).get("ids")
+    if split_contents(data)["ids"] != put_aside:
+        raise InputError(
+            f"these captions name no val split, and what is carved from them is not what {source} put aside: it "
+            "was trained on some of it - name the captions it was trained on, or captions with a split"
+        )

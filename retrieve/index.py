@@ -148,11 +148,16 @@ def _publish_part(out: Path, part: str, write: Callable[[Path], None]) -> dict[s
     files = {path.name: hash_file(path) for path in sorted(building.iterdir())}
     key = hashlib.sha256(canonical_json(files).encode()).hexdigest()[:16]
     final = out / part / key
-    if final.exists():
+    if final.exists() and not _is_damaged(final, files):
         shutil.rmtree(building)
     else:
+        shutil.rmtree(final, ignore_errors=True)
         building.rename(final)
     return {"key": key, "files": files}
+
+
+def _is_damaged(folder: Path, files: dict[str, str]) -> bool:
+    return any(not (folder / name).is_file() or hash_file(folder / name) != files[name] for name in files)
 
 
 def _write_captions(folder: Path, inputs: Inputs) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from svb.config import require_same
 from svb.data.caption_features import CaptionFeatures, read_caption_features
 from svb.data.feature_store import FeatureStore
-from svb.errors import InputError
+from svb.errors import InputError, UsageError
 from svb.extract.text_encoders import load_text_encoder
+from svb.extract.weights import absolute_name
 from svb.retrieve.embedder import Embedder, load_matching_text_encoder, run_embedder, zero_shot_embedder
 from svb.train.config import TrainConfig
 from svb.train.run import read_run
@@ -29,12 +31,14 @@ class Inputs:
         store: The features.
         captions: Their captions; None for a store without.
         config: The run's options, the defaults for a store.
+        data: What the run was trained on; None for a store.
     """
 
     embedder: Embedder
     store: FeatureStore
     captions: CaptionFeatures | None
     config: TrainConfig
+    data: dict[str, Any] | None
 
 
 def open_inputs(
@@ -63,23 +67,31 @@ def open_inputs(
         MismatchError: Store or captions were made with other settings than the run's.
     """
     if (source / "config.json").is_file():
+        if backbone is not None or text_encoder is not None:
+            raise UsageError(
+                f"{source} is a run, which has its own backbone and text encoder - leave the option out"
+            )
         return _open_run(source, device, store, captions, checkpoint)
     if not (source / "store.json").is_file() and not source.is_file():
         raise InputError(
             f"{source} is neither a run (config.json) nor a feature store (store.json) - make one with `svb train` "
             "or `svb extract`"
         )
+    if store is not None:
+        raise UsageError(f"{source} is a feature store itself - leave out --store {store}")
     feature_store = FeatureStore(source)
     backbone = feature_store.only_backbone(backbone)
     caption_features = read_caption_features(Path(captions)) if captions is not None else None
+    if caption_features is not None and text_encoder not in (None, caption_features.text_encoder):
+        raise UsageError(f"{captions} was encoded with {caption_features.text_encoder} - leave out --text-encoder")
     if caption_features is not None:
         encoder = load_matching_text_encoder(caption_features.settings["text_encoder"], device)
     elif text_encoder is not None or not backbone.startswith("open_clip:"):
-        encoder = load_text_encoder(text_encoder or DEFAULT_CLASS_TEXT_ENCODER, device)
+        encoder = load_text_encoder(absolute_name(text_encoder or DEFAULT_CLASS_TEXT_ENCODER), device)
     else:
         encoder = load_text_encoder(backbone, device)
     embedder = zero_shot_embedder(feature_store.video_settings(backbone), encoder, device)
-    return Inputs(embedder, feature_store, caption_features, TrainConfig())
+    return Inputs(embedder, feature_store, caption_features, TrainConfig(), None)
 
 
 def _open_run(
@@ -101,4 +113,6 @@ def _open_run(
         what="the caption features file",
         do_next=f"Name captions encoded as those that {run} was trained on with --captions.",
     )
-    return Inputs(embedder, feature_store, caption_features, TrainConfig(**description["config"]))
+    return Inputs(
+        embedder, feature_store, caption_features, TrainConfig(**description["config"]), description["data"]
+    )

@@ -55,7 +55,9 @@ def make_store(
     """Write a store of `(T, F)` frame features by video_id; a video of 0 rows is recorded as failed."""
     feature_size = next(iter(videos.values())).shape[1]
     settings: dict[str, Any] = {
-        "backbones": {backbone: {"weights_hash": "made-up", "feature_size": feature_size, "precision": "float32"}},
+        "backbones": {
+            backbone: {"weights_hash": f"of {backbone}", "feature_size": feature_size, "precision": "float32"}
+        },
         "sampling": {"fps": 1.0 / seconds_between_frames},
         "decoder": {"name": "pyav", "version": "none"},
         "batch_size": 32,
@@ -90,7 +92,7 @@ def make_captions(
     settings = {
         "text_encoder": {
             "name": text_encoder,
-            "weights_hash": "made-up",
+            "weights_hash": f"of {text_encoder}",
             "feature_size": features.shape[1],
             "max_tokens": 64,
         },
@@ -157,5 +159,5 @@ def make_text_encoder(size: int = 20) -> TextEncoder:
         encode_batch,
         num_tokens=lambda caption: len(caption.split()) + 2,
         max_tokens=12,
-        weights_hash="made-up",
+        weights_hash=f"of {TEXT_ENCODER}",
     )

@@ -201,8 +201,8 @@ class TestOptions:
             (("--fps", "nan"), ["cannot sample nan frames"]),
             (("--frames", "0"), ["cannot sample 0 frames"]),
             (("--fps", "1", "--frames", "8"), ["got fps=1.0 and frames=8", "give exactly one"]),
-            (("--workers", "0"), ["at least one backbone, one worker"]),
-            (("--batch-size", "0"), ["a batch of one"]),
+            (("--workers", "0"), ["at least one backbone and one worker"]),
+            (("--batch-size", "0"), ["expected 1 to 4096"]),
             (("--stall-seconds", "0"), ["cannot wait 0.0 s", "give a positive number of seconds"]),
             (("--device", "abacus"), ["cannot use device 'abacus'", "try auto, cpu or cuda:0"]),
             (
@@ -288,7 +288,7 @@ class TestStores:
             "was made with other settings",
             "decoder.name: stored 'pyav', wanted 'ffmpeg'",
             "sampling.fps: stored 1.0, wanted 2.0",
-            "Give the options it was made with, or write to another folder with -o.",
+            "Give the options (and package versions) it was made with, or write to another folder with -o.",
         )
         assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
 

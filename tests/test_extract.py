@@ -200,8 +200,8 @@ class TestPipeline:
         ("options", "words"),
         [
             ({"decoder": "vlc"}, "unknown decoder 'vlc' - expected one of pyav, ffmpeg"),
-            ({"num_workers": 0}, "at least one backbone, one worker"),
-            ({"batch_size": 0}, "a batch of one"),
+            ({"num_workers": 0}, "at least one backbone and one worker"),
+            ({"batch_size": 0}, "expected 1 to 4096"),
             ({"stall_seconds": 0.0}, "give a positive number of seconds"),
             ({"stall_seconds": float("nan")}, "give a positive number of seconds"),
             ({"precision": "int8"}, "unknown precision 'int8' - expected one of auto, float32"),
@@ -522,16 +522,53 @@ class TestPlan:
         np.testing.assert_array_equal(after["a"], before["a"])
 
     def test_a_known_file_keeps_its_id_from_a_newcomer(self, tmp_path: Path) -> None:
-        # The known file is gone, but still asked for by a list: the newcomer must not take its id.
+        # The known file is gone, but still asked for by a list: the newcomer must not take its id, and what was
+        # extracted is kept.
         clips.make_clip(tmp_path / "a.mp4", seconds=0.3)
         run(tmp_path / "a.mp4", tmp_path / "out")
         (tmp_path / "new").mkdir()
         (tmp_path / "a.mp4").rename(tmp_path / "new" / "a.mp4")
         (tmp_path / "list.txt").write_text("a.mp4\n")
         records = FeatureStore(tmp_path / "out").records
-        assert sorted(self.ids(tmp_path / "new", tmp_path / "list.txt", records=records)) == ["a", "a.mp4"]
+        assert sorted(self.ids(tmp_path / "new", tmp_path / "list.txt", records=records)) == ["a.mp4"]
 
     def test_the_same_file_twice_is_one_video(self, clips_folder: Path) -> None:
         assert self.ids(clips_folder / "a.mp4", clips_folder, clips_folder / "deep" / ".." / "a.mp4") == [
             *("a", "b", "c", "deep/d"),
         ]
+
+
+class TestNothingGoodIsLost:
+    def test_a_listed_file_that_is_gone_keeps_its_features(self, tmp_path: Path) -> None:
+        clips.make_clip(tmp_path / "a.mp4", seconds=0.3)
+        (tmp_path / "list.txt").write_text("a.mp4\n")
+        run(tmp_path / "list.txt", tmp_path / "out")
+        (tmp_path / "a.mp4").unlink()
+        messages = run(tmp_path / "list.txt", tmp_path / "out")
+        assert FeatureStore(tmp_path / "out").video_ids == ["a"]
+        assert any("files are gone" in message and "kept" in message for message in messages)
+
+    def test_a_newcomer_does_not_take_the_id_of_a_video_whose_disk_is_away(self, tmp_path: Path) -> None:
+        for folder, source in (("d1", "testsrc2"), ("d2", "smptebars")):
+            (tmp_path / folder).mkdir()
+            clips.make_clip(tmp_path / folder / "a.mp4", seconds=0.3, source=source)
+        run(tmp_path / "d1", tmp_path / "out")
+        (tmp_path / "d1").rename(tmp_path / "away")
+        run(tmp_path / "d2", tmp_path / "out")
+        assert FeatureStore(tmp_path / "out").video_ids == ["a", "a.mp4"]
+        # What was moved, and is the same to the byte, keeps its id.
+        run(tmp_path / "away", tmp_path / "out")
+        assert FeatureStore(tmp_path / "out").video_ids == ["a", "a.mp4"]
+
+    def test_few_frames_of_a_long_video_are_no_stall(self, tmp_path: Path) -> None:
+        clips.make_clip(tmp_path / "long.mp4", seconds=400, fps=30, size="320x240")
+        run(tmp_path / "long.mp4", tmp_path / "out", sampling=Sampling(frames=2), stall_seconds=2.0)
+        assert FeatureStore(tmp_path / "out").records["long"].status == "ok"
+
+    def test_a_strip_is_scaled_in_little_memory(self) -> None:
+        frames = torch.randint(0, 256, (5, 16, 1024, 3), dtype=torch.uint8)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("svb.extract.transform.SCALED_BYTES", 1)
+            one_by_one = to_squares(frames, 32)
+        assert torch.equal(one_by_one, to_squares(frames, 32))
+        assert one_by_one.untyped_storage().nbytes() == 5 * 3 * 32 * 32

@@ -171,7 +171,7 @@ class TestReading:
         path = write(tmp_path / "store", {"a": 1.0, "b": 2.0})
         with h5py.File(shard_files(path)[0], "r+") as file:
             file[GROUP]["features"][3, 1] = np.nan
-        with pytest.raises(StoreError, match=r"NaN or infinity, first in video 'b' - run `svb verify"):
+        with pytest.raises(StoreError, match=r"NaN or infinity, first in video 'b' - move .* away and run"):
             FeatureStore(path).load(BACKBONE)
         FeatureStore(path).load(OTHER)
 
@@ -504,24 +504,6 @@ class TestPublishedFolder:
         self.fill(tmp_path / "x", "newest")
         assert self.content(tmp_path / "x") == "newest"
         assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(ASIDE_PREFIX)] == ["x"]
-
-    def test_a_reader_that_recovers_does_not_disturb_the_writer(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        self.fill(tmp_path / "x", "old")
-        rename = Path.rename
-
-        def rename_beside_a_reader(source: Path, target: Path) -> Path:
-            renamed = rename(source, target)
-            with monkeypatch.context() as patch:
-                patch.setattr(Path, "rename", rename)
-                recover_folder(tmp_path / "x")
-            return renamed
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "rename", rename_beside_a_reader)
-            self.fill(tmp_path / "x", "new")
-        assert self.content(tmp_path / "x") == "new"
 
     def test_nothing_to_recover(self, tmp_path: Path) -> None:
         recover_folder(tmp_path / "x")

@@ -332,7 +332,7 @@ def test_another_text_encoder_is_refused_naming_both(copied: Path, monkeypatch: 
     encoder = synthetic.make_text_encoder()
     encoder.weights_hash = "others"
     monkeypatch.setattr("svb.retrieve.embedder.load_text_encoder", lambda name, device: encoder)
-    with pytest.raises(MismatchError, match="synthetic:words has weights others here, but made-up when"):
+    with pytest.raises(MismatchError, match="synthetic:words has weights others here, but of synthetic:words when"):
         Searcher(copied).search_text("a dog")
 
 

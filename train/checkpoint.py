@@ -64,13 +64,17 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         description = read_description(folder / "checkpoint.json", kind="a whole checkpoint", make="svb train")
         for name, expected in description["hashes"].items():
             if hash_file(folder / name) != expected:
-                raise StoreError(f"{folder / name} is not what was written - restore the folder, or train again")
+                raise StoreError(
+                    f"{folder / name} is not what was written - restore the folder, or remove it and train again"
+                )
         model = load_file(folder / "model.safetensors")
         training: dict[str, Any] = {}
         if "training.pt" in description["hashes"]:
             training = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
     except (InputError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise StoreError(f"{folder} is not a whole checkpoint ({error}) - restore it, or train again") from error
+        raise StoreError(
+            f"{folder} is not a whole checkpoint ({error}) - restore it, or remove it and train again"
+        ) from error
     return Checkpoint(int(description["epoch"]), description["metrics"], model, training)
 
 
@@ -100,6 +104,6 @@ def load_weights(module: torch.nn.Module, weights: Mapping[str, torch.Tensor], f
         what = "; ".join([*wrong, *(f"{name} unknown" for name in extra)][:3])
         raise StoreError(
             f"the checkpoint {folder} does not fit its run's config.json ({what}) - it is of another model: "
-            "restore the folder, or train again"
+            "restore the folder, or remove it and train again"
         )
     module.load_state_dict({name: weights[name] for name in wanted})

@@ -76,7 +76,10 @@ def train(
     )
     description = _describe(config, feature_store, backbone, caption_features)
     description["decoder_precision"] = precision_name(_decoder_dtype(torch_device))
-    description["data"] = {"train": _contents(train_split), "val": _contents(val_split)}
+    description["data"] = {
+        "train": split_contents(train_split),
+        "val": split_contents(val_split) if val_split is not None else None,
+    }
     vocabulary = None
     if config.variant != "none":
         vocabulary = Vocabulary.of(train_split.captions, config.min_word_count)
@@ -178,13 +181,19 @@ class _Loop:
             contrastive = max_margin(similarity, own, config.margin)
         if model.decoder is None:
             return _Step(contrastive, contrastive, torch.zeros_like(contrastive))
+        if config.variant == "cross":
+            # Where a batch holds one video alone there is no other to rebuild its captions from.
+            kept = (~own).any(dim=1).nonzero().squeeze(1)
+            if not len(kept):
+                return _Step(contrastive, contrastive, torch.zeros_like(contrastive))
+            batch, own, caption_embeddings = batch[kept], own[kept], caption_embeddings[kept]
         weights = support_weights(
             caption_embeddings,
             video_embeddings,
             own,
             variant=config.variant,
             temperature=config.support_temperature,
-        )  # (B, B)
+        )  # (B, S), S is the batch
         mixtures, mixture_mask = mix(weights, frame_sequences, frame_mask)  # (B, T, D), (B, T)
         tokens = pad([self._tokens[position] for position in batch.tolist()]).to(rows.device)  # (B, L)
         is_word = tokens[:, 1:] != PADDING  # (B, L - 1)
@@ -277,16 +286,15 @@ def read_run(run: Path) -> dict[str, Any]:
 
 
 def is_one_model(video: Mapping[str, Any], text_encoder: Mapping[str, Any]) -> bool:
-    """Tell whether a backbone and a text encoder are the two towers of one model, whose space they share."""
-    return (video["backbone"], video["backbone_settings"]["weights_hash"]) == (
-        text_encoder["name"],
-        text_encoder["weights_hash"],
-    )
+    """Tell whether a backbone and a text encoder are the two towers of one model, whose space they share.
+
+    Their weights' hash covers both towers, so it tells, whatever the two are called.
+    """
+    return bool(video["backbone_settings"]["weights_hash"] == text_encoder["weights_hash"])
 
 
-def _contents(split: SplitData | None) -> dict[str, Any] | None:
-    if split is None:
-        return None
+def split_contents(split: SplitData) -> dict[str, Any]:
+    """Return how much a split holds, and a key of its videos and captions."""
     key = fingerprint({"videos": split.frames.video_ids, "captions": split.caption_ids})
     return {"videos": split.num_videos, "captions": len(split.captions), "ids": key}
 

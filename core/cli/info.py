@@ -140,15 +140,15 @@ def _verify_store(path: Path) -> list[str]:
 
 
 def _verify_captions(path: Path) -> list[str]:
-    from svb.data.caption_features import read_caption_features
+    from svb.data.caption_features import verify_caption_features
 
-    read_caption_features(path)
-    return []
+    return verify_caption_features(path)
 
 
 def _verify_run(path: Path) -> list[str]:
-    _describe_run(path)
-    return []
+    held = _describe_run(path)  # reads every file against its hash
+    missing = [name for name in ("best", "last") if name not in held]
+    return [f"{path / name} is missing: the training has not got that far, or it was removed" for name in missing]
 
 
 def _verify_index(path: Path) -> list[str]:

@@ -56,7 +56,7 @@ def train(
     """Train heads on the features in STORE and CAPTIONS.
 
     STORE is a feature store [default: ./features], CAPTIONS a caption features file [default: ./captions.h5].
-    Run it again with the same options to go on where it stopped.
+    Run it again with the same options, and -o, to go on where it stopped.
 
     \b
     svb train features/ captions.h5 -o runs/cross
@@ -65,7 +65,9 @@ def train(
 
     store = store or default_path("SVB_FEATURES", "features")
     captions = captions or default_path("SVB_CAPTIONS", "captions.h5")
-    out = out or _next_run()
+    if out is None:
+        out = _next_run()
+        say(f"to go on with this run after an interruption, give the same options and -o {out}")
     say(f"training {out} on {store} and {captions}")
 
     def show(metrics: dict[str, float]) -> None:

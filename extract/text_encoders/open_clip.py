@@ -26,7 +26,9 @@ def load(name: str, model: str, weights: str, device: torch.device) -> TextEncod
         return features
 
     def num_tokens(caption: str) -> int:
-        return len(tokenizer.encode(caption)) + 2  # with the start and end tokens
+        if hasattr(tokenizer, "encode"):
+            return len(tokenizer.encode(caption)) + 2  # CLIP's own, with the start and end tokens
+        return len(tokenizer.tokenizer(caption)["input_ids"])  # a wrapped one of another text tower
 
     return TextEncoder(
         name,

@@ -1,4 +1,4 @@
-"""Contrastive losses by name; one file a loss."""
+"""The losses; one file each."""
 
 from __future__ import annotations
 
