@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import run_svb
+from conftest import RunSvb
 
 
 @pytest.mark.slow
-def test_the_demo_goes_from_clips_to_answers_and_is_not_done_twice(tmp_path: Path) -> None:
+def test_the_demo_goes_from_clips_to_answers_and_is_not_done_twice(run_svb: RunSvb, tmp_path: Path) -> None:
     arguments = ["demo", "-o", str(tmp_path / "demo"), "--videos", "40", "--epochs", "2"]
     first = run_svb(*arguments)
     assert first.exit_code == 0, first
