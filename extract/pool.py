@@ -57,7 +57,7 @@ class Alive:
     """A worker has got on, though it has nothing to give yet."""
 
 
-Message = VideoProperties | FrameChunk | Finished
+Message = VideoProperties | FrameChunk | Alive | Finished
 
 
 class DecodePool:
@@ -132,14 +132,13 @@ class DecodePool:
                     return True
                 self._put_failure(worker, "timeout", f"the decoder gave nothing for {silent_seconds:.0f} s")
                 return False
-            message: Message | Alive = worker.connection.recv()
+            message: Message = worker.connection.recv()
         except (EOFError, OSError):
             worker.process.join(timeout=5)
             words = f"the decoder's process died with exit code {worker.process.exitcode}"
             self._put_failure(worker, "decoder_crash", words)
             return False
-        if not isinstance(message, Alive):
-            self._put((worker.position, message))
+        self._put((worker.position, message))
         # Time that the queue was full is not the worker's silence.
         worker.heard = time.monotonic()
         if isinstance(message, Finished):

@@ -160,7 +160,7 @@ class _Pipeline:
         elif isinstance(message, FrameChunk):
             video.has_frames = True
             self._run(position, message)
-        else:
+        elif isinstance(message, Finished):
             video.finished = message
             for packer in self._packers:
                 if video.has_frames:
