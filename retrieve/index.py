@@ -29,6 +29,8 @@ from svb.errors import InputError, UsageError
 from svb.retrieve.inputs import Inputs, open_inputs
 from svb.retrieve.segment import MomentWindows, embed_segment, write_segment
 
+# A frame is hardly shown shorter; a stride of next to nothing would make moments without end.
+MIN_STRIDE_SECONDS = 0.01
 PARTS = ("segments", "captions", "heads")
 _KEY = re.compile(r"[0-9a-f]{16}")
 
@@ -43,7 +45,7 @@ def index(
     text_encoder: str | None = None,
     checkpoint: str = "best",
     moment_seconds: float = 4.0,
-    moment_stride_seconds: float = 2.0,
+    moment_stride_seconds: float | None = None,
     device: str = "auto",
     on_message: Callable[[str], None] = lambda message: None,
 ) -> Path:
@@ -60,7 +62,7 @@ def index(
         text_encoder: Of a zero-shot search.
         checkpoint: Of a run, `best` or `last`.
         moment_seconds: Length of a moment.
-        moment_stride_seconds: From one moment to the next.
+        moment_stride_seconds: From one moment to the next; half a moment where not given.
         device: `auto`, `cpu`, `cuda:0`, ...
         on_message: Called with a line that the user should see.
 
@@ -72,9 +74,14 @@ def index(
         UsageError: A moment has no length.
         MismatchError: Store or captions were made with other settings than the run's.
     """
-    for name, value in (("moment_seconds", moment_seconds), ("moment_stride_seconds", moment_stride_seconds)):
-        if not (math.isfinite(value) and value > 0):
-            raise UsageError(f"{name} is {value} - expected a number above 0")
+    if not (math.isfinite(moment_seconds) and moment_seconds > 0):
+        raise UsageError(f"moment_seconds is {moment_seconds} - expected a number above 0")
+    moment_stride_seconds = moment_seconds / 2 if moment_stride_seconds is None else moment_stride_seconds
+    if not MIN_STRIDE_SECONDS <= moment_stride_seconds <= moment_seconds:
+        raise UsageError(
+            f"moment_stride_seconds is {moment_stride_seconds} - expected {MIN_STRIDE_SECONDS} to a moment's "
+            f"{moment_seconds:g} s: more would leave frames in no moment"
+        )
     out, torch_device = Path(out), choose_device(device)
     inputs = open_inputs(
         Path(source),

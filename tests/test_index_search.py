@@ -153,9 +153,20 @@ def test_one_moment_as_long_as_the_video_is_the_video(trained: Path, tmp_path: P
     np.testing.assert_allclose(segment.moment_embeddings, segment.video_embeddings, atol=1e-3)
 
 
-@pytest.mark.parametrize("options", [{"moment_seconds": 0.0}, {"moment_stride_seconds": float("nan")}])
-def test_moments_need_a_length(trained: Path, tmp_path: Path, options: dict[str, float]) -> None:
-    with pytest.raises(UsageError, match="expected a number above 0"):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"moment_seconds": 0.0},
+        {"moment_seconds": float("nan")},
+        {"moment_stride_seconds": float("nan")},
+        {"moment_stride_seconds": 0.0},
+        {"moment_seconds": 2.0, "moment_stride_seconds": 3.0},
+    ],
+)
+def test_moments_need_a_length_and_cover_the_video(
+    trained: Path, tmp_path: Path, options: dict[str, float]
+) -> None:
+    with pytest.raises(UsageError, match="expected"):
         index(trained, tmp_path / "index", **options)
     assert not (tmp_path / "index").exists()
 

@@ -23,7 +23,7 @@ from svb.config import default_path, newest_run
 @click.option("--text-encoder", help="For a store: what queries are read with.")
 @click.option("--checkpoint", default="best", type=click.Choice(["best", "last"]), show_default=True)
 @click.option("--moment-seconds", default=4.0, show_default=True, help="Length of a moment.")
-@click.option("--moment-stride-seconds", default=2.0, show_default=True, help="From one moment to the next.")
+@click.option("--moment-stride-seconds", type=float, help="From one moment to the next. [default: half a moment]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:0, ...")
 def index(
     source: Path | None,
@@ -34,7 +34,7 @@ def index(
     text_encoder: str | None,
     checkpoint: str,
     moment_seconds: float,
-    moment_stride_seconds: float,
+    moment_stride_seconds: float | None,
     device: str,
 ) -> None:
     """Embed every video and moment of SOURCE for searching.
