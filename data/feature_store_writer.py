@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import time
@@ -13,7 +12,7 @@ from typing import Any
 from svb.config import fingerprint, require_same
 from svb.data.description import publish_description
 from svb.data.feature_store import FeatureStore, live_shards, read_store_description
-from svb.data.publish import remove_leftovers
+from svb.data.publish import lock_folder, remove_leftovers
 from svb.data.shard import VideoRecord, VideoRows, write_shard
 from svb.errors import InputError, StoreError
 
@@ -41,7 +40,7 @@ class FeatureStoreWriter:
     def __init__(self, path: Path, settings: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
         self.path = path
         (path / "shards").mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(path)
+        self._lock = lock_folder(path)
         try:
             self._description = _open_or_create(path, settings, provenance)
             remove_leftovers(path)
@@ -192,17 +191,3 @@ def _remove_replaced(path: Path) -> None:
     for shard_path in (path / "shards").glob("[0-9]*.h5"):
         if shard_path not in live:
             shard_path.unlink()
-
-
-def _lock(path: Path) -> int:
-    # The lock goes with the process: a killed writer leaves none behind.
-    descriptor = os.open(path / "writer.lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise StoreError(
-            f"cannot lock {path} for writing ({error.strerror}) - another `svb extract` may be writing to "
-            "it: wait for it to end, or write to another folder with -o"
-        ) from error
-    return descriptor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -11,6 +12,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from svb.errors import StoreError
 
 # What a killed process leaves behind begins with this; whoever holds the folder next removes it.
 ASIDE_PREFIX = ".aside-"
@@ -87,6 +90,24 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)
+
+
+def lock_folder(folder: Path) -> int:
+    """Make this process the folder's one writer until it closes the descriptor that is returned, or ends.
+
+    Raises:
+        StoreError: Another process is, or the file system knows no locks.
+    """
+    descriptor = os.open(folder / "writer.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise StoreError(
+            f"cannot lock {folder} for writing ({error.strerror}) - another process may be writing to it: wait "
+            "for it to end, or write to another folder with -o"
+        ) from error
+    return descriptor
 
 
 def hash_file(path: Path, on_block: Callable[[], None] = lambda: None) -> str:

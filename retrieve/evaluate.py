@@ -60,7 +60,7 @@ def evaluate(
     captions: Path | str | None = None,
     backbone: str | None = None,
     split: str = "val",
-    checkpoint: str = "best",
+    checkpoint: str | None = None,
     v2t_convention: str = "set",
     allow_missing: bool = False,
     ranks: Path | None = None,
@@ -75,7 +75,7 @@ def evaluate(
         captions: The caption features file; the run's own where not given.
         backbone: Whose features, for a store that holds several.
         split: `train`, `val` or `test`.
-        checkpoint: `best` or `last` of a run.
+        checkpoint: `best` or `last` of a run; best where not given.
         v2t_convention: `set` or `best`; see `svb.train.metrics.V2T_CONVENTIONS`.
         allow_missing: Leave out captions whose videos have no features rather than refuse.
         ranks: Where to write each query's rank (.npz); `ranks.npz` in a run where not given.

@@ -43,7 +43,7 @@ def index(
     captions: Path | str | None = None,
     backbone: str | None = None,
     text_encoder: str | None = None,
-    checkpoint: str = "best",
+    checkpoint: str | None = None,
     moment_seconds: float = 4.0,
     moment_stride_seconds: float | None = None,
     device: str = "auto",
@@ -60,7 +60,7 @@ def index(
         captions: Whose captions answer a video query; a run's own where not given.
         backbone: Of a store that holds several.
         text_encoder: Of a zero-shot search.
-        checkpoint: Of a run, `best` or `last`.
+        checkpoint: Of a run, `best` or `last`; best where not given.
         moment_seconds: Length of a moment.
         moment_stride_seconds: From one moment to the next; half a moment where not given.
         device: `auto`, `cpu`, `cuda:0`, ...

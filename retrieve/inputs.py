@@ -49,7 +49,7 @@ def open_inputs(
     captions: Path | str | None = None,
     backbone: str | None = None,
     text_encoder: str | None = None,
-    checkpoint: str = "best",
+    checkpoint: str | None = None,
 ) -> Inputs:
     """Open a run with its store and captions, or a store for zero-shot.
 
@@ -60,7 +60,7 @@ def open_inputs(
         captions: A caption features file; a run's own where not given.
         backbone: Of a store that holds several.
         text_encoder: Of a zero-shot search; the captions', CLIP's own or the embedded one where not given.
-        checkpoint: Of a run, `best` or `last`.
+        checkpoint: Of a run, `best` or `last`; best where not given.
 
     Raises:
         InputError: Something is missing.
@@ -71,12 +71,14 @@ def open_inputs(
             raise UsageError(
                 f"{source} is a run, which has its own backbone and text encoder - leave the option out"
             )
-        return _open_run(source, device, store, captions, checkpoint)
+        return _open_run(source, device, store, captions, checkpoint or "best")
     if not (source / "store.json").is_file() and not source.is_file():
         raise InputError(
             f"{source} is neither a run (config.json) nor a feature store (store.json) - make one with `svb train` "
             "or `svb extract`"
         )
+    if checkpoint is not None:
+        raise UsageError(f"{source} is a feature store, which has no checkpoints - leave out --checkpoint")
     if store is not None:
         raise UsageError(f"{source} is a feature store itself - leave out --store {store}")
     feature_store = FeatureStore(source)

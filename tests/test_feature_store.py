@@ -255,7 +255,7 @@ class TestWriting:
 
     def test_two_writers_at_once(self, tmp_path: Path) -> None:
         first = FeatureStoreWriter(tmp_path / "store", SETTINGS, {})
-        with first, pytest.raises(StoreError, match=r"another `svb extract` may be writing"):
+        with first, pytest.raises(StoreError, match=r"another process may be writing"):
             FeatureStoreWriter(tmp_path / "store", SETTINGS, {})
         write(tmp_path / "store", {"a": 1.0})
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from click.testing import CliRunner
 from svb.cli import cli
 from svb.data.caption_features import read_caption_features
 from svb.data.feature_store import FeatureStore
+from svb.data.publish import lock_folder
 from svb.errors import InputError, MismatchError, StoreError, UsageError
 from svb.train import run as train_run
 from svb.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -644,3 +646,14 @@ def test_no_batch_has_a_single_caption(num_videos: int, batch_size: int) -> None
     batches = epoch_batches(np.arange(num_videos), caption_sampling="one", batch_size=batch_size, seed=0, epoch=0)
     assert min(map(len, batches)) >= 2
     assert sorted(np.concatenate(batches)) == list(range(num_videos))
+
+
+def test_two_trainings_of_one_run_at_once_are_refused(task: Task, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    lock = lock_folder(tmp_path / "run")
+    try:
+        with pytest.raises(StoreError, match="another process may be writing"):
+            train(*task, tmp_path / "run", replace(epochs=1))
+    finally:
+        os.close(lock)
+    assert not (tmp_path / "run" / "config.json").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from svb.config import fingerprint, require_same
 from svb.data.caption_features import CaptionFeatures, read_caption_features
 from svb.data.description import publish_description, read_description
 from svb.data.feature_store import FeatureStore
-from svb.data.publish import published_file, remove_leftovers
+from svb.data.publish import lock_folder, published_file, remove_leftovers
 from svb.device import choose_device, choose_precision, precision_name
 from svb.errors import InputError
 from svb.train.checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
@@ -65,7 +66,7 @@ def train(
     Raises:
         InputError: Store and captions have too little in common, or one is missing.
         MismatchError: `out` holds a run with other options.
-        StoreError: A file is damaged.
+        StoreError: A file is damaged, or another process is training this run.
     """
     out, config = Path(out), config or TrainConfig()
     torch_device = choose_device(device)
@@ -86,13 +87,18 @@ def train(
     torch.manual_seed(config.seed)
     model = build_model(description, len(vocabulary) if vocabulary else None).to(torch_device)
     # Only now, so that options which make no model leave no run behind.
-    _open_run(out, description, feature_store.path, Path(captions))
-    loop = _Loop(model, train_split, val_split, vocabulary, config, out)
-    loop.resume(on_message)
-    if loop.epoch == config.epochs:
-        on_message(f"nothing to do: {out} has had its {config.epochs} epochs")
-    while loop.epoch < config.epochs:
-        on_epoch(loop.run_epoch())
+    out.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(out)
+    try:
+        _open_run(out, description, feature_store.path, Path(captions))
+        loop = _Loop(model, train_split, val_split, vocabulary, config, out)
+        loop.resume(on_message)
+        if loop.epoch == config.epochs:
+            on_message(f"nothing to do: {out} has had its {config.epochs} epochs")
+        while loop.epoch < config.epochs:
+            on_epoch(loop.run_epoch())
+    finally:
+        os.close(lock)
     return out
 
 
@@ -301,7 +307,6 @@ def split_contents(split: SplitData) -> dict[str, Any]:
 
 def _open_run(out: Path, description: dict[str, Any], store: Path, captions: Path) -> None:
     if not (out / "config.json").exists():
-        out.mkdir(parents=True, exist_ok=True)
         # Where the inputs lay is no setting: a run whose inputs were moved can still be resumed.
         paths = {"store": str(store.absolute()), "captions": str(captions.absolute())}
         publish_description(out / "config.json", {**description, "paths": paths})

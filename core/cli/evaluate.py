@@ -16,7 +16,7 @@ from svb.config import newest_run
 @click.option("--store", type=click.Path(path_type=Path), help="Feature store. [default: the run's own]")
 @click.option("--backbone", help="Whose features, for a store that holds several.")
 @click.option("--split", default="val", type=click.Choice(["train", "val", "test"]), show_default=True)
-@click.option("--checkpoint", default="best", type=click.Choice(["best", "last"]), show_default=True)
+@click.option("--checkpoint", type=click.Choice(["best", "last"]), help="Of a run. [default: best]")
 @click.option(
     "--v2t",
     default="set",
@@ -35,7 +35,7 @@ def evaluate(
     store: Path | None,
     backbone: str | None,
     split: str,
-    checkpoint: str,
+    checkpoint: str | None,
     v2t: str,
     allow_missing: bool,
     ranks: Path | None,

@@ -21,7 +21,7 @@ from svb.config import default_path, newest_run
 )
 @click.option("--backbone", help="Whose features, for a store that holds several.")
 @click.option("--text-encoder", help="For a store: what queries are read with.")
-@click.option("--checkpoint", default="best", type=click.Choice(["best", "last"]), show_default=True)
+@click.option("--checkpoint", type=click.Choice(["best", "last"]), help="Of a run. [default: best]")
 @click.option("--moment-seconds", default=4.0, show_default=True, help="Length of a moment.")
 @click.option("--moment-stride-seconds", type=float, help="From one moment to the next. [default: half a moment]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:0, ...")
@@ -32,7 +32,7 @@ def index(
     captions: Path | None,
     backbone: str | None,
     text_encoder: str | None,
-    checkpoint: str,
+    checkpoint: str | None,
     moment_seconds: float,
     moment_stride_seconds: float | None,
     device: str,
