@@ -133,7 +133,16 @@ def evaluate(
     if ranks is not None:
         with published_file(ranks) as aside, aside.open("wb") as file:
             np.savez(
-                file, t2v=t2v, v2t=v2t, caption_ids=data.caption_ids, video_ids=data.frames.video_ids, split=split
+                file,
+                t2v=t2v,
+                v2t=v2t,
+                caption_ids=data.caption_ids,
+                caption_video_ids=[data.frames.video_ids[row] for row in caption_video],
+                video_ids=data.frames.video_ids,
+                split=split,
+                model=embedder.fingerprint,
+                tie_rule=TIE_RULE,
+                v2t_convention=v2t_convention,
             )
     return Evaluation(
         source=str(source),

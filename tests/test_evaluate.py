@@ -74,7 +74,9 @@ def test_metrics_and_ranks_are_those_of_slow_sorting(trained: Path, tmp_path: Pa
             assert evaluation.metrics[f"{direction}/R@5"] == pytest.approx(recall)
         assert len(stored["caption_ids"]) == len(stored["t2v"]) == 40
         assert stored["video_ids"].tolist() == [f"clip{video:03}" for video in range(60, 80)]
-        assert stored["split"] == "val"
+        assert stored["caption_video_ids"].tolist() == [f"clip{video:03}" for video in range(60, 80) for _ in "ab"]
+        assert (stored["split"], stored["v2t_convention"]) == ("val", convention)
+        assert stored["model"] == embedder.fingerprint
     assert evaluation.v2t_convention == f"{convention}: {V2T_CONVENTIONS[convention]}"
 
 
