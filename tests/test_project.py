@@ -173,12 +173,13 @@ def test_the_manual_is_what_the_commands_say() -> None:
 def test_every_name_to_choose_is_documented() -> None:
     from svb.extract.backbones import DEFAULT_BACKBONE
     from svb.extract.backbones import FAMILIES as BACKBONES
+    from svb.extract.backbones.offline import MODELS
     from svb.extract.text_encoders import DEFAULT_TEXT_ENCODER
     from svb.extract.text_encoders import FAMILIES as TEXT_ENCODERS
 
     text = documents()
     names = [f"{family}:" for family in {**BACKBONES, **TEXT_ENCODERS}]
-    names += [DEFAULT_BACKBONE, DEFAULT_TEXT_ENCODER, "offline:efficientnet-lite0", "offline:minilm-l6"]
+    names += [DEFAULT_BACKBONE, DEFAULT_TEXT_ENCODER, "offline:minilm-l6", *(f"offline:{m}" for m in MODELS)]
     assert [name for name in names if name not in text] == []
 
 

