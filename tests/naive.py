@@ -90,6 +90,47 @@ def masked_mean(frames: Sequence[Matrix], frame_mask: Mask) -> list[list[float]]
     return means
 
 
+def convolution(frames: Matrix, taps: Sequence[Matrix], bias: Sequence[float]) -> list[list[float]]:
+    """Each frame from those around it, zeros beyond the ends; `taps[to][from][tap]`, the middle tap on itself."""
+    size, width = len(frames[0]), len(taps[0][0])
+    results = []
+    for t in range(len(frames)):
+        result = list(bias)
+        for to in range(size):
+            for tap in range(width):
+                seen = t + tap - width // 2
+                if 0 <= seen < len(frames):
+                    result[to] += sum(taps[to][d][tap] * frames[seen][d] for d in range(size))
+        results.append(result)
+    return results
+
+
+def attention_pooling(frames: Matrix, queries: Matrix) -> list[float]:
+    """A weighted mean of one video's frames, for each query over its own part of them."""
+    part = len(frames[0]) // len(queries)
+    pooled: list[float] = []
+    for head, query in enumerate(queries):
+        exponentials = [math.exp(dot(query, standardised(frame))) for frame in frames]
+        for d in range(head * part, (head + 1) * part):
+            weighted = sum(e * frame[d] for e, frame in zip(exponentials, frames, strict=True))
+            pooled.append(weighted / sum(exponentials))
+    return pooled
+
+
+def standardised(values: Sequence[float]) -> list[float]:
+    mean = sum(values) / len(values)
+    variance = sum((value - mean) ** 2 for value in values) / len(values)
+    return [(value - mean) / math.sqrt(variance + 1e-5) for value in values]
+
+
+def nearest_rows(times_seconds: Sequence[float], wanted_seconds: Sequence[float]) -> list[int]:
+    """The position of the nearest time to each wanted one; `min` takes the earlier of two."""
+    return [
+        min(range(len(times_seconds)), key=lambda row: abs(times_seconds[row] - wanted))
+        for wanted in wanted_seconds
+    ]
+
+
 def rank_of(own: float, others: Sequence[float]) -> float:
     """The mean of the places that a value may take when it and others are sorted, best first."""
     ordered = sorted([own, *others], reverse=True)
@@ -125,6 +166,27 @@ def v2t_ranks_best(similarity: Matrix, caption_video: Sequence[int]) -> list[flo
         others = [row[video] for row, owner in zip(similarity, caption_video, strict=True) if owner != video]
         ranks.append(rank_of(max(own), others))
     return ranks
+
+
+def qb_norm(similarity: Matrix, bank: Matrix, scale: float) -> list[list[float]]:
+    """Each query's e^similarity, over the bank's sum of it where the query's best candidate is a hub."""
+    hubs = {candidate for row in bank for candidate, value in enumerate(row) if value == max(row)}
+    sums = [sum(math.exp(scale * row[candidate]) for row in bank) for candidate in range(len(bank[0]))]
+    scores = []
+    for row in similarity:
+        finds_hub = any(value == max(row) and candidate in hubs for candidate, value in enumerate(row))
+        divisors = sums if finds_hub else [1.0] * len(row)
+        scores.append([math.exp(scale * value) / divisor for value, divisor in zip(row, divisors, strict=True)])
+    return scores
+
+
+def dual_softmax(similarity: Matrix, scale: float) -> list[list[float]]:
+    """Each similarity times its candidate's softmax over all queries."""
+    sums = [sum(math.exp(scale * row[candidate]) for row in similarity) for candidate in range(len(similarity[0]))]
+    return [
+        [value * math.exp(scale * value) / total for value, total in zip(row, sums, strict=True)]
+        for row in similarity
+    ]
 
 
 def thin(num_frames: int, max_frames: int) -> list[int]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import click
 import naive
 import numpy as np
 import pytest
@@ -13,13 +14,16 @@ from click.testing import CliRunner
 from svb.cli import cli, run
 from svb.data.caption_features import read_caption_features
 from svb.data.feature_store import FeatureStore
-from svb.errors import InputError, MismatchError, StoreError
+from svb.errors import InputError, MismatchError, StoreError, UsageError
 from svb.retrieve.embedder import run_embedder
 from svb.retrieve.evaluate import evaluate
+from svb.retrieve.evaluation import Missing
+from svb.retrieve.normalise import METHODS
 from svb.train.config import TrainConfig
+from svb.train.embed import split_metrics
 from svb.train.metrics import V2T_CONVENTIONS
-from svb.train.run import train
-from svb.train.training_data import load_split
+from svb.train.run import build_model, read_run, train
+from svb.train.training_data import SplitData, load_split
 
 # Tensors this small are slower on two threads than on one.
 torch.set_num_threads(1)
@@ -83,7 +87,8 @@ def test_metrics_and_ranks_are_those_of_slow_sorting(trained: Path, tmp_path: Pa
 def test_a_run_says_what_was_measured(trained: Path) -> None:
     evaluation = evaluate(trained)
     assert (evaluation.model, evaluation.checkpoint, evaluation.epoch) == ("run", "best", 6)
-    assert (evaluation.num_captions, evaluation.num_videos, evaluation.num_missing) == (40, 20, 0)
+    assert (evaluation.num_captions, evaluation.num_videos) == (40, 20)
+    assert evaluation.missing == Missing(captions=0, of_captions=40, videos=0, of_videos=20)
     assert evaluation.selected_on_split
     last_line = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
     assert evaluation.metrics == pytest.approx(
@@ -110,8 +115,8 @@ def test_json_holds_all_of_it(trained: Path) -> None:
     held = json.loads(result.stdout)
     assert held == evaluate(trained).as_json()
     assert set(held) == {
-        *("source", "model", "checkpoint", "epoch", "split", "num_captions", "num_videos", "num_missing"),
-        *("tie_rule", "v2t_convention", "selected_on_split", "metrics"),
+        *("source", "model", "model_fingerprint", "checkpoint", "epoch", "split", "num_captions", "num_videos"),
+        *("missing", "tie_rule", "v2t_convention", "selected_on_split", "metrics", "normalised"),
     }
     names = ("R@1", "R@5", "R@10", "R@50", "MedR", "MeanR")
     assert set(held["metrics"]) == {f"{way}/{name}" for way in ("t2v", "v2t") for name in names}
@@ -122,15 +127,125 @@ def test_missing_videos_are_refused_or_counted(
 ) -> None:
     store = without_videos(trained, tmp_path / "features", {"clip060", "clip070"})
     with pytest.raises(
-        InputError, match=r"2 videos of the val split have no features, first 'clip060'.*--allow-missing"
+        InputError, match=r"2 of 20 videos of the val split have no features, first 'clip060'.*--allow-missing"
     ):
         evaluate(trained, store=store)
     evaluation = evaluate(trained, store=store, allow_missing=True)
-    assert (evaluation.num_captions, evaluation.num_videos, evaluation.num_missing) == (36, 18, 4)
+    assert (evaluation.num_captions, evaluation.num_videos) == (36, 18)
+    assert evaluation.missing == Missing(captions=4, of_captions=40, videos=2, of_videos=20)
     assert run(["evaluate", str(trained), "--store", str(store)]) == 1
     assert "--allow-missing" in capsys.readouterr().err
-    assert run(["evaluate", str(trained), "--store", str(store), "--allow-missing"]) == 0
-    assert "36 captions against 18 videos, 4 captions left out: no features" in capsys.readouterr().out
+    command = ["evaluate", str(trained), "--store", str(store), "--allow-missing"]
+    assert run(command) == 0
+    printed = capsys.readouterr().out
+    assert "val: 36 captions against 18 videos\n" in printed
+    assert (
+        "left out: 4 of 40 captions and 2 of 20 videos have no features, so this is not the whole split" in printed
+    )
+    assert run([*command, "--json"]) == 0
+    held = json.loads(capsys.readouterr().out)["missing"]
+    assert held == {"captions": 4, "of_captions": 40, "videos": 2, "of_videos": 20}
+
+
+def test_a_split_without_any_video_is_refused_even_with_allow_missing(trained: Path, tmp_path: Path) -> None:
+    store = without_videos(trained, tmp_path / "features", {f"clip{video:03}" for video in range(60, 80)})
+    with pytest.raises(InputError, match="20 of 20 videos of the val split have no features"):
+        evaluate(trained, store=store)
+    with pytest.raises(InputError, match="no caption is about a video in"):
+        evaluate(trained, store=store, allow_missing=True)
+
+
+def test_a_model_that_gives_no_number_for_a_video_is_refused_naming_it(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_damaged(*positional: object, **named: object) -> SplitData:
+        data = load_split(*positional, **named)
+        row = data.frames.video_ids.index("clip063")
+        data.frames.features[data.frames.begins[row]] = torch.nan
+        return data
+
+    monkeypatch.setattr("svb.retrieve.evaluate.load_split", load_damaged)
+    (trained / "ranks.npz").unlink(missing_ok=True)
+    with pytest.raises(
+        InputError, match=r"video 'clip063' and caption '120' is nan, .* 1 of 20 videos .* 40 of 40"
+    ):
+        evaluate(trained)
+    assert not (trained / "ranks.npz").exists()
+
+
+def test_training_evaluates_no_video_that_is_no_number(trained: Path) -> None:
+    captions = read_caption_features(trained.parent / "captions.h5")
+    store, positions = FeatureStore(trained.parent / "features"), list(range(120, 160))
+    data = load_split(store, synthetic.BACKBONE, captions, positions, max_frames=32, device=torch.device("cpu"))
+    model = build_model(read_run(trained))
+    assert split_metrics(model, data)["t2v/MeanR"] <= 20
+    data.frames.features[data.frames.begins[7]] = torch.inf
+    with pytest.raises(InputError, match=r"video 'clip067' and caption '120' is nan"):
+        split_metrics(model, data)
+
+
+def test_normalised_metrics_stand_beside_the_plain_ones(trained: Path, tmp_path: Path) -> None:
+    plain = evaluate(trained, ranks=tmp_path / "plain.npz")
+    evaluation = evaluate(trained, normalise_by=["qb-norm", "dual-softmax"], ranks=tmp_path / "all.npz")
+    assert evaluation.metrics == plain.metrics
+    assert not plain.normalised
+    qb_norm, dual = evaluation.normalised["qb-norm"], evaluation.normalised["dual-softmax"]
+    assert (qb_norm.scale, qb_norm.scale_source) == (20.0, "as its authors published")
+    assert (qb_norm.bank_split, qb_norm.bank_captions, qb_norm.bank_videos) == ("train", 120, 60)
+    assert not qb_norm.needs_all_queries
+    assert dual.needs_all_queries
+    assert (dual.bank_split, dual.bank_captions, dual.bank_videos) == ("", 0, 0)
+    last_line = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (dual.scale, dual.scale_source) == (pytest.approx(last_line["logit_scale"]), "the run's own logit_scale")
+    captions = read_caption_features(trained.parent / "captions.h5")
+    store, embedder = FeatureStore(trained.parent / "features"), run_embedder(trained, "best", torch.device("cpu"))
+    train_split, val = (
+        load_split(store, synthetic.BACKBONE, captions, rows, max_frames=32, device=torch.device("cpu"))
+        for rows in (range(120), range(120, 160))
+    )
+    videos = embedder.embed_videos(val.frames)
+    queries, bank = (embedder.embed_captions(each.caption_features) @ videos.T for each in (val, train_split))
+    expected = {
+        "t2v_qb-norm": naive.qb_norm(queries.tolist(), bank.tolist(), 20.0),
+        "t2v_dual-softmax": naive.dual_softmax(queries.tolist(), dual.scale),
+    }
+    with np.load(tmp_path / "all.npz") as stored, np.load(tmp_path / "plain.npz") as plain_stored:
+        for key in plain_stored.files:
+            np.testing.assert_array_equal(stored[key], plain_stored[key])
+        assert {*stored.files} - {*plain_stored.files} == {*expected, "v2t_qb-norm", "v2t_dual-softmax"}
+        for key, scores in expected.items():
+            ranks = naive.t2v_ranks(scores, val.caption_video.tolist())
+            np.testing.assert_array_equal(stored[key], ranks)
+            metrics = evaluation.normalised[key.removeprefix("t2v_")].metrics
+            assert metrics["t2v/MeanR"] == pytest.approx(sum(ranks) / len(ranks))
+
+
+def test_the_command_prints_normalised_rows_after_the_plain_ones(trained: Path) -> None:
+    command = ["evaluate", str(trained), "--normalise", "dual-softmax", "--normalise", "qb-norm"]
+    printed = CliRunner().invoke(cli, command).stdout
+    rows = [line.split()[:-6] for line in printed.splitlines() if line.startswith(("t2v", "v2t"))]
+    assert rows == [["t2v"], ["v2t"], *([way, method] for method in command[3::2] for way in ("t2v", "v2t"))]
+    assert "qb-norm: QB-Norm, dynamic inverted softmax (Bogolin et al. 2022); bank: 120 captions and 60 " in printed
+    assert "; needs all queries of the split at once, which a search never has; scale " in printed
+    held = json.loads(CliRunner().invoke(cli, [*command, "--json"]).stdout)
+    assert list(held["normalised"]) == ["dual-softmax", "qb-norm"]
+    assert held["normalised"]["dual-softmax"]["needs_all_queries"] is True
+    option = next(each for each in cli.commands["evaluate"].params if each.name == "normalise_by")
+    assert isinstance(option.type, click.Choice)
+    assert list(option.type.choices) == list(METHODS)
+
+
+def test_a_bank_must_be_another_split_and_there(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="measured with itself - measure another split"):
+        evaluate(trained, split="train", normalise_by=["qb-norm"])
+    assert evaluate(trained, split="train", normalise_by=["dual-softmax"]).normalised["dual-softmax"].metrics
+    with pytest.raises(UsageError, match="'qbnorm' to normalise by - expected qb-norm or dual-softmax"):
+        evaluate(trained, normalise_by=["qbnorm"])
+    captions = synthetic.make_captions(
+        tmp_path / "captions.h5", [("clip060", "a dog", "val"), ("clip061", "a cat", "val")], np.ones((2, 20))
+    )
+    with pytest.raises(InputError, match="no train split, which is the query bank of qb-norm"):
+        evaluate(trained, captions=captions, normalise_by=["qb-norm"])
 
 
 def test_a_carved_val_split_is_the_one_training_put_aside(tmp_path: Path) -> None:

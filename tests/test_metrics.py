@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from svb.errors import InputError
-from svb.train.metrics import recall_sum, retrieval_metrics, summarise, t2v_ranks, v2t_ranks
+from svb.train.metrics import recall_sum, require_finite, retrieval_metrics, summarise, t2v_ranks, v2t_ranks
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "msrvtt_1kA_similarity.npy"
 NAIVE_V2T = {"set": naive.v2t_ranks_set, "best": naive.v2t_ranks_best}
@@ -79,12 +79,53 @@ def test_no_order_of_captions_or_videos_changes_a_number() -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_value_that_is_no_number_is_refused_naming_the_first_bad_pair(value: float) -> None:
+def test_a_value_that_is_no_number_is_refused_naming_the_first_bad_video(value: float) -> None:
     similarity, caption_video = make_similarity(0)
     similarity[7, 3] = similarity[9, 1] = value
     for ranks in (t2v_ranks, v2t_ranks):
-        with pytest.raises(InputError, match=r"caption 7 and video 3 is (nan|inf|-inf)"):
+        with pytest.raises(InputError, match=r"video 1 and caption 9 is (nan|inf|-inf), .* 2 of 9 .* 2 of 30 "):
             ranks(similarity, caption_video)
+    ids = [f"c{row}" for row in range(30)], [f"clip{column}" for column in range(9)]
+    with pytest.raises(InputError, match=r"video 'clip1' and caption 'c9' is (nan|inf|-inf)"):
+        require_finite(similarity, *ids)
+
+
+@pytest.mark.parametrize(
+    ("captions", "videos", "message"),
+    [
+        (slice(None), 4, r"video 4 and caption 0 is nan, .* 1 of 9 videos .* 30 of 30 captions - the video's"),
+        (11, slice(None), r"video 0 and caption 11 is nan, .* 9 of 9 videos .* 1 of 30 captions - the caption's"),
+        (slice(None), slice(None), r"video 0 and caption 0 is nan, .* - the model has diverged"),
+    ],
+)
+def test_the_refusal_says_whose_fault_it_is(captions: slice | int, videos: slice | int, message: str) -> None:
+    similarity, caption_video = make_similarity(0)
+    similarity[captions, videos] = np.nan
+    with pytest.raises(InputError, match=message):
+        t2v_ranks(similarity, caption_video)
+
+
+@pytest.mark.parametrize("convention", ["set", "best"])
+@pytest.mark.parametrize("levels", [1, 3])
+def test_ranks_are_the_mean_over_all_ways_to_break_ties(levels: int, convention: str) -> None:
+    """A rank lies midway between the best and the worst that any order of equal candidates could give."""
+    similarity, caption_video = make_similarity(3, levels=levels)
+    own = np.zeros(similarity.shape, bool)
+    own[np.arange(30), caption_video] = True
+    # Levels are 1 apart, so this moves own candidates past their equals and past nothing else.
+    hopeful, fearful = similarity + 0.25 * own, similarity - 0.25 * own
+    for ranks in (
+        lambda values: t2v_ranks(values, caption_video),
+        lambda values: v2t_ranks(values, caption_video, convention),
+    ):
+        np.testing.assert_array_equal(ranks(similarity), (ranks(hopeful) + ranks(fearful)) / 2)
+
+
+def test_no_increasing_function_changes_a_number() -> None:
+    similarity, caption_video = make_similarity(4, levels=4)
+    for convention in ("set", "best"):
+        plain = retrieval_metrics(similarity, caption_video, convention)
+        assert retrieval_metrics(np.exp(3 * similarity) - 7, caption_video, convention) == plain
 
 
 def test_a_video_without_captions_is_refused_in_v2t() -> None:

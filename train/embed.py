@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from svb.train.metrics import retrieval_metrics
+from svb.train.metrics import require_finite, retrieval_metrics
 from svb.train.model import RetrievalModel
 from svb.train.training_data import SplitData
 
@@ -23,7 +23,11 @@ def embed_in_batches(embed: Callable[[torch.Tensor], torch.Tensor], rows: torch.
 
 
 def split_metrics(model: RetrievalModel, split: SplitData) -> dict[str, float]:
-    """Return the metrics of a split; the model's mode is kept."""
+    """Return the metrics of a split; the model's mode is kept.
+
+    Raises:
+        InputError: The model gives something that is no number; names the first bad video.
+    """
     was_training = model.training
     model.eval()
     captions = embed_in_batches(lambda batch: model.text_head(batch.float()), split.caption_features)
@@ -32,4 +36,6 @@ def split_metrics(model: RetrievalModel, split: SplitData) -> dict[str, float]:
         torch.arange(split.num_videos, device=split.caption_video.device),
     )
     model.train(was_training)
-    return retrieval_metrics(captions @ videos.T, split.caption_video.cpu().numpy())
+    similarity = captions @ videos.T
+    require_finite(similarity, split.caption_ids, split.frames.video_ids)
+    return retrieval_metrics(similarity, split.caption_video.cpu().numpy())

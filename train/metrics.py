@@ -87,13 +87,14 @@ def retrieval_metrics(
     similarity: NDArray[np.floating], caption_video: NDArray[np.integer], convention: str = "set"
 ) -> dict[str, float]:
     """Return t2v and v2t metrics under keys such as `t2v/R@1`; arguments and errors as `v2t_ranks`."""
-    directions = {
-        "t2v": t2v_ranks(similarity, caption_video),
-        "v2t": v2t_ranks(similarity, caption_video, convention),
-    }
+    return ranks_metrics(t2v_ranks(similarity, caption_video), v2t_ranks(similarity, caption_video, convention))
+
+
+def ranks_metrics(t2v: NDArray[np.float64], v2t: NDArray[np.float64]) -> dict[str, float]:
+    """Return `summarise` of both directions' ranks under keys such as `t2v/R@1`."""
     return {
         f"{direction}/{name}": value
-        for direction, ranks in directions.items()
+        for direction, ranks in (("t2v", t2v), ("v2t", v2t))
         for name, value in summarise(ranks).items()
     }
 
@@ -103,14 +104,43 @@ def recall_sum(metrics: dict[str, float]) -> float:
     return sum(metrics[f"{direction}/R@{k}"] for direction in ("t2v", "v2t") for k in (1, 5, 10))
 
 
+def require_finite(
+    similarity: NDArray[np.floating], caption_ids: Sequence[object], video_ids: Sequence[object]
+) -> None:
+    """Refuse similarities that are no numbers, naming the first bad video.
+
+    Args:
+        similarity: `(C, V)`.
+        caption_ids: C names of its rows.
+        video_ids: V names of its columns.
+
+    Raises:
+        InputError: One is NaN or infinite; names the first such column and the first such row in it.
+    """
+    is_bad = ~np.isfinite(similarity)
+    if not is_bad.any():
+        return
+    bad_videos, bad_captions = is_bad.any(axis=0), is_bad.any(axis=1)
+    video = int(bad_videos.argmax())
+    caption = int(is_bad[:, video].argmax())
+    if bad_videos.all() and bad_captions.all():
+        do_next = "the model has diverged: train again with a lower learning rate"
+    elif is_bad[:, video].all():
+        do_next = "the video's embedding is no number: extract it again, or leave its captions out of the table"
+    elif is_bad[caption].all():
+        do_next = "the caption's embedding is no number: encode the captions again, or leave it out of the table"
+    else:
+        do_next = "expected finite numbers alone"
+    raise InputError(
+        f"similarity of video {video_ids[video]!r} and caption {caption_ids[caption]!r} is "
+        f"{similarity[caption, video]}, and such values are in {bad_videos.sum()} of {len(bad_videos)} videos and "
+        f"{bad_captions.sum()} of {len(bad_captions)} captions - {do_next}"
+    )
+
+
 def _check(similarity: NDArray[np.floating], caption_video: Sequence[int] | NDArray[np.integer]) -> None:
     if similarity.ndim != 2 or similarity.shape[0] != len(caption_video) or not len(caption_video):
         raise InputError(
             f"similarity is {similarity.shape} for {len(caption_video)} captions - expected (captions, videos)"
         )
-    if not np.isfinite(similarity).all():
-        caption, video = np.argwhere(~np.isfinite(similarity))[0]
-        raise InputError(
-            f"similarity of caption {caption} and video {video} is {similarity[caption, video]} - a model that "
-            "gives NaN has diverged: train again with a lower learning rate"
-        )
+    require_finite(similarity, range(similarity.shape[0]), range(similarity.shape[1]))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from svb.cli.output import print_json, print_table, say
 from svb.config import newest_run
+
+if TYPE_CHECKING:
+    from svb.retrieve.evaluation import Evaluation
 
 
 @click.command()
@@ -25,7 +29,19 @@ from svb.config import newest_run
     help="How a video with several captions counts: its captions as one set among the videos' sets, or its best "
     "caption among all other videos' captions.",
 )
-@click.option("--allow-missing", is_flag=True, help="Leave out captions whose videos have no features.")
+@click.option(
+    "--normalise",
+    "normalise_by",
+    multiple=True,
+    type=click.Choice(["qb-norm", "dual-softmax"]),
+    help="Also measure similarities normalised against hubs, beside the plain ones; repeatable. qb-norm knows the "
+    "train split, dual-softmax needs all queries at once.",
+)
+@click.option(
+    "--allow-missing",
+    is_flag=True,
+    help="Leave out captions whose videos have no features, and say how many, rather than refuse.",
+)
 @click.option("--ranks", type=click.Path(path_type=Path), help="Write each query's rank here (.npz).")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:0, ...")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -37,6 +53,7 @@ def evaluate(
     split: str,
     checkpoint: str | None,
     v2t: str,
+    normalise_by: tuple[str, ...],
     allow_missing: bool,
     ranks: Path | None,
     device: str,
@@ -50,6 +67,7 @@ def evaluate(
     \b
     svb evaluate runs/cross
     svb evaluate features/ --captions captions.h5
+    svb evaluate runs/cross --checkpoint last --normalise qb-norm --normalise dual-softmax
     """
     from svb.retrieve.evaluate import evaluate as measure
 
@@ -62,6 +80,7 @@ def evaluate(
         split=split,
         checkpoint=checkpoint,
         v2t_convention=v2t,
+        normalise_by=normalise_by,
         allow_missing=allow_missing,
         ranks=ranks,
         device=device,
@@ -70,17 +89,34 @@ def evaluate(
     if as_json:
         print_json(evaluation.as_json())
         return
+    _print(evaluation)
+
+
+def _print(evaluation: Evaluation) -> None:
     what = f"{evaluation.model} {evaluation.source}"
     if evaluation.checkpoint:
         what += f", {evaluation.checkpoint} checkpoint (epoch {evaluation.epoch})"
     click.echo(what)
-    missing = f", {evaluation.num_missing} captions left out: no features" if evaluation.num_missing else ""
-    click.echo(
-        f"{evaluation.split}: {evaluation.num_captions} captions against {evaluation.num_videos} videos{missing}"
-    )
+    click.echo(f"{evaluation.split}: {evaluation.num_captions} captions against {evaluation.num_videos} videos")
+    missing = evaluation.missing
+    if missing.captions:
+        click.echo(
+            f"left out: {missing.captions} of {missing.of_captions} captions and {missing.videos} of "
+            f"{missing.of_videos} videos have no features, so this is not the whole split"
+        )
     if evaluation.selected_on_split:
         click.echo("the checkpoint was chosen on this split: use another split, or --checkpoint last, to report")
     names = ["R@1", "R@5", "R@10", "R@50", "MedR", "MeanR"]
-    rows = [[way, *(f"{evaluation.metrics[f'{way}/{name}']:.1f}" for name in names)] for way in ("t2v", "v2t")]
+    measured = {"": evaluation.metrics, **{f" {key}": one.metrics for key, one in evaluation.normalised.items()}}
+    rows = [
+        [f"{way}{method}", *(f"{metrics[f'{way}/{name}']:.1f}" for name in names)]
+        for method, metrics in measured.items()
+        for way in ("t2v", "v2t")
+    ]
     print_table(["", *names], rows)
     click.echo(f"{evaluation.tie_rule}; v2t by {evaluation.v2t_convention}")
+    for method, one in evaluation.normalised.items():
+        uses = "needs all queries of the split at once, which a search never has"
+        if one.bank_split:
+            uses = f"bank: {one.bank_captions} captions and {one.bank_videos} videos of {one.bank_split}"
+        click.echo(f"{method}: {one.description}; {uses}; scale {one.scale:.4g}, {one.scale_source}")

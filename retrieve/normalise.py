@@ -1,0 +1,166 @@
+"""Similarities normalised after the model, against hubs: candidates that are near to everything.
+
+Both methods change which candidate a query finds, not the model. QB-Norm (Bogolin et al., CVPR 2022) knows
+the training split besides, and answers one query at a time; the dual softmax (Cheng et al., 2021) needs all
+queries of the split at once, which a search never has. So their numbers stand beside the plain ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svb.train.metrics import require_finite
+
+METHODS = {
+    "qb-norm": "QB-Norm, dynamic inverted softmax (Bogolin et al. 2022)",
+    "dual-softmax": "dual softmax (Cheng et al. 2021)",
+}
+NEEDS_BANK = frozenset({"qb-norm"})
+NEEDS_ALL_QUERIES = frozenset({"dual-softmax"})
+# The inverse temperature that the authors publish with their code, for nearly all of their models.
+QB_NORM_SCALE = 20.0
+# The authors use temperature 1 at inference, on logits: cosines that the model's learned scale has multiplied.
+# A zero-shot model has learned none; this is CLIP's, theirs.
+CLIP_LOGIT_SCALE = 100.0
+# Queries of a bank that are compared at once: 180,000 captions need not fit in memory against a split.
+BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """A split as the model sees it.
+
+    Attributes:
+        captions: `(C, D)` float32, L2-normalised.
+        caption_ids: C ids.
+        videos: `(V, D)` float32, L2-normalised.
+        video_ids: V ids.
+    """
+
+    captions: NDArray[np.float32]
+    caption_ids: list[str]
+    videos: NDArray[np.float32]
+    video_ids: list[str]
+
+    def similarity(self) -> NDArray[np.float32]:
+        """Return `(C, V)`.
+
+        Raises:
+            InputError: A value is no number; names the first bad video.
+        """
+        similarity: NDArray[np.float32] = self.captions @ self.videos.T
+        require_finite(similarity, self.caption_ids, self.video_ids)
+        return similarity
+
+
+def normalise(
+    method: str, split: Embeddings, bank: Embeddings | None, scale: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return `(C, V)` scores of t2v and `(C, V)` scores of v2t by one of `METHODS`.
+
+    Args:
+        method: `qb-norm` or `dual-softmax`.
+        split: Queries and candidates.
+        bank: The training split: its captions are the bank of t2v, its videos that of v2t. For qb-norm alone.
+        scale: The inverse temperature.
+
+    Raises:
+        InputError: A value is no number; names the first bad video.
+    """
+    similarity = split.similarity()
+    if method == "dual-softmax":
+        return dual_softmax(similarity, scale), dual_softmax(similarity.T, scale).T
+    assert method == "qb-norm" and bank is not None
+    captions_bank = query_bank(_blocks_of_captions(split, bank), scale)
+    videos_bank = query_bank(_blocks_of_videos(split, bank), scale)
+    return qb_norm(similarity, captions_bank), qb_norm(similarity.T, videos_bank).T
+
+
+@dataclass(frozen=True)
+class QueryBank:
+    """What the queries of a bank say about G candidates.
+
+    Attributes:
+        log_sums: `(G,)` float64, log of the sum over the bank of `exp(scale * similarity)`.
+        is_hub: `(G,)` bool, the best candidate of at least one query of the bank (the paper's activation set,
+            k = 1); where several are equally good, each of them.
+        scale: The inverse temperature.
+    """
+
+    log_sums: NDArray[np.float64]
+    is_hub: NDArray[np.bool_]
+    scale: float
+
+
+def query_bank(blocks: Iterable[NDArray[np.floating]], scale: float) -> QueryBank:
+    """Sum up a bank, a block of its queries at a time.
+
+    Args:
+        blocks: `(B, G)` similarities of bank queries and candidates, finite.
+        scale: The inverse temperature.
+    """
+    log_sums, is_hub = np.array(-np.inf), np.array(False)
+    for block in blocks:
+        logits = scale * block.astype(np.float64)
+        log_sums = np.logaddexp(log_sums, _log_sum_exp(logits, axis=0)[0])
+        is_hub = is_hub | (block == block.max(axis=1, keepdims=True)).any(axis=0)
+    return QueryBank(log_sums, is_hub, scale)
+
+
+def qb_norm(similarity: NDArray[np.floating], bank: QueryBank) -> NDArray[np.float64]:
+    """Normalise by the dynamic inverted softmax, in log space.
+
+    A query whose best candidate is a hub of the bank has each candidate's share of the bank divided out:
+    `exp(scale * similarity) / sum`; its logarithm orders candidates alike and does not overflow. The other
+    queries keep their order. Rows are comparable within themselves alone, which is all that ranks need.
+
+    Args:
+        similarity: `(Q, G)`, rows are queries; transpose for v2t.
+        bank: Of the same G candidates.
+
+    Returns:
+        `(Q, G)` scores.
+    """
+    logits = bank.scale * similarity.astype(np.float64)
+    finds_hub = ((similarity == similarity.max(axis=1, keepdims=True)) & bank.is_hub).any(axis=1)
+    return np.where(finds_hub[:, None], logits - bank.log_sums, logits)
+
+
+def dual_softmax(similarity: NDArray[np.floating], scale: float) -> NDArray[np.float64]:
+    """Multiply each similarity with its share among all queries: softmax over rows of `scale * similarity`.
+
+    Args:
+        similarity: `(Q, G)`, rows are queries; transpose for v2t.
+        scale: The inverse temperature.
+
+    Returns:
+        `(Q, G)` scores. A share is at least `exp(-2 * scale) / Q` for cosines, so float64 holds it.
+    """
+    cosines = similarity.astype(np.float64)
+    logits = scale * cosines
+    shares: NDArray[np.float64] = np.exp(logits - _log_sum_exp(logits, axis=0))
+    return cosines * shares
+
+
+def _blocks_of_captions(split: Embeddings, bank: Embeddings) -> Iterator[NDArray[np.float32]]:
+    for begin in range(0, len(bank.captions), BLOCK):
+        rows = slice(begin, begin + BLOCK)
+        queries = Embeddings(bank.captions[rows], bank.caption_ids[rows], split.videos, split.video_ids)
+        yield queries.similarity()
+
+
+def _blocks_of_videos(split: Embeddings, bank: Embeddings) -> Iterator[NDArray[np.float32]]:
+    for begin in range(0, len(bank.videos), BLOCK):
+        rows = slice(begin, begin + BLOCK)
+        queries = Embeddings(split.captions, split.caption_ids, bank.videos[rows], bank.video_ids[rows])
+        yield queries.similarity().T
+
+
+def _log_sum_exp(logits: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+    highest = logits.max(axis=axis, keepdims=True)
+    log_sum: NDArray[np.float64] = highest + np.log(np.exp(logits - highest).sum(axis=axis, keepdims=True))
+    return log_sum
