@@ -38,8 +38,10 @@ def published_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def published_folder(path: Path) -> Iterator[Path]:
+def published_folder(path: Path, previous: Path | None = None) -> Iterator[Path]:
     """Yield an empty folder to fill; on success it takes the place of `path`, on failure it is removed.
+
+    What was at `path` becomes `previous` where that is given, and is removed otherwise.
 
     A folder cannot be replaced in one step. The old one is set aside first, so a kill in between leaves
     no `path`, but `recover_folder` finds the new one, which was whole before the first rename.
@@ -60,6 +62,9 @@ def published_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             path.rename(old)
         new.rename(path)
+        if previous is not None and old.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+            old.rename(previous)
         _sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:

@@ -1,7 +1,8 @@
 """Checkpoints: folders that exist only if they are whole.
 
 model.safetensors   the model's weights
-training.pt         optimizer state, loadable with weights_only=True (only in last/)
+training.pt         optimizer, memory bank and place in the epoch, loadable with weights_only=True (only in
+                    last/ and previous/)
 checkpoint.json     epoch, metrics, the hash of every other file, and a fingerprint of all that
 """
 
@@ -38,9 +39,12 @@ class Checkpoint:
     training: dict[str, Any]
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint in the place of an older one: at every moment one of the two can be read."""
-    with published_folder(folder) as aside:
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, previous: Path | None = None) -> None:
+    """Write a checkpoint in the place of an older one: at every moment one of the two can be read.
+
+    The older one is kept as `previous` where that is given.
+    """
+    with published_folder(folder, previous) as aside:
         model = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.model.items()}
         save_file(model, aside / "model.safetensors")
         if checkpoint.training:

@@ -9,8 +9,22 @@ from svb.errors import UsageError
 
 LOSSES = ("info_nce", "max_margin")
 VARIANTS = ("none", "identity", "full", "hybrid", "cross")
+NEGATIVES = ("hardest", "semi_hard", "mean")
+REBUILD = ("tokens", "embedding")
+SUPPORT_VALUES = ("frames", "pooled")
 CAPTION_SAMPLING = ("one", "all")
+POOLING = ("mean", "attention")
+CHOICES = {
+    "loss": LOSSES,
+    "negatives": NEGATIVES,
+    "variant": VARIANTS,
+    "support_values": SUPPORT_VALUES,
+    "rebuild": REBUILD,
+    "caption_sampling": CAPTION_SAMPLING,
+    "pooling": POOLING,
+}
 MAX_LOGIT_SCALE = 100.0
+_MAY_BE_ZERO = {"convolution", "layers", "seed", "memory_bank", "captions_per_video"}
 
 
 @dataclass(frozen=True)
@@ -19,19 +33,37 @@ class TrainConfig:
 
     Attributes:
         embedding_size: D; ignored where backbone and text encoder share a space, whose size it is then.
-        layers: Transformer layers over a video's frames; 0 pools the frames directly.
+        convolution: Width in frames, an odd number, of a convolution along a video's frames; 0 leaves it out.
+        layers: Transformer layers over a video's frames; 0 leaves them out.
+        pooling: How frames become one embedding: by their `mean`, or by `attention`, weighted by a learned query.
         dropout: In heads and decoder.
         max_frames: A longer video is thinned evenly to this many frames.
         loss: The contrastive loss, `info_nce` or `max_margin`.
         margin: Of `max_margin`.
-        logit_scale: Of `info_nce` at the start; learned.
+        negatives: Which ones `max_margin` counts: the `hardest` of the batch, the hardest of those farther than
+            the positive (`semi_hard`), or the `mean` of all.
+        negatives_warmup: Share of all steps in which the mean is taken whatever `negatives` says; a model that
+            starts on the hardest collapses.
+        intra_modal_weight: Of the same loss with captions as captions' negatives and videos as videos'; 0 leaves
+            it out.
+        logit_scale: Of `info_nce` at the start.
+        learn_logit_scale: Learn it; otherwise it stays.
         variant: What a caption is rebuilt from: `cross` the other videos of the batch, `identity` its own,
             `full` both, `hybrid` the mean of identity and full; `none` leaves cross-captioning out.
         cross_captioning_weight: Of the cross-captioning loss beside the contrastive one.
         support_temperature: Of the softmax over the support set.
-        decoder_size: Width of the caption decoder.
-        decoder_layers: Of the caption decoder.
+        learn_support_temperature: Learn it, from there on.
+        support_values: What is averaged over the support set: `frames`, sequences of frames time step by time
+            step, or `pooled`, one vector a video.
+        memory_bank: Videos of earlier batches in the support set beside those of the batch; 0 for none.
+        rebuild: What a caption is rebuilt as: its `tokens`, or its frozen `embedding` (cosine), at a fraction
+            of the cost.
+        decoder: Of tokens: `transformer`, a small one that knows the training captions' words alone.
+        decoder_size: Width of the small transformer.
+        decoder_layers: Of the small transformer.
+        decode_fraction: Share of a batch's captions that are rebuilt, drawn anew each step.
         min_word_count: Words rarer than this in the training captions are left out of the vocabulary.
+        captions_per_video: Train on this many captions a video, drawn once; 0 for all.
         caption_sampling: `one` caption a video an epoch, drawn anew each time, or `all` of them.
         batch_size: B, captions in a batch.
         epochs: Passes over the training videos (or captions, with `all`).
@@ -47,18 +79,31 @@ class TrainConfig:
     """
 
     embedding_size: int = 512
+    convolution: int = 0
     layers: int = 0
+    pooling: str = "mean"
     dropout: float = 0.5
     max_frames: int = 32
     loss: str = "info_nce"
     margin: float = 0.2
+    negatives: str = "hardest"
+    negatives_warmup: float = 0.3
+    intra_modal_weight: float = 0.0
     logit_scale: float = 20.0
+    learn_logit_scale: bool = True
     variant: str = "cross"
     cross_captioning_weight: float = 0.1
     support_temperature: float = 0.1
+    learn_support_temperature: bool = False
+    support_values: str = "frames"
+    memory_bank: int = 0
+    rebuild: str = "tokens"
+    decoder: str = "transformer"
     decoder_size: int = 256
     decoder_layers: int = 1
+    decode_fraction: float = 1.0
     min_word_count: int = 2
+    captions_per_video: int = 0
     caption_sampling: str = "one"
     batch_size: int = 128
     epochs: int = 30
@@ -70,19 +115,19 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require_choice("loss", self.loss, LOSSES)
-        _require_choice("variant", self.variant, VARIANTS)
-        _require_choice("caption_sampling", self.caption_sampling, CAPTION_SAMPLING)
+        for name, choices in CHOICES.items():
+            _require_choice(name, getattr(self, name), choices)
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
                 raise UsageError(f"{field.name} is {value} - expected a number of at least 0")
-            at_least = 0 if field.name in {"layers", "seed"} else 1
-            if isinstance(value, int) and value < at_least:
+            at_least = 0 if field.name in _MAY_BE_ZERO else 1
+            if isinstance(value, int) and not isinstance(value, bool) and value < at_least:
                 raise UsageError(f"{field.name} is {value} - expected at least {at_least}")
+        _require_odd_or_zero("convolution", self.convolution)
         if self.batch_size < 2:
             raise UsageError("batch_size is 1 - expected at least 2: a contrastive loss needs negatives")
-        for name in ("dropout", "val_fraction", "warmup"):
+        for name in ("dropout", "val_fraction", "warmup", "negatives_warmup"):
             if not getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)} - expected less than 1")
         for name in ("support_temperature", "logit_scale", "learning_rate"):
@@ -90,8 +135,15 @@ class TrainConfig:
                 raise UsageError(f"{name} is {getattr(self, name)} - expected more than 0")
         if self.logit_scale > MAX_LOGIT_SCALE:
             raise UsageError(f"logit_scale is {self.logit_scale} - expected at most {MAX_LOGIT_SCALE:g}")
+        if not 0 < self.decode_fraction <= 1:
+            raise UsageError(f"decode_fraction is {self.decode_fraction} - expected more than 0 and at most 1")
         if self.seed >= 2**32:
             raise UsageError(f"seed is {self.seed} - expected less than {2**32}")
+
+
+def _require_odd_or_zero(name: str, value: int) -> None:
+    if value and value % 2 == 0:
+        raise UsageError(f"{name} is {value} - expected an odd number of frames, or 0 for none")
 
 
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

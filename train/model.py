@@ -1,15 +1,17 @@
-"""The trained model: two heads, a scale, and while it trains a caption decoder."""
+"""The trained model: two heads, two scales, and while it trains a caption decoder."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from svb.train.config import MAX_LOGIT_SCALE, TrainConfig
-from svb.train.decoder import CaptionDecoder
+from svb.train.decoders import make_decoder
 from svb.train.heads import TextHead, VideoHead
+from svb.train.vocabulary import Vocabulary
 
 
 class RetrievalModel(nn.Module):
@@ -17,43 +19,52 @@ class RetrievalModel(nn.Module):
 
     Args:
         config: Sizes and dropout.
-        video_feature_size: F of the backbone.
+        video_feature_sizes: F of each fused backbone, one alone as a rule.
         text_feature_size: F of the text encoder.
-        shared_space: Backbone and text encoder are two towers of one model: heads are residuals of zero.
-        vocabulary_size: Of the caption decoder; None without one.
+        shared_part: Which backbone is one model with the text encoder, so that heads are residuals of zero in
+            their space; None where none is.
+        with_decoder: Also make the caption decoder that the config asks for.
+        vocabulary: Of the caption decoder, where it needs one.
     """
 
     def __init__(
         self,
         config: TrainConfig,
-        video_feature_size: int,
+        video_feature_sizes: Sequence[int],
         text_feature_size: int,
         *,
-        shared_space: bool,
-        vocabulary_size: int | None,
+        shared_part: int | None,
+        with_decoder: bool = False,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         super().__init__()
-        self.embedding_size = video_feature_size if shared_space else config.embedding_size
+        self.embedding_size = config.embedding_size if shared_part is None else video_feature_sizes[shared_part]
         self.video_head = VideoHead(
-            video_feature_size,
+            video_feature_sizes,
             self.embedding_size,
+            convolution=config.convolution,
             layers=config.layers,
+            pooling=config.pooling,
             dropout=config.dropout,
-            residual=shared_space,
+            residual_part=shared_part,
         )
         self.text_head = TextHead(
-            text_feature_size, self.embedding_size, dropout=config.dropout, residual=shared_space
+            text_feature_size, self.embedding_size, dropout=config.dropout, residual=shared_part is not None
         )
-        self.log_logit_scale = nn.Parameter(torch.tensor(math.log(config.logit_scale)))
+        self.log_logit_scale = nn.Parameter(
+            torch.tensor(math.log(config.logit_scale)), requires_grad=config.learn_logit_scale
+        )
+        self.log_support_temperature = nn.Parameter(
+            torch.tensor(math.log(config.support_temperature)), requires_grad=config.learn_support_temperature
+        )
         self.decoder = (
-            CaptionDecoder(
-                vocabulary_size,
-                self.embedding_size,
-                size=config.decoder_size,
-                layers=config.decoder_layers,
-                dropout=config.dropout,
+            make_decoder(
+                config,
+                memory_size=self.embedding_size,
+                text_feature_size=text_feature_size,
+                vocabulary=vocabulary,
             )
-            if vocabulary_size is not None
+            if with_decoder and config.variant != "none"
             else None
         )
 
@@ -61,7 +72,12 @@ class RetrievalModel(nn.Module):
     def logit_scale(self) -> torch.Tensor:
         return self.log_logit_scale.exp()
 
+    @property
+    def support_temperature(self) -> torch.Tensor:
+        return self.log_support_temperature.exp()
+
     @torch.no_grad()
-    def limit_logit_scale(self) -> None:
-        """Keep the learned scale at `MAX_LOGIT_SCALE` or below; a limit in the graph would hold it there."""
+    def limit_scales(self) -> None:
+        """Keep the learned scales in their bounds; a limit in the graph would hold them there."""
         self.log_logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
+        self.log_support_temperature.clamp_(min=-math.log(MAX_LOGIT_SCALE))

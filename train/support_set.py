@@ -22,7 +22,8 @@ def support_weights(
     own: torch.Tensor,
     *,
     variant: str,
-    temperature: float,
+    temperature: torch.Tensor | float,
+    older: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return what share of each support video a caption is rebuilt from.
 
@@ -36,6 +37,8 @@ def support_weights(
         own: `(B, S)` bool, True on the caption's own video.
         variant: `identity`, `full`, `hybrid` or `cross`.
         temperature: Divides the similarities.
+        older: `(B, S)` bool, True on an older state of the caption's own video, as a memory bank holds it; no
+            variant rebuilds from that.
 
     Returns:
         `(B, S)`, rows sum to 1.
@@ -43,13 +46,18 @@ def support_weights(
     Raises:
         InputError: A caption has no video to be rebuilt from.
     """
+    if older is not None:
+        own = own & ~older
     if variant in ("identity", "hybrid"):
         _require_allowed(own, "its own video is not in the support set")
     if variant == "identity":
         return _share_equally(own, caption_embeddings.dtype)
     logits = caption_embeddings @ support_embeddings.T / temperature  # (B, S)
+    if older is not None:
+        logits = logits.masked_fill(older, float("-inf"))
     if variant == "cross":
-        _require_allowed(~own, "every video of the support set is its own")
+        allowed = ~own if older is None else ~(own | older)
+        _require_allowed(allowed, "every video of the support set is its own")
         return logits.masked_fill(own, float("-inf")).softmax(dim=1)
     full = logits.softmax(dim=1)
     return full if variant == "full" else (full + _share_equally(own, full.dtype)) / 2
@@ -74,6 +82,11 @@ def mix(
     total = weights @ present  # (B, S) x (S, T) -> (B, T)
     summed = torch.einsum("bs,std->btd", weights, frame_sequences * present[..., None])
     return summed / total.clamp_min(SMALLEST_SHARE)[..., None], total > SMALLEST_SHARE
+
+
+def entropy(weights: torch.Tensor) -> torch.Tensor:
+    """Return how widely each caption's weights are spread: `(B, S)` -> `(B,)` nats, 0 on one video alone."""
+    return -torch.xlogy(weights, weights).sum(dim=1)
 
 
 def _share_equally(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -37,12 +38,25 @@ class FrameTable:
         features, offsets = torch.from_numpy(loaded.features), torch.from_numpy(loaded.offsets).to(device)
         return cls(loaded.video_ids, features.to(device), offsets[:-1], offsets.diff(), max_frames)
 
-    def gather(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return `(B, T, F)` float32 frame features of the videos in `rows` `(B,)`, and `(B, T)` bool."""
+    def mask(self, rows: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
+        """Return `(B, T)` bool, True on a real frame; arguments as `gather`."""
+        longest = self.lengths[rows if like is None else like].max().clamp_max(self.max_frames)
+        step = torch.arange(int(longest), device=rows.device)
+        return step[None, :] < self.lengths[rows].clamp_max(self.max_frames)[:, None]
+
+    def gather(self, rows: torch.Tensor, like: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the frame features of some videos.
+
+        Args:
+            rows: `(B,)` of the videos.
+            like: Rows among whose videos is the longest that T is to hold; `rows` where not given.
+
+        Returns:
+            `(B, T, F)` float32 and `(B, T)` bool, True on a real frame.
+        """
         begin, length = self.begins[rows], self.lengths[rows]
-        kept = length.clamp_max(self.max_frames)
-        step = torch.arange(int(kept.max()), device=rows.device)
-        frame_mask = step[None, :] < kept[:, None]
+        frame_mask = self.mask(rows, like)
+        kept, step = frame_mask.sum(dim=1), torch.arange(frame_mask.shape[1], device=rows.device)
         # The middle of each of `kept` equal parts; all frames, in order, where none is left out.
         position = (2 * step[None, :] + 1) * length[:, None] // (2 * kept[:, None])
         index = begin[:, None] + torch.minimum(position, length[:, None] - 1)
@@ -127,6 +141,18 @@ def positions_of_splits(
     positions["train"] = [position for position in train if captions.table.video_ids[position] not in val_ids]
     on_message(f"the captions have no val split: put {num_val} of {len(video_ids)} training videos aside as val")
     return positions
+
+
+def draw_captions(captions: CaptionFeatures, positions: Sequence[int], number: int, seed: int) -> list[int]:
+    """Return at most `number` of each video's captions, drawn at random, of those at `positions`."""
+    taken: Counter[str] = Counter()
+    drawn = []
+    for choice in np.random.default_rng([seed, 3]).permutation(len(positions)).tolist():
+        video_id = captions.table.video_ids[positions[choice]]
+        taken[video_id] += 1
+        if taken[video_id] <= number:
+            drawn.append(positions[choice])
+    return sorted(drawn)
 
 
 def epoch_batches(

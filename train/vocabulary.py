@@ -6,8 +6,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-import torch
-
 from svb.errors import InputError
 
 PADDING, START, END, UNKNOWN = range(4)
@@ -52,15 +50,11 @@ class Vocabulary:
         words = split_words(caption)[:MAX_WORDS]
         return [START, *(self._token.get(word, UNKNOWN) for word in words), END]
 
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Return the words of a caption's tokens, the special ones left out."""
+        return " ".join(self.words[token] for token in tokens if token >= len(SPECIAL))
+
 
 def split_words(caption: str) -> list[str]:
     """Return the words of a caption in lower case, without punctuation."""
     return _WORD.findall(caption.lower())
-
-
-def pad(encoded: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Return `(B, L)` int64 tokens, padded to the longest caption."""
-    tokens = torch.full((len(encoded), max(map(len, encoded))), PADDING, dtype=torch.int64)
-    for row, caption in enumerate(encoded):
-        tokens[row, : len(caption)] = torch.tensor(caption)
-    return tokens

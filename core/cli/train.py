@@ -13,17 +13,15 @@ import click
 
 from svb.cli.output import say
 from svb.config import default_path
-from svb.train.config import CAPTION_SAMPLING, LOSSES, VARIANTS, TrainConfig
-
-_CHOICES = {"loss": LOSSES, "variant": VARIANTS, "caption_sampling": CAPTION_SAMPLING}
+from svb.train.config import CHOICES, TrainConfig
 
 
 def _config_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command an option for every field of TrainConfig, with the help that its docstring has."""
     for field in reversed(dataclasses.fields(TrainConfig)):
-        choices = _CHOICES.get(field.name)
+        choices, name = CHOICES.get(field.name), f"--{field.name.replace('_', '-')}"
         command = click.option(
-            f"--{field.name.replace('_', '-')}",
+            f"{name}/--no-{name[2:]}" if isinstance(field.default, bool) else name,
             type=click.Choice(choices) if choices else type(field.default),
             default=field.default,
             show_default=True,

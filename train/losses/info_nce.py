@@ -1,25 +1,26 @@
-"""InfoNCE over a batch, caption to video and video to caption."""
+"""InfoNCE of anchors against their candidates."""
 
 from __future__ import annotations
 
 import torch
 
 
-def info_nce(similarity: torch.Tensor, same_video: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:
-    """Return the symmetric InfoNCE loss (van den Oord et al. 2018, equation 4; both directions averaged).
+def info_nce(
+    positive: torch.Tensor, similarity: torch.Tensor, is_negative: torch.Tensor, logit_scale: torch.Tensor
+) -> torch.Tensor:
+    """Return the InfoNCE loss of each anchor (van den Oord et al. 2018, equation 4).
 
-    Captions of one video are never each other's negatives: such pairs are left out of the denominators.
+    An anchor without negatives costs nothing.
 
     Args:
-        similarity: `(B, B)` cosine similarities, rows captions; the diagonal holds the positive pairs.
-        same_video: `(B, B)` bool, True where caption and video belong together.
+        positive: `(A,)` cosine similarity of each anchor and its positive.
+        similarity: `(A, C)` of anchors and candidates.
+        is_negative: `(A, C)` bool; what belongs to the anchor's own video is no negative.
         logit_scale: Scalar that multiplies the similarities.
 
     Returns:
-        Scalar.
+        `(A,)`.
     """
-    positive = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
-    logits = (logit_scale * similarity).masked_fill(same_video & ~positive, float("-inf"))
-    t2v = logits.log_softmax(dim=1).diagonal()
-    v2t = logits.log_softmax(dim=0).diagonal()
-    return -(t2v.mean() + v2t.mean()) / 2
+    negatives = (logit_scale * similarity).masked_fill(~is_negative, float("-inf"))
+    logits = torch.cat([logit_scale * positive[:, None], negatives], dim=1)  # (A, 1 + C)
+    return -logits.log_softmax(dim=1)[:, 0]

@@ -1,25 +1,41 @@
-"""Max-margin triplet loss with the hardest negative of the batch, both directions."""
+"""Max-margin triplet loss of anchors against their candidates."""
 
 from __future__ import annotations
 
 import torch
 
+from svb.errors import UsageError
+from svb.train.config import NEGATIVES
 
-def max_margin(similarity: torch.Tensor, same_video: torch.Tensor, margin: float) -> torch.Tensor:
-    """Return the hinge loss of each pair against its hardest negative (Faghri et al. 2018, equation 6).
 
-    Captions of one video are never each other's negatives. A row without any negative costs nothing.
+def max_margin(
+    positive: torch.Tensor, similarity: torch.Tensor, is_negative: torch.Tensor, margin: float, negatives: str
+) -> torch.Tensor:
+    """Return the hinge loss of each anchor.
+
+    `hardest` counts the negative nearest to the anchor alone (Faghri et al. 2018, equation 6), `semi_hard` the
+    nearest of those farther than the positive (Schroff et al. 2015, section 3.2), `mean` all of them alike. An
+    anchor without such negatives costs nothing.
 
     Args:
-        similarity: `(B, B)` cosine similarities, rows captions; the diagonal holds the positive pairs.
-        same_video: `(B, B)` bool, True where caption and video belong together.
-        margin: By which the positive is to beat the hardest negative.
+        positive: `(A,)` cosine similarity of each anchor and its positive.
+        similarity: `(A, C)` of anchors and candidates.
+        is_negative: `(A, C)` bool; what belongs to the anchor's own video is no negative.
+        margin: By which the positive is to beat a negative.
+        negatives: One of `svb.train.config.NEGATIVES`.
 
     Returns:
-        Scalar: the mean over captions plus the mean over videos.
+        `(A,)`.
+
+    Raises:
+        UsageError: `negatives` is unknown.
     """
-    negatives = similarity.masked_fill(same_video, float("-inf"))
-    positive = similarity.diagonal()
-    hardest_video = (margin + negatives.amax(dim=1) - positive).clamp_min(0)
-    hardest_caption = (margin + negatives.amax(dim=0) - positive).clamp_min(0)
-    return hardest_video.mean() + hardest_caption.mean()
+    if negatives == "mean":
+        hinges = (margin + similarity - positive[:, None]).clamp_min(0) * is_negative
+        return hinges.sum(dim=1) / is_negative.sum(dim=1).clamp_min(1)
+    if negatives == "semi_hard":
+        is_negative = is_negative & (similarity < positive[:, None])
+    elif negatives != "hardest":
+        raise UsageError(f"negatives is {negatives!r} - expected one of {', '.join(NEGATIVES)}")
+    nearest = similarity.masked_fill(~is_negative, float("-inf")).amax(dim=1)
+    return (margin + nearest - positive).clamp_min(0)

@@ -1,0 +1,82 @@
+"""Caption decoders: what rebuilds a caption from a mixture of other videos' frames.
+
+To add a decoder of words: write a module with the methods of `WordDecoder` and give it a line in `make_decoder`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from svb.train.config import TrainConfig
+from svb.train.decoders.embedding import EmbeddingDecoder
+from svb.train.decoders.transformer import CaptionDecoder
+from svb.train.vocabulary import Vocabulary
+
+
+class WordDecoder(Protocol):
+    """Rebuilds a caption word by word.
+
+    Attributes:
+        padding: The token that fills short captions up.
+    """
+
+    padding: int
+
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """`(vocabulary, H)`: `hidden` times this are the logits of the next token."""
+        ...
+
+    def encode(self, captions: Sequence[str]) -> list[list[int]]:
+        """Return each caption's tokens from the start token to the end token."""
+        ...
+
+    def hidden(
+        self, tokens: torch.Tensor, frame_sequences: torch.Tensor, frame_mask: torch.Tensor, wanted: torch.Tensor
+    ) -> torch.Tensor:
+        """Return what the wanted positions hold.
+
+        Shape:
+            tokens `(B, L)` int64, frame_sequences `(B, T, D)`, frame_mask `(B, T)` bool, wanted `(B, L)` bool,
+            N times True -> `(N, H)`.
+        """
+        ...
+
+    def write(self, frame_sequences: torch.Tensor, frame_mask: torch.Tensor) -> list[str]:
+        """Return the caption that is likeliest word by word, of each of `(B, T, D)`, `(B, T)` bool."""
+        ...
+
+
+def make_decoder(
+    config: TrainConfig, *, memory_size: int, text_feature_size: int, vocabulary: Vocabulary | None
+) -> torch.nn.Module:
+    """Return the untrained decoder that a config asks for.
+
+    Args:
+        config: Its `rebuild`, `decoder` and sizes.
+        memory_size: D of the frame sequences.
+        text_feature_size: F of the text encoder.
+        vocabulary: Of the small transformer; the others need none.
+    """
+    if config.rebuild == "embedding":
+        return EmbeddingDecoder(memory_size, text_feature_size, dropout=config.dropout)
+    assert vocabulary is not None
+    return CaptionDecoder(
+        vocabulary, memory_size, size=config.decoder_size, layers=config.decoder_layers, dropout=config.dropout
+    )
+
+
+def needs_vocabulary(config: TrainConfig) -> bool:
+    """Tell whether a config's decoder speaks the words of the training captions."""
+    return config.variant != "none" and config.rebuild == "tokens" and config.decoder == "transformer"
+
+
+def pad(encoded: Sequence[Sequence[int]], padding: int) -> torch.Tensor:
+    """Return `(B, L)` int64 tokens, padded to the longest caption."""
+    tokens = torch.full((len(encoded), max(map(len, encoded))), padding, dtype=torch.int64)
+    for row, caption in enumerate(encoded):
+        tokens[row, : len(caption)] = torch.tensor(caption)
+    return tokens

@@ -1,0 +1,302 @@
+"""The training loop, and all of its state."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from svb.data.publish import published_file
+from svb.errors import InputError, StoreError, UsageError
+from svb.train.checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
+from svb.train.config import TrainConfig
+from svb.train.decoders import EmbeddingDecoder
+from svb.train.embed import split_metrics
+from svb.train.memory_bank import MemoryBank
+from svb.train.metrics import recall_sum
+from svb.train.model import RetrievalModel
+from svb.train.objective import Objective
+from svb.train.processes import Processes
+from svb.train.training_data import SplitData, epoch_batches
+
+# Seconds of work that a kill may cost; steps are far shorter than it takes to write a checkpoint.
+CHECKPOINT_SECONDS = 20.0
+_WATCHED = ("loss", "contrastive", "cross_captioning", "support_entropy", "gradient_norm")
+
+
+class Loop:
+    """Trains step by step, from wherever it stands.
+
+    What is drawn at random depends on the seed, the epoch and the step alone, so a resumed run draws the same.
+
+    Args:
+        model: On its device.
+        train_split: What to learn from.
+        val_split: What to choose the best checkpoint by; None without.
+        config: Options.
+        out: The run.
+        processes: Who trains together.
+        decoder_dtype: Of the caption decoder's products.
+    """
+
+    def __init__(
+        self,
+        model: RetrievalModel,
+        train_split: SplitData,
+        val_split: SplitData | None,
+        config: TrainConfig,
+        out: Path,
+        *,
+        processes: Processes,
+        decoder_dtype: torch.dtype,
+    ) -> None:
+        self.epoch, self._step, self._best = 0, 0, -math.inf
+        self._totals = torch.zeros(len(_WATCHED))
+        self._model, self._config, self._out, self._processes = model, config, out, processes
+        self._train, self._val = train_split, val_split
+        self._caption_video = train_split.caption_video.cpu().numpy()
+        self._batches = self._batches_of(0)
+        if min(map(len, self._batches)) < processes.world:
+            raise UsageError(
+                f"batches of {min(map(len, self._batches))} captions for {processes.world} processes - expected at "
+                "least a caption each: start fewer processes, or raise --batch-size"
+            )
+        self._steps_per_epoch = len(self._batches)
+        self._optimizer = torch.optim.AdamW(_parameter_groups(model, config.weight_decay), lr=config.learning_rate)
+        self._objective = Objective(
+            config,
+            model,
+            train_split,
+            _encode(model, train_split),
+            _make_bank(config, model, train_split),
+            processes,
+            decoder_dtype,
+        )
+        self._saved_at = time.monotonic()
+
+    def run_epoch(self, interrupted: Callable[[], bool] = lambda: False) -> dict[str, float]:
+        """Train to the end of the epoch, evaluate and save what is due; return its line of metrics.
+
+        Args:
+            interrupted: Asked after every step; once it says so, what was learned is saved.
+
+        Raises:
+            KeyboardInterrupt: It was.
+            InputError: The loss is no longer finite.
+        """
+        self._batches = self._batches_of(self.epoch)
+        self._model.train()
+        while self._step < self._steps_per_epoch:
+            is_interrupted = self._run_step(interrupted())
+            self._step += 1
+            if self._step < self._steps_per_epoch and (is_interrupted or self._is_checkpoint_due()):
+                self._save_last()
+            if is_interrupted and self._step < self._steps_per_epoch:
+                raise KeyboardInterrupt
+        mean = (self._totals / self._steps_per_epoch).tolist()
+        self.epoch, self._step, self._totals = self.epoch + 1, 0, torch.zeros(len(_WATCHED))
+        metrics = dict(zip(_WATCHED, mean, strict=True))
+        metrics["logit_scale"] = float(self._model.logit_scale.detach())
+        metrics["support_temperature"] = float(self._model.support_temperature.detach())
+        metrics = self._evaluate_and_save({"epoch": self.epoch, **metrics})
+        if interrupted() and self.epoch < self._config.epochs:
+            self._save_last()
+            raise KeyboardInterrupt
+        return metrics
+
+    def _run_step(self, is_interrupted: bool) -> bool:
+        """Take one step; return whether any process was interrupted."""
+        batch = self._batches[self._step]
+        random = np.random.default_rng([self._config.seed, 2, self.epoch, self._step])
+        torch.manual_seed(int(random.integers(2**62)) + self._processes.rank)
+        done = self.epoch * self._steps_per_epoch + self._step
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._learning_rate(done)
+        device = self._train.caption_video.device
+        losses = self._objective(
+            torch.from_numpy(batch).to(device),
+            torch.from_numpy(_draw(len(batch), self._config.decode_fraction, random)).to(device),
+            done / (self._config.epochs * self._steps_per_epoch),
+        )
+        self._optimizer.zero_grad(set_to_none=True)
+        losses.loss.backward()
+        parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        stop = torch.full((), float(is_interrupted), device=device)
+        watched = [*losses.watched(), stop]
+        self._processes.average([*(parameter.grad for parameter in parameters), *watched])
+        gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        watched = [*watched[:-1], gradient_norm]
+        values = torch.stack(watched).cpu()
+        if not values.isfinite().all():
+            raise InputError(
+                f"the loss is {float(values[0])}, its gradient {float(values[-1])} in epoch {self.epoch + 1} - "
+                "lower --learning-rate, or look for odd values in the features with `svb verify`; best/ and last/ "
+                "hold the state before"
+            )
+        self._optimizer.step()
+        self._model.limit_scales()
+        self._totals += values
+        return bool(stop)
+
+    def _evaluate_and_save(self, metrics: dict[str, float]) -> dict[str, float]:
+        is_last = self.epoch == self._config.epochs
+        is_due = is_last or self.epoch % self._config.evaluate_every == 0
+        if not self._processes.is_first:
+            return metrics
+        if is_due and self._val is not None:
+            val = split_metrics(self._model, self._val)
+            metrics |= {f"val/{name}": value for name, value in val.items()}
+            if recall_sum(val) > self._best:
+                self._best = recall_sum(val)
+                self._save("best", val)
+        _append_line(self._out / "metrics.jsonl", metrics)
+        if is_last or self._is_checkpoint_due():
+            self._save_last()
+        if is_last and self._val is None:
+            self._save("best", {})
+        return metrics
+
+    def _is_checkpoint_due(self) -> bool:
+        return time.monotonic() - self._saved_at >= CHECKPOINT_SECONDS
+
+    def _save_last(self) -> None:
+        if not self._processes.is_first:
+            return
+        bank = self._objective.bank
+        training = {
+            "optimizer": self._optimizer.state_dict(),
+            "best": self._best,
+            "step": self._step,
+            "totals": self._totals,
+            "memory_bank": bank.state_dict() if bank is not None else {},
+        }
+        self._save("last", {}, training, previous=self._out / "previous")
+        self._saved_at = time.monotonic()
+
+    def _save(
+        self,
+        name: str,
+        metrics: dict[str, float],
+        training: dict[str, Any] | None = None,
+        previous: Path | None = None,
+    ) -> None:
+        checkpoint = Checkpoint(self.epoch, metrics, self._model.state_dict(), training or {})
+        save_checkpoint(self._out / name, checkpoint, previous=previous)
+
+    def resume(self, on_message: Callable[[str], None]) -> None:
+        """Take up the state of last/, or of previous/ where that is damaged, and drop the metrics after it."""
+        found = self._newest_whole(on_message)
+        if found is not None:
+            folder, checkpoint = found
+            load_weights(self._model, checkpoint.model, folder)
+            training = checkpoint.training
+            self._optimizer.load_state_dict(training["optimizer"])
+            self.epoch, self._best = checkpoint.epoch, training["best"]
+            self._step, self._totals = training["step"], training["totals"]
+            if self._objective.bank is not None:
+                self._objective.bank.load_state_dict(training["memory_bank"])
+            if self.epoch < self._config.epochs:
+                within = f" and {self._step} of {self._steps_per_epoch} steps" if self._step else ""
+                on_message(f"resuming {self._out} after epoch {self.epoch} of {self._config.epochs}{within}")
+        if self._best > -math.inf:
+            self._require_best(on_message)
+        if self._processes.is_first:
+            _keep_lines(self._out / "metrics.jsonl", self.epoch)
+
+    def _newest_whole(self, on_message: Callable[[str], None]) -> tuple[Path, Checkpoint] | None:
+        last, previous = self._out / "last", self._out / "previous"
+        try:
+            return last, load_checkpoint(last)
+        except InputError:
+            return None
+        except StoreError as damage:
+            try:
+                checkpoint = load_checkpoint(previous)
+            except (InputError, StoreError):
+                raise damage from None
+            on_message(f"{damage}; going on from the one before it, {previous}")
+            return previous, checkpoint
+
+    def _require_best(self, on_message: Callable[[str], None]) -> None:
+        try:
+            load_checkpoint(self._out / "best")
+        except (InputError, StoreError) as damage:
+            if self.epoch == self._config.epochs:
+                raise
+            on_message(f"{damage}; the best of the evaluations from here on will take its place")
+            self._best = -math.inf
+
+    def _batches_of(self, epoch: int) -> list[NDArray[np.int64]]:
+        return epoch_batches(
+            self._caption_video,
+            caption_sampling=self._config.caption_sampling,
+            batch_size=self._config.batch_size,
+            seed=self._config.seed,
+            epoch=epoch,
+        )
+
+    def _learning_rate(self, step: int) -> float:
+        total = self._config.epochs * self._steps_per_epoch
+        warmup = max(1, round(self._config.warmup * total))
+        if step < warmup:
+            return self._config.learning_rate * (step + 1) / warmup
+        progress = (step - warmup) / max(1, total - warmup)
+        return self._config.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+
+
+def _encode(model: RetrievalModel, split: SplitData) -> list[list[int]]:
+    if model.decoder is None or isinstance(model.decoder, EmbeddingDecoder):
+        return []
+    return model.decoder.encode(split.captions)
+
+
+def _make_bank(config: TrainConfig, model: RetrievalModel, split: SplitData) -> MemoryBank | None:
+    if model.decoder is None or not config.memory_bank:
+        return None
+    longest = int(split.frames.lengths.max().clamp_max(config.max_frames))
+    frames = longest if config.support_values == "frames" else 1
+    return MemoryBank(config.memory_bank, frames, model.embedding_size).to(split.caption_video.device)
+
+
+def _draw(total: int, fraction: float, random: np.random.Generator) -> NDArray[np.bool_]:
+    """Return `(total,)` bool, True on a random `fraction` of them, on one at least."""
+    drawn = np.zeros(total, dtype=bool)
+    drawn[random.permutation(total)[: max(1, round(fraction * total))]] = True
+    return drawn
+
+
+def _parameter_groups(model: RetrievalModel, weight_decay: float) -> list[dict[str, Any]]:
+    # Decay shrinks matrices; gains, biases and scales are left alone.
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in learned if parameter.ndim >= 2]
+    others = [parameter for parameter in learned if parameter.ndim < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def _append_line(path: Path, metrics: dict[str, float]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(metrics) + "\n")
+
+
+def _keep_lines(path: Path, epochs: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            if json.loads(line)["epoch"] <= epochs:
+                kept.append(line + "\n")
+        except ValueError:  # a line that a kill cut short
+            continue
+    with published_file(path) as aside:
+        aside.write_text("".join(kept), "utf-8")

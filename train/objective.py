@@ -1,0 +1,196 @@
+"""What one step minimises: the contrastive loss, and the rebuilding of captions from the support set.
+
+The whole method, from the embeddings of a batch to its loss. Every process has its share of the batch (b of B
+captions, each with its video) and compares it with everyone's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from svb.train.config import TrainConfig
+from svb.train.decoders import EmbeddingDecoder, pad
+from svb.train.heads import masked_mean
+from svb.train.losses import cross_captioning, embedding_distance, info_nce, max_margin
+from svb.train.memory_bank import MemoryBank
+from svb.train.model import RetrievalModel
+from svb.train.processes import Processes
+from svb.train.support_set import entropy, mix, own_mask, support_weights
+from svb.train.training_data import SplitData
+
+
+@dataclass
+class StepLosses:
+    """This process's part of the losses of a step; their averages over processes are the batch's.
+
+    Attributes:
+        loss: What is minimised.
+        contrastive: Its first part.
+        cross_captioning: Its second part, before its weight.
+        support_entropy: How widely the support weights are spread, nats.
+    """
+
+    loss: torch.Tensor
+    contrastive: torch.Tensor
+    cross_captioning: torch.Tensor
+    support_entropy: torch.Tensor
+
+    def watched(self) -> list[torch.Tensor]:
+        """Return the four, detached."""
+        return [
+            value.detach() for value in (self.loss, self.contrastive, self.cross_captioning, self.support_entropy)
+        ]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of a batch.
+
+    Attributes:
+        config: Losses, support set and their weights.
+        model: Heads, scales and decoder.
+        split: The training data.
+        tokens: Of every caption, where a decoder of words rebuilds them.
+        bank: Videos of earlier batches; None without.
+        processes: Who shares the batch.
+        decoder_dtype: Of the decoder's products.
+    """
+
+    config: TrainConfig
+    model: RetrievalModel
+    split: SplitData
+    tokens: list[list[int]]
+    bank: MemoryBank | None
+    processes: Processes
+    decoder_dtype: torch.dtype
+
+    def __call__(self, batch: torch.Tensor, is_decoded: torch.Tensor, progress: float) -> StepLosses:
+        """Return the losses of a step.
+
+        Args:
+            batch: `(B,)` positions of the captions of all processes.
+            is_decoded: `(B,)` bool, which of them are rebuilt.
+            progress: Share of all steps that are done.
+        """
+        share, total = self.processes.share(len(batch)), len(batch)
+        all_rows = self.split.caption_video[batch]  # (B,)
+        rows = all_rows[share]  # (b,)
+        # As long as the longest of the whole batch, so that processes can exchange frames.
+        frame_features, frame_mask = self.split.frames.gather(rows, like=all_rows)  # (b, T, F), (b, T)
+        video_embeddings, frame_sequences = self.model.video_head(frame_features, frame_mask)  # (b, D), (b, T, D)
+        caption_embeddings = self.model.text_head(self.split.caption_features[batch[share]].float())  # (b, D)
+        all_videos = self.processes.gather(video_embeddings, total)  # (B, D)
+        all_captions = self.processes.gather(caption_embeddings, total)  # (B, D)
+        is_negative = ~own_mask(rows, all_rows)  # (b, B)
+        contrastive = self.processes.mean(
+            self._contrastive(
+                caption_embeddings, video_embeddings, all_captions, all_videos, is_negative, progress
+            ),
+            total,
+        )
+        nothing = torch.zeros_like(contrastive)
+        if self.model.decoder is None:
+            return StepLosses(contrastive, contrastive, nothing, nothing)
+        if self.config.support_values == "pooled":
+            frame_sequences = masked_mean(frame_sequences, frame_mask)[:, None]  # (b, 1, D)
+            frame_mask = frame_mask[:, :1]
+            all_masks = frame_mask.new_ones(total, 1)
+        else:
+            all_masks = self.split.frames.mask(all_rows)  # (B, T)
+        all_sequences = self.processes.gather(frame_sequences, total)  # (B, T, D)
+        support = (all_videos, all_sequences, all_masks, all_rows)
+        rebuilding, spread = self._rebuild(caption_embeddings, batch, is_decoded, support)
+        if self.bank is not None:
+            self.bank.add(all_videos, all_sequences, all_masks, all_rows)
+        return StepLosses(
+            contrastive + self.config.cross_captioning_weight * rebuilding, contrastive, rebuilding, spread
+        )
+
+    def _contrastive(
+        self,
+        captions: torch.Tensor,
+        videos: torch.Tensor,
+        all_captions: torch.Tensor,
+        all_videos: torch.Tensor,
+        is_negative: torch.Tensor,
+        progress: float,
+    ) -> torch.Tensor:
+        positive = (captions * videos).sum(dim=1)  # (b,)
+
+        def against(anchors: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+            similarity = anchors @ candidates.T  # (b, B)
+            if self.config.loss == "info_nce":
+                return info_nce(positive, similarity, is_negative, self.model.logit_scale)
+            negatives = "mean" if progress < self.config.negatives_warmup else self.config.negatives
+            return max_margin(positive, similarity, is_negative, self.config.margin, negatives)
+
+        losses = (against(captions, all_videos) + against(videos, all_captions)) / 2
+        if self.config.intra_modal_weight:
+            intra = (against(captions, all_captions) + against(videos, all_videos)) / 2
+            losses = losses + self.config.intra_modal_weight * intra
+        return losses  # (b,)
+
+    def _rebuild(
+        self,
+        caption_embeddings: torch.Tensor,
+        batch: torch.Tensor,
+        is_decoded: torch.Tensor,
+        support: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return this process's parts of the cross-captioning loss and of the support weights' entropy."""
+        embeddings, frame_sequences, frame_mask, videos = support
+        rows, older = self.split.caption_video[batch], None
+        in_batch = len(videos)
+        if self.bank is not None:
+            stored = self.bank.read()
+            embeddings, videos = torch.cat([embeddings, stored[0]]), torch.cat([videos, stored[3]])
+            frames = frame_mask.shape[1]
+            longest = max(frames, int(stored[2].sum(dim=1).max())) if len(stored[2]) else frames
+            frame_sequences = torch.cat([_lengthen(frame_sequences, longest), stored[1][:, :longest]])
+            frame_mask = torch.cat([_lengthen(frame_mask, longest), stored[2][:, :longest]])
+        own = own_mask(rows, videos)  # (B, S)
+        if self.bank is not None:
+            older = own.clone()
+            older[:, :in_batch] = False
+        if self.config.variant == "cross":
+            # Where the support set holds one video alone there is no other to rebuild its captions from.
+            is_decoded = is_decoded & (~own).any(dim=1)
+        total = int(is_decoded.sum())
+        share = self.processes.share(len(batch))
+        kept = is_decoded[share].nonzero().squeeze(1)  # (n,) of this process's captions
+        weights = support_weights(
+            caption_embeddings[kept],
+            embeddings,
+            own[share][kept],
+            variant=self.config.variant,
+            temperature=self.model.support_temperature,
+            older=None if older is None else older[share][kept],
+        )  # (n, S)
+        mixtures, mixture_mask = mix(weights, frame_sequences, frame_mask)  # (n, T, D), (n, T)
+        spread = self.processes.mean(entropy(weights.detach()), max(1, total))
+        decoder = self.model.decoder
+        if isinstance(decoder, EmbeddingDecoder):
+            predicted = decoder(mixtures, mixture_mask)  # (n, F)
+            wanted = self.split.caption_features[batch[share][kept]].float()
+            return self.processes.mean(embedding_distance(predicted, wanted), max(1, total)), spread
+        assert decoder is not None
+        num_words = sum(len(self.tokens[position]) - 1 for position in batch[is_decoded].tolist())
+        if not len(kept):
+            return caption_embeddings.sum() * 0, spread
+        tokens = pad([self.tokens[position] for position in batch[share][kept].tolist()], decoder.padding)
+        tokens = tokens.to(rows.device)  # (n, L)
+        is_word = tokens[:, 1:] != decoder.padding  # (n, L - 1)
+        with torch.autocast(
+            rows.device.type, self.decoder_dtype, enabled=self.decoder_dtype not in (torch.float32, torch.float64)
+        ):
+            hidden = decoder.hidden(tokens[:, :-1], mixtures, mixture_mask, is_word)  # (N, H)
+        summed = cross_captioning(hidden, decoder.output_weight, tokens[:, 1:][is_word], self.decoder_dtype)
+        return self.processes.mean(summed, num_words), spread
+
+
+def _lengthen(values: torch.Tensor, frames: int) -> torch.Tensor:
+    """Return `(S, T, ...)` with zeros, or False, after the last time step, up to `frames`."""
+    missing = values.new_zeros(len(values), frames - values.shape[1], *values.shape[2:])
+    return torch.cat([values, missing], dim=1)

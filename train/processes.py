@@ -1,0 +1,128 @@
+"""The processes that train one model together, as torchrun starts them; one alone anywhere else.
+
+Every process holds the whole model and all of the data. Of each batch it takes its share, compares that with
+what all the others embedded, and the gradients are averaged: the result is that of one process with the whole
+batch, which a loss over each process's own share alone is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from svb.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Which process this is, of how many.
+
+    Attributes:
+        rank: This process, from 0.
+        world: How many there are.
+    """
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes files and says things."""
+        return self.rank == 0
+
+    def share(self, total: int) -> slice:
+        """Return the rows of a batch of `total` that are this process's: shares differ by one at most."""
+        bounds = _bounds(total, self.world)
+        return slice(bounds[self.rank], bounds[self.rank + 1])
+
+    def gather(self, mine: torch.Tensor, total: int) -> torch.Tensor:
+        """Return the rows of all processes in order, with gradient: `(b, ...)` -> `(B, ...)`, B is `total`."""
+        if self.world == 1:
+            return mine
+        gathered: torch.Tensor = _Gather.apply(mine, _bounds(total, self.world), self.rank)  # type: ignore[no-untyped-call]
+        return gathered
+
+    def mean(self, values: torch.Tensor, total: int) -> torch.Tensor:
+        """Return this process's part of the mean of `total` values, of which it holds `(n,)`.
+
+        The parts' average over processes, which `average` takes, is the mean.
+        """
+        return values.sum() * (self.world / total)
+
+    def average(self, tensors: list[torch.Tensor]) -> None:
+        """Replace tensors by their means over processes, in one message."""
+        if self.world == 1:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        flat /= self.world
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        if self.world > 1:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def joined_processes(device: str) -> Iterator[tuple[Processes, str]]:
+    """Join the processes that torchrun has started, if it has; yield them, and the device of this one.
+
+    Args:
+        device: As the user named it; with `auto` every process takes the GPU of its number.
+
+    Raises:
+        UsageError: One GPU is named for several processes.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield Processes(), device
+        return
+    if device == "auto" and torch.cuda.is_available():
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}"
+    elif device.startswith("cuda"):
+        raise UsageError(f"--device {device} with {world} processes - leave it out: each takes a GPU of its own")
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size()), device
+    finally:
+        dist.destroy_process_group()
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather of shares that may differ by a row, whose backward sums the gradients of all processes."""
+
+    @staticmethod
+    def forward(ctx: Any, mine: torch.Tensor, bounds: list[int], rank: int) -> torch.Tensor:
+        ctx.bounds, ctx.rank = bounds, rank
+        sizes = np.diff(bounds)
+        # A collective wants equal shapes: the shorter shares get a row that is dropped again.
+        padded = mine.new_zeros(int(sizes.max()), *mine.shape[1:])
+        padded[: len(mine)] = mine
+        shares = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(shares, padded)
+        return torch.cat([share[:size] for share, size in zip(shares, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient[ctx.bounds[ctx.rank] : ctx.bounds[ctx.rank + 1]], None, None
+
+
+def _bounds(total: int, world: int) -> list[int]:
+    sizes: NDArray[np.int64] = np.full(world, total // world)
+    sizes[: total % world] += 1
+    return [0, *np.cumsum(sizes).tolist()]
