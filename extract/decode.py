@@ -185,6 +185,18 @@ def right_angle(degrees: float) -> int:
     return round(degrees / 90) * 90 % 360
 
 
+def on_white(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Lay a picture `(H, W, 4)` onto white and return it as `(H, W, 3)`.
+
+    A viewer does the same. The colours that lie beneath transparent pixels were never meant to be seen: an
+    encoder leaves there whatever compresses best.
+    """
+    colours, alpha = frame[..., :3], frame[..., 3:].astype(np.uint16)
+    if alpha.min() == 255:
+        return np.ascontiguousarray(colours)
+    return ((colours * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
 def origin_seconds(container_format: str, first_time_seconds: float) -> float:
     """Return the time from which a container counts its duration: Matroska's includes a late start."""
     return min(0.0, first_time_seconds) if "matroska" in container_format else first_time_seconds

@@ -1,7 +1,7 @@
 """Decodes with an ffmpeg program of its own: slower than PyAV, but it knows more formats.
 
 ffmpeg-python builds the arguments; the process is owned here, because its `run()` has no time limit
-and holds a whole video. Pictures come as PPM, which names its own size. The container's promise is
+and holds a whole video. Pictures come as PAM, which names its own size. The container's promise is
 read off ffmpeg's log (there is no ffprobe), and frame times come over a pipe of their own: the filter
 graph prints each frame's timestamp before and after the choice.
 """
@@ -31,6 +31,7 @@ from svb.extract.decode import (
     check_file,
     judge_end,
     no_video,
+    on_white,
     origin_seconds,
     unreadable,
     zero_frames,
@@ -164,7 +165,7 @@ class _DecodeRun:
             time_seconds = self._chosen_seconds.popleft()
             picture = self._pictures.ready.popleft()
             if time_seconds is not None:
-                yield picture, time_seconds
+                yield on_white(picture), time_seconds
 
     def properties(self, frame: NDArray[np.uint8]) -> VideoProperties:
         """Return what the log promised, with the size that frames turned out to have."""
@@ -223,8 +224,8 @@ def _decode_arguments(video_fd: int, times_fd: int, select: str, is_turned: bool
     stream = (
         _print_time(stream, CHOSEN, times_fd)
         .filter("scale", w=f"if({sane},max(1,floor(iw*sar+0.5)),iw)", h="ih", flags=SCALE_FLAGS)
-        .filter("format", "rgb24")
-        .output("pipe:1", f="image2pipe", fps_mode="passthrough", threads=1, **{"c:v": "ppm"})
+        .filter("format", "rgba")
+        .output("pipe:1", f="image2pipe", fps_mode="passthrough", threads=1, **{"c:v": "pam"})
     )
     return list(ffmpeg.get_args(stream))
 

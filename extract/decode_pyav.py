@@ -40,6 +40,7 @@ from svb.extract.decode import (
     check_file,
     judge_end,
     no_video,
+    on_white,
     origin_seconds,
     right_angle,
     square_pixels_width,
@@ -251,7 +252,8 @@ class _Converter:
         if self._graph is None or look != self._graph_is_for:
             self._graph, self._graph_is_for = self._build(frame, matrix), look
         self._graph.push(frame)
-        return cast("NDArray[np.uint8]", self._graph.vpull().to_ndarray())
+        picture = cast("NDArray[np.uint8]", self._graph.vpull().to_ndarray())
+        return on_white(picture) if picture.shape[-1] == 4 else picture
 
     def _build(self, frame: VideoFrame, matrix: tuple[int, ...]) -> av.filter.Graph:
         width, height = self.size(frame)
@@ -265,7 +267,7 @@ class _Converter:
             ),
             *_upright(matrix),
             ("scale", f"w={width}:h={height}:flags={SCALE_FLAGS}"),
-            ("format", "pix_fmts=rgb24"),
+            ("format", f"pix_fmts={'rgba' if _is_transparent(frame) else 'rgb24'}"),
             ("buffersink", None),
         ]
         graph = av.filter.Graph()
@@ -276,6 +278,10 @@ class _Converter:
     def _aspect_ratio(self) -> Fraction:
         """Return the sample aspect ratio, the container's before the codec's, 1 where neither has one."""
         return self._stream.sample_aspect_ratio or self._stream.codec_context.sample_aspect_ratio or Fraction(1)
+
+
+def _is_transparent(frame: VideoFrame) -> bool:
+    return frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
 
 
 def _display_matrix(frame: VideoFrame) -> tuple[int, ...]:

@@ -104,13 +104,13 @@ class Lines:
 
 
 class Pictures:
-    """Cuts bytes into PPM pictures.
+    """Cuts bytes into PAM pictures.
 
     Attributes:
-        ready: Whole pictures, `(H, W, 3)` uint8 RGB, not yet taken.
+        ready: Whole pictures, `(H, W, 4)` uint8 RGB and alpha, not yet taken.
     """
 
-    _HEADER = re.compile(rb"P6\s(\d+) (\d+)\s255\n")
+    _HEADER = re.compile(rb"P7\nWIDTH (\d+)\nHEIGHT (\d+)\nDEPTH 4\nMAXVAL 255\nTUPLTYPE RGB_ALPHA\nENDHDR\n")
 
     def __init__(self) -> None:
         self.ready: deque[NDArray[np.uint8]] = deque()
@@ -125,9 +125,9 @@ class Pictures:
             width, height, start = int(header[1]), int(header[2]), header.end()
             # A match looks into the buffer, and what is looked into cannot be cut.
             del header
-            end = start + width * height * 3
+            end = start + width * height * 4
             if len(self._bytes) < end:
                 return
             picture = np.frombuffer(bytes(self._bytes[start:end]), dtype=np.uint8)
-            self.ready.append(picture.reshape(height, width, 3))
+            self.ready.append(picture.reshape(height, width, 4))
             del self._bytes[:end]

@@ -130,5 +130,11 @@ def make_song_with_cover(path: Path) -> Path:
     return path
 
 
+def make_transparent_clip(path: Path, codec: Sequence[str] = ("-c:v", "qtrle", "-pix_fmt", "argb")) -> Path:
+    """Write a clip whose left half hides its colours under full transparency, and the right half half of them."""
+    alpha = "geq=r='r(X,Y)':g='g(X,Y)':b='b(X,Y)':a='if(lt(X,32),0,128)'"
+    return make_clip(path, filters=f"format=rgba,{alpha}", codec=codec)
+
+
 def make_animated_webp(path: Path) -> Path:
     return make_clip(path, seconds=2, fps=5, codec=("-c:v", "libwebp_anim", "-lossless", "1"))

@@ -100,6 +100,8 @@ CLIPS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "one frame": ("a.mp4", clips.make_one_frame_clip),
     "16x16": ("a.mp4", lambda path: clips.make_clip(path, size="16x16")),
     "resized": ("a.ts", clips.make_resized_clip),
+    "transparent": ("a.mov", clips.make_transparent_clip),
+    "transparent gif": ("a.gif", lambda path: clips.make_transparent_clip(path, ("-c:v", "gif"))),
     "turned by 45": ("a.mp4", lambda path: clips.make_turned_clip(path, 45)),
 }
 
@@ -295,6 +297,22 @@ def test_animated_webp_needs_ffmpeg(tmp_path: Path) -> None:
     assert failure(decode_pyav.decode, path) in {"unreadable", "zero_frames"}
     decoded = run(decode_ffmpeg.decode, path, EVERY_FRAME)
     np.testing.assert_allclose(decoded.times_seconds, np.arange(10) / 5, atol=1e-9)
+
+
+@pytest.mark.parametrize("decoder", DECODERS.values(), ids=DECODERS)
+def test_what_is_transparent_is_seen_on_white(decoder: Decoder, tmp_path: Path) -> None:
+    opaque = clips.make_clip(tmp_path / "opaque.mov", filters="format=rgba", codec=("-c:v", "qtrle"))
+    seen = run(decoder, clips.make_transparent_clip(tmp_path / "a.mov"), EVERY_FRAME).frames
+    assert (seen[:, :, :32] == 255).all()
+    colours = run(decoder, opaque, EVERY_FRAME).frames[:, :, 32:]
+    np.testing.assert_allclose(seen[:, :, 32:], (colours * (128 / 255) + 127), rtol=0, atol=0.6)
+
+
+def test_transparent_webp_is_seen_on_white(tmp_path: Path) -> None:
+    codec = ("-c:v", "libwebp_anim", "-lossless", "1", "-pix_fmt", "bgra")
+    decoded = run(decode_ffmpeg.decode, clips.make_transparent_clip(tmp_path / "a.webp", codec), EVERY_FRAME)
+    assert len(decoded.times_seconds) > 1
+    assert (decoded.frames[:, :, :32] == 255).all() and (decoded.frames[:, :, 32:] < 255).any()
 
 
 def test_selecting_thousands_of_positions_fits_into_an_argument() -> None:
