@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,10 @@ def read_caption_table(path: Path, *, drop_empty: bool = False) -> CaptionTable:
         InputError: The file is missing, not readable in its format or encoding, lacks a column, has no
             rows, or a row has an empty caption, no video_id or an unknown split; names the row.
     """
+    if path.is_dir():
+        raise InputError(
+            f"{path} is a folder - expected a {_READERS} file; for the annotation files of a data set add --dataset"
+        )
     if not path.is_file():
         raise InputError(f"no caption table at {path} - expected a {_READERS} file with video_id, caption")
     rows = _rows(path)
@@ -62,7 +67,7 @@ def read_caption_table(path: Path, *, drop_empty: bool = False) -> CaptionTable:
         if not video_id:
             raise InputError(f"{place}: video_id is empty - give every caption the id of its video")
         for column, value in row.items():
-            if "\0" in _text(value) or not _is_unicode(_text(value)):
+            if not is_storable(_text(value)):
                 raise InputError(f"{place}: {column} holds a NUL or half a character - remove it")
         if not caption:
             empty.append(place)
@@ -81,20 +86,65 @@ def read_caption_table(path: Path, *, drop_empty: bool = False) -> CaptionTable:
         )
     if not captions:
         raise InputError(f"{path} holds no captions - expected rows with video_id, caption")
-    columns = [list(column) for column in zip(*captions, strict=True)]
+    return make_caption_table(captions, has_split=has_split, source=str(path))
+
+
+def make_caption_table(rows: Sequence[tuple[str, str, str, str]], *, has_split: bool, source: str) -> CaptionTable:
+    """Return the table of rows of caption_id, video_id, caption and split.
+
+    Args:
+        rows: At least one; no caption empty.
+        has_split: Whether the splits were named rather than taken for train.
+        source: What the rows were read from, for messages.
+
+    Raises:
+        InputError: A caption_id stands twice, a video is in two splits, or a text cannot be stored.
+    """
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    for caption_id, *texts in rows:
+        if not all(is_storable(text) for text in (caption_id, *texts)):
+            raise InputError(f"{source}: caption {caption_id!r} holds a NUL or half a character - remove it")
     repeated = [caption_id for caption_id, count in Counter(columns[0]).items() if count > 1]
     if repeated:
-        raise InputError(f"{path}: caption_id {repeated[0]!r} stands twice - make every caption_id unique")
-    _require_one_split_a_video(path, columns[1], columns[3])
+        raise InputError(f"{source}: caption_id {repeated[0]!r} stands twice - make every caption_id unique")
+    _require_one_split_a_video(source, columns[1], columns[3])
     return CaptionTable(columns[0], columns[1], columns[2], columns[3], has_split)
 
 
-def _require_one_split_a_video(path: Path, video_ids: list[str], splits: list[str]) -> None:
+def hash_lines(lines: Iterable[str]) -> str:
+    """Return a hash that tells two sets of lines apart, whatever their order.
+
+    It is what `LC_ALL=C sort FILE | sha256sum | cut -c1-16` prints.
+    """
+    return hashlib.sha256("".join(f"{line}\n" for line in sorted(lines)).encode()).hexdigest()[:16]
+
+
+def split_contents(table: CaptionTable) -> dict[str, dict[str, Any]]:
+    """Return how much each split holds, and `hash_lines` of its video_ids and of `video_id TAB caption`."""
+    contents: dict[str, dict[str, Any]] = {}
+    for split in SPLITS:
+        pairs = [
+            (video_id, caption)
+            for video_id, caption, held in zip(table.video_ids, table.captions, table.splits, strict=True)
+            if held == split
+        ]
+        if pairs:
+            video_ids = {video_id for video_id, _ in pairs}
+            contents[split] = {
+                "videos": len(video_ids),
+                "captions": len(pairs),
+                "video_ids_hash": hash_lines(video_ids),
+                "captions_hash": hash_lines(f"{video_id}\t{caption}" for video_id, caption in pairs),
+            }
+    return contents
+
+
+def _require_one_split_a_video(source: str, video_ids: list[str], splits: list[str]) -> None:
     split_of: dict[str, str] = {}
     for video_id, split in zip(video_ids, splits, strict=True):
         if split_of.setdefault(video_id, split) != split:
             raise InputError(
-                f"{path}: video {video_id!r} is in {split_of[video_id]} and in {split} - put all captions of "
+                f"{source}: video {video_id!r} is in {split_of[video_id]} and in {split} - put all captions of "
                 "a video into one split, or training would see what it is tested on"
             )
 
@@ -181,9 +231,9 @@ def _encoding_error(path: Path) -> InputError:
     return InputError(f"{path} changed while it was read - run the same command again")
 
 
-def _is_unicode(text: str) -> bool:
-    # JSON can spell half of a surrogate pair, which no file can hold.
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+def is_storable(text: str) -> bool:
+    """Tell whether HDF5 can hold a text: JSON can spell NUL and half of a surrogate pair."""
+    return "\0" not in text and (text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text))
 
 
 def _text(value: Any) -> str:

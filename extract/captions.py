@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from svb.config import canonical_json, require_same
 from svb.data.caption_features import CaptionFeatures, read_caption_features, write_caption_features
-from svb.data.caption_table import CaptionTable, read_caption_table
+from svb.data.caption_table import CaptionTable, read_caption_table, split_contents
+from svb.data.datasets import read_dataset, with_names_of
+from svb.data.feature_store import FeatureStore
 from svb.data.publish import published_file, remove_leftovers
 from svb.device import choose_device
-from svb.errors import InputError
+from svb.errors import InputError, UsageError
 from svb.extract.text_encoders import DEFAULT_TEXT_ENCODER, load_text_encoder
 from svb.extract.text_encoders.text_encoder import TextEncoder
 from svb.extract.weights import absolute_name
@@ -30,6 +33,10 @@ def captions(
     text_encoder: str = DEFAULT_TEXT_ENCODER,
     device: str = "auto",
     drop_empty: bool = False,
+    dataset: str | None = None,
+    protocol: str | None = None,
+    splits: Collection[str] = (),
+    store: Path | str | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     on_message: Callable[[str], None] = lambda message: None,
 ) -> Path:
@@ -38,11 +45,16 @@ def captions(
     Finished blocks are kept beside `out` until it is whole: a killed run continues where it stopped.
 
     Args:
-        table: CSV, JSON lines or Parquet with `video_id, caption` and optionally `caption_id, split`.
+        table: CSV, JSON lines or Parquet with `video_id, caption` and optionally `caption_id, split`; with
+            `dataset` the folder that holds its official annotation files.
         out: The HDF5 file to write.
         text_encoder: `family:model[/weights]`.
         device: `auto`, `cpu`, `cuda:0`, ...
         drop_empty: Leave out rows with an empty caption rather than refuse the table.
+        dataset: A name in `svb.data.datasets.DATASETS`.
+        protocol: Of the data set; its first where not given.
+        splits: Which of the protocol's splits; all where none is given.
+        store: A feature store whose names of the data set's videos are taken.
         on_progress: Called with the distinct captions done, and all of them.
         on_message: Called with a line that the user should see.
 
@@ -50,21 +62,25 @@ def captions(
         `out`.
 
     Raises:
-        InputError: The table cannot be used.
+        InputError: The table, or an annotation file, cannot be used.
+        UsageError: The data set has no such protocol or split, or there is no data set to have one.
         MismatchError: `out` holds another table or text encoder.
         ModelUnavailableError: The text encoder's weights cannot be had.
     """
     table, out, text_encoder = Path(table), Path(out), absolute_name(text_encoder)
-    read = read_caption_table(table, drop_empty=drop_empty)
-    table_hash = _hash_table(read)
+    read, contents = _read(table, drop_empty, dataset, protocol, splits, store, on_message)
     if out.is_dir():
         raise InputError(f"{out} is a folder - name the file to write with -o, such as {out / 'captions.h5'}")
     existing = read_caption_features(out) if out.exists() else None
     if existing is not None:
         settings = existing.settings
         require_same(
-            {"text_encoder": settings["text_encoder"]["name"], "captions": settings["table_hash"]},
-            {"text_encoder": text_encoder, "captions": table_hash},
+            {
+                "text_encoder": settings["text_encoder"]["name"],
+                "captions": settings["table_hash"],
+                "dataset": settings.get("dataset"),
+            },
+            {"text_encoder": text_encoder, "captions": contents["table_hash"], "dataset": contents.get("dataset")},
             what=f"{out}",
             do_next="Write to another file with -o, or remove this one.",
         )
@@ -81,12 +97,40 @@ def captions(
         )
     row_of = {caption: row for row, caption in enumerate(distinct)}
     rows = [row_of[caption] for caption in read.captions]
-    settings = {"text_encoder": encoder.settings(), "table_hash": table_hash}
+    settings = {"text_encoder": encoder.settings(), **contents}
     write_caption_features(out, CaptionFeatures(read, features[rows], settings))
     for path in _blocks_folder(out).glob("*.npy"):
         path.unlink()
     _blocks_folder(out).rmdir()
     return out
+
+
+def _read(
+    table: Path,
+    drop_empty: bool,
+    dataset: str | None,
+    protocol: str | None,
+    splits: Collection[str],
+    store: Path | str | None,
+    on_message: Callable[[str], None],
+) -> tuple[CaptionTable, dict[str, Any]]:
+    """Return the captions, and what of them belongs into the settings."""
+    if dataset is None:
+        for name, value in (("protocol", protocol), ("split", splits), ("store", store)):
+            if value:
+                raise UsageError(f"--{name} goes with --dataset - name the data set, or leave --{name} away")
+        read = read_caption_table(table, drop_empty=drop_empty)
+        return read, {"table_hash": _hash_table(read), "splits": split_contents(read)}
+    if drop_empty:
+        raise UsageError("--drop-empty goes with a table - a data set has no empty captions; leave it away")
+    official = read_dataset(dataset, table, protocol=protocol, splits=splits, on_message=on_message)
+    if store is not None:
+        official = with_names_of(official, FeatureStore(Path(store)).records, on_message=on_message)
+    return official.table, {
+        "table_hash": _hash_table(official.table),
+        "dataset": {"name": dataset, "protocol": official.protocol},
+        "splits": official.splits,
+    }
 
 
 def _encode_in_blocks(

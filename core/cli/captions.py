@@ -8,6 +8,10 @@ import click
 
 from svb.cli.output import Meter, say
 from svb.config import default_path
+from svb.data.caption_table import SPLITS
+from svb.data.datasets import DATASETS
+
+_PROTOCOLS = "; ".join(f"{name} {', '.join(dataset.protocols)}" for name, dataset in DATASETS.items())
 
 
 @click.command()
@@ -16,13 +20,41 @@ from svb.config import default_path
 @click.option("--text-encoder", help="family:model[/weights]. [default: open_clip:ViT-B-32/laion2b_s34b_b79k]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:0, ...")
 @click.option("--drop-empty", is_flag=True, help="Leave out rows with an empty caption rather than refuse them.")
-def captions(table: Path, out: Path | None, text_encoder: str | None, device: str, drop_empty: bool) -> None:
+@click.option(
+    "--dataset", type=click.Choice(list(DATASETS)), help="TABLE is the folder of this data set's annotation files."
+)
+@click.option("--protocol", help=f"How the data set is divided: {_PROTOCOLS}. [default: each one's first]")
+@click.option(
+    "--split",
+    "splits",
+    multiple=True,
+    type=click.Choice(SPLITS),
+    help="Of the data set; repeat it for several. [default: all that the protocol has]",
+)
+@click.option(
+    "--store",
+    type=click.Path(path_type=Path),
+    help="Call the data set's videos what this feature store calls them.",
+)
+def captions(
+    table: Path,
+    out: Path | None,
+    text_encoder: str | None,
+    device: str,
+    drop_empty: bool,
+    dataset: str | None,
+    protocol: str | None,
+    splits: tuple[str, ...],
+    store: Path | None,
+) -> None:
     """Encode the captions of TABLE with a frozen text encoder.
 
-    TABLE is CSV, JSON lines or Parquet with the columns video_id, caption and optionally caption_id, split.
+    TABLE is CSV, JSON lines or Parquet with the columns video_id, caption and optionally caption_id, split; with
+    --dataset it is the folder that holds a data set's official annotation files, as docs/datasets.md lists them.
 
     \b
     svb captions captions.csv -o captions.h5 --text-encoder offline:minilm-l6
+    svb captions annotations/ --dataset msrvtt --protocol 1k-A -o captions.h5
     """
     from svb.extract import captions as stage
     from svb.extract.text_encoders import DEFAULT_TEXT_ENCODER
@@ -37,6 +69,10 @@ def captions(table: Path, out: Path | None, text_encoder: str | None, device: st
             text_encoder=chosen,
             device=device,
             drop_empty=drop_empty,
+            dataset=dataset,
+            protocol=protocol,
+            splits=splits,
+            store=store,
             on_progress=meter.update,
             on_message=say,
         )

@@ -1,0 +1,173 @@
+"""Data sets with their official annotation files and splits; one file each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from svb.data.caption_table import SPLITS, CaptionTable, make_caption_table, split_contents
+from svb.data.datasets import activitynet, msrvtt, msvd, vatex
+from svb.data.datasets.naming import match_names
+from svb.data.datasets.official import Annotations, KnownSplit
+from svb.errors import InputError, UsageError
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set that `svb captions --dataset` reads.
+
+    Attributes:
+        title: What it is called in prose.
+        protocols: What is known of the splits, by protocol; the first is the default.
+        read: `read(annotations, protocol, splits) -> {split: {video_id: captions}}`; checks the ids.
+        other_names: `other_names(split, video_ids) -> {video_id: names}` that the files are called besides.
+    """
+
+    title: str
+    protocols: Mapping[str, Mapping[str, KnownSplit]]
+    read: Callable[[Annotations, str, Sequence[str]], dict[str, dict[str, list[str]]]]
+    other_names: Callable[[str, Sequence[str]], dict[str, list[str]]]
+
+
+DATASETS = {
+    "msrvtt": Dataset("MSR-VTT", msrvtt.PROTOCOLS, msrvtt.read, msrvtt.other_names),
+    "msvd": Dataset("MSVD", msvd.PROTOCOLS, msvd.read, msvd.other_names),
+    "vatex": Dataset("VATEX", vatex.PROTOCOLS, vatex.read, vatex.other_names),
+    "activitynet": Dataset("ActivityNet", activitynet.PROTOCOLS, activitynet.read, activitynet.other_names),
+}
+
+
+@dataclass(frozen=True)
+class OfficialCaptions:
+    """A data set's captions under a protocol.
+
+    Attributes:
+        table: With the data set's own video_ids, or a store's; caption_ids always have the data set's.
+        dataset: Its name in DATASETS.
+        protocol: Which division into splits.
+        splits: `split_contents` by the data set's own video_ids.
+    """
+
+    table: CaptionTable
+    dataset: str
+    protocol: str
+    splits: dict[str, dict[str, Any]]
+
+
+def read_dataset(
+    name: str,
+    folder: Path,
+    *,
+    protocol: str | None = None,
+    splits: Collection[str] = (),
+    on_message: Callable[[str], None] = lambda message: None,
+) -> OfficialCaptions:
+    """Read a data set's official annotation files.
+
+    Args:
+        name: In DATASETS.
+        folder: Holds the annotation files under their official names, as they are or in zip files.
+        protocol: Of the data set; its first where not given.
+        splits: Which to read; all that the protocol has where none is given.
+        on_message: Called with a line that the user should see.
+
+    Raises:
+        InputError: A file is missing, damaged, or not the official one; names the file.
+        UsageError: The data set has no such protocol or split.
+    """
+    dataset = DATASETS[name]
+    protocol = protocol or next(iter(dataset.protocols))
+    if protocol not in dataset.protocols:
+        raise UsageError(
+            f"{dataset.title} has no protocol {protocol!r} - expected one of {', '.join(dataset.protocols)}"
+        )
+    known = dataset.protocols[protocol]
+    unknown = [split for split in splits if split not in known]
+    if unknown:
+        raise UsageError(
+            f"{dataset.title} {protocol} has no {unknown[0]} split - expected one of {', '.join(known)}"
+            + ("; svb train puts one aside from train" if unknown[0] == "val" else "")
+        )
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder} is not a folder - expected the one that holds {dataset.title}'s annotation files"
+        )
+    chosen = [split for split in SPLITS if split in known and (not splits or split in splits)]
+    captions = dataset.read(Annotations(f"{dataset.title} {protocol}", folder, on_message), protocol, chosen)
+    rows = [
+        (f"{video_id}#{number}", video_id, caption.strip(), split)
+        for split in chosen
+        for video_id, sentences in captions[split].items()
+        for number, caption in enumerate(sentences)
+    ]
+    empty = [caption_id for caption_id, _, caption, _ in rows if not caption]
+    if empty:
+        raise InputError(f"{folder}: caption {empty[0]!r} is empty - {dataset.title} has none; get the files again")
+    table = make_caption_table(rows, has_split=True, source=str(folder))
+    contents = split_contents(table)
+    for split in chosen:
+        _check(f"{dataset.title} {protocol}", split, known[split], contents[split], on_message)
+    return OfficialCaptions(table, name, protocol, contents)
+
+
+def _check(title: str, split: str, known: KnownSplit, found: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    say(f"{title} {split}: {found['videos']} videos, {found['captions']} captions, ids {found['video_ids_hash']}")
+    if known.num_captions not in (None, found["captions"]):
+        raise InputError(
+            f"{title} {split}: {found['captions']} captions, but the official files have {known.num_captions} - a "
+            "file is cut short or altered; get it again"
+        )
+    if known.captions_hash in (None, found["captions_hash"]):
+        return
+    what = (
+        f"{title} {split}: the videos are the official ones, but the captions are not, word for word (their hash "
+        f"is {found['captions_hash']}, expected {known.captions_hash})"
+    )
+    if split == "test":
+        raise InputError(
+            f"{what}: results would not compare with others' - get the files again, or give captions of your own "
+            "as a table, without --dataset"
+        )
+    say(what)
+
+
+def with_names_of(
+    official: OfficialCaptions, stored: Collection[str], *, on_message: Callable[[str], None] = lambda message: None
+) -> OfficialCaptions:
+    """Return the captions with the video_ids that a store has for the data set's videos.
+
+    Videos that the store does not have keep the data set's own.
+
+    Args:
+        official: With the data set's own video_ids.
+        stored: The store's video_ids.
+        on_message: Called with a line a split that says how many were found.
+
+    Raises:
+        InputError: None was found.
+    """
+    dataset, table = DATASETS[official.dataset], official.table
+    ids_of: dict[str, list[str]] = {split: [] for split in official.splits}
+    for video_id, split in dict(zip(table.video_ids, table.splits, strict=True)).items():
+        ids_of[split].append(video_id)
+    other: dict[str, list[str]] = {}
+    for split, video_ids in ids_of.items():
+        other |= dataset.other_names(split, video_ids)
+    name_of = match_names([video_id for ids in ids_of.values() for video_id in ids], other, stored)
+    if not name_of:
+        raise InputError(
+            f"the store has none of {dataset.title}'s videos: its video_ids are such as "
+            f"{next(iter(stored), 'none, it is empty')!r}, the data set's such as {table.video_ids[0]!r} - name "
+            "the files as docs/datasets.md says and extract them again"
+        )
+    for split, video_ids in ids_of.items():
+        held = [video_id for video_id in video_ids if video_id in name_of]
+        renamed = sum(name_of[video_id] != video_id for video_id in held)
+        on_message(
+            f"{split}: the store has {len(held)} of {len(video_ids)} videos"
+            + (f", {renamed} under another name" if renamed else "")
+        )
+    renamed_ids = [name_of.get(video_id, video_id) for video_id in table.video_ids]
+    return replace(official, table=replace(table, video_ids=renamed_ids))

@@ -1,0 +1,233 @@
+"""Official annotation files: found in a folder or in a zip file there, read in place, and named in every error."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from svb.data.caption_table import hash_lines
+from svb.errors import InputError
+
+
+@dataclass(frozen=True)
+class OfficialFile:
+    """A file of a data set.
+
+    Attributes:
+        names: What it is officially called, then other names and forms in which it is passed on.
+        origin: Who publishes it, and in what.
+    """
+
+    names: tuple[str, ...]
+    origin: str
+
+
+@dataclass(frozen=True)
+class Document:
+    """An official file that was found and read.
+
+    Attributes:
+        file: What it is.
+        name: Which of the file's names it has.
+        place: Where it lies, for messages.
+        text: Its content.
+    """
+
+    file: OfficialFile
+    name: str
+    place: str
+    text: str
+
+    def error(self, what: str) -> InputError:
+        """Return the error that says what is wrong with this file, and what to do about it."""
+        return InputError(
+            f"{self.place}: {what} - it is cut short, altered or of another data set; get {self.file.names[0]} "
+            f"again: {self.file.origin}"
+        )
+
+    def json(self) -> Any:
+        try:
+            return json.loads(self.text)
+        except (ValueError, RecursionError) as error:
+            raise self.error(f"not JSON ({error})") from error
+
+    def json_lines(self) -> list[Any]:
+        try:
+            return [json.loads(line) for line in self.text.split("\n") if line.strip()]
+        except (ValueError, RecursionError) as error:
+            raise self.error(f"not one JSON object a line ({error})") from error
+
+    def csv_rows(self, *columns: str) -> list[dict[str, str]]:
+        """Return the rows of a CSV file that must have these columns, each of which is a string."""
+        try:
+            reader = csv.DictReader(io.StringIO(self.text, newline=""))
+            missing = [column for column in columns if column not in (reader.fieldnames or [])]
+            if missing:
+                raise self.error(f"no column {' and no column '.join(missing)}")
+            rows = []
+            for row in reader:
+                if any(row[column] is None for column in columns):
+                    raise self.error(f"line {reader.line_num} has too few fields")
+                rows.append({column: row[column] for column in columns})
+        except csv.Error as error:
+            raise self.error(f"not readable as CSV ({error})") from error
+        return rows
+
+    def lines(self) -> list[str]:
+        return [line.strip() for line in self.text.split("\n") if line.strip()]
+
+    def captions(self, video_id: Any, sentences: Any) -> list[str]:
+        """Return a video's sentences.
+
+        Raises:
+            InputError: They are not a list of strings.
+        """
+        if not isinstance(sentences, list) or not all(isinstance(sentence, str) for sentence in sentences):
+            raise self.error(f"the captions of {video_id!r} are not a list of sentences")
+        return sentences
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """The folder that holds a data set's annotation files.
+
+    Attributes:
+        title: The data set, for messages.
+        folder: Where they lie, as they are or in zip files.
+        on_message: Called with a line that the user should see.
+        opened: What was read already, by place.
+    """
+
+    title: str
+    folder: Path
+    on_message: Callable[[str], None]
+    opened: dict[str, Document] = field(default_factory=dict)
+
+    def get(self, file: OfficialFile) -> Document:
+        """Read a file.
+
+        Raises:
+            InputError: It is not there, or not readable.
+        """
+        found = self.find(file)
+        if found is None:
+            held = sorted(path.name for path in self.folder.iterdir())
+            there = f"only {', '.join(held[:6])}{' ...' if len(held) > 6 else ''}" if held else "which is empty"
+            raise InputError(
+                f"no {' nor '.join(file.names)} in {self.folder}, nor in a zip file there ({there}) - "
+                f"{self.title} needs it; get it: {file.origin}. Or read only the splits that do without it, with "
+                "--split"
+            )
+        return found
+
+    def find(self, file: OfficialFile) -> Document | None:
+        """Read a file, or return None where there is none."""
+        for name in file.names:
+            path = self.folder / name
+            if path.is_file():
+                return self._read(file, name, str(path), path.read_bytes)
+            for archive in sorted(self.folder.glob("*.zip")):
+                member = _member(archive, name)
+                if member is not None:
+                    return self._read(file, name, f"{archive}/{name}", partial(_read_member, archive, member))
+        return None
+
+    def _read(self, file: OfficialFile, name: str, place: str, read: Callable[[], bytes]) -> Document:
+        if place in self.opened:
+            return replace(self.opened[place], file=file)
+        data = read()
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            line = data.count(b"\n", 0, error.start) + 1
+            raise Document(file, name, place, "").error(
+                f"line {line}: byte {data[error.start]:#04x} is not UTF-8"
+            ) from error
+        self.on_message(f"reading {place}")
+        self.opened[place] = Document(file, name, place, text)
+        return self.opened[place]
+
+
+def _member(archive: Path, name: str) -> str | None:
+    with _zip_errors(archive), zipfile.ZipFile(archive) as opened:
+        return next((member for member in opened.namelist() if member.rsplit("/", 1)[-1] == name), None)
+
+
+def _read_member(archive: Path, member: str) -> bytes:
+    with _zip_errors(archive), zipfile.ZipFile(archive) as opened:
+        return opened.read(member)
+
+
+@contextmanager
+def _zip_errors(archive: Path) -> Iterator[None]:
+    try:
+        yield
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise InputError(
+            f"{archive} cannot be read ({error}) - it is cut short or damaged; get it again, or take it out of "
+            "the folder if it is not of this data set"
+        ) from error
+
+
+@dataclass(frozen=True)
+class KnownSplit:
+    """What is known of an official split.
+
+    Attributes:
+        num_videos: How many videos it has.
+        video_ids_hash: `svb.data.caption_table.hash_lines` of their ids.
+        num_captions: How many captions; None where the versions in use differ.
+        captions_hash: `split_contents` of them; None where it could not be taken from the official file.
+    """
+
+    num_videos: int
+    video_ids_hash: str
+    num_captions: int | None = None
+    captions_hash: str | None = None
+
+    def require_ids(self, video_ids: Sequence[str], split: str, document: Document) -> None:
+        """Raise where a list is not the official one.
+
+        Raises:
+            InputError: Ids are missing, too many, twice there, or others.
+        """
+        twice = [video_id for video_id, count in Counter(video_ids).items() if count > 1]
+        if twice:
+            raise document.error(f"video {twice[0]!r} stands twice")
+        if len(video_ids) != self.num_videos:
+            first = f", first {video_ids[0]!r}" if video_ids else ""
+            raise document.error(
+                f"{len(video_ids)} videos{first}, but the official {split} split has {self.num_videos}"
+            )
+        found = hash_lines(video_ids)
+        if found != self.video_ids_hash:
+            raise document.error(
+                f"{len(video_ids)} videos, first {video_ids[0]!r}, are not those of the official {split} split "
+                f"(the sorted ids' hash is {found}, expected {self.video_ids_hash})"
+            )
+
+
+def select(
+    video_ids: Iterable[str], captions: Mapping[str, list[str]], documents: Sequence[Document]
+) -> dict[str, list[str]]:
+    """Return the captions of these videos, in this order.
+
+    Raises:
+        InputError: A video has none in the documents that the captions were read from.
+    """
+    chosen: dict[str, list[str]] = {}
+    for video_id in video_ids:
+        if not captions.get(video_id):
+            raise documents[-1].error(f"no caption of video {video_id!r}")
+        chosen[video_id] = captions[video_id]
+    return chosen

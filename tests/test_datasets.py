@@ -1,0 +1,680 @@
+"""Official annotation files to caption tables: every form and protocol, and nothing taken that is not official."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import RunSvb
+from synthetic import make_store
+from torch import nn
+
+from svb.data.caption_features import CaptionFeatures, read_caption_features
+from svb.data.caption_table import CaptionTable, hash_lines, split_contents
+from svb.data.datasets import (
+    DATASETS,
+    activitynet,
+    msrvtt,
+    msvd,
+    read_dataset,
+    vatex,
+    with_names_of,
+)
+from svb.data.datasets.naming import match_names
+from svb.data.datasets.official import KnownSplit, OfficialFile
+from svb.errors import InputError, UsageError
+from svb.extract import captions as stage
+from svb.extract.text_encoders.text_encoder import TextEncoder
+from svb.train.training_data import positions_of_splits
+
+ROOT = Path(__file__).resolve().parents[1]
+ANNOTATIONS = ROOT.parent / "shared" / "annotations"
+needs_annotations = pytest.mark.skipif(
+    not ANNOTATIONS.is_dir(), reason="the official annotation files are not ours to ship: no ../shared/annotations"
+)
+
+Splits = dict[str, dict[str, list[str]]]
+
+# What the small files of each data set hold under its first protocol.
+SMALL: dict[str, Splits] = {
+    "msrvtt": {
+        "train": {"video0": ["a dog", "a dog runs"], "video2": ["a cat"], "video7011": ["a bird", "a bird sings"]},
+        "test": {"video7010": ["someone, smiling"]},
+    },
+    "msvd": {
+        "train": {"-4wsuPCjDBc_5_15": ["a squirrel eats", "a nut"], "-7KMZQEsJW4_205_208": ["an egg"]},
+        "val": {"bQJQGoJF7_k_162_169": ["a man's hat"]},
+        "test": {"eyhzdC936uk_15_27": ["a boat"], "f-24IxG9ijw_25_40": ["ein Café"]},
+    },
+    "vatex": {
+        "train": {"Ptf_2VRj-V0_000122_000132": ["a train"], "CBL6uetTPHg_000089_000099": ["a car", "a bus"]},
+        "val": {"3c0hLqxvSSI_000000_000010": ["a ship"]},
+        "test": {"sf2PPeXQrUA_000000_000010": ["a plane"], "rIJPGdtdaHg_000006_000016": ["a kite", "a ball"]},
+    },
+    "activitynet": {
+        "train": {"v_QOlSCBRmfWY": ["She dances. She ends."], "v_ehGHCYKzyZ8": ["He runs."]},
+        "test": {"v_uqiMw7tQ1Cc": ["A tutorial. The coach helps."]},
+    },
+}
+
+
+def write_zip(path: Path, members: dict[str, str]) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in members.items():
+            archive.writestr(name, text)
+
+
+def write_msrvtt(folder: Path, small: Splits) -> None:
+    captions = {**small["train"], "video1": ["nobody asks for it"], "video7010": ["someone, smiling", "a smile"]}
+    for test, name in ((False, "train_val_videodatainfo.json"), (True, "test_videodatainfo.json")):
+        held = [(v, c) for v, cs in captions.items() for c in cs if (int(v[5:]) >= 7010) == test]
+        # Sentences of a video do not lie side by side in the official file.
+        held.sort(key=lambda pair: hash_lines(pair) if not test else "")
+        sentences = [{"sen_id": n, "video_id": v, "caption": c} for n, (v, c) in enumerate(held)]
+        text = json.dumps({"info": {}, "videos": [], "sentences": sentences})
+        if test:
+            (folder / name).write_text(text)
+        else:
+            write_zip(folder / "train_val_annotation.zip", {"category.txt": "music\t0\n", name: text})
+    (folder / "MSRVTT_train.9k.csv").write_text("video_id\n" + "".join(f"{v}\n" for v in small["train"]))
+    (folder / "MSRVTT_train.7k.csv").write_text("video_id\nvideo0\nvideo2\n")
+    (folder / "MSRVTT_JSFUSION_test.csv").write_text(
+        'key,vid_key,video_id,sentence\nret0,msr7010,video7010,"someone, smiling"\n'
+    )
+
+
+def write_msvd(folder: Path, small: Splits) -> None:
+    lines = [f"{v} {c} \n" for videos in small.values() for v, captions in videos.items() for c in captions]
+    (folder / "AllVideoDescriptions.txt").write_text("# a comment\n\n" + "".join(lines), "utf-8")
+    for split, videos in small.items():
+        (folder / f"{split}_list.txt").write_text("\n".join(videos))
+
+
+def write_vatex(folder: Path, small: Splits) -> None:
+    def videos(*splits: str) -> str:
+        return json.dumps(
+            [
+                {"videoID": video_id, "enCap": captions, "chCap": ["一"]}
+                for split in splits
+                for video_id, captions in small[split].items()
+            ]
+        )
+
+    (folder / "vatex_training_v1.0.json").write_text(videos("train"))
+    (folder / "vatex_validation_v1.0.json").write_text(videos("test", "val"))
+    for split in ("val", "test"):
+        (folder / f"{split}_list.txt").write_text("".join(f"{v}\n" for v in small[split]))
+
+
+def write_activitynet(folder: Path, small: Splits) -> None:
+    def videos(split: str) -> str:
+        held = {v: [s + "." for s in c.rstrip(".").split(".")] for v, (c,) in small[split].items()}
+        return json.dumps({v: {"duration": 9, "timestamps": [[0, 9]], "sentences": s} for v, s in held.items()})
+
+    members = {"train.json": videos("train"), "val_1.json": videos("test"), "val_2.json": "{}"}
+    write_zip(folder / "captions.zip", {f"captions/{name}": text for name, text in members.items()})
+
+
+WRITE: dict[str, Callable[[Path, Splits], None]] = {
+    "msrvtt": write_msrvtt,
+    "msvd": write_msvd,
+    "vatex": write_vatex,
+    "activitynet": write_activitynet,
+}
+
+
+def known(videos: dict[str, list[str]]) -> KnownSplit:
+    pairs = [f"{video_id}\t{caption}" for video_id, captions in videos.items() for caption in captions]
+    return KnownSplit(len(videos), hash_lines(videos), len(pairs), hash_lines(pairs))
+
+
+@pytest.fixture
+def small_protocols(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the small files the official ones."""
+    for name, splits in SMALL.items():
+        protocols = DATASETS[name].protocols
+        for split, videos in splits.items():
+            monkeypatch.setitem(protocols[next(iter(protocols))], split, known(videos))  # type: ignore[arg-type]
+    seven = {video_id: SMALL["msrvtt"]["train"][video_id] for video_id in ("video0", "video2")}
+    monkeypatch.setitem(msrvtt.PROTOCOLS["1k-A-7k"], "train", known(seven))
+    monkeypatch.setitem(msrvtt.PROTOCOLS["1k-A-7k"], "test", known(SMALL["msrvtt"]["test"]))
+    monkeypatch.setattr(msvd, "_NUMBERS", {"train": range(1, 3), "val": range(3, 4), "test": range(4, 6)})
+
+
+Folder = Callable[[str], Path]
+
+
+@pytest.fixture
+def folder(small_protocols: None, tmp_path: Path) -> Folder:
+    """Return a function that writes the small annotation files of a data set into a new folder."""
+
+    def make(name: str) -> Path:
+        made = tmp_path / name
+        made.mkdir()
+        WRITE[name](made, SMALL[name])
+        return made
+
+    return make
+
+
+def splits_of(table: CaptionTable) -> Splits:
+    found: Splits = {}
+    for video_id, caption, split in zip(table.video_ids, table.captions, table.splits, strict=True):
+        found.setdefault(split, {}).setdefault(video_id, []).append(caption)
+    return found
+
+
+def in_order(splits: Splits) -> Splits:
+    return {split: {v: sorted(captions) for v, captions in videos.items()} for split, videos in splits.items()}
+
+
+def read(name: str, folder: Path, **options: Any) -> Splits:
+    return in_order(splits_of(read_dataset(name, folder, **options).table))
+
+
+class TestOfficialForms:
+    @pytest.mark.parametrize("name", DATASETS)
+    def test_every_data_set(self, folder: Folder, name: str) -> None:
+        official = read_dataset(name, folder(name))
+        assert in_order(splits_of(official.table)) == in_order(SMALL[name])
+        assert list(splits_of(official.table)) == list(SMALL[name])
+        assert official.table.has_split and official.protocol == next(iter(DATASETS[name].protocols))
+        for split, videos in SMALL[name].items():
+            assert official.splits[split]["videos"] == len(videos)
+            assert official.splits[split]["video_ids_hash"] == hash_lines(videos)
+
+    @pytest.mark.parametrize("name", DATASETS)
+    def test_zipped_and_unzipped_are_one(self, folder: Folder, name: str) -> None:
+        made = folder(name)
+        as_written = read_dataset(name, made)
+        loose = made.parent / "loose"
+        loose.mkdir()
+        for path in made.iterdir():
+            if path.suffix == ".zip":
+                with zipfile.ZipFile(path) as archive:
+                    for member in archive.namelist():
+                        (loose / Path(member).name).write_bytes(archive.read(member))
+            else:
+                write_zip(loose / f"{path.name}.zip", {path.name: path.read_text("utf-8")})
+        assert read_dataset(name, loose) == as_written
+
+    @pytest.mark.parametrize("name", DATASETS)
+    def test_splits_are_read_alone(self, folder: Folder, name: str) -> None:
+        made = folder(name)
+        for split in SMALL[name]:
+            assert read(name, made, splits=[split]) == in_order({split: SMALL[name][split]})
+
+    def test_msrvtt_7k_needs_no_test_captions(self, folder: Folder) -> None:
+        made = folder("msrvtt")
+        (made / "test_videodatainfo.json").unlink()
+        assert list(read("msrvtt", made, protocol="1k-A-7k")["train"]) == ["video0", "video2"]
+        with pytest.raises(InputError, match=r"no test_videodatainfo.json nor MSRVTT_data.json"):
+            read("msrvtt", made, protocol="1k-A")
+        assert read("msrvtt", made, protocol="1k-A", splits=["test"]) == SMALL_TEST
+
+    def test_msrvtt_full(self, folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+        made = folder("msrvtt")
+        ranges = {"train": range(1), "val": range(1, 3), "test": range(7010, 7012)}
+        monkeypatch.setattr(msrvtt, "_FULL", ranges)
+        for split, count in (("train", 2), ("val", 2), ("test", 4)):
+            ids = [f"video{number}" for number in ranges[split]]
+            full = KnownSplit(len(ids), hash_lines(ids), count)
+            monkeypatch.setitem(msrvtt.PROTOCOLS["full"], split, full)
+        found = read("msrvtt", made, protocol="full")
+        assert {split: list(videos) for split, videos in found.items()} == {
+            "train": ["video0"], "val": ["video1", "video2"], "test": ["video7010", "video7011"]
+        }  # fmt: skip
+        assert found["test"]["video7010"] == ["a smile", "someone, smiling"]  # all, not the one query of 1k-A
+
+    def test_msrvtt_data_json_holds_both(self, folder: Folder) -> None:
+        made = folder("msrvtt")
+        before = read("msrvtt", made)
+        with zipfile.ZipFile(made / "train_val_annotation.zip") as archive:
+            held = json.loads(archive.read("train_val_videodatainfo.json"))
+        held["sentences"] += json.loads((made / "test_videodatainfo.json").read_text())["sentences"]
+        (made / "MSRVTT_data.json").write_text(json.dumps(held))
+        (made / "train_val_annotation.zip").unlink()
+        (made / "test_videodatainfo.json").unlink()
+        assert read("msrvtt", made) == before
+
+    def test_msvd_corpus_csv(self, folder: Folder) -> None:
+        made = folder("msvd")
+        (made / "AllVideoDescriptions.txt").unlink()
+        rows = ["VideoID,Start,End,WorkerID,Source,AnnotationTime,Language,Description"]
+        for videos in SMALL["msvd"].values():
+            for video_id, captions in videos.items():
+                youtube_id, begin, end = video_id.rsplit("_", 2)
+                rows += [f'{youtube_id},{begin},{end},1,clean,2,English,"{caption}"' for caption in captions]
+                rows += [f"{youtube_id},{begin},{end},1,clean,2,German,ein Satz"]
+        rows += ["eyhzdC936uk,15,27,1,clean,2,English,", "elsewhere,1,2,1,clean,2,English,a clip of no split"]
+        (made / "MSR Video Description Corpus.csv").write_text("\r\n".join(rows), "utf-8")
+        messages: list[str] = []
+        assert read("msvd", made, on_message=messages.append) == in_order(SMALL["msvd"])
+        assert [message for message in messages if "left out 1 rows without a description" in message]
+
+    def test_msvd_json_and_mapping(self, folder: Folder) -> None:
+        made = folder("msvd")
+        for path in made.iterdir():
+            path.unlink()
+        every = {v: captions for videos in SMALL["msvd"].values() for v, captions in videos.items()}
+        (made / "captions_msvd.json").write_text(json.dumps(every))
+        numbered = [f"{v} vid{number}\n" for number, v in enumerate(every, start=1)]
+        (made / "youtube_mapping.txt").write_text("".join(reversed(numbered)))
+        assert read("msvd", made) == in_order(SMALL["msvd"])
+
+    def test_vatex_json_lines(self, folder: Folder) -> None:
+        made = folder("vatex")
+        (made / "vatex_validation_v1.0.json").unlink()
+        every = SMALL["vatex"]["val"] | SMALL["vatex"]["test"]
+        lines = [json.dumps({"video_id": v, "captions": captions}) for v, captions in every.items()]
+        (made / "validation.jsonl").write_text("\n".join(lines))
+        assert read("vatex", made) == in_order(SMALL["vatex"])
+
+    def test_activitynet_sentences_become_one_paragraph(
+        self, folder: Folder, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made = folder("activitynet")
+        official = known({"v_uqiMw7tQ1Cc": ["First. Then this. End."]})
+        monkeypatch.setitem(activitynet.PROTOCOLS["val_1"], "test", official)
+        sentences = [" First.", "  Then\nthis. ", "End."]
+        video = {"duration": 1.0, "timestamps": [], "sentences": sentences}
+        (made / "val_1.json").write_text(json.dumps({"v_uqiMw7tQ1Cc": video}))
+        assert read("activitynet", made)["test"] == {"v_uqiMw7tQ1Cc": ["First. Then this. End."]}
+
+
+SMALL_TEST = {"test": SMALL["msrvtt"]["test"]}
+
+
+class TestTestIsNeverVal:
+    @pytest.mark.parametrize("name", DATASETS)
+    def test_val_is_carved_from_train(self, folder: Folder, name: str) -> None:
+        table = read_dataset(name, folder(name)).table
+        features = np.zeros((len(table), 1), np.float16)
+        for seed in range(5):
+            positions = positions_of_splits(
+                CaptionFeatures(table, features, {}), val_fraction=0.5, seed=seed, on_message=lambda _: None
+            )
+            held = {split: {table.video_ids[p] for p in found} for split, found in positions.items()}
+            assert held["test"] == set(SMALL[name]["test"])
+            assert held["val"] and not held["val"] & (held["test"] | held["train"])
+            assert held["val"] | held["train"] == {
+                v for split, videos in SMALL[name].items() if split != "test" for v in videos
+            }
+
+    @pytest.mark.parametrize("name", DATASETS)
+    def test_no_protocol_shares_a_video(self, name: str) -> None:
+        for protocol in DATASETS[name].protocols.values():
+            hashes = [split.video_ids_hash for split in protocol.values()]
+            assert "test" in protocol and len(set(hashes)) == len(hashes)
+
+    def test_a_val_split_of_1k_a_is_refused(self, folder: Folder) -> None:
+        with pytest.raises(
+            UsageError, match="1k-A has no val split - expected one of train, test; svb train puts one"
+        ):
+            read("msrvtt", folder("msrvtt"), splits=["val"])
+
+
+class TestBadFiles:
+    """Each names the file, what is wrong with it, and where another comes from."""
+
+    def refused(self, name: str, folder: Path, *words: str, **options: Any) -> None:
+        with pytest.raises(InputError) as caught:
+            read_dataset(name, folder, **options)
+        for word in words:
+            assert word in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("name", "file", "official"),
+        [
+            ("msrvtt", "train_val_annotation.zip", "train_val_videodatainfo.json"),
+            ("msrvtt", "test_videodatainfo.json", "test_videodatainfo.json"),
+            ("msrvtt", "MSRVTT_JSFUSION_test.csv", "MSRVTT_JSFUSION_test.csv"),
+            ("msvd", "AllVideoDescriptions.txt", "AllVideoDescriptions.txt"),
+            ("msvd", "val_list.txt", "val_list.txt nor youtube_mapping.txt"),
+            ("vatex", "vatex_training_v1.0.json", "vatex_training_v1.0.json"),
+            ("vatex", "test_list.txt", "test_list.txt"),
+            ("activitynet", "captions.zip", "train.json"),
+        ],
+    )
+    def test_missing(self, folder: Folder, name: str, file: str, official: str) -> None:
+        made = folder(name)
+        (made / file).unlink()
+        self.refused(name, made, f"no {official}", f"in {made}", DATASETS[name].title, "get it: ", "--split")
+
+    @pytest.mark.parametrize("name", DATASETS)
+    def test_no_folder_and_an_empty_one(self, small_protocols: None, name: str, tmp_path: Path) -> None:
+        self.refused(name, tmp_path / "nowhere", "is not a folder", DATASETS[name].title)
+        self.refused(name, tmp_path, "which is empty")
+
+    @pytest.mark.parametrize(("name", "other"), [(a, b) for a in DATASETS for b in DATASETS if a != b])
+    def test_of_another_data_set(self, folder: Folder, name: str, other: str) -> None:
+        self.refused(name, folder(other), DATASETS[name].title if name != "vatex" else "VATEX")
+
+    @pytest.mark.parametrize("keep", [0.0, 0.3, 0.9])
+    @pytest.mark.parametrize(
+        ("name", "file"),
+        [
+            ("msrvtt", "train_val_annotation.zip"),
+            ("msrvtt", "test_videodatainfo.json"),
+            ("vatex", "vatex_training_v1.0.json"),
+            ("vatex", "vatex_validation_v1.0.json"),
+            ("activitynet", "captions.zip"),
+            ("msvd", "AllVideoDescriptions.txt"),
+            ("msrvtt", "MSRVTT_train.9k.csv"),
+            ("msrvtt", "MSRVTT_JSFUSION_test.csv"),
+            ("msvd", "train_list.txt"),
+            ("vatex", "val_list.txt"),
+        ],
+    )
+    def test_cut_short(self, folder: Folder, name: str, file: str, keep: float) -> None:
+        made = folder(name)
+        data = (made / file).read_bytes()
+        (made / file).write_bytes(data[: int(keep * len(data))])
+        # A caption that breaks off is told by the captions' hash alone, which knows no file.
+        is_last_caption = (file, keep) == ("MSRVTT_JSFUSION_test.csv", 0.9)
+        self.refused(name, made, *("word for word",) if is_last_caption else (str(made / file), "cut short"))
+
+    def test_a_flipped_byte_in_a_zip(self, folder: Folder) -> None:
+        made = folder("msrvtt")
+        data = bytearray((made / "train_val_annotation.zip").read_bytes())
+        data[data.index(b"train_val_videodatainfo.json") + 60] ^= 1
+        (made / "train_val_annotation.zip").write_bytes(data)
+        self.refused("msrvtt", made, "train_val_annotation.zip cannot be read", "get it again")
+
+    @pytest.mark.parametrize(
+        ("name", "file"),
+        [("msrvtt", "MSRVTT_train.9k.csv"), ("msvd", "test_list.txt"), ("vatex", "test_list.txt")],
+    )
+    def test_lists_that_are_not_the_official_ones(self, folder: Folder, name: str, file: str) -> None:
+        made = folder(name)
+        lines = (made / file).read_text().split()
+        (made / file).write_text("\n".join([*lines, "another"]))
+        self.refused(name, made, file, f"{len(lines) + (file[-3:] == 'txt')} videos", "official", "split has")
+        (made / file).write_text("\n".join([*lines[:-1], "another"]))
+        self.refused(name, made, file, "are not those of the official", "sorted ids' hash", "expected")
+        (made / file).write_text("\n".join([*lines[:-1], lines[-2]]))
+        self.refused(name, made, file, f"video {lines[-2]!r} stands twice")
+
+    @pytest.mark.parametrize("name", ["vatex", "activitynet"])
+    def test_ids_of_the_annotations_themselves(self, folder: Folder, name: str) -> None:
+        made = folder(name)
+        file = {"vatex": "vatex_training_v1.0.json", "activitynet": "train.json"}[name]
+        one: Any = {"v_aaaaaaaaaaa": {"sentences": ["a"]}, "v_bbbbbbbbbbb": {"sentences": ["b"]}}
+        if name == "vatex":
+            one = [{"videoID": video_id, "enCap": ["a"]} for video_id in one]
+        (made / file).write_text(json.dumps(one))
+        self.refused(name, made, file, "2 videos, first", "are not those of the official train split")
+
+    def test_a_video_without_captions(self, folder: Folder) -> None:
+        made = folder("msrvtt")
+        held = json.loads((made / "test_videodatainfo.json").read_text())
+        held["sentences"] = [s for s in held["sentences"] if s["video_id"] != "video7011"]
+        (made / "test_videodatainfo.json").write_text(json.dumps(held))
+        self.refused("msrvtt", made, "test_videodatainfo.json: no caption of video 'video7011'", "cut short")
+
+    def test_a_caption_too_few(self, folder: Folder) -> None:
+        made = folder("msrvtt")
+        held = json.loads((made / "test_videodatainfo.json").read_text())
+        held["sentences"] = [s for s in held["sentences"] if s["caption"] != "a bird sings"]
+        (made / "test_videodatainfo.json").write_text(json.dumps(held))
+        self.refused("msrvtt", made, "MSR-VTT 1k-A train: 4 captions, but the official files have 5", "again")
+
+    def test_other_words(self, folder: Folder) -> None:
+        made, messages = folder("msrvtt"), list[str]()
+        read("msrvtt", made, on_message=messages.append)
+        assert not [message for message in messages if "word for word" in message]
+        # To train on other words is one's own affair; to be tested on them is not.
+        text = (made / "test_videodatainfo.json").read_text()
+        (made / "test_videodatainfo.json").write_text(text.replace("a bird sings", "a bird cries"))
+        read("msrvtt", made, on_message=messages.append)
+        (told,) = [message for message in messages if "word for word" in message]
+        assert "MSR-VTT 1k-A train: the videos are the official ones" in told
+        text = (made / "MSRVTT_JSFUSION_test.csv").read_text()
+        (made / "MSRVTT_JSFUSION_test.csv").write_text(text.replace("smiling", "laughing"))
+        self.refused(
+            "msrvtt", made, "MSR-VTT 1k-A test", "not, word for word", "would not compare", "get the files"
+        )
+
+    @pytest.mark.parametrize(
+        ("name", "file", "content", "what"),
+        [
+            ("msrvtt", "train_val_videodatainfo.json", "[]", "no list of sentences"),
+            ("msrvtt", "train_val_videodatainfo.json", '{"sentences": [1]}', "no video_id or no caption"),
+            (
+                "msrvtt",
+                "train_val_videodatainfo.json",
+                '{"sentences": [{"video_id": 1, "caption": "a"}]}',
+                "string",
+            ),
+            ("msrvtt", "MSRVTT_train.9k.csv", "id\nvideo0\n", "no column video_id"),
+            ("msrvtt", "MSRVTT_JSFUSION_test.csv", "video_id,sentence\nvideo7010\n", "line 2 has too few fields"),
+            ("msrvtt", "MSRVTT_JSFUSION_test.csv", "video_id,sentence\nvideo7010,caf\xe9\n", "0xe9 is not UTF-8"),
+            ("msvd", "captions_msvd.json", "[1]", "not an object of clips"),
+            ("msvd", "captions_msvd.json", '{"a": "text"}', "captions of 'a' are not a list of sentences"),
+            ("msvd", "video_corpus.csv", "VideoID,Language\na,English\n", "no column Start and no column End"),
+            (
+                "msvd",
+                "video_corpus.csv",
+                "VideoID,Start,End,Language,Description\na,x,2,English,a\n",
+                "Start or End of 'a' is not a number",
+            ),
+            ("vatex", "vatex_training_v1.0.json", "{}", "not a list of videos"),
+            ("vatex", "vatex_training_v1.0.json", "[{}]", "a video has no videoID"),
+            ("vatex", "vatex_training_v1.0.json", '[{"videoID": "a"}]', "captions of 'a' are not a list"),
+            ("vatex", "validation.jsonl", '{"video_id"', "not one JSON object a line"),
+            ("activitynet", "train.json", "[]", "not an object of videos"),
+            ("activitynet", "train.json", '{"v_a": {"sentences": [1]}}', "captions of 'v_a' are not a list"),
+            ("activitynet", "train.json", "[" * 100_000, "not JSON"),
+        ],
+    )
+    def test_forms(self, folder: Folder, name: str, file: str, content: str, what: str) -> None:
+        made = folder(name)
+        if file in ("captions_msvd.json", "video_corpus.csv"):
+            (made / "AllVideoDescriptions.txt").unlink()
+        if file == "validation.jsonl":
+            (made / "vatex_validation_v1.0.json").unlink()
+        (made / file).write_bytes(content.encode("latin-1"))
+        self.refused(name, made, file, what, "again: ")
+
+    @pytest.mark.parametrize("caption", ["  ", "a \\u0000", "half \\ud83d"])
+    def test_captions_that_cannot_be(self, folder: Folder, caption: str) -> None:
+        made = folder("activitynet")
+        (made / "val_1.json").write_text('{"v_uqiMw7tQ1Cc": {"sentences": ["%s"]}}' % caption)  # noqa: UP031
+        self.refused("activitynet", made, "'v_uqiMw7tQ1Cc#0'", str(made))
+
+    def test_protocol(self, folder: Folder) -> None:
+        with pytest.raises(
+            UsageError, match="MSR-VTT has no protocol '1k-B' - expected one of 1k-A, 1k-A-7k, full"
+        ):
+            read("msrvtt", folder("msrvtt"), protocol="1k-B")
+
+
+class TestNamesOfAStore:
+    def test_the_data_sets_own(self) -> None:
+        assert match_names(["a", "b"], {}, ["a", "b", "c"]) == {"a": "a", "b": "b"}
+
+    def test_in_folders(self) -> None:
+        stored = ["TestVideo/video7010", "Train/deep/video1", "xvideo2"]
+        assert match_names(["video1", "video2", "video7010"], {}, stored) == {
+            "video1": "Train/deep/video1",
+            "video7010": "TestVideo/video7010",
+        }
+
+    def test_two_names_or_two_videos_are_left_alone(self) -> None:
+        assert match_names(["a"], {}, ["x/a", "y/a"]) == {}
+        assert match_names(["a"], {}, ["x/a", "a"]) == {"a": "a"}
+        other = {"A_1_2": ["A"], "A_5_6": ["A"], "B_1_2": ["B"]}
+        assert match_names(list(other), other, ["A", "B"]) == {"B_1_2": "B"}
+        assert match_names(list(other), other, ["A", "A_1_2"]) == {"A_1_2": "A_1_2", "A_5_6": "A"}
+
+    @pytest.mark.parametrize(
+        ("name", "video_id", "stored"),
+        [
+            ("msrvtt", "video7010", "TestVideo/video7010"),
+            ("msvd", "eyhzdC936uk_15_27", "YouTubeClips/eyhzdC936uk_15_27"),
+            ("msvd", "f-24IxG9ijw_25_40", "vid5"),
+            ("vatex", "rIJPGdtdaHg_000006_000016", "rIJPGdtdaHg"),
+            ("activitynet", "v_uqiMw7tQ1Cc", "val/uqiMw7tQ1Cc"),
+        ],
+    )
+    def test_every_data_sets(self, folder: Folder, name: str, video_id: str, stored: str) -> None:
+        before, messages = read_dataset(name, folder(name)), list[str]()
+        after = with_names_of(before, [stored, "something else"], on_message=messages.append)
+        assert [v for v in after.table.video_ids if v not in before.table.video_ids] == [stored] * len(
+            SMALL[name]["test"][video_id]
+        )
+        # What is compared between runs does not depend on what files are called.
+        assert (after.splits, after.table.caption_ids) == (before.splits, before.table.caption_ids)
+        assert f"test: the store has 1 of {len(SMALL[name]['test'])} videos, 1 under another name" in messages
+
+    def test_none(self, folder: Folder) -> None:
+        with pytest.raises(
+            InputError, match=r"none of MSR-VTT's videos: its video_ids are such as 'clip', the data"
+        ):
+            with_names_of(read_dataset("msrvtt", folder("msrvtt")), ["clip"])
+
+
+class TestCommand:
+    @pytest.fixture(autouse=True)
+    def letters(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def encode(batch: Sequence[str]) -> torch.Tensor:
+            return torch.tensor([[float(sentence.count(letter)) for letter in "abc"] for sentence in batch])
+
+        def load(name: str, device: torch.device) -> TextEncoder:
+            return TextEncoder(name, nn.Identity(), 3, encode, len, max_tokens=99, weights_hash="ab")
+
+        monkeypatch.setattr(stage, "load_text_encoder", load)
+
+    def test_info_says_what_was_encoded(self, folder: Folder, run_svb: RunSvb, tmp_path: Path) -> None:
+        out = tmp_path / "captions.h5"
+        given = ("captions", folder("msrvtt"), "--dataset", "msrvtt", "--text-encoder", "toy:letters", "-o", out)
+        ran = run_svb(*given)
+        assert ran.exit_code == 0 and f"ids {hash_lines(SMALL['msrvtt']['test'])}" in ran.stderr
+        held = json.loads(run_svb("info", out, "--json").stdout)
+        assert held["dataset"] == {"name": "msrvtt", "protocol": "1k-A"}
+        assert held["splits"]["test"] == {
+            "videos": 1,
+            "captions": 1,
+            "video_ids_hash": hash_lines(["video7010"]),
+            "captions_hash": hash_lines(["video7010\tsomeone, smiling"]),
+        }
+        assert "nothing to do" in run_svb(*given).stderr
+        ran = run_svb(*given, "--protocol", "1k-A-7k")
+        assert ran.exit_code == 1 and "dataset.protocol: stored '1k-A', wanted '1k-A-7k'" in ran.stderr
+
+    def test_the_stores_names(self, folder: Folder, run_svb: RunSvb, tmp_path: Path) -> None:
+        made = folder("activitynet")
+        store = make_store(tmp_path / "features", {"deep/uqiMw7tQ1Cc": np.ones((2, 4), np.float32)})
+        given = ("captions", made, "--dataset", "activitynet", "--text-encoder", "toy:letters", "--split", "test")
+        ran = run_svb(*given, "--store", store, "-o", tmp_path / "c.h5")
+        assert ran.exit_code == 0 and "the store has 1 of 1 videos, 1 under another name" in ran.stderr
+        assert read_caption_features(tmp_path / "c.h5").table.video_ids == ["deep/uqiMw7tQ1Cc"]
+
+    @pytest.mark.parametrize("option", ["--protocol=1k-A", "--split=test", "--store=features"])
+    def test_options_of_a_data_set_alone(self, run_svb: RunSvb, tmp_path: Path, option: str) -> None:
+        (tmp_path / "table.csv").write_text("video_id,caption\na,a dog\n")
+        ran = run_svb("captions", tmp_path / "table.csv", "-o", tmp_path / "c.h5", option)
+        assert ran.exit_code == 2 and f"{option.partition('=')[0]} goes with --dataset" in ran.stderr
+
+    def test_drop_empty_is_for_tables(self, folder: Folder, run_svb: RunSvb, tmp_path: Path) -> None:
+        ran = run_svb("captions", folder("msvd"), "--dataset", "msvd", "--drop-empty", "-o", tmp_path / "c.h5")
+        assert ran.exit_code == 2 and "--drop-empty goes with a table" in ran.stderr
+
+    def test_a_folder_without_dataset(self, folder: Folder, run_svb: RunSvb, tmp_path: Path) -> None:
+        ran = run_svb("captions", folder("msvd"), "-o", tmp_path / "c.h5")
+        assert ran.exit_code == 1 and "is a folder" in ran.stderr and "--dataset" in ran.stderr
+
+
+def test_the_hash_is_that_of_the_shell(tmp_path: Path) -> None:
+    lines = ["video10", "video9", "-x", "Zebra", "a_b", "aB", "é"]
+    (tmp_path / "list.txt").write_text("\n".join([*lines, ""]), "utf-8")
+    done = subprocess.run(
+        "LC_ALL=C sort list.txt | (sha256sum || shasum -a 256) | cut -c1-16",
+        shell=True, cwd=tmp_path, capture_output=True, text=True, check=True, env={"PATH": os.environ["PATH"]},
+    )  # fmt: skip
+    assert done.stdout.strip() == hash_lines(lines)
+
+
+def test_contents_of_splits() -> None:
+    table = CaptionTable(["1", "2", "3"], ["b", "a", "b"], ["x", "y", "z"], ["test", "val", "test"], True)
+    contents = split_contents(table)
+    assert list(contents) == ["val", "test"]
+    assert contents["test"]["videos"] == 1 and contents["test"]["captions"] == 2
+    assert contents["test"]["captions_hash"] == hash_lines(["b\tx", "b\tz"])
+
+
+def test_every_data_set_protocol_count_and_file_is_documented() -> None:
+    text = (ROOT / "docs" / "datasets.md").read_text("utf-8")
+    for name, dataset in DATASETS.items():
+        assert f"--dataset {name}" in text and dataset.title in text
+        for protocol, splits in dataset.protocols.items():
+            assert f"`{protocol}`" in text
+            for split in splits.values():
+                assert f"{split.num_videos:,}" in text and f"`{split.video_ids_hash}`" in text
+    for module in (msrvtt, msvd, vatex, activitynet):
+        for value in vars(module).values():
+            for file in value.values() if isinstance(value, dict) else [value]:
+                if isinstance(file, OfficialFile):
+                    assert [name for name in file.names if name not in text] == []
+
+
+# What is known of the files in ../shared/annotations: captions a split, and one query.
+@needs_annotations
+@pytest.mark.parametrize(
+    ("name", "protocol", "splits", "counts", "caption"),
+    [
+        ("msrvtt", "1k-A", ["test"], [1000], ("video9770#0", "video9770")),
+        ("msrvtt", "1k-A-7k", [], [140_200, 1000], ("video9770#0", "video9770")),
+        ("msrvtt", "full", ["train", "val"], [130_260, 9940], ("video6513#19", "video6513")),
+        ("msvd", "all-sentences", [], [48_774, 4290, 27_763], ("eyhzdC936uk_15_27#0", "eyhzdC936uk_15_27")),
+        ("vatex", "hgr", ["val", "test"], [15_000, 15_000], ("sf2PPeXQrUA_000000_000010#9",) * 2),
+        ("activitynet", "val_1", [], [10_009, 4917], ("v_uqiMw7tQ1Cc#0", "v_uqiMw7tQ1Cc")),
+    ],
+)
+def test_the_real_files(
+    name: str, protocol: str, splits: list[str], counts: list[int], caption: tuple[str, str]
+) -> None:
+    messages: list[str] = []
+    official = read_dataset(name, ANNOTATIONS / name, protocol=protocol, splits=splits, on_message=messages.append)
+    assert [split["captions"] for split in official.splits.values()] == counts
+    assert not [message for message in messages if "word for word" in message]
+    table = official.table
+    place = table.caption_ids.index(caption[0])
+    assert table.video_ids[place] == caption[1].partition("#")[0]
+    for split, contents in official.splits.items():
+        split_known = DATASETS[name].protocols[protocol][split]
+        assert (contents["videos"], contents["video_ids_hash"]) == (
+            split_known.num_videos,
+            split_known.video_ids_hash,
+        )
+    assert sum(map(len, splits_of(table).values())) == len(set(table.video_ids))
+
+
+@needs_annotations
+def test_the_lists_that_have_no_captions_here() -> None:
+    """1k-A's 9,000 and VATEX's training ids are in the lists; their captions are not in ../shared."""
+    lines = (ANNOTATIONS / "msrvtt" / "MSRVTT_train.9k.csv").read_text().split()[1:]
+    assert hash_lines(lines) == msrvtt.PROTOCOLS["1k-A"]["train"].video_ids_hash
+    lines = (ANNOTATIONS / "vatex" / "train_list.txt").read_text().split()
+    assert hash_lines(lines) == vatex.PROTOCOLS["hgr"]["train"].video_ids_hash
+    assert hash_lines(f"video{number}" for number in range(7010, 10_000)) == (
+        msrvtt.PROTOCOLS["full"]["test"].video_ids_hash
+    )
+
+
+@needs_annotations
+def test_msvd_numbers_follow_the_names() -> None:
+    official = read_dataset("msvd", ANNOTATIONS / "msvd")
+    clips = sorted(set(official.table.video_ids))
+    names: dict[str, list[str]] = {}
+    for split, videos in splits_of(official.table).items():
+        names |= msvd.other_names(split, list(videos))
+    assert [names[clip] for clip in clips] == [[f"vid{number}"] for number in range(1, 1971)]
