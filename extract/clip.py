@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from svb.data.pretrained import hub
 from svb.errors import InputError, UsageError
-from svb.extract.weights import OFFLINE_HINT, hub, load_state, unavailable
+from svb.extract.weights import OFFLINE_HINT, load_state, unavailable
 
 
 @dataclass(frozen=True)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import logging
 import pickle
-import socket
 import textwrap
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from svb.data.pretrained import hash_tensors
+from svb.data.t5 import absolute_t5_name
 from svb.errors import InputError, ModelUnavailableError, UsageError
 
 _UNREADABLE = (pickle.UnpicklingError, SafetensorError)
@@ -29,8 +25,8 @@ OFFLINE_HINT = (
 def split_name(name: str) -> tuple[str, str, str]:
     """Split `family:model/weights` into its three parts; `weights` is empty where none are named.
 
-    `open_clip:local-dir:PATH` and `sentence_transformers:PATH` name a folder: their model is the whole
-    rest.
+    `open_clip:local-dir:PATH` and `sentence_transformers:PATH` name a folder, `t5:OWNER/MODEL` a hub's model:
+    their model is the whole rest.
 
     Raises:
         UsageError: There is no family or no model.
@@ -38,7 +34,7 @@ def split_name(name: str) -> tuple[str, str, str]:
     family, _, rest = name.partition(":")
     if not family or not rest:
         raise UsageError(f"{name!r} names no network - expected family:model or family:model/weights")
-    if family == "sentence_transformers" or rest.startswith("local-dir:"):
+    if family in ("sentence_transformers", "t5") or rest.startswith("local-dir:"):
         return family, rest, ""
     model, _, weights = rest.partition("/")
     return family, model, weights
@@ -49,6 +45,8 @@ def absolute_name(name: str) -> str:
     family, model, weights = split_name(name)
     if family == "sentence_transformers":
         return f"{family}:{Path(model).absolute()}"
+    if family == "t5":
+        return f"{family}:{absolute_t5_name(model)}"
     if model.startswith("local-dir:"):
         return f"{family}:local-dir:{Path(model.removeprefix('local-dir:')).absolute()}"
     if weights and Path(weights).is_file():
@@ -59,15 +57,6 @@ def absolute_name(name: str) -> str:
 def hash_weights(module: nn.Module) -> str:
     """Return `hash_tensors` of all of a network's weights and buffers."""
     return hash_tensors(module.state_dict())
-
-
-def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Return the first 16 hex digits of a SHA-256 over tensors, in order, with names, types and shapes."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def load_state(path: Path) -> dict[str, torch.Tensor]:
@@ -106,27 +95,6 @@ def load_into(module: nn.Module, path: Path) -> None:
     except RuntimeError as error:
         first = " ".join(str(error).split())[:300]
         raise InputError(f"{path} does not fit this network ({first}) - name the model it is of") from error
-
-
-@contextlib.contextmanager
-def hub() -> Iterator[None]:
-    """Load weights from a hub or its local cache within this block: quietly, and without waiting for nothing.
-
-    Where the hub's name cannot be resolved, only the cache is asked: the client would try for a minute.
-    """
-    import huggingface_hub.constants as settings
-
-    was_offline, was_disabled = settings.HF_HUB_OFFLINE, logging.root.manager.disable
-    try:
-        socket.getaddrinfo(urlsplit(settings.ENDPOINT).hostname, 443)
-    except OSError:
-        settings.HF_HUB_OFFLINE = True
-    logging.disable(logging.CRITICAL)  # what goes wrong is in the exception
-    try:
-        yield
-    finally:
-        settings.HF_HUB_OFFLINE = was_offline
-        logging.disable(was_disabled)
 
 
 def unavailable(name: str, error: Exception) -> ModelUnavailableError:

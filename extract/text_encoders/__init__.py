@@ -15,6 +15,7 @@ FAMILIES = {
     "offline": "svb.extract.text_encoders.offline",
     "open_clip": "svb.extract.text_encoders.open_clip",
     "sentence_transformers": "svb.extract.text_encoders.sentence_transformers",
+    "t5": "svb.extract.text_encoders.t5",
 }
 DEFAULT_TEXT_ENCODER = "open_clip:ViT-B-32/laion2b_s34b_b79k"
 

@@ -1,0 +1,407 @@
+"""T5 as a text encoder and as a caption decoder, with tiny ones made here in both ways that hubs hold them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from conftest import RunSvb
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+)
+from transformers.modeling_outputs import BaseModelOutput
+
+from svb.data.caption_features import read_caption_features
+from svb.data.t5 import load_t5_encoder, load_t5_with_decoder
+from svb.errors import InputError, ModelUnavailableError
+from svb.extract.text_encoders import load_text_encoder
+from svb.extract.text_encoders.t5 import LENGTHS
+from svb.extract.text_encoders.text_encoder import TextEncoder
+from svb.train.decoders.t5 import MAX_TOKENS, T5Decoder
+
+# Tensors this small are slower on two threads than on one.
+torch.set_num_threads(1)
+CPU, MEMORY_SIZE = torch.device("cpu"), 6
+CAPTIONS = [
+    "a dog runs",
+    "a dog sleeps",
+    "two cats play on a bed",
+    "the cat sleeps",
+    "a red ball flies over a house",
+]
+SIZES: dict[str, Any] = {
+    "vocab_size": 160,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+}
+
+
+def save_tied(folder: Path) -> Path:
+    """Write a T5 as `t5-base` is held: tied output, safetensors, and here a sentencepiece vocabulary alone."""
+    torch.manual_seed(0)
+    T5ForConditionalGeneration(T5Config(**SIZES)).save_pretrained(folder)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CAPTIONS * 3),
+        model_prefix=str(folder / "spiece"),
+        vocab_size=40,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    return folder
+
+
+def save_untied(folder: Path) -> Path:
+    """Write a T5 as `google/t5-v1_1-base` is held: an output of its own, a gated layer, weights of PyTorch."""
+    torch.manual_seed(1)
+    gated = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+    network = T5ForConditionalGeneration(T5Config(**SIZES, **gated))
+    network.lm_head.weight = torch.nn.Parameter(torch.randn(160, 32) * 0.2)
+    folder.mkdir()
+    torch.save(network.state_dict(), folder / "pytorch_model.bin")
+    written = {
+        **SIZES,
+        **gated,
+        "model_type": "t5",
+        "is_encoder_decoder": True,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    }
+    (folder / "config.json").write_text(json.dumps(written))
+    words = sorted({word for caption in CAPTIONS for word in caption.split()})
+    tokens = {word: token for token, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(tokens, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tied(tmp_path_factory.mktemp("tied"))
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_untied(tmp_path_factory.mktemp("t5") / "untied")
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def folder(request: pytest.FixtureRequest) -> Path:
+    path: Path = request.getfixturevalue(request.param)
+    return path
+
+
+@pytest.fixture
+def damaged(tied: Path, tmp_path: Path) -> Path:
+    """Return a copy of the tied T5 that the test may damage."""
+    return Path(shutil.copytree(tied, tmp_path / "damaged"))
+
+
+@pytest.fixture(scope="module")
+def encoder(folder: Path) -> TextEncoder:
+    return load_text_encoder(f"t5:{folder}", CPU)
+
+
+class TestEncoder:
+    def test_features_are_the_mean_over_a_captions_own_tokens(self, encoder: TextEncoder, folder: Path) -> None:
+        t5 = load_t5_encoder(str(folder))
+        network = T5EncoderModel.from_pretrained(folder)
+        features = encoder.encode(CAPTIONS)
+        for caption, row in zip(CAPTIONS, features, strict=True):
+            tokens = torch.tensor([t5.tokenizer(caption).input_ids])
+            assert tokens[0, -1] == 1 and 2 not in tokens
+            with torch.no_grad():
+                expected = network(input_ids=tokens).last_hidden_state[0].mean(dim=0)
+            np.testing.assert_allclose(row, expected, rtol=1e-4, atol=1e-5)
+
+    def test_rows_do_not_depend_on_neighbours(self, encoder: TextEncoder) -> None:
+        captions = [" ".join(CAPTIONS[(row + n) % 5] for n in range(row % 7 + 1)) for row in range(70)]
+        features = encoder.encode(captions)
+        np.testing.assert_array_equal(encoder.encode(captions[::-1])[::-1], features)
+        for row in (0, 1, 5, 33, 69):
+            np.testing.assert_array_equal(encoder.encode([captions[row]])[0], features[row])
+        assert len(np.unique(features, axis=0)) == len(set(captions))
+
+    def test_it_reads_no_more_than_it_says(self, encoder: TextEncoder) -> None:
+        long = "dog " * 200
+        assert encoder.num_tokens("") == 1 and encoder.num_tokens(long) > encoder.max_tokens == LENGTHS[-1]
+        one, other = encoder.encode([long + "cat", long + "red"])
+        np.testing.assert_array_equal(one, other)
+        assert (encoder.encode(["dog " * 20 + "cat"]) != encoder.encode(["dog " * 20 + "red"])).any()
+
+    def test_settings_tell_the_weights(self, encoder: TextEncoder, damaged: Path) -> None:
+        settings = encoder.settings()
+        assert settings["feature_size"] == 32 and len(settings["weights_hash"]) == 16
+        network = T5ForConditionalGeneration.from_pretrained(damaged)
+        with torch.no_grad():
+            network.encoder.block[0].layer[0].SelfAttention.q.weight[0, 0] += 1e-3
+        network.save_pretrained(damaged)
+        assert load_text_encoder(f"t5:{damaged}", CPU).weights_hash != encoder.weights_hash
+
+    def test_float16_weights_are_used_in_float32(self, damaged: Path) -> None:
+        T5ForConditionalGeneration.from_pretrained(damaged).half().save_pretrained(damaged)
+        encoder = load_text_encoder(f"t5:{damaged}", CPU)
+        assert {tensor.dtype for tensor in encoder.module.state_dict().values()} == {torch.float32}
+        assert {tensor.dtype for tensor in T5Decoder(str(damaged), 4).parameters()} == {torch.float32}
+
+    def test_captions_end_to_end(
+        self, folder: Path, tmp_path: Path, run_svb: RunSvb, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "t.csv").write_text("video_id,caption\n" + "".join(f"v{c[:5]},{c}\n" for c in CAPTIONS))
+        monkeypatch.chdir(folder.parent)
+        out = tmp_path / "c.h5"
+        ran = run_svb("captions", tmp_path / "t.csv", "-o", out, "--text-encoder", f"t5:{folder.name}")
+        assert (ran.exit_code, ran.stdout) == (0, f"{out}\n"), ran.stderr
+        assert "Loading weights" not in ran.stderr and "[transformers]" not in ran.stderr
+        held = read_caption_features(out)
+        assert held.text_encoder == f"t5:{folder}"  # so that it holds in every folder
+        encoder = load_text_encoder(f"t5:{folder}", CPU)
+        np.testing.assert_array_equal(held.features, encoder.encode(CAPTIONS).astype(np.float16))
+
+
+class TestDecoder:
+    @pytest.fixture
+    def decoder(self, folder: Path) -> T5Decoder:
+        torch.manual_seed(2)
+        return T5Decoder(str(folder), MEMORY_SIZE).eval()
+
+    def test_it_says_what_the_whole_t5_says(self, decoder: T5Decoder, folder: Path) -> None:
+        whole = T5ForConditionalGeneration.from_pretrained(folder).eval()
+        assert (whole.lm_head.weight is whole.shared.weight) == (folder.name != "untied")
+        tokens, memory = make_tokens(decoder), make_memory()
+        expected = whole(
+            encoder_outputs=(decoder.project_memory(memory[0]),),
+            attention_mask=memory[1].long(),
+            decoder_input_ids=tokens,
+        ).logits
+        torch.testing.assert_close(logits_of(decoder, tokens, *memory), expected, rtol=1e-5, atol=1e-5)
+
+    def test_wanted_positions_get_what_all_positions_get(self, decoder: T5Decoder) -> None:
+        tokens, memory = make_tokens(decoder), make_memory()
+        wanted = tokens != decoder.padding
+        wanted[:, 0] = torch.tensor([True, False])
+        hidden = decoder.hidden(tokens, *memory, wanted)
+        assert hidden.shape == (int(wanted.sum()), 32)
+        everything = decoder.hidden(tokens, *memory, torch.ones_like(wanted)).view(*tokens.shape, 32)
+        torch.testing.assert_close(hidden, everything[wanted], rtol=0, atol=0)
+
+    def test_padding_of_captions_is_ignored(self, decoder: T5Decoder) -> None:
+        tokens, memory = make_tokens(decoder), make_memory()
+        length = int((tokens[0, 1:] != decoder.padding).sum()) + 1
+        assert length < tokens.shape[1]
+        alone = logits_of(decoder, tokens[:1, :length], memory[0][:1], memory[1][:1])
+        padded = logits_of(decoder, tokens, *memory)
+        torch.testing.assert_close(padded[:1, :length], alone, rtol=1e-4, atol=1e-5)
+
+    def test_padding_in_memory_is_ignored(self, decoder: T5Decoder) -> None:
+        tokens, (frames, frame_mask) = make_tokens(decoder), make_memory()
+        logits = logits_of(decoder, tokens, frames, frame_mask)
+        garbage = torch.where(frame_mask[..., None], frames, 1e3)
+        torch.testing.assert_close(logits_of(decoder, tokens, garbage, frame_mask), logits, rtol=1e-5, atol=1e-5)
+        moved = frames.clone()
+        moved[0, 1] += 1
+        assert (logits_of(decoder, tokens, moved, frame_mask)[0] - logits[0]).abs().max() > 1e-4
+
+    def test_a_later_token_changes_no_earlier_prediction(self, decoder: T5Decoder) -> None:
+        tokens, memory = make_tokens(decoder), make_memory()
+        logits = logits_of(decoder, tokens, *memory)
+        changed = tokens.clone()
+        changed[:, 2:] = 7
+        other = logits_of(decoder, changed, *memory)
+        torch.testing.assert_close(logits[:, :2], other[:, :2], rtol=1e-5, atol=1e-5)
+        assert (logits[:, 2:] - other[:, 2:]).abs().max() > 1e-3
+
+    def test_captions_are_tokens_from_start_to_end(self, decoder: T5Decoder, folder: Path) -> None:
+        tokenizer = load_t5_with_decoder(str(folder)).tokenizer
+        encoded = decoder.encode([*CAPTIONS, "", "dog " * 500])
+        for caption, tokens in zip(CAPTIONS, encoded, strict=False):
+            assert tokens == [0, *tokenizer(caption).input_ids]
+        assert encoded[-2] == [0, 1]
+        assert len(encoded[-1]) == MAX_TOKENS and encoded[-1][-1] == 1
+        assert decoder.padding == 0
+
+    def test_overfits_and_writes_what_it_learned(self, decoder: T5Decoder) -> None:
+        torch.manual_seed(0)
+        memory = torch.randn(5, 3, MEMORY_SIZE), torch.tensor([[True] * 3, [True] * 2 + [False]] * 3)[:5]
+        tokens = pad(decoder.encode(CAPTIONS))
+        is_token = tokens[:, 1:] != decoder.padding
+        optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-2)
+        decoder.eval()  # without dropout, so that it can be learned by heart
+        losses = []
+        for _ in range(80):
+            with torch.autocast("cpu", torch.bfloat16):
+                hidden = decoder.hidden(tokens[:, :-1], *memory, is_token)
+            loss = F.cross_entropy(hidden.float() @ decoder.output_weight.T, tokens[:, 1:][is_token])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[0] > 3 and losses[-1] < 0.1
+        decoder.train()
+        assert decoder.write(*memory) == CAPTIONS
+        assert decoder.training
+
+    def test_writes_what_the_library_generates(self, decoder: T5Decoder, folder: Path) -> None:
+        whole = T5ForConditionalGeneration.from_pretrained(folder).eval()
+        torch.manual_seed(3)
+        with torch.no_grad():  # as initialised it repeats one token for ever
+            for mine, theirs in zip(
+                decoder.decoder.block.parameters(), whole.decoder.block.parameters(), strict=True
+            ):
+                theirs.add_(0.5 * torch.randn_like(theirs))
+                mine.copy_(theirs)
+        frames, frame_mask = 5 * make_memory()[0], make_memory()[1]
+        said = whole.generate(
+            encoder_outputs=BaseModelOutput(decoder.project_memory(frames)),
+            attention_mask=frame_mask.long(),
+            max_new_tokens=MAX_TOKENS - 1,
+            do_sample=False,
+        )
+        tokenizer = load_t5_with_decoder(str(folder)).tokenizer
+        expected = [text.strip() for text in tokenizer.batch_decode(said, skip_special_tokens=True)]
+        assert decoder.write(frames, frame_mask) == expected
+        assert len(set(expected)) == 2
+
+    def test_bfloat16_stays_finite(self, decoder: T5Decoder) -> None:
+        tokens, (frames, frame_mask) = make_tokens(decoder), make_memory()
+        decoder.train()
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = decoder.hidden(tokens, 100 * frames, frame_mask, torch.ones_like(tokens, dtype=torch.bool))
+        (hidden.float() @ decoder.output_weight.T).logsumexp(dim=1).sum().backward()
+        for name, parameter in decoder.named_parameters():
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+    def test_no_weight_is_kept_that_is_not_used_or_is_kept_twice(self, decoder: T5Decoder, tmp_path: Path) -> None:
+        state = decoder.state_dict()
+        save_file(dict(state), tmp_path / "w.safetensors")  # which takes no tensor twice
+        assert {name.partition(".")[0] for name in state} <= {"decoder", "output", "project_memory"}
+        assert sum(tensor.shape == (160, 32) for tensor in state.values()) == (1 if decoder.output is None else 2)
+
+    def test_the_hash_is_of_the_pretrained_weights(self, tied: Path, untied: Path) -> None:
+        assert T5Decoder(str(tied), 4).weights_hash == T5Decoder(str(tied), 8).weights_hash
+        assert T5Decoder(str(tied), 4).weights_hash != T5Decoder(str(untied), 4).weights_hash
+
+
+class TestErrors:
+    @pytest.mark.parametrize("name", ["no-such-folder", "nobody/t5-none", "./a/b/c"])
+    def test_neither_a_folder_nor_on_a_hub(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        without_network(monkeypatch)
+        with pytest.raises(
+            ModelUnavailableError, match=r"is no folder, .*\(t5:PATH\), or choose --text-encoder off"
+        ):
+            load_text_encoder(f"t5:{name}", CPU)
+        with pytest.raises(ModelUnavailableError, match="or choose --decoder transformer"):
+            T5Decoder(name, 4)
+
+    def test_the_command_says_it_in_one_line(
+        self, tmp_path: Path, run_svb: RunSvb, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        without_network(monkeypatch)
+        (tmp_path / "t.csv").write_text("video_id,caption\na,a dog\n")
+        ran = run_svb("captions", tmp_path / "t.csv", "-o", tmp_path / "c.h5", "--text-encoder", "t5:nobody/none")
+        assert ran.exit_code == 1 and "Traceback" not in ran.stderr and "'nobody/none' is no folder" in ran.stderr
+
+    def test_without_sentencepiece(self, tied: Path, untied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "sentencepiece", None)
+        with pytest.raises(
+            ModelUnavailableError, match=r"sentencepiece is not installed - pip install 'svb\[t5\]'"
+        ):
+            load_text_encoder(f"t5:{tied}", CPU)
+        load_text_encoder(f"t5:{untied}", CPU)  # a tokenizer.json needs none
+
+    def test_without_protobuf(self, tied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*_: object, **__: object) -> None:
+            raise ValueError("`tiktoken` is required to read a `tiktoken` file.")  # what transformers says of it
+
+        monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fail)
+        monkeypatch.setitem(sys.modules, "google.protobuf", None)
+        with pytest.raises(
+            ModelUnavailableError, match=r"google.protobuf is not installed - pip install 'svb\[t5\]'"
+        ):
+            load_text_encoder(f"t5:{tied}", CPU)
+
+    def test_an_empty_folder(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match=r"holds no config.json - expected a folder that transformers saved"):
+            load_text_encoder(f"t5:{tmp_path}", CPU)
+
+    def test_another_kind_of_model(self, tmp_path: Path) -> None:
+        sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+        BertModel(BertConfig(vocab_size=9, **sizes)).save_pretrained(tmp_path)
+        with pytest.raises(InputError, match=r"holds a 'bert' model - expected a T5, T5 v1\.1 or Flan-T5"):
+            T5Decoder(str(tmp_path), 4)
+
+    def test_no_vocabulary(self, damaged: Path) -> None:
+        (damaged / "spiece.model").unlink()
+        with pytest.raises(InputError, match=r"has no vocabulary|holds no T5 that can be read"):
+            load_text_encoder(f"t5:{damaged}", CPU)
+
+    def test_a_vocabulary_of_another_model(self, damaged: Path) -> None:
+        T5ForConditionalGeneration(T5Config(**{**SIZES, "vocab_size": 64})).save_pretrained(damaged)
+        with pytest.raises(InputError, match=r"has 1\d\d tokens, its model 64 - expected .* belong together"):
+            load_text_encoder(f"t5:{damaged}", CPU)
+
+    def test_an_encoder_alone_has_no_decoder(self, damaged: Path) -> None:
+        T5EncoderModel.from_pretrained(damaged).save_pretrained(damaged)
+        load_text_encoder(f"t5:{damaged}", CPU)
+        with pytest.raises(InputError, match=r"lacks \d+ tensors of a T5ForConditionalGeneration, first decoder"):
+            T5Decoder(str(damaged), 4)
+
+    @pytest.mark.parametrize("keep", [0.0, 0.5])
+    def test_cut_weights(self, damaged: Path, keep: float) -> None:
+        weights = damaged / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[: int(keep * weights.stat().st_size)])
+        with pytest.raises(InputError, match="holds no T5 that can be read"):
+            load_text_encoder(f"t5:{damaged}", CPU)
+
+
+def make_tokens(decoder: T5Decoder) -> torch.Tensor:
+    return pad([tokens[:-1] for tokens in decoder.encode(["a dog runs", "two cats play on a bed"])])
+
+
+def make_memory() -> tuple[torch.Tensor, torch.Tensor]:
+    frames = torch.randn(2, 4, MEMORY_SIZE, generator=torch.Generator().manual_seed(1))
+    return frames, torch.tensor([[True, True, False, False], [True, True, True, True]])
+
+
+def pad(encoded: list[list[int]]) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(tokens) for tokens in encoded], batch_first=True)
+
+
+def logits_of(
+    decoder: T5Decoder, tokens: torch.Tensor, frames: torch.Tensor, frame_mask: torch.Tensor
+) -> torch.Tensor:
+    """Return `(B, L, vocabulary)`."""
+    hidden = decoder.hidden(tokens, frames, frame_mask, torch.ones_like(tokens, dtype=torch.bool))
+    return (hidden @ decoder.output_weight.T).view(*tokens.shape, -1)
+
+
+def without_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
