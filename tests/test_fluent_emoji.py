@@ -1,0 +1,282 @@
+"""The emoji data set: made from packages of the same layout, without network."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import importlib.util
+import io
+import json
+import sys
+import tarfile
+from collections import defaultdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from svb.data.caption_table import read_caption_table
+from svb.errors import InputError
+
+SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "fluent_emoji.py"
+
+TONES = ("1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF")
+
+
+def emoji(hexcode: str, label: str, tags: list[str], tones: tuple[str, ...] = ()) -> dict[str, Any]:
+    first, *rest = hexcode.split("-")
+    skins = [
+        {"hexcode": "-".join([first, tone, *rest]), "label": f"{label}: tone {number}"}
+        for number, tone in enumerate(tones, start=1)
+    ]
+    return {"hexcode": hexcode, "label": label, "tags": tags} | ({"skins": skins} if skins else {})
+
+
+DATA = [
+    emoji("1F9D1-200D-1F33E", "farmer", ["farmer", "rancher"], TONES),
+    emoji("1F469-200D-1F33E", "woman farmer", ["rancher", "woman"], TONES),
+    emoji("1F3C3", "person running", ["fast", "person"], TONES),
+    emoji("1F3C3-200D-2640-FE0F", "woman running", ["fast"], TONES),
+    emoji("1F9B8", "superhero", ["good"], TONES),
+    emoji("1F9B8-200D-2642-FE0F", "man superhero", ["good"], TONES),
+    emoji("1F415", "dog", ["animal", "pet"]),
+    emoji("1F436", "dog face", ["pet", "face"]),
+    emoji("1F389", "party popper", ["celebration", "party", "popper"]),
+    emoji("0023-FE0F-20E3", "keycap: #", []),
+    emoji("002A-FE0F-20E3", "keycap: *", []),
+    emoji("1FA85", "pi\u00f1ata", ["candy"]),
+    emoji("1F1E9-1F1EA", "flag: Germany", ["flag"]),
+    emoji("1F3F4-E0067-E0062-E007F", "flag: England", ["flag"]),
+]
+SHORTCODES = {
+    "emojibase": {"1F415": "dog", "1F436": "dog_face", "1F389": ["party", "party_popper", "tada"]},
+    "github": {"1F436": "dog", "1F389": "tada", "1F3C3-200D-2640-FE0F": "running_woman", "0023-FE0F-20E3": "hash"},
+    "iamcal": {"1F9B8": "+1", "1F3C3": "runner"},
+    "joypixels": {},
+}
+# The pictures' own spelling: small letters, a flag's end left off and its letters joined.
+STEMS = [
+    *(variant["hexcode"].lower() for entry in DATA[:12] for variant in (entry, *entry.get("skins", []))),
+    *("23-fe0f-20e3", "1f1e9-1f1ea", "1f3f4-e0067_e0062"),
+]
+
+
+def pack(path: Path, files: dict[str, bytes]) -> str:
+    """Write a package and return its integrity."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"package/{name}")
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return base64.b64encode(hashlib.sha512(path.read_bytes()).digest()).decode()
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Return the script with small packages in the place of the real ones, which lie in `registry/`."""
+    spec = importlib.util.spec_from_file_location("fluent_emoji", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "fluent_emoji", module)
+    spec.loader.exec_module(module)
+    registry = tmp_path / "registry"
+    halves = {"@them/pictures-1@1.0.0": STEMS[::2], "@them/pictures-2@1.0.0": STEMS[1::2]}
+    images = {}
+    for number, (package, stems) in enumerate(halves.items(), start=1):
+        files = {f"assets/{stem}.webp": stem.encode() for stem in stems} | {
+            "assets/.gitkeep": b"",
+            "README.md": b"",
+        }
+        images[package] = pack(registry / f"them-pictures-{number}-1.0.0.tgz", files)
+    names = {"data": DATA} | {f"shortcodes/{name}": table for name, table in SHORTCODES.items()}
+    files = {f"en/{name}.json": json.dumps(content).encode() for name, content in names.items()}
+    monkeypatch.setattr(module, "IMAGES", images)
+    monkeypatch.setattr(module, "NAMES", {"names@2.0.0": pack(registry / "names-2.0.0.tgz", files)})
+    return module
+
+
+def put_npm(monkeypatch: pytest.MonkeyPatch, folder: Path, body: str) -> None:
+    """Put an npm on the PATH that does what `body` says with the package's file name in `$file`."""
+    npm = folder / "bin" / "npm"
+    npm.parent.mkdir(exist_ok=True)
+    name = 'file=$(echo "$2" | sed -e "s/^@//" -e "s|[/@]|-|g").tgz'
+    npm.write_text(f'#!/bin/sh\n[ "$1" = pack ] || exit 9\n{name}\n{body}\n')
+    npm.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{npm.parent}:/usr/bin:/bin")
+
+
+@pytest.fixture
+def npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_npm(monkeypatch, tmp_path, f'cp "{tmp_path}/registry/$file" .')
+
+
+def captions(folder: Path) -> dict[str, list[str]]:
+    """Return the captions by the pictures' code points."""
+    found = defaultdict(list)
+    with (folder / "captions.csv").open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            found[row["video_id"].split("/")[1]].append(row["caption"])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("variants", "group"),
+    [
+        (["1f44b", "1f44b-1f3fb", "1f44b-1f3ff"], "1f44b"),
+        (["1f469-1f3fb-200d-1f33e", "1f468-200d-1f33e", "1f9d1-1f3fd-200d-1f33e"], "1f9d1-200d-1f33e"),
+        (["1f3c3-1f3fb-200d-2640-fe0f", "1f3c3-200d-2642-fe0f", "1f3c3"], "1f3c3"),
+        (["1f468", "1f469-1f3ff", "1f9d1"], "1f9d1"),
+        (["1f468-200d-1f469-200d-1f466-200d-1f467", "1f469-200d-1f467", "1f46a"], "1f46a"),
+        (["1f468-1f3fb-200d-2764-fe0f-200d-1f48b-200d-1f469-1f3fc", "1f48f"], "1f48f"),
+        (["1f46b-1f3fb", "1f46d"], "1f9d1-200d-1f91d-200d-1f9d1"),
+        (["1f478-1f3fb", "1f934"], "1fac5"),
+        (["0023-fe0f-20e3", "23-20e3"], "23-20e3"),
+        (["1f3fb"], "1f3fb"),
+        (["2764-fe0f"], "2764"),
+        (["2764-fe0f-200d-1f525"], "2764-200d-1f525"),
+    ],
+)
+def test_variants_are_one_group(script: ModuleType, variants: list[str], group: str) -> None:
+    assert {script.group_of(script.code_points(variant)) for variant in variants} == {group}
+
+
+def test_split_never_changes(script: ModuleType) -> None:
+    fixed = {"1f3c3": "train", "1f9d1-200d-1f33e": "train", "1f9b8": "test", "1f6b6": "test", "1f9db": "val"}
+    assert {group: script.split_of(group) for group in fixed} == fixed
+    splits = [script.split_of(f"{number:x}") for number in range(10_000)]
+    assert [round(splits.count(split) / 10_000, 1) for split in ("train", "val", "test")] == [0.7, 0.1, 0.2]
+
+
+@pytest.mark.usefixtures("npm")
+def test_table_and_files_name_the_same_videos(script: ModuleType, tmp_path: Path) -> None:
+    script.make(tmp_path / "a")
+    table = read_caption_table(tmp_path / "a" / "captions.csv")
+    files = {path.relative_to(tmp_path / "a" / "videos"): path for path in (tmp_path / "a/videos").rglob("*.*")}
+    assert {path.with_suffix("").as_posix() for path in files} == set(table.video_ids)
+    assert all(path.read_text() == path.stem for path in files.values())
+    assert "pinata/1fa85" in table.video_ids
+    assert {"keycap-23-20e3/0023-fe0f-20e3", "keycap-2a-20e3/002a-fe0f-20e3"} <= set(table.video_ids)
+    assert not any("flag" in video_id for video_id in table.video_ids)
+
+
+@pytest.mark.usefixtures("npm")
+def test_groups_stay_whole_and_only_train_holds_variants(script: ModuleType, tmp_path: Path) -> None:
+    split_of = {video.video_id: video.split for video in script.make(tmp_path / "a")}
+    by_emoji = defaultdict(set)
+    for video_id, split in split_of.items():
+        by_emoji[video_id.split("/")[0]].add((video_id.split("/")[1], split))
+    assert {split for _, split in by_emoji["farmer"]} == {"train"}
+    assert len(by_emoji["farmer"]) == len(by_emoji["person-running"]) == 12
+    assert by_emoji["superhero"] == {("1f9b8", "test")}
+    assert all(len(videos) == 1 for videos in by_emoji.values() if {split for _, split in videos} != {"train"})
+
+
+@pytest.mark.usefixtures("npm")
+def test_captions(script: ModuleType, tmp_path: Path) -> None:
+    script.make(tmp_path / "a")
+    found = captions(tmp_path / "a")
+    assert found["1f3c3"] == ["person running", "person running: fast", "runner"]
+    assert found["1f3c3-1f3fd"] == ["person running, tone 3", "person running: fast", "runner"]
+    assert found["1f3c3-1f3fb-200d-2640-fe0f"][0] == "woman running, tone 1"
+    assert found["1f3c3-1f3fb-200d-2640-fe0f"][1:] == ["woman running: fast", "running woman"]
+    assert found["1f389"] == ["party popper", "party popper: celebration", "party", "tada"]
+    # `dog` is another emoji's name, `+1` is no word.
+    assert found["1f436"] == ["dog face", "dog face: pet"]
+    assert found["1f415"] == ["dog", "dog: animal, pet"]
+    assert found["1f9b8"] == ["superhero", "superhero: good"]
+
+
+@pytest.mark.usefixtures("npm")
+def test_no_caption_outside_train_means_two_videos(script: ModuleType, tmp_path: Path) -> None:
+    script.make(tmp_path / "a")
+    table = read_caption_table(tmp_path / "a" / "captions.csv")
+    videos = defaultdict(set)
+    for video_id, caption in zip(table.video_ids, table.captions, strict=True):
+        videos[caption].add(video_id)
+    is_shared = {split: set() for split in ("train", "val", "test")}
+    for caption, split in zip(table.captions, table.splits, strict=True):
+        is_shared[split].add(len(videos[caption]) > 1)
+    assert True in is_shared["train"] and True not in is_shared["val"] | is_shared["test"]
+
+
+@pytest.mark.usefixtures("npm")
+def test_second_run_changes_nothing_and_needs_no_npm(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script.make(tmp_path / "a")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "a" / "videos").rglob("*.webp")}
+    table = (tmp_path / "a" / "captions.csv").read_bytes()
+    half = min(before)
+    half.write_bytes(b"")
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    script.make(tmp_path / "a")
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "a" / "videos").rglob("*.webp")}
+    assert half.read_text() == half.stem
+    assert {path: time for path, time in after.items() if path != half} == {
+        path: time for path, time in before.items() if path != half
+    }
+    assert (tmp_path / "a" / "captions.csv").read_bytes() == table
+
+
+def test_a_damaged_download_is_refused_and_not_kept(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_npm(monkeypatch, tmp_path, f'cp "{tmp_path}/registry/$file" . && echo more >> "$file"')
+    with pytest.raises(InputError, match=r"is not @them/pictures-1@1\.0\.0: its sha512 is .* - expected "):
+        script.make(tmp_path / "a")
+    assert not list((tmp_path / "a").rglob("*.tgz"))
+    assert not (tmp_path / "a" / "captions.csv").exists()
+
+
+@pytest.mark.usefixtures("npm")
+def test_a_damaged_package_that_was_kept_is_refused(script: ModuleType, tmp_path: Path) -> None:
+    kept = tmp_path / "a" / "packages" / "them-pictures-2-1.0.0.tgz"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"half")
+    with pytest.raises(InputError, match=r"them-pictures-2-1\.0\.0\.tgz is not .* remove "):
+        script.make(tmp_path / "a")
+
+
+def test_missing_npm_is_said(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    with pytest.raises(InputError, match=r"npm is not there to fetch @them/pictures-1@1\.0\.0 - install Node\.js"):
+        script.make(tmp_path / "a")
+
+
+def test_what_npm_says_is_passed_on(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_npm(monkeypatch, tmp_path, "echo network is down >&2; exit 3")
+    with pytest.raises(InputError, match=r"\(exit status 3: network is down\) - check"):
+        script.make(tmp_path / "a")
+
+
+@pytest.mark.usefixtures("npm")
+def test_main_prints_the_commands_that_go_on(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from svb.cli import cli
+
+    folder = tmp_path / "two words"
+    monkeypatch.setattr(sys, "argv", ["fluent_emoji.py", str(folder)])
+    assert script.main() == 0
+    out = capsys.readouterr().out
+    commands = [line.split() for line in out.splitlines() if line.startswith("  svb ")]
+    assert [command[1] for command in commands] == ["extract", "captions", "train", "evaluate"]
+    assert f"'{folder}'/videos" in out
+    for _, name, *arguments in commands:
+        known = {option for parameter in cli.commands[name].params for option in parameter.opts}
+        assert {argument for argument in arguments if argument.startswith("-")} <= known
+
+
+def test_main_says_an_error_in_one_line(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    monkeypatch.setattr(sys, "argv", ["fluent_emoji.py", str(tmp_path / "a")])
+    assert script.main() == 1
+    captured = capsys.readouterr()
+    assert (
+        captured.out == "" and captured.err.startswith("error: npm is not there") and captured.err.count("\n") == 1
+    )
