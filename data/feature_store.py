@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svb.data.description import read_description
+from svb.data.fusion import fuse, fused_settings, split_name
 from svb.data.shard import Shard, VideoRecord, hash_array
 from svb.errors import InputError, StoreError
 
@@ -90,7 +91,7 @@ class FeatureStore:
         return Counter(record.status for record in self.records.values())
 
     def only_backbone(self, backbone: str | None = None) -> str:
-        """Return the named backbone, or the only one there is.
+        """Return the named backbone, which may be fused of several, or the only one there is.
 
         Raises:
             InputError: The store does not hold it, or holds several and none was named.
@@ -99,16 +100,24 @@ class FeatureStore:
         if backbone is None and len(self.backbones) == 1:
             return self.backbones[0]
         if backbone is None:
-            raise InputError(f"{self.path} holds several backbones ({held}) - choose one with --backbone")
-        if backbone not in self.backbones:
-            raise InputError(f"{self.path} holds no features of {backbone!r}, only {held}")
+            raise InputError(
+                f"{self.path} holds several backbones ({held}) - choose one with --backbone, or fuse them with "
+                f"--backbone {'+'.join(self.backbones)}"
+            )
+        if not split_name(backbone, self.backbones):
+            raise InputError(
+                f"{self.path} holds no features of {backbone!r}, only {held} - name one of them, or several "
+                "different ones joined by +"
+            )
         return backbone
 
     def video_settings(self, backbone: str) -> dict[str, Any]:
-        """Return what shaped a backbone's rows, for runs and indexes to remember."""
+        """Return what shaped a backbone's rows, for runs and indexes to remember; see `svb.data.fusion`."""
+        held = self.settings["backbones"]
+        parts = {name: held[name] for name in split_name(backbone, held)}
         return {
             "backbone": backbone,
-            "backbone_settings": self.settings["backbones"][backbone],
+            "backbone_settings": held[backbone] if backbone in held else fused_settings(parts),
             "sampling": self.settings["sampling"],
             "decoder": self.settings["decoder"],
             "batch_size": self.settings["batch_size"],
@@ -122,13 +131,16 @@ class FeatureStore:
         """Read the features of many videos into memory, each shard once.
 
         Args:
-            backbone: Whose features.
+            backbone: Whose features; those of fused ones are aligned and side by side, see `svb.data.fusion`.
             video_ids: Which videos, in which order; all usable ones, sorted, where not given.
 
         Raises:
             InputError: A video has no features in this store.
             StoreError: A value is not finite, naming the first bad video.
         """
+        return fuse([self._load(name, video_ids) for name in split_name(backbone, self.backbones)])
+
+    def _load(self, backbone: str, video_ids: Sequence[str] | None) -> FrameFeatures:
         wanted = self.video_ids if video_ids is None else list(video_ids)
         places = [self._usable_place(video_id) for video_id in wanted]
         shard_offsets = [shard.offsets(backbone) for shard in self.shards]

@@ -148,7 +148,6 @@ class _Pipeline:
     ) -> None:
         self.progress = ExtractProgress(num_videos=len(videos))
         self._videos = videos
-        self._device = networks[0].device
         self._packers = [Packer(network, batch_size) for network in networks]
         self._writer = writer
         self._in_flight: dict[int, _InFlight] = {}
@@ -159,7 +158,8 @@ class _Pipeline:
             video.properties = message
         elif isinstance(message, FrameChunk):
             video.has_frames = True
-            self._run(position, message)
+            _run_packers(self._packers, position, message)
+            self.progress.frames_done += len(message.frames)
         elif isinstance(message, Finished):
             video.finished = message
             for packer in self._packers:
@@ -172,16 +172,6 @@ class _Pipeline:
         for packer in self._packers:
             packer.flush()
         self._write_complete()
-
-    def _run(self, position: int, chunk: FrameChunk) -> None:
-        frames = torch.from_numpy(chunk.frames).to(self._device)
-        squares: dict[int, torch.Tensor] = {}
-        for packer in self._packers:
-            size = packer.backbone.image_size
-            if size not in squares:
-                squares[size] = to_squares(frames, size)
-            packer.add(position, squares[size], chunk.frame_times_seconds)
-        self.progress.frames_done += len(chunk.frames)
 
     def _write_complete(self) -> None:
         for position, video in list(self._in_flight.items()):
@@ -213,23 +203,33 @@ class _Pipeline:
 
 
 def extract_file(
-    file: Path, backbone: Backbone, sampling: Sampling, decoder: str, batch_size: int
-) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-    """Return one file's `(T, F)` float32 features and `(T,)` times, decoded in a worker process.
+    file: Path, backbones: Sequence[Backbone], sampling: Sampling, decoder: str, batch_size: int
+) -> list[tuple[NDArray[np.float32], NDArray[np.float64]]]:
+    """Return one file's `(T, F)` float32 features and `(T,)` times by each backbone, decoded once in a worker.
 
     Raises:
         InputError: The file gives no frame.
     """
-    packer = Packer(backbone, batch_size)
+    packers = [Packer(backbone, batch_size) for backbone in backbones]
     for _, message in DecodePool(1, sampling, decoder).run([PlannedVideo(str(file), file)]):
         if isinstance(message, FrameChunk):
-            frames = torch.from_numpy(message.frames).to(backbone.device)
-            packer.add(0, to_squares(frames, backbone.image_size), message.frame_times_seconds)
+            _run_packers(packers, 0, message)
         elif isinstance(message, Finished) and message.status not in USABLE:
             raise InputError(f"{file} cannot be used as a video ({message.status}): {message.error}")
-    packer.end(0)
-    packer.flush()
-    return packer.take(0)
+    for packer in packers:
+        packer.end(0)
+        packer.flush()
+    return [packer.take(0) for packer in packers]
+
+
+def _run_packers(packers: Sequence[Packer], position: int, chunk: FrameChunk) -> None:
+    frames = torch.from_numpy(chunk.frames).to(packers[0].backbone.device)
+    squares: dict[int, torch.Tensor] = {}
+    for packer in packers:
+        size = packer.backbone.image_size
+        if size not in squares:
+            squares[size] = to_squares(frames, size)
+        packer.add(position, squares[size], chunk.frame_times_seconds)
 
 
 def _record(

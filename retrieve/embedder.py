@@ -14,23 +14,27 @@ from numpy.typing import NDArray
 
 from svb.config import fingerprint
 from svb.data.feature_store import FrameFeatures
+from svb.data.fusion import fuse, parts_of, shared_part
+from svb.data.pretrained import hash_tensors
 from svb.device import choose_precision
 from svb.errors import InputError, MismatchError
 from svb.extract.backbones import load_backbone, load_classifier
+from svb.extract.backbones.backbone import Backbone
 from svb.extract.run import extract_file
 from svb.extract.sampling import Sampling
 from svb.extract.text_encoders import load_text_encoder
 from svb.extract.text_encoders.text_encoder import TextEncoder
-from svb.extract.weights import hash_tensors
 from svb.retrieve.conse import Conse, embed_class_names
 from svb.train.checkpoint import load_checkpoint, load_weights
 from svb.train.embed import embed_in_batches
 from svb.train.heads import mean_of_frames
-from svb.train.run import build_model, is_one_model, read_run
+from svb.train.run import build_model, read_run
 from svb.train.training_data import FrameTable
 
 # Zero-shot embeddings are means, for which any number of frames would do; this bounds a batch's memory.
 ZERO_SHOT_MAX_FRAMES = 256
+# Weights of a run that only its losses read.
+SCALES = ("log_logit_scale", "log_support_temperature")
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,9 @@ def heads_embedder(
 ) -> Embedder:
     """Return the embedder of trained heads, from their description and weights."""
     module = build_model(model)
-    load_weights(module, weights, source)
+    # Scales serve training alone, and not every version's runs hold the same.
+    heads = torch.nn.ModuleDict({"video_head": module.video_head, "text_head": module.text_head})
+    load_weights(heads, {name: value for name, value in weights.items() if name not in SCALES}, source)
     module.eval().requires_grad_(False).to(device)
     return Embedder(
         {**model, "weights": hash_tensors(weights)},
@@ -128,8 +134,9 @@ def zero_shot_embedder(video: Mapping[str, Any], text_encoder: TextEncoder, devi
         device: Where to compute.
 
     Raises:
-        InputError: The backbone is neither.
+        InputError: The backbone is neither, or fused of several.
     """
+    require_one_backbone(video)
     backbone: str = video["backbone"]
     model = {
         "max_frames": ZERO_SHOT_MAX_FRAMES,
@@ -137,7 +144,7 @@ def zero_shot_embedder(video: Mapping[str, Any], text_encoder: TextEncoder, devi
         "text": {"text_encoder": text_encoder.settings()},
     }
     text_head = _normalise
-    if is_one_model(video, text_encoder.settings()):
+    if shared_part(video, text_encoder.settings()) is not None:
         return Embedder({"kind": "zero-shot CLIP", **model}, mean_of_frames, text_head, {})
     classifier = load_classifier(backbone)
     if classifier is None:
@@ -148,6 +155,20 @@ def zero_shot_embedder(video: Mapping[str, Any], text_encoder: TextEncoder, devi
         )
     conse = Conse(classifier, embed_class_names(classifier, text_encoder)).to(device)
     return Embedder({"kind": "zero-shot ConSE", **model}, conse, text_head, {})
+
+
+def require_one_backbone(video: Mapping[str, Any]) -> None:
+    """Refuse fused backbones, which only trained heads can place in one space with captions.
+
+    Raises:
+        InputError: There are several.
+    """
+    parts = parts_of(video)
+    if len(parts) > 1:
+        raise InputError(
+            f"{video['backbone']} is fused of several backbones and cannot be searched without training - train "
+            f"heads with `svb train`, or name one of {', '.join(parts)}"
+        )
 
 
 def load_matching_text_encoder(settings: Mapping[str, Any], device: torch.device) -> TextEncoder:
@@ -170,23 +191,31 @@ def embed_file(file: Path, embedder: Embedder, device: torch.device) -> NDArray[
 
     Raises:
         InputError: The file gives no frame.
-        MismatchError: The backbone's weights here are not those of the features.
+        MismatchError: A backbone's weights here are not those of the features.
     """
     video = embedder.model["video"]
-    settings = video["backbone_settings"]
-    backbone = load_backbone(embedder.backbone, device, choose_precision(device, settings["precision"]))
-    if backbone.weights_hash != settings["weights_hash"]:
-        raise MismatchError(
-            f"{embedder.backbone} has weights {backbone.weights_hash} here, but {settings['weights_hash']} when "
-            "the features were made - install the package versions of then, or extract and index again"
-        )
-    features, times_seconds = extract_file(
-        file, backbone, Sampling(**video["sampling"]), video["decoder"]["name"], video["batch_size"]
+    backbones = [_load_matching_backbone(name, held, device) for name, held in parts_of(video).items()]
+    extracted = extract_file(
+        file, backbones, Sampling(**video["sampling"]), video["decoder"]["name"], video["batch_size"]
     )
-    offsets = np.array([0, len(features)])
-    loaded = FrameFeatures([str(file)], features.astype(np.float16), times_seconds, offsets)
+    loaded = fuse(
+        [
+            FrameFeatures([str(file)], features.astype(np.float16), times_seconds, np.array([0, len(features)]))
+            for features, times_seconds in extracted
+        ]
+    )
     embedding: NDArray[np.float32] = embedder.embed_videos(FrameTable.of(loaded, embedder.max_frames, device))[0]
     return embedding
+
+
+def _load_matching_backbone(name: str, settings: Mapping[str, Any], device: torch.device) -> Backbone:
+    backbone = load_backbone(name, device, choose_precision(device, settings["precision"]))
+    if backbone.weights_hash != settings["weights_hash"]:
+        raise MismatchError(
+            f"{name} has weights {backbone.weights_hash} here, but {settings['weights_hash']} when the features "
+            "were made - install the package versions of then, or extract and index again"
+        )
+    return backbone
 
 
 def _normalise(features: torch.Tensor) -> torch.Tensor:

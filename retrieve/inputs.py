@@ -14,7 +14,13 @@ from svb.data.feature_store import FeatureStore
 from svb.errors import InputError, UsageError
 from svb.extract.text_encoders import load_text_encoder
 from svb.extract.weights import absolute_name
-from svb.retrieve.embedder import Embedder, load_matching_text_encoder, run_embedder, zero_shot_embedder
+from svb.retrieve.embedder import (
+    Embedder,
+    load_matching_text_encoder,
+    require_one_backbone,
+    run_embedder,
+    zero_shot_embedder,
+)
 from svb.train.config import TrainConfig
 from svb.train.run import read_run
 
@@ -83,6 +89,7 @@ def open_inputs(
         raise UsageError(f"{source} is a feature store itself - leave out --store {store}")
     feature_store = FeatureStore(source)
     backbone = feature_store.only_backbone(backbone)
+    require_one_backbone(feature_store.video_settings(backbone))
     caption_features = read_caption_features(Path(captions)) if captions is not None else None
     if caption_features is not None and text_encoder not in (None, caption_features.text_encoder):
         raise UsageError(f"{captions} was encoded with {caption_features.text_encoder} - leave out --text-encoder")

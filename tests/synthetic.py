@@ -51,12 +51,19 @@ def make_store(
     backbone: str = BACKBONE,
     seconds_between_frames: float = 1.0,
     durations_seconds: Mapping[str, float] | None = None,
+    beside: Mapping[str, Mapping[str, VideoRows]] | None = None,
 ) -> Path:
-    """Write a store of `(T, F)` frame features by video_id; a video of 0 rows is recorded as failed."""
-    feature_size = next(iter(videos.values())).shape[1]
+    """Write a store of `(T, F)` frame features by video_id; a video of 0 rows is recorded as failed.
+
+    `beside` has the rows of further backbones, by their name and video_id, at times of their own.
+    """
+    beside = beside or {}
+    sizes = {backbone: next(iter(videos.values())).shape[1]}
+    sizes |= {name: next(iter(rows.values())).features.shape[1] for name, rows in beside.items()}
     settings: dict[str, Any] = {
         "backbones": {
-            backbone: {"weights_hash": f"of {backbone}", "feature_size": feature_size, "precision": "float32"}
+            name: {"weights_hash": f"of {name}", "feature_size": size, "precision": "float32"}
+            for name, size in sizes.items()
         },
         "sampling": {"fps": 1.0 / seconds_between_frames},
         "decoder": {"name": "pyav", "version": "none"},
@@ -67,6 +74,7 @@ def make_store(
             duration = (durations_seconds or {}).get(video_id, len(frames) * seconds_between_frames)
             rows = {}
             if len(frames):
+                rows = {name: held[video_id] for name, held in beside.items()}
                 times_seconds = np.arange(len(frames)) * seconds_between_frames
                 rows[backbone] = VideoRows(frames.astype(np.float16), times_seconds)
             status = "ok" if len(frames) else "unreadable"

@@ -105,7 +105,9 @@ class TestPipeline:
         frames = np.concatenate([chunk.frames for chunk in chunks])  # type: ignore[union-attr]
         expected = backbone(to_squares(torch.from_numpy(frames), backbone.image_size)).numpy()
         np.testing.assert_allclose(features(tmp_path / "out")["deep/d"], expected, atol=2e-3)
-        alone, alone_times = extract_file(clips_folder / "deep" / "d.avi", backbone, sampling, "pyav", batch_size=4)
+        [(alone, alone_times)] = extract_file(
+            clips_folder / "deep" / "d.avi", [backbone], sampling, "pyav", batch_size=4
+        )
         np.testing.assert_array_equal(features(tmp_path / "out")["deep/d"], alone.astype(np.float16))
         assert times(tmp_path / "out", "deep/d") == alone_times.tolist()
 
@@ -145,7 +147,7 @@ class TestPipeline:
         self, clips_folder: Path, extracted_store: Path
     ) -> None:
         backbone = load_backbone("offline:efficientnet-lite0", torch.device("cpu"), torch.float32)
-        alone, _ = extract_file(clips_folder / "b.mkv", backbone, Sampling(fps=1), "pyav", batch_size=4)
+        [(alone, _)] = extract_file(clips_folder / "b.mkv", [backbone], Sampling(fps=1), "pyav", batch_size=4)
         packed = features(extracted_store, "offline:efficientnet-lite0")["b"]
         assert packed.tobytes() == alone.astype(np.float16).tobytes()
 

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import naive
 import numpy as np
 import pytest
 import torch
@@ -7,14 +11,26 @@ import torch.nn.functional as F
 
 from svb.errors import UsageError
 from svb.train.config import MAX_LOGIT_SCALE, TrainConfig
-from svb.train.heads import TextHead, VideoHead, mean_of_frames, sinusoids
+from svb.train.decoders.transformer import CaptionDecoder
+from svb.train.heads import PartNorm, TextHead, VideoHead, mean_of_frames, sinusoids
 from svb.train.losses import cross_captioning, info_nce
 from svb.train.metrics import t2v_ranks
 from svb.train.model import RetrievalModel
 from svb.train.support_set import mix, own_mask, support_weights
+from svb.train.temporal import AttentionPooling, TemporalConvolution
+from svb.train.vocabulary import Vocabulary
 
 FEATURE_SIZE, EMBEDDING_SIZE = 12, 128
 LENGTHS = (1, 3, 5, 2)
+PARTS = (5, 7)  # of a row of FEATURE_SIZE, where it is fused of two
+Options = dict[str, Any]
+OPTIONS = [
+    {"convolution": convolution, "layers": layers, "pooling": pooling}
+    for convolution in (0, 3)
+    for layers in (0, 2)
+    for pooling in ("mean", "attention")
+]
+every_head = pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())))
 
 
 def make_frames(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -23,10 +39,26 @@ def make_frames(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return features * frame_mask[..., None], frame_mask
 
 
-def make_video_head(layers: int = 1, *, residual: bool = False, dropout: float = 0.3) -> VideoHead:
+def make_video_head(
+    feature_sizes: Sequence[int] = (FEATURE_SIZE,),
+    size: int = EMBEDDING_SIZE,
+    *,
+    convolution: int = 0,
+    layers: int = 0,
+    pooling: str = "mean",
+    residual_part: int | None = None,
+) -> VideoHead:
     torch.manual_seed(0)
-    size = FEATURE_SIZE if residual else EMBEDDING_SIZE
-    return VideoHead(FEATURE_SIZE, size, layers=layers, dropout=dropout, residual=residual).eval()
+    size = size if residual_part is None else feature_sizes[residual_part]
+    return VideoHead(
+        feature_sizes,
+        size,
+        convolution=convolution,
+        layers=layers,
+        pooling=pooling,
+        dropout=0.3,
+        residual_part=residual_part,
+    ).eval()
 
 
 def stir(head: torch.nn.Module) -> None:
@@ -37,10 +69,10 @@ def stir(head: torch.nn.Module) -> None:
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
 
 
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("layers", [0, 1, 2])
-def test_padding_and_neighbours_change_no_embedding(layers: int, residual: bool) -> None:
-    head = make_video_head(layers, residual=residual)
+@pytest.mark.parametrize("residual_part", [None, 0])
+@every_head
+def test_padding_and_neighbours_change_no_embedding(options: Options, residual_part: int | None) -> None:
+    head = make_video_head(residual_part=residual_part, **options)
     stir(head)
     frames, frame_mask = make_frames()
     together = head(frames, frame_mask)
@@ -60,9 +92,45 @@ def test_padding_and_neighbours_change_no_embedding(layers: int, residual: bool)
     )
 
 
-@pytest.mark.parametrize("layers", [0, 1])
-def test_residual_heads_start_as_the_zero_shot_model(layers: int) -> None:
-    video_head = make_video_head(layers, residual=True)
+@every_head
+def test_no_gradient_reaches_padding(options: Options) -> None:
+    head = make_video_head(**options)
+    stir(head)
+    frames, frame_mask = make_frames()
+    frames.requires_grad_()
+    head(frames, frame_mask).video_embeddings[:, :8].sum().backward()
+    assert frames.grad is not None
+    assert (frames.grad.abs().amax(dim=-1) > 0).equal(frame_mask)
+
+
+@pytest.mark.parametrize("residual_part", [None, 1])
+@every_head
+def test_gradients_are_the_slopes(options: Options, residual_part: int | None) -> None:
+    head = make_video_head(PARTS, 6, residual_part=residual_part, **options).double()
+    stir(head)
+    frames, frame_mask = make_frames()
+    generator = torch.Generator().manual_seed(7)
+    leaves = [frames.double().requires_grad_(), *head.parameters()]
+    directions = [torch.randn(leaf.shape, generator=generator, dtype=torch.float64) for leaf in leaves]
+    weights = torch.randn(len(LENGTHS), head.project_out.out_features, generator=generator, dtype=torch.float64)
+
+    def loss_at(step: float) -> torch.Tensor:
+        with torch.no_grad():
+            for leaf, direction in zip(leaves, directions, strict=True):
+                leaf.add_(direction, alpha=step)
+        return (head(leaves[0], frame_mask).video_embeddings * weights).sum()
+
+    loss_at(0.0).backward()
+    slope = sum((leaf.grad * direction).sum() for leaf, direction in zip(leaves, directions, strict=True))
+    assert isinstance(slope, torch.Tensor)
+    after = loss_at(1e-6)
+    before = loss_at(-2e-6)
+    torch.testing.assert_close(slope, (after - before) / 2e-6, rtol=1e-5, atol=1e-7)
+
+
+@every_head
+def test_residual_heads_start_as_the_zero_shot_model(options: Options) -> None:
+    video_head = make_video_head(residual_part=0, **options)
     torch.manual_seed(0)
     text_head = TextHead(FEATURE_SIZE, FEATURE_SIZE, dropout=0.3, residual=True).eval()
     frames, frame_mask = make_frames()
@@ -78,6 +146,24 @@ def test_residual_heads_start_as_the_zero_shot_model(layers: int) -> None:
     )
 
 
+@every_head
+def test_a_fused_head_starts_as_the_zero_shot_model_of_its_clip_part(options: Options) -> None:
+    frames, frame_mask = make_frames()
+    for part, columns in enumerate((slice(0, 5), slice(5, 12))):
+        head = make_video_head(PARTS, residual_part=part, **options)
+        torch.testing.assert_close(
+            head(frames, frame_mask).video_embeddings,
+            mean_of_frames(frames[..., columns], frame_mask),
+            rtol=0,
+            atol=2e-7,
+        )
+        stir(head)  # and what it learns takes the other part into account
+        other = frames.clone()
+        other[..., [0, 1, 2, 3, 4] if part else [5, 6, 7, 8, 9]] += torch.randn(5)
+        change = head(frames, frame_mask).video_embeddings - head(other, frame_mask).video_embeddings
+        assert change.abs().amax(dim=1).min() > 1e-4
+
+
 def test_zero_shot_is_the_mean_of_normalised_frames() -> None:
     frames, frame_mask = make_frames()
     for row, length in enumerate(LENGTHS):
@@ -86,11 +172,11 @@ def test_zero_shot_is_the_mean_of_normalised_frames() -> None:
         torch.testing.assert_close(mean_of_frames(frames, frame_mask)[row], total / total.norm())
 
 
-@pytest.mark.parametrize("residual", [False, True])
-def test_embeddings_are_of_unit_length(residual: bool) -> None:
-    video_head = make_video_head(residual=residual)
-    size = FEATURE_SIZE if residual else EMBEDDING_SIZE
-    text_head = TextHead(FEATURE_SIZE, size, dropout=0.0, residual=residual)
+@pytest.mark.parametrize("residual_part", [None, 0])
+def test_embeddings_are_of_unit_length(residual_part: int | None) -> None:
+    video_head = make_video_head(residual_part=residual_part, convolution=3, layers=1, pooling="attention")
+    size = video_head.project_out.out_features
+    text_head = TextHead(FEATURE_SIZE, size, dropout=0.0, residual=residual_part is not None)
     for head in (video_head, text_head):
         stir(head)
     for scale in (1e-3, 1.0, 1e3):
@@ -108,15 +194,68 @@ def test_the_length_of_caption_features_means_nothing() -> None:
     torch.testing.assert_close(text_head(captions), text_head(7 * captions))
 
 
-@pytest.mark.parametrize(("layers", "matters"), [(0, False), (1, True)])
-def test_the_order_of_frames_matters_to_the_transformer_alone(layers: int, matters: bool) -> None:
-    head = make_video_head(layers)
+@every_head
+def test_the_order_of_frames_matters_to_what_looks_along_them(options: Options) -> None:
+    head = make_video_head(**options)
+    stir(head)
     frames, frame_mask = make_frames()
     turned = frames.clone()
     turned[2] = frames[2].flip(0)
     difference = (head(frames, frame_mask).video_embeddings - head(turned, frame_mask).video_embeddings).abs()
-    assert (difference[2].max() > 1e-3) == matters
+    assert (difference[2].max() > 1e-3) == bool(options["convolution"] or options["layers"])
     assert difference[[0, 1, 3]].max() < 1e-6
+
+
+@pytest.mark.parametrize("width", [1, 3, 7])
+def test_the_convolution_is_its_slow_twin(width: int) -> None:
+    torch.manual_seed(0)
+    convolution = TemporalConvolution(6, width, 0.3).double().eval()
+    stir(convolution)
+    frame_mask = make_frames()[1]
+    flat = torch.randn(int(frame_mask.sum()), 6, dtype=torch.float64)
+    real = frame_mask.flatten().nonzero().squeeze(1)
+    branch = convolution(flat, real, frame_mask) - flat
+    taps = convolution.taps.weight.view(6, 6, width).tolist()  # [to][from][tap]
+    for video, branch_of_video in zip(flat.split(LENGTHS), branch.split(LENGTHS), strict=True):
+        expected = naive.convolution(convolution.norm(video).tolist(), taps, convolution.taps.bias.tolist())
+        torch.testing.assert_close(branch_of_video, F.gelu(torch.tensor(expected, dtype=torch.float64)))
+
+
+@pytest.mark.parametrize("size", [6, 128])
+def test_attention_pooling_is_its_slow_twin_and_starts_as_the_mean(size: int) -> None:
+    torch.manual_seed(0)
+    pooling = AttentionPooling(size).double()
+    frame_mask = make_frames()[1]
+    frames = torch.randn(len(LENGTHS), max(LENGTHS), size, dtype=torch.float64) * frame_mask[..., None]
+    mean = torch.tensor(naive.masked_mean(frames.tolist(), frame_mask.tolist()), dtype=torch.float64)
+    torch.testing.assert_close(pooling(frames, frame_mask), mean)
+    torch.nn.init.normal_(pooling.query.weight)
+    pooled = pooling(frames, frame_mask)
+    for video, length, row in zip(frames, LENGTHS, pooled, strict=True):
+        expected = naive.attention_pooling(video[:length].tolist(), pooling.query.weight.tolist())
+        torch.testing.assert_close(row, torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-6)
+    assert (pooled - mean)[1:].abs().amax(dim=1).min() > 1e-3  # and it does weigh
+
+
+def test_one_part_is_normalised_as_ever_and_several_each_by_itself() -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(9, FEATURE_SIZE)
+    norm, layer_norm = PartNorm([FEATURE_SIZE]), torch.nn.LayerNorm(FEATURE_SIZE)
+    stir(norm)
+    layer_norm.load_state_dict(norm.state_dict())
+    assert norm(rows).equal(layer_norm(rows))
+    fused = PartNorm(PARTS)
+    expected = torch.cat([F.layer_norm(part, part.shape[1:]) for part in rows.split(PARTS, dim=1)], dim=1)
+    torch.testing.assert_close(fused(rows), expected)
+    scaled = rows * torch.tensor([1e3] * 5 + [10.0] * 7)
+    torch.testing.assert_close(fused(scaled), fused(rows), rtol=0, atol=1e-3)  # a backbone's scale means nothing
+    assert (norm(scaled) - norm(rows)).abs().max() > 0.5
+
+
+def test_the_default_head_has_the_names_that_its_checkpoints_have() -> None:
+    names = ["project_in.0.weight", "project_in.0.bias", "project_in.1.weight", "project_in.1.bias"]
+    names += ["project_out.weight", "project_out.bias"]
+    assert list(make_video_head().state_dict()) == names
 
 
 @pytest.mark.parametrize("shared_space", [False, True])
@@ -124,36 +263,56 @@ def test_the_order_of_frames_matters_to_the_transformer_alone(layers: int, matte
 def test_gradients_reach_every_parameter(variant: str, shared_space: bool) -> None:
     torch.manual_seed(0)
     size = EMBEDDING_SIZE
-    config = TrainConfig(embedding_size=size, decoder_size=16, variant=variant, layers=2)
+    config = TrainConfig(
+        embedding_size=size,
+        decoder_size=16,
+        variant=variant,
+        convolution=3,
+        layers=2,
+        pooling="attention",
+        learn_support_temperature=variant == "cross",
+    )
     text_size = size if shared_space else 7
     model = RetrievalModel(
-        config, size, text_size, shared_space=shared_space, vocabulary_size=9 if variant == "cross" else None
+        config,
+        [size, 3],
+        text_size,
+        shared_part=0 if shared_space else None,
+        with_decoder=True,
+        vocabulary=Vocabulary(["a", "dog", "runs", "fast", "there"]),
     )
     if shared_space:  # at a residual of zero only the last layers move in the first step
         stir(model)
     frame_mask = torch.arange(5)[None] < torch.tensor(LENGTHS)[:, None]
-    video_embeddings, sequences = model.video_head(torch.randn(4, 5, size), frame_mask)
+    video_embeddings, sequences = model.video_head(torch.randn(4, 5, size + 3), frame_mask)
     caption_embeddings = model.text_head(torch.randn(4, text_size))
     own = own_mask(torch.arange(4), torch.arange(4))
-    loss = info_nce(caption_embeddings @ video_embeddings.T, own, model.logit_scale)
+    similarity = caption_embeddings @ video_embeddings.T
+    loss = info_nce(similarity.diagonal(), similarity, ~own, model.logit_scale).sum()
     if model.decoder is not None:
-        weights = support_weights(caption_embeddings, video_embeddings, own, variant="cross", temperature=0.1)
+        assert isinstance(model.decoder, CaptionDecoder)
+        weights = support_weights(
+            caption_embeddings, video_embeddings, own, variant="cross", temperature=model.support_temperature
+        )
         tokens = torch.tensor([[1, 4, 5, 2], [1, 6, 2, 0], [1, 7, 2, 0], [1, 8, 4, 2]])
         is_word = tokens[:, 1:] != 0
-        logits = model.decoder(tokens[:, :-1], *mix(weights, sequences, frame_mask), is_word)
-        loss = loss + cross_captioning(logits, tokens[:, 1:][is_word])
+        hidden = model.decoder.hidden(tokens[:, :-1], *mix(weights, sequences, frame_mask), is_word)
+        loss = loss + cross_captioning(hidden, model.decoder.output_weight, tokens[:, 1:][is_word])
     loss.backward()
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:  # the support temperature, where it is not learned
+            assert name == "log_support_temperature"
+            continue
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, name
 
 
 def test_the_logit_scale_stays_within_its_limit() -> None:
-    model = RetrievalModel(TrainConfig(logit_scale=20.0), 4, 4, shared_space=False, vocabulary_size=None)
+    model = RetrievalModel(TrainConfig(logit_scale=20.0), [4], 4, shared_part=None)
     assert model.logit_scale.item() == pytest.approx(20.0)
     with torch.no_grad():
         model.log_logit_scale += 50
-    model.limit_logit_scale()
+    model.limit_scales()
     assert model.logit_scale.item() == pytest.approx(MAX_LOGIT_SCALE)
     model.logit_scale.backward()
     assert model.log_logit_scale.grad is not None and model.log_logit_scale.grad.item() > 0
@@ -167,6 +326,7 @@ def test_positions_have_encodings_of_their_own(size: int) -> None:
         assert len({tuple(row) for row in encodings.tolist()}) == 20
 
 
-def test_an_embedding_size_that_heads_do_not_divide_is_refused() -> None:
+@pytest.mark.parametrize("options", [{"layers": 1}, {"pooling": "attention"}])
+def test_an_embedding_size_that_heads_do_not_divide_is_refused(options: Options) -> None:
     with pytest.raises(UsageError, match="embedding size 129 - expected a multiple of 64"):
-        VideoHead(8, 129, layers=1, dropout=0.0, residual=False)
+        make_video_head(size=129, **options)

@@ -7,13 +7,14 @@ zero: before the first step the model is the zero-shot model.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from svb.errors import UsageError
+from svb.train.temporal import AttentionPooling, TemporalConvolution, TemporalLayer, unpack
 
 
 class VideoOutput(NamedTuple):
@@ -29,30 +30,44 @@ class VideoOutput(NamedTuple):
 
 
 class VideoHead(nn.Module):
-    """Frame features -> projection -> temporal transformer -> mean over frames -> projection.
+    """Frame features -> projection -> convolution -> temporal transformer -> pooling -> projection.
 
     Args:
-        feature_size: F.
-        embedding_size: D; equals F for a residual head.
+        feature_sizes: F of each fused backbone, one alone as a rule. Each part of a row is normalised by
+            itself: backbones differ in scale, and the larger one would drown the other.
+        embedding_size: D; equals F of the residual part.
+        convolution: Width in frames of the temporal convolution; 0 leaves it out.
         layers: Of the temporal transformer; 0 leaves it out.
-        dropout: In it and before it.
-        residual: Add to the normalised mean of normalised frames, starting from zero.
+        pooling: `mean` of the frames, or `attention`: frames weighted by a learned query.
+        dropout: In all of them and before.
+        residual_part: Add to the normalised mean of the normalised frames of this part, starting from zero;
+            None where no part shares a space with the captions.
 
     Shape:
         frame_features `(B, T, F)`, frame_mask `(B, T)` bool, at least one True a row.
     """
 
     def __init__(
-        self, feature_size: int, embedding_size: int, *, layers: int, dropout: float, residual: bool
+        self,
+        feature_sizes: Sequence[int],
+        embedding_size: int,
+        *,
+        convolution: int,
+        layers: int,
+        pooling: str,
+        dropout: float,
+        residual_part: int | None,
     ) -> None:
         super().__init__()
-        self.residual = residual
+        self.residual = None if residual_part is None else _span(feature_sizes, residual_part)
         self.project_in = nn.Sequential(
-            nn.LayerNorm(feature_size), nn.Linear(feature_size, embedding_size), nn.Dropout(dropout)
+            PartNorm(feature_sizes), nn.Linear(sum(feature_sizes), embedding_size), nn.Dropout(dropout)
         )
+        self.convolution = TemporalConvolution(embedding_size, convolution, dropout) if convolution else None
         self.layers = nn.ModuleList(TemporalLayer(embedding_size, dropout) for _ in range(layers))
+        self.pooling = AttentionPooling(embedding_size) if pooling == "attention" else None
         self.project_out = nn.Linear(embedding_size, embedding_size)
-        if residual:
+        if self.residual is not None:
             nn.init.zeros_(self.project_out.weight)
             nn.init.zeros_(self.project_out.bias)
 
@@ -61,51 +76,44 @@ class VideoHead(nn.Module):
         # real frames alone, 3.6 times fewer on MSR-VTT's clips at one frame a second.
         real = frame_mask.flatten().nonzero().squeeze(1)  # (N,)
         flat = self.project_in(frame_features.flatten(0, 1).index_select(0, real))  # (N, F) -> (N, D)
+        if self.convolution is not None:
+            flat = self.convolution(flat, real, frame_mask)
         if self.layers:
             length = frame_mask.shape[1]
             flat = flat + sinusoids(length, flat.shape[1], flat.device)[real % length]
         for layer in self.layers:
             flat = layer(flat, real, frame_mask)
         frames = unpack(flat, real, frame_mask)  # (B, T, D)
-        pooled = self.project_out(masked_mean(frames, frame_mask))  # (B, D)
-        if self.residual:
-            pooled = pooled + mean_of_frames(frame_features, frame_mask)
+        pooled = masked_mean(frames, frame_mask) if self.pooling is None else self.pooling(frames, frame_mask)
+        pooled = self.project_out(pooled)  # (B, D)
+        if self.residual is not None:
+            pooled = pooled + mean_of_frames(frame_features[..., self.residual], frame_mask)
         return VideoOutput(F.normalize(pooled, dim=-1), frames)
 
 
-class TemporalLayer(nn.Module):
-    """One pre-norm transformer layer (Vaswani et al. 2017) over the frames of each video of a batch.
+class PartNorm(nn.Module):
+    """Layer normalisation of each part of a row by itself; of one part it is `nn.LayerNorm`.
 
     Args:
-        size: D.
-        dropout: On both branches.
+        sizes: Of the parts, in order.
 
     Shape:
-        flat `(N, D)`, the real frames of all videos; real `(N,)`, their places in the flattened batch;
-        frame_mask `(B, T)` bool -> `(N, D)`.
+        `(N, F)` -> `(N, F)`, F the sum of sizes.
     """
 
-    def __init__(self, size: int, dropout: float) -> None:
+    def __init__(self, sizes: Sequence[int]) -> None:
         super().__init__()
-        self.heads = max(1, size // 64)
-        if size % self.heads:
-            raise UsageError(f"embedding size {size} - expected a multiple of 64, for heads of 64")
-        self.norm_attention, self.norm_hidden = nn.LayerNorm(size), nn.LayerNorm(size)
-        self.query_key_value, self.out = nn.Linear(size, 3 * size), nn.Linear(size, size)
-        self.hidden = nn.Sequential(
-            nn.Linear(size, 2 * size), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * size, size)
-        )
-        self.dropout = nn.Dropout(dropout)
+        self.sizes = list(sizes)
+        self.weight, self.bias = nn.Parameter(torch.ones(sum(sizes))), nn.Parameter(torch.zeros(sum(sizes)))
 
-    def forward(self, flat: torch.Tensor, real: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
-        projected = self.query_key_value(self.norm_attention(flat))  # (N, 3D)
-        padded = unpack(projected, real, frame_mask).unflatten(-1, (3, self.heads, -1))
-        query, key, value = padded.permute(2, 0, 3, 1, 4)  # each (B, heads, T, D / heads)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=frame_mask[:, None, None, :])
-        attended = attended.transpose(1, 2).flatten(2).flatten(0, 1).index_select(0, real)  # (N, D)
-        flat = flat + self.dropout(self.out(attended))
-        flat = flat + self.dropout(self.hidden(self.norm_hidden(flat)))
-        return flat
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        parts = zip(*(whole.split(self.sizes, dim=-1) for whole in (rows, self.weight, self.bias)), strict=True)
+        return torch.cat([F.layer_norm(part, part.shape[1:], weight, bias) for part, weight, bias in parts], dim=1)
+
+
+def _span(sizes: Sequence[int], part: int) -> slice:
+    begin = sum(sizes[:part])
+    return slice(begin, begin + sizes[part])
 
 
 class TextHead(nn.Module):
@@ -141,12 +149,6 @@ class TextHead(nn.Module):
         normalised = F.normalize(caption_features, dim=-1)
         base = normalised if self.linear is None else self.linear(normalised)
         return F.normalize(base + self.hidden(normalised), dim=-1)
-
-
-def unpack(flat: torch.Tensor, real: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
-    """Put the real frames into their places, zeros elsewhere: `(N, D)`, `(N,)`, `(B, T)` -> `(B, T, D)`."""
-    padded = flat.new_zeros(frame_mask.numel(), flat.shape[1]).index_copy(0, real, flat)
-    return padded.view(*frame_mask.shape, flat.shape[1])
 
 
 def masked_mean(frames: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
