@@ -40,7 +40,7 @@ def _help_of(name: str) -> str:
 @click.argument("store", required=False, type=click.Path(path_type=Path))
 @click.argument("captions", required=False, type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="The run. [default: the next ./runs/NNN]")
-@click.option("--backbone", help="Whose features, where the store holds several.")
+@click.option("--backbone", help="Whose features, where the store holds several; A+B fuses those of A and B.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:0, ...")
 @_config_options
 def train(
