@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import sentencepiece
+import synthetic
 import torch
 import torch.nn.functional as F
 from conftest import RunSvb
@@ -28,11 +31,14 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from svb.data.caption_features import read_caption_features
 from svb.data.t5 import load_t5_encoder, load_t5_with_decoder
-from svb.errors import InputError, ModelUnavailableError
+from svb.errors import InputError, MismatchError, ModelUnavailableError, UsageError
 from svb.extract.text_encoders import load_text_encoder
 from svb.extract.text_encoders.t5 import LENGTHS
 from svb.extract.text_encoders.text_encoder import TextEncoder
+from svb.train.checkpoint import load_checkpoint
+from svb.train.config import TrainConfig
 from svb.train.decoders.t5 import MAX_TOKENS, T5Decoder
+from svb.train.run import read_run, train
 
 # Tensors this small are slower on two threads than on one.
 torch.set_num_threads(1)
@@ -306,6 +312,74 @@ class TestDecoder:
     def test_the_hash_is_of_the_pretrained_weights(self, tied: Path, untied: Path) -> None:
         assert T5Decoder(str(tied), 4).weights_hash == T5Decoder(str(tied), 8).weights_hash
         assert T5Decoder(str(tied), 4).weights_hash != T5Decoder(str(untied), 4).weights_hash
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return synthetic.make_task(tmp_path_factory.mktemp("task"), num_train=40, num_val=8)
+
+
+class TestTraining:
+    SMALL = ("--embedding-size", 32, "--batch-size", 16, "--learning-rate", "5e-3", "--evaluate-every", 2)
+
+    def test_train_end_to_end(
+        self,
+        task: tuple[Path, Path],
+        folder: Path,
+        tmp_path: Path,
+        run_svb: RunSvb,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.chdir(folder.parent)
+        run = tmp_path / "run"
+        call = ("train", *task, "-o", run, *self.SMALL, "--epochs", 6, "--decoder", f"t5:{folder.name}")
+        ran = run_svb(*call)
+        assert (ran.exit_code, ran.stdout) == (0, f"{run}\n"), ran.stderr
+        described = read_run(run)
+        assert described["config"]["decoder"] == f"t5:{folder}"  # so that it can be resumed from anywhere
+        assert described["decoder_weights_hash"] == T5Decoder(str(folder), 32).weights_hash
+        losses = [json.loads(line)["cross_captioning"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert len(losses) == 6 and losses[-1] < 0.8 * losses[0]
+        trained = load_checkpoint(run / "last").model
+        before = {f"decoder.{name}": tensor for name, tensor in T5Decoder(str(folder), 32).state_dict().items()}
+        assert set(before) <= set(trained)
+        assert not any(torch.equal(trained[name], tensor) for name, tensor in before.items())
+        assert "nothing to do" in run_svb(*call).stderr
+        ran = run_svb("evaluate", run, "--json")
+        assert ran.exit_code == 0 and "t2v/R@1" in ran.stdout, ran.stderr
+
+    def test_a_killed_run_goes_on_to_the_same_bytes(
+        self, task: tuple[Path, Path], tied: Path, tmp_path: Path
+    ) -> None:
+        config = TrainConfig(embedding_size=32, batch_size=16, epochs=3, evaluate_every=3, decoder=f"t5:{tied}")
+        whole, cut = train(*task, tmp_path / "whole", config), tmp_path / "cut"
+
+        def stop(metrics: dict[str, float]) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+        with pytest.raises(KeyboardInterrupt):
+            train(*task, cut, config, on_epoch=stop)
+        train(*task, cut, config)
+        assert (cut / "last/model.safetensors").read_bytes() == (whole / "last/model.safetensors").read_bytes()
+
+    def test_another_t5_is_refused(self, task: tuple[Path, Path], damaged: Path, tmp_path: Path) -> None:
+        config = TrainConfig(embedding_size=32, batch_size=16, epochs=1, decoder=f"t5:{damaged}")
+        train(*task, tmp_path / "run", config)
+        network = T5ForConditionalGeneration.from_pretrained(damaged)
+        with torch.no_grad():
+            network.shared.weight[5, 5] += 1
+        network.save_pretrained(damaged)
+        with pytest.raises(MismatchError, match="decoder_weights_hash: stored"):
+            train(*task, tmp_path / "run", config)
+
+    def test_options_that_mean_nothing(self, task: tuple[Path, Path], tmp_path: Path, run_svb: RunSvb) -> None:
+        ran = run_svb("train", *task, "-o", tmp_path / "run", "--decoder", "gru")
+        assert ran.exit_code == 2 and "decoder is 'gru' - expected transformer, t5:MODEL or t5:FOLDER" in ran.stderr
+        with pytest.raises(UsageError, match=r"decoder is t5:x, which rebuilds tokens, and rebuild embedding"):
+            TrainConfig(decoder="t5:x", rebuild="embedding")
+        with pytest.raises(InputError, match=r"holds no config\.json"):
+            train(*task, tmp_path / "run", TrainConfig(decoder=f"t5:{tmp_path}"))
+        assert not (tmp_path / "run").exists()
 
 
 class TestErrors:

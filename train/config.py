@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, fields
 
 from svb.errors import UsageError
@@ -36,7 +37,7 @@ class TrainConfig:
         convolution: Width in frames, an odd number, of a convolution along a video's frames; 0 leaves it out.
         layers: Transformer layers over a video's frames; 0 leaves them out.
         pooling: How frames become one embedding: by their `mean`, or by `attention`, weighted by a learned query.
-        dropout: In heads and decoder.
+        dropout: In heads and decoder; a T5 comes with its own.
         max_frames: A longer video is thinned evenly to this many frames.
         loss: The contrastive loss, `info_nce` or `max_margin`.
         margin: Of `max_margin`.
@@ -58,7 +59,8 @@ class TrainConfig:
         memory_bank: Videos of earlier batches in the support set beside those of the batch; 0 for none.
         rebuild: What a caption is rebuilt as: its `tokens`, or its frozen `embedding` (cosine), at a fraction
             of the cost.
-        decoder: Of tokens: `transformer`, a small one that knows the training captions' words alone.
+        decoder: Of tokens: `transformer`, a small one that knows the training captions' words alone, or `t5:MODEL`,
+            the pretrained decoder of a T5 on a model hub or in a folder, trained on.
         decoder_size: Width of the small transformer.
         decoder_layers: Of the small transformer.
         decode_fraction: Share of a batch's captions that are rebuilt, drawn anew each step.
@@ -125,6 +127,7 @@ class TrainConfig:
             if isinstance(value, int) and not isinstance(value, bool) and value < at_least:
                 raise UsageError(f"{field.name} is {value} - expected at least {at_least}")
         _require_odd_or_zero("convolution", self.convolution)
+        _require_decoder(self.decoder, self.rebuild)
         if self.batch_size < 2:
             raise UsageError("batch_size is 1 - expected at least 2: a contrastive loss needs negatives")
         for name in ("dropout", "val_fraction", "warmup", "negatives_warmup"):
@@ -149,3 +152,12 @@ def _require_odd_or_zero(name: str, value: int) -> None:
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UsageError(f"{name} is {value!r} - expected one of {', '.join(choices)}")
+
+
+def _require_decoder(decoder: str, rebuild: str) -> None:
+    if decoder == "transformer":
+        return
+    if not re.fullmatch("t5:.+", decoder):
+        raise UsageError(f"decoder is {decoder!r} - expected transformer, t5:MODEL or t5:FOLDER")
+    if rebuild != "tokens":
+        raise UsageError(f"decoder is {decoder}, which rebuilds tokens, and rebuild {rebuild} - choose one of them")

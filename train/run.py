@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from svb.data.publish import lock_folder, remove_leftovers
 from svb.device import choose_device, choose_precision, precision_name
 from svb.errors import InputError
 from svb.train.config import TrainConfig
-from svb.train.decoders import needs_vocabulary
+from svb.train.decoders import absolute_decoder, needs_vocabulary
+from svb.train.decoders.t5 import T5Decoder
 from svb.train.interrupts import deferred_interrupts
 from svb.train.loop import Loop
 from svb.train.model import RetrievalModel
@@ -93,6 +94,7 @@ def _train(
     on_epoch: Callable[[dict[str, float]], None],
     on_message: Callable[[str], None],
 ) -> Path:
+    config = replace(config, decoder=absolute_decoder(config.decoder))
     feature_store, caption_features = FeatureStore(store), read_caption_features(captions)
     backbone = feature_store.only_backbone(backbone)
     train_split, val_split = _load_splits(feature_store, backbone, caption_features, config, device, on_message)
@@ -107,6 +109,8 @@ def _train(
         vocabulary = Vocabulary.of(train_split.captions, config.min_word_count)
     torch.manual_seed(config.seed)
     model = build_model(description, with_decoder=True, vocabulary=vocabulary).to(device)
+    if isinstance(model.decoder, T5Decoder):
+        description["decoder_weights_hash"] = model.decoder.weights_hash
     loop = Loop(
         model,
         train_split,

@@ -10,8 +10,10 @@ from typing import Protocol
 
 import torch
 
+from svb.data.t5 import absolute_t5_name
 from svb.train.config import TrainConfig
 from svb.train.decoders.embedding import EmbeddingDecoder
+from svb.train.decoders.t5 import T5Decoder
 from svb.train.decoders.transformer import CaptionDecoder
 from svb.train.vocabulary import Vocabulary
 
@@ -60,13 +62,25 @@ def make_decoder(
         memory_size: D of the frame sequences.
         text_feature_size: F of the text encoder.
         vocabulary: Of the small transformer; the others need none.
+
+    Raises:
+        As `svb.data.t5.load_t5_with_decoder`.
     """
     if config.rebuild == "embedding":
         return EmbeddingDecoder(memory_size, text_feature_size, dropout=config.dropout)
+    family, _, name = config.decoder.partition(":")
+    if family == "t5":
+        return T5Decoder(name, memory_size)
     assert vocabulary is not None
     return CaptionDecoder(
         vocabulary, memory_size, size=config.decoder_size, layers=config.decoder_layers, dropout=config.dropout
     )
+
+
+def absolute_decoder(decoder: str) -> str:
+    """Return a config's `decoder` with a local folder in it made absolute, so that it holds everywhere."""
+    family, _, name = decoder.partition(":")
+    return f"t5:{absolute_t5_name(name)}" if family == "t5" else decoder
 
 
 def needs_vocabulary(config: TrainConfig) -> bool:

@@ -80,7 +80,8 @@ class T5Decoder(nn.Module):
             tokens `(B, L)` int64, frame_sequences `(B, T, D)`, frame_mask `(B, T)` bool, wanted `(B, L)` bool,
             N times True -> `(N, d_model)`.
         """
-        hidden = self._step(tokens, self.project_memory(frame_sequences), frame_mask).last_hidden_state
+        step = self._step(tokens, self.project_memory(frame_sequences), frame_mask)
+        hidden: torch.Tensor = step.last_hidden_state  # (B, L, d_model)
         return self._scale * hidden.flatten(0, 1).index_select(0, wanted.flatten().nonzero().squeeze(1))
 
     @torch.inference_mode()
