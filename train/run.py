@@ -19,6 +19,7 @@ from svb.data.publish import lock_folder, remove_leftovers
 from svb.device import choose_device, choose_precision, precision_name
 from svb.errors import InputError
 from svb.train.config import TrainConfig
+from svb.train.curves import TensorBoard, draw_curves
 from svb.train.decoders import absolute_decoder, needs_vocabulary
 from svb.train.decoders.t5 import T5Decoder
 from svb.train.interrupts import deferred_interrupts
@@ -132,14 +133,30 @@ def _train(
         processes.wait()
         if loop.epoch == config.epochs:
             on_message(f"nothing to do: {out} has had its {config.epochs} epochs")
-        with deferred_interrupts() as interrupted:
-            while loop.epoch < config.epochs:
-                on_epoch(loop.run_epoch(interrupted))
+        if loop.epoch < config.epochs:
+            _run(loop, config, out, processes, on_epoch)
         processes.wait()
     finally:
         if lock is not None:
             os.close(lock)
     return out
+
+
+def _run(
+    loop: Loop, config: TrainConfig, out: Path, processes: Processes, on_epoch: Callable[[dict[str, float]], None]
+) -> None:
+    board = TensorBoard(out, loop.epoch) if processes.is_first else None
+    try:
+        with deferred_interrupts() as interrupted:
+            while loop.epoch < config.epochs:
+                metrics = loop.run_epoch(interrupted)
+                if board is not None:
+                    board.add(metrics)
+                on_epoch(metrics)
+    finally:
+        if board is not None:
+            board.close()
+            draw_curves(out)
 
 
 def build_model(

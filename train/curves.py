@@ -1,0 +1,73 @@
+"""A training's curves: to TensorBoard while it runs, and to curves.png in the run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from svb.data.publish import published_file
+
+# A panel a line: its title, and which of an epoch's metrics it shows.
+PANELS = {
+    "losses": ("loss", "contrastive", "cross_captioning"),
+    "t2v on val, %": ("val/t2v/R@1", "val/t2v/R@5", "val/t2v/R@10"),
+    "v2t on val, %": ("val/v2t/R@1", "val/v2t/R@5", "val/v2t/R@10"),
+    "logit_scale": ("logit_scale",),
+    "entropy of the support weights, nats": ("support_entropy",),
+    "norm of the gradient": ("gradient_norm",),
+}
+
+
+class TensorBoard:
+    """Writes every epoch's metrics as scalars under `tensorboard/` in the run.
+
+    Args:
+        run: The run.
+        epoch: How many epochs it has had: what a killed training wrote after them is hidden.
+    """
+
+    def __init__(self, run: Path, epoch: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=epoch + 1)
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            if name != "epoch":
+                self._writer.add_scalar(name, value, int(metrics["epoch"]))  # type: ignore[no-untyped-call]
+        self._writer.flush()  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        self._writer.close()  # type: ignore[no-untyped-call]
+
+
+def draw_curves(run: Path) -> Path:
+    """Draw what metrics.jsonl holds.
+
+    Args:
+        run: The run.
+
+    Returns:
+        Its `curves.png`; drawn anew, or not at all before the first epoch has ended.
+    """
+    path = run / "curves.png"
+    if not (run / "metrics.jsonl").exists():
+        return path
+    # The object interface, which touches no global state and needs no screen.
+    from matplotlib.figure import Figure
+
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    figure = Figure(figsize=(12, 6.5), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True):
+        for name in names:
+            points = [(line["epoch"], line[name]) for line in lines if name in line]
+            axes.plot(*zip(*points, strict=True) if points else ([], []), marker=".", label=name)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("epoch", fontsize=8)
+        axes.grid(alpha=0.3)
+        if len(names) > 1:
+            axes.legend(fontsize=8)
+    with published_file(path) as aside:
+        figure.savefig(aside, dpi=100)
+    return path
