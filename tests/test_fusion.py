@@ -37,7 +37,9 @@ from svb.train.training_data import FrameTable
 torch.set_num_threads(1)  # two test processes with two threads each get into each other's way
 A, B = synthetic.BACKBONE, "synthetic:clips/with+plus.pth"
 FUSED = f"{A}+{B}"
-QUICK = TrainConfig(embedding_size=16, variant="none", batch_size=16, epochs=10, learning_rate=5e-3, dropout=0.1)
+QUICK = TrainConfig(
+    embedding_size=16, variant="none", batch_size=16, epochs=10, evaluate_every=10, learning_rate=5e-3, dropout=0.1
+)
 
 
 def make_rows(features: NDArray[np.floating], times_seconds: NDArray[np.floating]) -> VideoRows:

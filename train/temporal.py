@@ -40,7 +40,8 @@ class TemporalConvolution(nn.Module):
         reach = self.width // 2
         padded = F.pad(unpack(self.norm(flat), real, frame_mask), (0, 0, reach, reach))  # (B, T + width - 1, D)
         windows = padded.unfold(1, self.width, 1).flatten(0, 1).index_select(0, real)  # (N, D, width)
-        return flat + self.dropout(F.gelu(self.taps(windows.flatten(1))))
+        flat = flat + self.dropout(F.gelu(self.taps(windows.flatten(1))))
+        return flat
 
 
 class TemporalLayer(nn.Module):
