@@ -12,12 +12,11 @@ import torch
 
 from svb.train.config import TrainConfig
 from svb.train.decoders import EmbeddingDecoder, pad
-from svb.train.heads import masked_mean
 from svb.train.losses import cross_captioning, embedding_distance, info_nce, max_margin
 from svb.train.memory_bank import MemoryBank
 from svb.train.model import RetrievalModel
 from svb.train.processes import Processes
-from svb.train.support_set import entropy, mix, own_mask, support_weights
+from svb.train.support_set import entropy, mix, own_mask, support_values, support_weights
 from svb.train.training_data import SplitData
 
 
@@ -93,13 +92,10 @@ class Objective:
         nothing = torch.zeros_like(contrastive)
         if self.model.decoder is None:
             return StepLosses(contrastive, contrastive, nothing, nothing)
-        if self.config.support_values == "pooled":
-            frame_sequences = masked_mean(frame_sequences, frame_mask)[:, None]  # (b, 1, D)
-            frame_mask = frame_mask[:, :1]
-            all_masks = frame_mask.new_ones(total, 1)
-        else:
-            all_masks = self.split.frames.mask(all_rows)  # (B, T)
-        all_sequences = self.processes.gather(frame_sequences, total)  # (B, T, D)
+        values, _ = support_values(frame_sequences, frame_mask, self.config.support_values)
+        all_sequences = self.processes.gather(values, total)  # (B, T, D), T is 1 for pooled values
+        # Every process knows the lengths of all videos: masks need no exchange.
+        all_masks = self.split.frames.mask(all_rows)[:, : all_sequences.shape[1]]  # (B, T)
         support = (all_videos, all_sequences, all_masks, all_rows)
         rebuilding, spread = self._rebuild(caption_embeddings, batch, is_decoded, support)
         if self.bank is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from svb.errors import InputError
+from svb.train.heads import masked_mean
 
 # Of the weight of one mixture: less than this going on at a time step is nothing, since dividing by it would
 # turn rounding into content, and its gradient into infinity.
@@ -61,6 +62,19 @@ def support_weights(
         return logits.masked_fill(own, float("-inf")).softmax(dim=1)
     full = logits.softmax(dim=1)
     return full if variant == "full" else (full + _share_equally(own, full.dtype)) / 2
+
+
+def support_values(
+    frame_sequences: torch.Tensor, frame_mask: torch.Tensor, kind: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what is averaged over the support set: the `frames` as they are, or the `pooled` mean as one frame.
+
+    Shape:
+        `(S, T, D)`, `(S, T)` bool -> the same, T being 1 for `pooled`.
+    """
+    if kind == "frames":
+        return frame_sequences, frame_mask
+    return masked_mean(frame_sequences, frame_mask)[:, None], frame_mask.any(dim=1, keepdim=True)
 
 
 def mix(

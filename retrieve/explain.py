@@ -1,0 +1,238 @@
+"""`svb explain`: which videos a run would rebuild a caption from, with what weights, and what becomes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from svb.data.caption_features import CaptionFeatures
+from svb.data.feature_store import FeatureStore
+from svb.device import choose_device
+from svb.errors import InputError, UsageError
+from svb.retrieve.embedder import embed_file, load_matching_text_encoder
+from svb.retrieve.explain_page import Explanation, SupportVideo, write_page
+from svb.retrieve.inputs import Inputs, open_inputs
+from svb.train.checkpoint import load_checkpoint, load_weights
+from svb.train.config import VARIANTS
+from svb.train.decoders import EmbeddingDecoder
+from svb.train.model import RetrievalModel
+from svb.train.run import build_model, read_run, read_vocabulary
+from svb.train.support_set import entropy, mix, own_mask, support_values, support_weights
+from svb.train.training_data import FrameTable, SplitData, load_split, positions_of_splits
+
+# Rows of the heat maps: more cannot be told apart on a page.
+MATRIX_SIZE = 16
+NEAREST_CAPTIONS = 5
+
+
+def explain(
+    run: Path | str,
+    caption: str | None = None,
+    *,
+    video: str | None = None,
+    out: Path | None = None,
+    k: int = 5,
+    support_size: int | None = None,
+    store: Path | str | None = None,
+    captions: Path | str | None = None,
+    checkpoint: str = "best",
+    device: str = "auto",
+    on_message: Callable[[str], None] = lambda message: None,
+) -> Path:
+    """Show what a run would rebuild a caption, or what a video shows, from.
+
+    The weights are those of the cross variant: the query's own video takes no part.
+
+    Args:
+        run: A run.
+        caption: The query, or
+        video: a video file, or the video_id of one in the store.
+        out: The folder to write to; `explain/` in the run where not given.
+        k: How many support videos to show.
+        support_size: How many training videos are drawn as support set; the run's batch size where not given, 0
+            for all of them.
+        store: The feature store, where it is not where the run found it.
+        captions: The caption features file, likewise.
+        checkpoint: `best` or `last`.
+        device: `auto`, `cpu`, `cuda:0`, ...
+        on_message: Called with a line that the user should see.
+
+    Returns:
+        The page, `out/index.html`; the same as one picture is beside it, `explain.png`.
+
+    Raises:
+        UsageError: Both a caption and a video are given, or neither, or a number is out of range.
+        InputError: The file is no video, or store, captions or checkpoint are missing.
+        MismatchError: Store or captions were made with other settings than the run's.
+    """
+    if (caption is None) == (video is None):
+        raise UsageError("expected either a caption or --video - give exactly one of the two")
+    if k < 1 or (support_size is not None and support_size < 0):
+        raise UsageError(f"k is {k} and support_size {support_size} - expected at least 1, and at least 0")
+    run, torch_device = Path(run), choose_device(device)
+    inputs = open_inputs(run, device=torch_device, store=store, captions=captions, checkpoint=checkpoint)
+    if inputs.data is None or inputs.captions is None:
+        raise UsageError(f"{run} is a feature store, which has no support set - name a run of `svb train`")
+    model, epoch = _load_model(run, checkpoint, torch_device)
+    positions = positions_of_splits(
+        inputs.captions, val_fraction=inputs.config.val_fraction, seed=inputs.config.seed, on_message=on_message
+    )
+    split = _load(inputs, positions["train"], torch_device)
+    embedding, own_video = _embed_query(inputs, model, caption, video, torch_device)
+    support = _draw_support(split, inputs.config.batch_size if support_size is None else support_size, own_video)
+    with torch.inference_mode():
+        embeddings, frame_sequences, frame_mask = _video_side(model, split, support)
+        weights = support_weights(
+            embedding[None],
+            embeddings,
+            torch.zeros(1, len(support), dtype=torch.bool, device=torch_device),
+            variant="cross",
+            temperature=model.support_temperature,
+        )  # (1, S)
+        mixture = mix(weights, *support_values(frame_sequences, frame_mask, inputs.config.support_values))
+        heaviest = weights[0].topk(min(k, len(support)))
+        matrices, matrix_captions = _matrices(
+            model, _load(inputs, positions["val"] or positions["train"], torch_device)
+        )
+        explanation = Explanation(
+            query=caption if caption is not None else str(video),
+            run=str(run),
+            epoch=epoch,
+            variant=inputs.config.variant,
+            temperature=float(model.support_temperature),
+            support_size=len(support),
+            entropy=float(entropy(weights)),
+            videos=[
+                _support_video(split, inputs.store, int(support[place]), weight)
+                for weight, place in zip(heaviest.values.tolist(), heaviest.indices.tolist(), strict=True)
+            ],
+            written=_write(model, mixture),
+            nearest=_nearest_captions(model, mixture, split),
+            matrices=matrices,
+            matrix_captions=matrix_captions,
+        )
+    return write_page(explanation, out or run / "explain", inputs.store, on_message)
+
+
+def _load_model(run: Path, checkpoint: str, device: torch.device) -> tuple[RetrievalModel, int]:
+    description = read_run(run)
+    loaded = load_checkpoint(run / checkpoint)
+    model = build_model(description, with_decoder=True, vocabulary=read_vocabulary(run))
+    load_weights(model, loaded.model, run / checkpoint)
+    return model.eval().requires_grad_(False).to(device), loaded.epoch
+
+
+def _load(inputs: Inputs, positions: Sequence[int], device: torch.device) -> SplitData:
+    assert inputs.captions is not None
+    return load_split(
+        inputs.store,
+        inputs.embedder.backbone,
+        inputs.captions,
+        positions,
+        max_frames=inputs.config.max_frames,
+        device=device,
+    )
+
+
+def _embed_query(
+    inputs: Inputs, model: RetrievalModel, caption: str | None, video: str | None, device: torch.device
+) -> tuple[torch.Tensor, str | None]:
+    """Return the query's `(D,)` embedding, and the video_id of its own video where that is known."""
+    if caption is not None:
+        if not caption.strip():
+            raise UsageError("the caption is empty - expected some words")
+        assert inputs.captions is not None
+        encoder = load_matching_text_encoder(inputs.captions.settings["text_encoder"], device)
+        features = torch.from_numpy(encoder.encode([caption])).to(device)
+        with torch.inference_mode():
+            return model.text_head(features.float())[0], _video_of(inputs.captions, caption)
+    assert video is not None
+    if Path(video).is_file():
+        return torch.from_numpy(embed_file(Path(video), inputs.embedder, device)).to(device), None
+    if video not in inputs.store.video_ids:
+        raise InputError(f"{video!r} is neither a video file nor a video_id of {inputs.store.path}")
+    loaded = inputs.store.load(inputs.embedder.backbone, [video])
+    frames = FrameTable.of(loaded, inputs.embedder.max_frames, device)
+    return torch.from_numpy(inputs.embedder.embed_videos(frames)[0]).to(device), video
+
+
+def _video_of(captions: CaptionFeatures, caption: str) -> str | None:
+    """Return whose caption this is word by word, if it is one video's alone."""
+    owners = {
+        video_id
+        for video_id, known in zip(captions.table.video_ids, captions.table.captions, strict=True)
+        if known == caption
+    }
+    return owners.pop() if len(owners) == 1 else None
+
+
+def _draw_support(split: SplitData, size: int, own_video: str | None) -> torch.Tensor:
+    """Return `(S,)` rows of training videos, drawn by a fixed seed."""
+    rows = [row for row, video_id in enumerate(split.frames.video_ids) if video_id != own_video]
+    drawn = np.random.default_rng(0).permutation(rows)[: size or None]
+    return torch.from_numpy(np.sort(drawn)).to(split.caption_video.device)
+
+
+def _video_side(
+    model: RetrievalModel, split: SplitData, rows: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return embeddings `(S, D)`, frame sequences `(S, T, D)` and their mask of some videos."""
+    parts = [model.video_head(*split.frames.gather(some, like=rows)) for some in rows.split(512)]
+    return (
+        torch.cat([part.video_embeddings for part in parts]),
+        torch.cat([part.frame_sequences for part in parts]),
+        split.frames.mask(rows),
+    )
+
+
+def _support_video(split: SplitData, store: FeatureStore, row: int, weight: float) -> SupportVideo:
+    first = int(torch.searchsorted(split.caption_video, row))
+    video_id = split.frames.video_ids[row]
+    return SupportVideo(video_id, weight, split.captions[first], Path(store.records[video_id].source_path))
+
+
+def _write(model: RetrievalModel, mixture: tuple[torch.Tensor, torch.Tensor]) -> str | None:
+    if model.decoder is None or isinstance(model.decoder, EmbeddingDecoder):
+        return None
+    written: list[str] = model.decoder.write(*mixture)
+    return written[0]
+
+
+def _nearest_captions(
+    model: RetrievalModel, mixture: tuple[torch.Tensor, torch.Tensor], split: SplitData
+) -> list[tuple[str, float]]:
+    if not isinstance(model.decoder, EmbeddingDecoder):
+        return []
+    rebuilt = model.decoder(*mixture)
+    cosines = torch.cat(
+        [torch.cosine_similarity(rebuilt, some.float()) for some in split.caption_features.split(8192)]
+    )
+    nearest: dict[str, float] = {}
+    for place in cosines.argsort(descending=True).tolist():
+        nearest.setdefault(split.captions[place], float(cosines[place]))
+        if len(nearest) == NEAREST_CAPTIONS:
+            break
+    return list(nearest.items())
+
+
+def _matrices(model: RetrievalModel, split: SplitData) -> tuple[dict[str, NDArray[np.float32]], list[str]]:
+    """Return the weights of all variants over one batch, a caption a video, and the captions."""
+    videos = np.random.default_rng(0).permutation(split.num_videos)[:MATRIX_SIZE]
+    rows = torch.from_numpy(np.sort(videos)).to(split.caption_video.device)
+    positions = torch.searchsorted(split.caption_video, rows)  # the first caption of each
+    captions = model.text_head(split.caption_features[positions].float())
+    embeddings, _, _ = _video_side(model, split, rows)
+    matrices = {
+        variant: support_weights(
+            captions, embeddings, own_mask(rows, rows), variant=variant, temperature=model.support_temperature
+        )
+        .cpu()
+        .numpy()
+        for variant in VARIANTS
+        if variant != "none"
+    }
+    return matrices, [split.captions[position] for position in positions.tolist()]

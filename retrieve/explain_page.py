@@ -1,0 +1,264 @@
+"""The page of `svb explain`, and the same as one picture."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svb.data.feature_store import FeatureStore
+from svb.data.publish import published_file
+from svb.extract.decode import FrameChunk
+from svb.extract.plan import PlannedVideo
+from svb.extract.pool import DecodePool, Finished
+from svb.extract.sampling import Sampling
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure, SubFigure
+
+STRIP_FRAMES = 6
+FRAME_HEIGHT_PX = 96
+
+
+@dataclass(frozen=True)
+class SupportVideo:
+    """A video that takes part in a mixture.
+
+    Attributes:
+        video_id: Of the training split.
+        weight: Its share of the mixture; all of the support set's sum to 1.
+        caption: One of its own.
+        file: What it was extracted from.
+    """
+
+    video_id: str
+    weight: float
+    caption: str
+    file: Path
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a run makes of a query.
+
+    Attributes:
+        query: The caption, or the name of the video.
+        run: The run.
+        epoch: Of its checkpoint.
+        variant: What it was trained to rebuild captions from.
+        temperature: Of the softmax over the support set.
+        support_size: S, how many training videos the weights are shared among.
+        entropy: Of the weights, nats; `log(S)` where all weigh the same.
+        videos: The heaviest, the heaviest first.
+        written: What the decoder of words wrote from the mixture; None without such a decoder.
+        nearest: Training captions nearest to the embedding that was rebuilt from the mixture, with their
+            cosines; empty without an embedding decoder.
+        matrices: Weights by variant, each `(b, b)`: captions by videos of one batch.
+        matrix_captions: The b captions, whose videos are the columns in the same order.
+    """
+
+    query: str
+    run: str
+    epoch: int
+    variant: str
+    temperature: float
+    support_size: int
+    entropy: float
+    videos: list[SupportVideo]
+    written: str | None
+    nearest: list[tuple[str, float]]
+    matrices: dict[str, NDArray[np.float32]]
+    matrix_captions: list[str]
+
+
+def write_page(explanation: Explanation, out: Path, store: FeatureStore, on_message: Callable[[str], None]) -> Path:
+    """Write `index.html` and `explain.png`.
+
+    Args:
+        explanation: What to show.
+        out: The folder; made where there is none.
+        store: Says how its videos were decoded.
+        on_message: Called with every video whose frames cannot be shown.
+
+    Returns:
+        The page; it needs no other file.
+    """
+    strips = _frame_strips(explanation.videos, store.settings["decoder"]["name"], on_message)
+    out.mkdir(parents=True, exist_ok=True)
+    with published_file(out / "explain.png") as aside:
+        _picture(explanation, strips).savefig(aside, dpi=100)
+    with published_file(out / "index.html") as aside:
+        aside.write_text(_html(explanation, strips), "utf-8")
+    return out / "index.html"
+
+
+def summary(explanation: Explanation) -> str:
+    """Return in one sentence what was asked of which run."""
+    even = math.log(explanation.support_size)
+    return (
+        f"{explanation.run} (epoch {explanation.epoch}, variant {explanation.variant}), support set of "
+        f"{explanation.support_size} training videos, temperature {explanation.temperature:.3g}, entropy of the "
+        f"weights {explanation.entropy:.2f} nats of {even:.2f} if all weighed the same"
+    )
+
+
+def rebuilt(explanation: Explanation) -> list[str]:
+    """Return in lines what became of the mixture."""
+    if explanation.written is not None:
+        return [f"the decoder wrote: {explanation.written or '(nothing)'}"]
+    if explanation.nearest:
+        heading = "the embedding rebuilt is nearest to these training captions:"
+        return [heading, *(f"{cosine:.2f}  {caption}" for caption, cosine in explanation.nearest)]
+    return ["trained without cross-captioning: there is no decoder to rebuild anything"]
+
+
+def _frame_strips(
+    videos: list[SupportVideo], decoder: str, on_message: Callable[[str], None]
+) -> list[list[NDArray[np.uint8]]]:
+    """Return a few small frames of each video; none of one that cannot be decoded any more."""
+    strips: list[list[NDArray[np.uint8]]] = [[] for _ in videos]
+    planned = [PlannedVideo(video.video_id, video.file) for video in videos]
+    for position, message in DecodePool(2, Sampling(frames=STRIP_FRAMES), decoder).run(planned):
+        if isinstance(message, FrameChunk):
+            strips[position] += [_small(frame) for frame in message.frames]
+        elif isinstance(message, Finished) and not strips[position]:
+            on_message(f"no frames of {videos[position].file} can be shown ({message.status}): {message.error}")
+    return strips
+
+
+def _small(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    from PIL import Image
+
+    height, width, _ = frame.shape
+    size = max(1, round(width * FRAME_HEIGHT_PX / height)), FRAME_HEIGHT_PX
+    return np.asarray(Image.fromarray(frame).resize(size))
+
+
+def _joined(strip: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """Return a strip's frames side by side; a grey box where there are none."""
+    if not strip:
+        return np.full((FRAME_HEIGHT_PX, FRAME_HEIGHT_PX, 3), 160, np.uint8)
+    return np.concatenate(strip, axis=1)
+
+
+def _draw_matrices(explanation: Explanation, figure: Figure | SubFigure) -> None:
+    panels = figure.subplots(1, len(explanation.matrices))
+    highest = max(matrix.max() for matrix in explanation.matrices.values())
+    for axes, (variant, matrix) in zip(panels, explanation.matrices.items(), strict=True):
+        # The square root shows small weights beside the 1 of identity.
+        drawn = axes.imshow(np.sqrt(matrix), cmap="magma", vmin=0, vmax=np.sqrt(highest))
+        axes.set_title(variant)
+        axes.set_xlabel("videos")
+        axes.set_xticks([])
+        axes.set_yticks([])
+    panels[0].set_yticks(range(len(explanation.matrix_captions)))
+    panels[0].set_yticklabels([_shortened(caption, 40) for caption in explanation.matrix_captions], fontsize=7)
+    scale = figure.colorbar(drawn, ax=list(panels), shrink=0.7, label="weight")
+    ticks = np.linspace(0, np.sqrt(highest), 5)
+    scale.set_ticks(ticks, labels=[f"{tick**2:.2f}" for tick in ticks])
+
+
+def _picture(explanation: Explanation, strips: list[list[NDArray[np.uint8]]]) -> Figure:
+    from matplotlib.figure import Figure
+
+    lines = rebuilt(explanation)
+    heights = [0.5 + 0.25 * len(lines), 1.25 * len(strips), 4.5]
+    figure = Figure(figsize=(14, sum(heights)), layout="constrained")
+    top, middle, bottom = figure.subfigures(3, 1, height_ratios=heights)
+    text = "\n".join([f"query: {explanation.query}", *lines])
+    top.text(0.01, 0.95, text, va="top", fontsize=11, parse_math=False)
+    panels = np.atleast_1d(middle.subplots(len(strips), 1))
+    for axes, video, strip in zip(panels, explanation.videos, strips, strict=True):
+        axes.imshow(_joined(strip))
+        axes.set_title(
+            f"{video.weight:.3f}  {video.video_id}: {_shortened(video.caption, 110)}",
+            loc="left",
+            fontsize=9,
+            parse_math=False,
+        )
+        axes.axis("off")
+        axes.set_anchor("W")
+    _draw_matrices(explanation, bottom)
+    bottom.suptitle("weights of the four variants over one batch (colours by the square root)", fontsize=10)
+    return figure
+
+
+def _html(explanation: Explanation, strips: list[list[NDArray[np.uint8]]]) -> str:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 4.5), layout="constrained")
+    _draw_matrices(explanation, figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    rows = "".join(
+        f"<figure><figcaption><b>{video.weight:.3f}</b> <code>{html.escape(video.video_id)}</code> "
+        f"{html.escape(video.caption)}</figcaption><div class=bar style='width:{100 * share:.1f}%'></div>"
+        f"<img alt='frames of {html.escape(video.video_id)}' src='{_as_source(_jpeg(_joined(strip)), 'jpeg')}'>"
+        "</figure>"
+        for video, strip, share in zip(
+            explanation.videos,
+            strips,
+            [video.weight / explanation.videos[0].weight for video in explanation.videos],
+            strict=True,
+        )
+    )
+    return _TEMPLATE.format(
+        query=html.escape(explanation.query),
+        summary=html.escape(summary(explanation)),
+        rebuilt="<br>".join(html.escape(line) for line in rebuilt(explanation)),
+        videos=rows,
+        matrices=_as_source(buffer.getvalue(), "png"),
+    )
+
+
+def _jpeg(picture: NDArray[np.uint8]) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def _as_source(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+_TEMPLATE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>svb explain: {query}</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }}
+h1 {{ font-size: 1.4rem; }}
+figure {{ margin: 1rem 0; }}
+figure img, .matrices {{ max-width: 100%; display: block; }}
+.bar {{ height: 4px; background: #e0632a; margin: 2px 0; }}
+.rebuilt {{ border-left: 4px solid #e0632a; padding-left: 1rem; }}
+.small {{ opacity: 0.75; font-size: 0.9rem; }}
+</style>
+<h1>&ldquo;{query}&rdquo;</h1>
+<p class="small">{summary}</p>
+<p class="rebuilt">{rebuilt}</p>
+<h2>The support videos that weigh most</h2>
+{videos}
+<h2>The four variants over one batch</h2>
+<p class="small">Rows are captions, columns the same captions' videos in the same order: identity rebuilds a caption
+from its own video, full from all, hybrid from the mean of the two, cross from all but its own. Colours by the
+square root of the weight.</p>
+<img class="matrices" alt="heat maps of the support weights of the four variants" src="{matrices}">
+</html>
+"""
