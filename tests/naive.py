@@ -3,42 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")
 Matrix = Sequence[Sequence[float]]
 Mask = Sequence[Sequence[bool]]
-
-
-def info_nce(similarity: Matrix, same_video: Mask, logit_scale: float) -> float:
-    """Mean of both directions of -log(e^own / (e^own + sum of e^other)), others being of other videos only."""
-    size = len(similarity)
-
-    def direction(value: Matrix, same: Mask) -> float:
-        total = 0.0
-        for i in range(size):
-            own = math.exp(logit_scale * value[i][i])
-            others = sum(math.exp(logit_scale * value[i][j]) for j in range(size) if not same[i][j])
-            total -= math.log(own / (own + others))
-        return total / size
-
-    return (direction(similarity, same_video) + direction(transpose(similarity), transpose(same_video))) / 2
-
-
-def max_margin(similarity: Matrix, same_video: Mask, margin: float) -> float:
-    """Mean over captions plus mean over videos of max(0, margin + hardest negative - own)."""
-    size = len(similarity)
-
-    def direction(value: Matrix, same: Mask) -> float:
-        total = 0.0
-        for i in range(size):
-            negatives = [value[i][j] for j in range(size) if not same[i][j]]
-            if negatives:
-                total += max(0.0, margin + max(negatives) - value[i][i])
-        return total / size
-
-    return direction(similarity, same_video) + direction(transpose(similarity), transpose(same_video))
 
 
 def support_weights(
@@ -196,9 +166,118 @@ def thin(num_frames: int, max_frames: int) -> list[int]:
     return [math.floor((part + 0.5) * num_frames / max_frames) for part in range(max_frames)]
 
 
+def resampled_differences(
+    hits_a: Sequence[Sequence[bool]],
+    hits_b: Sequence[Sequence[bool]],
+    query_video: Sequence[int],
+    draws: Sequence[Sequence[int]],
+) -> list[float]:
+    """For each draw of videos, put all queries of the drawn videos into one list, and take its mean difference."""
+    differences = []
+    for videos in draws:
+        values = []
+        for video in videos:
+            for of_a, of_b in zip(hits_a, hits_b, strict=True):  # pairs of runs
+                values += [b - a for a, b, own in zip(of_a, of_b, query_video, strict=True) if own == video]
+        differences.append(sum(values) / len(values))
+    return differences
+
+
+def paired_t_p(differences: Sequence[float]) -> float:
+    """Two-sided p of a paired t-test; the tail of Student's density is summed up in small steps."""
+    count = len(differences)
+    mean = sum(differences) / count
+    variance = sum((value - mean) ** 2 for value in differences) / (count - 1)
+    t, freedom = abs(mean) / math.sqrt(variance / count), count - 1
+    factor = math.gamma((freedom + 1) / 2) / (math.sqrt(freedom * math.pi) * math.gamma(freedom / 2))
+    steps = 20_000
+    width = t / steps
+    middle = sum(
+        factor * (1 + ((step + 0.5) * width) ** 2 / freedom) ** (-(freedom + 1) / 2) * width
+        for step in range(steps)
+    )
+    return 1 - 2 * middle
+
+
 def dot(a: Sequence[float], b: Sequence[float]) -> float:
     return sum(x * y for x, y in zip(a, b, strict=True))
 
 
 def transpose(matrix: Sequence[Sequence[T]]) -> list[list[T]]:
     return [list(column) for column in zip(*matrix, strict=True)]
+
+
+def info_nce(positive: float, negatives: Sequence[float], logit_scale: float) -> float:
+    """-log(e^own / (e^own + sum of e^other)) of one anchor."""
+    own = math.exp(logit_scale * positive)
+    return -math.log(own / (own + sum(math.exp(logit_scale * negative) for negative in negatives)))
+
+
+def max_margin(positive: float, negatives: Sequence[float], margin: float, which: str) -> float:
+    """max(0, margin + negative - own) of one anchor: of the hardest negative, or the mean over all."""
+    if which == "semi_hard":
+        negatives = [negative for negative in negatives if negative < positive]
+    if not negatives:
+        return 0.0
+    hinges = [max(0.0, margin + negative - positive) for negative in negatives]
+    return sum(hinges) / len(hinges) if which == "mean" else max(hinges)
+
+
+class Seen(NamedTuple):
+    """A video that a caption may be rebuilt from."""
+
+    embedding: Sequence[float]
+    frames: Matrix
+    video: int
+
+
+def objective(
+    captions: Matrix,
+    batch: Sequence[Seen],
+    older: Sequence[Seen],
+    cost: Callable[[float, Sequence[float]], float],
+    rebuild: Callable[[int, Matrix], tuple[float, int]],
+    *,
+    variant: str,
+    temperature: float,
+    weight: float,
+    intra_modal_weight: float = 0.0,
+    is_decoded: Sequence[bool] | None = None,
+) -> tuple[float, float, float, float]:
+    """The loss of a batch, and its parts: contrastive, cross-captioning, entropy of the support weights.
+
+    `batch` holds the video of every caption, `cost` is an anchor's from its positive and its negatives; `rebuild`
+    says what rebuilding the caption of that number costs from a mixture of frames, and over how many words.
+    """
+    size = len(captions)
+    videos = [seen.embedding for seen in batch]
+    pairs = [(captions, videos, 0.5), (videos, captions, 0.5)]
+    pairs += [(captions, captions, intra_modal_weight / 2), (videos, videos, intra_modal_weight / 2)]
+    contrastive = 0.0
+    for anchors, candidates, share in pairs:
+        for i in range(size):
+            negatives = [dot(anchors[i], candidates[j]) for j in range(size) if batch[j].video != batch[i].video]
+            contrastive += share * cost(dot(captions[i], videos[i]), negatives) / size
+    total, count, entropy, rebuilt = 0.0, 0, 0.0, 0
+    for i in range(size):
+        support = [*batch, *(seen for seen in older if seen.video != batch[i].video)]
+        own = [seen.video == batch[i].video for seen in support]
+        if (is_decoded is not None and not is_decoded[i]) or (variant == "cross" and all(own)):
+            continue
+        row = _support_row([dot(captions[i], seen.embedding) for seen in support], own, variant, temperature)
+        loss, words = rebuild(i, _mixture(row, [seen.frames for seen in support]))
+        total, count, rebuilt = total + loss, count + words, rebuilt + 1
+        entropy -= sum(share * math.log(share) for share in row if share)
+    cross_captioning = total / count if count else 0.0
+    return contrastive + weight * cross_captioning, contrastive, cross_captioning, entropy / max(1, rebuilt)
+
+
+def _mixture(weights: Sequence[float], videos: Sequence[Matrix]) -> list[list[float]]:
+    mixture = []
+    for t in range(max(map(len, videos))):
+        going_on = [(weight, video[t]) for weight, video in zip(weights, videos, strict=True) if len(video) > t]
+        total = sum(weight for weight, _ in going_on)
+        if total:
+            size = len(videos[0][0])
+            mixture.append([sum(weight * frame[d] for weight, frame in going_on) / total for d in range(size)])
+    return mixture

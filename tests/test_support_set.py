@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from svb.errors import InputError
 from svb.train.config import VARIANTS
 from svb.train.heads import masked_mean
-from svb.train.support_set import mix, own_mask, support_weights
+from svb.train.support_set import entropy, mix, own_mask, support_weights
 from svb.train.training_data import FrameTable
 
 WEIGHTED = [variant for variant in VARIANTS if variant != "none"]
@@ -142,7 +142,13 @@ def test_long_videos_are_thinned_to_the_middle_of_equal_parts(max_frames: int) -
     features = torch.arange(sum(lengths), dtype=torch.float16)[:, None]
     ends = torch.tensor(lengths).cumsum(0)
     table = FrameTable([], features, ends - torch.tensor(lengths), torch.tensor(lengths), max_frames)
-    frames, frame_mask = table.gather(torch.arange(len(lengths)))
+    rows = torch.arange(len(lengths))
+    frames, frame_mask = table.gather(rows)
+    # A share of the videos, as long as the longest of all.
+    shared_frames, shared_mask = table.gather(rows[1:4], like=rows)
+    assert torch.equal(shared_frames, frames[1:4]) and torch.equal(shared_mask, frame_mask[1:4])
+    assert torch.equal(table.mask(rows[1:4], like=rows), frame_mask[1:4])
+    assert table.gather(rows[:1])[0].shape[1] == 1
     assert frames.shape[1] == min(max_frames, max(lengths))
     begin = 0
     for row, length in enumerate(lengths):
@@ -150,3 +156,56 @@ def test_long_videos_are_thinned_to_the_middle_of_equal_parts(max_frames: int) -
         assert kept == naive.thin(length, max_frames)
         assert (frames[row, ~frame_mask[row]] == 0).all()
         begin += length
+
+
+@pytest.mark.parametrize("variant", WEIGHTED)
+def test_an_older_state_of_its_own_video_counts_for_nothing(variant: str) -> None:
+    captions, videos, _ = make_embeddings([0, 1, 1])
+    _, stored, _ = make_embeddings([0, 1, 2])
+    rows, stored_rows = torch.tensor([0, 1, 1]), torch.tensor([1, 2, 0])
+    support = torch.cat([videos, stored])
+    everyone = own_mask(rows, torch.cat([rows, stored_rows]))
+    older = everyone.clone()
+    older[:, :3] = False
+    weights = support_weights(captions, support, everyone, variant=variant, temperature=0.1, older=older)
+    for row in range(3):  # what is left when the older state is left out
+        kept = ~older[row]
+        expected = naive.support_weights(
+            captions[row : row + 1].tolist(), support[kept].tolist(), [everyone[row, kept].tolist()], variant, 0.1
+        )
+        np.testing.assert_allclose(weights[row, kept].numpy(), expected[0], rtol=1e-9, atol=1e-12)
+        assert (weights[row, ~kept] == 0).all()
+
+
+def test_older_states_alone_are_no_support_set() -> None:
+    captions, videos, own = make_embeddings([0, 0])
+    support, everyone = torch.cat([videos, videos]), torch.cat([own, own], dim=1)
+    older = everyone.clone()
+    older[:, :2] = False
+    with pytest.raises(InputError, match="every video of the support set is its own"):
+        support_weights(captions, support, everyone, variant="cross", temperature=0.1, older=older)
+    with pytest.raises(InputError, match="its own video is not in the support set"):
+        support_weights(captions, videos, own, variant="identity", temperature=0.1, older=own)
+
+
+@pytest.mark.parametrize("variant", WEIGHTED)
+def test_gradients_of_weights_and_mixtures_are_the_slopes(variant: str) -> None:
+    captions, videos, own = make_embeddings([0, 1, 1, 2])
+    random = torch.Generator().manual_seed(5)
+    frame_sequences = torch.randn(4, 3, 2, generator=random, dtype=torch.float64)
+    frame_mask = torch.arange(3)[None] < torch.tensor([1, 3, 2, 3])[:, None]
+    temperature = torch.tensor(0.4, dtype=torch.float64)
+
+    def mixtures(
+        captions: torch.Tensor, videos: torch.Tensor, temperature: torch.Tensor, frame_sequences: torch.Tensor
+    ) -> torch.Tensor:
+        weights = support_weights(captions, videos, own, variant=variant, temperature=temperature)
+        return mix(weights, frame_sequences, frame_mask)[0]
+
+    leaves = [tensor.requires_grad_() for tensor in (captions, videos, temperature, frame_sequences)]
+    assert torch.autograd.gradcheck(mixtures, leaves)
+
+
+def test_entropy_is_its_formula() -> None:
+    weights = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25], [0.5, 0.5, 0.0, 0.0]])
+    assert entropy(weights).tolist() == pytest.approx([0.0, np.log(4), np.log(2)])

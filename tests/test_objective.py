@@ -1,0 +1,248 @@
+"""The loss of a batch against a transcription of it in plain loops."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import naive
+import pytest
+import torch
+
+from svb.train.config import NEGATIVES, REBUILD, SUPPORT_VALUES, VARIANTS, TrainConfig
+from svb.train.decoders.embedding import EmbeddingDecoder
+from svb.train.decoders.transformer import CaptionDecoder
+from svb.train.memory_bank import MemoryBank
+from svb.train.model import RetrievalModel
+from svb.train.objective import Objective
+from svb.train.processes import Processes
+from svb.train.training_data import FrameTable, SplitData
+from svb.train.vocabulary import Vocabulary
+
+# Tensors this small are slower on two threads than on one.
+torch.set_num_threads(1)
+
+FEATURE_SIZE, TEXT_SIZE = 6, 5
+LENGTHS = (1, 4, 2, 3, 1, 6)
+CAPTIONS = ["a dog", "a cat runs", "the dog", "?", "a boat", "a dog runs", "boat", "cat", "the cat runs", "dog"]
+CAPTION_VIDEO = [0, 0, 1, 1, 2, 2, 3, 4, 4, 5]
+# Two captions of one video, videos shorter and longer than those stored before, one caption without a word.
+FIRST, BATCH = [0, 4, 9], [5, 0, 1, 3, 6]
+WEIGHTED = [variant for variant in VARIANTS if variant != "none"]
+
+
+def make_split() -> SplitData:
+    random = torch.Generator().manual_seed(0)
+    lengths = torch.tensor(LENGTHS)
+    features = torch.randn(int(lengths.sum()), FEATURE_SIZE, generator=random).half()
+    frames = FrameTable([f"v{v}" for v in range(len(LENGTHS))], features, lengths.cumsum(0) - lengths, lengths, 5)
+    caption_features = torch.randn(len(CAPTIONS), TEXT_SIZE, generator=random).half()
+    ids = [str(position) for position in range(len(CAPTIONS))]
+    return SplitData(frames, caption_features, torch.tensor(CAPTION_VIDEO), CAPTIONS, ids)
+
+
+def make_objective(**options: Any) -> Objective:
+    defaults = {
+        "embedding_size": 4,
+        "decoder_size": 8,
+        "support_temperature": 0.4,
+        "dropout": 0.0,
+        "logit_scale": 5.0,
+    }
+    config, split = TrainConfig(**{**defaults, **options}), make_split()
+    torch.manual_seed(1)
+    vocabulary = Vocabulary.of(CAPTIONS, 2)
+    model = RetrievalModel(
+        config, [FEATURE_SIZE], TEXT_SIZE, shared_part=None, with_decoder=True, vocabulary=vocabulary
+    )
+    tokens = model.decoder.encode(CAPTIONS) if isinstance(model.decoder, CaptionDecoder) else []
+    bank = None
+    if config.memory_bank:
+        bank = MemoryBank(config.memory_bank, 5 if config.support_values == "frames" else 1, 4)
+    return Objective(config, model, split, tokens, bank, Processes(), torch.float32)
+
+
+def look(objective: Objective, batch: Sequence[int]) -> tuple[list[list[float]], list[naive.Seen]]:
+    """Return the caption embeddings of a batch, and its videos, each embedded by itself."""
+    seen = []
+    for position in batch:
+        row = torch.tensor([CAPTION_VIDEO[position]])
+        embedding, frames = objective.model.video_head(*objective.split.frames.gather(row))
+        frames = frames[0].tolist()
+        if objective.config.support_values == "pooled":
+            frames = naive.masked_mean([frames], [[True] * len(frames)])
+        seen.append(naive.Seen(embedding[0].tolist(), frames, int(row)))
+    features = objective.split.caption_features[torch.tensor(batch)].float()
+    return objective.model.text_head(features).tolist(), seen
+
+
+def slowly(
+    objective: Objective,
+    batch: Sequence[int],
+    older: Sequence[naive.Seen],
+    is_decoded: Sequence[bool],
+    progress: float,
+) -> tuple[float, float, float, float]:
+    config, decoder = objective.config, objective.model.decoder
+
+    def cost(positive: float, negatives: Sequence[float]) -> float:
+        if config.loss == "info_nce":
+            return naive.info_nce(positive, negatives, config.logit_scale)
+        which = "mean" if progress < config.negatives_warmup else config.negatives
+        return naive.max_margin(positive, negatives, config.margin, which)
+
+    def rebuild(number: int, mixture: naive.Matrix) -> tuple[float, int]:
+        frames, mask = torch.tensor([mixture]), torch.ones(1, len(mixture), dtype=torch.bool)
+        if isinstance(decoder, EmbeddingDecoder):
+            said = decoder(frames, mask)[0].tolist()
+            wanted = objective.split.caption_features[batch[number]].tolist()
+            lengths = math.sqrt(naive.dot(said, said) * naive.dot(wanted, wanted))
+            return 1 - naive.dot(said, wanted) / lengths, 1
+        assert isinstance(decoder, CaptionDecoder)
+        tokens = torch.tensor([objective.tokens[batch[number]]])
+        every_word = torch.ones(1, tokens.shape[1] - 1, dtype=torch.bool)
+        hidden = decoder.hidden(tokens[:, :-1], frames, mask, every_word).tolist()
+        total = 0.0
+        for place, word in zip(hidden, tokens[0, 1:].tolist(), strict=True):
+            exponentials = [math.exp(naive.dot(place, row)) for row in decoder.output_weight.tolist()]
+            total -= math.log(exponentials[word] / sum(exponentials))
+        return total, len(hidden)
+
+    return naive.objective(
+        *look(objective, batch),
+        older,
+        cost,
+        rebuild,
+        variant=config.variant,
+        temperature=config.support_temperature,
+        weight=config.cross_captioning_weight,
+        intra_modal_weight=config.intra_modal_weight,
+        is_decoded=is_decoded,
+    )
+
+
+def quickly(
+    objective: Objective, batch: Sequence[int], is_decoded: Sequence[bool] | None = None, progress: float = 0.5
+) -> list[float]:
+    drawn = torch.tensor(is_decoded or [True] * len(batch))
+    return [float(value) for value in objective(torch.tensor(batch), drawn, progress).watched()]
+
+
+@pytest.mark.parametrize("memory_bank", [0, 4, 20])
+@pytest.mark.parametrize("support_values", SUPPORT_VALUES)
+@pytest.mark.parametrize("rebuild", REBUILD)
+@pytest.mark.parametrize("variant", WEIGHTED)
+def test_it_is_its_transcription(variant: str, rebuild: str, support_values: str, memory_bank: int) -> None:
+    objective = make_objective(
+        variant=variant, rebuild=rebuild, support_values=support_values, memory_bank=memory_bank
+    )
+    older: list[naive.Seen] = []
+    for batch in (FIRST, BATCH, BATCH[::-1]):
+        expected = slowly(objective, batch, older, [True] * len(batch), 0.5)
+        assert quickly(objective, batch) == pytest.approx(expected, rel=1e-4, abs=1e-5)
+        if memory_bank:
+            older = [*older, *look(objective, batch)[1]][-memory_bank:]
+
+
+@pytest.mark.parametrize(
+    ("loss", "negatives", "intra_modal_weight", "progress"),
+    [
+        *itertools.product(["max_margin"], NEGATIVES, [0.0, 0.7], [0.5]),
+        ("max_margin", "hardest", 0.7, 0.1),  # while it warms up, all count
+        ("info_nce", "hardest", 0.7, 0.1),
+    ],
+)
+def test_every_contrastive_loss_is_its_transcription(
+    loss: str, negatives: str, intra_modal_weight: float, progress: float
+) -> None:
+    options = {"loss": loss, "negatives": negatives, "intra_modal_weight": intra_modal_weight, "margin": 0.5}
+    objective = make_objective(**options, rebuild="embedding", cross_captioning_weight=2.0)
+    expected = slowly(objective, BATCH, [], [True] * 5, progress)
+    assert quickly(objective, BATCH, progress=progress) == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    only = slowly(make_objective(**options, variant="none"), BATCH, [], [False] * 5, progress)
+    assert quickly(make_objective(**options, variant="none"), BATCH, progress=progress) == pytest.approx(
+        only, rel=1e-4, abs=1e-5
+    )
+
+
+def test_while_it_warms_up_the_mean_of_negatives_counts() -> None:
+    options = {"loss": "max_margin", "margin": 0.5, "variant": "none", "negatives_warmup": 0.3}
+    hardest, mean = make_objective(**options), make_objective(**options, negatives="mean")
+    assert quickly(hardest, BATCH, progress=0.29) == quickly(mean, BATCH, progress=0.29)
+    assert quickly(hardest, BATCH, progress=0.3)[0] > quickly(mean, BATCH, progress=0.3)[0]
+
+
+@pytest.mark.parametrize("rebuild", REBUILD)
+@pytest.mark.parametrize("drawn", [[False, True, False, True, False], [False] * 5])
+def test_captions_that_are_not_drawn_are_not_rebuilt(rebuild: str, drawn: list[bool]) -> None:
+    objective = make_objective(rebuild=rebuild)
+    expected = slowly(objective, BATCH, [], drawn, 0.5)
+    values = quickly(objective, BATCH, drawn)
+    assert values == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert (values[2] > 0) == any(drawn)
+    losses = objective(torch.tensor(BATCH), torch.tensor(drawn), 0.5)
+    losses.loss.backward()
+    gradients = [parameter.grad for parameter in objective.model.parameters() if parameter.grad is not None]
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("rebuild", REBUILD)
+@pytest.mark.parametrize("variant", WEIGHTED)
+def test_a_batch_of_one_video(variant: str, rebuild: str) -> None:
+    objective = make_objective(variant=variant, rebuild=rebuild, intra_modal_weight=1.0)
+    values = quickly(objective, [2, 3])
+    assert values == pytest.approx(slowly(objective, [2, 3], [], [True] * 2, 0.5), rel=1e-4, abs=1e-5)
+    assert values[1] == 0 and (values[2] == 0) == (variant == "cross")
+    objective(torch.tensor([2, 3]), torch.tensor([True, True]), 0.5).loss.backward()
+    gradients = [parameter.grad for parameter in objective.model.parameters() if parameter.grad is not None]
+    assert gradients and all(gradient.isfinite().all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("variant", WEIGHTED)
+def test_no_variant_uses_an_older_state_of_its_own_video(variant: str) -> None:
+    objective = make_objective(variant=variant, memory_bank=8)
+    assert objective.bank is not None
+    quickly(objective, [5, 0, 1, 3])  # videos 2, 0, 0 and 1
+    before = {name: tensor.clone() for name, tensor in objective.bank.state_dict().items()}
+    expected = quickly(objective, [0, 4], [True, False])  # the caption of video 0 alone is rebuilt
+    for row, changes in ((1, False), (2, False), (0, variant in ("cross", "full", "hybrid"))):
+        objective.bank.load_state_dict(before)
+        objective.bank.embeddings[row] *= -1
+        objective.bank.frame_sequences[row] += 5
+        assert (quickly(objective, [0, 4], [True, False]) != expected) == changes
+
+
+@pytest.mark.parametrize("memory_bank", [3, 100])
+def test_an_empty_bank_changes_nothing(memory_bank: int) -> None:
+    assert quickly(make_objective(memory_bank=memory_bank), BATCH) == quickly(make_objective(), BATCH)
+
+
+@pytest.mark.parametrize("rebuild", REBUILD)
+@pytest.mark.parametrize("support_values", SUPPORT_VALUES)
+def test_every_learned_weight_gets_a_gradient_that_is_the_slope(rebuild: str, support_values: str) -> None:
+    options = {"rebuild": rebuild, "support_values": support_values, "memory_bank": 6, "intra_modal_weight": 0.5}
+    objective = make_objective(**options, learn_support_temperature=True, cross_captioning_weight=1.0)
+    assert objective.bank is not None
+    quickly(objective, FIRST)
+    bank = {name: tensor.clone() for name, tensor in objective.bank.state_dict().items()}
+    parameters = list(objective.model.parameters())
+    random = torch.Generator().manual_seed(3)
+    directions = [torch.randn(parameter.shape, generator=random) for parameter in parameters]
+
+    def loss_at(step: float) -> torch.Tensor:
+        objective.bank.load_state_dict(bank)
+        with torch.no_grad():
+            for parameter, direction in zip(parameters, directions, strict=True):
+                parameter.add_(direction, alpha=step)
+        return objective(torch.tensor(BATCH), torch.tensor([True] * 5), 0.5).loss
+
+    loss_at(0.0).backward()
+    assert all(parameter.grad is not None for parameter in parameters)
+    slope = sum(
+        float((p.grad * d).sum()) for p, d in zip(parameters, directions, strict=True) if p.grad is not None
+    )
+    after = loss_at(2e-3).item()
+    before = loss_at(-4e-3).item()
+    assert slope == pytest.approx((after - before) / 4e-3, rel=2e-2, abs=1e-3)
