@@ -1,0 +1,43 @@
+"""The benchmarks run, and what they promise of memory holds."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.mark.slow
+def test_train_measures_itself_beside_a_data_loader(tmp_path: Path) -> None:
+    sizes = {"videos": 200, "captions-a-video": 2, "feature-size": 64, "repeats": 2, "cross-repeats": 1}
+    options = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "train.py", *options, "--folder", tmp_path, "--json", tmp_path / "out.json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    measured = json.loads((tmp_path / "out.json").read_text())
+    seconds = measured["cpu_seconds_an_epoch"]
+    assert done.stdout.count("\n| ") == len(seconds) == 8
+    assert all(epoch > 0 for epochs in seconds.values() for epoch in epochs)
+    assert [len(epochs) for epochs in seconds.values()] == [2] * 7 + [1]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
+def test_a_cache_takes_hardly_more_memory_than_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from made_up_features import make_store
+    from resources_used import memory_of_cache
+
+    # A quarter of MSR-VTT: what a video takes beside its rows counts as much as in the whole.
+    store = make_store(tmp_path / "features", videos=2500, frames=12, feature_size=512)
+    memory = memory_of_cache(store)
+    assert memory["disk_mib"] > 29
+    assert memory["resident_mib"] > 15  # the measurement sees the cache at all
+    assert memory["peak_mib"] < 1.5 * memory["disk_mib"]
