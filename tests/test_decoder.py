@@ -5,19 +5,33 @@ import torch
 import torch.nn.functional as F
 
 from svb.errors import InputError, UsageError
-from svb.train.decoder import CaptionDecoder
-from svb.train.losses import cross_captioning
+from svb.train.config import TrainConfig
+from svb.train.decoders import make_decoder as make_decoder_of
+from svb.train.decoders import pad
+from svb.train.decoders.embedding import EmbeddingDecoder
+from svb.train.decoders.transformer import CaptionDecoder
+from svb.train.losses import cross_captioning, embedding_distance
 from svb.train.support_set import mix, own_mask, support_weights
-from svb.train.vocabulary import END, MAX_WORDS, PADDING, SPECIAL, START, UNKNOWN, Vocabulary, pad, split_words
+from svb.train.vocabulary import END, MAX_WORDS, PADDING, SPECIAL, START, UNKNOWN, Vocabulary, split_words
 
 # Tensors this small are slower on two threads than on one.
 torch.set_num_threads(1)
 MEMORY_SIZE = 6
 
 
-def make_decoder(vocabulary_size: int = 11, *, size: int = 32, layers: int = 2) -> CaptionDecoder:
+def make_decoder(*, size: int = 32, layers: int = 2) -> CaptionDecoder:
+    """Return a decoder of 11 tokens, 7 of them words."""
     torch.manual_seed(0)
-    return CaptionDecoder(vocabulary_size, MEMORY_SIZE, size=size, layers=layers, dropout=0.1).eval()
+    vocabulary = Vocabulary(["a", "ball", "cat", "dog", "runs", "sleeps", "the"])
+    return CaptionDecoder(vocabulary, MEMORY_SIZE, size=size, layers=layers, dropout=0.1).eval()
+
+
+def logits_of(
+    decoder: CaptionDecoder, tokens: torch.Tensor, frames: torch.Tensor, frame_mask: torch.Tensor
+) -> torch.Tensor:
+    """Return the logits of what follows each token: `(B, L)` -> `(B, L, vocabulary)`."""
+    hidden = decoder.hidden(tokens, frames, frame_mask, torch.ones_like(tokens, dtype=torch.bool))
+    return (hidden @ decoder.output_weight.T).view(*tokens.shape, -1)
 
 
 def make_memory() -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,11 +42,11 @@ def make_memory() -> tuple[torch.Tensor, torch.Tensor]:
 def test_a_later_word_changes_no_earlier_prediction() -> None:
     decoder, memory = make_decoder(), make_memory()
     tokens = torch.tensor([[START, 4, 5, 6, 7], [START, 8, 9, 10, 4]])
-    logits = decoder(tokens, *memory)
+    logits = logits_of(decoder, tokens, *memory)
     for position in range(1, 5):
         changed = tokens.clone()
         changed[:, position:] = 10
-        other = decoder(changed, *memory)
+        other = logits_of(decoder, changed, *memory)
         torch.testing.assert_close(logits[:, :position], other[:, :position], rtol=1e-5, atol=1e-5)
         assert (logits[:, position] - other[:, position]).abs().max() > 1e-3
 
@@ -40,28 +54,28 @@ def test_a_later_word_changes_no_earlier_prediction() -> None:
 def test_padding_in_memory_is_ignored() -> None:
     decoder, (frames, frame_mask) = make_decoder(), make_memory()
     tokens = torch.tensor([[START, 4, 5], [START, 8, 9]])
-    logits = decoder(tokens, frames, frame_mask)
+    logits = logits_of(decoder, tokens, frames, frame_mask)
     garbage = torch.where(frame_mask[..., None], frames, 1e3)
-    torch.testing.assert_close(decoder(tokens, garbage, frame_mask), logits, rtol=1e-5, atol=1e-5)
-    alone = decoder(tokens[:1], frames[:1, :2], frame_mask[:1, :2])
+    torch.testing.assert_close(logits_of(decoder, tokens, garbage, frame_mask), logits, rtol=1e-5, atol=1e-5)
+    alone = logits_of(decoder, tokens[:1], frames[:1, :2], frame_mask[:1, :2])
     torch.testing.assert_close(alone[0], logits[0], rtol=1e-5, atol=1e-5)
     moved = frames.clone()
     moved[0, 1] += 1
-    assert (decoder(tokens, moved, frame_mask)[0] - logits[0]).abs().max() > 1e-4
+    assert (logits_of(decoder, tokens, moved, frame_mask)[0] - logits[0]).abs().max() > 1e-4
 
 
-def test_wanted_positions_get_the_logits_that_all_positions_get() -> None:
+def test_wanted_positions_hold_what_all_positions_hold() -> None:
     decoder, memory = make_decoder(), make_memory()
     tokens = torch.tensor([[START, 4, PADDING], [START, 8, 9]])
     wanted = torch.tensor([[True, True, False], [False, True, True]])
-    everything = decoder(tokens, *memory)
-    torch.testing.assert_close(decoder(tokens, *memory, wanted), everything[wanted], rtol=1e-5, atol=1e-5)
+    everything = decoder.hidden(tokens, *memory, torch.ones_like(wanted)).view(2, 3, -1)
+    torch.testing.assert_close(decoder.hidden(tokens, *memory, wanted), everything[wanted], rtol=1e-5, atol=1e-5)
 
 
 def test_padding_of_captions_is_ignored() -> None:
     decoder, memory = make_decoder(), make_memory()
-    short = decoder(torch.tensor([[START, 4], [START, 8]]), *memory)
-    padded = decoder(torch.tensor([[START, 4, PADDING], [START, 8, PADDING]]), *memory)
+    short = logits_of(decoder, torch.tensor([[START, 4], [START, 8]]), *memory)
+    padded = logits_of(decoder, torch.tensor([[START, 4, PADDING], [START, 8, PADDING]]), *memory)
     torch.testing.assert_close(padded[:, :2], short, rtol=1e-5, atol=1e-5)
     assert padded.isfinite().all()
 
@@ -69,25 +83,67 @@ def test_padding_of_captions_is_ignored() -> None:
 def test_overfits_a_handful_of_captions_through_mixtures() -> None:
     captions = ["a dog runs", "a dog sleeps", "two cats play on a bed", "the cat sleeps"]
     vocabulary = Vocabulary.of(captions, 1)
-    tokens = pad([vocabulary.encode(caption) for caption in captions])
+    tokens = pad([vocabulary.encode(caption) for caption in captions], PADDING)
     torch.manual_seed(0)
     embeddings = F.normalize(torch.randn(4, MEMORY_SIZE), dim=-1)
     frames, frame_mask = torch.randn(4, 3, MEMORY_SIZE), torch.tensor([[True] * 3, [True] * 2 + [False]] * 2)
     own = own_mask(torch.arange(4), torch.arange(4))
     weights = support_weights(embeddings, embeddings, own, variant="cross", temperature=0.3)
     mixtures, mixture_mask = mix(weights, frames, frame_mask)
-    decoder = CaptionDecoder(len(vocabulary), MEMORY_SIZE, size=32, layers=2, dropout=0.0)
+    decoder = CaptionDecoder(vocabulary, MEMORY_SIZE, size=32, layers=2, dropout=0.0)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=3e-3)
     real = tokens[:, 1:] != PADDING
     for _ in range(150):
-        logits = decoder(tokens[:, :-1], mixtures, mixture_mask, real)
-        loss = cross_captioning(logits, tokens[:, 1:][real])
+        hidden = decoder.hidden(tokens[:, :-1], mixtures, mixture_mask, real)
+        loss = cross_captioning(hidden, decoder.output_weight, tokens[:, 1:][real]) / real.sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.05
-    said = decoder(tokens[:, :-1], mixtures, mixture_mask).argmax(dim=-1)
+    said = logits_of(decoder, tokens[:, :-1], mixtures, mixture_mask).argmax(dim=-1)
     assert torch.equal(said[real], tokens[:, 1:][real])
+    assert decoder.eval().write(mixtures, mixture_mask) == captions
+
+
+def test_what_it_writes_is_the_likeliest_word_by_word() -> None:
+    decoder, memory = make_decoder(), make_memory()
+    captions = decoder.write(*memory)
+    assert len(captions) == 2
+    for row, caption in enumerate(captions):
+        tokens = torch.tensor([decoder.vocabulary.encode(caption)])[:, :-1]
+        logits = logits_of(decoder, tokens, *(part[row : row + 1] for part in memory))[0]
+        logits[:, [PADDING, START, UNKNOWN]] = float("-inf")
+        likeliest = logits.argmax(dim=-1).tolist()
+        assert likeliest[:-1] == tokens[0, 1:].tolist()
+        assert likeliest[-1] == END or len(caption.split()) == MAX_WORDS
+    again = decoder.write(*(torch.cat([part, part]) for part in memory))
+    assert again == captions * 2
+
+
+def test_the_embedding_decoder_overfits_embeddings_and_ignores_padding() -> None:
+    torch.manual_seed(0)
+    frames, frame_mask = make_memory()
+    decoder = EmbeddingDecoder(MEMORY_SIZE, 5, dropout=0.0)
+    wanted, optimizer = torch.randn(2, 5), torch.optim.AdamW(decoder.parameters(), lr=1e-2)
+    for _ in range(100):
+        loss = embedding_distance(decoder(frames, frame_mask), wanted).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.01
+    said = decoder(frames, frame_mask)
+    garbage = torch.where(frame_mask[..., None], frames, 1e3)
+    torch.testing.assert_close(decoder(garbage, frame_mask), said, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(decoder(frames[:1, :2], frame_mask[:1, :2]), said[:1], rtol=1e-4, atol=1e-4)
+    assert decoder(frames[:0], frame_mask[:0]).shape == (0, 5)
+
+
+def test_a_config_chooses_its_decoder() -> None:
+    sizes = {"memory_size": MEMORY_SIZE, "text_feature_size": 5}
+    words = make_decoder_of(TrainConfig(decoder_size=8), **sizes, vocabulary=Vocabulary(["a"]))
+    assert isinstance(words, CaptionDecoder) and words.output_weight.shape == (5, 8)
+    embedding = make_decoder_of(TrainConfig(rebuild="embedding"), **sizes, vocabulary=None)
+    assert isinstance(embedding, EmbeddingDecoder)
 
 
 def test_the_vocabulary_is_the_words_of_the_captions_alone() -> None:
@@ -109,6 +165,11 @@ def test_a_vocabulary_without_words_is_an_error() -> None:
         Vocabulary.of(["?!", "..."], 1)
 
 
+def test_tokens_are_words_again() -> None:
+    vocabulary = Vocabulary(["a", "dog"])
+    assert vocabulary.decode(vocabulary.encode("A dog, a cat")) == "a dog a"
+
+
 def test_words_of_any_language_are_words() -> None:
     assert split_words("L'été, 2 Hunde -- und 猫!") == ["l'été", "2", "hunde", "und", "猫"]
     assert split_words("snake_case don't") == ["snake", "case", "don't"]
@@ -120,7 +181,7 @@ def test_a_very_long_caption_is_cut() -> None:
 
 
 def test_captions_are_padded_to_the_longest() -> None:
-    assert pad([[START, 4, END], [START, END]]).tolist() == [[START, 4, END], [START, END, PADDING]]
+    assert pad([[START, 4, END], [START, END]], PADDING).tolist() == [[START, 4, END], [START, END, PADDING]]
 
 
 def test_a_width_that_heads_do_not_divide_is_refused() -> None:
