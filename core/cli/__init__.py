@@ -15,9 +15,12 @@ from types import FrameType
 import click
 
 from svb._version import __version__
+from svb.cli.ablate import ablate
 from svb.cli.captions import captions
+from svb.cli.compare import compare
 from svb.cli.demo import demo
 from svb.cli.evaluate import evaluate
+from svb.cli.explain import explain
 from svb.cli.export import export
 from svb.cli.extract import extract
 from svb.cli.index import index
@@ -44,12 +47,28 @@ def cli() -> None:
     svb captions captions.csv -o captions.h5    frozen features of every caption
     svb train features/ captions.h5 -o runs/x   heads that bring both into one space
     svb evaluate runs/x                         retrieval metrics on a split
+    svb compare runs/x runs/y                   which is better, and could it be chance
+    svb ablate ablation.toml -o ablation/       a grid of options over several seeds
     svb index runs/x -o index/                  embeddings of every video and moment
     svb search "a dog catches a frisbee"        the nearest videos
     """
 
 
-for command in (extract, captions, train, evaluate, index, search, info, verify, export, demo):
+for command in (
+    extract,
+    captions,
+    train,
+    evaluate,
+    compare,
+    ablate,
+    explain,
+    index,
+    search,
+    info,
+    verify,
+    export,
+    demo,
+):
     cli.add_command(command)
 
 

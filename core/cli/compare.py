@@ -1,0 +1,48 @@
+"""`svb compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from svb.cli.output import print_json, print_table, say
+
+
+@click.command()
+@click.argument("run_a", type=click.Path(path_type=Path))
+@click.argument("run_b", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def compare(run_a: Path, run_b: Path, as_json: bool) -> None:
+    """Tell whether RUN_B is better than RUN_A, query by query, from the ranks that svb evaluate wrote.
+
+    Each is a run, a folder that holds runs of several seeds, or a file of ranks (svb evaluate --ranks).
+
+    \b
+    svb compare runs/none runs/cross
+    svb compare ablation/runs/variant=none ablation/runs/variant=cross
+    """
+    from svb.retrieve.ablation_report import difference_texts
+    from svb.retrieve.compare import compare as compare_runs
+
+    comparison = compare_runs(run_a, run_b)
+    if as_json:
+        print_json(comparison.as_json())
+        return
+    for name, side in (("A", comparison.a), ("B", comparison.b)):
+        seeds = f", seed{'s' * (len(side.seeds) > 1)} {' '.join(map(str, side.seeds))}" if side.checkpoints else ""
+        checkpoint = f", {' and '.join(sorted(set(side.checkpoints)))} checkpoint" if side.checkpoints else ""
+        click.echo(f"{name}: {side.path}{seeds}{checkpoint}")
+    queries = comparison.a.ranks[0].queries
+    click.echo(f"{queries.split}: {len(queries.caption_ids)} captions against {len(queries.video_ids)} videos")
+    if comparison.selected_on_split:
+        click.echo("a checkpoint was chosen on this split: measure --checkpoint last, or another split, to report")
+    print_table(
+        ["", "A", "B", "B - A", "95 % over videos", "p", "95 % over seeds", "p"],
+        [
+            [d.metric.replace("/", " "), f"{d.a:.1f}", f"{d.b:.1f}", *difference_texts(d)]
+            for d in comparison.differences
+        ],
+    )
+    if comparison.differences[0].over_seeds is None:
+        say("one pair of runs: whether another training would show it cannot be told; compare several seeds")

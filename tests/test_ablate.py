@@ -1,0 +1,605 @@
+"""`svb ablate`: what a config file asks for, what is run and what is kept, and what the tables say."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import synthetic
+import torch
+from conftest import Ran, RunSvb
+
+from svb.cli.train import train as train_command
+from svb.data.description import publish_description
+from svb.data.feature_store import FeatureStore
+from svb.data.publish import lock_folder
+from svb.errors import InputError, MismatchError, StoreError, UsageError
+from svb.retrieve.ablate import ablate
+from svb.retrieve.ablation_config import FIELDS, read_ablation
+from svb.retrieve.ablation_jobs import _task, threads
+from svb.retrieve.ablation_plan import plan
+from svb.retrieve.ablation_report import Report, command_of
+from svb.retrieve.ablation_run import SECONDS_FILE, cpu_seconds, run_task
+from svb.retrieve.evaluate import evaluate
+from svb.retrieve.paired import RECALLS, paired_differences
+from svb.retrieve.ranks import read_ranks
+from svb.train.config import TrainConfig
+from svb.train.run import read_run
+
+torch.set_num_threads(1)
+
+# Small heads that learn the task within a second.
+COMMON = """
+[config]
+embedding_size = 32
+decoder_size = 16
+batch_size = 16
+epochs = 4
+learning_rate = 5e-3
+rebuild = "embedding"
+"""
+GRID = """
+[grid]
+variant = ["none", "cross"]
+"""
+
+
+def assert_refused(ran: Ran, words: str) -> None:
+    assert ran.exit_code == 1 and not ran.stdout and "Traceback" not in ran.stderr, ran
+    assert ran.stderr.splitlines()[-1].startswith("svb: ") and words in ran.stderr.splitlines()[-1], ran.stderr
+
+
+class Task:
+    """A folder with a store, captions and a config file."""
+
+    def __init__(self, folder: Path, **task: Any) -> None:
+        self.folder, self.out, self.config = folder, folder / "out", folder / "ablation.toml"
+        self.store, self.captions = synthetic.make_task(folder, **task)
+
+    def write(self, text: str = GRID, top: str = "seeds = [0, 1]", common: str = COMMON) -> Path:
+        paths = f'store = "{self.store}"\ncaptions = "{self.captions}"\n'
+        self.config.write_text(f"{paths}{top}\n{common}{text}", "utf-8")
+        return self.config
+
+    def run_here(self) -> None:
+        """Do in this process what `ablate` does in many: a process each takes seconds to start."""
+        ablation = read_ablation(self.config)
+        for run in plan(ablation, self.out, lambda message: None)[0]:
+            if not run.is_finished:
+                run_task(_task(run, ablation, "cpu"))
+
+    def finished(self) -> dict[str, Path]:
+        """Return the folders of finished runs by their names."""
+        planned, _ = plan(read_ablation(self.config), self.out, lambda message: None)
+        return {run.name: run.folder for run in planned if run.is_finished}
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Task:
+    return Task(tmp_path, num_train=30, num_val=20)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    """A grid of two cells and two seeds, all of it trained; only to be read."""
+    task = Task(tmp_path_factory.mktemp("whole"), num_train=60, num_val=60, captions_a_video=3)
+    task.write()
+    task.run_here()
+    return task
+
+
+@pytest.fixture
+def own(whole: Task, tmp_path: Path) -> Task:
+    """A copy of `whole` that the test may change."""
+    shutil.copytree(whole.folder, tmp_path / "own")
+    task = object.__new__(Task)
+    task.folder, task.out, task.config = (
+        tmp_path / "own",
+        tmp_path / "own" / "out",
+        tmp_path / "own" / "ablation.toml",
+    )
+    task.store, task.captions = tmp_path / "own" / "features", tmp_path / "own" / "captions.h5"
+    task.write()
+    return task
+
+
+def read(tmp_path: Path, text: str) -> Any:
+    (tmp_path / "ablation.toml").write_text(text, "utf-8")
+    return read_ablation(tmp_path / "ablation.toml")
+
+
+class TestConfig:
+    def test_a_grid_is_a_product_named_by_what_differs(self, tmp_path: Path) -> None:
+        text = """
+        [config]
+        epochs = 7
+        [grid]
+        variant = ["none", "cross"]
+        loss = ["max_margin"]
+        margin = [0.1, 1]
+        """
+        ablation = read(tmp_path, text)
+        assert [cell.name for cell in ablation.cells] == [
+            *("variant=none margin=0.1", "variant=none margin=1"),
+            *("variant=cross margin=0.1", "variant=cross margin=1"),
+        ]
+        assert ablation.baseline == ablation.cells[0]
+        last = ablation.cells[-1].config
+        assert last == TrainConfig(epochs=7, variant="cross", loss="max_margin", margin=1.0)
+        assert isinstance(last.margin, float)
+        assert ablation.seeds == (0, 1, 2) and (ablation.split, ablation.checkpoint) == ("val", "last")
+        assert (ablation.cells[0].store, ablation.cells[0].captions) == (Path("features"), Path("captions.h5"))
+
+    def test_cells_and_inputs(self, tmp_path: Path) -> None:
+        text = """
+        store = "a"
+        backbone = "x+y"
+        baseline = "plain"
+        split = "test"
+        [[cells]]
+        name = "all of it"
+        variant = "cross"
+        memory_bank = 64
+        learn_logit_scale = false
+        [[cells]]
+        [[cells]]
+        store = "b"
+        backbone = "y"
+        """
+        ablation = read(tmp_path, text)
+        assert [cell.name for cell in ablation.cells] == ["all of it", "plain", "store=b backbone=y"]
+        assert [(str(cell.store), cell.backbone) for cell in ablation.cells] == [
+            ("a", "x+y"),
+            ("a", "x+y"),
+            ("b", "y"),
+        ]
+        assert ablation.cells[0].config == TrainConfig(memory_bank=64, learn_logit_scale=False)
+        assert ablation.baseline.name == "plain" and ablation.checkpoint == "best"
+
+    def test_a_baseline_of_its_own_comes_first(self, tmp_path: Path) -> None:
+        ablation = read(tmp_path, '[baseline]\nvariant = "none"\n[grid]\nbatch_size = [32, 64]')
+        assert [cell.name for cell in ablation.cells] == ["variant=none", "batch_size=32", "batch_size=64"]
+        assert ablation.baseline == ablation.cells[0]
+
+    def test_a_baseline_that_is_a_cell_is_that_cell(self, tmp_path: Path) -> None:
+        ablation = read(tmp_path, f'[baseline]\nvariant = "cross"\n{GRID}')
+        assert [cell.name for cell in ablation.cells] == ["variant=none", "variant=cross"]
+        assert ablation.baseline == ablation.cells[1]
+
+    @pytest.mark.parametrize("name", FIELDS)
+    def test_every_option_can_be_set(self, tmp_path: Path, name: str) -> None:
+        value = getattr(TrainConfig(), name)
+        ablation = read(tmp_path, f"[[cells]]\n{name} = {json.dumps(value)}\n")
+        assert ablation.cells[0].config == TrainConfig()
+
+    @pytest.mark.parametrize(
+        ("text", "words"),
+        [
+            ("[config]\nbatch-size = 4\n" + GRID, "an unknown option 'batch-size' (did you mean 'batch_size'?)"),
+            ("[grid]\nvarient = ['none']", "[grid] has an unknown option 'varient' (did you mean 'variant'?)"),
+            ("[[cells]]\nepoch = 4", "[[cells]] number 1 has an unknown option 'epoch' (did you mean 'epochs'?)"),
+            ("[baseline]\nlos = 'x'\n" + GRID, "[baseline] has an unknown option 'los' (did you mean 'loss'?)"),
+            ("seed = [0]\n" + GRID, "the top sets the seed - every cell is run with all of seeds"),
+            ("variant = 'none'\n" + GRID, "variant stands at the top - options of all cells belong below [config]"),
+            ("seeds = [0]", "there are no cells - give lists of values below [grid]"),
+            ("[grid]", "there are no cells"),
+            ("[grid]\nvariant = []", "[grid] variant is [] - expected a list of values"),
+            ("[grid]\nvariant = 'none'", "[grid] variant is 'none' - expected a list of values"),
+            ("[config]\nepochs = '4'\n" + GRID, "[config] epochs is '4' - expected a whole number"),
+            ("[config]\nepochs = 4.5\n" + GRID, "[config] epochs is 4.5 - expected a whole number"),
+            ("[config]\nepochs = true\n" + GRID, "[config] epochs is True - expected a whole number"),
+            ("[config]\ndropout = 'no'\n" + GRID, "[config] dropout is 'no' - expected a number"),
+            ("[config]\nlearn_logit_scale = 1\n" + GRID, "learn_logit_scale is 1 - expected true or false"),
+            ("[grid]\nvariant = [1]", "variant is 1 - expected a string"),
+            ("store = 3\n" + GRID, "store is 3 - expected a string"),
+            ("config = 3\n" + GRID, "config is 3 - expected a table"),
+            ("cells = [3]", "[[cells]] number 1 is 3 - expected a table"),
+            ("[grid]\nvariant = ['none', 'crosss']", "cell 'variant=crosss': variant is 'crosss' - expected"),
+            ("baseline = 'cros'\n" + GRID, "the baseline 'cros' is none of the cells"),
+            ("baseline = 'variant=cros'\n" + GRID, "(did you mean 'variant=cross'?)"),
+            ("baseline = 3\n" + GRID, "baseline is 3 - expected a cell's name"),
+            ("[grid]\nvariant = ['none', 'none']", "two cells are named 'variant=none'"),
+            (GRID + "[[cells]]\nname = 'x'\nvariant = 'none'", "the cells 'variant=none' and 'x' are the same"),
+            ("[[cells]]\nname = ' '", "[[cells]] number 1 is named ' ' - expected a word"),
+            ("[[cells]]\nname = 3", "[[cells]] number 1 name is 3 - expected a string"),
+            ("seeds = []\n" + GRID, "seeds is empty - expected whole numbers"),
+            ("seeds = ['a']\n" + GRID, "a seed is 'a' - expected a whole number"),
+            ("seeds = [-1]\n" + GRID, "a seed is -1 - expected 0 to"),
+            ("seeds = [1, 2, 1]\n" + GRID, "seeds has 1 twice"),
+            ("[grid]\nseed = [0, 1]", "[grid] sets the seed"),
+            ("[config]\nseed = 0\n" + GRID, "[config] sets the seed - every cell is run with all of seeds"),
+            ("split = 'dev'\n" + GRID, "split is 'dev' - expected one of train, val, test"),
+            ("checkpoint = 'newest'\n" + GRID, "checkpoint is 'newest' - expected one of best, last"),
+            ("jobs = 0\n" + GRID, "jobs is 0 - expected at least 1"),
+            ("allow_missing = 'yes'\n" + GRID, "allow_missing is 'yes' - expected true or false"),
+        ],
+    )  # fmt: skip
+    def test_what_cannot_be_is_refused(self, tmp_path: Path, run_svb: RunSvb, text: str, words: str) -> None:
+        (tmp_path / "bad.toml").write_text(text, "utf-8")
+        with pytest.raises(InputError) as refused:
+            read_ablation(tmp_path / "bad.toml")
+        assert words in str(refused.value) and str(refused.value).startswith(f"{tmp_path / 'bad.toml'}: ")
+        assert_refused(run_svb("ablate", tmp_path / "bad.toml", "-o", tmp_path / "out"), words)
+        assert not (tmp_path / "out").exists()
+
+    def test_no_toml_is_refused_with_its_line(self, tmp_path: Path) -> None:
+        with pytest.raises(
+            InputError, match=r"ablation\.toml is not TOML \(.*line 2, column .*\) - mend that line"
+        ):
+            read(tmp_path, "seeds = [0]\nvariant = none\n")
+        with pytest.raises(InputError, match=r"no config file at .*nowhere\.toml"):
+            read_ablation(tmp_path / "nowhere.toml")
+
+
+class TestInputs:
+    def test_a_missing_store_is_refused_before_anything_runs(self, task: Task, run_svb: RunSvb) -> None:
+        task.write(f'[grid]\nstore = ["{task.store}", "{task.folder}/nowhere"]')
+        ran = run_svb("ablate", task.config, "-o", task.out)
+        assert_refused(ran, f"no feature store at {task.folder}/nowhere - make one with `svb extract")
+        assert not task.out.exists()
+
+    def test_an_unknown_backbone_is_refused(self, task: Task) -> None:
+        task.write('[grid]\nbackbone = ["synthetic:frames", "synthetic:none"]')
+        with pytest.raises(InputError, match="holds no features of 'synthetic:none'"):
+            ablate(task.config, task.out)
+
+    def test_missing_captions_are_refused(self, task: Task) -> None:
+        task.write()
+        task.captions.unlink()
+        with pytest.raises(InputError, match="no caption features at"):
+            ablate(task.config, task.out)
+
+    def test_val_must_not_be_carved_by_the_seed(self, tmp_path: Path) -> None:
+        task = Task(tmp_path, has_split=False)
+        task.write()
+        with pytest.raises(InputError, match="names no val split, so that every seed would carve another one"):
+            ablate(task.config, task.out)
+
+    def test_a_split_that_is_not_there_is_refused(self, task: Task) -> None:
+        task.write(top='split = "test"')
+        with pytest.raises(InputError, match="has no test split - expected one of train, val"):
+            ablate(task.config, task.out)
+
+    def test_videos_without_features_are_refused_or_left_out(self, task: Task) -> None:
+        loaded = FeatureStore(task.store).load(synthetic.BACKBONE)
+        parts = np.split(loaded.features, loaded.offsets[1:-1])
+        videos = {v: part[:0] if v == "clip031" else part for v, part in zip(loaded.video_ids, parts, strict=True)}
+        task.store = synthetic.make_store(task.folder / "fewer", videos)
+        task.write()
+        with pytest.raises(
+            InputError, match=r"1 videos of the val split .* first 'clip031' .* allow_missing = true"
+        ):
+            ablate(task.config, task.out)
+        task.write(top="seeds = [0]\nallow_missing = true")
+        task.run_here()
+        assert len(task.finished()) == 2
+
+    def test_cells_that_are_asked_other_queries_are_refused(self, task: Task) -> None:
+        (task.folder / "other").mkdir()
+        other = Task(task.folder / "other", num_train=30, num_val=21)
+        task.write(f'[[cells]]\n[[cells]]\nstore = "{other.store}"\ncaptions = "{other.captions}"')
+        with pytest.raises(MismatchError, match="first more is '100' of 'clip050'"):
+            ablate(task.config, task.out)
+
+
+class TestReport:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def report(cls, whole: Task) -> Report:
+        return ablate(whole.config, whole.out)
+
+    def test_rows_are_what_the_runs_ranks_say(self, whole: Task, report: Report) -> None:
+        assert [row.cell.name for row in report.rows] == ["variant=none", "variant=cross"]
+        runs = {
+            name: [whole.out / "runs" / name / f"seed-{seed}" for seed in (0, 1)]
+            for name in ("variant=none", "variant=cross")
+        }
+        for row in report.rows:
+            metrics = [
+                evaluate(run, checkpoint="last", ranks=whole.folder / "x.npz").metrics
+                for run in runs[row.cell.name]
+            ]
+            for name in metrics[0]:
+                values = [held[name] for held in metrics]
+                assert row.mean(name) == pytest.approx(np.mean(values))
+                assert row.deviation(name) == pytest.approx(np.std(values, ddof=1))
+            assert len(row.seconds) == 2 and all(seconds > 0 for seconds in row.seconds)
+            assert row.num_at_chance == 0
+        none, cross = ([read_ranks(run / "ranks.npz") for run in runs[name]] for name in runs)
+        assert report.rows[0].differences == []
+        assert report.rows[1].differences == paired_differences(none, cross)
+        assert not report.failed and not report.is_collapsed
+
+    def test_the_tables_hold_it(self, whole: Task, report: Report) -> None:
+        text = (whole.out / "ablation.md").read_text("utf-8")
+        assert text.startswith("180 captions of the val split against 60 videos, last checkpoint.")
+        base, cross = report.rows
+        r1 = f"{cross.mean('t2v/R@1'):.1f} ± {cross.deviation('t2v/R@1'):.1f}"
+        assert f"| variant=cross | 2 | {r1} |" in text and "| **variant=none** | 2 |" in text
+        first = cross.differences[0]
+        assert first.over_seeds is not None
+        for number in (first.difference, first.over_videos.low, first.over_seeds.high):
+            assert f"{number:+.2f}" in text
+        assert sum(line.startswith("| variant=cross | ") for line in text.splitlines()) == 1 + len(RECALLS)
+        assert "svb evaluate RUN --split val --checkpoint last --v2t set" in text
+        with (whole.out / "cells.csv").open() as file:
+            cells = list(csv.DictReader(file))
+        assert [cell["baseline"] for cell in cells] == ["True", "False"]
+        assert float(cells[1]["t2v/R@1 p over videos"]) == first.over_videos.p
+        assert float(cells[0]["t2v/R@5 mean"]) == base.mean("t2v/R@5") and cells[0]["t2v/R@1 difference"] == ""
+        with (whole.out / "runs.csv").open() as file:
+            runs = list(csv.DictReader(file))
+        assert [(run["cell"], run["seed"]) for run in runs] == [
+            (name, seed) for name in ("variant=none", "variant=cross") for seed in "01"
+        ]
+        assert float(runs[3]["t2v/R@1"]) == cross.metrics[1]["t2v/R@1"]
+        assert all(f"- `{run['command']}`" in text for run in runs)
+
+    def test_the_plot_is_a_picture_with_both_colours(self, whole: Task, report: Report) -> None:
+        from matplotlib.image import imread
+
+        pixels = imread(whole.out / "ablation.png")[..., :3]
+        for colour in ((0x1F, 0x5F, 0xA8), (0xC8, 0x64, 0x1E)):
+            assert (np.abs(pixels - np.array(colour) / 255).max(axis=-1) < 0.01).sum() > 100
+
+    def test_the_commands_make_the_runs(self, whole: Task, report: Report) -> None:
+        for row in report.rows:
+            for run in row.runs.values():
+                words = shlex.split(command_of(run))
+                with train_command.make_context("train", words[2:]) as context:
+                    given = dict(context.params)
+                assert (given.pop("store"), given.pop("captions")) == (whole.store, whole.captions)
+                assert given.pop("out") == run.folder and given.pop("backbone") is None
+                del given["device"]
+                assert TrainConfig(**given) == run.config == TrainConfig(**read_run(run.folder)["config"])
+
+    def test_commands_name_switches_and_backbones(self, task: Task) -> None:
+        task.write(
+            '[[cells]]\nlearn_logit_scale = false\nlearn_support_temperature = true\nbackbone = "synthetic:frames"'
+        )
+        [run, *_] = plan(read_ablation(task.config), task.out, lambda message: None)[0]
+        command = command_of(run)
+        assert "--backbone synthetic:frames" in command
+        assert "--no-learn-logit-scale" in command and "--learn-support-temperature" in command
+
+    def test_the_command_prints_it(self, whole: Task, run_svb: RunSvb) -> None:
+        ran = run_svb("ablate", whole.config, "-o", whole.out)
+        assert ran.exit_code == 0 and ran.stdout == (whole.out / "ablation.md").read_text("utf-8")
+        assert "4 runs: 2 cells, 2 seeds; 4 are finished already" in ran.stderr
+        ran = run_svb("ablate", whole.config, "-o", whole.out, "--json")
+        held = json.loads(ran.stdout)
+        assert held["baseline"] == "variant=none" and held["failed"] == {} and held["split"] == "val"
+        assert [cell["name"] for cell in held["cells"]] == ["variant=none", "variant=cross"]
+        assert held["cells"][1]["differences"][0]["metric"] == "t2v/R@1"
+        ran = run_svb("ablate", whole.config, "-o", whole.out, "--dry-run")
+        assert ran.stdout.splitlines() == [
+            "baseline: variant=none; last checkpoint on val",
+            *(f"variant={variant} seed {seed}: finished" for seed in (0, 1) for variant in ("none", "cross")),
+        ]
+
+
+class TestKept:
+    """What is run again, and what is not."""
+
+    def test_a_dry_run_writes_nothing(self, task: Task, run_svb: RunSvb) -> None:
+        task.write()
+        ran = run_svb("ablate", task.config, "-o", task.out, "--dry-run")
+        assert ran.exit_code == 0 and not task.out.exists()
+        assert (
+            f"variant=none seed 1: svb train {task.store} {task.captions} -o {task.out}/runs/variant=none/seed-1"
+            in ran.stdout
+        )
+        ran = run_svb("ablate", task.config, "-o", task.out, "--dry-run", "--json")
+        assert [row["finished"] for row in json.loads(ran.stdout)] == [False] * 4
+
+    def test_cells_keep_their_runs_when_the_config_changes_around_them(self, own: Task) -> None:
+        """A new axis gives cells other names, and a new seed or cell adds runs: what is asked for still is kept."""
+        own.write('[grid]\nvariant = ["none", "cross"]\nbatch_size = [16, 8]', top="seeds = [1, 2]")
+        assert own.finished() == {
+            f"variant={variant} batch_size=16 seed 1": own.out / "runs" / f"variant={variant}" / "seed-1"
+            for variant in ("none", "cross")
+        }
+
+    def test_runs_with_other_settings_are_kept_beside(self, own: Task) -> None:
+        own.write(common=COMMON.replace("epochs = 4", "epochs = 5"), top="seeds = [0]")
+        messages: list[str] = []
+        planned, _ = plan(read_ablation(own.config), own.out, messages.append)
+        assert not any(run.is_finished for run in planned)
+        assert [run.folder.parent.name.rpartition("-")[0] for run in planned] == ["variant=none", "variant=cross"]
+        assert "holds a run with other settings, which is kept: this one goes to" in messages[0]
+        assert messages[-1].startswith("4 runs in ") and "are not asked for and are kept" in messages[-1]
+        own.run_here()
+        assert len(own.finished()) == 2
+        own.write()
+        assert len(own.finished()) == 4
+
+    def test_other_data_is_another_run(self, own: Task) -> None:
+        loaded = FeatureStore(own.store).load(synthetic.BACKBONE)
+        parts = dict(zip(loaded.video_ids, np.split(loaded.features, loaded.offsets[1:-1]), strict=True))
+        del parts["clip000"]  # a training video
+        shutil.rmtree(own.store)
+        synthetic.make_store(own.store, parts)
+        assert own.finished() == {}
+
+    def test_ranks_of_something_else_are_measured_again(self, own: Task) -> None:
+        runs = own.out / "runs"
+        evaluate(runs / "variant=none" / "seed-0", split="train")
+        evaluate(runs / "variant=none" / "seed-1", checkpoint="last", v2t_convention="best")
+        shutil.copy(runs / "variant=none" / "seed-1" / "ranks.npz", runs / "variant=cross" / "seed-0")
+        (runs / "variant=cross" / "seed-1" / "ranks.npz").write_bytes(b"no ranks")
+        assert own.finished() == {}
+        before = (runs / "variant=none" / "seed-0" / "last" / "model.safetensors").stat().st_mtime_ns
+        own.run_here()
+        assert len(own.finished()) == 4
+        assert (runs / "variant=none" / "seed-0" / "last" / "model.safetensors").stat().st_mtime_ns == before
+
+    def test_a_run_of_an_older_svb_is_known_by_its_options(self, own: Task) -> None:
+        """Options that came later have their defaults in it."""
+        folder = own.out / "runs" / "variant=none" / "seed-0"
+        held = read_run(folder)
+        assert held["config"].pop("memory_bank") == 0
+        del held["format_version"]
+        publish_description(folder / "config.json", held)
+        evaluate(folder, checkpoint="last")  # as that older svb had
+        assert own.finished()["variant=none seed 0"] == folder
+
+    def test_a_training_that_stopped_is_not_finished(self, own: Task) -> None:
+        shutil.rmtree(own.out / "runs" / "variant=none" / "seed-0" / "last")
+        assert "variant=none seed 0" not in own.finished()
+        assert len(own.finished()) == 3
+
+    def test_two_at_once_are_refused(self, own: Task) -> None:
+        lock = lock_folder(own.out)
+        with pytest.raises(StoreError, match="another process may be writing"):
+            ablate(own.config, own.out)
+        os.close(lock)
+
+    def test_odd_names_stay_within_the_folder(self, task: Task) -> None:
+        task.write(
+            "".join(
+                f"[[cells]]\nname = {json.dumps(name)}\nepochs = {epochs}\n"
+                for epochs, name in enumerate(("..", "a/../../b", "é ü", "x" * 300, "a b", "a,b"), start=1)
+            ),
+            top="seeds = [0]",
+        )
+        planned, _ = plan(read_ablation(task.config), task.out, lambda message: None)
+        folders = [run.folder for run in planned]
+        assert len(set(folders)) == len(folders)
+        for folder in folders:
+            folder.mkdir(parents=True)
+            assert folder.resolve().parent.parent == (task.out / "runs").resolve()
+
+
+class TestCost:
+    def test_an_epoch_that_was_trained_again_counts_once(self, tmp_path: Path) -> None:
+        lines = [(1, 5.0), (2, 1.0), (2, 3.0), (3, 1.0)]
+        text = "".join(json.dumps({"epoch": epoch, "cpu_seconds": seconds}) + "\n" for epoch, seconds in lines)
+        (tmp_path / SECONDS_FILE).write_text(text + '{"epoch": 3, "cpu_sec')
+        assert cpu_seconds(tmp_path, 3) == 9.0
+        assert cpu_seconds(tmp_path, 4) is None
+        assert cpu_seconds(tmp_path / "nowhere", 1) is None
+
+    def test_threads_are_those_allowed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("OMP_NUM_THREADS", "6")
+        assert threads() == 6
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        assert threads() >= 1
+
+
+class TestFailures:
+    def test_a_failed_run_does_not_stop_the_others(self, task: Task, run_svb: RunSvb) -> None:
+        task.write(
+            '[[cells]]\nname = "good"\n[[cells]]\nname = "diverges"\nlearning_rate = 1e30', top="seeds = [0]"
+        )
+        ran = run_svb("ablate", task.config, "-o", task.out, "--jobs", "2", "--device", "cpu")
+        assert ran.exit_code == 1 and "Traceback" not in ran.stderr, ran
+        assert "1 runs failed, first diverges seed 0: the loss is" in ran.stderr.splitlines()[-1]
+        assert "diverges seed 0 FAILED: the loss is" in ran.stdout and "| **good** | 1 |" in ran.stdout
+        assert list(task.finished()) == ["good seed 0"]
+        assert not list((task.out / "logs").iterdir())
+
+    def test_a_collapsed_grid_fails(self, task: Task, run_svb: RunSvb) -> None:
+        """Heads that map everything to one place: R@1 means nothing, whatever the table's differences say."""
+        task.write(top="seeds = [0]")
+        task.run_here()
+        for folder in task.finished().values():
+            path = folder / "ranks.npz"
+            with np.load(path) as file:
+                held = dict(file)
+            held["t2v"][:], held["v2t"][:] = 10.5, 10.5  # 20 videos, all equally near
+            np.savez(path, **held)
+        ran = run_svb("ablate", task.config, "-o", task.out)
+        assert ran.exit_code == 1
+        assert "no run can be told from guessing" in ran.stderr.splitlines()[-1]
+        assert "variant=cross† | 1 | 0.0 |" in ran.stdout
+        assert "1 of 1 runs of variant=cross cannot be told from guessing" in ran.stdout
+
+    def test_if_all_fail_there_is_no_table(self, task: Task, run_svb: RunSvb) -> None:
+        task.write("[grid]\nlearning_rate = [1e30]", top="seeds = [0]")
+        ran = run_svb("ablate", task.config, "-o", task.out, "--device", "cpu")
+        assert_refused(ran, "all 1 runs failed, the first with: the loss is")
+        assert not (task.out / "ablation.md").exists()
+
+    def test_jobs_must_be_some(self, whole: Task) -> None:
+        with pytest.raises(UsageError, match="jobs is 0"):
+            ablate(whole.config, whole.out, jobs=0)
+
+
+def command(task: Task) -> list[str]:
+    words = [sys.executable, "-m", "svb", "ablate", str(task.config), "-o", str(task.out), "--jobs", "2"]
+    return [*words, "--device", "cpu"]
+
+
+def start(task: Task) -> subprocess.Popen[str]:
+    """Start an ablation in a process group of its own, as a shell does."""
+    return subprocess.Popen(
+        command(task), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def wait_for(process: subprocess.Popen[str], path: Path) -> None:
+    until = time.monotonic() + 400  # starting processes is what takes long where the machine is busy
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until, f"{path} never came"
+        time.sleep(0.02)
+
+
+def trainers(task: Task) -> Iterator[int]:
+    """Yield the processes that train for a task; on Linux, by what they were started with."""
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (place / "cmdline").read_bytes()
+            if b"svb.retrieve.ablation_run" in words and str(task.out).encode() in words:
+                yield int(place.name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_ablation_goes_on_to_the_same_numbers(tmp_path: Path, sign: signal.Signals) -> None:
+    folders = [tmp_path / name for name in ("killed", "whole")]
+    for folder in folders:
+        folder.mkdir()
+    killed, whole = (Task(folder, num_train=60, num_val=40) for folder in folders)
+    for task in (killed, whole):
+        common = COMMON.replace("epochs = 4", "epochs = 100")
+        task.write(GRID.replace('"cross"', '"cross", "full"'), "seeds = [0]", common)
+    with start(killed) as process:
+        try:
+            wait_for(process, killed.out / "runs" / "variant=full" / "seed-0" / "metrics.jsonl")
+            process.send_signal(sign)
+            _, said = process.communicate(timeout=100)
+        finally:
+            process.kill()
+    assert process.returncode == (-sign if sign == signal.SIGKILL else 130)
+    assert sign == signal.SIGKILL or "run the same command again to go on" in said
+    until = time.monotonic() + 60
+    while any(trainers(killed)) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not list(trainers(killed)), "a run outlived the ablation that started it"
+    before = killed.finished()
+    assert 1 <= len(before) < 3
+    kept = {path: path.stat().st_mtime_ns for folder in before.values() for path in folder.rglob("*.safetensors")}
+    again = subprocess.run(command(killed), capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert f"{len(before)} are finished already" in again.stderr
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    whole.run_here()
+    for name, folder in whole.finished().items():
+        twin = killed.finished()[name]
+        for file in ("last/model.safetensors", "best/model.safetensors"):
+            assert (folder / file).read_bytes() == (twin / file).read_bytes(), name
+    assert "| variant=full | 1 |" in again.stdout
