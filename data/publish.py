@@ -48,8 +48,6 @@ def published_folder(path: Path, previous: Path | None = None) -> Iterator[Path]
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(path)
-    for leftover in (_beside(path, "new"), _beside(path, "old")):
-        shutil.rmtree(leftover, ignore_errors=True)
     filling = path.parent / f"{ASIDE_PREFIX}{uuid.uuid4().hex}"
     filling.mkdir()
     try:
@@ -72,14 +70,17 @@ def published_folder(path: Path, previous: Path | None = None) -> Iterator[Path]
 
 
 def recover_folder(path: Path) -> None:
-    """Where `path` is missing, finish what a kill in `published_folder` interrupted.
+    """Finish what a kill in `published_folder` interrupted; only the folder's one writer may call this.
 
-    The newest whole folder becomes `path`.
+    Where `path` is missing the newest whole folder becomes it; what else was left is removed.
     """
-    for whole in (_beside(path, "new"), _beside(path, "old")):
+    beside = (_beside(path, "new"), _beside(path, "old"))
+    for whole in beside:
         if not path.exists():
             with contextlib.suppress(FileNotFoundError):
                 whole.rename(path)
+    for leftover in beside:
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def publish_json(path: Path, value: Any) -> None:

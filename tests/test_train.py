@@ -2,13 +2,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,37 +13,29 @@ import pytest
 import synthetic
 import torch
 from click.testing import CliRunner
+from conftest import RunSvb
+from runs import SMALL, Task, contents, lines, small
 
 from svb.cli import cli
 from svb.data.caption_features import read_caption_features
 from svb.data.feature_store import FeatureStore
 from svb.data.publish import lock_folder
 from svb.errors import InputError, MismatchError, StoreError, UsageError
+from svb.train import loop, objective
 from svb.train import run as train_run
-from svb.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from svb.train.config import CAPTION_SAMPLING, LOSSES, VARIANTS, TrainConfig
-from svb.train.run import build_model, read_run, train
-from svb.train.training_data import epoch_batches, positions_of_splits
+from svb.train.checkpoint import load_checkpoint
+from svb.train.config import CAPTION_SAMPLING, CHOICES, LOSSES, REBUILD, VARIANTS, TrainConfig
+from svb.train.run import read_run, train
+from svb.train.training_data import draw_captions, epoch_batches, positions_of_splits
 
 # Tensors this small are slower on two threads than on one.
 torch.set_num_threads(1)
 
-SMALL = TrainConfig(
-    embedding_size=32,
-    layers=1,
-    decoder_size=16,
-    decoder_layers=1,
-    batch_size=16,
-    epochs=6,
-    evaluate_every=2,
-    learning_rate=2e-3,
-    seed=3,
-)
-Task = tuple[Path, Path]
 
-
-class Killed(Exception):  # noqa: N818
-    """Stands for a kill: nothing catches it."""
+@pytest.fixture(autouse=True)
+def without_a_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing curves takes longer than these trainings."""
+    monkeypatch.setattr(train_run, "draw_curves", lambda run: run)
 
 
 @pytest.fixture(scope="module")
@@ -57,39 +45,23 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
 
 @pytest.fixture(scope="module")
 def whole_run(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of `SMALL` that nothing interrupted; only to be read."""
-    return train(*task, tmp_path_factory.mktemp("runs") / "whole", SMALL)
+    """A run of `SMALL` that nothing interrupted, saved once, at its end; only to be read."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "CHECKPOINT_SECONDS", 1e9)
+        return train(*task, tmp_path_factory.mktemp("runs") / "whole", SMALL)
 
 
-def contents(run: Path) -> dict[str, bytes]:
-    """Return everything that training wrote, by name; config.json names paths and is left out."""
-    return {
-        str(path.relative_to(run)): path.read_bytes()
-        for path in sorted(run.rglob("*"))
-        if path.is_file() and path.name != "config.json"
-    }
-
-
-def lines(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def replace(**options: Any) -> TrainConfig:
-    return dataclasses.replace(SMALL, **options)
-
-
-def kill_after(epochs: int) -> Callable[[dict[str, float]], None]:
-    def on_epoch(metrics: dict[str, float]) -> None:
-        if metrics["epoch"] == epochs:
-            raise Killed
-
-    return on_epoch
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("variant", ["none", "cross"])
-def test_learns_a_task(task: Task, tmp_path: Path, loss: str, variant: str) -> None:
-    config = replace(loss=loss, variant=variant, epochs=30, evaluate_every=30)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss": "info_nce", "variant": "none"},
+        {"loss": "max_margin", "variant": "none"},
+        {"loss": "info_nce", "variant": "cross"},
+        {"loss": "max_margin", "variant": "cross", "rebuild": "embedding", "memory_bank": 20},
+    ],
+)
+def test_learns_a_task(task: Task, tmp_path: Path, options: dict[str, Any]) -> None:
+    config = small(**options, epochs=30, evaluate_every=30)
     metrics = lines(train(*task, tmp_path / "run", config))
     # 20 videos: chance is 5 %.
     assert metrics[-1]["val/t2v/R@1"] > 50
@@ -100,7 +72,7 @@ def test_learns_a_task(task: Task, tmp_path: Path, loss: str, variant: str) -> N
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("caption_sampling", CAPTION_SAMPLING)
 def test_every_variant_trains(task: Task, tmp_path: Path, variant: str, caption_sampling: str) -> None:
-    config = replace(variant=variant, caption_sampling=caption_sampling, epochs=2)
+    config = small(variant=variant, caption_sampling=caption_sampling, epochs=2, memory_bank=10)
     metrics = lines(train(*task, tmp_path / "run", config))
     assert [line["epoch"] for line in metrics] == [1, 2]
     assert (metrics[-1]["cross_captioning"] > 0) == (variant != "none")
@@ -121,138 +93,10 @@ def test_metrics_say_what_was_measured(whole_run: Path) -> None:
     assert load_checkpoint(whole_run / "last").epoch == 6
 
 
-def test_two_runs_of_one_seed_are_the_same_bytes(task: Task, whole_run: Path, tmp_path: Path) -> None:
-    again = train(*task, tmp_path / "again", SMALL)
-    assert contents(again) == contents(whole_run)
-    other = train(*task, tmp_path / "other", replace(seed=4))
-    assert contents(other)["last/model.safetensors"] != contents(whole_run)["last/model.safetensors"]
-
-
-@pytest.mark.parametrize("checkpoint_seconds", [0.0, 1e9])
-@pytest.mark.parametrize("after", [1, 4, 5])
-def test_killed_at_the_end_of_an_epoch(
-    task: Task,
-    whole_run: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    after: int,
-    checkpoint_seconds: float,
-) -> None:
-    monkeypatch.setattr(train_run, "CHECKPOINT_SECONDS", checkpoint_seconds)
-    messages: list[str] = []
-    with pytest.raises(Killed):
-        train(*task, tmp_path / "run", SMALL, on_epoch=kill_after(after))
-    seen: list[float] = []
-    train(
-        *task,
-        tmp_path / "run",
-        SMALL,
-        on_epoch=lambda metrics: seen.append(metrics["epoch"]),
-        on_message=messages.append,
-    )
-    if checkpoint_seconds:  # no checkpoint yet: from the start
-        assert seen == [1, 2, 3, 4, 5, 6]
-    else:
-        assert seen == list(range(after + 1, 7))
-        assert f"resuming {tmp_path / 'run'} after epoch {after} of 6" in messages
-    assert contents(tmp_path / "run") == contents(whole_run)
-
-
-@pytest.mark.parametrize("step", [1, 9, 14, 21])
-def test_killed_in_the_middle_of_an_epoch(
-    task: Task, whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
-) -> None:
-    monkeypatch.setattr(train_run, "CHECKPOINT_SECONDS", 0.0)
-    real, calls = train_run.info_nce, 0
-
-    def killing(*arguments: Any) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == step:
-            raise Killed
-        return real(*arguments)
-
-    monkeypatch.setattr(train_run, "info_nce", killing)
-    with pytest.raises(Killed):
-        train(*task, tmp_path / "run", SMALL)
-    train(*task, tmp_path / "run", SMALL)
-    assert contents(tmp_path / "run") == contents(whole_run)
-
-
-@pytest.mark.parametrize("saves", range(1, 7))
-def test_killed_between_any_two_writes(
-    task: Task, whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: int
-) -> None:
-    """Kills after the n-th checkpoint was published, best/ or last/: metrics may be ahead or behind."""
-    monkeypatch.setattr(train_run, "CHECKPOINT_SECONDS", 0.0)
-    real, count = train_run.save_checkpoint, 0
-
-    def killing(folder: Path, checkpoint: Checkpoint) -> None:
-        nonlocal count
-        real(folder, checkpoint)
-        count += 1
-        if count == saves:
-            raise Killed
-
-    monkeypatch.setattr(train_run, "save_checkpoint", killing)
-    with pytest.raises(Killed):
-        train(*task, tmp_path / "run", SMALL)
-    count = 1000
-    train(*task, tmp_path / "run", SMALL)
-    assert contents(tmp_path / "run") == contents(whole_run)
-
-
-def test_a_line_of_metrics_cut_short_is_written_again(
-    task: Task, whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(train_run, "CHECKPOINT_SECONDS", 0.0)
-    with pytest.raises(Killed):
-        train(*task, tmp_path / "run", SMALL, on_epoch=kill_after(3))
-    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
-        file.write('{"epoch": 4, "loss": 1.')
-    train(*task, tmp_path / "run", SMALL)
-    assert contents(tmp_path / "run") == contents(whole_run)
-
-
-_TRAIN_SLOWLY = """
-import json, sys, time
-import torch
-from pathlib import Path
-from svb.train import run
-torch.set_num_threads(1)
-run.CHECKPOINT_SECONDS = 0.0
-config = run.TrainConfig(**json.loads(sys.argv[4]))
-if sys.argv[5] == "slowly":
-    real = run.info_nce
-    def slow(*arguments):
-        time.sleep(0.02)
-        return real(*arguments)
-    run.info_nce = slow
-run.train(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), config)
-"""
-
-
-@pytest.mark.slow
-def test_a_run_killed_at_random_moments_ends_with_the_same_bytes(
-    task: Task, whole_run: Path, tmp_path: Path
-) -> None:
-    out, random = tmp_path / "run", np.random.default_rng(0)
-    arguments = [str(task[0]), str(task[1]), str(out), json.dumps(dataclasses.asdict(SMALL))]
-    for _ in range(4):
-        process = subprocess.Popen([sys.executable, "-c", _TRAIN_SLOWLY, *arguments, "slowly"])
-        while not (out / "metrics.jsonl").exists() and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(random.uniform(0, 0.4))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    subprocess.run([sys.executable, "-c", _TRAIN_SLOWLY, *arguments, "at once"], check=True)
-    assert contents(out) == contents(whole_run)
-
-
 def test_another_config_is_refused_naming_the_fields(task: Task, whole_run: Path) -> None:
     before = contents(whole_run)
     with pytest.raises(MismatchError) as caught:
-        train(*task, whole_run, replace(batch_size=8, variant="full"))
+        train(*task, whole_run, small(batch_size=8, variant="full"))
     assert "config.batch_size: stored 16, wanted 8" in str(caught.value)
     assert "config.variant: stored 'cross', wanted 'full'" in str(caught.value)
     assert "seed" not in str(caught.value)
@@ -281,119 +125,6 @@ def test_a_finished_run_has_nothing_to_do(task: Task, whole_run: Path) -> None:
     assert contents(whole_run) == before
 
 
-def copy_run(run: Path, to: Path) -> Path:
-    shutil.copytree(run, to)
-    return to
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "training.pt", "checkpoint.json"])
-@pytest.mark.parametrize("kept", [0.0, 0.001, 0.3, 0.9, 0.9999])
-def test_a_truncated_checkpoint_is_refused(
-    task: Task, whole_run: Path, tmp_path: Path, name: str, kept: float
-) -> None:
-    run = copy_run(whole_run, tmp_path / "run")
-    path = run / "last" / name
-    data = path.read_bytes()
-    path.write_bytes(data[: min(int(len(data) * kept), len(data) - 2)])
-    with pytest.raises(StoreError, match=r"last.*(restore|train again)"):
-        load_checkpoint(run / "last")
-    with pytest.raises(StoreError):
-        train(*task, run, SMALL)
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "training.pt", "checkpoint.json"])
-def test_a_flipped_byte_in_a_checkpoint_is_never_loaded(whole_run: Path, tmp_path: Path, name: str) -> None:
-    run = copy_run(whole_run, tmp_path / "run")
-    path = run / "last" / name
-    data = path.read_bytes()
-    positions = np.linspace(0, len(data) - 2, 60).astype(int) if name != "checkpoint.json" else range(len(data) - 1)
-    expected = load_checkpoint(run / "last")
-    for position in positions:
-        for flip in (0x01, 0x80):
-            damaged = bytearray(data)
-            damaged[position] ^= flip
-            path.write_bytes(damaged)
-            try:
-                loaded = load_checkpoint(run / "last")
-            except StoreError as error:
-                assert "restore" in str(error) or "train again" in str(error)
-            else:  # white space of the JSON text
-                assert name == "checkpoint.json" and data[position : position + 1].isspace()
-                assert loaded.epoch == expected.epoch and loaded.metrics == expected.metrics
-
-
-@pytest.mark.parametrize("flip", [0x01, 0x02])
-def test_a_flipped_byte_in_config_json_is_noticed(whole_run: Path, tmp_path: Path, flip: int) -> None:
-    path = tmp_path / "config.json"
-    data = (whole_run / "config.json").read_bytes()
-    expected = read_run(whole_run)
-    for position in range(0, len(data) - 1, 3):
-        damaged = bytearray(data)
-        damaged[position] ^= flip
-        path.write_bytes(damaged)
-        try:
-            assert read_run(tmp_path) == expected
-        except StoreError:
-            continue
-        assert data[position : position + 1].isspace()
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "training.pt", "checkpoint.json"])
-def test_a_missing_file_is_refused(whole_run: Path, tmp_path: Path, name: str) -> None:
-    run = copy_run(whole_run, tmp_path / "run")
-    (run / "last" / name).unlink()
-    with pytest.raises(StoreError, match="not a whole checkpoint"):
-        load_checkpoint(run / "last")
-
-
-def test_a_checkpoint_of_another_size_is_refused(task: Task, whole_run: Path, tmp_path: Path) -> None:
-    run = copy_run(whole_run, tmp_path / "run")
-    torch.manual_seed(0)
-    description = read_run(run)
-    description["config"]["embedding_size"] = 16
-    other = build_model(description, 12)
-    last = load_checkpoint(run / "last")
-    save_checkpoint(run / "last", Checkpoint(3, {}, other.state_dict(), last.training))
-    with pytest.raises(
-        StoreError, match=r"does not fit its run's config\.json \(.*\(16, .*not \(32, .*train again"
-    ):
-        train(*task, run, SMALL)
-
-
-@pytest.mark.parametrize("old_is_set_aside", [False, True])
-def test_a_kill_between_the_two_renames_of_a_checkpoint(
-    task: Task,
-    whole_run: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    old_is_set_aside: bool,
-) -> None:
-    monkeypatch.setattr(train_run, "CHECKPOINT_SECONDS", 0.0)
-    run = tmp_path / "run"
-    with pytest.raises(Killed):
-        train(*task, run, SMALL, on_epoch=kill_after(3))
-    if old_is_set_aside:
-        shutil.copytree(run / "last", run / ".last.old")
-    (run / "last").rename(run / ".last.new")
-    # Reading finds it without touching a run that may be in training.
-    assert load_checkpoint(run / "last").epoch == 3
-    assert not (run / "last").exists()
-    train(*task, run, SMALL)
-    assert contents(run) == contents(whole_run)
-
-
-def test_reading_leaves_a_checkpoint_that_is_being_replaced_alone(whole_run: Path, tmp_path: Path) -> None:
-    run = copy_run(whole_run, tmp_path / "run")
-    shutil.copytree(run / "last", run / ".last.new")
-    assert load_checkpoint(run / "last").epoch == 6
-    assert (run / ".last.new").is_dir()
-
-
-def test_no_checkpoint_is_an_input_error(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no checkpoint at .* train first"):
-        load_checkpoint(tmp_path / "best")
-
-
 def test_what_has_no_counterpart_is_said_and_left_out(task: Task, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     videos = {f"v{video}": random.normal(size=(2, 4)) for video in range(8)}
@@ -404,7 +135,7 @@ def test_what_has_no_counterpart_is_said_and_left_out(task: Task, tmp_path: Path
     rows += [("broken", "a dog", "train"), ("gone", "a dog", "train"), ("gone", "a cat", "train")]
     captions = synthetic.make_captions(tmp_path / "captions.h5", rows, random.normal(size=(len(rows), 5)))
     messages: list[str] = []
-    train(store, captions, tmp_path / "run", replace(epochs=1), on_message=messages.append)
+    train(store, captions, tmp_path / "run", small(epochs=1), on_message=messages.append)
     assert "2 videos of the caption table have no features and are left out, first 'broken'" in messages
     assert "1 videos of the store have no captions and are left out, first 'silent'" in messages
     assert read_run(tmp_path / "run")["data"]["train"]["videos"] == 6
@@ -417,7 +148,7 @@ def test_a_val_split_without_features_is_said_and_done_without(tmp_path: Path) -
     rows = [(f"v{v}", "a dog", "train" if v < 4 else "val") for v in range(6)]
     captions = synthetic.make_captions(tmp_path / "captions.h5", rows, random.normal(size=(6, 5)))
     messages: list[str] = []
-    run = train(store, captions, tmp_path / "run", replace(epochs=1), on_message=messages.append)
+    run = train(store, captions, tmp_path / "run", small(epochs=1), on_message=messages.append)
     assert any("no video of the val split has features" in message for message in messages)
     assert load_checkpoint(run / "best").epoch == 1
 
@@ -436,14 +167,14 @@ def test_val_is_carved_by_seed_from_whole_videos(tmp_path: Path) -> None:
     first = carve(0)
     assert len(first["val"]) == 10 and not first["val"] & first["train"]
     assert carve(0) == first and carve(1) != first
-    run = train(store, captions, tmp_path / "run", replace(epochs=2, val_fraction=0.25))
+    run = train(store, captions, tmp_path / "run", small(epochs=2, val_fraction=0.25))
     assert read_run(run)["data"]["val"]["videos"] == 10
     assert "val/t2v/R@1" in lines(run)[-1]
 
 
 def test_without_val_the_last_epoch_is_the_best(tmp_path: Path) -> None:
     task = synthetic.make_task(tmp_path, num_train=10, num_val=0, has_split=False)
-    run = train(*task, tmp_path / "run", replace(epochs=2, val_fraction=0.0))
+    run = train(*task, tmp_path / "run", small(epochs=2, val_fraction=0.0))
     assert load_checkpoint(run / "best").epoch == 2
     assert read_run(run)["data"]["val"] is None
 
@@ -463,48 +194,85 @@ def test_nothing_in_common_is_an_error(task: Task, tmp_path: Path) -> None:
 
 def test_a_batch_larger_than_the_data_takes_all_of_it(tmp_path: Path) -> None:
     task = synthetic.make_task(tmp_path, num_train=3, num_val=2)
-    run = train(*task, tmp_path / "run", replace(batch_size=1000, epochs=1))
+    messages: list[str] = []
+    run = train(*task, tmp_path / "run", small(batch_size=1000, epochs=1), on_message=messages.append)
     assert lines(run)[0]["epoch"] == 1
+    assert messages == ["a batch of 1000 is more than there are: every one holds all 3 captions"]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("rebuild", REBUILD)
+@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant != "none"])
+def test_batches_that_hold_one_video_alone_cost_nothing(
+    tmp_path: Path, loss: str, rebuild: str, variant: str
+) -> None:
+    """Two captions a batch, of two videos with two captions each: often both are of one video."""
+    task = synthetic.make_task(tmp_path, num_train=2, num_val=2)
+    options = {"variant": variant, "rebuild": rebuild, "loss": loss, "intra_modal_weight": 0.5}
+    config = small(caption_sampling="all", batch_size=2, min_word_count=1, epochs=8, dropout=0.0, **options)
+    run = train(*task, tmp_path / "run", config)
+    for line in lines(run):
+        assert all(math.isfinite(value) for value in line.values()), line
+    weights = load_checkpoint(run / "last").model.values()
+    assert all(tensor.isfinite().all() for tensor in weights)
+    # A batch of one video has no negative; where all batches of an epoch are such, the epoch costs nothing.
+    costs = [line["contrastive"] for line in lines(run)]
+    assert costs.count(0.0) >= 1 and max(costs) > 0
+    if variant == "cross" and loss == "info_nce":
+        assert [line["cross_captioning"] == 0 for line in lines(run)] == [cost == 0 for cost in costs]
+
+
+def test_captions_without_a_word_of_the_vocabulary_train(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    store = synthetic.make_store(tmp_path / "features", {f"v{v}": random.normal(size=(2, 4)) for v in range(4)})
+    rows = [("v0", "a dog", "train"), ("v1", "a dog", "train"), ("v2", "?!", "train"), ("v3", "zebra", "train")]
+    captions = synthetic.make_captions(tmp_path / "captions.h5", rows, random.normal(size=(4, 5)))
+    run = train(store, captions, tmp_path / "run", small(epochs=2, val_fraction=0.0, batch_size=2))
+    assert all(line["cross_captioning"] > 0 for line in lines(run))
+    assert json.loads((run / "vocabulary.json").read_text())["words"] == ["a", "dog"]
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_loss_of_nan_is_an_error_that_keeps_the_state_before(
     task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str
 ) -> None:
-    monkeypatch.setattr(train_run, "CHECKPOINT_SECONDS", 0.0)
-    real, calls = getattr(train_run, loss), 0
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    real, calls = getattr(objective, loss), 0
 
     def diverging(*arguments: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        return real(*arguments) * (float("nan") if calls == 10 else 1.0)
+        return real(*arguments) * (float("nan") if calls == 19 else 1.0)  # two a step, four steps an epoch
 
-    monkeypatch.setattr(train_run, loss, diverging)
+    monkeypatch.setattr(objective, loss, diverging)
     with pytest.raises(InputError, match=r"the loss is nan, .* lower --learning-rate"):
-        train(*task, tmp_path / "run", replace(loss=loss))
+        train(*task, tmp_path / "run", small(loss=loss))
     last = load_checkpoint(tmp_path / "run" / "last")
-    assert last.epoch == 2 and all(tensor.isfinite().all() for tensor in last.model.values())
+    assert (last.epoch, last.training["steps"]) == (2, 1)
+    assert all(tensor.isfinite().all() for tensor in last.model.values())
     assert [line["epoch"] for line in lines(tmp_path / "run")] == [1, 2]
 
 
 def test_a_gradient_that_is_no_number_in_the_last_step_is_an_error(
     task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_run, "CHECKPOINT_SECONDS", 0.0)
-    real, calls = train_run.info_nce, 0
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    real, calls = objective.info_nce, 0
 
-    def diverging(similarity: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    def diverging(positive: torch.Tensor, *arguments: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        loss = real(similarity, *arguments)
-        if calls == 4:  # 60 videos in batches of 15: the last step of the first epoch
-            loss = loss + (similarity - similarity).abs().sqrt().sum()  # value 0, gradient NaN
+        loss = real(positive, *arguments)
+        if calls == 8:  # 60 videos in batches of 15, two a step: the last step of the first epoch
+            loss = loss + (positive - positive).abs().sqrt()  # value 0, gradient NaN
         return loss
 
-    monkeypatch.setattr(train_run, "info_nce", diverging)
+    monkeypatch.setattr(objective, "info_nce", diverging)
     with pytest.raises(InputError, match="its gradient nan"):
         train(*task, tmp_path / "run", SMALL)
-    assert not (tmp_path / "run" / "last").exists()
+    last = load_checkpoint(tmp_path / "run" / "last")
+    assert (last.epoch, last.training["steps"]) == (0, 3)
+    assert all(tensor.isfinite().all() for tensor in last.model.values())
 
 
 @pytest.mark.parametrize(
@@ -519,7 +287,7 @@ def test_options_that_make_no_model_leave_no_run_behind(
     task: Task, tmp_path: Path, options: dict[str, int], error: type[Exception]
 ) -> None:
     with pytest.raises(error):
-        train(*task, tmp_path / "run", replace(**options))
+        train(*task, tmp_path / "run", small(**options))
     assert not (tmp_path / "run").exists()
 
 
@@ -529,11 +297,38 @@ def test_options_that_make_no_model_leave_no_run_behind(
         {"loss": "hinge"},
         {"variant": "half"},
         {"caption_sampling": "two"},
+        {"pooling": "max"},
+        {"negatives": "easy"},
+        {"rebuild": "images"},
+        {"support_values": "video"},
+        {"decoder": "lstm"},
+        {"decoder": "t5:"},
         {"batch_size": 1},
         {"epochs": 0},
+        {"evaluate_every": 0},
+        {"embedding_size": 0},
         {"layers": -1},
+        {"convolution": 2},
+        {"convolution": -3},
+        {"max_frames": 0},
+        {"memory_bank": -1},
+        {"decoder_size": 0},
+        {"decoder_layers": 0},
+        {"min_word_count": 0},
+        {"captions_per_video": -1},
         {"dropout": 1.0},
         {"val_fraction": 1.5},
+        {"warmup": 1.0},
+        {"negatives_warmup": 1.0},
+        {"negatives_warmup": -0.1},
+        {"margin": -0.1},
+        {"margin": float("inf")},
+        {"intra_modal_weight": -1.0},
+        {"cross_captioning_weight": -1.0},
+        {"cross_captioning_weight": float("nan")},
+        {"decode_fraction": 0.0},
+        {"decode_fraction": 1.5},
+        {"decode_fraction": float("nan")},
         {"learning_rate": 0.0},
         {"learning_rate": float("nan")},
         {"support_temperature": 0.0},
@@ -544,8 +339,38 @@ def test_options_that_make_no_model_leave_no_run_behind(
     ],
 )
 def test_values_out_of_range_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match=next(iter(options))):
+    with pytest.raises(UsageError, match=rf"{next(iter(options))} is .* - expected"):
         TrainConfig(**options)
+
+
+@pytest.mark.parametrize("given", [("--decode-fraction", "0"), ("--memory-bank", "-1"), ("--rebuild", "images")])
+def test_the_command_refuses_them_in_one_line(given: tuple[str, str], run_svb: RunSvb, tmp_path: Path) -> None:
+    ran = run_svb("train", "features", "captions.h5", "-o", tmp_path / "run", *given)
+    assert ran.exit_code == 2 and ran.stdout == ""
+    assert given[0].strip("-").replace("-", "_") in ran.stderr.replace("--rebuild", "rebuild")
+    assert "Traceback" not in ran.stderr and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_few_captions_a_video_are_drawn_once_by_seed(tmp_path: Path, number: int) -> None:
+    _, captions = synthetic.make_task(tmp_path, num_train=20, num_val=3, captions_a_video=4)
+    features = read_caption_features(captions)
+    positions = [p for p, split in enumerate(features.table.splits) if split == "train"]
+    drawn = draw_captions(features, positions, number, seed=0)
+    assert drawn == draw_captions(features, positions, number, seed=0) == sorted(set(drawn))
+    assert set(drawn) < set(positions)
+    videos = [features.table.video_ids[position] for position in drawn]
+    assert {videos.count(video_id) for video_id in videos} == {number} and len(set(videos)) == 20
+    assert drawn != draw_captions(features, positions, number, seed=1)
+    taken = {p % 4 for seed in range(30) for p in draw_captions(features, positions, number, seed)}
+    assert taken == {0, 1, 2, 3}
+
+
+def test_a_run_trains_on_the_captions_that_were_drawn(tmp_path: Path) -> None:
+    task = synthetic.make_task(tmp_path, num_train=8, num_val=4, captions_a_video=4)
+    run = train(*task, tmp_path / "run", small(epochs=1, captions_per_video=1))
+    assert read_run(run)["data"]["train"]["captions"] == 8
+    assert read_run(run)["data"]["val"]["captions"] == 16
 
 
 @pytest.mark.parametrize("caption_sampling", CAPTION_SAMPLING)
@@ -578,7 +403,7 @@ def test_videos_of_one_frame_and_of_many_train_together(tmp_path: Path) -> None:
     store = synthetic.make_store(tmp_path / "features", videos)
     rows = [(video_id, "a dog and a dog", "train") for video_id in videos]
     captions = synthetic.make_captions(tmp_path / "captions.h5", rows, random.normal(size=(6, 5)))
-    run = train(store, captions, tmp_path / "run", replace(epochs=2, val_fraction=0.0, max_frames=8))
+    run = train(store, captions, tmp_path / "run", small(epochs=2, val_fraction=0.0, max_frames=8))
     assert lines(run)[-1]["epoch"] == 2
 
 
@@ -590,7 +415,7 @@ def test_a_shared_space_starts_from_zero_shot(tmp_path: Path) -> None:
     store = synthetic.make_store(tmp_path / "features", videos, backbone=name)
     rows = [(video_id, "a dog and a dog", "train" if v < 6 else "val") for v, video_id in enumerate(videos)]
     captions = synthetic.make_captions(tmp_path / "captions.h5", rows, features, text_encoder=name)
-    config = replace(epochs=1, evaluate_every=1, learning_rate=1e-12)
+    config = small(epochs=1, evaluate_every=1, learning_rate=1e-12)
     run = train(store, captions, tmp_path / "run", config)
     assert read_run(run)["shared_space"] is True
     loaded = FeatureStore(store).load(name)
@@ -603,8 +428,22 @@ def test_a_shared_space_starts_from_zero_shot(tmp_path: Path) -> None:
 
 
 FIELDS = dataclasses.fields(TrainConfig)
-OTHER_CHOICE = {"loss": "max_margin", "variant": "full", "caption_sampling": "all"}
-OTHER_RANGE = {"dropout": 0.25, "val_fraction": 0.5, "warmup": 0.5}
+OTHER_VALUE = {
+    "dropout": 0.25,
+    "val_fraction": 0.5,
+    "warmup": 0.5,
+    "negatives_warmup": 0.5,
+    "decode_fraction": 0.5,
+    "decoder": "t5:somewhere",
+}
+
+
+def other_value(field: dataclasses.Field[Any]) -> Any:
+    if field.name in OTHER_VALUE:
+        return OTHER_VALUE[field.name]
+    if field.name in CHOICES:
+        return next(choice for choice in CHOICES[field.name] if choice != field.default)
+    return not field.default if isinstance(field.default, bool) else type(field.default)(field.default + 1)
 
 
 @pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.name)
@@ -615,12 +454,17 @@ def test_every_option_has_help_and_changes_the_config(
     parameter = next(p for p in cli.commands["train"].params if option in p.opts)
     help_text = getattr(parameter, "help", "")
     assert help_text and len(help_text) > 10
+    document = " ".join((TrainConfig.__doc__ or "").replace("`", "").split())
+    assert f"{field.name}: {help_text}" in document
     shown = " ".join(CliRunner().invoke(cli, ["train", "--help"], terminal_width=200).output.split())
-    assert option in shown and help_text.split(".")[0][:40] in shown
-    value = OTHER_CHOICE.get(field.name) or OTHER_RANGE.get(field.name) or type(field.default)(field.default + 1)
+    assert option in shown and help_text in shown
+    value = other_value(field)
+    given = [option, str(value)]
+    if isinstance(value, bool):
+        given = [option if value else f"--no-{option[2:]}"]
     seen: list[TrainConfig] = []
     monkeypatch.setattr(train_run, "train", lambda store, captions, out, config, **_: seen.append(config) or out)
-    result = CliRunner().invoke(cli, ["train", "f", "c", "-o", str(tmp_path / "run"), option, str(value)])
+    result = CliRunner().invoke(cli, ["train", "f", "c", "-o", str(tmp_path / "run"), *given])
     assert result.exit_code == 0, result.output
     assert seen == [dataclasses.replace(TrainConfig(), **{field.name: value})]
     assert seen[0] != TrainConfig()
@@ -653,7 +497,7 @@ def test_two_trainings_of_one_run_at_once_are_refused(task: Task, tmp_path: Path
     lock = lock_folder(tmp_path / "run")
     try:
         with pytest.raises(StoreError, match="another process may be writing"):
-            train(*task, tmp_path / "run", replace(epochs=1))
+            train(*task, tmp_path / "run", small(epochs=1))
     finally:
         os.close(lock)
     assert not (tmp_path / "run" / "config.json").exists()

@@ -79,7 +79,7 @@ class Loop:
             processes,
             decoder_dtype,
         )
-        self._saved_at = time.monotonic()
+        self._saved_at, self._is_last_whole = time.monotonic(), True
 
     def run_epoch(self, interrupted: Callable[[], bool] = lambda: False) -> dict[str, float]:
         """Train to the end of the epoch, evaluate and save what is due; return its line of metrics.
@@ -93,8 +93,9 @@ class Loop:
         """
         self._batches = self._batches_of(self.epoch)
         self._model.train()
+        is_interrupted = False
         while self._step < self._steps_per_epoch:
-            is_interrupted = self._run_step(interrupted())
+            is_interrupted = self._run_step(interrupted)
             self._step += 1
             if self._step < self._steps_per_epoch and (is_interrupted or self._is_checkpoint_due()):
                 self._save_last()
@@ -106,12 +107,13 @@ class Loop:
         metrics["logit_scale"] = float(self._model.logit_scale.detach())
         metrics["support_temperature"] = float(self._model.support_temperature.detach())
         metrics = self._evaluate_and_save({"epoch": self.epoch, **metrics})
-        if interrupted() and self.epoch < self._config.epochs:
+        # Not asked again: processes that stopped at different steps would wait for each other.
+        if is_interrupted and self.epoch < self._config.epochs:
             self._save_last()
             raise KeyboardInterrupt
         return metrics
 
-    def _run_step(self, is_interrupted: bool) -> bool:
+    def _run_step(self, interrupted: Callable[[], bool]) -> bool:
         """Take one step; return whether any process was interrupted."""
         batch = self._batches[self._step]
         random = np.random.default_rng([self._config.seed, 2, self.epoch, self._step])
@@ -131,7 +133,7 @@ class Loop:
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        stop = torch.full((), float(is_interrupted), device=device)
+        stop = torch.full((), float(interrupted()), device=device)
         watched = [*losses.watched(), stop]
         self._processes.average([*(parameter.grad for parameter in parameters), *watched])
         gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -176,11 +178,13 @@ class Loop:
         training = {
             "optimizer": self._optimizer.state_dict(),
             "best": self._best,
-            "step": self._step,
+            # A name that the optimizer's state has too would be pickled in fewer bytes, until a resume.
+            "steps": self._step,
             "totals": self._totals,
             "memory_bank": bank.state_dict() if bank is not None else {},
         }
-        self._save("last", {}, training, previous=self._out / "previous")
+        self._save("last", {}, training, previous=self._out / "previous" if self._is_last_whole else None)
+        self._is_last_whole = True
         self._saved_at = time.monotonic()
 
     def _save(
@@ -202,7 +206,7 @@ class Loop:
             training = checkpoint.training
             self._optimizer.load_state_dict(training["optimizer"])
             self.epoch, self._best = checkpoint.epoch, training["best"]
-            self._step, self._totals = training["step"], training["totals"]
+            self._step, self._totals = training["steps"], training["totals"]
             if self._objective.bank is not None:
                 self._objective.bank.load_state_dict(training["memory_bank"])
             if self.epoch < self._config.epochs:
@@ -217,15 +221,17 @@ class Loop:
         last, previous = self._out / "last", self._out / "previous"
         try:
             return last, load_checkpoint(last)
-        except InputError:
-            return None
-        except StoreError as damage:
-            try:
-                checkpoint = load_checkpoint(previous)
-            except (InputError, StoreError):
-                raise damage from None
-            on_message(f"{damage}; going on from the one before it, {previous}")
-            return previous, checkpoint
+        except (InputError, StoreError) as error:
+            damage = error
+        try:
+            checkpoint = load_checkpoint(previous)
+        except (InputError, StoreError) as error:
+            if isinstance(damage, InputError) and isinstance(error, InputError):
+                return None  # nothing was saved yet
+            raise (damage if isinstance(damage, StoreError) else error) from None
+        on_message(f"{damage}; going on from the one before it, {previous}")
+        self._is_last_whole = False
+        return previous, checkpoint
 
     def _require_best(self, on_message: Callable[[str], None]) -> None:
         try:

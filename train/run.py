@@ -15,7 +15,7 @@ from svb.data.caption_features import CaptionFeatures, read_caption_features
 from svb.data.description import publish_description, read_description
 from svb.data.feature_store import FeatureStore
 from svb.data.fusion import parts_of, shared_part
-from svb.data.publish import lock_folder, remove_leftovers
+from svb.data.publish import lock_folder, recover_folder, remove_leftovers
 from svb.device import choose_device, choose_precision, precision_name
 from svb.errors import InputError
 from svb.train.config import TrainConfig
@@ -230,6 +230,8 @@ def _open_run(
         do_next="Give the options it was made with to resume it, or write to another folder with -o.",
     )
     remove_leftovers(out)
+    for name in ("last", "previous", "best"):
+        recover_folder(out / name)
 
 
 def _load_splits(

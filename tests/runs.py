@@ -1,0 +1,70 @@
+"""What tests of trainings share: small options, kills, and what a run holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import synthetic
+
+from svb.train.config import TrainConfig
+
+SMALL = TrainConfig(
+    embedding_size=32,
+    layers=1,
+    decoder_size=16,
+    decoder_layers=1,
+    batch_size=16,
+    epochs=6,
+    evaluate_every=2,
+    learning_rate=2e-3,
+    seed=3,
+)
+# Of `tiny_task`: 2 epochs of 3 steps of 4 captions.
+TINY = dataclasses.replace(
+    SMALL, embedding_size=8, layers=0, decoder_size=8, batch_size=4, epochs=2, evaluate_every=1
+)
+Task = tuple[Path, Path]
+
+
+class Killed(Exception):  # noqa: N818
+    """Stands for a kill: nothing catches it."""
+
+
+def tiny_task(folder: Path) -> Task:
+    return synthetic.make_task(folder, num_train=12, num_val=6, feature_size=10, text_size=8)
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    """Return what training learned and measured, by name.
+
+    Without config.json, which names paths, the curves, which name times, and previous/, whose age depends on how
+    long steps took.
+    """
+    folders = (run / "best", run / "last")
+    files = [path for folder in folders for path in folder.rglob("*")]
+    files += [run / "metrics.jsonl", run / "vocabulary.json"]
+    return {str(path.relative_to(run)): path.read_bytes() for path in sorted(files) if path.is_file()}
+
+
+def lines(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def small(**options: Any) -> TrainConfig:
+    return dataclasses.replace(SMALL, **options)
+
+
+def tiny(**options: Any) -> TrainConfig:
+    return dataclasses.replace(TINY, **options)
+
+
+def kill_after(epochs: int) -> Callable[[dict[str, float]], None]:
+    def on_epoch(metrics: dict[str, float]) -> None:
+        if metrics["epoch"] == epochs:
+            raise Killed
+
+    return on_epoch

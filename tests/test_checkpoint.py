@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from runs import TINY, tiny_task
+
+from svb.errors import InputError, StoreError
+from svb.train import run as train_run
+from svb.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from svb.train.run import read_run, train
+
+FILES = ("model.safetensors", "training.pt", "checkpoint.json")
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of `TINY`; only to be read."""
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_run, "draw_curves", lambda run: run)
+        return train(*tiny_task(folder), folder / "run", TINY)
+
+
+@pytest.fixture
+def last(whole_run: Path, tmp_path: Path) -> Path:
+    """Return a copy of the run's last/ that the test may damage."""
+    return Path(shutil.copytree(whole_run / "last", tmp_path / "last"))
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("kept", [0.0, 0.001, 0.3, 0.9, 0.9999])
+def test_a_truncated_file_is_refused(last: Path, name: str, kept: float) -> None:
+    path = last / name
+    data = path.read_bytes()
+    path.write_bytes(data[: min(int(len(data) * kept), len(data) - 2)])
+    with pytest.raises(StoreError, match=r"last.*(restore|train again)"):
+        load_checkpoint(last)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_byte_is_never_loaded(last: Path, name: str) -> None:
+    path = last / name
+    data = path.read_bytes()
+    positions = np.linspace(0, len(data) - 2, 60).astype(int) if name != "checkpoint.json" else range(len(data) - 1)
+    expected = load_checkpoint(last)
+    for position in positions:
+        for flip in (0x01, 0x80):
+            damaged = bytearray(data)
+            damaged[position] ^= flip
+            path.write_bytes(damaged)
+            try:
+                loaded = load_checkpoint(last)
+            except StoreError as error:
+                assert "restore" in str(error) or "train again" in str(error)
+            else:  # white space of the JSON text
+                assert name == "checkpoint.json" and data[position : position + 1].isspace()
+                assert loaded.epoch == expected.epoch and loaded.metrics == expected.metrics
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_refused(last: Path, name: str) -> None:
+    (last / name).unlink()
+    with pytest.raises(StoreError, match="not a whole checkpoint"):
+        load_checkpoint(last)
+
+
+@pytest.mark.parametrize("flip", [0x01, 0x02])
+def test_a_flipped_byte_in_config_json_is_noticed(whole_run: Path, tmp_path: Path, flip: int) -> None:
+    path = tmp_path / "config.json"
+    data = (whole_run / "config.json").read_bytes()
+    expected = read_run(whole_run)
+    for position in range(0, len(data) - 1, 3):
+        damaged = bytearray(data)
+        damaged[position] ^= flip
+        path.write_bytes(damaged)
+        try:
+            assert read_run(tmp_path) == expected
+        except StoreError:
+            continue
+        assert data[position : position + 1].isspace()
+
+
+def test_reading_leaves_a_checkpoint_that_is_being_replaced_alone(last: Path) -> None:
+    shutil.copytree(last, last.parent / ".last.new")
+    assert load_checkpoint(last).epoch == 2
+    assert (last.parent / ".last.new").is_dir()
+
+
+def test_no_checkpoint_is_an_input_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no checkpoint at .* train first"):
+        load_checkpoint(tmp_path / "best")
+
+
+def test_the_one_before_is_kept_where_that_is_asked_for(tmp_path: Path) -> None:
+    last, previous = tmp_path / "last", tmp_path / "previous"
+    for epoch in (1, 2, 3):
+        weights = {"weight": torch.full((2,), float(epoch))}
+        save_checkpoint(last, Checkpoint(epoch, {}, weights, {"best": 0.0}), previous)
+    assert (load_checkpoint(last).epoch, load_checkpoint(previous).epoch) == (3, 2)
+    save_checkpoint(last, Checkpoint(4, {}, weights, {"best": 0.0}))
+    assert (load_checkpoint(last).epoch, load_checkpoint(previous).epoch) == (4, 2)
+    assert {path.name for path in tmp_path.iterdir()} == {"last", "previous"}
+
+
+def test_a_disk_that_is_full_leaves_both_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    last, previous = tmp_path / "last", tmp_path / "previous"
+    for epoch in (1, 2):
+        save_checkpoint(last, Checkpoint(epoch, {}, {"weight": torch.ones(2)}, {"best": 0.0}), previous)
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(last, Checkpoint(3, {}, {"weight": torch.ones(2)}, {"best": 0.0}), previous)
+    assert (load_checkpoint(last).epoch, load_checkpoint(previous).epoch) == (2, 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"last", "previous"}
