@@ -35,11 +35,11 @@ class TensorBoard:
     def add(self, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
             if name != "epoch":
-                self._writer.add_scalar(name, value, int(metrics["epoch"]))  # type: ignore[no-untyped-call]
-        self._writer.flush()  # type: ignore[no-untyped-call]
+                self._writer.add_scalar(name, value, int(metrics["epoch"]))
+        self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
 
 def draw_curves(run: Path) -> Path:

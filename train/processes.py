@@ -47,7 +47,7 @@ class Processes:
         """Return the rows of all processes in order, with gradient: `(b, ...)` -> `(B, ...)`, B is `total`."""
         if self.world == 1:
             return mine
-        gathered: torch.Tensor = _Gather.apply(mine, _bounds(total, self.world), self.rank)  # type: ignore[no-untyped-call]
+        gathered: torch.Tensor = _Gather.apply(mine, _bounds(total, self.world), self.rank)
         return gathered
 
     def mean(self, values: torch.Tensor, total: int) -> torch.Tensor:
@@ -116,7 +116,7 @@ class _Gather(torch.autograd.Function):
         return torch.cat([share[:size] for share, size in zip(shares, sizes, strict=True)])
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)
         return gradient[ctx.bounds[ctx.rank] : ctx.bounds[ctx.rank + 1]], None, None

@@ -17,6 +17,8 @@ from svb.train.decoders.t5 import T5Decoder
 from svb.train.decoders.transformer import CaptionDecoder
 from svb.train.vocabulary import Vocabulary
 
+__all__ = ["EmbeddingDecoder", "WordDecoder", "absolute_decoder", "make_decoder", "needs_vocabulary", "pad"]
+
 
 class WordDecoder(Protocol):
     """Rebuilds a caption word by word.
@@ -54,7 +56,7 @@ class WordDecoder(Protocol):
 
 def make_decoder(
     config: TrainConfig, *, memory_size: int, text_feature_size: int, vocabulary: Vocabulary | None
-) -> torch.nn.Module:
+) -> CaptionDecoder | T5Decoder | EmbeddingDecoder:
     """Return the untrained decoder that a config asks for.
 
     Args:

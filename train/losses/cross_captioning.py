@@ -28,7 +28,7 @@ def cross_captioning(
     Returns:
         Scalar.
     """
-    total: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, output_weight, targets, dtype)  # type: ignore[no-untyped-call]
+    total: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, output_weight, targets, dtype)
     return total
 
 
@@ -65,6 +65,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
         return hidden_gradient * upstream, weight_gradient * upstream, None, None
