@@ -159,7 +159,7 @@ def _queries(store: FeatureStore, captions: CaptionFeatures, positions: Sequence
 def _identity(cell: Cell, seed: int, inputs: Inputs) -> str:
     config = cell.with_seed(seed)
     positions = positions_of_splits(
-        inputs.captions, val_fraction=config.val_fraction, seed=seed, on_message=lambda message: None
+        inputs.captions, val_fraction=config.put_aside, seed=seed, on_message=lambda message: None
     )["train"]
     if config.captions_per_video:
         positions = draw_captions(inputs.captions, positions, config.captions_per_video, seed)

@@ -18,6 +18,7 @@ from svb.retrieve.ablation_plan import PlannedRun
 from svb.retrieve.ablation_run import cpu_seconds
 from svb.retrieve.paired import Difference, Interval, is_chance, paired_differences
 from svb.retrieve.ranks import FILE, Queries, Ranks, read_ranks, require_same_queries
+from svb.train.config import selection_note
 from svb.train.metrics import ranks_metrics
 
 COLUMNS = ("t2v/R@1", "t2v/R@5", "t2v/R@10", "t2v/MedR", "v2t/R@1", "v2t/R@10")
@@ -251,8 +252,10 @@ def _notes(report: Report) -> list[str]:
                 "guessing: they have collapsed or learned nothing."
             )
     lines += [f"{_cell_text(name)} FAILED: {_cell_text(error)}" for name, error in report.failed.items()]
-    if report.ablation.checkpoint == "best" and report.queries.split == "val":
+    selected_on = {row.cell.config.select_on for row in report.rows}
+    if report.ablation.checkpoint == "best" and report.queries.split in selected_on:
         lines.append("The best checkpoint was chosen on this very split, so the numbers flatter.")
+    lines += [note for split in sorted(selected_on) if (note := selection_note(split))]
     return [part for line in lines for part in (line, "")]
 
 

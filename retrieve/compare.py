@@ -50,7 +50,16 @@ class Comparison:
     @property
     def selected_on_split(self) -> bool:
         """Whether a checkpoint was chosen by the very split that is compared, so its numbers flatter."""
-        return self.a.ranks[0].queries.split == "val" and "best" in (*self.a.checkpoints, *self.b.checkpoints)
+        return any(
+            ranks.selected_on == ranks.queries.split and checkpoint == "best"
+            for side in (self.a, self.b)
+            for ranks, checkpoint in zip(side.ranks, side.checkpoints, strict=False)
+        )
+
+    @property
+    def selected_on_test(self) -> bool:
+        """Whether a run chose its best checkpoint by the test split."""
+        return any(ranks.selected_on == "test" for side in (self.a, self.b) for ranks in side.ranks)
 
     def as_json(self) -> dict[str, Any]:
         queries = self.a.ranks[0].queries
@@ -69,6 +78,7 @@ class Comparison:
             "num_videos": len(queries.video_ids),
             "v2t_convention": self.a.ranks[0].v2t_convention,
             "selected_on_split": self.selected_on_split,
+            "selected_on_test": self.selected_on_test,
             "differences": [dataclasses.asdict(difference) for difference in self.differences],
         }
 

@@ -86,7 +86,7 @@ def evaluate(
         raise InputError(f"{source} is a feature store - name its caption features with --captions captions.h5")
     positions = positions_of_splits(
         caption_features,
-        val_fraction=inputs.config.val_fraction,
+        val_fraction=inputs.config.put_aside,
         seed=inputs.config.seed,
         on_message=on_message,
     )
@@ -113,9 +113,10 @@ def evaluate(
         t2v, v2t = normalise(method, embeddings, bank, scale)
         ranks_by[method] = t2v_ranks(t2v, caption_video), v2t_ranks(v2t, caption_video, v2t_convention)
         normalised[method] = _describe(method, scale, scale_source, bank, ranks_metrics(*ranks_by[method]))
+    selected_on = inputs.config.select_on if embedder.model["kind"] == "run" else ""
     ranks = ranks or (Path(source) / "ranks.npz" if embedder.model["kind"] == "run" else None)
     if ranks is not None:
-        how = {"split": split, "model": embedder.fingerprint, "tie_rule": TIE_RULE}
+        how = {"split": split, "model": embedder.fingerprint, "tie_rule": TIE_RULE, "selected_on": selected_on}
         _write_ranks(ranks, ranks_by, data, {**how, "v2t_convention": v2t_convention})
     return Evaluation(
         source=str(source),
@@ -129,7 +130,8 @@ def evaluate(
         missing=missing,
         tie_rule=TIE_RULE,
         v2t_convention=f"{v2t_convention}: {V2T_CONVENTIONS[v2t_convention]}",
-        selected_on_split=embedder.model.get("checkpoint") == "best" and split == "val",
+        selected_on_split=embedder.model.get("checkpoint") == "best" and split == selected_on,
+        selected_on=selected_on,
         metrics=ranks_metrics(*plain),
         normalised=normalised,
     )

@@ -57,6 +57,7 @@ class Evaluation:
         tie_rule: How equal similarities count.
         v2t_convention: How a video with several captions counts in v2t.
         selected_on_split: The checkpoint was chosen by this very split, so its numbers flatter it.
+        selected_on: The split by which the run chose its best checkpoint; empty for a store.
         metrics: `t2v/R@1` and so on, in percent where they are recalls; of the plain similarities.
         normalised: The same by each method of `svb.retrieve.normalise` that was asked for.
     """
@@ -73,6 +74,7 @@ class Evaluation:
     tie_rule: str
     v2t_convention: str
     selected_on_split: bool
+    selected_on: str
     metrics: dict[str, float]
     normalised: dict[str, Normalised]
 

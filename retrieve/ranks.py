@@ -48,6 +48,7 @@ class Ranks:
         v2t_convention: How several captions of a video count.
         tie_rule: How equal similarities count.
         model: Fingerprint of the model that was measured.
+        selected_on: The split by which its run chose the best checkpoint; empty where it is no run.
     """
 
     path: Path
@@ -57,6 +58,7 @@ class Ranks:
     v2t_convention: str
     tie_rule: str
     model: str
+    selected_on: str
 
 
 def read_ranks(path: Path) -> Ranks:
@@ -73,7 +75,7 @@ def read_ranks(path: Path) -> Ranks:
     try:
         with np.load(path, allow_pickle=False) as file:
             held = {name: file[name] for name in file.files}
-        missing = {"caption_video_ids", "model", "tie_rule", "v2t_convention"} - set(held)
+        missing = {"caption_video_ids", "model", "tie_rule", "v2t_convention", "selected_on"} - set(held)
         if missing and {"t2v", "v2t", "caption_ids", "video_ids", "split"} <= set(held):
             raise InputError(
                 f"{path} was written by an older svb: it lacks {', '.join(sorted(missing))} - write it again "
@@ -87,7 +89,7 @@ def read_ranks(path: Path) -> Ranks:
             path,
             queries,
             *(held[name].astype(np.float64) for name in ("t2v", "v2t")),
-            *(str(held[name]) for name in ("v2t_convention", "tie_rule", "model")),
+            *(str(held[name]) for name in ("v2t_convention", "tie_rule", "model", "selected_on")),
         )
         if ranks.t2v.shape != (len(queries.caption_ids),) or ranks.v2t.shape != (len(queries.video_ids),):
             raise ValueError(f"{ranks.t2v.shape} and {ranks.v2t.shape} ranks do not fit its ids")

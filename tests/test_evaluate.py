@@ -116,7 +116,7 @@ def test_json_holds_all_of_it(trained: Path) -> None:
     assert held == evaluate(trained).as_json()
     assert set(held) == {
         *("source", "model", "model_fingerprint", "checkpoint", "epoch", "split", "num_captions", "num_videos"),
-        *("missing", "tie_rule", "v2t_convention", "selected_on_split", "metrics", "normalised"),
+        *("missing", "tie_rule", "v2t_convention", "selected_on_split", "selected_on", "metrics", "normalised"),
     }
     names = ("R@1", "R@5", "R@10", "R@50", "MedR", "MeanR")
     assert set(held["metrics"]) == {f"{way}/{name}" for way in ("t2v", "v2t") for name in names}

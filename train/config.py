@@ -15,6 +15,7 @@ REBUILD = ("tokens", "embedding")
 SUPPORT_VALUES = ("frames", "pooled")
 CAPTION_SAMPLING = ("one", "all")
 POOLING = ("mean", "attention")
+SELECT_ON = ("val", "test")
 CHOICES = {
     "loss": LOSSES,
     "negatives": NEGATIVES,
@@ -23,6 +24,7 @@ CHOICES = {
     "rebuild": REBUILD,
     "caption_sampling": CAPTION_SAMPLING,
     "pooling": POOLING,
+    "select_on": SELECT_ON,
 }
 MAX_LOGIT_SCALE = 100.0
 _MAY_BE_ZERO = {"convolution", "layers", "seed", "memory_bank", "captions_per_video"}
@@ -74,6 +76,8 @@ class TrainConfig:
         warmup: Share of all steps in which the learning rate rises; after it a cosine falls to zero.
         evaluate_every: Epochs between evaluations on val.
         val_fraction: Share of videos put aside as val where the caption table has no val split.
+        select_on: Which split chooses the best checkpoint: `val`, or `test`, to repeat numbers that were chosen
+            so; then no val is put aside, and every output says it.
         seed: Of everything drawn at random.
 
     Raises:
@@ -114,7 +118,13 @@ class TrainConfig:
     warmup: float = 0.1
     evaluate_every: int = 5
     val_fraction: float = 0.1
+    select_on: str = "val"
     seed: int = 0
+
+    @property
+    def put_aside(self) -> float:
+        """Share of the training videos that are val where the caption table has none."""
+        return self.val_fraction if self.select_on == "val" else 0.0
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -147,6 +157,13 @@ class TrainConfig:
 def _require_odd_or_zero(name: str, value: int) -> None:
     if value and value % 2 == 0:
         raise UsageError(f"{name} is {value} - expected an odd number of frames, or 0 for none")
+
+
+def selection_note(select_on: str) -> str:
+    """Return the line with which every output of a run is stamped that was selected on test; else nothing."""
+    if select_on != "test":
+        return ""
+    return "SELECTED ON TEST: the best checkpoint was chosen by the test split, so its numbers there flatter it"
 
 
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

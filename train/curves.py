@@ -11,8 +11,8 @@ from svb.data.publish import published_file
 # A panel a line: its title, and which of an epoch's metrics it shows.
 PANELS = {
     "losses": ("loss", "contrastive", "cross_captioning"),
-    "t2v on val, %": ("val/t2v/R@1", "val/t2v/R@5", "val/t2v/R@10"),
-    "v2t on val, %": ("val/v2t/R@1", "val/v2t/R@5", "val/v2t/R@10"),
+    "t2v, %": ("val/t2v/R@1", "val/t2v/R@5", "val/t2v/R@10", "test/t2v/R@1", "test/t2v/R@5", "test/t2v/R@10"),
+    "v2t, %": ("val/v2t/R@1", "val/v2t/R@5", "val/v2t/R@10", "test/v2t/R@1", "test/v2t/R@5", "test/v2t/R@10"),
     "logit_scale": ("logit_scale",),
     "entropy of the support weights, nats": ("support_entropy",),
     "norm of the gradient": ("gradient_norm",),
@@ -54,19 +54,25 @@ def draw_curves(run: Path) -> Path:
     path = run / "curves.png"
     if not (run / "metrics.jsonl").exists():
         return path
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    if not lines:
+        return path
     # The object interface, which touches no global state and needs no screen.
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     figure = Figure(figsize=(12, 6.5), layout="constrained")
     for axes, (title, names) in zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True):
         for name in names:
             points = [(line["epoch"], line[name]) for line in lines if name in line]
-            axes.plot(*zip(*points, strict=True) if points else ([], []), marker=".", label=name)
+            if points:
+                axes.plot(*zip(*points, strict=True), marker=".", label=name)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("epoch", fontsize=8)
+        axes.set_xlim(0.5, lines[-1]["epoch"] + 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-        if len(names) > 1:
+        if len(axes.lines) > 1:
             axes.legend(fontsize=8)
     with published_file(path) as aside:
         figure.savefig(aside, dpi=100)

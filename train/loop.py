@@ -39,7 +39,7 @@ class Loop:
     Args:
         model: On its device.
         train_split: What to learn from.
-        val_split: What to choose the best checkpoint by; None without.
+        choosing_split: What to choose the best checkpoint by, `config.select_on`; None without.
         config: Options.
         out: The run.
         processes: Who trains together.
@@ -50,7 +50,7 @@ class Loop:
         self,
         model: RetrievalModel,
         train_split: SplitData,
-        val_split: SplitData | None,
+        choosing_split: SplitData | None,
         config: TrainConfig,
         out: Path,
         *,
@@ -60,7 +60,7 @@ class Loop:
         self.epoch, self._step, self._best = 0, 0, -math.inf
         self._totals = torch.zeros(len(_WATCHED))
         self._model, self._config, self._out, self._processes = model, config, out, processes
-        self._train, self._val = train_split, val_split
+        self._train, self._choosing = train_split, choosing_split
         self._caption_video = train_split.caption_video.cpu().numpy()
         self._batches = self._batches_of(0)
         if min(map(len, self._batches)) < processes.world:
@@ -130,12 +130,13 @@ class Loop:
         self._optimizer.zero_grad(set_to_none=True)
         losses.loss.backward()
         parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        gradients = []
         for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradients.append(parameter.grad)
         stop = torch.full((), float(interrupted()), device=device)
         watched = [*losses.watched(), stop]
-        self._processes.average([*(parameter.grad for parameter in parameters), *watched])
+        self._processes.average([*gradients, *watched])
         gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         watched = [*watched[:-1], gradient_norm]
         values = torch.stack(watched).cpu()
@@ -155,16 +156,16 @@ class Loop:
         is_due = is_last or self.epoch % self._config.evaluate_every == 0
         if not self._processes.is_first:
             return metrics
-        if is_due and self._val is not None:
-            val = split_metrics(self._model, self._val)
-            metrics |= {f"val/{name}": value for name, value in val.items()}
-            if recall_sum(val) > self._best:
-                self._best = recall_sum(val)
-                self._save("best", val)
+        if is_due and self._choosing is not None:
+            measured = split_metrics(self._model, self._choosing)
+            metrics |= {f"{self._config.select_on}/{name}": value for name, value in measured.items()}
+            if recall_sum(measured) > self._best:
+                self._best = recall_sum(measured)
+                self._save("best", measured)
         _append_line(self._out / "metrics.jsonl", metrics)
         if is_last or self._is_checkpoint_due():
             self._save_last()
-        if is_last and self._val is None:
+        if is_last and self._choosing is None:
             self._save("best", {})
         return metrics
 
@@ -263,7 +264,8 @@ class Loop:
 def _encode(model: RetrievalModel, split: SplitData) -> list[list[int]]:
     if model.decoder is None or isinstance(model.decoder, EmbeddingDecoder):
         return []
-    return model.decoder.encode(split.captions)
+    encoded: list[list[int]] = model.decoder.encode(split.captions)
+    return encoded
 
 
 def _make_bank(config: TrainConfig, model: RetrievalModel, split: SplitData) -> MemoryBank | None:

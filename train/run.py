@@ -18,7 +18,7 @@ from svb.data.fusion import parts_of, shared_part
 from svb.data.publish import lock_folder, recover_folder, remove_leftovers
 from svb.device import choose_device, choose_precision, precision_name
 from svb.errors import InputError
-from svb.train.config import TrainConfig
+from svb.train.config import TrainConfig, selection_note
 from svb.train.curves import TensorBoard, draw_curves
 from svb.train.decoders import absolute_decoder, needs_vocabulary
 from svb.train.decoders.t5 import T5Decoder
@@ -98,13 +98,19 @@ def _train(
     config = replace(config, decoder=absolute_decoder(config.decoder))
     feature_store, caption_features = FeatureStore(store), read_caption_features(captions)
     backbone = feature_store.only_backbone(backbone)
-    train_split, val_split = _load_splits(feature_store, backbone, caption_features, config, device, on_message)
+    if selection_note(config.select_on):
+        on_message(selection_note(config.select_on))
+    train_split, choosing_split = _load_splits(
+        feature_store, backbone, caption_features, config, device, on_message
+    )
     description = _describe(config, feature_store, backbone, caption_features)
     description["decoder_precision"] = precision_name(_decoder_dtype(device))
     description["data"] = {
         "train": split_contents(train_split),
-        "val": split_contents(val_split) if val_split is not None else None,
+        "val": None,
     }
+    if choosing_split is not None:
+        description["data"][config.select_on] = split_contents(choosing_split)
     vocabulary = None
     if needs_vocabulary(config):
         vocabulary = Vocabulary.of(train_split.captions, config.min_word_count)
@@ -115,7 +121,7 @@ def _train(
     loop = Loop(
         model,
         train_split,
-        val_split,
+        choosing_split,
         config,
         out,
         processes=processes,
@@ -244,17 +250,23 @@ def _load_splits(
 ) -> tuple[SplitData, SplitData | None]:
     _say_what_is_left_out(store, captions, on_message)
     positions = positions_of_splits(
-        captions, val_fraction=config.val_fraction, seed=config.seed, on_message=on_message
+        captions, val_fraction=config.put_aside, seed=config.seed, on_message=on_message
     )
-    usable = set(store.video_ids)
-    if positions["val"] and not any(captions.table.video_ids[position] in usable for position in positions["val"]):
-        on_message("no video of the val split has features: the checkpoint of the last epoch will be best/")
-        positions["val"] = []
+    usable, choosing = set(store.video_ids), config.select_on
+    if not any(captions.table.video_ids[position] in usable for position in positions[choosing]):
+        if choosing == "test":
+            raise InputError(
+                "no video of a test split has both features and captions - expected some with --select-on test; "
+                "look at the caption table's video_id and split columns, or leave the option out"
+            )
+        if positions[choosing]:
+            on_message("no video of the val split has features: the checkpoint of the last epoch will be best/")
+        positions[choosing] = []
     if config.captions_per_video:
         positions["train"] = draw_captions(captions, positions["train"], config.captions_per_video, config.seed)
     loaded = {
         split: load_split(store, backbone, captions, positions[split], max_frames=config.max_frames, device=device)
-        for split in ("train", "val")
+        for split in ("train", choosing)
         if positions[split]
     }
     if "train" not in loaded or loaded["train"].num_videos < 2:
@@ -267,7 +279,7 @@ def _load_splits(
         on_message(
             f"a batch of {config.batch_size} is more than there are: every one holds all {in_epoch} captions"
         )
-    return loaded["train"], loaded.get("val")
+    return loaded["train"], loaded.get(choosing)
 
 
 def _say_what_is_left_out(

@@ -24,6 +24,7 @@ def compare(run_a: Path, run_b: Path, as_json: bool) -> None:
     """
     from svb.retrieve.ablation_report import difference_texts
     from svb.retrieve.compare import compare as compare_runs
+    from svb.train.config import selection_note
 
     comparison = compare_runs(run_a, run_b)
     if as_json:
@@ -35,6 +36,8 @@ def compare(run_a: Path, run_b: Path, as_json: bool) -> None:
         click.echo(f"{name}: {side.path}{seeds}{checkpoint}")
     queries = comparison.a.ranks[0].queries
     click.echo(f"{queries.split}: {len(queries.caption_ids)} captions against {len(queries.video_ids)} videos")
+    if comparison.selected_on_test:
+        click.echo(selection_note("test"))
     if comparison.selected_on_split:
         click.echo("a checkpoint was chosen on this split: measure --checkpoint last, or another split, to report")
     print_table(

@@ -93,6 +93,8 @@ def evaluate(
 
 
 def _print(evaluation: Evaluation) -> None:
+    from svb.train.config import selection_note
+
     what = f"{evaluation.model} {evaluation.source}"
     if evaluation.checkpoint:
         what += f", {evaluation.checkpoint} checkpoint (epoch {evaluation.epoch})"
@@ -104,6 +106,8 @@ def _print(evaluation: Evaluation) -> None:
             f"left out: {missing.captions} of {missing.of_captions} captions and {missing.videos} of "
             f"{missing.of_videos} videos have no features, so this is not the whole split"
         )
+    if selection_note(evaluation.selected_on):
+        click.echo(selection_note(evaluation.selected_on))
     if evaluation.selected_on_split:
         click.echo("the checkpoint was chosen on this split: use another split, or --checkpoint last, to report")
     names = ["R@1", "R@5", "R@10", "R@50", "MedR", "MeanR"]

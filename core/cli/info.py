@@ -118,12 +118,19 @@ def _describe_captions(path: Path) -> dict[str, Any]:
 
 def _describe_run(path: Path) -> dict[str, Any]:
     from svb.train.checkpoint import load_checkpoint
+    from svb.train.config import selection_note
     from svb.train.run import read_run
 
     description = read_run(path)
+    note = selection_note(description["config"].get("select_on", "val"))
     held = {name: load_checkpoint(path / name) for name in ("best", "last") if (path / name).is_dir()}
     checkpoints = {name: {"epoch": c.epoch, **c.metrics} for name, c in held.items()}
-    return {**{key: description[key] for key in ("config", "data", "video", "text", "paths")}, **checkpoints}
+    stamp = {"note": note} if note else {}
+    return {
+        **stamp,
+        **{key: description[key] for key in ("config", "data", "video", "text", "paths")},
+        **checkpoints,
+    }
 
 
 def _describe_index(path: Path) -> dict[str, Any]:

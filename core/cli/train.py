@@ -70,9 +70,10 @@ def train(
 
     def show(metrics: dict[str, float]) -> None:
         line = f"epoch {metrics['epoch']:>3}  loss {metrics['loss']:.3f}"
-        if "val/t2v/R@1" in metrics:
-            line += "  val " + "  ".join(
-                f"{k} {metrics[f'val/{k}']:.1f}" for k in ("t2v/R@1", "t2v/R@10", "v2t/R@1")
+        split = options["select_on"]
+        if f"{split}/t2v/R@1" in metrics:
+            line += f"  {split} " + "  ".join(
+                f"{k} {metrics[f'{split}/{k}']:.1f}" for k in ("t2v/R@1", "t2v/R@10", "v2t/R@1")
             )
         say(line)
 

@@ -1,0 +1,121 @@
+"""Nothing is chosen on test but by force; a run that was is stamped wherever it is shown."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import synthetic
+from conftest import RunSvb
+
+from svb.data.caption_features import read_caption_features
+from svb.errors import InputError
+from svb.train.checkpoint import load_checkpoint
+from svb.train.config import TrainConfig, selection_note
+from svb.train.run import read_run, train
+
+CONFIG = TrainConfig(embedding_size=16, variant="none", batch_size=16, epochs=4, evaluate_every=2, seed=3)
+STAMP = "SELECTED ON TEST"
+Task = tuple[Path, Path]
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    """Return a store and captions with a train and a test split, as MSR-VTT 1k-A has them."""
+    folder = tmp_path_factory.mktemp("task")
+    store, captions = synthetic.make_task(folder)
+    held = read_caption_features(captions)
+    splits = ["test" if split == "val" else split for split in held.table.splits]
+    rows = list(zip(held.table.video_ids, held.table.captions, splits, strict=True))
+    return store, synthetic.make_captions(folder / "1k-a.h5", rows, held.features)
+
+
+@pytest.fixture(scope="module")
+def forced(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    messages: list[str] = []
+    config = replace(CONFIG, select_on="test")
+    run = train(*task, tmp_path_factory.mktemp("runs") / "forced", config, on_message=messages.append)
+    assert messages[0] == selection_note("test")
+    return run
+
+
+def lines(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_unforced_nothing_is_seen_of_test(task: Task, tmp_path: Path) -> None:
+    run = train(*task, tmp_path / "run", CONFIG)
+    assert read_run(run)["config"]["select_on"] == "val"
+    assert {*read_run(run)["data"]} == {"train", "val"} and read_run(run)["data"]["val"]["videos"] == 6
+    assert not [name for line in lines(run) for name in line if name.startswith("test")]
+
+
+def test_what_test_holds_changes_nothing_unforced(task: Task, tmp_path: Path) -> None:
+    held = read_caption_features(task[1])
+    is_test = np.array(held.table.splits) == "test"
+    features = np.where(is_test[:, None], -held.features, held.features)
+    rows = list(zip(held.table.video_ids, held.table.captions, held.table.splits, strict=True))
+    other = synthetic.make_captions(tmp_path / "other.h5", rows, features)
+    runs = [train(task[0], captions, tmp_path / name, CONFIG) for captions, name in ((task[1], "a"), (other, "b"))]
+    for file in ("best/model.safetensors", "metrics.jsonl"):
+        assert (runs[0] / file).read_bytes() == (runs[1] / file).read_bytes()
+
+
+def test_forced_it_is_chosen_by_test(forced: Path) -> None:
+    description, best = read_run(forced), load_checkpoint(forced / "best")
+    assert description["config"]["select_on"] == "test"
+    assert description["data"]["val"] is None and description["data"]["test"]["videos"] == 20
+    assert description["data"]["train"]["videos"] == 60  # none is put aside as val
+    sums = {
+        line["epoch"]: sum(line[f"test/{way}/R@{k}"] for way in ("t2v", "v2t") for k in (1, 5, 10))
+        for line in lines(forced)
+        if "test/t2v/R@1" in line
+    }
+    assert len(sums) == 2 and sums[best.epoch] == max(sums.values())
+    assert not [name for line in lines(forced) for name in line if name.startswith("val")]
+
+
+def test_every_output_is_stamped(forced: Path, run_svb: RunSvb, tmp_path: Path) -> None:
+    assert STAMP in run_svb("info", forced).stdout
+    assert STAMP in json.loads(run_svb("info", forced, "--json").stdout)["note"]
+    for checkpoint, is_flattered in (("best", True), ("last", False)):
+        for split in ("test", "train"):
+            given = ("evaluate", forced, "--split", split, "--checkpoint", checkpoint)
+            shown = run_svb(*given, "--ranks", tmp_path / "ranks.npz").stdout
+            held = json.loads(run_svb(*given, "--json").stdout)
+            assert STAMP in shown and held["selected_on"] == "test"
+            on_split = is_flattered and split == "test"
+            assert held["selected_on_split"] == on_split == ("was chosen on this split" in shown)
+            with np.load(tmp_path / "ranks.npz") as ranks:
+                assert ranks["selected_on"] == "test"
+
+
+def test_the_command_stamps_and_resumes(task: Task, run_svb: RunSvb, tmp_path: Path) -> None:
+    options = ("--embedding-size", 16, "--variant", "none", "--epochs", 1, "-o", tmp_path / "run")
+    ran = run_svb("train", *task, *options, "--select-on", "test")
+    assert (
+        ran.exit_code == 0 and STAMP in ran.stderr and "test t2v/R@1" in ran.stderr and "val t2v" not in ran.stderr
+    )
+    again = run_svb("train", *task, *options, "--select-on", "test")
+    assert STAMP in again.stderr and "nothing to do" in again.stderr
+    refused = run_svb("train", *task, *options)
+    assert refused.exit_code == 1 and "select_on: stored 'test', wanted 'val'" in refused.stderr
+
+
+def test_unforced_runs_and_stores_have_no_stamp(task: Task, run_svb: RunSvb, tmp_path: Path) -> None:
+    run = train(*task, tmp_path / "run", CONFIG)
+    assert STAMP not in run_svb("info", run).stdout
+    ran = run_svb("evaluate", run, "--split", "test", "--json")
+    held = json.loads(ran.stdout)
+    assert (held["selected_on"], held["selected_on_split"]) == ("val", False)
+    assert STAMP not in run_svb("evaluate", run).stdout
+
+
+def test_without_a_test_split(tmp_path: Path) -> None:
+    task = synthetic.make_task(tmp_path)
+    with pytest.raises(InputError, match=r"no video of a test split .* --select-on test; .* leave the option out"):
+        train(*task, tmp_path / "run", replace(CONFIG, select_on="test"))
+    assert not (tmp_path / "run").exists()
