@@ -174,7 +174,8 @@ class Objective:
         assert decoder is not None
         num_words = sum(len(self.tokens[position]) - 1 for position in batch[is_decoded].tolist())
         if not len(kept):
-            return caption_embeddings.sum() * 0, spread
+            # Not a zero of its own: what was gathered waits in its backward for every process.
+            return mixtures.sum(), spread
         tokens = pad([self.tokens[position] for position in batch[share][kept].tolist()], decoder.padding)
         tokens = tokens.to(rows.device)  # (n, L)
         is_word = tokens[:, 1:] != decoder.padding  # (n, L - 1)
