@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.cluster.hierarchy import leaves_list, linkage
 
 from svb.data.caption_features import CaptionFeatures
 from svb.data.feature_store import FeatureStore
+from svb.data.publish import hash_file
 from svb.device import choose_device
 from svb.errors import InputError, UsageError
 from svb.retrieve.embedder import embed_file, load_matching_text_encoder
@@ -45,7 +47,8 @@ def explain(
 ) -> Path:
     """Show what a run would rebuild a caption, or what a video shows, from.
 
-    The weights are those of the cross variant: the query's own video takes no part.
+    The weights are those of the cross variant: the query's own video takes no part, where it is known whose
+    caption or file the query is.
 
     Args:
         run: A run.
@@ -66,22 +69,31 @@ def explain(
 
     Raises:
         UsageError: Both a caption and a video are given, or neither, or a number is out of range.
-        InputError: The file is no video, or store, captions or checkpoint are missing.
+        InputError: The file is no video, or store, captions or checkpoint are missing, or there are fewer than
+            two training videos.
         MismatchError: Store or captions were made with other settings than the run's.
     """
     if (caption is None) == (video is None):
         raise UsageError("expected either a caption or --video - give exactly one of the two")
     if k < 1 or (support_size is not None and support_size < 0):
         raise UsageError(f"k is {k} and support_size {support_size} - expected at least 1, and at least 0")
+    if caption is not None and not caption.strip():
+        raise UsageError("the caption is empty - expected some words")
     run, torch_device = Path(run), choose_device(device)
-    inputs = open_inputs(run, device=torch_device, store=store, captions=captions, checkpoint=checkpoint)
-    if inputs.data is None or inputs.captions is None:
+    if (run / "store.json").is_file() or run.is_file():
         raise UsageError(f"{run} is a feature store, which has no support set - name a run of `svb train`")
+    inputs = open_inputs(run, device=torch_device, store=store, captions=captions, checkpoint=checkpoint)
+    assert inputs.captions is not None
     model, epoch = _load_model(run, checkpoint, torch_device)
     positions = positions_of_splits(
-        inputs.captions, val_fraction=inputs.config.val_fraction, seed=inputs.config.seed, on_message=on_message
+        inputs.captions, val_fraction=inputs.config.put_aside, seed=inputs.config.seed, on_message=on_message
     )
     split = _load(inputs, positions["train"], torch_device)
+    if split.num_videos < 2:
+        raise InputError(
+            f"{split.num_videos} training videos have both features and captions - expected at least 2; name the "
+            "captions and the store that the run was trained on"
+        )
     embedding, own_video = _embed_query(inputs, model, caption, video, torch_device)
     support = _draw_support(split, inputs.config.batch_size if support_size is None else support_size, own_video)
     with torch.inference_mode():
@@ -95,11 +107,10 @@ def explain(
         )  # (1, S)
         mixture = mix(weights, *support_values(frame_sequences, frame_mask, inputs.config.support_values))
         heaviest = weights[0].topk(min(k, len(support)))
-        matrices, matrix_captions = _matrices(
-            model, _load(inputs, positions["val"] or positions["train"], torch_device)
-        )
+        matrices, matrix_captions = _matrices(model, _batch_split(inputs, positions["val"], torch_device) or split)
         explanation = Explanation(
             query=caption if caption is not None else str(video),
+            own_video=own_video,
             run=str(run),
             epoch=epoch,
             variant=inputs.config.variant,
@@ -138,13 +149,20 @@ def _load(inputs: Inputs, positions: Sequence[int], device: torch.device) -> Spl
     )
 
 
+def _batch_split(inputs: Inputs, val: Sequence[int], device: torch.device) -> SplitData | None:
+    """Return the val split; None where too few of its videos have features to rebuild one from the others."""
+    assert inputs.captions is not None
+    with_captions = {inputs.captions.table.video_ids[position] for position in val}
+    if len(with_captions & set(inputs.store.video_ids)) < 2:
+        return None
+    return _load(inputs, val, device)
+
+
 def _embed_query(
     inputs: Inputs, model: RetrievalModel, caption: str | None, video: str | None, device: torch.device
 ) -> tuple[torch.Tensor, str | None]:
     """Return the query's `(D,)` embedding, and the video_id of its own video where that is known."""
     if caption is not None:
-        if not caption.strip():
-            raise UsageError("the caption is empty - expected some words")
         assert inputs.captions is not None
         encoder = load_matching_text_encoder(inputs.captions.settings["text_encoder"], device)
         features = torch.from_numpy(encoder.encode([caption])).to(device)
@@ -152,7 +170,8 @@ def _embed_query(
             return model.text_head(features.float())[0], _video_of(inputs.captions, caption)
     assert video is not None
     if Path(video).is_file():
-        return torch.from_numpy(embed_file(Path(video), inputs.embedder, device)).to(device), None
+        embedding = torch.from_numpy(embed_file(Path(video), inputs.embedder, device)).to(device)
+        return embedding, _video_in(inputs.store, Path(video))
     if video not in inputs.store.video_ids:
         raise InputError(f"{video!r} is neither a video file nor a video_id of {inputs.store.path}")
     loaded = inputs.store.load(inputs.embedder.backbone, [video])
@@ -168,6 +187,12 @@ def _video_of(captions: CaptionFeatures, caption: str) -> str | None:
         if known == caption
     }
     return owners.pop() if len(owners) == 1 else None
+
+
+def _video_in(store: FeatureStore, file: Path) -> str | None:
+    """Return which video of the store has the content of this file, if any."""
+    content_hash = hash_file(file)
+    return next((v for v in store.video_ids if store.records[v].content_hash == content_hash), None)
 
 
 def _draw_support(split: SplitData, size: int, own_video: str | None) -> torch.Tensor:
@@ -221,11 +246,14 @@ def _nearest_captions(
 
 def _matrices(model: RetrievalModel, split: SplitData) -> tuple[dict[str, NDArray[np.float32]], list[str]]:
     """Return the weights of all variants over one batch, a caption a video, and the captions."""
-    videos = np.random.default_rng(0).permutation(split.num_videos)[:MATRIX_SIZE]
-    rows = torch.from_numpy(np.sort(videos)).to(split.caption_video.device)
+    videos = np.sort(np.random.default_rng(0).permutation(split.num_videos)[:MATRIX_SIZE])
+    rows = torch.from_numpy(videos).to(split.caption_video.device)
+    # Videos that are alike next to each other: what shares weight shows as blocks.
+    embeddings, _, _ = _video_side(model, split, rows)
+    order = torch.from_numpy(leaves_list(linkage(embeddings.cpu().numpy(), "average")).astype(np.int64))
+    rows, embeddings = rows[order.to(rows.device)], embeddings[order.to(rows.device)]
     positions = torch.searchsorted(split.caption_video, rows)  # the first caption of each
     captions = model.text_head(split.caption_features[positions].float())
-    embeddings, _, _ = _video_side(model, split, rows)
     matrices = {
         variant: support_weights(
             captions, embeddings, own_mask(rows, rows), variant=variant, temperature=model.support_temperature
