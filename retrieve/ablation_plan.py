@@ -20,6 +20,7 @@ from svb.retrieve.embedder import run_embedder
 from svb.retrieve.ranks import FILE, Queries, read_ranks, require_same_queries
 from svb.train.checkpoint import load_checkpoint
 from svb.train.config import TrainConfig
+from svb.train.decoders import absolute_decoder
 from svb.train.run import read_run
 from svb.train.training_data import draw_captions, positions_of_splits
 
@@ -158,6 +159,7 @@ def _queries(store: FeatureStore, captions: CaptionFeatures, positions: Sequence
 
 def _identity(cell: Cell, seed: int, inputs: Inputs) -> str:
     config = cell.with_seed(seed)
+    config = dataclasses.replace(config, decoder=absolute_decoder(config.decoder))  # as a run remembers it
     positions = positions_of_splits(
         inputs.captions, val_fraction=config.put_aside, seed=seed, on_message=lambda message: None
     )["train"]

@@ -456,6 +456,20 @@ class TestKept:
         evaluate(folder, checkpoint="last")  # as that older svb had
         assert own.finished()["variant=none seed 0"] == folder
 
+    def test_a_decoder_in_a_folder_is_the_same_from_anywhere(
+        self, own: Task, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = own.out / "runs" / "variant=none" / "seed-0"
+        (own.folder / "t5").mkdir()
+        held = read_run(folder)
+        del held["format_version"]
+        held["config"] |= {"decoder": f"t5:{own.folder / 't5'}", "rebuild": "tokens"}
+        publish_description(folder / "config.json", held)
+        evaluate(folder, checkpoint="last")
+        monkeypatch.chdir(own.folder)
+        own.write(common=COMMON.replace('rebuild = "embedding"', 'decoder = "t5:t5"'))
+        assert own.finished() == {"variant=none seed 0": folder}
+
     def test_a_training_that_stopped_is_not_finished(self, own: Task) -> None:
         shutil.rmtree(own.out / "runs" / "variant=none" / "seed-0" / "last")
         assert "variant=none seed 0" not in own.finished()

@@ -27,7 +27,7 @@ def make_queries(captions_a_video: list[int]) -> Queries:
 
 
 def make_ranks(queries: Queries, t2v: NDArray[np.floating], v2t: NDArray[np.floating]) -> Ranks:
-    return Ranks(Path("ranks.npz"), queries, t2v, v2t, "set", "ties averaged", "made up")
+    return Ranks(Path("ranks.npz"), queries, t2v, v2t, "set", "ties averaged", "made up", "val")
 
 
 def random_ranks(queries: Queries, random: np.random.Generator, gain: float = 0.0) -> Ranks:
