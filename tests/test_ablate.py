@@ -16,13 +16,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import synthetic
 import torch
 from conftest import Ran, RunSvb
 
-from svb.cli.train import train as train_command
+from svb.cli import cli
 from svb.data.description import publish_description
 from svb.data.feature_store import FeatureStore
 from svb.data.publish import lock_folder
@@ -235,6 +236,10 @@ class TestConfig:
         assert_refused(run_svb("ablate", tmp_path / "bad.toml", "-o", tmp_path / "out"), words)
         assert not (tmp_path / "out").exists()
 
+    def test_the_projects_own_configs_can_be_read(self) -> None:
+        for path in (Path(__file__).resolve().parents[1] / "benchmarks" / "ablations").glob("*.toml"):
+            assert len(read_ablation(path).cells) > 1, path
+
     def test_no_toml_is_refused_with_its_line(self, tmp_path: Path) -> None:
         with pytest.raises(
             InputError, match=r"ablation\.toml is not TOML \(.*line 2, column .*\) - mend that line"
@@ -359,7 +364,9 @@ class TestReport:
         for row in report.rows:
             for run in row.runs.values():
                 words = shlex.split(command_of(run))
-                with train_command.make_context("train", words[2:]) as context:
+                # As a child of svb: click keeps the names of a command's help option from its first context.
+                parent = click.Context(cli, info_name="svb", **cli.context_settings)
+                with cli.commands["train"].make_context("train", words[2:], parent=parent) as context:
                     given = dict(context.params)
                 assert (given.pop("store"), given.pop("captions")) == (whole.store, whole.captions)
                 assert given.pop("out") == run.folder and given.pop("backbone") is None
