@@ -160,6 +160,7 @@ class FeatureStore:
                 source = slice(shard_offsets[s][v], shard_offsets[s][v + 1])
                 target = slice(offsets[position], offsets[position + 1])
                 features[target], times_seconds[target] = shard_features[source], shard_times[source]
+            del shard_features, shard_times  # before the next is read: of large shards two would be held
         loaded = FrameFeatures(wanted, features, times_seconds, offsets)
         self._require_finite(loaded, backbone)
         return loaded

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from svb.train.dropout import Dropout
 from svb.train.temporal import AttentionPooling, TemporalConvolution, TemporalLayer, unpack
 
 
@@ -61,7 +62,7 @@ class VideoHead(nn.Module):
         super().__init__()
         self.residual = None if residual_part is None else _span(feature_sizes, residual_part)
         self.project_in = nn.Sequential(
-            PartNorm(feature_sizes), nn.Linear(sum(feature_sizes), embedding_size), nn.Dropout(dropout)
+            PartNorm(feature_sizes), nn.Linear(sum(feature_sizes), embedding_size), Dropout(dropout)
         )
         self.convolution = TemporalConvolution(embedding_size, convolution, dropout) if convolution else None
         self.layers = nn.ModuleList(TemporalLayer(embedding_size, dropout) for _ in range(layers))
@@ -136,7 +137,7 @@ class TextHead(nn.Module):
         self.hidden = nn.Sequential(
             nn.Linear(feature_size, 2 * embedding_size),
             nn.GELU(),
-            nn.Dropout(dropout),
+            Dropout(dropout),
             nn.Linear(2 * embedding_size, embedding_size),
         )
         if residual:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from svb.errors import UsageError
+from svb.train.dropout import Dropout
 
 
 class TemporalConvolution(nn.Module):
@@ -33,7 +34,7 @@ class TemporalConvolution(nn.Module):
         self.width = width
         self.norm = nn.LayerNorm(size)
         self.taps = nn.Linear(size * width, size)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, flat: torch.Tensor, real: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
         # As a product with the real frames' windows rather than by conv1d, which would compute all padding.
@@ -62,9 +63,9 @@ class TemporalLayer(nn.Module):
         self.norm_attention, self.norm_hidden = nn.LayerNorm(size), nn.LayerNorm(size)
         self.query_key_value, self.out = nn.Linear(size, 3 * size), nn.Linear(size, size)
         self.hidden = nn.Sequential(
-            nn.Linear(size, 2 * size), nn.GELU(), nn.Dropout(dropout), nn.Linear(2 * size, size)
+            nn.Linear(size, 2 * size), nn.GELU(), Dropout(dropout), nn.Linear(2 * size, size)
         )
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, flat: torch.Tensor, real: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
         projected = self.query_key_value(self.norm_attention(flat))  # (N, 3D)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from svb.train.dropout import Dropout
 from svb.train.heads import masked_mean
 
 
@@ -23,7 +24,7 @@ class EmbeddingDecoder(nn.Module):
             nn.LayerNorm(memory_size),
             nn.Linear(memory_size, 2 * memory_size),
             nn.GELU(),
-            nn.Dropout(dropout),
+            Dropout(dropout),
             nn.Linear(2 * memory_size, text_feature_size),
         )
 
