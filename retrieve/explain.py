@@ -19,7 +19,7 @@ from svb.retrieve.embedder import embed_file, load_matching_text_encoder
 from svb.retrieve.explain_page import Explanation, SupportVideo, write_page
 from svb.retrieve.inputs import Inputs, open_inputs
 from svb.train.checkpoint import load_checkpoint, load_weights
-from svb.train.config import VARIANTS
+from svb.train.config import VARIANTS, selection_note
 from svb.train.decoders import EmbeddingDecoder
 from svb.train.model import RetrievalModel
 from svb.train.run import build_model, read_run, read_vocabulary
@@ -114,6 +114,7 @@ def explain(
             run=str(run),
             epoch=epoch,
             variant=inputs.config.variant,
+            note=selection_note(inputs.config.select_on),
             temperature=float(model.support_temperature),
             support_size=len(support),
             entropy=float(entropy(weights)),
@@ -173,7 +174,10 @@ def _embed_query(
         embedding = torch.from_numpy(embed_file(Path(video), inputs.embedder, device)).to(device)
         return embedding, _video_in(inputs.store, Path(video))
     if video not in inputs.store.video_ids:
-        raise InputError(f"{video!r} is neither a video file nor a video_id of {inputs.store.path}")
+        raise InputError(
+            f"{video!r} is neither a video file nor a video_id of {inputs.store.path} - give the path of a file, "
+            f"or a video_id such as {inputs.store.video_ids[0]!r}"
+        )
     loaded = inputs.store.load(inputs.embedder.backbone, [video])
     frames = FrameTable.of(loaded, inputs.embedder.max_frames, device)
     return torch.from_numpy(inputs.embedder.embed_videos(frames)[0]).to(device), video

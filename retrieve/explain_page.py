@@ -59,6 +59,7 @@ class Explanation:
         run: The run.
         epoch: Of its checkpoint.
         variant: What it was trained to rebuild captions from.
+        note: What else is to be known of the run's numbers; mostly nothing.
         temperature: Of the softmax over the support set.
         support_size: S, how many training videos the weights are shared among.
         entropy: Of the weights, nats; `log(S)` where all weigh the same.
@@ -75,6 +76,7 @@ class Explanation:
     run: str
     epoch: int
     variant: str
+    note: str
     temperature: float
     support_size: int
     entropy: float
@@ -118,6 +120,7 @@ def summary(explanation: Explanation) -> str:
         f"{explanation.run} (epoch {explanation.epoch}, variant {explanation.variant}), support set of "
         f"{explanation.support_size} training videos{without}, temperature {explanation.temperature:.3g}, "
         f"entropy of the weights {explanation.entropy:.2f} nats of {even:.2f} if all weighed the same"
+        f"{explanation.note and f'; {explanation.note}'}"
     )
 
 

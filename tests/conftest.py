@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,16 @@ class Ran(NamedTuple):
 
 
 RunSvb = Callable[..., Ran]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def without_curves() -> Iterator[None]:
+    """Trainings draw no curves: that takes longer than most of them."""
+    from svb.train import run as train_run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_run, "draw_curves", lambda run: run / "curves.png")
+        yield
 
 
 @pytest.fixture

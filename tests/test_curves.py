@@ -1,0 +1,185 @@
+"""The curves of a training: what TensorBoard reads back, and the picture."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from runs import Killed, Task, kill_after, lines, tiny, tiny_task
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from svb.train import loop
+from svb.train import run as train_run
+from svb.train.curves import PANELS, draw_curves
+from svb.train.loop import Loop
+from svb.train.processes import Processes
+from svb.train.run import train
+
+# Tensors this small are slower on two threads than on one.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    return tiny_task(tmp_path_factory.mktemp("task"))
+
+
+@pytest.fixture(autouse=True)
+def with_a_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other tests train without one."""
+    monkeypatch.setattr(train_run, "draw_curves", draw_curves)
+
+
+def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """Return (epoch, value) of every scalar as TensorBoard shows them."""
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
+def picture(run: Path) -> NDArray[np.uint8]:
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    with Image.open(run / "curves.png") as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def assert_scalars_are_the_metrics(run: Path) -> None:
+    held = scalars(run)
+    metrics = lines(run)
+    assert set(held) == {name for line in metrics for name in line} - {"epoch"}
+    for name, points in held.items():
+        expected = [(line["epoch"], line[name]) for line in metrics if name in line]
+        assert [epoch for epoch, _ in points] == [epoch for epoch, _ in expected], name
+        assert [value for _, value in points] == pytest.approx([value for _, value in expected]), name
+
+
+def test_every_metric_reads_back_from_tensorboard(task: Task, tmp_path: Path) -> None:
+    run = train(*task, tmp_path / "run", tiny(epochs=4, evaluate_every=2))
+    assert_scalars_are_the_metrics(run)
+    held = scalars(run)
+    assert {name for names in PANELS.values() for name in names if not name.startswith("test/")} <= set(held)
+    assert [epoch for epoch, _ in held["loss"]] == [1, 2, 3, 4]
+    assert [epoch for epoch, _ in held["val/t2v/R@1"]] == [2, 4]
+    # Batches of 4: the weights are shared among 3 videos.
+    assert all(0 < value <= math.log(3) + 1e-6 for _, value in held["support_entropy"])
+
+
+def test_the_picture_shows_all_panels(task: Task, tmp_path: Path) -> None:
+    shown = picture(train(*task, tmp_path / "run", tiny()))
+    height, width, _ = shown.shape
+    for row in np.split(shown[: height // 2 * 2], 2):
+        for panel in np.split(row[:, : width // 3 * 3], 3, axis=1):
+            blue = (panel.astype(int) == (31, 119, 180)).all(axis=2)  # the first colour of lines
+            assert blue.sum() > 50
+
+
+@pytest.mark.parametrize("variant", ["none", "cross"])
+def test_without_val_there_are_curves(task: Task, tmp_path: Path, variant: str) -> None:
+    train(*task, tmp_path / "run", tiny(variant=variant, epochs=2, evaluate_every=2))
+    kept = [{k: v for k, v in line.items() if "val/" not in k} for line in lines(tmp_path / "run")]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    before = picture(tmp_path / "run")
+    assert draw_curves(tmp_path / "run") == tmp_path / "run" / "curves.png"
+    assert not np.array_equal(picture(tmp_path / "run"), before)
+
+
+@pytest.mark.parametrize("has_file", [False, True])
+def test_before_the_first_epoch_nothing_is_drawn(tmp_path: Path, has_file: bool) -> None:
+    if has_file:
+        (tmp_path / "metrics.jsonl").touch()
+    draw_curves(tmp_path)
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_a_resumed_training_hides_what_came_after_its_checkpoint(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, config = tmp_path / "run", tiny(epochs=5)
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    with pytest.raises(Killed):
+        train(*task, out, config, on_epoch=kill_after(1))
+    # From here on nothing is saved but the end: two epochs are lost, which TensorBoard was told of.
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 1e9)
+    with pytest.raises(Killed):
+        train(*task, out, config, on_epoch=kill_after(3))
+    assert [epoch for epoch, _ in scalars_in_order(out)["loss"]] == [1, 2, 3]
+    killed = picture(out)
+    # Other values than before, so that those which were lost can be told apart.
+    monkeypatch.setattr(loop.RetrievalModel, "logit_scale", property(lambda model: torch.tensor(77.0)))
+    train(*task, out, config)
+    held = scalars_in_order(out)
+    assert [epoch for epoch, _ in held["loss"]] == [1, 2, 3, 4, 5]
+    assert [value for _, value in held["logit_scale"]][1:] == [77.0] * 4
+    assert held["logit_scale"][0][1] != 77.0
+    assert_scalars_are_the_metrics(out)
+    assert not np.array_equal(picture(out), killed), "the curves are drawn anew"
+
+
+def scalars_in_order(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """Return `scalars` of a run taken up several times in one second: files are read in order of their names."""
+    files = sorted((run / "tensorboard").iterdir(), key=lambda file: file.stat().st_mtime_ns)
+    for number, file in enumerate(files):
+        file.rename(file.with_name(f"events.out.tfevents.{number:010}.test"))
+    return scalars(run)
+
+
+def test_an_interrupted_training_has_its_curves(task: Task, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train(*task, tmp_path / "run", tiny(epochs=3), on_epoch=kill_after(2))
+    assert picture(tmp_path / "run").any()
+    assert [epoch for epoch, _ in scalars(tmp_path / "run")["loss"]] == [1, 2]
+
+
+def test_a_finished_run_is_left_alone(task: Task, tmp_path: Path) -> None:
+    run = train(*task, tmp_path / "run", tiny())
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    train(*task, run, tiny())
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.parent != run} == {
+        path: time for path, time in before.items() if path.parent != run
+    }
+    assert (run / "curves.png").stat().st_mtime_ns == before[run / "curves.png"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_several_processes_the_first_alone_draws(tmp_path: Path, rank: int) -> None:
+    class TwoEpochs:
+        epoch = 0
+
+        def run_epoch(self, interrupted: Callable[[], bool]) -> dict[str, float]:
+            self.epoch += 1
+            if rank == 0:
+                with (tmp_path / "metrics.jsonl").open("a") as file:
+                    file.write(json.dumps({"epoch": self.epoch, "loss": 0.5}) + "\n")
+            return {"epoch": self.epoch, "loss": 0.5}
+
+    config, processes = tiny(epochs=2), Processes(rank, world=2)
+    train_run._run(cast("Loop", TwoEpochs()), config, tmp_path, processes, lambda metrics: None)
+    expected = {"curves.png", "metrics.jsonl", "tensorboard"} if rank == 0 else set()
+    assert {path.name for path in tmp_path.iterdir()} == expected
+
+
+@pytest.mark.slow
+def test_of_processes_started_together_the_first_alone_writes(task: Task, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = {"embedding-size": 8, "decoder-size": 8, "decoder-layers": 1, "batch-size": 4, "epochs": 2}
+    given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    command += ["-m", "svb", "train", *map(str, task), "-o", str(run), *given, "--device", "cpu"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(list((run / "tensorboard").iterdir())) == 1
+    assert_scalars_are_the_metrics(run)
+    assert picture(run).any()
