@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from svb.errors import UsageError
+from svb.errors import SvbError, UsageError
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ class Processes:
         if self.world == 1:
             return
         flat = torch.cat([tensor.flatten() for tensor in tensors])
-        dist.all_reduce(flat)
+        with _the_others():
+            dist.all_reduce(flat)
         flat /= self.world
         parts = flat.split([tensor.numel() for tensor in tensors])
         for tensor, part in zip(tensors, parts, strict=True):
@@ -71,7 +72,8 @@ class Processes:
     def wait(self) -> None:
         """Return when all processes have come here."""
         if self.world > 1:
-            dist.barrier()
+            with _the_others():
+                dist.barrier()
 
 
 @contextlib.contextmanager
@@ -82,12 +84,18 @@ def joined_processes(device: str) -> Iterator[tuple[Processes, str]]:
         device: As the user named it; with `auto` every process takes the GPU of its number.
 
     Raises:
-        UsageError: One GPU is named for several processes.
+        UsageError: One GPU is named for several processes, or WORLD_SIZE is set and what belongs to it is not.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world == "1":
         yield Processes(), device
         return
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UsageError(
+            f"WORLD_SIZE is {world} and {', '.join(missing)} not set - start several processes "
+            "with torchrun, or unset WORLD_SIZE for one"
+        )
     if device == "auto" and torch.cuda.is_available():
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}"
     elif device.startswith("cuda"):
@@ -112,14 +120,28 @@ class _Gather(torch.autograd.Function):
         padded = mine.new_zeros(int(sizes.max()), *mine.shape[1:])
         padded[: len(mine)] = mine
         shares = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(shares, padded)
+        with _the_others():
+            dist.all_gather(shares, padded)
         return torch.cat([share[:size] for share, size in zip(shares, sizes, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
+        with _the_others():
+            dist.all_reduce(gradient)
         return gradient[ctx.bounds[ctx.rank] : ctx.bounds[ctx.rank + 1]], None, None
+
+
+@contextlib.contextmanager
+def _the_others() -> Iterator[None]:
+    """Say of a message that did not come through that another process has ended, which has said why."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise SvbError(
+            f"another process of this training has ended ({str(error).splitlines()[0]}) - mend what it says, and "
+            "run the same command again to go on"
+        ) from error
 
 
 def _bounds(total: int, world: int) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -61,12 +62,15 @@ def train(
     """
     from svb.train import run
 
+    # Of the processes that torchrun starts one alone speaks.
+    is_first = os.environ.get("RANK", "0") == "0"
     store = store or default_path("SVB_FEATURES", "features")
     captions = captions or default_path("SVB_CAPTIONS", "captions.h5")
-    if out is None:
-        out = _next_run()
+    chosen, out = out is None, out or _next_run()
+    if is_first and chosen:
         say(f"to go on with this run after an interruption, give the same options and -o {out}")
-    say(f"training {out} on {store} and {captions}")
+    if is_first:
+        say(f"training {out} on {store} and {captions}")
 
     def show(metrics: dict[str, float]) -> None:
         line = f"epoch {metrics['epoch']:>3}  loss {metrics['loss']:.3f}"
@@ -87,7 +91,8 @@ def train(
         on_epoch=show,
         on_message=say,
     )
-    click.echo(out)
+    if is_first:
+        click.echo(out)
 
 
 def _next_run() -> Path:

@@ -1,0 +1,251 @@
+"""Several processes train as one does with the same batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import synthetic
+import torch
+import train_together
+from runs import Task, contents, lines, tiny
+from safetensors.torch import load_file
+
+from svb.errors import UsageError
+from svb.train import loop
+from svb.train.checkpoint import load_checkpoint
+from svb.train.processes import Processes, joined_processes
+from svb.train.run import train
+
+# Tensors this small are slower on two threads than on one.
+torch.set_num_threads(1)
+
+DRIVER = Path(__file__).with_name("train_together.py")
+# 2 epochs of 2 steps of 15 captions, which neither 2 nor 4 processes share evenly.
+COMMON = {"batch_size": 15, "dropout": 0.0}
+WORDS_AND_MARGINS = {"loss": "max_margin", "intra_modal_weight": 0.5, "negatives_warmup": 0.0}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "tokens": {"learn_support_temperature": True},
+    "embedding": {"rebuild": "embedding", "learn_support_temperature": True},
+    "none": {"variant": "none"},
+    "margins and tokens": {**WORDS_AND_MARGINS, "variant": "hybrid"},
+    "margins and embedding": {**WORDS_AND_MARGINS, "rebuild": "embedding", "negatives": "mean"},
+    "memory bank of tokens": {"memory_bank": 20, "caption_sampling": "all", "learn_logit_scale": False},
+    "memory bank of embeddings": {
+        "memory_bank": 7,
+        "rebuild": "embedding",
+        "support_values": "pooled",
+        "variant": "full",
+        "loss": "max_margin",
+    },
+    # Of 15 captions 1 is rebuilt, so that all processes but one have none.
+    "one caption of tokens": {"decode_fraction": 0.05},
+    "one caption of embedding": {"decode_fraction": 0.05, "rebuild": "embedding", "variant": "identity"},
+    "half of the captions": {"decode_fraction": 0.5, "memory_bank": 5},
+    "all of the head": {"layers": 1, "convolution": 3, "pooling": "attention"},
+    # Each step's loss is interrupted in one process, between forward and backward.
+    "interrupted": {"learn_support_temperature": True, "memory_bank": 9},
+}
+# What a softmax cancels has a gradient of rounding alone, and Adam makes steps of it as long as any other.
+CANCELLED = ("in_proj_bias", "query_key_value.bias")
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    folder = tmp_path_factory.mktemp("task")
+    return synthetic.make_task(folder, num_train=30, num_val=6, feature_size=10, text_size=8)
+
+
+Runs = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def together(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], Path]:
+    """Return the folder of the runs of all configs that so many processes made with a dtype."""
+    made: dict[tuple[int, str], Path] = {}
+
+    def runs_of(world: int, dtype: str) -> Path:
+        if (world, dtype) in made:
+            return made[world, dtype]
+        out = made[world, dtype] = tmp_path_factory.mktemp(f"{world}-{dtype}")
+        configs = {name: dataclasses.asdict(tiny(**COMMON, **options)) for name, options in CONFIGS.items()}
+        plan = {
+            "store": str(task[0]),
+            "captions": str(task[1]),
+            "out": str(out),
+            "configs": configs,
+            "dtype": dtype,
+        }
+        if world == 1:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(loop, "CHECKPOINT_SECONDS", 1e9)
+                train_together.train_all(plan, Processes())
+            return out
+        (out / "plan.json").write_text(json.dumps({**plan, "interrupted": ["interrupted"]}))
+        done = subprocess.run(
+            torchrun(world, str(DRIVER), out / "plan.json"),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return out
+
+    return runs_of
+
+
+def torchrun(world: int, *arguments: object) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    return [*launcher, *map(str, arguments)]
+
+
+def assert_same(one: Path, many: Path, *, parameters: float, metrics: float, but: tuple[str, ...] = ()) -> None:
+    """Assert that no parameter differs by more, `but` those so named, and no metric."""
+    weights = [load_file(run / "last" / "model.safetensors") for run in (one, many)]
+    assert weights[0].keys() == weights[1].keys()
+    assert {"log_logit_scale", "log_support_temperature"} <= weights[0].keys()
+    compared = [name for name in weights[0] if not any(name.endswith(ending) for ending in but)]
+    differences = {name: float((weights[1][name] - weights[0][name]).abs().max()) for name in compared}
+    assert {name: difference for name, difference in differences.items() if difference > parameters} == {}
+    for line, expected_line in zip(lines(many), lines(one), strict=True):
+        assert line == pytest.approx(expected_line, rel=metrics, abs=metrics)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_processes_are_exactly_one(world: int, config: str, together: Callable[[int, str], Path]) -> None:
+    one, many = together(1, "float64") / config, together(world, "float64") / config
+    assert_same(one, many, parameters=1e-11, metrics=1e-11)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("world", [2, 4])
+def test_in_float32_nothing_but_rounding_differs(
+    world: int, config: str, together: Callable[[int, str], Path]
+) -> None:
+    one, many = together(1, "float32") / config, together(world, "float32") / config
+    assert_same(one, many, parameters=1e-6, metrics=1e-5, but=CANCELLED)
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_gather_carries_the_gradients_of_all_processes(world: int, together: Callable[[int, str], Path]) -> None:
+    """Of the loss of its own process alone, row i would have (rank + 1) * (i + 1)."""
+    out, all_ranks = together(world, "float64"), sum(range(1, world + 1))
+    for number, total in enumerate((8, 15)):
+        covered = []
+        for rank in range(world):
+            found = json.loads((out / f"gathered-{rank}.json").read_text())[number]
+            rows = range(*found["rows"])
+            assert found["gathered"] == list(range(total))
+            assert found["gradient"] == [[all_ranks * (row + 1.0)] * 2 for row in rows]
+            covered += rows
+        assert covered == list(range(total))
+
+
+def test_a_gather_without_gradient_would_be_noticed(
+    task: Task, together: Callable[[int, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the comparison above sees where the gathered rows carry none: the encoders learn something else."""
+    monkeypatch.setattr(Processes, "gather", lambda processes, mine, total: mine.detach())
+    plan = {"store": str(task[0]), "captions": str(task[1]), "out": str(tmp_path), "dtype": "float64"}
+    configs = {"none": dataclasses.asdict(tiny(**COMMON, **CONFIGS["none"]))}
+    train_together.train_all({**plan, "configs": configs}, Processes())
+    with pytest.raises(AssertionError, match=r"video_head|text_head"):
+        assert_same(together(1, "float64") / "none", tmp_path / "none", parameters=1e-4, metrics=1.0)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
+def test_shares_are_the_batch_in_order_and_nearly_equal(world: int) -> None:
+    for total in (7, 8, 15, 16):
+        shares = [list(range(total))[Processes(rank, world).share(total)] for rank in range(world)]
+        assert [row for share in shares for row in share] == list(range(total))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize("missing", ["RANK", "MASTER_ADDR", "MASTER_PORT"])
+def test_a_world_size_that_torchrun_did_not_set_is_an_error(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(missing)
+    with pytest.raises(UsageError, match=f"WORLD_SIZE is 2 and {missing} not set"), joined_processes("cpu"):
+        pass
+
+
+def test_one_gpu_for_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(UsageError, match="--device cuda:0 with 2 processes - leave it out"),
+        joined_processes("cuda:0"),
+    ):
+        pass
+
+
+def test_a_batch_smaller_than_the_processes_is_refused(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        train_together.as_one_of(Processes(0, 16)),
+        pytest.raises(UsageError, match=r"batches of 15 captions for 16 processes - .* start fewer processes"),
+    ):
+        train(*task, tmp_path / "run", tiny(**COMMON))
+    assert not (tmp_path / "run").exists()
+
+
+def svb_train(task: Task, out: Path, *options: object) -> list[str]:
+    small = ["--embedding-size", 8, "--decoder-size", 8, "--batch-size", 15, "--evaluate-every", 1000]
+    return torchrun(2, "-m", "svb", "train", *task, "-o", out, "--device", "cpu", *small, *options)
+
+
+def run_to_its_end(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+
+
+@pytest.mark.slow
+def test_a_command_that_torchrun_starts_is_interrupted_and_goes_on(task: Task, tmp_path: Path) -> None:
+    """With dropout, so that every process's own random numbers count."""
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    assert run_to_its_end(svb_train(task, whole, "--epochs", 150)).returncode == 0
+    process = subprocess.Popen(svb_train(task, out, "--epochs", 150), stderr=subprocess.PIPE, text=True)
+    while not (out / "metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.01)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=100)
+    assert time.monotonic() - began < 60
+    assert stderr.count("svb: interrupted - ") == 2, stderr
+    last = load_checkpoint(out / "last")
+    assert 0 < last.epoch < 150
+    done = run_to_its_end(svb_train(task, out, "--epochs", 150))
+    assert done.returncode == 0, done.stderr
+    # One process alone speaks.
+    assert done.stdout.split() == [str(out)]
+    assert done.stderr.count(f"resuming {out} after epoch {last.epoch} of 150") == 1
+    assert contents(out) == contents(whole)
+
+
+@pytest.mark.slow
+def test_an_error_ends_all_processes_with_its_message(task: Task, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run_to_its_end(svb_train(task, out, "--epochs", 1)).returncode == 0
+    before, began = contents(out), time.monotonic()
+    done = run_to_its_end(svb_train(task, out, "--epochs", 1, "--seed", 5))
+    assert time.monotonic() - began < 120
+    assert done.returncode == 1
+    said = [line for line in done.stderr.splitlines() if line.startswith("svb: ")]
+    assert sum("config.seed: stored 0, wanted 5" in line for line in said) == 1, done.stderr
+    assert sum("another process of this training has ended" in line for line in said) <= 1
+    # torchrun itself prints a traceback of its own; ours do not.
+    assert not re.search(r"^\[rank\d\]: Traceback", done.stderr, re.MULTILINE), done.stderr
+    assert contents(out) == before

@@ -1,0 +1,137 @@
+"""Trains several configs one after the other, in each of the processes that torchrun starts.
+
+    torchrun --standalone --nproc-per-node 2 tests/train_together.py plan.json
+
+Starting processes takes far longer than these trainings, so that one start serves many.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from svb.train import loop, objective, run
+from svb.train.config import TrainConfig
+from svb.train.processes import Processes
+
+Plan = dict[str, Any]
+
+
+def train_all(plan: Plan, processes: Processes) -> None:
+    """Train `plan["configs"]`, by the name of the run that each makes in `plan["out"]`."""
+    with as_one_of(processes), exactly(plan["dtype"]):
+        for name, options in plan["configs"].items():
+            config = TrainConfig(**options)
+            if name in plan.get("interrupted", []):
+                with interrupted_at_step(3, processes):
+                    _train_until_interrupted(plan, name, config)
+            run.train(plan["store"], plan["captions"], Path(plan["out"]) / name, config, device="cpu")
+
+
+def _train_until_interrupted(plan: Plan, name: str, config: TrainConfig) -> None:
+    try:
+        run.train(plan["store"], plan["captions"], Path(plan["out"]) / name, config, device="cpu")
+    except KeyboardInterrupt:
+        return
+    raise AssertionError("the interrupt was lost")
+
+
+@contextlib.contextmanager
+def as_one_of(processes: Processes) -> Iterator[None]:
+    """Let `svb.train.run.train` take part in the processes that were joined already."""
+
+    @contextlib.contextmanager
+    def joined(device: str) -> Iterator[tuple[Processes, str]]:
+        yield processes, device
+
+    with patched(run, joined_processes=joined, draw_curves=lambda folder: folder):
+        yield
+
+
+@contextlib.contextmanager
+def exactly(dtype_name: str) -> Iterator[None]:
+    """Compute in a dtype, the decoder's products too.
+
+    What processes sum up in another order differs in the last digit. Where a gradient is nothing but rounding, as
+    that of a bias which a softmax cancels, Adam makes steps of full length of it: only float64 tells that from an
+    error.
+    """
+    dtype = getattr(torch, dtype_name)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with (
+            patched(run, _decoder_dtype=lambda device: dtype),
+            patched(torch.Tensor, float=lambda tensor: tensor.to(dtype)),
+        ):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def interrupted_at_step(step: int, processes: Processes) -> Iterator[None]:
+    """Send SIGTERM to the last process alone, in the middle of a step counted from 1."""
+    real, calls = objective.info_nce, 0
+
+    def interrupting(*arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 2 * step - 1 and processes.rank == processes.world - 1:  # two calls a step
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    with patched(objective, info_nce=interrupting):
+        yield
+
+
+@contextlib.contextmanager
+def patched(where: Any, **values: Any) -> Iterator[None]:
+    before = {name: getattr(where, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(where, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(where, name, value)
+
+
+def gather_and_its_gradient(processes: Processes, total: int) -> dict[str, Any]:
+    """Return what `gather` gave, and the gradient of a sum of all processes' losses.
+
+    Process r's loss weighs row i of the gathered rows by (r + 1) * (i + 1).
+    """
+    share = processes.share(total)
+    mine = torch.arange(total, dtype=torch.float64)[share, None].expand(-1, 2).clone().requires_grad_()
+    gathered = processes.gather(mine, total)
+    weights = (processes.rank + 1) * torch.arange(1, total + 1, dtype=torch.float64)[:, None]
+    (gathered * weights).sum().backward()
+    assert mine.grad is not None
+    return {"gathered": gathered[:, 0].tolist(), "rows": [share.start, share.stop], "gradient": mine.grad.tolist()}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    loop.CHECKPOINT_SECONDS = 1e9
+    plan = json.loads(Path(sys.argv[1]).read_text())
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    processes = Processes(dist.get_rank(), dist.get_world_size())
+    gathered = [gather_and_its_gradient(processes, total) for total in (8, 15)]
+    (Path(plan["out"]) / f"gathered-{processes.rank}.json").write_text(json.dumps(gathered))
+    train_all(plan, processes)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
