@@ -187,7 +187,7 @@ def _picture(explanation: Explanation, strips: list[list[NDArray[np.uint8]]]) ->
     small = textwrap.wrap(summary(explanation), 210)
     heights = [0.25 + 0.21 * len(lines) + 0.18 * len(small), 1.1 * len(strips), 3.6]
     figure = Figure(figsize=(14, sum(heights)), layout="constrained")
-    top, middle, bottom = figure.subfigures(3, 1, height_ratios=heights)
+    top, middle, bottom = figure.subfigures(3, 1, squeeze=False, height_ratios=heights)[:, 0]
     inch = 1 / heights[0]
     top.text(0.01, 1 - 0.1 * inch, "\n".join(lines), va="top", fontsize=11, parse_math=False)
     top.text(0.01, 0.05 * inch, "\n".join(small), va="bottom", fontsize=8, color="0.35", parse_math=False)

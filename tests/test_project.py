@@ -75,10 +75,6 @@ def test_every_folder_is_packaged() -> None:
         assert package == ("svb" if folder == "core" else "svb." + folder.removeprefix("core/").replace("/", "."))
 
 
-# What another package brings along, in a version that fits it.
-BROUGHT_ALONG = {"google"}
-
-
 def test_what_is_imported_is_required() -> None:
     options = setup()["options"]["install_requires"] + setup()["options.extras_require"]["offline"]
     required = {re.split(r"[ <>=;]", line)[0].lower().replace("-", "_") for line in options.strip().splitlines()}
@@ -87,7 +83,7 @@ def test_what_is_imported_is_required() -> None:
         for module in {name.partition(".")[0] for name in imported(path)} - {"svb", *sys.stdlib_module_names}:
             # A module that is not installed here, such as another Python's tomli, goes by its own name.
             names = {name.lower().replace("-", "_") for name in distributions.get(module, [module])}
-            assert names & required or module in BROUGHT_ALONG, f"{path} imports {module}"
+            assert names & required, f"{path} imports {module}"
 
 
 def test_every_folder_with_modules_is_a_package() -> None:
