@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -79,6 +80,7 @@ def threads() -> int:
 
 def _task(run: PlannedRun, ablation: Ablation, device: str) -> Task:
     return Task(
+        run.is_trained,
         str(run.cell.store),
         str(run.cell.captions),
         run.cell.backbone,
@@ -159,8 +161,9 @@ def _event(line: bytes) -> dict[str, Any] | None:
 
 def _how_it_died(status: int, log: Path) -> str:
     words = log.read_text("utf-8", "replace").strip().splitlines()
-    said = f", last words {words[-1]!r}" if words else ""
-    if status == -9:
-        return f"its process was killed{said} - where memory ran out, give fewer --jobs; {log} has more"
+    if not words:
+        log.unlink()
+    said = f", last words {words[-1]!r}, all of them in {log}" if words else ""
     how = f"was ended by signal {-status}" if status < 0 else f"ended with {status}"
-    return f"its process {how}{said} - {log} has more"
+    do_next = "where memory ran out, give fewer --jobs" if status == -signal.SIGKILL else "try this run alone"
+    return f"its process {how}{said} - {do_next}"

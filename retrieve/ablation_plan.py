@@ -33,13 +33,15 @@ class PlannedRun:
         cell: What is asked.
         seed: Of the run.
         folder: The run's; it may not exist yet.
-        is_finished: It is trained to its end, and its ranks are of its weights and of what is asked.
+        is_trained: It has had all its epochs, on what is asked.
+        is_finished: And its ranks are of its weights and of the queries that are asked.
     """
 
     cell: Cell
     seed: int
     folder: Path
-    is_finished: bool
+    is_trained: bool = False
+    is_finished: bool = False
 
     @property
     def name(self) -> str:
@@ -99,8 +101,10 @@ def plan(ablation: Ablation, out: Path, on_message: Callable[[str], None]) -> tu
                     folder = out / "runs" / f"{_slug(cell.name)}-{cell.identity[:6]}" / f"seed-{seed}"
                     on_message(f"{other} holds a run with other settings, which is kept: this one goes to {folder}")
             asked.add(folder)
-            run = PlannedRun(cell, seed, folder, is_finished=False)
-            planned.append(dataclasses.replace(run, is_finished=_is_finished(run, ablation, queries)))
+            run = PlannedRun(cell, seed, folder)
+            is_trained = identity in held and _is_trained(run)
+            is_finished = is_trained and _is_measured(run, ablation, queries)
+            planned.append(dataclasses.replace(run, is_trained=is_trained, is_finished=is_finished))
     left = [folder for folder in held.values() if folder not in asked]
     if left:
         on_message(f"{len(left)} runs in {out / 'runs'} are not asked for and are kept, first {left[0]}")
@@ -193,14 +197,19 @@ def _identity_of(run: Path) -> str | None:
         return None
 
 
-def _is_finished(run: PlannedRun, ablation: Ablation, queries: Queries) -> bool:
+def _is_trained(run: PlannedRun) -> bool:
     try:
-        if load_checkpoint(run.folder / "last").epoch != run.config.epochs:
-            return False
+        return load_checkpoint(run.folder / "last").epoch == run.config.epochs
+    except SvbError:  # whatever is missing or damaged, training says or mends it
+        return False
+
+
+def _is_measured(run: PlannedRun, ablation: Ablation, queries: Queries) -> bool:
+    try:
         ranks = read_ranks(run.folder / FILE)
         require_same_queries(ranks.queries, queries, "", "")
         measured = run_embedder(run.folder, ablation.checkpoint, torch.device("cpu")).fingerprint
-    except SvbError:  # whatever is missing or damaged, training and evaluating say or mend it
+    except SvbError:
         return False
     return ranks.model == measured and ranks.v2t_convention == ablation.v2t_convention
 

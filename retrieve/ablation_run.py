@@ -27,8 +27,13 @@ SECONDS_FILE = "cpu_seconds.jsonl"
 
 @dataclass(frozen=True)
 class Task:
-    """What to run: arguments of `svb.train.run.train` and `svb.retrieve.evaluate.evaluate`."""
+    """What to run: arguments of `svb.train.run.train` and `svb.retrieve.evaluate.evaluate`.
 
+    Attributes:
+        is_trained: Only evaluate.
+    """
+
+    is_trained: bool
     store: str
     captions: str
     backbone: str | None
@@ -45,12 +50,27 @@ class Task:
 
 
 def run_task(task: Task) -> dict[str, float]:
-    """Train to the end, from wherever a run stopped, then evaluate; return the metrics.
+    """Train to the end, from wherever a run stopped, and evaluate; return the metrics.
 
     Raises:
         SvbError: As `train` and `evaluate`.
     """
     out = Path(task.out)
+    if not task.is_trained:
+        _train(task, out)
+    return evaluate(
+        out,
+        store=task.store,
+        captions=task.captions,
+        split=task.split,
+        checkpoint=task.checkpoint,
+        v2t_convention=task.v2t_convention,
+        allow_missing=task.allow_missing,
+        device=task.device,
+    ).metrics
+
+
+def _train(task: Task, out: Path) -> None:
     clock = _Clock(out / SECONDS_FILE)
 
     def on_epoch(metrics: dict[str, float]) -> None:
@@ -67,16 +87,6 @@ def run_task(task: Task) -> dict[str, float]:
         on_epoch=on_epoch,
         on_message=lambda message: _emit({"message": message}),
     )
-    return evaluate(
-        out,
-        store=task.store,
-        captions=task.captions,
-        split=task.split,
-        checkpoint=task.checkpoint,
-        v2t_convention=task.v2t_convention,
-        allow_missing=task.allow_missing,
-        device=task.device,
-    ).metrics
 
 
 class _Clock:

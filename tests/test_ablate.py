@@ -30,7 +30,7 @@ from svb.data.publish import lock_folder
 from svb.errors import InputError, MismatchError, StoreError, UsageError
 from svb.retrieve.ablate import ablate
 from svb.retrieve.ablation_config import FIELDS, read_ablation
-from svb.retrieve.ablation_jobs import _task, threads
+from svb.retrieve.ablation_jobs import _how_it_died, _task, threads
 from svb.retrieve.ablation_plan import plan
 from svb.retrieve.ablation_report import Report, command_of
 from svb.retrieve.ablation_run import SECONDS_FILE, cpu_seconds, run_task
@@ -460,7 +460,8 @@ class TestKept:
         assert held["config"].pop("memory_bank") == 0
         del held["format_version"]
         publish_description(folder / "config.json", held)
-        evaluate(folder, checkpoint="last")  # as that older svb had
+        assert "variant=none seed 0" not in own.finished()
+        own.run_here()  # measures it again; training would refuse it
         assert own.finished()["variant=none seed 0"] == folder
 
     def test_a_decoder_in_a_folder_is_the_same_from_anywhere(
@@ -531,6 +532,19 @@ class TestFailures:
         assert "diverges seed 0 FAILED: the loss is" in ran.stdout and "| **good** | 1 |" in ran.stdout
         assert list(task.finished()) == ["good seed 0"]
         assert not list((task.out / "logs").iterdir())
+
+    def test_a_process_that_dies_says_how(self, tmp_path: Path) -> None:
+        log = tmp_path / "a.log"
+        log.write_text("Traceback\nMemoryError: too much\n")
+        assert _how_it_died(1, log) == (
+            "its process ended with 1, last words 'MemoryError: too much', "
+            f"all of them in {log} - try this run alone"
+        )
+        log.write_text("")
+        assert (
+            _how_it_died(-9, log) == "its process was ended by signal 9 - where memory ran out, give fewer --jobs"
+        )
+        assert not log.exists()
 
     def test_a_collapsed_grid_fails(self, task: Task, run_svb: RunSvb) -> None:
         """Heads that map everything to one place: R@1 means nothing, whatever the table's differences say."""
