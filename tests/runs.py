@@ -15,6 +15,7 @@ from svb.train.config import TrainConfig
 SMALL = TrainConfig(
     embedding_size=32,
     layers=1,
+    rebuild="tokens",
     decoder_size=16,
     decoder_layers=1,
     batch_size=16,

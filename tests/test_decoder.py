@@ -140,7 +140,7 @@ def test_the_embedding_decoder_overfits_embeddings_and_ignores_padding() -> None
 
 def test_a_config_chooses_its_decoder() -> None:
     sizes = {"memory_size": MEMORY_SIZE, "text_feature_size": 5}
-    words = make_decoder_of(TrainConfig(decoder_size=8), **sizes, vocabulary=Vocabulary(["a"]))
+    words = make_decoder_of(TrainConfig(rebuild="tokens", decoder_size=8), **sizes, vocabulary=Vocabulary(["a"]))
     assert isinstance(words, CaptionDecoder) and words.output_weight.shape == (5, 8)
     embedding = make_decoder_of(TrainConfig(rebuild="embedding"), **sizes, vocabulary=None)
     assert isinstance(embedding, EmbeddingDecoder)

@@ -332,7 +332,19 @@ class TestTraining:
     ) -> None:
         monkeypatch.chdir(folder.parent)
         run = tmp_path / "run"
-        call = ("train", *task, "-o", run, *self.SMALL, "--epochs", 6, "--decoder", f"t5:{folder.name}")
+        call = (
+            "train",
+            *task,
+            "-o",
+            run,
+            *self.SMALL,
+            "--epochs",
+            6,
+            "--rebuild",
+            "tokens",
+            "--decoder",
+            f"t5:{folder.name}",
+        )
         ran = run_svb(*call)
         assert (ran.exit_code, ran.stdout) == (0, f"{run}\n"), ran.stderr
         described = read_run(run)
@@ -351,7 +363,9 @@ class TestTraining:
     def test_a_killed_run_goes_on_to_the_same_bytes(
         self, task: tuple[Path, Path], tied: Path, tmp_path: Path
     ) -> None:
-        config = TrainConfig(embedding_size=32, batch_size=16, epochs=3, evaluate_every=3, decoder=f"t5:{tied}")
+        config = TrainConfig(
+            embedding_size=32, batch_size=16, epochs=3, evaluate_every=3, rebuild="tokens", decoder=f"t5:{tied}"
+        )
         whole, cut = train(*task, tmp_path / "whole", config), tmp_path / "cut"
 
         def stop(metrics: dict[str, float]) -> None:
@@ -363,7 +377,7 @@ class TestTraining:
         assert (cut / "last/model.safetensors").read_bytes() == (whole / "last/model.safetensors").read_bytes()
 
     def test_another_t5_is_refused(self, task: tuple[Path, Path], damaged: Path, tmp_path: Path) -> None:
-        config = TrainConfig(embedding_size=32, batch_size=16, epochs=1, decoder=f"t5:{damaged}")
+        config = TrainConfig(embedding_size=32, batch_size=16, epochs=1, rebuild="tokens", decoder=f"t5:{damaged}")
         train(*task, tmp_path / "run", config)
         network = T5ForConditionalGeneration.from_pretrained(damaged)
         with torch.no_grad():
@@ -378,7 +392,7 @@ class TestTraining:
         with pytest.raises(UsageError, match=r"decoder is t5:x, which rebuilds tokens, and rebuild embedding"):
             TrainConfig(decoder="t5:x", rebuild="embedding")
         with pytest.raises(InputError, match=r"holds no config\.json"):
-            train(*task, tmp_path / "run", TrainConfig(decoder=f"t5:{tmp_path}"))
+            train(*task, tmp_path / "run", TrainConfig(rebuild="tokens", decoder=f"t5:{tmp_path}"))
         assert not (tmp_path / "run").exists()
 
 

@@ -103,7 +103,7 @@ class TrainConfig:
     learn_support_temperature: bool = False
     support_values: str = "frames"
     memory_bank: int = 0
-    rebuild: str = "tokens"
+    rebuild: str = "embedding"
     decoder: str = "transformer"
     decoder_size: int = 256
     decoder_layers: int = 1
@@ -177,4 +177,6 @@ def _require_decoder(decoder: str, rebuild: str) -> None:
     if not re.fullmatch("t5:.+", decoder):
         raise UsageError(f"decoder is {decoder!r} - expected transformer, t5:MODEL or t5:FOLDER")
     if rebuild != "tokens":
-        raise UsageError(f"decoder is {decoder}, which rebuilds tokens, and rebuild {rebuild} - choose one of them")
+        raise UsageError(
+            f"decoder is {decoder}, which rebuilds tokens, and rebuild {rebuild} - add --rebuild tokens"
+        )
