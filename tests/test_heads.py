@@ -318,6 +318,14 @@ def test_the_logit_scale_stays_within_its_limit() -> None:
     assert model.log_logit_scale.grad is not None and model.log_logit_scale.grad.item() > 0
 
 
+@pytest.mark.parametrize("is_learned", [False, True])
+def test_a_support_temperature_has_a_limit_only_where_it_is_learned(is_learned: bool) -> None:
+    config = TrainConfig(support_temperature=0.001, learn_support_temperature=is_learned)
+    model = RetrievalModel(config, [4], 4, shared_part=None)
+    model.limit_scales()
+    assert model.support_temperature.item() == pytest.approx(1 / MAX_LOGIT_SCALE if is_learned else 0.001)
+
+
 @pytest.mark.parametrize("size", [1, 2, 7, 128])
 def test_positions_have_encodings_of_their_own(size: int) -> None:
     encodings = sinusoids(20, size, torch.device("cpu"))

@@ -78,6 +78,8 @@ class RetrievalModel(nn.Module):
 
     @torch.no_grad()
     def limit_scales(self) -> None:
-        """Keep the learned scales in their bounds; a limit in the graph would hold them there."""
-        self.log_logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
-        self.log_support_temperature.clamp_(min=-math.log(MAX_LOGIT_SCALE))
+        """Keep scales that are learned in their bounds; a limit in the graph would hold them there."""
+        if self.log_logit_scale.requires_grad:
+            self.log_logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
+        if self.log_support_temperature.requires_grad:
+            self.log_support_temperature.clamp_(min=-math.log(MAX_LOGIT_SCALE))
