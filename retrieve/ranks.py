@@ -73,6 +73,8 @@ def read_ranks(path: Path) -> Ranks:
             f"no ranks at {path} - write them with `svb evaluate {path.parent}`, or of a store with --ranks {path}"
         )
     try:
+        if not zipfile.is_zipfile(path):  # numpy would take it for a pickle
+            raise ValueError("it is no .npz, or cut short")
         with np.load(path, allow_pickle=False) as file:
             held = {name: file[name] for name in file.files}
         missing = {"caption_video_ids", "model", "tie_rule", "v2t_convention", "selected_on"} - set(held)
@@ -96,7 +98,7 @@ def read_ranks(path: Path) -> Ranks:
         queries.caption_video()
     except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise StoreError(
-            f"{path} is not a whole file of ranks ({error}) - remove it, then make it again with `svb evaluate`"
+            f"{path} is not a whole file of ranks ({error}) - write it again with `svb evaluate`, or name another"
         ) from error
     return ranks
 

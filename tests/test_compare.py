@@ -207,7 +207,7 @@ def damage_no_ranks(path: Path) -> None:
 )
 def test_damaged_ranks_are_refused(runs: Path, run_svb: RunSvb, damage: Callable[[Path], None]) -> None:
     damage(runs / "b" / "seed-0" / "ranks.npz")
-    with pytest.raises(StoreError, match=r"is not a whole file of ranks .* - remove it, then make it again"):
+    with pytest.raises(StoreError, match=r"is not a whole file of ranks .* - write it again with"):
         compare(runs / "a" / "seed-0", runs / "b" / "seed-0")
     assert_refused(run_svb("compare", runs / "a", runs / "b"), "is not a whole file of ranks")
 
