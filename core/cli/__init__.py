@@ -49,6 +49,7 @@ def cli() -> None:
     svb evaluate runs/x                         retrieval metrics on a split
     svb compare runs/x runs/y                   which is better, and could it be chance
     svb ablate ablation.toml -o ablation/       a grid of options over several seeds
+    svb explain runs/x "a dog runs"             from which videos a caption is rebuilt
     svb index runs/x -o index/                  embeddings of every video and moment
     svb search "a dog catches a frisbee"        the nearest videos
     """
