@@ -44,7 +44,7 @@ class Embedder:
     Attributes:
         model: What it is, as stored in an index: `kind`, `video` and `text` settings, weights.
         video_head: `(B, T, F)` float32, `(B, T)` bool -> `(B, D)`, L2-normalised.
-        text_head: `(B, F)` float32 -> `(B, D)`, L2-normalised.
+        text_head: `(B, F)` float32, on any device -> `(B, D)`, L2-normalised.
         weights: Of the heads, by name; empty where they have none of their own.
     """
 
@@ -117,7 +117,7 @@ def heads_embedder(
     return Embedder(
         {**model, "weights": hash_tensors(weights)},
         lambda features, mask: module.video_head(features, mask).video_embeddings,
-        module.text_head,
+        lambda features: module.text_head(features.to(device)),
         dict(weights),
     )
 
