@@ -111,8 +111,8 @@ def plan(ablation: Ablation, out: Path, on_message: Callable[[str], None]) -> tu
     return planned, queries
 
 
-def _open_inputs(ablation: Ablation) -> dict[tuple[Path, Path, str | None], Inputs]:
-    inputs: dict[tuple[Path, Path, str | None], Inputs] = {}
+def _open_inputs(ablation: Ablation) -> dict[tuple[Path, Path, str | None, float], Inputs]:
+    inputs: dict[tuple[Path, Path, str | None, float], Inputs] = {}
     for cell in ablation.cells:
         if _key(cell) not in inputs:
             store, captions = FeatureStore(cell.store), read_caption_features(cell.captions)
@@ -131,12 +131,9 @@ def _open_inputs(ablation: Ablation) -> dict[tuple[Path, Path, str | None], Inpu
 
 def _queries_of_split(ablation: Ablation, store: FeatureStore, captions: CaptionFeatures, cell: Cell) -> Queries:
     splits = set(captions.table.splits)
-    if ablation.split != "test" and "val" not in splits:
-        raise InputError(
-            f"{cell.captions} names no val split, so that every seed would carve another one, and nothing could be "
-            "paired - give its caption table a split column"
-        )
-    positions = [row for row, split in enumerate(captions.table.splits) if split == ablation.split]
+    positions = positions_of_splits(captions, val_fraction=cell.config.put_aside, on_message=lambda message: None)[
+        ablation.split
+    ]
     if not positions:
         raise InputError(
             f"{cell.captions} has no {ablation.split} split - expected one of {', '.join(sorted(splits))}"
@@ -165,7 +162,7 @@ def _identity(cell: Cell, seed: int, inputs: Inputs) -> str:
     config = cell.with_seed(seed)
     config = dataclasses.replace(config, decoder=absolute_decoder(config.decoder))  # as a run remembers it
     positions = positions_of_splits(
-        inputs.captions, val_fraction=config.put_aside, seed=seed, on_message=lambda message: None
+        inputs.captions, val_fraction=config.put_aside, on_message=lambda message: None
     )["train"]
     if config.captions_per_video:
         positions = draw_captions(inputs.captions, positions, config.captions_per_video, seed)
@@ -214,8 +211,8 @@ def _is_measured(run: PlannedRun, ablation: Ablation, queries: Queries) -> bool:
     return ranks.model == measured and ranks.v2t_convention == ablation.v2t_convention
 
 
-def _key(cell: Cell) -> tuple[Path, Path, str | None]:
-    return cell.store, cell.captions, cell.backbone
+def _key(cell: Cell) -> tuple[Path, Path, str | None, float]:
+    return cell.store, cell.captions, cell.backbone, cell.config.put_aside
 
 
 def _slug(name: str) -> str:

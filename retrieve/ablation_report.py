@@ -238,7 +238,7 @@ def difference_texts(difference: Difference) -> list[str]:
 
 def _interval_texts(interval: Interval | None) -> list[str]:
     if interval is None:
-        return ["one pair", ""]
+        return ["cannot be told", ""]
     p = f"{interval.p:.3f}" if interval.p >= 0.001 else "<0.001"
     return [f"{interval.low:+.2f} to {interval.high:+.2f}", p]
 

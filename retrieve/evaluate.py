@@ -87,7 +87,6 @@ def evaluate(
     positions = positions_of_splits(
         caption_features,
         val_fraction=inputs.config.put_aside,
-        seed=inputs.config.seed,
         on_message=on_message,
     )
     if not positions[split]:
@@ -116,6 +115,10 @@ def evaluate(
     selected_on = inputs.config.select_on if embedder.model["kind"] == "run" else ""
     ranks = ranks or (Path(source) / "ranks.npz" if embedder.model["kind"] == "run" else None)
     if ranks is not None:
+        if ranks.is_dir():
+            raise UsageError(
+                f"{ranks} is a folder - expected the name of a file for --ranks, such as {ranks}/ranks.npz"
+            )
         how = {"split": split, "model": embedder.fingerprint, "tie_rule": TIE_RULE, "selected_on": selected_on}
         _write_ranks(ranks, ranks_by, data, {**how, "v2t_convention": v2t_convention})
     return Evaluation(

@@ -85,9 +85,7 @@ def explain(
     inputs = open_inputs(run, device=torch_device, store=store, captions=captions, checkpoint=checkpoint)
     assert inputs.captions is not None
     model, epoch = _load_model(run, checkpoint, torch_device)
-    positions = positions_of_splits(
-        inputs.captions, val_fraction=inputs.config.put_aside, seed=inputs.config.seed, on_message=on_message
-    )
+    positions = positions_of_splits(inputs.captions, val_fraction=inputs.config.put_aside, on_message=on_message)
     split = _load(inputs, positions["train"], torch_device)
     if split.num_videos < 2:
         raise InputError(

@@ -52,7 +52,7 @@ class Difference:
         b: Mean over B's runs, in percent.
         difference: `b - a`, in percentage points.
         over_videos: From resampled videos.
-        over_seeds: From the seeds' differences; None for a single pair.
+        over_seeds: From the seeds' differences; None for a single pair, and where all differ by the same.
         num_pairs: Pairs of runs.
     """
 
@@ -150,13 +150,17 @@ def percentile_interval(draws: NDArray[np.float64]) -> Interval:
     return Interval(float(low), float(high), float(min(1.0, 2 * (beyond + 1) / (len(draws) + 1))))
 
 
-def t_interval(differences: NDArray[np.float64]) -> Interval:
-    """Return Student's 95 % interval of the mean of `(S,)` differences, S at least 2, and p of the paired t."""
+def t_interval(differences: NDArray[np.float64]) -> Interval | None:
+    """Return Student's 95 % interval of the mean of `(S,)` differences, S at least 2, and p of the paired t.
+
+    None where all seeds differ by exactly the same, but not by nothing: recalls of few queries are so coarse that
+    this says nothing about other seeds.
+    """
     count, mean = len(differences), float(differences.mean())
     error = float(differences.std(ddof=1)) / math.sqrt(count)
     reach = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * error
-    if error == 0:  # every seed differs by the same: by nothing, or, of few queries, by as many
-        return Interval(mean, mean, 1.0 if mean == 0 else 0.0)
+    if error == 0:
+        return Interval(0.0, 0.0, 1.0) if mean == 0 else None
     return Interval(mean - reach, mean + reach, 2 * float(stdtr(count - 1, -abs(mean) / error)))
 
 

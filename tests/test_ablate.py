@@ -267,10 +267,17 @@ class TestInputs:
         with pytest.raises(InputError, match="no caption features at"):
             ablate(task.config, task.out)
 
-    def test_val_must_not_be_carved_by_the_seed(self, tmp_path: Path) -> None:
+    def test_a_carved_val_is_the_same_for_all(self, tmp_path: Path) -> None:
         task = Task(tmp_path, has_split=False)
         task.write()
-        with pytest.raises(InputError, match="names no val split, so that every seed would carve another one"):
+        report = ablate(task.config, task.out)
+        assert not report.failed and len(set(report.queries.video_ids)) == len(report.queries.video_ids) > 1
+
+    def test_cells_that_carve_another_val_are_refused(self, tmp_path: Path) -> None:
+        task = Task(tmp_path, has_split=False)
+        task.write()
+        task.config.write_text(task.config.read_text() + '[[cells]]\nname = "more"\nval_fraction = 0.3\n')
+        with pytest.raises(MismatchError, match="val split"):
             ablate(task.config, task.out)
 
     def test_a_split_that_is_not_there_is_refused(self, task: Task) -> None:

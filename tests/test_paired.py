@@ -90,6 +90,7 @@ def test_a_chunked_bootstrap_draws_as_one_in_one_piece() -> None:
 def test_t_is_that_of_summing_up_its_density(count: int) -> None:
     differences = np.random.default_rng(count).normal(0.4, 1.0, count)
     interval = t_interval(differences)
+    assert interval is not None
     assert interval.p == pytest.approx(naive.paired_t_p(differences.tolist()), abs=1e-6)
     # At an end of the interval the mean lies just so far away that p is 5 %.
     for end in (interval.low, interval.high):
@@ -172,3 +173,9 @@ def test_chance_is_told_from_learning() -> None:
     worse = make_ranks(queries, np.full(150, 40.0), np.ones(50))
     learned = make_ranks(queries, random.integers(1, 30, 150).astype(np.float64), np.ones(50))
     assert [is_chance(ranks) for ranks in (guessed, collapsed, worse, learned)] == [True, True, True, False]
+
+
+def test_seeds_that_differ_by_exactly_the_same_say_nothing_of_others() -> None:
+    assert t_interval(np.array([0.5, 0.5, 0.5])) is None
+    nothing = t_interval(np.zeros(3))
+    assert nothing is not None and nothing.p == 1.0

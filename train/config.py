@@ -27,6 +27,7 @@ CHOICES = {
     "select_on": SELECT_ON,
 }
 MAX_LOGIT_SCALE = 100.0
+_ABOVE_ZERO = ("support_temperature", "logit_scale", "learning_rate")
 _MAY_BE_ZERO = {"convolution", "layers", "seed", "memory_bank", "captions_per_video"}
 
 
@@ -132,7 +133,8 @@ class TrainConfig:
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
-                raise UsageError(f"{field.name} is {value} - expected a number of at least 0")
+                above = "more than" if field.name in _ABOVE_ZERO else "at least"
+                raise UsageError(f"{field.name} is {value} - expected a number of {above} 0")
             at_least = 0 if field.name in _MAY_BE_ZERO else 1
             if isinstance(value, int) and not isinstance(value, bool) and value < at_least:
                 raise UsageError(f"{field.name} is {value} - expected at least {at_least}")
@@ -143,15 +145,24 @@ class TrainConfig:
         for name in ("dropout", "val_fraction", "warmup", "negatives_warmup"):
             if not getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)} - expected less than 1")
-        for name in ("support_temperature", "logit_scale", "learning_rate"):
+        for name in _ABOVE_ZERO:
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} is {getattr(self, name)} - expected more than 0")
         if self.logit_scale > MAX_LOGIT_SCALE:
             raise UsageError(f"logit_scale is {self.logit_scale} - expected at most {MAX_LOGIT_SCALE:g}")
+        _require_learnable(self.learn_support_temperature, self.support_temperature)
         if not 0 < self.decode_fraction <= 1:
             raise UsageError(f"decode_fraction is {self.decode_fraction} - expected more than 0 and at most 1")
         if self.seed >= 2**32:
             raise UsageError(f"seed is {self.seed} - expected less than {2**32}")
+
+
+def _require_learnable(is_learned: bool, support_temperature: float) -> None:
+    lowest = 1 / MAX_LOGIT_SCALE
+    if is_learned and support_temperature < lowest:
+        raise UsageError(
+            f"support_temperature is {support_temperature} - expected at least {lowest:g} where it is learned"
+        )
 
 
 def _require_odd_or_zero(name: str, value: int) -> None:

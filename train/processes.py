@@ -97,7 +97,13 @@ def joined_processes(device: str) -> Iterator[tuple[Processes, str]]:
             "with torchrun, or unset WORLD_SIZE for one"
         )
     if device == "auto" and torch.cuda.is_available():
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0'))}"
+        number, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if number >= gpus:
+            raise UsageError(
+                f"process {number + 1} of this machine finds {gpus} GPUs - start at most {gpus} processes, or add "
+                "--device cpu"
+            )
+        device = f"cuda:{number}"
     elif device.startswith("cuda"):
         raise UsageError(f"--device {device} with {world} processes - leave it out: each takes a GPU of its own")
     if device.startswith("cuda"):

@@ -159,10 +159,11 @@ def _run(
                 if board is not None:
                     board.add(metrics)
                 on_epoch(metrics)
+        if board is not None:
+            draw_curves(out)
     finally:
         if board is not None:
             board.close()
-            draw_curves(out)
 
 
 def build_model(
@@ -249,9 +250,7 @@ def _load_splits(
     on_message: Callable[[str], None],
 ) -> tuple[SplitData, SplitData | None]:
     _say_what_is_left_out(store, captions, on_message)
-    positions = positions_of_splits(
-        captions, val_fraction=config.put_aside, seed=config.seed, on_message=on_message
-    )
+    positions = positions_of_splits(captions, val_fraction=config.put_aside, on_message=on_message)
     usable, choosing = set(store.video_ids), config.select_on
     if not any(captions.table.video_ids[position] in usable for position in positions[choosing]):
         if choosing == "test":

@@ -122,19 +122,19 @@ def load_split(
 
 
 def positions_of_splits(
-    captions: CaptionFeatures, *, val_fraction: float, seed: int, on_message: Callable[[str], None]
+    captions: CaptionFeatures, *, val_fraction: float, on_message: Callable[[str], None]
 ) -> dict[str, list[int]]:
     """Return the positions of each split's captions; a val split is carved from train where there is none.
 
-    The carving depends on `seed` and the video_ids alone, and on whole videos.
+    Whole videos are carved, and the same ones whatever the seed of a training, so that seeds can be compared.
     """
     splits = np.array(captions.table.splits)
     positions = {split: np.flatnonzero(splits == split).tolist() for split in ("train", "val", "test")}
-    if positions["val"] or not val_fraction:
+    if positions["val"] or not positions["train"] or not val_fraction:
         return positions
     video_ids = sorted({captions.table.video_ids[position] for position in positions["train"]})
     num_val = round(val_fraction * len(video_ids))
-    chosen = np.random.default_rng([seed, 1]).permutation(len(video_ids))[:num_val]
+    chosen = np.random.default_rng(1).permutation(len(video_ids))[:num_val]
     val_ids = {video_ids[video] for video in chosen}
     train = positions["train"]
     positions["val"] = [position for position in train if captions.table.video_ids[position] in val_ids]

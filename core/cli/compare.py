@@ -47,5 +47,5 @@ def compare(run_a: Path, run_b: Path, as_json: bool) -> None:
             for d in comparison.differences
         ],
     )
-    if comparison.differences[0].over_seeds is None:
+    if len(comparison.a.ranks) == 1:
         say("one pair of runs: whether another training would show it cannot be told; compare several seeds")
