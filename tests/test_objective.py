@@ -46,6 +46,7 @@ def make_split() -> SplitData:
 def make_objective(**options: Any) -> Objective:
     defaults = {
         "embedding_size": 4,
+        "rebuild": "tokens",
         "decoder_size": 8,
         "support_temperature": 0.4,
         "dropout": 0.0,

@@ -76,7 +76,7 @@ def together(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
     def runs_of(world: int, dtype: str) -> Path:
         if (world, dtype) in made:
             return made[world, dtype]
-        out = made[world, dtype] = tmp_path_factory.mktemp(f"{world}-{dtype}")
+        made[world, dtype] = out = tmp_path_factory.mktemp(f"{world}-{dtype}")
         configs = {name: dataclasses.asdict(tiny(**COMMON, **options)) for name, options in CONFIGS.items()}
         plan = {
             "store": str(task[0]),
@@ -204,7 +204,18 @@ def test_a_batch_smaller_than_the_processes_is_refused(
 
 
 def svb_train(task: Task, out: Path, *options: object) -> list[str]:
-    small = ["--embedding-size", 8, "--decoder-size", 8, "--batch-size", 15, "--evaluate-every", 1000]
+    small = [
+        "--embedding-size",
+        8,
+        "--rebuild",
+        "tokens",
+        "--decoder-size",
+        8,
+        "--batch-size",
+        15,
+        "--evaluate-every",
+        1000,
+    ]
     return torchrun(2, "-m", "svb", "train", *task, "-o", out, "--device", "cpu", *small, *options)
 
 
