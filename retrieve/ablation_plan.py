@@ -120,12 +120,7 @@ def _open_inputs(ablation: Ablation) -> dict[tuple[Path, Path, str | None, float
             queries = _queries_of_split(ablation, store, captions, cell)
             inputs[_key(cell)] = Inputs(store, video, captions, queries)
             first = next(iter(inputs))
-            require_same_queries(
-                inputs[first].queries,
-                queries,
-                " with ".join(map(str, first[:2])),
-                f"{cell.store} with {cell.captions}",
-            )
+            require_same_queries(inputs[first].queries, queries, _named(first), _named(_key(cell)))
     return inputs
 
 
@@ -209,6 +204,11 @@ def _is_measured(run: PlannedRun, ablation: Ablation, queries: Queries) -> bool:
     except SvbError:
         return False
     return ranks.model == measured and ranks.v2t_convention == ablation.v2t_convention
+
+
+def _named(key: tuple[Path, Path, str | None, float]) -> str:
+    store, captions, _, put_aside = key
+    return f"{store} with {captions} and val_fraction {put_aside:g}"
 
 
 def _key(cell: Cell) -> tuple[Path, Path, str | None, float]:

@@ -277,7 +277,7 @@ class TestInputs:
         task = Task(tmp_path, has_split=False)
         task.write()
         task.config.write_text(task.config.read_text() + '[[cells]]\nname = "more"\nval_fraction = 0.3\n')
-        with pytest.raises(MismatchError, match="val split"):
+        with pytest.raises(MismatchError, match=r"val_fraction 0\.1, .* val_fraction 0\.3"):
             ablate(task.config, task.out)
 
     def test_a_split_that_is_not_there_is_refused(self, task: Task) -> None:
