@@ -482,7 +482,7 @@ class TestKept:
         publish_description(folder / "config.json", held)
         evaluate(folder, checkpoint="last")
         monkeypatch.chdir(own.folder)
-        own.write(common=COMMON.replace('rebuild = "embedding"', 'decoder = "t5:t5"'))
+        own.write(common=COMMON.replace('rebuild = "embedding"', 'rebuild = "tokens"\ndecoder = "t5:t5"'))
         assert own.finished() == {"variant=none seed 0": folder}
 
     def test_a_training_that_stopped_is_not_finished(self, own: Task) -> None:

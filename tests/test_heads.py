@@ -265,6 +265,7 @@ def test_gradients_reach_every_parameter(variant: str, shared_space: bool) -> No
     size = EMBEDDING_SIZE
     config = TrainConfig(
         embedding_size=size,
+        rebuild="tokens",
         decoder_size=16,
         variant=variant,
         convolution=3,
@@ -320,8 +321,11 @@ def test_the_logit_scale_stays_within_its_limit() -> None:
 
 @pytest.mark.parametrize("is_learned", [False, True])
 def test_a_support_temperature_has_a_limit_only_where_it_is_learned(is_learned: bool) -> None:
-    config = TrainConfig(support_temperature=0.001, learn_support_temperature=is_learned)
+    start = 0.02 if is_learned else 0.001
+    config = TrainConfig(support_temperature=start, learn_support_temperature=is_learned)
     model = RetrievalModel(config, [4], 4, shared_part=None)
+    if is_learned:
+        torch.nn.init.constant_(model.log_support_temperature, -20.0)
     model.limit_scales()
     assert model.support_temperature.item() == pytest.approx(1 / MAX_LOGIT_SCALE if is_learned else 0.001)
 

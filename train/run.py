@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -159,11 +160,17 @@ def _run(
                 if board is not None:
                     board.add(metrics)
                 on_epoch(metrics)
+    except BaseException:
         if board is not None:
-            draw_curves(out)
+            # What ended the training is what the user must hear of, whatever the picture meets.
+            with contextlib.suppress(OSError, ValueError):
+                draw_curves(out)
+        raise
     finally:
         if board is not None:
             board.close()
+    if board is not None:
+        draw_curves(out)
 
 
 def build_model(
