@@ -23,7 +23,7 @@ def test_train_measures_itself_beside_a_data_loader(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     measured = json.loads((tmp_path / "out.json").read_text())
     seconds = measured["cpu_seconds_an_epoch"]
-    assert done.stdout.count("\n| ") == len(seconds) == 8
+    assert done.stdout.count("\n| ") == len(seconds) == 9
     assert all(epoch > 0 for epochs in seconds.values() for epoch in epochs)
     assert [len(epochs) for epochs in seconds.values()] == [2] * 7 + [1]
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
