@@ -283,6 +283,7 @@ def test_a_gradient_that_is_no_number_in_the_last_step_is_an_error(
     ("options", "error"),
     [
         ({"embedding_size": 129}, UsageError),
+        ({"memory_bank": 10**12}, UsageError),
         ({"decoder_size": 129}, UsageError),
         ({"min_word_count": 10_000}, InputError),
     ],

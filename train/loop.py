@@ -276,7 +276,15 @@ def _make_bank(config: TrainConfig, model: RetrievalModel, split: SplitData) -> 
         return None
     longest = int(split.frames.lengths.max().clamp_max(config.max_frames))
     frames = longest if config.support_values == "frames" else 1
-    return MemoryBank(config.memory_bank, frames, model.embedding_size).to(split.caption_video.device)
+    device = split.caption_video.device
+    try:
+        return MemoryBank(config.memory_bank, frames, model.embedding_size).to(device)
+    except RuntimeError as error:  # torch knows no narrower one for memory on the CPU
+        gigabytes = 4 * config.memory_bank * (frames + 1) * model.embedding_size / 1e9
+        raise UsageError(
+            f"memory_bank is {config.memory_bank}, {gigabytes:.0f} GB - expected what fits into the memory of "
+            f"{device}: lower it, or try --support-values pooled"
+        ) from error
 
 
 def _draw(total: int, fraction: float, random: np.random.Generator) -> NDArray[np.bool_]:
