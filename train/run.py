@@ -44,8 +44,8 @@ def train(
 ) -> Path:
     """Train heads on cached features; continue where an earlier run stopped.
 
-    On the CPU, a run that was killed and taken up again ends with bitwise the same weights as one that
-    was not. SIGINT and SIGTERM end a run after the step it is in, which is saved.
+    On the CPU, with the same number of threads, a run that was killed and taken up again ends with bitwise the
+    same weights as one that was not. SIGINT and SIGTERM end a run after the step it is in, which is saved.
 
     Started by torchrun, the processes train together on batches of the size that the config names, and end with
     the weights that one process alone would have (but for dropout, which each draws for itself); the first of
