@@ -30,6 +30,11 @@ from svb.data.publish import published_file
 from svb.errors import StoreError
 
 USABLE = ("ok", "partial")
+# Why a video has no features; what each means is in docs/formats.md.
+FAILURES = (
+    *("missing", "empty", "unreadable", "no_video_stream", "attached_picture", "zero_frames", "truncated"),
+    *("concealed_errors", "over_limit", "timeout", "decoder_crash", "out_of_memory", "nonfinite_features"),
+)
 
 
 @dataclass(frozen=True)

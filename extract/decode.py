@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svb.errors import SvbError
+from svb.extract.decode_options import DecodeOptions
 from svb.extract.sampling import Sampling
 
 # A chunk crosses from a decode worker to the backbones in one piece; this bounds a worker's memory
@@ -96,7 +97,9 @@ class Decoder(Protocol):
             `no_video_stream`, `attached_picture` or `zero_frames`.
     """
 
-    def __call__(self, path: Path, sampling: Sampling) -> Iterator[VideoProperties | FrameChunk | DecodeEnd]: ...
+    def __call__(
+        self, path: Path, options: DecodeOptions
+    ) -> Iterator[VideoProperties | FrameChunk | DecodeEnd]: ...
 
 
 def promised_but_missing(promised_seconds: float, decoded_seconds: float, frame_rate: float) -> float:

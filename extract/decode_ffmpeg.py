@@ -36,6 +36,7 @@ from svb.extract.decode import (
     unreadable,
     zero_frames,
 )
+from svb.extract.decode_options import DecodeOptions
 from svb.extract.ffmpeg_log import FfmpegLog
 from svb.extract.ffmpeg_process import FfmpegProcess, Lines, Pictures
 from svb.extract.sampling import TIME_TOLERANCE_SECONDS, Sampling
@@ -51,9 +52,10 @@ NO_TIMESTAMP = -(1 << 63)
 DECODED, CHOSEN = "decoded", "chosen"
 
 
-def decode(path: Path, sampling: Sampling) -> Iterator[VideoProperties | FrameChunk | DecodeEnd]:
+def decode(path: Path, options: DecodeOptions) -> Iterator[VideoProperties | FrameChunk | DecodeEnd]:
     """Decode one file; see `svb.extract.decode.Decoder`."""
     check_file(path)
+    sampling = options.sampling
     try:
         file = path.open("rb")
     except OSError as error:

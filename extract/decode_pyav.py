@@ -48,12 +48,14 @@ from svb.extract.decode import (
     unreadable,
     zero_frames,
 )
+from svb.extract.decode_options import DecodeOptions
 from svb.extract.sampling import Sampling
 
 
-def decode(path: Path, sampling: Sampling) -> Iterator[VideoProperties | FrameChunk | DecodeEnd]:
+def decode(path: Path, options: DecodeOptions) -> Iterator[VideoProperties | FrameChunk | DecodeEnd]:
     """Decode one file; see `svb.extract.decode.Decoder`."""
     check_file(path)
+    sampling = options.sampling
     chooser = FrameChooser(sampling, None if sampling.frames is None else _positions(path, sampling))
     errors = DecodeErrors()
     chunks = ChunkBuilder()

@@ -23,8 +23,8 @@ from typing import Any
 from svb.data.publish import hash_file
 from svb.extract import decode
 from svb.extract.decode import DecodeEnd, DecodeError, FrameChunk, VideoProperties
+from svb.extract.decode_options import DecodeOptions
 from svb.extract.plan import PlannedVideo
-from svb.extract.sampling import Sampling
 
 QUEUED_MESSAGES = 8
 # What PyAV's ffmpeg cannot read, a newer ffmpeg may: animated WebP, for one.
@@ -65,15 +65,14 @@ class DecodePool:
 
     Args:
         num_workers: How many processes.
-        sampling: Which frames.
-        decoder: `pyav`, which hands over to ffmpeg what it cannot read, or `ffmpeg`.
+        options: How to decode.
         stall_seconds: A worker that does not get on for this long, by a frame, a packet or a block of the
             file, is killed and its video recorded as `timeout`.
     """
 
-    def __init__(self, num_workers: int, sampling: Sampling, decoder: str, stall_seconds: float = 120.0) -> None:
+    def __init__(self, num_workers: int, options: DecodeOptions, stall_seconds: float = 120.0) -> None:
         self._num_workers = num_workers
-        self._job = (sampling, decoder)
+        self._options = options
         self._stall_seconds = stall_seconds
         self._messages: queue.Queue[tuple[int, Message] | BaseException | None] = queue.Queue(QUEUED_MESSAGES)
         self._stop = threading.Event()
@@ -150,13 +149,13 @@ class DecodePool:
         worker.heard = time.monotonic()
         if worker.video is not None:
             with contextlib.suppress(OSError):  # a dead worker is noticed when it is listened to
-                worker.connection.send((worker.video.path, *self._job))
+                worker.connection.send((worker.video.path, self._options))
 
     def _put_failure(self, worker: _Worker, status: str, words: str) -> None:
         # With the file's size and time the record says which file failed: an unchanged one is not tried again.
         assert worker.position is not None and worker.video is not None
         size_bytes, mtime_ns = _size_and_mtime(worker.video.path)
-        failed = Finished(status, words, self._job[1], size_bytes=size_bytes, mtime_ns=mtime_ns)
+        failed = Finished(status, words, self._options.decoder, size_bytes=size_bytes, mtime_ns=mtime_ns)
         self._put((worker.position, failed))
 
     def _put(self, item: tuple[int, Message] | BaseException | None) -> None:
@@ -197,8 +196,8 @@ def _work(connection: Connection) -> None:
     decode.got_on = _Pulse(connection)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
-            path, sampling, decoder = connection.recv()
-            for message in decode_file(path, sampling, decoder):
+            path, options = connection.recv()
+            for message in decode_file(path, options):
                 connection.send(message)
 
 
@@ -215,16 +214,16 @@ class _Pulse:
             self._connection.send(Alive())
 
 
-def decode_file(path: Path, sampling: Sampling, decoder: str) -> Iterator[Message]:
+def decode_file(path: Path, options: DecodeOptions) -> Iterator[Message]:
     """Yield a file's properties and chunks, then `Finished`; a file that cannot be decoded only that."""
     size_bytes, mtime_ns = _size_and_mtime(path)
     content_hash = ""
-    used = decoder
+    used = options.decoder
     try:
         if path.is_file():  # reading a named pipe would wait for ever
             with contextlib.suppress(OSError):
                 content_hash = hash_file(path, decode.got_on)
-        for message in _decode_or_hand_over(path, sampling, decoder):
+        for message in _decode_or_hand_over(path, options):
             if isinstance(message, str):
                 used = message
             elif isinstance(message, DecodeEnd):
@@ -248,14 +247,14 @@ def _size_and_mtime(path: Path) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _decode_or_hand_over(path: Path, sampling: Sampling, decoder: str) -> Iterator[Any]:
+def _decode_or_hand_over(path: Path, options: DecodeOptions) -> Iterator[Any]:
     from svb.extract import decode_ffmpeg, decode_pyav
 
-    if decoder == "ffmpeg":
-        yield from decode_ffmpeg.decode(path, sampling)
+    if options.decoder == "ffmpeg":
+        yield from decode_ffmpeg.decode(path, options)
         return
     try:
-        yield from decode_pyav.decode(path, sampling)
+        yield from decode_pyav.decode(path, options)
         return
     except DecodeError as failure:
         if failure.status not in RETRIED_WITH_FFMPEG:
@@ -263,6 +262,6 @@ def _decode_or_hand_over(path: Path, sampling: Sampling, decoder: str) -> Iterat
         first_failure = failure
     yield "ffmpeg"
     try:
-        yield from decode_ffmpeg.decode(path, sampling)
+        yield from decode_ffmpeg.decode(path, options)
     except DecodeError as second_failure:
         raise first_failure from second_failure

@@ -22,6 +22,7 @@ from svb.errors import InputError, UsageError
 from svb.extract.backbones import DEFAULT_BACKBONE, load_backbone
 from svb.extract.backbones.backbone import Backbone
 from svb.extract.decode import FrameChunk, VideoProperties
+from svb.extract.decode_options import DecodeOptions
 from svb.extract.packing import Packer, to_rows
 from svb.extract.plan import Plan, PlannedVideo, plan_videos
 from svb.extract.pool import DecodePool, Finished, Message
@@ -97,6 +98,7 @@ def extract(
     if not stall_seconds > 0:
         raise UsageError(f"cannot wait {stall_seconds} s for a decoder - give a positive number of seconds")
     out, sampling = Path(out), sampling or Sampling(fps=1.0)
+    options = DecodeOptions(sampling, decoder)
     backbones = [absolute_name(name) for name in dict.fromkeys(backbones)]
     # In bfloat16 a row's last bits depend on the size of the batch it is computed in.
     request = {"sampling": sampling.settings(), "decoder": decoder_settings(decoder), "batch_size": batch_size}
@@ -114,7 +116,7 @@ def extract(
     provenance = {"device": str(torch_device), "versions": _versions()}
 
     with FeatureStoreWriter(out, settings, provenance) as writer:
-        pool = DecodePool(num_workers, sampling, decoder, stall_seconds)
+        pool = DecodePool(num_workers, options, stall_seconds)
         pipeline = _Pipeline(plan.todo, networks, batch_size, writer)
         for position, message in pool.run(plan.todo):
             pipeline.take(position, message)
@@ -203,7 +205,7 @@ class _Pipeline:
 
 
 def extract_file(
-    file: Path, backbones: Sequence[Backbone], sampling: Sampling, decoder: str, batch_size: int
+    file: Path, backbones: Sequence[Backbone], options: DecodeOptions, batch_size: int
 ) -> list[tuple[NDArray[np.float32], NDArray[np.float64]]]:
     """Return one file's `(T, F)` float32 features and `(T,)` times by each backbone, decoded once in a worker.
 
@@ -211,7 +213,7 @@ def extract_file(
         InputError: The file gives no frame.
     """
     packers = [Packer(backbone, batch_size) for backbone in backbones]
-    for _, message in DecodePool(1, sampling, decoder).run([PlannedVideo(str(file), file)]):
+    for _, message in DecodePool(1, options).run([PlannedVideo(str(file), file)]):
         if isinstance(message, FrameChunk):
             _run_packers(packers, 0, message)
         elif isinstance(message, Finished) and message.status not in USABLE:

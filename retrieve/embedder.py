@@ -20,6 +20,7 @@ from svb.device import choose_precision
 from svb.errors import InputError, MismatchError
 from svb.extract.backbones import load_backbone, load_classifier
 from svb.extract.backbones.backbone import Backbone
+from svb.extract.decode_options import DecodeOptions
 from svb.extract.run import extract_file
 from svb.extract.sampling import Sampling
 from svb.extract.text_encoders import load_text_encoder
@@ -196,7 +197,7 @@ def embed_file(file: Path, embedder: Embedder, device: torch.device) -> NDArray[
     video = embedder.model["video"]
     backbones = [_load_matching_backbone(name, held, device) for name, held in parts_of(video).items()]
     extracted = extract_file(
-        file, backbones, Sampling(**video["sampling"]), video["decoder"]["name"], video["batch_size"]
+        file, backbones, DecodeOptions(Sampling(**video["sampling"]), video["decoder"]["name"]), video["batch_size"]
     )
     loaded = fuse(
         [

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from svb.data.feature_store import FeatureStore
 from svb.data.publish import published_file
 from svb.extract.decode import FrameChunk
+from svb.extract.decode_options import DecodeOptions
 from svb.extract.plan import PlannedVideo
 from svb.extract.pool import DecodePool, Finished
 from svb.extract.sampling import Sampling
@@ -140,7 +141,7 @@ def _frame_strips(
     """Return a few small frames of each video; none of one that cannot be decoded any more."""
     strips: list[list[NDArray[np.uint8]]] = [[] for _ in videos]
     planned = [PlannedVideo(video.video_id, video.file) for video in videos]
-    for position, message in DecodePool(2, Sampling(frames=STRIP_FRAMES), decoder).run(planned):
+    for position, message in DecodePool(2, DecodeOptions(Sampling(frames=STRIP_FRAMES), decoder)).run(planned):
         if isinstance(message, FrameChunk):
             strips[position] += [_small(frame) for frame in message.frames]
         elif isinstance(message, Finished) and not strips[position]:

@@ -25,6 +25,7 @@ from svb.extract.decode import (
     VideoProperties,
     judge_end,
 )
+from svb.extract.decode_options import DecodeOptions
 from svb.extract.sampling import Sampling
 
 DECODERS: dict[str, Decoder] = {"pyav": decode_pyav.decode, "ffmpeg": decode_ffmpeg.decode}
@@ -41,7 +42,7 @@ class Decoded:
 
 
 def run(decoder: Decoder, path: Path, sampling: Sampling) -> Decoded:
-    properties, *chunks, end = decoder(path, sampling)
+    properties, *chunks, end = decoder(path, DecodeOptions(sampling))
     assert isinstance(properties, VideoProperties)
     assert isinstance(end, DecodeEnd)
     assert chunks and all(isinstance(chunk, FrameChunk) for chunk in chunks)
@@ -194,7 +195,7 @@ class TestEachDecoder:
     def test_chunks_are_bounded(self, decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(decode_module, "CHUNK_BYTES", 5 * 64 * 48 * 3)
         path = clips.make_clip(tmp_path / "a.mp4")
-        chunks = [chunk for chunk in decoder(path, EVERY_FRAME) if isinstance(chunk, FrameChunk)]
+        chunks = [chunk for chunk in decoder(path, DecodeOptions(EVERY_FRAME)) if isinstance(chunk, FrameChunk)]
         assert [len(chunk.frames) for chunk in chunks] == [5, 5, 5, 5]
 
     @pytest.mark.parametrize(
@@ -272,7 +273,7 @@ class TestEachDecoder:
         monkeypatch.setattr(decode_module, "CHUNK_BYTES", 1)
         path = clips.make_clip(tmp_path / "a.mp4", seconds=20, size="320x240")
         before = open_files(), children()
-        decoding = decoder(path, EVERY_FRAME)
+        decoding = decoder(path, DecodeOptions(EVERY_FRAME))
         assert isinstance(decoding, Iterator)
         for _ in range(items):
             next(decoding)
@@ -340,9 +341,9 @@ def test_a_slide_shown_for_long_is_no_loss() -> None:
 
 def failure(decoder: Decoder, path: Path) -> str:
     with pytest.raises(DecodeError) as caught:
-        list(decoder(path, Sampling(fps=1)))
+        list(decoder(path, DecodeOptions(Sampling(fps=1))))
     with pytest.raises(DecodeError) as again:
-        list(decoder(path, Sampling(frames=1)))
+        list(decoder(path, DecodeOptions(Sampling(frames=1))))
     assert caught.value.status == again.value.status
     assert str(path) in str(caught.value)
     return caught.value.status

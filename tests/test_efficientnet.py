@@ -12,6 +12,7 @@ from efficientnet_lite_pytorch import EfficientNet
 from svb.extract.backbones import load_backbone, load_classifier
 from svb.extract.backbones.offline import MODELS
 from svb.extract.decode import FrameChunk
+from svb.extract.decode_options import DecodeOptions
 from svb.extract.decode_pyav import decode
 from svb.extract.sampling import Sampling
 from svb.extract.transform import to_squares
@@ -20,7 +21,9 @@ ZOO = Path(__file__).resolve().parents[2] / "shared" / "video-zoo"
 
 
 def frames_of(path: Path, size: int) -> torch.Tensor:
-    chunks = [message for message in decode(path, Sampling(frames=4)) if isinstance(message, FrameChunk)]
+    chunks = [
+        message for message in decode(path, DecodeOptions(Sampling(frames=4))) if isinstance(message, FrameChunk)
+    ]
     return to_squares(torch.from_numpy(np.concatenate([chunk.frames for chunk in chunks])), size)
 
 

@@ -26,6 +26,7 @@ from svb.extract import decode_pyav
 from svb.extract import run as run_module
 from svb.extract.backbones import load_backbone
 from svb.extract.decode import DecodeError, FrameChunk
+from svb.extract.decode_options import DecodeOptions
 from svb.extract.packing import Packer, to_rows
 from svb.extract.plan import PlannedVideo, plan_videos
 from svb.extract.pool import DecodePool, Finished, decode_file
@@ -101,12 +102,12 @@ class TestPipeline:
         run(clips_folder, tmp_path / "out", FRAMES)
         backbone = load_backbone(FRAMES, torch.device("cpu"), torch.float32)
         sampling = Sampling(fps=1)
-        _, *chunks, _ = decode_pyav.decode(clips_folder / "deep" / "d.avi", sampling)
+        _, *chunks, _ = decode_pyav.decode(clips_folder / "deep" / "d.avi", DecodeOptions(sampling))
         frames = np.concatenate([chunk.frames for chunk in chunks])  # type: ignore[union-attr]
         expected = backbone(to_squares(torch.from_numpy(frames), backbone.image_size)).numpy()
         np.testing.assert_allclose(features(tmp_path / "out")["deep/d"], expected, atol=2e-3)
         [(alone, alone_times)] = extract_file(
-            clips_folder / "deep" / "d.avi", [backbone], sampling, "pyav", batch_size=4
+            clips_folder / "deep" / "d.avi", [backbone], DecodeOptions(sampling), batch_size=4
         )
         np.testing.assert_array_equal(features(tmp_path / "out")["deep/d"], alone.astype(np.float16))
         assert times(tmp_path / "out", "deep/d") == alone_times.tolist()
@@ -147,7 +148,9 @@ class TestPipeline:
         self, clips_folder: Path, extracted_store: Path
     ) -> None:
         backbone = load_backbone("offline:efficientnet-lite0", torch.device("cpu"), torch.float32)
-        [(alone, _)] = extract_file(clips_folder / "b.mkv", [backbone], Sampling(fps=1), "pyav", batch_size=4)
+        [(alone, _)] = extract_file(
+            clips_folder / "b.mkv", [backbone], DecodeOptions(Sampling(fps=1)), batch_size=4
+        )
         packed = features(extracted_store, "offline:efficientnet-lite0")["b"]
         assert packed.tobytes() == alone.astype(np.float16).tobytes()
 
@@ -426,11 +429,11 @@ class TestWorkersThatFail:
 
 
 def test_an_unexpected_error_keeps_its_words(clips_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(path: Path, sampling: Sampling) -> Iterator[object]:
+    def fail(path: Path, options: DecodeOptions) -> Iterator[object]:
         raise ZeroDivisionError("a header says 0 frames a second")
 
     monkeypatch.setattr(decode_pyav, "decode", fail)
-    (finished,) = decode_file(clips_folder / "a.mp4", Sampling(fps=1), "pyav")
+    (finished,) = decode_file(clips_folder / "a.mp4", DecodeOptions(Sampling(fps=1)))
     assert isinstance(finished, Finished)
     assert (finished.status, finished.error) == (
         *("decoder_crash", "ZeroDivisionError: a header says 0 frames a second"),
@@ -441,7 +444,7 @@ def test_an_unexpected_error_keeps_its_words(clips_folder: Path, monkeypatch: py
 def test_tiny_frames_come_in_bounded_chunks(decoder: str, tmp_path: Path) -> None:
     # By bytes 1,200 frames of 16x16 fit into one chunk; scaled up to a backbone's size they are 180 MB.
     path = clips.make_clip(tmp_path / "a.mp4", seconds=12, fps=100, size="16x16")
-    chunks = [m for m in decode_file(path, Sampling(fps=100), decoder) if isinstance(m, FrameChunk)]
+    chunks = [m for m in decode_file(path, DecodeOptions(Sampling(fps=100), decoder)) if isinstance(m, FrameChunk)]
     assert [len(chunk.frames) for chunk in chunks] == [512, 512, 176]
 
 
@@ -449,14 +452,14 @@ def test_both_decoders_failing_keeps_the_first_ones_words(
     clips_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(words: str) -> object:
-        def decode(path: Path, sampling: Sampling) -> Iterator[object]:
+        def decode(path: Path, options: DecodeOptions) -> Iterator[object]:
             raise DecodeError("unreadable", words)
 
         return decode
 
     monkeypatch.setattr(decode_pyav, "decode", fail("first"))
     monkeypatch.setattr("svb.extract.decode_ffmpeg.decode", fail("second"))
-    (finished,) = decode_file(clips_folder / "a.mp4", Sampling(fps=1), "pyav")
+    (finished,) = decode_file(clips_folder / "a.mp4", DecodeOptions(Sampling(fps=1)))
     assert isinstance(finished, Finished)
     assert (finished.status, finished.error, finished.decoder) == ("unreadable", "first", "ffmpeg")
 
