@@ -6,6 +6,8 @@ line prints it as one line and exits with `exit_code`; a library user catches `S
 
 from __future__ import annotations
 
+import signal
+
 
 class SvbError(Exception):
     """The root of svb's errors."""
@@ -29,6 +31,20 @@ class StoreError(SvbError):
 
 class MismatchError(SvbError):
     """Two things that must have been made with the same settings were not; names the fields that differ."""
+
+
+class Interrupted(SvbError):  # noqa: N818 - it is no error
+    """The work was told to stop, and what was whole has been saved.
+
+    Attributes:
+        exit_code: 130 after SIGINT; 75, which asks schedulers to try again, after SIGTERM.
+    """
+
+    exit_code = 130
+
+    def __init__(self, signal_number: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 75 if signal_number == signal.SIGTERM else 130
 
 
 class ModelUnavailableError(SvbError):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from svb.data.description import read_description
 from svb.data.fusion import fuse, fused_settings, split_name
-from svb.data.shard import Shard, VideoRecord, hash_array
+from svb.data.shard import REMOVED, Shard, VideoRecord, VideoRows, hash_array
 from svb.errors import InputError, StoreError
 
 
@@ -41,7 +41,7 @@ class FeatureStore:
         path: The folder or single file.
         settings: What shaped every row: backbones, decoder, sampling, preprocessing.
         fingerprint: Of `settings`.
-        records: The newest record of every video, by `video_id`, sorted.
+        records: The newest record of every video, by `video_id`, sorted; without videos that were removed.
 
     Raises:
         InputError: There is no store at `path`.
@@ -69,8 +69,9 @@ class FeatureStore:
                 )
             for v, record in enumerate(shard.records):
                 self._place[record.video_id] = (s, v)
+        newest = {video_id: self.shards[s].records[v] for video_id, (s, v) in sorted(self._place.items())}
         self.records: dict[str, VideoRecord] = {
-            video_id: self.shards[s].records[v] for video_id, (s, v) in sorted(self._place.items())
+            video_id: record for video_id, record in newest.items() if record.status != REMOVED
         }
 
     @property
@@ -127,6 +128,11 @@ class FeatureStore:
         """Return the file that holds a video's newest record."""
         return self.shards[self._place[video_id][0]].path
 
+    def rows_of(self, video_id: str) -> dict[str, VideoRows]:
+        """Return a video's rows by backbone, read by themselves; an empty dict for a failed video."""
+        s, v = self._place[video_id]
+        return self.shards[s].rows_of(v, self.backbones)
+
     def load(self, backbone: str, video_ids: Sequence[str] | None = None) -> FrameFeatures:
         """Read the features of many videos into memory, each shard once.
 
@@ -182,6 +188,26 @@ class FeatureStore:
             state = "is not in" if record is None else f"ended as {record.status!r} in"
             raise InputError(f"video {video_id!r} {state} {self.path} - extract it, or leave it out")
         return self._place[video_id]
+
+
+class GrowingRecords:
+    """The records of a store folder that several processes add to; each shard is read once.
+
+    Attributes:
+        records: The newest record of every video seen so far, by `video_id`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.records: dict[str, VideoRecord] = {}
+        self._folder = folder
+        self._read: set[str] = set()
+
+    def refresh(self) -> None:
+        """Read what was published since."""
+        for path in _shard_paths(self._folder):
+            if path.name not in self._read:
+                self._read.add(path.name)
+                self.records.update({record.video_id: record for record in Shard(path).records})
 
 
 def read_store_description(folder: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,9 @@ from svb.errors import StoreError
 
 # What a killed process leaves behind begins with this; whoever holds the folder next removes it.
 ASIDE_PREFIX = ".aside-"
+
+# How long a writer that shares waits for one that has the folder alone for a moment.
+SHARED_LOCK_SECONDS = 60.0
 
 
 @contextlib.contextmanager
@@ -104,16 +108,71 @@ def lock_folder(folder: Path) -> int:
     Raises:
         StoreError: Another process is, or the file system knows no locks.
     """
-    descriptor = os.open(folder / "writer.lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise StoreError(
-            f"cannot lock {folder} for writing ({error.strerror}) - another process may be writing to it: wait "
-            "for it to end, or write to another folder with -o"
-        ) from error
-    return descriptor
+    lock = FolderLock(folder)
+    lock.take()
+    return lock.descriptor
+
+
+class FolderLock:
+    """The right to write to a folder, of one process alone or of several that agree to share; ends with them.
+
+    Attributes:
+        descriptor: Of the lock's open file; closing it gives the right back.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.descriptor = os.open(folder / "writer.lock", os.O_RDWR | os.O_CREAT, 0o644)
+
+    def take(self, *, shared_with_others: bool = False) -> bool:
+        """Take the right to write; returns whether this process has it alone.
+
+        Args:
+            shared_with_others: Have it alone only until `share`, or at once together with those who share. Waits
+                for one that has it alone for a moment: to create the folder's content, or to tidy it up.
+
+        Raises:
+            StoreError: Another process has it, or the file system knows no locks.
+        """
+        until = time.monotonic() + (SHARED_LOCK_SECONDS if shared_with_others else 0)
+        while not self.take_alone():
+            if shared_with_others and self._take(fcntl.LOCK_SH):
+                return False
+            if time.monotonic() >= until:
+                self.close()
+                raise StoreError(
+                    f"cannot lock {self._folder} for writing - another process is writing to it: wait for it to "
+                    "end, or write to another folder with -o"
+                )
+            time.sleep(0.05)
+        return True
+
+    def take_alone(self) -> bool:
+        """Take the right to write alone, if nobody else has any; what is held already may be lost if not."""
+        return self._take(fcntl.LOCK_EX)
+
+    def share(self) -> None:
+        """Let others in that share."""
+        self._take(fcntl.LOCK_SH)
+
+    def close(self) -> None:
+        """Give the right back; again is no harm."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+        self.descriptor = -1
+
+    def _take(self, kind: int) -> bool:
+        try:
+            fcntl.flock(self.descriptor, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            self.close()
+            raise StoreError(
+                f"the file system of {self._folder} refuses locks ({error.strerror}) - without one, two writers "
+                "could destroy each other's work: write to a local disk, or mount it with locks"
+            ) from error
+        return True
 
 
 def hash_file(path: Path, on_block: Callable[[], None] = lambda: None) -> str:

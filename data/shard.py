@@ -4,7 +4,8 @@ Layout, for V videos and, per backbone, N rows of F numbers (plain HDF5, contigu
 
     videos/video_id, source_path, content_hash, codec, decoder, status, error     (V,) UTF-8
     videos/size_bytes, mtime_ns, width_px, height_px, rotation_degrees            (V,) int64
-    videos/duration_seconds, frame_rate                                           (V,) float64
+    videos/tries                                                                  (V,) int64
+    videos/duration_seconds, frame_rate, elapsed_seconds                          (V,) float64
     <backbone>/features        (N, F) float16
     <backbone>/times_seconds   (N,) float64
     <backbone>/offsets         (V + 1,) int64, video v owns rows offsets[v]:offsets[v + 1]
@@ -14,10 +15,11 @@ In the group's name every `/` of the backbone's name is written `@`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ from svb.data.publish import published_file
 from svb.errors import StoreError
 
 USABLE = ("ok", "partial")
+# A record of this status takes earlier ones of its video out of the store.
+REMOVED = "removed"
 # Why a video has no features; what each means is in docs/formats.md.
 FAILURES = (
     *("missing", "empty", "unreadable", "no_video_stream", "attached_picture", "zero_frames", "truncated"),
@@ -42,7 +46,9 @@ class VideoRecord:
     """What is known of one video; see the layout above. A failed video has empty or NaN properties.
 
     `source_path` is where the file lay, `content_hash` the SHA-256 of its bytes, and `status` is `ok`,
-    `partial` (decoded less than the container promises) or a failure code, explained in `error`.
+    `partial` (decoded less than the container promises) or a failure code, explained in `error`. It was
+    decoded in `elapsed_seconds`, waiting left out, in the `tries`th try of the same file. `removed` says
+    that earlier records of this video no longer count.
     """
 
     video_id: str
@@ -59,6 +65,8 @@ class VideoRecord:
     decoder: str
     status: str
     error: str
+    elapsed_seconds: float = 0.0
+    tries: int = 1
 
     @property
     def usable(self) -> bool:
@@ -101,7 +109,7 @@ def write_shard(
         feature_sizes: F of every backbone.
         replaces: Names of the shards that this one takes the place of.
     """
-    with published_file(path) as aside, h5py.File(aside, "w") as file:
+    with _told_of_full_disks(path), published_file(path) as aside, h5py.File(aside, "w") as file:
         file.attrs["format_version"] = FORMAT_VERSION
         file.attrs["store"] = json.dumps(store, ensure_ascii=False)
         file.attrs["replaces"] = json.dumps(list(replaces))
@@ -112,6 +120,20 @@ def write_shard(
             file.create_dataset(f"videos/{field.name}", data=column, dtype=_DTYPES[str(field.type)])
         for backbone, feature_size in feature_sizes.items():
             _write_rows(file.create_group(group_name(backbone)), backbone, rows, feature_size)
+
+
+@contextlib.contextmanager
+def _told_of_full_disks(path: Path) -> Iterator[None]:
+    """Turn what the system or HDF5 says of a disk that takes no more into a StoreError; nothing is half-written."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # HDF5 wraps the reason, and sometimes only says that it could not flush or close.
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        raise StoreError(
+            f"cannot write {path} ({reason}) - what was published before is whole: mend the folder or free space, "
+            "and run the same command again to go on"
+        ) from error
 
 
 def _write_rows(
@@ -164,7 +186,7 @@ class Shard:
                     )
                 self.store: dict[str, Any] = json.loads(file.attrs["store"])
                 self.replaces: list[str] = json.loads(file.attrs["replaces"])
-                columns = [_read_column(file, field.name) for field in fields(VideoRecord)]
+                columns = [_read_column(file, field) for field in fields(VideoRecord)]
                 self.records = [VideoRecord(*values) for values in zip(*columns, strict=True)]
         except _DAMAGE as error:
             raise StoreError(
@@ -201,6 +223,18 @@ class Shard:
                     rows[v][backbone] = VideoRows(features[span], times_seconds[span])
         return rows
 
+    def rows_of(self, video: int, backbones: Sequence[str]) -> dict[str, VideoRows]:
+        """Return one record's rows by backbone, without reading the others'; an empty dict for a failed video."""
+        if not self.records[video].usable:
+            return {}
+        rows: dict[str, VideoRows] = {}
+        for backbone in backbones:
+            begin, end = self.offsets(backbone)[video : video + 2]
+            with h5py.File(self.path, "r", locking=False) as file:
+                group = file[group_name(backbone)]
+                rows[backbone] = VideoRows(group["features"][begin:end], group["times_seconds"][begin:end])
+        return rows
+
     def _read(self, backbone: str, dataset: str) -> NDArray[Any]:
         try:
             with h5py.File(self.path, "r", locking=False) as file:
@@ -223,8 +257,10 @@ class Shard:
             raise ValueError(f"there are {len(array)} for {num_rows} rows")
 
 
-def _read_column(file: h5py.File, name: str) -> list[Any]:
-    dataset = file[f"videos/{name}"]
+def _read_column(file: h5py.File, field: Field[Any]) -> list[Any]:
+    if field.name not in file["videos"] and field.default is not MISSING:
+        return [field.default] * len(file["videos/video_id"])  # written before there was such a column
+    dataset = file[f"videos/{field.name}"]
     if h5py.check_string_dtype(dataset.dtype) is not None:
         return list(dataset.asstr()[...])
     values: list[Any] = dataset[...].tolist()

@@ -29,8 +29,8 @@ SETTINGS = {
     "backbones": {BACKBONE: {"feature_size": 3}, OTHER: {"feature_size": 2}},
 }
 STRINGS = ("video_id", "source_path", "content_hash", "codec", "decoder", "status", "error")
-INTEGERS = ("size_bytes", "mtime_ns", "width_px", "height_px", "rotation_degrees")
-FLOATS = ("duration_seconds", "frame_rate")
+INTEGERS = ("size_bytes", "mtime_ns", "width_px", "height_px", "rotation_degrees", "tries")
+FLOATS = ("duration_seconds", "frame_rate", "elapsed_seconds")
 
 
 def record(video_id: str, status: str = "ok") -> VideoRecord:
@@ -255,7 +255,7 @@ class TestWriting:
 
     def test_two_writers_at_once(self, tmp_path: Path) -> None:
         first = FeatureStoreWriter(tmp_path / "store", SETTINGS, {})
-        with first, pytest.raises(StoreError, match=r"another process may be writing"):
+        with first, pytest.raises(StoreError, match=r"another process is writing to it"):
             FeatureStoreWriter(tmp_path / "store", SETTINGS, {})
         write(tmp_path / "store", {"a": 1.0})
 

@@ -84,7 +84,7 @@ class Loop:
         )
         self._saved_at, self._is_last_whole = time.monotonic(), True
 
-    def run_epoch(self, interrupted: Callable[[], bool] = lambda: False) -> dict[str, float]:
+    def run_epoch(self, interrupted: Callable[[], int] = lambda: 0) -> dict[str, float]:
         """Train to the end of the epoch, evaluate and save what is due; return its line of metrics.
 
         Args:
@@ -116,7 +116,7 @@ class Loop:
             raise KeyboardInterrupt
         return metrics
 
-    def _run_step(self, interrupted: Callable[[], bool]) -> bool:
+    def _run_step(self, interrupted: Callable[[], int]) -> bool:
         """Take one step; return whether any process was interrupted."""
         batch = self._batches[self._step]
         random = np.random.default_rng([self._config.seed, 2, self.epoch, self._step])

@@ -19,11 +19,11 @@ from svb.data.fusion import parts_of, shared_part
 from svb.data.publish import lock_folder, recover_folder, remove_leftovers
 from svb.device import choose_device, choose_precision, precision_name
 from svb.errors import InputError
+from svb.interrupts import deferred_interrupts
 from svb.train.config import TrainConfig, selection_note
 from svb.train.curves import TensorBoard, draw_curves
 from svb.train.decoders import absolute_decoder, needs_vocabulary
 from svb.train.decoders.t5 import T5Decoder
-from svb.train.interrupts import deferred_interrupts
 from svb.train.loop import Loop
 from svb.train.model import RetrievalModel
 from svb.train.processes import Processes, joined_processes

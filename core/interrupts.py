@@ -1,4 +1,4 @@
-"""Interrupts that wait for the end of a step, so that what was learned until then can be saved."""
+"""Interrupts that wait until what was done so far can be saved."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from types import FrameType
 
 
 @contextlib.contextmanager
-def deferred_interrupts() -> Iterator[Callable[[], bool]]:
-    """Yield a function that tells whether SIGINT or SIGTERM has come; a second one interrupts at once.
+def deferred_interrupts() -> Iterator[Callable[[], int]]:
+    """Yield a function that returns which of SIGINT and SIGTERM has come, or 0; a second one interrupts at once.
 
     Only the main thread receives signals: on another one nothing is changed.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+        yield lambda: 0
         return
-    came = False
+    came = 0
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal came
         if came:
             raise KeyboardInterrupt
-        came = True
+        came = number
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
