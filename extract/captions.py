@@ -18,9 +18,9 @@ from svb.data.feature_store import FeatureStore
 from svb.data.publish import published_file, remove_leftovers
 from svb.device import choose_device
 from svb.errors import InputError, UsageError
+from svb.extract.names import absolute_name
 from svb.extract.text_encoders import DEFAULT_TEXT_ENCODER, load_text_encoder
 from svb.extract.text_encoders.text_encoder import TextEncoder
-from svb.extract.weights import absolute_name
 
 # Captions in a block: what a killed run loses at most.
 BLOCK = 4096

@@ -8,6 +8,7 @@ long ones.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from svb.data.shard import VideoRows
+from svb.errors import SvbError
 from svb.extract.backbones.backbone import Backbone
 
 
@@ -31,16 +33,24 @@ class _Open:
 class Packer:
     """Collects the images of many videos for one backbone and runs it on full batches.
 
+    A batch's features are fetched when the next batch has been started, so that a GPU never waits for the
+    next while one is copied back.
+
     Args:
         backbone: What to run.
         batch_size: B, of every batch.
+        on_message: Called with a line when a batch did not fit the device's memory.
     """
 
-    def __init__(self, backbone: Backbone, batch_size: int) -> None:
+    def __init__(
+        self, backbone: Backbone, batch_size: int, on_message: Callable[[str], None] = lambda message: None
+    ) -> None:
         self.backbone = backbone
-        self._batch_size = batch_size
+        self._batch_size = self._at_once = batch_size
+        self._on_message = on_message
         self._batch: torch.Tensor | None = None
         self._owners: list[_Open] = []
+        self._started: tuple[list[_Open], Callable[[], torch.Tensor]] | None = None
         self._open: dict[int, _Open] = {}
 
     def add(self, video: int, squares: torch.Tensor, times_seconds: NDArray[np.float64]) -> None:
@@ -79,13 +89,46 @@ class Packer:
         self._open.pop(video, None)
 
     def flush(self) -> None:
-        """Run what is waiting, padded to a full batch."""
-        if self._batch is None or not self._owners:
+        """Run what is waiting, padded to a full batch, and fetch all features."""
+        if self._owners:
+            self._start()
+        self.fetch()
+
+    def _start(self) -> None:
+        assert self._batch is not None
+        owners, self._owners = self._owners, []
+        started = self._run(self._batch)
+        self.fetch()
+        self._started = owners, started
+
+    def fetch(self) -> None:
+        """Wait for the batch that was started last."""
+        if self._started is None:
             return
-        features = self.backbone(self._batch)[: len(self._owners)].numpy()
-        for owner, row in zip(self._owners, features, strict=True):
+        (owners, fetch), self._started = self._started, None
+        for owner, row in zip(owners, fetch()[: len(owners)].numpy(), strict=True):
             owner.rows.append(row[None])
-        self._owners.clear()
+
+    def _run(self, batch: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Start a batch; one that does not fit the device's memory is halved, and so are those that follow."""
+        while True:
+            try:
+                return _joined([self.backbone.start(part) for part in batch.split(self._at_once)])
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                if self._at_once == 1:
+                    raise SvbError(
+                        f"{self.backbone.device} has too little memory for {self.backbone.name} even with one "
+                        "input at a time - free it, or choose another --device or a smaller backbone"
+                    ) from error
+                self._at_once = max(1, self._at_once // 2)
+                if self.backbone.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                self._on_message(
+                    f"{self.backbone.name}: out of memory on {self.backbone.device}, going on with {self._at_once} "
+                    f"inputs at a time instead of {self._batch_size}; last bits of features may differ"
+                )
 
     def _push(self, state: _Open, image: torch.Tensor, time_seconds: float) -> None:
         if self._batch is None:
@@ -95,12 +138,13 @@ class Packer:
         self._owners.append(state)
         state.times_seconds.append(time_seconds)
         if len(self._owners) == self._batch_size:
-            self.flush()
+            self._start()
 
     def _add_to_window(self, state: _Open, square: torch.Tensor, time_seconds: float) -> None:
         if len(state.latest) == self.backbone.clip_frames:
             state.latest.popleft()
-        state.latest.append((square, time_seconds))
+        # Not a view of a whole chunk, nor of memory that will be written to again.
+        state.latest.append((square.clone(), time_seconds))
         state.since_window += 1
         if state.since_window == self.backbone.clip_frames:
             self._push_window(state)
@@ -109,6 +153,14 @@ class Packer:
         clip = torch.stack([square for square, _ in state.latest], dim=1)  # (3, clip_frames, S, S)
         self._push(state, clip, (state.latest[0][1] + state.latest[-1][1]) / 2)
         state.since_window = 0
+
+
+def _joined(parts: list[Callable[[], torch.Tensor]]) -> Callable[[], torch.Tensor]:
+    return parts[0] if len(parts) == 1 else lambda: torch.cat([part() for part in parts])
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def to_rows(features: NDArray[np.float32], times_seconds: NDArray[np.float64]) -> VideoRows | None:

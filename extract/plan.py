@@ -59,10 +59,21 @@ LIST_SUFFIXES = frozenset({".txt", ".csv", ".parquet"})
 
 @dataclass(frozen=True)
 class PlannedVideo:
-    """A video to extract: its id in the store and where its file lies."""
+    """A video to extract.
+
+    Attributes:
+        video_id: Its id in the store.
+        path: Where its file lies.
+        size_bytes: Of the file; 0 where it cannot be asked.
+        tries: How often the unchanged file has been tried before.
+        times_seconds: The times to sample it at; empty where sampling is the same for all videos.
+    """
 
     video_id: str
     path: Path
+    size_bytes: int = 0
+    tries: int = 0
+    times_seconds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,17 +81,25 @@ class Plan:
     """What is to be done and what is not.
 
     Attributes:
-        todo: Videos to extract, in order.
-        num_done: How many of those asked for the store already holds, unchanged.
+        asked: All videos asked for, in order.
+        todo: Those to extract, in order.
+        vanished: Videos of the store, below the folders asked for or listed, whose files are gone.
         messages: What the user should know: files ignored, ids that had to be made unique.
     """
 
+    asked: list[PlannedVideo]
     todo: list[PlannedVideo]
-    num_done: int
+    vanished: list[VideoRecord]
     messages: list[str]
 
 
-def plan_videos(inputs: Sequence[Path], records: Mapping[str, VideoRecord], *, retry_failed: bool = False) -> Plan:
+def plan_videos(
+    inputs: Sequence[Path],
+    records: Mapping[str, VideoRecord],
+    *,
+    retry: Collection[str] = (),
+    times_seconds: Mapping[str, tuple[float, ...]] | None = None,
+) -> Plan:
     """Find the videos and leave out those that the store holds and whose files have not changed.
 
     A file in a folder is called by its path below that folder without suffix, a file given by itself by
@@ -90,7 +109,8 @@ def plan_videos(inputs: Sequence[Path], records: Mapping[str, VideoRecord], *, r
     Args:
         inputs: Folders (walked recursively), video files, or lists of them (.txt, .csv, .parquet).
         records: What the store holds, by video_id.
-        retry_failed: Take up again videos that failed.
+        retry: Statuses of videos to take up again.
+        times_seconds: The times to sample each video at; the others are left out.
 
     Raises:
         InputError: A path does not exist, a list is unreadable, or there is no video at all.
@@ -103,31 +123,67 @@ def plan_videos(inputs: Sequence[Path], records: Mapping[str, VideoRecord], *, r
     id_of_path = {record.source_path: video_id for video_id, record in records.items()}
     known = {path: id_of_path.get(storable_text(str(path))) for _, path in candidates}
     taken = {video_id for video_id in known.values() if video_id is not None}
+    without_times: list[str] = []
+    asked: list[PlannedVideo] = []
     todo: list[PlannedVideo] = []
-    gone: list[Path] = []
     for name, path in candidates:
         video_id = known[path] or _free_id(name, path, taken, records)
         if video_id != name and known[path] is None:
             messages.append(f"another video is already called {name!r}: {path} becomes {video_id!r}")
         taken.add(video_id)
+        times = () if times_seconds is None else times_seconds.get(video_id, ())
+        if times_seconds is not None and not times:
+            without_times.append(video_id)
+            continue
         record = records.get(video_id)
-        if record is not None and record.usable and not path.exists():
-            gone.append(path)
-        if not _is_done(record, path, retry_failed):
-            todo.append(PlannedVideo(video_id, path))
-    if gone:
-        messages.append(f"{len(gone)} files are gone, first {gone[0]}: their features are kept")
-    return Plan(todo, len(candidates) - len(todo), messages)
+        size_and_mtime = _size_and_mtime(path)
+        is_unchanged = _is_unchanged(record, size_and_mtime)
+        tries = record.tries if record is not None and is_unchanged else 0
+        asked.append(PlannedVideo(video_id, path, size_and_mtime[0] if size_and_mtime else 0, tries, times))
+        if record is None or not is_unchanged or record.status in retry:
+            todo.append(asked[-1])
+    if without_times:
+        messages.append(
+            f"{len(without_times)} videos are not in the table of times, first {without_times[0]!r}: left out"
+        )
+    vanished = _vanished(inputs, candidates, records)
+    return Plan(asked, todo, vanished, messages)
 
 
-def _is_done(record: VideoRecord | None, path: Path, retry_failed: bool) -> bool:
-    if record is None or (retry_failed and not record.usable):
+def is_done(record: VideoRecord | None, path: Path, retry: Collection[str] = ()) -> bool:
+    """Tell whether a record is of a file as it is now, and its status is none of those to be tried again."""
+    return record is not None and _is_unchanged(record, _size_and_mtime(path)) and record.status not in retry
+
+
+def _is_unchanged(record: VideoRecord | None, size_and_mtime: tuple[int, int] | None) -> bool:
+    if record is None:
         return False
+    if size_and_mtime is None:  # the file is gone: what was extracted from it is kept
+        return record.usable or record.status == "missing"
+    return size_and_mtime == (record.size_bytes, record.mtime_ns)
+
+
+def _size_and_mtime(path: Path) -> tuple[int, int] | None:
     try:
         stat = path.stat()
-    except OSError:  # the file is gone: what was extracted from it is kept
-        return record.usable or record.status == "missing"
-    return (stat.st_size, stat.st_mtime_ns) == (record.size_bytes, record.mtime_ns)
+    except (OSError, ValueError):
+        return None
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _vanished(
+    inputs: Sequence[Path], candidates: Sequence[tuple[str, Path]], records: Mapping[str, VideoRecord]
+) -> list[VideoRecord]:
+    """Return the store's videos that should be where we looked, and are not."""
+    folders = [os.path.join(os.path.abspath(path), "") for path in inputs if path.is_dir()]  # noqa: PTH100, PTH118
+    here = {storable_text(str(path)): path for _, path in candidates}
+    return [
+        record
+        for record in records.values()
+        if record.usable
+        and (record.source_path in here or record.source_path.startswith(tuple(folders)))
+        and not here.get(record.source_path, Path(record.source_path)).exists()
+    ]
 
 
 def _free_id(name: str, path: Path, taken: Collection[str], records: Mapping[str, VideoRecord]) -> str:

@@ -1,63 +1,67 @@
-"""Decode workers: processes that turn files into frame chunks, watched, and replaced when they fail.
+"""The decode pool: worker processes that are given videos, watched, and replaced when they fail.
 
-A damaged file can hang a decoder or take its process down, so no decoder runs in the main process. Each
-worker talks through a pipe of its own, which blocks it while nobody reads: memory is bounded by the
-queue, whatever the length of a video.
+A damaged file can hang a decoder or take its process down, so no decoder runs in the main process. A
+worker waits when the backbones have not taken its frames: memory is bounded whatever the length of a
+video.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import queue
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
+from multiprocessing.connection import wait
+from typing import Protocol
 
-from svb.data.publish import hash_file
-from svb.extract import decode
-from svb.extract.decode import DecodeEnd, DecodeError, FrameChunk, VideoProperties
+import numpy as np
+from numpy.typing import NDArray
+
+from svb.extract.decode import FrameChunk
 from svb.extract.decode_options import DecodeOptions
+from svb.extract.frame_memory import SLOTS, FrameMemory
 from svb.extract.plan import PlannedVideo
+from svb.extract.worker import Alive, Finished, Hashed, Message, SharedChunk, Started, size_and_mtime, work
 
-QUEUED_MESSAGES = 8
-# What PyAV's ffmpeg cannot read, a newer ffmpeg may: animated WebP, for one.
-RETRIED_WITH_FFMPEG = ("unreadable", "zero_frames")
+QUEUED_MESSAGES = 64
+# How often the consumer hears of nothing, to publish what is due and to see whether it was interrupted.
+TICK_SECONDS = 0.5
+NOBODY = -1
 
-
-@dataclass(frozen=True)
-class Finished:
-    """A video's last message.
-
-    Attributes:
-        status: `ok`, `partial` or a failure code.
-        error: The decoder's last words, or empty.
-        decoder: The one that gave the frames, or the last that was tried.
-        content_hash: SHA-256 of the file; empty where it could not be read.
-        size_bytes: As it was when decoding began.
-        mtime_ns: As it was when decoding began.
-    """
-
-    status: str
-    error: str
-    decoder: str
-    content_hash: str = ""
-    size_bytes: int = 0
-    mtime_ns: int = 0
+DEFAULT_STALL_SECONDS = 120.0
+DEFAULT_TIME_LIMIT_SECONDS = 4 * 3600.0
 
 
-@dataclass(frozen=True)
-class Alive:
-    """A worker has got on, though it has nothing to give yet."""
+class WorkSource(Protocol):
+    """Where a pool gets its videos from, one when a worker is free."""
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether there will never be another one."""
+
+    def take(self) -> PlannedVideo | None:
+        """Return the next video; None where there is none now. Must not wait."""
 
 
-Message = VideoProperties | FrameChunk | Alive | Finished
+class Listed:
+    """A list of videos as a source."""
+
+    def __init__(self, videos: Sequence[PlannedVideo]) -> None:
+        self._videos = iter(videos)
+        self._next = next(self._videos, None)
+
+    @property
+    def is_exhausted(self) -> bool:
+        return self._next is None
+
+    def take(self) -> PlannedVideo | None:
+        video, self._next = self._next, next(self._videos, None)
+        return video
 
 
 class DecodePool:
@@ -68,27 +72,63 @@ class DecodePool:
         options: How to decode.
         stall_seconds: A worker that does not get on for this long, by a frame, a packet or a block of the
             file, is killed and its video recorded as `timeout`.
+        time_limit_seconds: A video that decodes for longer is recorded as `timeout`.
+        is_wanted: Asked, from a thread, with a video's position, the video and its content hash before it is
+            decoded; where it says no the video ends as `DUPLICATE`.
+
+    Attributes:
+        waiting_seconds: How long the consumer waited for a message, after the first one.
+        workers_waiting_seconds: How long workers waited, all together, for the consumer.
     """
 
-    def __init__(self, num_workers: int, options: DecodeOptions, stall_seconds: float = 120.0) -> None:
+    def __init__(
+        self,
+        num_workers: int,
+        options: DecodeOptions,
+        stall_seconds: float = DEFAULT_STALL_SECONDS,
+        time_limit_seconds: float = DEFAULT_TIME_LIMIT_SECONDS,
+        is_wanted: Callable[[int, PlannedVideo, str], bool] | None = None,
+    ) -> None:
+        self.waiting_seconds = self.workers_waiting_seconds = 0.0
+        self._first_message = math.nan
         self._num_workers = num_workers
         self._options = options
         self._stall_seconds = stall_seconds
-        self._messages: queue.Queue[tuple[int, Message] | BaseException | None] = queue.Queue(QUEUED_MESSAGES)
+        self._time_limit_seconds = time_limit_seconds
+        self._is_wanted = is_wanted
+        self._messages: queue.Queue[_Item | BaseException | None] = queue.Queue(QUEUED_MESSAGES)
         self._stop = threading.Event()
+        self._num_started = 0
 
-    def run(self, videos: Sequence[PlannedVideo]) -> Iterator[tuple[int, Message]]:
-        """Yield `(position, message)`, in order for each video, until every one has its `Finished`."""
-        thread = threading.Thread(target=self._feed_safely, args=(videos,), daemon=True)
+    @property
+    def seconds(self) -> float:
+        """How long ago the first message came: workers have started by then."""
+        return 0.0 if math.isnan(self._first_message) else time.monotonic() - self._first_message
+
+    @property
+    def num_queued(self) -> int:
+        """How many messages wait for the consumer."""
+        return self._messages.qsize()
+
+    def run(self, videos: Sequence[PlannedVideo] | WorkSource) -> Generator[tuple[int, Message], None, None]:
+        """Yield `(position, message)`, in order for each video, until every one has its `Finished`.
+
+        A chunk's frames are valid until the next message is asked for. Where nothing comes for a while,
+        `Alive` of `NOBODY` does.
+        """
+        source = Listed(videos) if isinstance(videos, Sequence) else videos
+        thread = threading.Thread(target=self._feed_safely, args=(source,), daemon=True)
         thread.start()
         try:
             while True:
-                item = self._messages.get()
+                item = self._next()
                 if item is None:
                     return
                 if isinstance(item, BaseException):
                     raise item
-                yield item
+                position, message, release = item
+                yield position, message
+                release()
         finally:
             self._stop.set()
             with contextlib.suppress(queue.Empty):
@@ -96,88 +136,155 @@ class DecodePool:
                     self._messages.get_nowait()
             thread.join(timeout=10)
 
-    def _feed_safely(self, videos: Sequence[PlannedVideo]) -> None:
+    def _next(self) -> _Item | BaseException | None:
+        began = time.monotonic()
         try:
-            self._feed(videos)
+            item = self._messages.get(timeout=TICK_SECONDS)
+        except queue.Empty:
+            item = NOBODY, Alive(), _nothing
+        now = time.monotonic()
+        if not math.isnan(self._first_message):
+            self.waiting_seconds += now - began
+        elif isinstance(item, tuple) and not isinstance(item[1], Started | Alive):
+            self._first_message = now
+        return item
+
+    def _feed_safely(self, source: WorkSource) -> None:
+        try:
+            self._feed(source)
             self._put(None)
         except BaseException as error:
             self._put(error)
 
-    def _feed(self, videos: Sequence[PlannedVideo]) -> None:
-        todo = iter(enumerate(videos))
+    def _feed(self, source: WorkSource) -> None:
         workers: list[_Worker] = []
         try:
-            for _ in range(min(self._num_workers, len(videos))):
-                workers.append(_Worker())
-                self._give_next(workers[-1], todo)
-            while any(worker.position is not None for worker in workers) and not self._stop.is_set():
-                wait([worker.connection for worker in workers if worker.position is not None], timeout=0.5)
-                for number, worker in enumerate(workers):
-                    if worker.position is not None and not self._serve(worker, todo):
+            while not self._stop.is_set():
+                self._give_work(workers, source)
+                busy = [worker for worker in workers if worker.video is not None]
+                if not busy and source.is_exhausted:
+                    return
+                wait([worker.connection for worker in busy], timeout=TICK_SECONDS)
+                for worker in busy:
+                    if not self._serve(worker):
                         worker.kill()
-                        workers[number] = _Worker()
-                        self._give_next(workers[number], todo)
+                        workers.remove(worker)
         finally:
             for worker in workers:
                 worker.kill()
 
-    def _serve(self, worker: _Worker, todo: Iterator[tuple[int, PlannedVideo]]) -> bool:
+    def _give_work(self, workers: list[_Worker], source: WorkSource) -> None:
+        while True:
+            idle = next((worker for worker in workers if worker.video is None), None)
+            if (idle is None and len(workers) == self._num_workers) or self._stop.is_set():
+                return
+            video = source.take()
+            if video is None:
+                return
+            if idle is None:
+                idle = _Worker(self._options, self._is_wanted is not None, self._time_limit_seconds)
+                workers.append(idle)
+            idle.position, idle.video = self._num_started, video
+            self._num_started += 1
+            self._put((idle.position, Started(video), _nothing))
+            idle.heard = idle.given = time.monotonic()
+            idle.send(video)  # a dead worker is noticed when it is listened to
+
+    def _serve(self, worker: _Worker) -> bool:
         """Pass on what a worker has to say; return False when it is of no more use."""
-        assert worker.position is not None
+        assert worker.video is not None
         try:
             if not worker.connection.poll():
                 silent_seconds = time.monotonic() - worker.heard
-                if silent_seconds < self._stall_seconds:
+                if worker.slots_out == SLOTS or silent_seconds < self._stall_seconds:
                     return True
                 self._put_failure(worker, "timeout", f"the decoder gave nothing for {silent_seconds:.0f} s")
                 return False
-            message: Message = worker.connection.recv()
+            message = worker.connection.recv()
         except (EOFError, OSError):
             worker.process.join(timeout=5)
             words = f"the decoder's process died with exit code {worker.process.exitcode}"
             self._put_failure(worker, "decoder_crash", words)
             return False
-        self._put((worker.position, message))
+        if isinstance(message, Hashed):
+            assert self._is_wanted is not None
+            worker.send(self._is_wanted(worker.position, worker.video, message.content_hash))
+        elif isinstance(message, SharedChunk):
+            chunk = FrameChunk(worker.borrow(message), message.frame_times_seconds)
+            self._put((worker.position, chunk, lambda: worker.release(message.slot)))
+        else:
+            self._put((worker.position, message, _nothing))
         # Time that the queue was full is not the worker's silence.
         worker.heard = time.monotonic()
         if isinstance(message, Finished):
-            self._give_next(worker, todo)
+            self.workers_waiting_seconds += message.waiting_seconds
+            worker.video = None
+            return not message.is_last
         return True
-
-    def _give_next(self, worker: _Worker, todo: Iterator[tuple[int, PlannedVideo]]) -> None:
-        worker.position, worker.video = next(todo, (None, None))
-        worker.heard = time.monotonic()
-        if worker.video is not None:
-            with contextlib.suppress(OSError):  # a dead worker is noticed when it is listened to
-                worker.connection.send((worker.video.path, self._options))
 
     def _put_failure(self, worker: _Worker, status: str, words: str) -> None:
         # With the file's size and time the record says which file failed: an unchanged one is not tried again.
-        assert worker.position is not None and worker.video is not None
-        size_bytes, mtime_ns = _size_and_mtime(worker.video.path)
-        failed = Finished(status, words, self._options.decoder, size_bytes=size_bytes, mtime_ns=mtime_ns)
-        self._put((worker.position, failed))
+        assert worker.video is not None
+        size_bytes, mtime_ns = size_and_mtime(worker.video.path)
+        failed = Finished(
+            status,
+            words,
+            self._options.decoder,
+            size_bytes=size_bytes,
+            mtime_ns=mtime_ns,
+            elapsed_seconds=time.monotonic() - worker.given,
+        )
+        self._put((worker.position, failed, _nothing))
 
-    def _put(self, item: tuple[int, Message] | BaseException | None) -> None:
+    def _put(self, item: _Item | BaseException | None) -> None:
         while not self._stop.is_set():
             with contextlib.suppress(queue.Full):
                 self._messages.put(item, timeout=0.5)
                 return
 
 
-class _Worker:
-    """One decode process and the pipe to it; `video`, at `position`, is what it works on."""
+# A video's position, its message, and what is to be called when the consumer is done with that.
+_Item = tuple[int, Message, Callable[[], None]]
 
-    def __init__(self) -> None:
+
+def _nothing() -> None: ...
+
+
+class _Worker:
+    """One decode process, the pipe to it and the memory shared with it; `video`, at `position`, is what it has."""
+
+    def __init__(self, options: DecodeOptions, asks: bool, time_limit_seconds: float) -> None:
         # spawn: a fork would copy torch's threads and CUDA's state in a broken condition.
         context = multiprocessing.get_context("spawn")
+        self.memory = FrameMemory()
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs,), daemon=True)
+        arguments = (theirs, self.memory, options, asks, time_limit_seconds)
+        self.process = context.Process(target=work, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
-        self.position: int | None = None
+        self.position = NOBODY
         self.video: PlannedVideo | None = None
-        self.heard = time.monotonic()
+        self.heard = self.given = time.monotonic()
+        self.slots_out = 0
+        self._sending = threading.Lock()
+
+    def send(self, thing: object) -> None:
+        """Send something, from whichever thread; a worker that is dead does not hear it."""
+        with self._sending, contextlib.suppress(OSError):
+            self.connection.send(thing)
+
+    def borrow(self, chunk: SharedChunk) -> NDArray[np.uint8]:
+        """Return a chunk's frames, which stay as they are until its slot is released."""
+        with self._sending:
+            self.slots_out += 1
+        return self.memory.view(chunk.slot, chunk.shape)
+
+    def release(self, slot: int) -> None:
+        """Give a slot back to the worker; time that it waited for it was not silence."""
+        with self._sending:
+            self.slots_out -= 1
+            self.heard = time.monotonic()
+        self.send(slot)
 
     def kill(self) -> None:
         assert self.process.pid is not None
@@ -186,82 +293,6 @@ class _Worker:
         except ProcessLookupError:  # not yet a group of its own
             self.process.kill()
         self.process.join()
-        self.connection.close()
-
-
-def _work(connection: Connection) -> None:
-    # The terminal's Ctrl-C reaches the whole group; the main process decides when workers end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.setsid()  # an ffmpeg that this worker starts is killed with it
-    decode.got_on = _Pulse(connection)
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        while True:
-            path, options = connection.recv()
-            for message in decode_file(path, options):
-                connection.send(message)
-
-
-class _Pulse:
-    """Sends `Alive`, at most once a second."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._sent = time.monotonic()
-
-    def __call__(self) -> None:
-        if time.monotonic() - self._sent >= 1.0:
-            self._sent = time.monotonic()
-            self._connection.send(Alive())
-
-
-def decode_file(path: Path, options: DecodeOptions) -> Iterator[Message]:
-    """Yield a file's properties and chunks, then `Finished`; a file that cannot be decoded only that."""
-    size_bytes, mtime_ns = _size_and_mtime(path)
-    content_hash = ""
-    used = options.decoder
-    try:
-        if path.is_file():  # reading a named pipe would wait for ever
-            with contextlib.suppress(OSError):
-                content_hash = hash_file(path, decode.got_on)
-        for message in _decode_or_hand_over(path, options):
-            if isinstance(message, str):
-                used = message
-            elif isinstance(message, DecodeEnd):
-                status, error = message.status, message.error
-            else:
-                yield message
-    except DecodeError as failure:
-        status, error = failure.status, str(failure)
-    except MemoryError:
-        status, error = "out_of_memory", "the decoder ran out of memory"
-    except Exception as unexpected:  # one strange file must not cost the others, and its words must not be lost
-        status, error = "decoder_crash", f"{type(unexpected).__name__}: {unexpected}"
-    yield Finished(status, error, used, content_hash, size_bytes, mtime_ns)
-
-
-def _size_and_mtime(path: Path) -> tuple[int, int]:
-    try:
-        stat = path.stat()
-    except (OSError, ValueError):
-        return 0, 0
-    return stat.st_size, stat.st_mtime_ns
-
-
-def _decode_or_hand_over(path: Path, options: DecodeOptions) -> Iterator[Any]:
-    from svb.extract import decode_ffmpeg, decode_pyav
-
-    if options.decoder == "ffmpeg":
-        yield from decode_ffmpeg.decode(path, options)
-        return
-    try:
-        yield from decode_pyav.decode(path, options)
-        return
-    except DecodeError as failure:
-        if failure.status not in RETRIED_WITH_FFMPEG:
-            raise
-        first_failure = failure
-    yield "ffmpeg"
-    try:
-        yield from decode_ffmpeg.decode(path, options)
-    except DecodeError as second_failure:
-        raise first_failure from second_failure
+        with self._sending:
+            self.connection.close()
+        self.memory.close()

@@ -2,45 +2,42 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Collection, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from svb.config import require_same
-from svb.data.feature_store import FeatureStore, read_store_description
+from svb.data.feature_store import FeatureStore, GrowingRecords
 from svb.data.feature_store_writer import FeatureStoreWriter
-from svb.data.shard import USABLE, VideoRecord, VideoRows
+from svb.data.shard import FAILURES, USABLE, VideoRecord
 from svb.device import choose_device, choose_precision
-from svb.errors import InputError, UsageError
-from svb.extract.backbones import DEFAULT_BACKBONE, load_backbone
-from svb.extract.backbones.backbone import Backbone
-from svb.extract.decode import FrameChunk, VideoProperties
-from svb.extract.decode_options import DecodeOptions
-from svb.extract.packing import Packer, to_rows
-from svb.extract.plan import Plan, PlannedVideo, plan_videos
-from svb.extract.pool import DecodePool, Finished, Message
+from svb.errors import InputError, Interrupted, UsageError
+from svb.extract.decode import FrameChunk
+from svb.extract.decode_options import DecodeOptions, Limits
+from svb.extract.leases import Leases, start_at, units
+from svb.extract.names import DEFAULT_BACKBONE
+from svb.extract.plan import Plan, PlannedVideo, is_done, plan_videos
+from svb.extract.pool import DEFAULT_STALL_SECONDS, DEFAULT_TIME_LIMIT_SECONDS, NOBODY, DecodePool, Listed
+from svb.extract.progress import ExtractProgress, RunLog, what_limited
+from svb.extract.ranks import UNIT_VIDEOS, LeasedVideos
+from svb.extract.request import Request, make_request
 from svb.extract.sampling import Sampling
-from svb.extract.transform import to_squares
-from svb.extract.weights import absolute_name
+from svb.extract.worker import Finished, Started
+from svb.interrupts import deferred_interrupts
 
-DECODERS = ("pyav", "ffmpeg")
+if TYPE_CHECKING:
+    import torch
+
+    from svb.extract.backbones.backbone import Backbone
+    from svb.extract.pipeline import Contents, Pipeline
+
 MAX_BATCH_SIZE = 4096
-
-
-@dataclass
-class ExtractProgress:
-    """How far an extraction is; handed to `on_progress` after every message from a decoder."""
-
-    num_videos: int
-    videos_done: int = 0
-    frames_done: int = 0
 
 
 def extract(
@@ -49,13 +46,23 @@ def extract(
     *,
     backbones: Sequence[str] = (DEFAULT_BACKBONE,),
     sampling: Sampling | None = None,
+    times: Path | str | None = None,
     decoder: str = "pyav",
+    fast_decode: bool = False,
+    hwaccel: str | None = None,
+    resize: str = "device",
+    limits: Limits | None = None,
     device: str = "auto",
     precision: str = "auto",
+    compile: bool = False,
     num_workers: int = 2,
     batch_size: int = 32,
-    stall_seconds: float = 120.0,
-    retry_failed: bool = False,
+    stall_seconds: float = DEFAULT_STALL_SECONDS,
+    time_limit_seconds: float = DEFAULT_TIME_LIMIT_SECONDS,
+    keep_partial: bool = True,
+    retry: Collection[str] = (),
+    prune: bool = False,
+    rank: tuple[int, int] | None = None,
     on_progress: Callable[[ExtractProgress], None] = lambda progress: None,
     on_message: Callable[[str], None] = lambda message: None,
 ) -> Path:
@@ -69,13 +76,24 @@ def extract(
         out: The store's folder; made where there is none.
         backbones: Names, `family:model[/weights]`; one decode feeds all of them.
         sampling: Which frames; 1 a second where not given.
+        times: Instead of `sampling`: a table of times for each video, see `svb.extract.times_table`.
         decoder: `pyav`, which hands over to ffmpeg what it cannot read, or `ffmpeg`.
+        fast_decode: Skip frames that no other frame refers to; picked frames may move by a few.
+        hwaccel: A hardware decoder of ffmpeg's, such as `cuda`.
+        resize: `device`, or `decoder`: ffmpeg scales frames to the largest backbone's size before they cross.
+        limits: What a video may ask for.
         device: `auto`, `cpu`, `cuda:0`, ...
         precision: `auto`, `float32`, `bfloat16` or `float16`.
+        compile: Compile the backbones with torch.compile.
         num_workers: Decode processes.
         batch_size: B, frames (or clips of frames) in a batch.
         stall_seconds: A video whose decoder gives nothing for this long is recorded as `timeout`.
-        retry_failed: Take up again videos that failed.
+        time_limit_seconds: So is one that decodes for longer than this.
+        keep_partial: Keep videos that decode in part; else they fail, as `truncated` or `concealed_errors`.
+        retry: Statuses of videos to take up again; `svb.data.shard.FAILURES` for all that failed.
+        prune: Take videos out of the store whose files are gone.
+        rank: This process's rank and the number of processes that fill the store together; they share a file
+            system and may be fewer or more than said.
         on_progress: Called often.
         on_message: Called with a line that the user should see.
 
@@ -84,124 +102,154 @@ def extract(
 
     Raises:
         InputError: No such file, or no videos.
+        Interrupted: SIGINT or SIGTERM came; what was whole has been published.
         MismatchError: The store was made with other settings.
         ModelUnavailableError: A backbone's weights cannot be had.
-        StoreError: The store is damaged or being written by another process.
+        StoreError: The store is damaged, being written by another process, or cannot be written.
         UsageError: An option means nothing.
     """
-    if decoder not in DECODERS:
-        raise UsageError(f"unknown decoder {decoder!r} - expected one of {', '.join(DECODERS)}")
-    if not backbones or num_workers < 1:
-        raise UsageError("nothing to run - give at least one backbone and one worker")
-    if not 1 <= batch_size <= MAX_BATCH_SIZE:
-        raise UsageError(f"batch size {batch_size} - expected 1 to {MAX_BATCH_SIZE}")
-    if not stall_seconds > 0:
-        raise UsageError(f"cannot wait {stall_seconds} s for a decoder - give a positive number of seconds")
-    out, sampling = Path(out), sampling or Sampling(fps=1.0)
-    options = DecodeOptions(sampling, decoder)
-    backbones = [absolute_name(name) for name in dict.fromkeys(backbones)]
-    # In bfloat16 a row's last bits depend on the size of the batch it is computed in.
-    request = {"sampling": sampling.settings(), "decoder": decoder_settings(decoder), "batch_size": batch_size}
-    plan = _plan(videos, out, backbones, request, precision, retry_failed)
+    out = Path(out)
+    _check_numbers(num_workers, batch_size, stall_seconds, time_limit_seconds)
+    _check_retry(retry)
+    request = make_request(
+        backbones,
+        sampling=sampling,
+        times=times,
+        decoder=decoder,
+        fast_decode=fast_decode,
+        hwaccel=hwaccel,
+        resize=resize,
+        limits=limits,
+        batch_size=batch_size,
+    )
+    plan = _plan(videos, out, request, precision, retry)
     for line in plan.messages:
         on_message(line)
     if not plan.todo:
-        on_message(f"nothing to do: all {plan.num_done} videos are in {out}, unchanged")
+        if prune and plan.vanished:
+            _prune_only(out, plan.vanished)
+        _tell_of_vanished(plan.vanished, prune, on_message)
+        on_message(f"nothing to do: all {len(plan.asked)} videos are in {out}, unchanged")
         return out
 
-    torch_device = choose_device(device)
+    torch_device = choose_device(_own_device(device, rank))
     dtype = choose_precision(torch_device, precision)
-    networks = [load_backbone(name, torch_device, dtype) for name in backbones]
-    settings = {**request, "backbones": {network.name: network.settings() for network in networks}}
+    networks = _load(request.backbones, torch_device, dtype, compile, batch_size)
+    settings = request.settings(networks)
     provenance = {"device": str(torch_device), "versions": _versions()}
+    with contextlib.ExitStack() as stack:
+        writer = stack.enter_context(FeatureStoreWriter(out, settings, provenance, shared=rank is not None))
+        log = RunLog(out)
+        log.add("start", settings=settings, provenance=provenance, videos=len(plan.todo), num_workers=num_workers)
+        contents = None if request.times else _known_contents(FeatureStore(out), plan, retry, writer)
+        source: Listed | LeasedVideos = Listed(plan.todo)
+        if rank is not None:
+            source = _leased_videos(out, plan, rank, retry, stack)
+            writer.on_published = source.published
+        pool = DecodePool(
+            num_workers,
+            request.decode_options(networks),
+            stall_seconds,
+            time_limit_seconds,
+            None if contents is None else contents.is_wanted,
+        )
+        from svb.extract.pipeline import Pipeline
 
-    with FeatureStoreWriter(out, settings, provenance) as writer:
-        pool = DecodePool(num_workers, options, stall_seconds)
-        pipeline = _Pipeline(plan.todo, networks, batch_size, writer)
-        for position, message in pool.run(plan.todo):
-            pipeline.take(position, message)
-            writer.publish_if_due()  # a long video must not hold back those that are finished
-            on_progress(pipeline.progress)
-        pipeline.finish()
-        on_progress(pipeline.progress)
+        pipeline = Pipeline(
+            networks, batch_size, writer, keep_partial=keep_partial, contents=contents, on_message=on_message
+        )
+        report = _Report(plan, source, pool, pipeline, str(torch_device), num_workers)
+        signal_number = _drive(pool, source, pipeline, writer, report, log, on_progress)
         writer.publish()
+        progress = report.progress()
+        on_progress(progress)
+        sentence = what_limited(progress)
+        if signal_number:
+            log.add_end(progress, "interrupted", sentence)
+            raise Interrupted(
+                signal_number, f"interrupted - {progress.videos_done} videos of this run are in {out}"
+            )
+        vanished = plan.vanished if contents is None else contents.vanished
+        if prune:
+            for record in vanished:
+                writer.remove(record)
+            writer.publish()
         writer.compact()
+        log.add_end(progress, "done", sentence)
+    counts = pipeline.counts
+    if counts.renamed or counts.duplicates:
+        on_message(
+            f"not decoded, because their content is known: {counts.renamed} renamed, {counts.duplicates} duplicates"
+        )
+    _tell_of_vanished(vanished, prune, on_message)
+    on_message(sentence)
     return out
 
 
-@dataclass
-class _InFlight:
-    """A video between its first message and its record."""
+def _drive(
+    pool: DecodePool,
+    source: Listed | LeasedVideos,
+    pipeline: Pipeline,
+    writer: FeatureStoreWriter,
+    report: _Report,
+    log: RunLog,
+    on_progress: Callable[[ExtractProgress], None],
+) -> int:
+    """Bring every video of the source from the pool through the backbones to the writer.
 
-    properties: VideoProperties | None = None
-    finished: Finished | None = None
-    has_frames: bool = field(default=False)
+    Returns:
+        The signal that ended it early, or 0.
+    """
+    with deferred_interrupts() as interrupted, contextlib.closing(pool.run(source)) as messages:
+        for position, message in messages:
+            pipeline.take(position, message)
+            if position == NOBODY and isinstance(source, LeasedVideos) and pipeline.only_waits:
+                pipeline.finish()  # others wait for the leases of what is done here
+                writer.publish()
+            writer.publish_if_due()  # a long video must not hold back those that are finished
+            if not isinstance(message, Started):
+                on_progress(report.progress())
+                log.add_progress(report.progress())
+            if interrupted():
+                break
+        pipeline.finish()
+        return interrupted()
 
 
-class _Pipeline:
-    """Frames in, records and rows out: every message of the pool passes here, in the main process."""
+class _Report:
+    """Puts together how far a run is."""
 
     def __init__(
         self,
-        videos: Sequence[PlannedVideo],
-        networks: Sequence[Backbone],
-        batch_size: int,
-        writer: FeatureStoreWriter,
+        plan: Plan,
+        source: Listed | LeasedVideos,
+        pool: DecodePool,
+        pipeline: Pipeline,
+        device: str,
+        num_workers: int,
     ) -> None:
-        self.progress = ExtractProgress(num_videos=len(videos))
-        self._videos = videos
-        self._packers = [Packer(network, batch_size) for network in networks]
-        self._writer = writer
-        self._in_flight: dict[int, _InFlight] = {}
+        self._num_bytes = sum(video.size_bytes for video in plan.todo)
+        self._num_videos = len(plan.todo)
+        self._source, self._pool, self._pipeline = source, pool, pipeline
+        self._device, self._num_workers = device, num_workers
 
-    def take(self, position: int, message: Message) -> None:
-        video = self._in_flight.setdefault(position, _InFlight())
-        if isinstance(message, VideoProperties):
-            video.properties = message
-        elif isinstance(message, FrameChunk):
-            video.has_frames = True
-            _run_packers(self._packers, position, message)
-            self.progress.frames_done += len(message.frames)
-        elif isinstance(message, Finished):
-            video.finished = message
-            for packer in self._packers:
-                if video.has_frames:
-                    packer.end(position)
-            self._write_complete()
-
-    def finish(self) -> None:
-        """Run the padded last batches and write what waited for them."""
-        for packer in self._packers:
-            packer.flush()
-        self._write_complete()
-
-    def _write_complete(self) -> None:
-        for position, video in list(self._in_flight.items()):
-            if video.finished is None:
-                continue
-            failed = not video.has_frames or video.finished.status not in USABLE
-            if not failed and not all(packer.is_complete(position) for packer in self._packers):
-                continue
-            self._write(position, video, video.finished, failed)
-            del self._in_flight[position]
-            self.progress.videos_done += 1
-
-    def _write(self, position: int, video: _InFlight, finished: Finished, failed: bool) -> None:
-        rows: dict[str, VideoRows] = {}
-        status, error = finished.status, finished.error
-        for packer in self._packers:
-            if failed:
-                packer.forget(position)
-                continue
-            features, times_seconds = packer.take(position)
-            stored = to_rows(features, times_seconds)
-            if stored is None:
-                status, error = "nonfinite_features", _worst(packer.backbone.name, features)
-            else:
-                rows[packer.backbone.name] = stored
-        if status not in USABLE:
-            rows = {}
-        self._writer.add(_record(self._videos[position], video.properties, finished, status, error), rows)
+    def progress(self) -> ExtractProgress:
+        counts, pool = self._pipeline.counts, self._pool
+        others = self._source.by_others if isinstance(self._source, LeasedVideos) else []
+        seconds = max(pool.seconds, 1e-9)
+        return ExtractProgress(
+            num_videos=self._num_videos - len(others),
+            num_bytes=self._num_bytes - sum(video.size_bytes for video in others),
+            videos_done=counts.videos,
+            bytes_done=counts.bytes,
+            frames_done=counts.frames,
+            seconds=pool.seconds,
+            decode_wait_share=pool.waiting_seconds / seconds,
+            device_wait_share=pool.workers_waiting_seconds / seconds / self._num_workers,
+            queue_depth=pool.num_queued,
+            num_workers=self._num_workers,
+            device=self._device,
+        )
 
 
 def extract_file(
@@ -212,10 +260,15 @@ def extract_file(
     Raises:
         InputError: The file gives no frame.
     """
+    from svb.extract.packing import Packer
+    from svb.extract.pipeline import run_packers
+    from svb.extract.upload import Uploader
+
     packers = [Packer(backbone, batch_size) for backbone in backbones]
+    uploader = Uploader(backbones[0].device)
     for _, message in DecodePool(1, options).run([PlannedVideo(str(file), file)]):
         if isinstance(message, FrameChunk):
-            _run_packers(packers, 0, message)
+            run_packers(packers, uploader, 0, message)
         elif isinstance(message, Finished) and message.status not in USABLE:
             raise InputError(f"{file} cannot be used as a video ({message.status}): {message.error}")
     for packer in packers:
@@ -224,83 +277,110 @@ def extract_file(
     return [packer.take(0) for packer in packers]
 
 
-def _run_packers(packers: Sequence[Packer], position: int, chunk: FrameChunk) -> None:
-    frames = torch.from_numpy(chunk.frames).to(packers[0].backbone.device)
-    squares: dict[int, torch.Tensor] = {}
-    for packer in packers:
-        size = packer.backbone.image_size
-        if size not in squares:
-            squares[size] = to_squares(frames, size)
-        packer.add(position, squares[size], chunk.frame_times_seconds)
+def _check_numbers(num_workers: int, batch_size: int, stall_seconds: float, time_limit_seconds: float) -> None:
+    if num_workers < 1:
+        raise UsageError(f"{num_workers} workers decode nothing - give at least one backbone and one worker")
+    if not 1 <= batch_size <= MAX_BATCH_SIZE:
+        raise UsageError(f"batch size {batch_size} - expected 1 to {MAX_BATCH_SIZE}")
+    for what, seconds in (("wait", stall_seconds), ("decode a video for", time_limit_seconds)):
+        if not seconds > 0:
+            raise UsageError(f"cannot {what} {seconds} s - give a positive number of seconds")
 
 
-def _record(
-    planned: PlannedVideo, properties: VideoProperties | None, finished: Finished, status: str, error: str
-) -> VideoRecord:
-    known = properties or VideoProperties(math.nan, math.nan, 0, 0, 0, "")
-    return VideoRecord(
-        video_id=planned.video_id,
-        source_path=str(planned.path),
-        size_bytes=finished.size_bytes,
-        mtime_ns=finished.mtime_ns,
-        content_hash=finished.content_hash,
-        duration_seconds=known.duration_seconds,
-        frame_rate=known.frame_rate,
-        width_px=known.width_px,
-        height_px=known.height_px,
-        rotation_degrees=known.rotation_degrees,
-        codec=known.codec,
-        decoder=finished.decoder,
-        status=status,
-        error=error,
-    )
-
-
-def _worst(backbone: str, features: NDArray[np.float32]) -> str:
-    largest = np.abs(features).max()
-    return f"{backbone} gave a value of {largest:g} - float16 holds finite values up to 65504"
+def _check_retry(retry: Collection[str]) -> None:
+    unknown = set(retry) - {*FAILURES, "partial"}
+    if unknown:
+        raise UsageError(
+            f"no video ends as {', '.join(sorted(unknown))} - expected some of {', '.join(FAILURES)} or partial"
+        )
 
 
 def _plan(
-    videos: Sequence[Path | str],
-    out: Path,
-    backbones: Sequence[str],
-    request: dict[str, Any],
-    precision: str,
-    retry_failed: bool,
+    videos: Sequence[Path | str], out: Path, request: Request, precision: str, retry: Collection[str]
 ) -> Plan:
     records: dict[str, VideoRecord] = {}
     if (out / "store.json").exists():
-        # What needs no network to be known is compared before one is loaded: a run with nothing to do
-        # takes a second, a mistaken option not much longer.
-        settings = read_store_description(out)["settings"]
-        require_same(
-            {**settings, "backbones": sorted(settings["backbones"])},
-            {**request, "backbones": sorted(set(backbones))},
-            what=f"the feature store {out}",
-            do_next="Give the options (and package versions) it was made with, or write to another folder with -o.",
-        )
-        if precision != "auto":
-            held = settings["backbones"].items()
-            stored = {name: {"precision": backbone["precision"]} for name, backbone in held}
-            wanted = {name: {"precision": precision} for name in stored}
-            require_same(stored, wanted, what=f"the feature store {out}", do_next="Leave out --precision.")
-        records = FeatureStore(out).records
-    return plan_videos([Path(video) for video in videos], records, retry_failed=retry_failed)
+        store = FeatureStore(out)
+        request.require_fits(store.settings, precision, out)
+        records = store.records
+    return plan_videos(
+        [Path(video) for video in videos],
+        records,
+        retry=retry,
+        times_seconds=None if request.times is None else request.times.times_seconds,
+    )
 
 
-def decoder_settings(decoder: str) -> dict[str, str]:
-    """Return a decoder and its version as stored and fingerprinted."""
-    if decoder == "pyav":
-        import av
+def _load(
+    names: Sequence[str], device: torch.device, dtype: torch.dtype, compile: bool, batch_size: int
+) -> list[Backbone]:
+    from svb.extract.backbones import load_backbone
 
-        return {
-            "name": "pyav",
-            "version": f"{av.__version__}, libavcodec {av.library_versions['libavcodec'][0]}",
-        }
-    import imageio_ffmpeg
+    return [load_backbone(name, device, dtype, compile=compile, batch_size=batch_size) for name in names]
 
-    return {"name": "ffmpeg", "version": imageio_ffmpeg.get_ffmpeg_version()}
+
+def _known_contents(
+    store: FeatureStore, plan: Plan, retry: Collection[str], writer: FeatureStoreWriter
+) -> Contents:
+    from svb.extract.pipeline import Contents
+
+    changing = {video.video_id for video in plan.todo} | {record.video_id for record in plan.vanished}
+    usable = [record for record in store.records.values() if record.usable and record.status not in retry]
+    return Contents(
+        held=[record for record in usable if record.video_id not in changing],
+        touched=[record for record in usable if record.video_id in changing],
+        vanished=plan.vanished,
+        read=lambda video_id: writer.added(video_id) or (store.records[video_id], store.rows_of(video_id)),
+        remove=writer.remove,
+    )
+
+
+def _leased_videos(
+    out: Path, plan: Plan, rank: tuple[int, int], retry: Collection[str], stack: contextlib.ExitStack
+) -> LeasedVideos:
+    """Return this process's share of what is to be done, with its leases open until the stack unwinds."""
+    owner = f"{socket.gethostname()}-{os.getpid()}"
+    published = GrowingRecords(out)
+    tries = {video.video_id: video.tries for video in plan.asked}
+
+    def undone(videos: Collection[PlannedVideo]) -> list[PlannedVideo]:
+        published.refresh()
+        found = []
+        for video in videos:
+            record = published.records.get(video.video_id)
+            # What failed in a try of now is not tried again: one of the others has just done it.
+            again = retry if record is not None and record.tries <= tries[video.video_id] else ()
+            if not is_done(record, video.path, again):
+                found.append(video)
+        return found
+
+    leases = stack.enter_context(Leases(out / "leases", owner))
+    return LeasedVideos(start_at(units(plan.asked, UNIT_VIDEOS), *rank), leases, undone, plan.todo)
+
+
+def _prune_only(out: Path, vanished: Sequence[VideoRecord]) -> None:
+    with FeatureStoreWriter(out, FeatureStore(out).settings, {}) as writer:
+        for record in vanished:
+            writer.remove(record)
+        writer.publish()
+        writer.compact()
+
+
+def _tell_of_vanished(vanished: Sequence[VideoRecord], prune: bool, on_message: Callable[[str], None]) -> None:
+    if vanished:
+        done = "taken out of the store" if prune else "their features are kept; --prune takes them out of the store"
+        on_message(f"{len(vanished)} files are gone, first {vanished[0].source_path}: {done}")
+
+
+def _own_device(name: str, rank: tuple[int, int] | None) -> str:
+    """Return the device of one of several processes of a machine: each takes a GPU where there are any."""
+    local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID")
+    if name != "auto" or rank is None or local is None:
+        return name
+    import torch
+
+    gpus = torch.cuda.device_count()
+    return f"cuda:{int(local) % gpus}" if gpus else "cpu"
 
 
 def _versions() -> dict[str, str]:

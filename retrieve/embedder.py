@@ -20,9 +20,8 @@ from svb.device import choose_precision
 from svb.errors import InputError, MismatchError
 from svb.extract.backbones import load_backbone, load_classifier
 from svb.extract.backbones.backbone import Backbone
-from svb.extract.decode_options import DecodeOptions
+from svb.extract.request import stored_decode_options
 from svb.extract.run import extract_file
-from svb.extract.sampling import Sampling
 from svb.extract.text_encoders import load_text_encoder
 from svb.extract.text_encoders.text_encoder import TextEncoder
 from svb.retrieve.conse import Conse, embed_class_names
@@ -135,9 +134,9 @@ def zero_shot_embedder(video: Mapping[str, Any], text_encoder: TextEncoder, devi
         device: Where to compute.
 
     Raises:
-        InputError: The backbone is neither, or fused of several.
+        InputError: The backbone is neither, or fused of several, or its features were imported.
     """
-    require_one_backbone(video)
+    require_zero_shot(video)
     backbone: str = video["backbone"]
     model = {
         "max_frames": ZERO_SHOT_MAX_FRAMES,
@@ -158,13 +157,18 @@ def zero_shot_embedder(video: Mapping[str, Any], text_encoder: TextEncoder, devi
     return Embedder({"kind": "zero-shot ConSE", **model}, conse, text_head, {})
 
 
-def require_one_backbone(video: Mapping[str, Any]) -> None:
-    """Refuse fused backbones, which only trained heads can place in one space with captions.
+def require_zero_shot(video: Mapping[str, Any]) -> None:
+    """Refuse what only trained heads can place in one space with captions: fused backbones and imported features.
 
     Raises:
-        InputError: There are several.
+        InputError: It is such.
     """
     parts = parts_of(video)
+    if _imported(video):
+        raise InputError(
+            f"the features of {video['backbone']} were imported, and which weights made them is not known: they "
+            "cannot be searched without training - train heads with `svb train`, or extract with `svb extract`"
+        )
     if len(parts) > 1:
         raise InputError(
             f"{video['backbone']} is fused of several backbones and cannot be searched without training - train "
@@ -191,14 +195,17 @@ def embed_file(file: Path, embedder: Embedder, device: torch.device) -> NDArray[
     """Return the `(D,)` embedding of a video file, decoded and computed as the embedder's features were.
 
     Raises:
-        InputError: The file gives no frame.
+        InputError: The file gives no frame, or the embedder's features were imported.
         MismatchError: A backbone's weights here are not those of the features.
     """
     video = embedder.model["video"]
+    if _imported(video):
+        raise InputError(
+            f"the features of {video['backbone']} were imported and cannot be computed of {file} here - search "
+            "with a text, or train on features that `svb extract` made"
+        )
     backbones = [_load_matching_backbone(name, held, device) for name, held in parts_of(video).items()]
-    extracted = extract_file(
-        file, backbones, DecodeOptions(Sampling(**video["sampling"]), video["decoder"]["name"]), video["batch_size"]
-    )
+    extracted = extract_file(file, backbones, stored_decode_options(video), video["batch_size"])
     loaded = fuse(
         [
             FrameFeatures([str(file)], features.astype(np.float16), times_seconds, np.array([0, len(features)]))
@@ -207,6 +214,10 @@ def embed_file(file: Path, embedder: Embedder, device: torch.device) -> NDArray[
     )
     embedding: NDArray[np.float32] = embedder.embed_videos(FrameTable.of(loaded, embedder.max_frames, device))[0]
     return embedding
+
+
+def _imported(video: Mapping[str, Any]) -> bool:
+    return any(settings.get("imported", False) for settings in parts_of(video).values())
 
 
 def _load_matching_backbone(name: str, settings: Mapping[str, Any], device: torch.device) -> Backbone:

@@ -21,8 +21,9 @@ from svb.data.publish import published_file
 from svb.extract.decode import FrameChunk
 from svb.extract.decode_options import DecodeOptions
 from svb.extract.plan import PlannedVideo
-from svb.extract.pool import DecodePool, Finished
+from svb.extract.pool import DecodePool
 from svb.extract.sampling import Sampling
+from svb.extract.worker import Finished
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure

@@ -12,12 +12,12 @@ from svb.config import require_same
 from svb.data.caption_features import CaptionFeatures, read_caption_features
 from svb.data.feature_store import FeatureStore
 from svb.errors import InputError, UsageError
+from svb.extract.names import absolute_name
 from svb.extract.text_encoders import load_text_encoder
-from svb.extract.weights import absolute_name
 from svb.retrieve.embedder import (
     Embedder,
     load_matching_text_encoder,
-    require_one_backbone,
+    require_zero_shot,
     run_embedder,
     zero_shot_embedder,
 )
@@ -89,7 +89,7 @@ def open_inputs(
         raise UsageError(f"{source} is a feature store itself - leave out --store {store}")
     feature_store = FeatureStore(source)
     backbone = feature_store.only_backbone(backbone)
-    require_one_backbone(feature_store.video_settings(backbone))
+    require_zero_shot(feature_store.video_settings(backbone))
     caption_features = read_caption_features(Path(captions)) if captions is not None else None
     if caption_features is not None and text_encoder not in (None, caption_features.text_encoder):
         raise UsageError(f"{captions} was encoded with {caption_features.text_encoder} - leave out --text-encoder")

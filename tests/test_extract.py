@@ -20,7 +20,7 @@ import torchvision
 from numpy.typing import NDArray
 
 from svb.data.feature_store import FeatureStore, verify_store
-from svb.data.shard import VideoRecord
+from svb.data.shard import FAILURES, VideoRecord
 from svb.errors import InputError, MismatchError, UsageError
 from svb.extract import decode_pyav
 from svb.extract import run as run_module
@@ -28,11 +28,12 @@ from svb.extract.backbones import load_backbone
 from svb.extract.decode import DecodeError, FrameChunk
 from svb.extract.decode_options import DecodeOptions
 from svb.extract.packing import Packer, to_rows
-from svb.extract.plan import PlannedVideo, plan_videos
-from svb.extract.pool import DecodePool, Finished, decode_file
+from svb.extract.plan import plan_videos
+from svb.extract.pool import DecodePool, WorkSource
 from svb.extract.run import extract, extract_file
 from svb.extract.sampling import Sampling
 from svb.extract.transform import to_squares
+from svb.extract.worker import Finished, Message, Started, decode_file
 
 pytestmark = pytest.mark.usefixtures("toy_backbones")
 
@@ -84,7 +85,7 @@ class TestPipeline:
         messages = run(
             folder, tmp_path / "out", on_progress=lambda progress: done.append((progress.videos_done, 5))
         )
-        assert messages == [f"{folder}: ignored 1 files that are not videos by their suffix (.txt 1)"]
+        assert messages[0] == f"{folder}: ignored 1 files that are not videos by their suffix (.txt 1)"
         assert done[-1] == (5, 5)
         assert statuses(tmp_path / "out") == {
             **{"a": "ok", "b": "ok", "c": "ok", "deep/d": "ok", "text": "unreadable"}
@@ -115,16 +116,18 @@ class TestPipeline:
     def test_several_backbones_share_one_decode(
         self, clips_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        decoded: list[int] = []
+        decoded: list[str] = []
         pool_run = DecodePool.run
 
-        def counted(pool: DecodePool, videos: list[PlannedVideo]) -> Iterator[object]:
-            decoded.append(len(videos))
-            return pool_run(pool, videos)
+        def counted(pool: DecodePool, source: WorkSource) -> Iterator[tuple[int, Message]]:
+            for position, message in pool_run(pool, source):
+                if isinstance(message, Started):
+                    decoded.append(message.video.video_id)
+                yield position, message
 
         monkeypatch.setattr(DecodePool, "run", counted)
         run(clips_folder, tmp_path / "all", FRAMES, WIDE, CLIPS)
-        assert decoded == [4]
+        assert decoded == ["a", "b", "c", "deep/d"]
         for backbone, feature_size in ((FRAMES, 8), (WIDE, 12), (CLIPS, 6)):
             run(clips_folder, tmp_path / backbone, backbone)
             together, alone = features(tmp_path / "all", backbone), features(tmp_path / backbone, backbone)
@@ -227,7 +230,7 @@ class TestResume:
         run(folder, tmp_path / "out")
         before = shards(tmp_path / "out")
         monkeypatch.setattr(run_module, "DecodePool", None)
-        monkeypatch.setattr(run_module, "load_backbone", None)
+        monkeypatch.setattr(run_module, "_load", None)
         messages = run(folder, tmp_path / "out")
         assert messages == [f"nothing to do: all 5 videos are in {tmp_path / 'out'}, unchanged"]
         assert shards(tmp_path / "out") == before
@@ -263,10 +266,10 @@ class TestResume:
         assert statuses(tmp_path / "out")["a"] == "truncated"
         assert run(folder, tmp_path / "out")[-1].startswith("nothing to do")
         counts: list[int] = []
-        run(folder, tmp_path / "out", retry_failed=True, on_progress=lambda p: counts.append(p.num_videos))
+        run(folder, tmp_path / "out", retry=FAILURES, on_progress=lambda p: counts.append(p.num_videos))
         assert counts[-1] == 1 and statuses(tmp_path / "out")["a"] == "truncated"
         (folder / "aside").rename(folder / "a.mp4")
-        run(folder, tmp_path / "out", retry_failed=True)
+        run(folder, tmp_path / "out", retry=FAILURES)
         assert set(statuses(tmp_path / "out").values()) == {"ok"}
         assert len(FeatureStore(tmp_path / "out").records) == 4
 
@@ -290,7 +293,7 @@ class TestResume:
     ) -> None:
         run(clips_folder, tmp_path / "out")
         before = shards(tmp_path / "out")
-        monkeypatch.setattr(run_module, "load_backbone", None)
+        monkeypatch.setattr(run_module, "_load", None)
         for options, words in (
             ({"sampling": Sampling(fps=2)}, "sampling.fps: stored 1.0, wanted 2.0"),
             ({"sampling": Sampling(frames=2)}, "sampling.frames: stored None, wanted 2"),
@@ -416,7 +419,7 @@ class TestWorkersThatFail:
         assert (record.size_bytes, record.mtime_ns) == (stat.st_size, stat.st_mtime_ns)
         assert not spawned_children()
         assert run(folder, out)[-1].startswith("nothing to do")
-        run(folder, out, retry_failed=True)
+        run(folder, out, retry=FAILURES)
         assert set(statuses(out).values()) == {"ok"}
 
     def test_an_error_in_the_main_process_ends_the_workers(self, folder: Path, tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from svb.data.feature_store import FeatureStore, FrameFeatures
 from svb.data.fusion import fuse, nearest_rows, parts_of, shared_part, split_name
 from svb.data.shard import VideoRows
 from svb.errors import InputError, MismatchError, StoreError
-from svb.extract.plan import PlannedVideo
-from svb.extract.pool import DecodePool
+from svb.extract.pool import DecodePool, WorkSource
+from svb.extract.worker import Message, Started
 from svb.retrieve.embedder import embed_file, run_embedder
 from svb.retrieve.evaluate import evaluate
 from svb.retrieve.index import index, read_manifest
@@ -250,13 +250,16 @@ def test_a_run_from_before_there_were_these_options_is_read(task: tuple[Path, Pa
 
 @pytest.fixture
 def decodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return a list that grows by the number of videos with every decode that is started."""
+    """Return a list that gets the number of videos with every decode that ends."""
     counts: list[int] = []
     pool_run = DecodePool.run
 
-    def counted(pool: DecodePool, videos: list[PlannedVideo]) -> Iterator[object]:
-        counts.append(len(videos))
-        return pool_run(pool, videos)
+    def counted(pool: DecodePool, source: WorkSource) -> Iterator[tuple[int, Message]]:
+        started = 0
+        for position, message in pool_run(pool, source):
+            started += isinstance(message, Started)
+            yield position, message
+        counts.append(started)
 
     monkeypatch.setattr(DecodePool, "run", counted)
     return counts

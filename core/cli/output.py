@@ -52,8 +52,19 @@ class Meter:
         self._width = 0
         self._finished = False
 
-    def update(self, done: int, total: int, more: dict[str, int] | None = None) -> None:
-        """Show `done` of `total`, the rates of it and of `more` counts, and the time it will take."""
+    def update(
+        self,
+        done: int,
+        total: int,
+        more: dict[str, int] | None = None,
+        *,
+        eta_seconds: float | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        """Show `done` of `total`, the rates of it and of `more` counts, the time it will take, and notes.
+
+        `eta_seconds` is reckoned from `done` where it is not given.
+        """
         now = time.monotonic()
         if self._finished:
             return
@@ -62,12 +73,15 @@ class Meter:
             return
         self._drawn = now
         seconds = max(now - self._began, 1e-6)
+        if eta_seconds is None and done:
+            eta_seconds = seconds / done * (total - done)
         filled = 20 * done // max(total, 1)
         rates = {self._unit: done, **(more or {})}
         parts = [
             f"[{'#' * filled}{'.' * (20 - filled)}] {done}/{total} {self._unit}",
             *(f"{count / seconds:.1f} {unit}/s" for unit, count in rates.items()),
-            f"ETA {_clock(seconds / done * (total - done)) if done else '?'}",
+            f"ETA {'?' if eta_seconds is None else _clock(eta_seconds)}",
+            *notes,
         ]
         line = "  ".join(parts)
         if self._is_terminal:

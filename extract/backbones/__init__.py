@@ -10,7 +10,8 @@ import torch
 
 from svb.errors import UsageError
 from svb.extract.backbones.backbone import Backbone, Classifier
-from svb.extract.weights import hash_weights, split_name
+from svb.extract.names import split_name
+from svb.extract.weights import hash_weights
 
 FAMILIES = {
     "offline": "svb.extract.backbones.offline",
@@ -18,13 +19,22 @@ FAMILIES = {
     "torchvision": "svb.extract.backbones.torchvision",
     "timm": "svb.extract.backbones.timm",
 }
-DEFAULT_BACKBONE = "open_clip:ViT-B-32/laion2b_s34b_b79k"
 
 
-def load_backbone(name: str, device: torch.device, dtype: torch.dtype) -> Backbone:
+def load_backbone(
+    name: str, device: torch.device, dtype: torch.dtype, *, compile: bool = False, batch_size: int = 1
+) -> Backbone:
     """Load a backbone, frozen, onto a device.
 
+    Args:
+        name: `family:model[/weights]`.
+        device: Where it runs.
+        dtype: The precision it computes in.
+        compile: Compile it, for batches of `batch_size`.
+        batch_size: B; of no use without `compile`.
+
     Raises:
+        SvbError: It cannot be compiled here.
         UsageError: The family or model is unknown.
         InputError: A local weights file is missing or does not fit.
         ModelUnavailableError: The weights would come from a hub that cannot be reached.
@@ -33,7 +43,7 @@ def load_backbone(name: str, device: torch.device, dtype: torch.dtype) -> Backbo
     backbone = cast(Backbone, _family(family).load(name, model, weights))
     backbone.weights_hash = backbone.weights_hash or hash_weights(backbone.module)
     backbone.module.eval().requires_grad_(False)
-    backbone.place(device, dtype)
+    backbone.place(device, dtype, compile, batch_size)
     return backbone
 
 

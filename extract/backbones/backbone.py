@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from svb.device import precision_name
-from svb.errors import UsageError
+from svb.errors import SvbError, UsageError
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,44 @@ class Backbone:
     weights_hash: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
+    _compiled: Callable[[torch.Tensor], torch.Tensor] | None = field(default=None, init=False, repr=False)
 
-    def place(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Move the network to a device and precision; convolutions run channels-last there."""
-        self.device, self.dtype = device, dtype
+    def place(self, device: torch.device, dtype: torch.dtype, compile: bool = False, batch_size: int = 1) -> None:
+        """Move the network to a device and precision; convolutions run channels-last there.
+
+        Args:
+            device: Where to.
+            dtype: The precision to compute in.
+            compile: Compile the network, which takes a minute and changes the last bits of its rows. `module`
+                stays the network itself, whose weights the compiled one shares.
+            batch_size: B of the batches to come, which is what is compiled for.
+
+        Raises:
+            SvbError: The network cannot be compiled here.
+        """
+        self.device, self.dtype, self._compiled = device, dtype, None
         self.module.to(device=device, dtype=dtype)
         if self.clip_frames == 1:
             self.module.to(memory_format=torch.channels_last)
+        if compile:
+            self._compile(batch_size)
 
-    @torch.inference_mode()
+    def _compile(self, batch_size: int) -> None:
+        clip = (self.clip_frames,) if self.clip_frames > 1 else ()
+        zeros = torch.zeros(batch_size, 3, *clip, self.image_size, self.image_size, dtype=torch.uint8)
+        try:
+            self._compiled = torch.compile(self.module, dynamic=False)
+            self(zeros)  # compiling waits for the first batch: fail here rather than midway
+        except torch.OutOfMemoryError:
+            return  # compiled it is; whoever gives the batches can make them smaller
+        except Exception as error:  # the compilers' errors have no common root
+            self._compiled = None
+            reason = textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" ...")
+            raise SvbError(
+                f"{self.name} cannot be compiled for {self.device} ({reason}) - expected a C++ compiler (on a GPU "
+                "Triton too) and a network that torch.compile knows: install one, or run without compiling"
+            ) from error
+
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Return the features of a batch.
 
@@ -75,6 +105,14 @@ class Backbone:
         Returns:
             `(B, F)` float32 on the CPU.
         """
+        return self.start(images)()
+
+    @torch.inference_mode()
+    def start(self, images: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Start on a batch, and return a function that waits for its features; as `__call__` otherwise.
+
+        A GPU is given its work and goes on while this process does something else.
+        """
         shape = (1, 3, *[1] * (images.ndim - 2))
         mean = torch.tensor(self.mean, device=self.device).view(shape)
         std = torch.tensor(self.std, device=self.device).view(shape)
@@ -82,8 +120,20 @@ class Backbone:
         pixels = pixels.to(self.dtype)
         if self.clip_frames == 1:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
-        features: torch.Tensor = self.module(pixels).float().cpu()
-        return features
+        features: torch.Tensor = self.module(pixels).float()
+        if self.device.type != "cuda":
+            features = features.cpu()
+            return lambda: features
+        fetched = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
+        fetched.copy_(features, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(self.device))
+
+        def fetch() -> torch.Tensor:
+            done.synchronize()
+            return fetched
+
+        return fetch
 
     def settings(self) -> dict[str, Any]:
         """Return what shapes this backbone's rows, as stored and fingerprinted."""
@@ -96,11 +146,16 @@ class Backbone:
             "std": list(self.std),
             "clip_frames": self.clip_frames,
             "precision": precision_name(self.dtype),
+            **({"compiled": True} if self._compiled else {}),
         }
 
 
 def cut_classifier(module: nn.Module, class_names: list[str] | None) -> tuple[int, Classifier | None]:
-    """Replace a network's last linear layer by nothing, so that it gives that layer's inputs.
+    """Replace a network's last layer by nothing, so that it gives that layer's inputs.
+
+    The layer is a linear one, or a convolution that treats every position by itself and whose outputs the
+    network averages. Averaging and a linear map commute: with the layer gone the network averages its inputs,
+    and the layer makes of that average what it made before.
 
     Args:
         module: Changed in place.
@@ -110,26 +165,32 @@ def cut_classifier(module: nn.Module, class_names: list[str] | None) -> tuple[in
         The feature size F and the layer that was cut, None where its classes have no names.
 
     Raises:
-        UsageError: The network has no linear layer.
+        UsageError: The network does not end in such a layer.
     """
-    path, last = _last_linear(module)
+    path, last = _last_layer(module)
     parent = module.get_submodule(path.rpartition(".")[0])
     setattr(parent, path.rpartition(".")[2], nn.Identity())
-    if class_names is None or len(class_names) != last.out_features:
-        return last.in_features, None
-    bias = last.bias if last.bias is not None else torch.zeros(last.out_features)
-    classifier = Classifier(last.weight.detach().float().numpy(), bias.detach().float().numpy(), class_names)
-    return last.in_features, classifier
+    weight = last.weight.detach().float().flatten(1)  # (classes, F) of (classes, F, 1, 1, 1)
+    num_classes, feature_size = weight.shape
+    if class_names is None or len(class_names) != num_classes:
+        return feature_size, None
+    bias = last.bias.detach().float() if last.bias is not None else torch.zeros(num_classes)
+    return feature_size, Classifier(weight.numpy(), bias.numpy(), class_names)
 
 
-def _last_linear(module: nn.Module) -> tuple[str, nn.Linear]:
-    def linears() -> Iterator[tuple[str, nn.Linear]]:
-        return ((path, child) for path, child in module.named_modules() if isinstance(child, nn.Linear))
+def _last_layer(module: nn.Module) -> tuple[str, nn.Linear | nn.Conv2d | nn.Conv3d]:
+    # The very last: SqueezeNet's convolution is followed by a ReLU, which does not commute with averaging.
+    *_, (path, last) = module.named_modules()
+    if isinstance(last, nn.Linear) or (isinstance(last, nn.Conv2d | nn.Conv3d) and _is_pointwise(last)):
+        return path, last
+    raise UsageError(
+        f"{type(module).__name__} does not end in a linear layer or a pointwise convolution - choose another model"
+    )
 
-    *_, last = [None, *linears()]
-    if last is None:
-        raise UsageError(f"{type(module).__name__} does not end in a linear layer - choose another model")
-    return last
+
+def _is_pointwise(layer: nn.Conv2d | nn.Conv3d) -> bool:
+    once = (*layer.kernel_size, *layer.stride, layer.groups)
+    return set(once) == {1} and layer.padding in ((0, 0), (0, 0, 0))
 
 
 def imagenet_class_names() -> list[str]:

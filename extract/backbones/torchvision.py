@@ -14,20 +14,25 @@ from svb.errors import UsageError
 from svb.extract.backbones.backbone import Backbone, cut_classifier
 from svb.extract.weights import load_into, unavailable
 
-# The number of frames that the video classifiers were trained on.
-CLIP_FRAMES = 16
+# The number of frames that the video classifiers were trained on. torchvision tells it in prose alone, and
+# S3D's not at all: that is its training script's and its paper's, which evaluate on more.
+CLIP_FRAMES = {
+    **dict.fromkeys(("mc3_18", "r2plus1d_18", "r3d_18", "mvit_v1_b", "mvit_v2_s"), 16),
+    **dict.fromkeys(("swin3d_t", "swin3d_s", "swin3d_b"), 32),
+    "s3d": 64,
+}
 
 
 def load(name: str, model: str, weights: str) -> Backbone:
     """Load a classifier and cut off its last layer.
 
     Raises:
-        UsageError: torchvision has no classifier of that name, or it does not end in a linear layer.
+        UsageError: torchvision has no classifier of that name, or it does not end in a linear
+            layer or pointwise convolution.
         InputError: A local weights file is missing or does not fit.
         ModelUnavailableError: The default weights cannot be downloaded.
     """
-    video_models = torchvision.models.list_models(torchvision.models.video)
-    if model not in [*torchvision.models.list_models(torchvision.models), *video_models]:
+    if model not in [*torchvision.models.list_models(torchvision.models), *CLIP_FRAMES]:
         raise UsageError(f"torchvision has no classifier {model!r} - see torchvision.models.list_models()")
     default = torchvision.models.get_model_weights(model).DEFAULT
     module = torchvision.models.get_model(model, weights=None)
@@ -51,6 +56,6 @@ def load(name: str, model: str, weights: str) -> Backbone:
         feature_size=feature_size,
         mean=tuple(preprocess.mean),
         std=tuple(preprocess.std),
-        clip_frames=CLIP_FRAMES if model in video_models else 1,
+        clip_frames=CLIP_FRAMES.get(model, 1),
         classifier=classifier,
     )

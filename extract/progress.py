@@ -1,0 +1,112 @@
+"""How far an extraction is, what it waits for, and the log of both."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+LOG_SECONDS = 10.0
+
+# Below this share of waiting, neither side is said to hold up the other.
+MUCH_WAITING = 0.25
+
+
+@dataclass
+class ExtractProgress:
+    """How far an extraction is; handed to `on_progress` after every message from a decoder.
+
+    Attributes:
+        num_videos: How many are to be done.
+        num_bytes: Their files' size.
+        videos_done: How many have their record.
+        bytes_done: Their files' size.
+        frames_done: How many frames have gone to the backbones.
+        seconds: Since the first video was given to a decoder.
+        decode_wait_share: Share of the time that the backbones had nothing to do.
+        device_wait_share: Share of the decoders' time that they waited for the backbones; told by whole videos.
+        queue_depth: Messages from decoders that wait for the backbones.
+        num_workers: Decode processes.
+        device: Where the backbones run.
+    """
+
+    num_videos: int
+    num_bytes: int = 0
+    videos_done: int = 0
+    bytes_done: int = 0
+    frames_done: int = 0
+    seconds: float = 0.0
+    decode_wait_share: float = 0.0
+    device_wait_share: float = 0.0
+    queue_depth: int = 0
+    num_workers: int = 1
+    device: str = "cpu"
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """The time left at the rate so far, by bytes; None while nothing is done."""
+        if not self.bytes_done or not self.num_bytes:
+            return None
+        return self.seconds * max(0, self.num_bytes - self.bytes_done) / self.bytes_done
+
+
+def what_limited(progress: ExtractProgress) -> str:
+    """Return one sentence: what an extraction waited for, and what would help."""
+    cores = os.cpu_count() or 1
+    decode, device = progress.decode_wait_share, progress.device_wait_share
+    if decode >= max(device, MUCH_WAITING):
+        more = (
+            f"--workers above {progress.num_workers} (this machine has {cores} cores)"
+            if progress.num_workers < cores
+            else "more cores"
+        )
+        return (
+            f"decoding limited this run: the backbones waited for frames {decode:.0%} of the time; {more}, "
+            "--fast-decode, --resize decoder or --hwaccel would help"
+        )
+    if device >= MUCH_WAITING:
+        help_ = "a GPU" if progress.device == "cpu" else "a larger --batch-size, --compile or a second GPU"
+        return (
+            f"the backbones on {progress.device} limited this run: decoders waited for them {device:.0%} of the "
+            f"time; {help_}, --precision bfloat16 where the device has it, or a smaller backbone would help"
+        )
+    return (
+        f"decoding and backbones kept pace: they waited {decode:.0%} and {device:.0%} of the time; only more of "
+        "both would help"
+    )
+
+
+class RunLog:
+    """A run's JSON lines: `start`, `progress` every ten seconds, `end`. What cannot be written is left out.
+
+    Args:
+        folder: The store's; the log is `log/<time>-<host>-<process>.jsonl` in it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        stamp = time.strftime("%Y%m%dT%H%M%S")
+        self.path = folder / "log" / f"{stamp}-{socket.gethostname()}-{os.getpid()}.jsonl"
+        self._logged = time.monotonic()
+
+    def add(self, event: str, **values: Any) -> None:
+        """Add a line."""
+        line = json.dumps({"event": event, "unix_seconds": round(time.time(), 3), **values}, ensure_ascii=False)
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(exist_ok=True)
+            with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(line + "\n")
+
+    def add_progress(self, progress: ExtractProgress) -> None:
+        """Add where the run is, if that was not said in the last ten seconds."""
+        if time.monotonic() - self._logged >= LOG_SECONDS:
+            self._logged = time.monotonic()
+            self.add("progress", **asdict(progress), eta_seconds=progress.eta_seconds)
+
+    def add_end(self, progress: ExtractProgress, status: str, sentence: str) -> None:
+        """Add how the run ended."""
+        self.add("end", status=status, sentence=sentence, **asdict(progress))
