@@ -7,11 +7,13 @@ processes that must start fast and stay small.
 
 from __future__ import annotations
 
+import bisect
 import math
 import re
+import sys
 from array import array
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -19,14 +21,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svb.errors import SvbError
-from svb.extract.decode_options import DecodeOptions
-from svb.extract.sampling import Sampling
+from svb.extract.decode_options import DecodeOptions, Limits
+from svb.extract.sampling import TIME_TOLERANCE_SECONDS, Sampling
 
 # A chunk crosses from a decode worker to the backbones in one piece; this bounds a worker's memory
 # whatever the length of the video.
 CHUNK_BYTES = 16 * 2**20
 # Small frames are enlarged for the backbone: 512 squares of 224 pixels are 77 MB there.
 CHUNK_FRAMES = 512
+
+# Earlier than any frame.
+BEFORE_ALL_SECONDS = -1e12
 
 # Without these flags swscale rounds and places chroma faster but worse, and PyAV's and ffmpeg's pixels part.
 SCALE_FLAGS = "bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"
@@ -68,13 +73,26 @@ class FrameChunk:
     frames: NDArray[np.uint8]
     frame_times_seconds: NDArray[np.float64]
 
+    def after(self, seconds: float) -> Iterator[FrameChunk]:
+        """Yield the frames later than a time, if any."""
+        later = self.frame_times_seconds > seconds
+        if later.any():
+            yield FrameChunk(self.frames[later], self.frame_times_seconds[later])
+
 
 @dataclass(frozen=True)
 class DecodeEnd:
-    """How a decode ended: `status` is `ok` or `partial`, `error` the decoder's last words or empty."""
+    """How a decode ended.
+
+    Attributes:
+        status: `ok` or `partial`.
+        error: The decoder's last words, or empty.
+        cause: Of `partial`, the failure it is where partial videos are none to keep.
+    """
 
     status: str
     error: str = ""
+    cause: str = ""
 
 
 class DecodeError(SvbError):
@@ -94,7 +112,9 @@ class Decoder(Protocol):
 
     Raises:
         DecodeError: With the status `missing`, `empty`, `unreadable`, `truncated` (no index to read by),
-            `no_video_stream`, `attached_picture` or `zero_frames`.
+            `no_video_stream`, `attached_picture`, `zero_frames`, or `over_limit` (more than
+            `DecodeOptions.limits` allow: before the first frame, or amid the chunks of a video that runs
+            on for longer than it promised).
     """
 
     def __call__(
@@ -153,6 +173,57 @@ def zero_frames(path: Path, words: str) -> DecodeError:
     return DecodeError("zero_frames", f"{path} gave no frame - {words or 'its video stream is empty'}")
 
 
+def over_limit(path: Path, words: str, option: str) -> DecodeError:
+    """Return the error for a video that asks for more than its limits allow."""
+    return DecodeError("over_limit", f"{path} {words}; if you trust it raise {option}")
+
+
+def require_size(path: Path, limits: Limits, width_px: int, height_px: int) -> None:
+    """Refuse too large frames.
+
+    Raises:
+        DecodeError: `over_limit`.
+    """
+    for name, size, limit in (
+        ("width", width_px, limits.max_width_px),
+        ("height", height_px, limits.max_height_px),
+    ):
+        if size > limit:
+            words = f"has frames of {width_px}x{height_px} px - expected a {name} of at most {limit}"
+            raise over_limit(path, words, f"--max-{name}")
+
+
+def require_duration(path: Path, limits: Limits, duration_seconds: float, verb: str = "promises") -> None:
+    """Refuse a too long video; NaN is no promise.
+
+    Raises:
+        DecodeError: `over_limit`.
+    """
+    if duration_seconds > limits.max_duration_seconds:
+        words = (
+            f"{verb} {duration_seconds / 3600:.2f} hours of video - "
+            f"expected at most {limits.max_duration_seconds / 3600:g}"
+        )
+        raise over_limit(path, words, "--max-hours")
+
+
+def require_streams(path: Path, limits: Limits, num_streams: int) -> None:
+    """Refuse a file of too many streams, of any kind.
+
+    Raises:
+        DecodeError: `over_limit`.
+    """
+    if num_streams > limits.max_streams:
+        words = f"has {num_streams} streams - expected at most {limits.max_streams}"
+        raise over_limit(path, words, "--max-streams")
+
+
+def max_pixels(limits: Limits) -> int:
+    """Return what libavcodec is to refuse, too: it counts whole blocks, of up to 128 pixels."""
+    width, height = (-(-size // 128) * 128 for size in (limits.max_width_px, limits.max_height_px))
+    return width * height
+
+
 def _lacks_index(path: Path) -> bool:
     """Say whether a file is an MP4 or MOV without its index: PyAV does not pass on what libavformat logs."""
     kinds = {b"ftyp", b"mdat", b"free", b"skip", b"wide", b"moov", b"moof", b"uuid", b"pnot"}
@@ -181,6 +252,19 @@ def square_pixels_width(width: int, sample_aspect_ratio: float) -> int:
     if not MIN_ASPECT_RATIO <= sample_aspect_ratio <= MAX_ASPECT_RATIO:
         return width
     return max(1, math.floor(width * sample_aspect_ratio + 0.5))
+
+
+def resized(width: int, height: int, resize_px: int | None) -> tuple[int, int]:
+    """Return the size whose short side is `resize_px`, with the long one cut off as the device does it.
+
+    A strip longer than `MAX_ASPECT_RATIO` times its short side keeps its size: enlarged it might not fit
+    into memory.
+    """
+    short, long = min(width, height), max(width, height)
+    if resize_px is None or long > MAX_ASPECT_RATIO * short:
+        return width, height
+    long_side = int(resize_px * long / short)
+    return (long_side, resize_px) if width > height else (resize_px, long_side)
 
 
 def right_angle(degrees: float) -> int:
@@ -224,6 +308,12 @@ got_on: Callable[[], None] = _nobody_listens
 class FrameChooser:
     """Says of each decoded frame, in order of presentation, whether it is used; keeps what was seen.
 
+    Args:
+        path: The file, for messages.
+        options: Which frames, and the limit on how long a video may run.
+        positions: Which frames, in order of presentation, where they were listed before.
+        targets_seconds: Instead of positions: the first frame at or after each of these ascending times.
+
     Attributes:
         decoded: Frames seen.
         used: Frames wanted.
@@ -231,38 +321,64 @@ class FrameChooser:
         last_time_seconds: The latest frame's time.
     """
 
-    def __init__(self, sampling: Sampling, positions: Collection[int] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        options: DecodeOptions,
+        positions: Collection[int] | None = None,
+        targets_seconds: Sequence[float] | None = None,
+    ) -> None:
         self.decoded = 0
         self.used = 0
         self.first_time_seconds = math.nan
         self.last_time_seconds = -math.inf
-        self._sampling = sampling
+        self._path = path
+        self._limits = options.limits
+        self._sampling = options.sampling
         self._positions = None if positions is None else frozenset(positions)
+        self._targets = None if targets_seconds is None else earliest(targets_seconds)
         self._last_used_seconds = -math.inf
 
-    def wants(self, time_seconds: float) -> bool:
-        """Count one more decoded frame and say whether it is used."""
-        self.count(time_seconds)
-        return self.chooses(time_seconds)
-
     def count(self, time_seconds: float) -> None:
-        """Count one more decoded frame."""
+        """Count one more decoded frame.
+
+        Raises:
+            DecodeError: `over_limit`: the video has run for too long.
+        """
         got_on()
         self.decoded += 1
         if self.decoded == 1:
             self.first_time_seconds = time_seconds
         self.last_time_seconds = max(self.last_time_seconds, time_seconds)
+        require_duration(
+            self._path, self._limits, self.last_time_seconds - self.first_time_seconds, "has run on to"
+        )
 
     def chooses(self, time_seconds: float) -> bool:
         """Say whether the frame that was counted last is used."""
         # A clock that jumps back (joined broadcasts) must not break the ascending order of times.
-        wanted = time_seconds > self._last_used_seconds and (
-            self._is_next_on_grid(time_seconds) if self._positions is None else self.decoded - 1 in self._positions
-        )
+        wanted = time_seconds > self._last_used_seconds and self._wants(time_seconds)
         if wanted:
-            self.used += 1
-            self._last_used_seconds = time_seconds
+            self.use(time_seconds)
         return wanted
+
+    def use(self, time_seconds: float) -> None:
+        """Note that a frame is used."""
+        self.used += 1
+        self._last_used_seconds = time_seconds
+
+    def _wants(self, time_seconds: float) -> bool:
+        if self._positions is not None:
+            return self.decoded - 1 in self._positions
+        if self._targets is not None:
+            passed = bisect.bisect_right(self._targets, time_seconds)
+            return passed > bisect.bisect_right(self._targets, self._last_used_seconds)
+        if self._sampling.fps is not None:
+            return self._is_next_on_grid(time_seconds)
+        if self._sampling.every_nth is not None:
+            return (self.decoded - 1) % self._sampling.every_nth == 0
+        # What a key frame or a new scene is, is libav's to say, and every frame asked about is one.
+        return True
 
     def _is_next_on_grid(self, time_seconds: float) -> bool:
         if self.used == 0:
@@ -270,6 +386,26 @@ class FrameChooser:
         first = self.first_time_seconds
         grid_point = self._sampling.grid_point
         return grid_point(time_seconds, first) > grid_point(self._last_used_seconds, first)
+
+
+def earliest(targets_seconds: Sequence[float]) -> list[float]:
+    """Return the time from which on a frame is at each target, given what containers round."""
+    return [target - TIME_TOLERANCE_SECONDS for target in targets_seconds]
+
+
+def scene_expression(threshold: float) -> str:
+    """Return where a scene begins, in the language of libavfilter's `select`."""
+    return f"if(n,gt(scene,{float(threshold)!r}),1)"
+
+
+def without_skipping(options: DecodeOptions) -> DecodeOptions | None:
+    """Return what to try where nothing decodes of a video whose frames were skipped; None where none were.
+
+    Of a video without key frames the first frame is used: what can be decoded of it says what it shows.
+    """
+    if options.sampling.keyframes:
+        return replace(options, fast=False, sampling=Sampling(every_nth=sys.maxsize))
+    return replace(options, fast=False) if options.fast else None
 
 
 class PacketTimes:
@@ -300,10 +436,17 @@ class PacketTimes:
         self.end_seconds = max(self.end_seconds, end)
 
     def positions(self, sampling: Sampling) -> list[int]:
-        """Return which frames, in order of presentation, `frames` sampling uses."""
+        """Return which frames, in order of presentation, `frames` or `every_nth` sampling uses."""
         if not self._times_seconds:
             return [0]
+        if sampling.every_nth is not None:
+            return list(range(0, len(self._times_seconds), sampling.every_nth))
         return sampling.spread(sorted(self._times_seconds), self.end_seconds - self.start_seconds)
+
+    def targets_seconds(self, sampling: Sampling) -> list[float]:
+        """Return the times of those frames, by which they are found where not every frame is decoded."""
+        times = sorted(self._times_seconds) or [BEFORE_ALL_SECONDS]
+        return [times[position] for position in self.positions(sampling)]
 
 
 class ChunkBuilder:
@@ -367,4 +510,5 @@ def judge_end(
         return DecodeEnd("ok")
     of_promised = f" of {promised:.1f} s" if promised > 0 else ""
     words = f"decode errors: {errors.count}, the last: {errors.last_words}" if errors.count else "the file ends"
-    return DecodeEnd("partial", f"decoded {decoded_seconds:.1f} s{of_promised}; {words}")
+    cause = "concealed_errors" if errors.count else "truncated"
+    return DecodeEnd("partial", f"decoded {decoded_seconds:.1f} s{of_promised}; {words}", cause)

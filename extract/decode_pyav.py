@@ -7,31 +7,27 @@ frame times, going on after a damaged packet, and calling a half-read file `part
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-import struct
-from collections.abc import Iterator, Mapping
-from fractions import Fraction
+from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
 import av
 import av.error
-import av.filter
 import av.logging
-import numpy as np
 from av.container import InputContainer
 from av.container.core import Flags
 from av.packet import Packet
-from av.sidedata.sidedata import Type as SideDataType
 from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
-from numpy.typing import NDArray
 
+from svb.extract import decode as decode_module
 from svb.extract.decode import (
-    SCALE_FLAGS,
     ChunkBuilder,
     DecodeEnd,
+    DecodeError,
     DecodeErrors,
     FrameChooser,
     FrameChunk,
@@ -39,50 +35,216 @@ from svb.extract.decode import (
     VideoProperties,
     check_file,
     judge_end,
+    max_pixels,
     no_video,
-    on_white,
     origin_seconds,
+    require_duration,
+    require_size,
+    require_streams,
     right_angle,
-    square_pixels_width,
     tagged_seconds,
     unreadable,
+    without_skipping,
     zero_frames,
 )
-from svb.extract.decode_options import DecodeOptions
-from svb.extract.sampling import Sampling
+from svb.extract.decode_options import DecodeOptions, Limits
+from svb.extract.pyav_pictures import Converter, SceneDetector, clockwise_degrees, display_matrix
+from svb.extract.sampling import Sampling, shown_at
+from svb.extract.skip_plan import SkipPlan, StretchList
+
+# Whole stretches of a video are seldom without a frame that is used at this many a second: not worth a look.
+FPS_THAT_NEEDS_ALL = 1.0
+
+
+class _NotAsListedError(Exception):
+    """Stretches of a video did not decode to what its packets let expect."""
 
 
 def decode(path: Path, options: DecodeOptions) -> Iterator[VideoProperties | FrameChunk | DecodeEnd]:
-    """Decode one file; see `svb.extract.decode.Decoder`."""
+    """Decode one file; see `svb.extract.decode.Decoder`.
+
+    Of a video that is sampled sparsely only the stretches around wanted frames are decoded, where its
+    packets tell that the frames come out the same. At the first sign of damage all of it is.
+    """
     check_file(path)
-    sampling = options.sampling
-    chooser = FrameChooser(sampling, None if sampling.frames is None else _positions(path, sampling))
+    try:
+        yield from _decode_what_is_needed(path, options)
+        return
+    except DecodeError as error:
+        unskipped = without_skipping(options)
+        if error.status != "zero_frames" or unskipped is None:
+            raise
+    yield from _decode(path, unskipped, FrameChooser(path, unskipped))
+
+
+def _decode_what_is_needed(
+    path: Path, options: DecodeOptions
+) -> Iterator[VideoProperties | FrameChunk | DecodeEnd]:
+    chooser, plan = _listed(path, options)
+    had_properties = False
+    last_seconds = -math.inf
+    if plan is not None:
+        with contextlib.suppress(_NotAsListedError):
+            for item in _decode(path, options, FrameChooser(path, options), plan):
+                had_properties = True
+                if isinstance(item, FrameChunk):
+                    last_seconds = float(item.frame_times_seconds[-1])
+                yield item
+            return
+    for item in _decode(path, options, chooser):
+        if isinstance(item, FrameChunk):
+            yield from item.after(last_seconds)
+        elif not (had_properties and isinstance(item, VideoProperties)):
+            yield item
+
+
+def _decode(
+    path: Path, options: DecodeOptions, chooser: FrameChooser, plan: SkipPlan | None = None
+) -> Iterator[VideoProperties | FrameChunk | DecodeEnd]:
     errors = DecodeErrors()
     chunks = ChunkBuilder()
-    with _opened(path) as (container, stream):
-        converter = _Converter(stream)
-        properties: VideoProperties | None = None
-        last: tuple[VideoFrame, float] | None = None
-        for frame, time_seconds in _decoded_frames(container, stream, errors):
-            if properties is None:
-                properties = _properties(container, stream, converter, frame)
-                yield properties
-            last = frame, time_seconds
-            if chooser.wants(time_seconds):
-                yield from chunks.add(converter.rgb(frame), time_seconds)
-        if properties is None or last is None:
-            raise zero_frames(path, errors.last_words)
+    with _opened(path, options.limits) as (container, stream):
+        stream.codec_context.skip_frame = (
+            "NONKEY" if options.sampling.keyframes else "NONREF" if options.fast else "DEFAULT"
+        )
+        converter = Converter(stream, options.resize_px)
+        decoded = _decoded_frames(container, stream, errors, plan)
+        first = next(decoded, None)
+        if first is None:
+            raise zero_frames(path, errors.last_words) if plan is None else _NotAsListedError
+        properties = _properties(container, stream, converter, first[0])
+        require_size(path, options.limits, properties.width_px, properties.height_px)
+        yield properties
+        frames = _Counted(itertools.chain([first], decoded), chooser)
+        chosen = (
+            _chosen(frames, options.sampling, chooser, stream)
+            if plan is None
+            else _planned(frames, plan, chooser, errors)
+        )
+        for frame, time_seconds in chosen:
+            yield from chunks.add(converter.rgb(frame), time_seconds)
+        for _ in frames:
+            # Past the last wanted time, too, damage makes a video partial.
+            pass
         if not chooser.used:
             # Every position asked for lies in the part that does not decode.
-            yield from chunks.add(converter.rgb(last[0]), last[1])
+            frame, time_seconds = frames.last
+            yield from chunks.add(converter.rgb(frame), time_seconds)
         yield from chunks.flush()
+        if plan is not None:
+            chooser.first_time_seconds, chooser.last_time_seconds = plan.first_time_seconds, plan.last_time_seconds
         decoded_seconds = _decoded_seconds(container, chooser, properties)
-    yield judge_end(properties, decoded_seconds, errors, lambda: _whole_file_seconds(path))
+    yield judge_end(properties, decoded_seconds, errors, lambda: _whole_file_seconds(path, options.limits))
+
+
+def _listed(path: Path, options: DecodeOptions) -> tuple[FrameChooser, SkipPlan | None]:
+    """Return what chooses frames, and what need not be decoded; for that the packets may be read first."""
+    sampling = options.sampling
+    by_position = sampling.frames is not None or (sampling.every_nth is not None and options.fast)
+    if not by_position and (options.fast or not _is_sparse(sampling)):
+        return FrameChooser(path, options), None
+    errors = DecodeErrors()
+    with _opened(path, options.limits) as (container, stream):
+        rate = stream.average_rate
+        times = PacketTimes(float(1 / rate) if rate else 0.0)
+        stretches = StretchList(stream)
+        for packet in _packets(container, (stream,), errors):
+            _note_packet(packet, times)
+            stretches.add(packet)
+    if options.fast:
+        return FrameChooser(path, options, targets_seconds=times.targets_seconds(sampling)), None
+    chooser = FrameChooser(path, options, times.positions(sampling) if by_position else None)
+    shown = [] if errors.count else stretches.sorted_times_seconds()
+    return chooser, stretches.plan(_wanted(shown, path, options, times)) if shown else None
+
+
+def _is_sparse(sampling: Sampling) -> bool:
+    is_slow = sampling.fps is not None and sampling.fps < FPS_THAT_NEEDS_ALL
+    return is_slow or sampling.times_seconds is not None or sampling.every_nth is not None
+
+
+def _wanted(shown_seconds: list[float], path: Path, options: DecodeOptions, times: PacketTimes) -> list[float]:
+    """Return the times of the frames that are used, of a video that decodes whole."""
+    sampling = options.sampling
+    if sampling.times_seconds is not None:
+        return [
+            seconds
+            for _, seconds in shown_at(sampling.times_seconds, zip(shown_seconds, shown_seconds, strict=True))
+        ]
+    chooser = FrameChooser(path, options, None if sampling.frames is None else times.positions(sampling))
+    wanted = []
+    for seconds in shown_seconds:
+        chooser.count(seconds)
+        if chooser.chooses(seconds):
+            wanted.append(seconds)
+    return wanted
+
+
+class _Counted:
+    """Counts decoded frames on their way.
+
+    Attributes:
+        last: The latest frame and its time.
+    """
+
+    def __init__(self, frames: Iterator[tuple[VideoFrame, float]], chooser: FrameChooser) -> None:
+        self.last: tuple[VideoFrame, float]
+        self._frames = frames
+        self._chooser = chooser
+
+    def __iter__(self) -> _Counted:
+        return self
+
+    def __next__(self) -> tuple[VideoFrame, float]:
+        self.last = next(self._frames)
+        self._chooser.count(self.last[1])
+        return self.last
+
+
+def _chosen(
+    frames: _Counted, sampling: Sampling, chooser: FrameChooser, stream: VideoStream
+) -> Iterator[tuple[VideoFrame, float]]:
+    """Yield the frames that are used, with their times."""
+    if sampling.times_seconds is not None:
+        for frame, time_seconds in shown_at(sampling.times_seconds, frames):
+            chooser.use(time_seconds)
+            yield frame, time_seconds
+        return
+    scenes = None if sampling.scenes is None else SceneDetector(stream, sampling.scenes)
+    for frame, time_seconds in frames:
+        # Not every decoder knows how to skip.
+        if sampling.keyframes and not frame.key_frame:
+            continue
+        if scenes is not None and not scenes.begins(frame):
+            continue
+        if chooser.chooses(time_seconds):
+            yield frame, time_seconds
+
+
+def _planned(
+    frames: _Counted, plan: SkipPlan, chooser: FrameChooser, errors: DecodeErrors
+) -> Iterator[tuple[VideoFrame, float]]:
+    """Yield the planned frames, with their times.
+
+    Raises:
+        _NotAsListedError: One is missing, or something is damaged.
+    """
+    wanted = iter(plan.times_seconds)
+    next_seconds = next(wanted, math.inf)
+    for frame, time_seconds in frames:
+        if errors.count or time_seconds > next_seconds:
+            raise _NotAsListedError
+        if time_seconds == next_seconds:
+            chooser.use(time_seconds)
+            yield frame, time_seconds
+            next_seconds = next(wanted, math.inf)
+    if errors.count or next_seconds < math.inf:
+        raise _NotAsListedError
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """Open a file and its first real video stream.
+def _opened(path: Path, limits: Limits) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """Open a file and its first real video stream; refuse one over the limits.
 
     The demuxer gets an open file and the right to nothing else: a playlist that calls itself .mp4
     cannot open other files, and no name, however odd, is taken for an option or a pattern.
@@ -94,6 +256,7 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
             container = stack.enter_context(av.open("fd:", options=options))
         except (OSError, ValueError, av.error.FFmpegError) as error:
             raise unreadable(path, _words(error)) from error
+        require_streams(path, limits, len(container.streams))
         # PyAV asks for invented times, which are out of order for packed AVI; ffmpeg does not.
         container.flags &= ~cast("int", Flags.gen_pts.value)
         pictures = [bool(s.disposition & Disposition.attached_pic) for s in container.streams.video]
@@ -102,25 +265,19 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         stream = container.streams.video[pictures.index(False)]
         if stream.codec_context is None:
             raise zero_frames(path, "its codec is unknown")
+        require_size(path, limits, stream.codec_context.width, stream.codec_context.height)
+        require_duration(path, limits, _promised_seconds(container, stream))
+        require_duration(path, limits, (container.duration or 0) / 1e6)
+        stream.codec_context.options = {"max_pixels": str(max_pixels(limits))}
         # Automatic threading can hang where many decoders run at once.
         stream.codec_context.thread_count = 1
         stream.codec_context.thread_type = "NONE"
         yield container, stream
 
 
-def _positions(path: Path, sampling: Sampling) -> list[int]:
-    """List the packets' times without decoding, and return which frames `frames` sampling uses."""
-    with _opened(path) as (container, stream):
-        rate = stream.average_rate
-        times = PacketTimes(float(1 / rate) if rate else 0.0)
-        for packet in _packets(container, (stream,), DecodeErrors()):
-            _note_packet(packet, times)
-        return times.positions(sampling)
-
-
-def _whole_file_seconds(path: Path) -> float:
+def _whole_file_seconds(path: Path, limits: Limits) -> float:
     """Return how long the file's packets last, sound included."""
-    with _opened(path) as (container, stream):
+    with _opened(path, limits) as (container, stream):
         times = PacketTimes(0.0)
         streams = (stream, *container.streams.audio)
         for packet in _packets(container, streams, DecodeErrors()):
@@ -141,22 +298,39 @@ def _packets(
 ) -> Iterator[Packet[VideoStream]]:
     """Yield packets up to the end or to what cannot be read any more."""
     try:
-        yield from cast("Iterator[Packet[VideoStream]]", container.demux(*streams))
+        for packet in cast("Iterator[Packet[VideoStream]]", container.demux(*streams)):
+            # Of many packets in a row no frame may come: skipped ones, damaged ones.
+            decode_module.got_on()
+            yield packet
     except av.error.FFmpegError as error:
         errors.add(_words(error))
 
 
 def _decoded_frames(
-    container: InputContainer, stream: VideoStream, errors: DecodeErrors
+    container: InputContainer, stream: VideoStream, errors: DecodeErrors, plan: SkipPlan | None
 ) -> Iterator[tuple[VideoFrame, float]]:
     """Yield frames and their times in order of presentation; goes on after damage as ffmpeg does."""
     clock = _Clock(stream)
-    for packet in _packets(container, (stream,), errors):
-        if packet.size:
-            for frame in _decode_packet(stream, packet, errors):
-                yield frame, clock.time_seconds(frame)
+    packets = (packet for packet in _packets(container, (stream,), errors) if packet.size)
+    for packet in packets if plan is None else _needed_packets(packets, plan):
+        for frame in _decode_packet(stream, packet, errors):
+            yield frame, clock.time_seconds(frame)
+        if packet is None:
+            stream.codec_context.flush_buffers()
     for frame in _decode_packet(stream, None, errors):
         yield frame, clock.time_seconds(frame)
+
+
+def _needed_packets(packets: Iterator[Packet[VideoStream]], plan: SkipPlan) -> Iterator[Packet[VideoStream] | None]:
+    """Yield the packets of needed stretches; None where what follows is left out, and the decoder to be emptied."""
+    was_needed = False
+    for number, packet in enumerate(packets):
+        if number == len(plan.stretches):
+            raise _NotAsListedError
+        is_needed = plan.stretches[number] in plan.needed
+        if is_needed or was_needed:
+            yield packet if is_needed else None
+        was_needed = is_needed
 
 
 def _decode_packet(
@@ -224,108 +398,8 @@ class _Clock:
         return dts
 
 
-class _Converter:
-    """Turns decoded frames into upright RGB with square pixels, with the filters that ffmpeg would use.
-
-    Every frame has the first one's size: where a stream changes its resolution, later frames are
-    scaled, as ffmpeg does it.
-    """
-
-    def __init__(self, stream: VideoStream) -> None:
-        self._stream = stream
-        self._size: tuple[int, int] | None = None
-        self._graph: av.filter.Graph | None = None
-        self._graph_is_for: tuple[object, ...] = ()
-
-    def size(self, frame: VideoFrame) -> tuple[int, int]:
-        """Return `(width, height)` of all frames, which the first one decides."""
-        if self._size is None:
-            turned = _clockwise_degrees(_display_matrix(frame)) in (90, 270)
-            width, height, aspect = frame.width, frame.height, float(self._aspect_ratio())
-            if turned:
-                width, height, aspect = height, width, 1 / aspect
-            self._size = square_pixels_width(width, aspect), height
-        return self._size
-
-    def rgb(self, frame: VideoFrame) -> NDArray[np.uint8]:
-        """Return `(H, W, 3)`."""
-        matrix = _display_matrix(frame)
-        look = frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range, matrix
-        if self._graph is None or look != self._graph_is_for:
-            self._graph, self._graph_is_for = self._build(frame, matrix), look
-        self._graph.push(frame)
-        picture = cast("NDArray[np.uint8]", self._graph.vpull().to_ndarray())
-        return on_white(picture) if picture.shape[-1] == 4 else picture
-
-    def _build(self, frame: VideoFrame, matrix: tuple[int, ...]) -> av.filter.Graph:
-        width, height = self.size(frame)
-        unit = self._stream.time_base
-        filters = [
-            (
-                "buffer",
-                f"video_size={frame.width}x{frame.height}:pix_fmt={frame.format.name}:time_base={unit}"
-                f":pixel_aspect={self._aspect_ratio()}"
-                f":colorspace={int(frame.colorspace)}:range={int(frame.color_range)}",
-            ),
-            *_upright(matrix),
-            ("scale", f"w={width}:h={height}:flags={SCALE_FLAGS}"),
-            ("format", f"pix_fmts={'rgba' if _is_transparent(frame) else 'rgb24'}"),
-            ("buffersink", None),
-        ]
-        graph = av.filter.Graph()
-        graph.threads = 1
-        graph.link_nodes(*[graph.add(name, arguments) for name, arguments in filters]).configure()
-        return graph
-
-    def _aspect_ratio(self) -> Fraction:
-        """Return the sample aspect ratio, the container's before the codec's, 1 where neither has one."""
-        return self._stream.sample_aspect_ratio or self._stream.codec_context.sample_aspect_ratio or Fraction(1)
-
-
-def _is_transparent(frame: VideoFrame) -> bool:
-    return frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
-
-
-def _display_matrix(frame: VideoFrame) -> tuple[int, ...]:
-    """Return how the frame is to be turned and mirrored: 9 fixed-point numbers, or none."""
-    try:
-        data = cast("Mapping[object, bytes]", frame.side_data).get(SideDataType.DISPLAYMATRIX)
-    except ValueError:
-        # PyAV does not know every kind of side data; it still knows the angle.
-        angle = math.radians(-frame.rotation)
-        cos, sin = round(math.cos(angle) * 65536), round(math.sin(angle) * 65536)
-        return (cos, sin, 0, -sin, cos, 0, 0, 0, 1 << 30) if frame.rotation else ()
-    return struct.unpack("=9i", bytes(data)) if data else ()
-
-
-def _clockwise_degrees(matrix: tuple[int, ...]) -> int:
-    """Return by how much a display matrix turns the picture, 0 to 359, as libavutil and ffmpeg round it."""
-    if not matrix:
-        return 0
-    across, down = math.hypot(matrix[0], matrix[3]), math.hypot(matrix[1], matrix[4])
-    if not across or not down:
-        return 0
-    return round(math.degrees(math.atan2(matrix[1] / down, matrix[0] / across))) % 360
-
-
-def _upright(matrix: tuple[int, ...]) -> list[tuple[str, str | None]]:
-    """Return the filters that apply a display matrix: ffmpeg's choice (`-autorotate`), mirrored ones too."""
-    degrees = _clockwise_degrees(matrix)
-    if not matrix:
-        return []
-    if degrees == 90:
-        return [("transpose", "cclock_flip" if matrix[3] > 0 else "clock")]
-    if degrees == 270:
-        return [("transpose", "clock_flip" if matrix[3] < 0 else "cclock")]
-    if degrees == 180:
-        return [(name, None) for name, sign in (("hflip", matrix[0]), ("vflip", matrix[4])) if sign < 0]
-    if degrees:
-        return [("rotate", f"{degrees}*PI/180")]
-    return [("vflip", None)] if matrix[4] < 0 else []
-
-
 def _properties(
-    container: InputContainer, stream: VideoStream, converter: _Converter, frame: VideoFrame
+    container: InputContainer, stream: VideoStream, converter: Converter, frame: VideoFrame
 ) -> VideoProperties:
     width, height = converter.size(frame)
     return VideoProperties(
@@ -333,7 +407,7 @@ def _properties(
         frame_rate=float(stream.average_rate) if stream.average_rate else math.nan,
         width_px=width,
         height_px=height,
-        rotation_degrees=right_angle(-_clockwise_degrees(_display_matrix(frame))),
+        rotation_degrees=right_angle(-clockwise_degrees(display_matrix(frame))),
         codec=stream.codec_context.codec.canonical_name,
     )
 

@@ -4,38 +4,64 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 from svb.errors import UsageError
 
 # A container that counts in milliseconds rounds a frame's time by up to half of one.
 TIME_TOLERANCE_SECONDS = 1e-3
 
+Frame = TypeVar("Frame")
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """`fps` frames a second on a grid that starts at the first frame, or `frames` of them spread evenly.
+    """Which frames are used; exactly one kind is set. A video that decodes at all gives at least one frame.
 
-    Exactly one of the two is set. With `fps`, the first frame at or after each grid point is used, and
-    no frame twice: a video slower than `fps` gives every frame once. With `frames`, the video is cut
-    into that many equal parts and the frame shown in the middle of each is used. A video that decodes
-    at all gives at least one frame.
+    Attributes:
+        fps: This many a second on a grid that starts at the first frame: the first frame at or after each
+            grid point, and no frame twice. A video slower than that gives every frame once.
+        frames: This many spread evenly: the video is cut into equal parts, and the frame shown in the
+            middle of each is used.
+        every_nth: Frames 0, n, 2n and so on, in order of presentation.
+        keyframes: Those that decode without any other; the others are not decoded.
+        scenes: One a scene: the first frame, and every frame that differs from the one before it by a
+            score, libavfilter's, above this threshold between 0 and 1.
+        times_seconds: For each of these times, on the file's own clock, the frame shown then: the last at
+            or before it, the first where it is before the first; no frame twice. Stored sorted and unique.
 
     Raises:
-        UsageError: None or both are set, or one is not positive.
+        UsageError: None or several are set, or one is out of its range.
     """
 
     fps: float | None = None
     frames: int | None = None
+    every_nth: int | None = None
+    keyframes: bool = False
+    scenes: float | None = None
+    times_seconds: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if (self.fps is None) == (self.frames is None):
-            raise UsageError(f"got fps={self.fps} and frames={self.frames} - give exactly one of the two")
-        value = self.fps if self.fps is not None else self.frames
-        if value is None or not math.isfinite(value) or value <= 0:
-            raise UsageError(f"cannot sample {value} frames - give a positive number")
+        values = {kind.name: getattr(self, kind.name) for kind in fields(self)}
+        given = {kind: value for kind, value in values.items() if value is not None and value is not False}
+        if len(given) != 1:
+            words = " and ".join(f"{kind}={value}" for kind, value in given.items()) or "no kind of sampling"
+            raise UsageError(f"got {words} - give exactly one of {', '.join(values)}")
+        for value in (self.fps, self.frames, self.every_nth):
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise UsageError(f"cannot sample {value} frames - give a positive number")
+        if self.every_nth is not None and self.every_nth != int(self.every_nth):
+            raise UsageError(f"cannot take every {self.every_nth}th frame - give a whole number")
+        if self.scenes is not None and not 0 <= self.scenes <= 1:
+            raise UsageError(f"cannot tell scenes apart by a score of {self.scenes} - give a number from 0 to 1")
+        if self.times_seconds is not None:
+            if not self.times_seconds or not all(math.isfinite(time) for time in self.times_seconds):
+                raise UsageError(
+                    f"cannot sample at the times {list(self.times_seconds)[:3]} - give at least one, all finite"
+                )
+            object.__setattr__(self, "times_seconds", tuple(sorted({float(time) for time in self.times_seconds})))
 
     def grid_point(self, time_seconds: float, first_time_seconds: float) -> int:
         """Return the number of the last grid point at or before a time; only with `fps`."""
@@ -62,5 +88,41 @@ class Sampling:
         return sorted(shown)
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings as they are stored and fingerprinted."""
-        return {"fps": float(self.fps)} if self.fps is not None else {"frames": self.frames}
+        """Return the settings as they are stored and fingerprinted; `Sampling(**settings)` reads them back."""
+        if self.fps is not None:
+            return {"fps": float(self.fps)}
+        if self.scenes is not None:
+            return {"scenes": float(self.scenes)}
+        if self.times_seconds is not None:
+            return {"times_seconds": list(self.times_seconds)}
+        if self.keyframes:
+            return {"keyframes": True}
+        return {"frames": self.frames} if self.frames is not None else {"every_nth": self.every_nth}
+
+
+def shown_at(
+    times_seconds: Sequence[float], frames: Iterable[tuple[Frame, float]]
+) -> Iterator[tuple[Frame, float]]:
+    """Yield the frames shown at wanted times, in one pass that holds one frame.
+
+    Args:
+        times_seconds: Wanted, ascending, at least one.
+        frames: Frames and their times in order of presentation; is read no further than needed. A frame
+            whose clock jumped back is passed over.
+    """
+    held: tuple[Frame, float] | None = None
+    wanted = 0
+    for frame, time_seconds in frames:
+        if held is not None:
+            if time_seconds <= held[1]:
+                continue
+            is_shown = times_seconds[wanted] + TIME_TOLERANCE_SECONDS < time_seconds
+            while wanted < len(times_seconds) and times_seconds[wanted] + TIME_TOLERANCE_SECONDS < time_seconds:
+                wanted += 1
+            if is_shown:
+                yield held
+            if wanted == len(times_seconds):
+                return
+        held = frame, time_seconds
+    if held is not None:
+        yield held

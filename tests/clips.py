@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -138,3 +139,34 @@ def make_transparent_clip(path: Path, codec: Sequence[str] = ("-c:v", "qtrle", "
 
 def make_animated_webp(path: Path) -> Path:
     return make_clip(path, seconds=2, fps=5, codec=("-c:v", "libwebp_anim", "-lossless", "1"))
+
+
+def make_scenes(path: Path, *, num_scenes: int, scene_seconds: float) -> Path:
+    """Write a clip of still scenes that have nothing in common."""
+    patterns = ("testsrc2", "mandelbrot", "color=c=white", "smptebars", "color=c=black")
+    inputs: list[str] = []
+    for number in range(num_scenes):
+        pattern = patterns[number % len(patterns)]
+        sized = f"{pattern}{':' if '=' in pattern else '='}size=64x48:rate=10"
+        inputs += ["-f", "lavfi", "-t", str(scene_seconds), "-i", sized]
+    freeze = f"select='eq(n,0)',loop=loop={round(scene_seconds * 10) - 1}:size=1,setpts=N/10/TB"
+    still = "".join(f"[{number}]format=yuv420p,{freeze}[s{number}];" for number in range(num_scenes))
+    joined = "".join(f"[s{number}]" for number in range(num_scenes)) + f"concat=n={num_scenes}:v=1"
+    run_ffmpeg(*inputs, "-filter_complex", still + joined, "-r", "10", *X264, "-bf", "2", f"file:{path}")
+    return path
+
+
+def make_clip_without_keyframes(path: Path) -> Path:
+    """Write what a tuner that was switched on amid a broadcast records: no picture stands for itself."""
+    whole = make_clip(path.with_name(f"whole-{path.name}"), codec=("-c:v", "mpeg4", "-g", "600"))
+    drop = ("-bsf:v", "noise=drop=key")
+    run_ffmpeg("-i", f"file:{whole}", "-c", "copy", *drop, "-copyinkf", f"file:{path}")
+    return path
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - /proc is not a folder of files
+
+
+def child_processes() -> str:
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text()

@@ -1,0 +1,461 @@
+"""What the kinds of sampling mean, the times table that one of them reads, and the other ways to decode less."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import clips
+import numpy as np
+import pandas as pd
+import pytest
+
+from svb.errors import InputError, UsageError
+from svb.extract import decode as decode_module
+from svb.extract import decode_ffmpeg, decode_pyav, hwaccel
+from svb.extract.decode import DecodeEnd, DecodeError, Decoder, FrameChunk, VideoProperties, resized
+from svb.extract.decode_options import DecodeOptions
+from svb.extract.hwaccel import require_hwaccel
+from svb.extract.sampling import Sampling, shown_at
+from svb.extract.skip_plan import StretchList
+from svb.extract.times_table import read_times
+
+DECODERS: dict[str, Decoder] = {"pyav": decode_pyav.decode, "ffmpeg": decode_ffmpeg.decode}
+KINDS: dict[str, dict[str, Any]] = {
+    "fps": {"fps": 2.0},
+    "frames": {"frames": 4},
+    "every_nth": {"every_nth": 3},
+    "keyframes": {"keyframes": True},
+    "scenes": {"scenes": 0.3},
+    "times_seconds": {"times_seconds": [0.5, 1.25]},
+}
+B_FRAMES = ("-c:v", "libx264", "-bf", "3", "-pix_fmt", "yuv420p")
+
+each_decoder = pytest.mark.parametrize("decoder", DECODERS.values(), ids=DECODERS)
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def times_of(decoder: Decoder, path: Path, options: Sampling | DecodeOptions) -> list[float]:
+    given = options if isinstance(options, DecodeOptions) else DecodeOptions(options)
+    chunks = [item for item in decoder(path, given) if isinstance(item, FrameChunk)]
+    return [round(float(seconds), 6) for chunk in chunks for seconds in chunk.frame_times_seconds]
+
+
+class TestSettings:
+    @each_kind
+    def test_they_read_back(self, kind: str) -> None:
+        sampling = Sampling(**KINDS[kind])
+        assert sampling.settings() == KINDS[kind]
+        assert Sampling(**json.loads(json.dumps(sampling.settings()))) == sampling
+
+    def test_those_of_old_stores(self) -> None:
+        assert json.dumps(Sampling(fps=1).settings()) == '{"fps": 1.0}'
+        assert json.dumps(Sampling(frames=3).settings()) == '{"frames": 3}'
+
+    def test_times_are_sorted_and_unique(self) -> None:
+        assert Sampling(times_seconds=(3, 1.5, 3.0)).times_seconds == (1.5, 3.0)
+
+    @pytest.mark.parametrize(
+        ("kinds", "words"),
+        [
+            ({}, "got no kind of sampling - give exactly one of fps, frames, every_nth, keyframes, scenes"),
+            ({"fps": 1, "frames": 8}, "got fps=1 and frames=8 - give exactly one"),
+            ({"keyframes": True, "scenes": 0.0}, "got keyframes=True and scenes=0.0"),
+            ({"fps": 0}, "cannot sample 0 frames - give a positive number"),
+            ({"fps": float("nan")}, "cannot sample nan frames"),
+            ({"every_nth": 0}, "cannot sample 0 frames"),
+            ({"every_nth": 1.5}, "cannot take every 1.5th frame - give a whole number"),
+            ({"scenes": 1.5}, "a score of 1.5 - give a number from 0 to 1"),
+            ({"scenes": float("nan")}, "a score of nan"),
+            ({"times_seconds": ()}, "at the times [] - give at least one"),
+            ({"times_seconds": (1.0, float("inf"))}, "at the times [1.0, inf]"),
+        ],
+    )
+    def test_what_means_nothing(self, kinds: dict[str, Any], words: str) -> None:
+        with pytest.raises(UsageError) as caught:
+            Sampling(**kinds)
+        assert words in str(caught.value)
+
+
+class TestShownAt:
+    TIMES = (1.0, 1.1, 1.2, 1.4, 1.5)
+
+    @pytest.mark.parametrize(
+        ("wanted", "positions"),
+        [
+            ((0.0,), [0]),
+            ((0.0, 1.0), [0]),
+            ((1.0,), [0]),
+            ((1.05, 1.06, 1.09), [0]),
+            ((1.0995,), [1]),  # within what a container rounds
+            ((1.3,), [2]),
+            ((1.1, 1.4), [1, 3]),
+            ((1.5, 99.0), [4]),
+            ((99.0,), [4]),
+            ((0.0, 1.25, 99.0), [0, 2, 4]),
+        ],
+    )
+    def test_the_last_frame_at_or_before(self, wanted: tuple[float, ...], positions: list[int]) -> None:
+        assert [position for position, _ in shown_at(wanted, enumerate(self.TIMES))] == positions
+
+    def test_against_every_frame_at_once(self) -> None:
+        random = np.random.default_rng(0)
+        for _ in range(200):
+            times = np.unique(random.integers(0, 40, random.integers(1, 20))) / 4
+            wanted = np.unique(random.integers(-4, 44, random.integers(1, 20))) / 4 + 0.125
+            expected = sorted({max(0, int((times <= seconds).sum()) - 1) for seconds in wanted})
+            assert [position for position, _ in shown_at(wanted.tolist(), enumerate(times.tolist()))] == expected
+
+    def test_a_clock_that_jumps_back(self) -> None:
+        frames = enumerate((5.0, 6.0, 0.0, 7.0))
+        assert [position for position, _ in shown_at((0.5, 6.5, 7.0), frames)] == [0, 1, 3]
+
+    def test_it_reads_no_further_than_needed(self) -> None:
+        frames = iter([(0, 0.0), (1, 1.0), (2, 2.0)])
+        assert list(shown_at((0.5,), frames)) == [(0, 0.0)]
+        assert next(frames) == (2, 2.0)
+
+
+@each_decoder
+class TestChoice:
+    def test_every_nth(self, decoder: Decoder, tmp_path: Path) -> None:
+        path = clips.make_clip(tmp_path / "a.mp4", codec=B_FRAMES)
+        assert times_of(decoder, path, Sampling(every_nth=7)) == [0, 0.7, 1.4]
+        assert times_of(decoder, path, Sampling(every_nth=1000)) == [0]
+        assert len(times_of(decoder, path, Sampling(every_nth=1))) == 20
+
+    def test_keyframes(self, decoder: Decoder, tmp_path: Path) -> None:
+        path = clips.make_clip(tmp_path / "a.mp4", codec=B_FRAMES, extra=("-g", "8", "-sc_threshold", "0"))
+        assert times_of(decoder, path, Sampling(keyframes=True)) == [0, 0.8, 1.6]
+        # What was skipped is not missing.
+        assert list(decoder(path, DecodeOptions(Sampling(keyframes=True))))[-1] == DecodeEnd("ok")
+
+    def test_keyframes_of_a_codec_that_has_no_others(self, decoder: Decoder, tmp_path: Path) -> None:
+        path = clips.make_clip(tmp_path / "a.mkv", codec=("-c:v", "mjpeg"))
+        assert len(times_of(decoder, path, Sampling(keyframes=True))) == 20
+
+    def test_without_any_keyframe_the_first_frame_is_used(self, decoder: Decoder, tmp_path: Path) -> None:
+        path = clips.make_clip_without_keyframes(tmp_path / "a.mkv")
+        times = times_of(decoder, path, Sampling(keyframes=True))
+        assert len(times) == 1
+        assert times == times_of(decoder, path, Sampling(every_nth=1))[:1]
+
+    def test_scenes(self, decoder: Decoder, tmp_path: Path) -> None:
+        path = clips.make_scenes(tmp_path / "a.mp4", num_scenes=3, scene_seconds=1.0)
+        assert times_of(decoder, path, Sampling(scenes=0.3)) == [0, 1, 2]
+        assert times_of(decoder, path, Sampling(scenes=1.0)) == [0]
+        assert times_of(decoder, path, DecodeOptions(Sampling(scenes=0.3), fast=True))[0] == 0
+
+    def test_a_video_that_never_changes_is_one_scene(self, decoder: Decoder, tmp_path: Path) -> None:
+        path = clips.make_clip(tmp_path / "a.mp4", source="color=c=red")
+        assert times_of(decoder, path, Sampling(scenes=0.0)) == [0]
+
+    def test_times(self, decoder: Decoder, tmp_path: Path) -> None:
+        path = clips.make_late_clip(tmp_path / "a.mkv", start_seconds=4.7)
+        wanted = Sampling(times_seconds=(0.0, 4.75, 5.0, 5.05, 6.24, 6.25, 100.0))
+        assert times_of(decoder, path, wanted) == [4.7, 5.0, 6.2, 6.6]
+
+    def test_times_of_an_uneven_rate(self, decoder: Decoder, tmp_path: Path) -> None:
+        path = clips.make_variable_rate_clip(tmp_path / "a.mp4")
+        shown = times_of(decoder, path, Sampling(fps=1000))
+        wanted = np.arange(0, 3, 0.15) + 0.01
+        expected = sorted({max(seconds for seconds in shown if seconds <= time) for time in wanted})
+        assert times_of(decoder, path, Sampling(times_seconds=tuple(wanted))) == expected
+
+    def test_the_rest_of_a_file_is_judged_too(self, decoder: Decoder, tmp_path: Path) -> None:
+        path = clips.make_truncated_clip(tmp_path / "a.mp4", keeps_index=True)
+        for settings in KINDS.values():
+            *_, end = decoder(path, DecodeOptions(Sampling(**settings)))
+            assert isinstance(end, DecodeEnd) and end.status == "partial"
+        assert times_of(decoder, path, Sampling(times_seconds=(2.9,)))[0] < 2
+
+    @each_kind
+    def test_whatever_the_decoder_is_told_gets_out_and_leaves_nothing(
+        self, decoder: Decoder, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = clips.make_clip(tmp_path / "a.mp4", codec=B_FRAMES)
+        calls: list[int] = []
+
+        def set_end(fails_at: int) -> None:
+            def got_on() -> None:
+                calls.append(fails_at)
+                if len(calls) == fails_at:
+                    raise DecodeError("timeout", "too long")
+
+            calls.clear()
+            monkeypatch.setattr(decode_module, "got_on", got_on)
+
+        set_end(0)
+        list(decoder(path, DecodeOptions(Sampling(**KINDS[kind]))))
+        before = clips.open_files(), clips.child_processes()
+        for fails_at in (1, len(calls) // 2, len(calls)):
+            set_end(fails_at)
+            with pytest.raises(DecodeError, match="too long"):
+                list(decoder(path, DecodeOptions(Sampling(**KINDS[kind]))))
+            assert (clips.open_files(), clips.child_processes()) == before
+
+
+@each_decoder
+class TestFast:
+    @each_kind
+    def test_about_the_same_frames(self, decoder: Decoder, kind: str, tmp_path: Path) -> None:
+        path = clips.make_clip(tmp_path / "a.mp4", seconds=4, fps=30, codec=B_FRAMES)
+        sampling = Sampling(**KINDS[kind])
+        plain = times_of(decoder, path, sampling)
+        fast = times_of(decoder, path, DecodeOptions(sampling, fast=True))
+        nearest = [min(abs(moved - seconds) for moved in fast) for seconds in plain]
+        assert 0 < len(fast) <= len(plain)
+        # Of every third frame some fall together: of four frames about one is referred to by another.
+        assert len(fast) >= (0.5 if kind == "every_nth" else 0.8) * len(plain)
+        assert max(nearest) <= 4 / 30 + 1e-6
+
+    def test_it_skips(self, decoder: Decoder, tmp_path: Path) -> None:
+        path = clips.make_clip(tmp_path / "a.mp4", seconds=4, fps=30, codec=B_FRAMES)
+        every = Sampling(fps=1000)
+        assert len(times_of(decoder, path, DecodeOptions(every, fast=True))) < 100
+        assert len(times_of(decoder, path, every)) == 120
+        assert list(decoder(path, DecodeOptions(every, fast=True)))[-1] == DecodeEnd("ok")
+
+    def test_one_frame(self, decoder: Decoder, tmp_path: Path) -> None:
+        path = clips.make_one_frame_clip(tmp_path / "a.mp4")
+        for settings in KINDS.values():
+            assert times_of(decoder, path, DecodeOptions(Sampling(**settings), fast=True)) == [0]
+
+
+X264 = ("-c:v", "libx264", "-preset", "veryfast", "-pix_fmt", "yuv420p", "-sc_threshold", "0", "-g", "10")
+SPARSE = {
+    "frames": Sampling(frames=3),
+    "fps": Sampling(fps=0.2),
+    "every_nth": Sampling(every_nth=55),
+    "times": Sampling(times_seconds=(0.99, 7.0, 7.1, 99.0)),
+}
+
+
+class TestSkippedStretches:
+    """What is decoded of a sparsely sampled video gives the frames that all of it would give."""
+
+    @pytest.mark.parametrize("kind", SPARSE)
+    @pytest.mark.parametrize(
+        ("name", "extra", "skips"),
+        [
+            ("a.mp4", (), True),
+            ("a.mkv", ("-bf", "3"), True),
+            ("a.mov", ("-x264-params", "b-pyramid=strict:ref=6:bframes=5"), True),
+            ("a.mp4", ("-x264-params", "open-gop=1:bframes=3"), False),
+            ("a.mp4", ("-x264-params", "intra-refresh=1"), False),
+            ("a.mp4", ("-g", "600"), False),
+            ("late.mp4", ("-output_ts_offset", "3"), True),
+            # Parameter sets in every key frame, as broadcasts have them.
+            ("a.mkv", ("-bsf:v", "dump_extra"), True),
+            ("a.ts", (), False),
+        ],
+        ids=str,
+    )
+    def test_they_change_nothing(
+        self,
+        name: str,
+        extra: tuple[str, ...],
+        skips: bool,
+        kind: str,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        path = clips.make_clip(tmp_path / name, seconds=12, codec=X264, extra=extra)
+        sparse, num_decoded = self.decoded(path, SPARSE[kind], monkeypatch)
+        monkeypatch.setattr(StretchList, "sorted_times_seconds", lambda _: [])
+        whole, num_all = self.decoded(path, SPARSE[kind], monkeypatch)
+        assert num_all > 120
+        assert (num_decoded < 60) if skips else (num_decoded == num_all)
+        assert len(sparse) == len(whole)
+        for ours, theirs in zip(sparse, whole, strict=True):
+            if isinstance(ours, FrameChunk) and isinstance(theirs, FrameChunk):
+                np.testing.assert_array_equal(ours.frames, theirs.frames)
+                np.testing.assert_array_equal(ours.frame_times_seconds, theirs.frame_times_seconds)
+            else:
+                assert ours == theirs
+
+    @pytest.mark.parametrize("kind", SPARSE)
+    def test_damage_where_it_is_looked_at(self, kind: str, tmp_path: Path) -> None:
+        # With one bad second somewhere the same frames come as when all is decoded, as ffmpeg does.
+        path = clips.make_clip(tmp_path / "a.mp4", seconds=12, codec=X264, extra=("-movflags", "+faststart"))
+        whole = path.read_bytes()
+        start = whole.index(b"mdat")
+        for share in (0.05, 0.3, 0.55, 0.9):
+            at = start + int(share * (len(whole) - start))
+            path.write_bytes(whole[:at] + bytes(range(100)) * 30 + whole[at + 3000 :])
+            ours, theirs = (times_of(decoder, path, SPARSE[kind]) for decoder in DECODERS.values())
+            assert ours == theirs
+
+    def test_a_cut_file_is_partial(self, tmp_path: Path) -> None:
+        path = clips.make_clip(tmp_path / "a.mp4", seconds=12, codec=X264, extra=("-movflags", "+faststart"))
+        path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
+        for sampling in SPARSE.values():
+            *_, end = decode_pyav.decode(path, DecodeOptions(sampling))
+            assert isinstance(end, DecodeEnd) and end.status == "partial"
+
+    def test_what_does_not_come_out_as_listed_is_decoded_whole(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = clips.make_clip(tmp_path / "a.mp4", seconds=12, codec=X264)
+        expected = times_of(decode_pyav.decode, path, SPARSE["frames"])
+        plan = StretchList.plan
+
+        def wrong_plan(stretches: StretchList, times_seconds: list[float]) -> object:
+            made = plan(stretches, times_seconds)
+            assert made is not None
+            return replace(made, needed=frozenset(sorted(made.needed)[:2]))
+
+        monkeypatch.setattr(StretchList, "plan", wrong_plan)
+        monkeypatch.setattr(decode_module, "CHUNK_BYTES", 1)
+        assert times_of(decode_pyav.decode, path, SPARSE["frames"]) == expected
+
+    @staticmethod
+    def decoded(path: Path, sampling: Sampling, monkeypatch: pytest.MonkeyPatch) -> tuple[list[object], int]:
+        """Return all that is decoded, and of how many packets."""
+        packets = 0
+        decode_packet = decode_pyav._decode_packet
+
+        def count(*arguments: Any) -> Any:
+            nonlocal packets
+            packets += 1
+            return decode_packet(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(decode_pyav, "_decode_packet", count)
+            return list(decode_pyav.decode(path, DecodeOptions(sampling))), packets
+
+
+class TestResize:
+    @pytest.mark.parametrize(
+        ("size", "expected"),
+        [
+            ((640, 360), (398, 224)),
+            ((360, 640), (224, 398)),
+            ((64, 48), (298, 224)),
+            ((224, 224), (224, 224)),
+            ((801, 100), (801, 100)),
+            ((800, 100), (1792, 224)),
+        ],
+    )
+    def test_sizes(self, size: tuple[int, int], expected: tuple[int, int]) -> None:
+        assert resized(*size, 224) == expected
+        assert resized(*size, None) == size
+
+    @each_decoder
+    @pytest.mark.parametrize(
+        ("make", "displayed", "expected"),
+        [
+            (lambda path: clips.make_clip(path, size="640x360"), (640, 360), (99, 56)),
+            (lambda path: clips.make_turned_clip(path, 90), (48, 64), (56, 74)),
+            (clips.make_anamorphic_clip, (85, 48), (99, 56)),
+            (lambda path: clips.make_clip(path, size="16x16"), (16, 16), (56, 56)),
+            (lambda path: clips.make_clip(path, size="480x32"), (480, 32), (480, 32)),
+        ],
+    )
+    def test_the_short_side(
+        self,
+        decoder: Decoder,
+        make: Callable[[Path], Path],
+        displayed: tuple[int, int],
+        expected: tuple[int, int],
+        tmp_path: Path,
+    ) -> None:
+        properties, chunk, _ = decoder(make(tmp_path / "a.mp4"), DecodeOptions(Sampling(frames=1), resize_px=56))
+        assert isinstance(properties, VideoProperties) and isinstance(chunk, FrameChunk)
+        assert (properties.width_px, properties.height_px) == displayed
+        assert chunk.frames.shape == (1, expected[1], expected[0], 3)
+
+    def test_nonsense(self) -> None:
+        with pytest.raises(UsageError, match="cannot resize frames to 0 px"):
+            DecodeOptions(Sampling(fps=1), resize_px=0)
+
+
+class TestHardware:
+    def test_only_ffmpeg_has_it(self) -> None:
+        with pytest.raises(UsageError, match=r"the decoder pyav cannot use .*'cuda'.* choose the decoder ffmpeg"):
+            DecodeOptions(Sampling(fps=1), hwaccel="cuda")
+
+    def test_a_name_that_ffmpeg_does_not_know(self) -> None:
+        with pytest.raises(UsageError) as caught:
+            require_hwaccel("abacus")
+        assert "no hardware decoder 'abacus' - expected one of " in str(caught.value)
+        assert "leave out --hwaccel, or set IMAGEIO_FFMPEG_EXE" in str(caught.value)
+
+    def test_a_device_that_is_not_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        answers = iter(
+            [
+                ("Hardware acceleration methods:\ncuda\nvaapi\n\n", 0),
+                ("[CUDA @ 0x1] Cannot load libcuda.so.1\nDevice creation failed: -1.\n", 255),
+            ]
+        )
+        monkeypatch.setattr(hwaccel, "_ask", lambda *_: next(answers))
+        with pytest.raises(UsageError) as caught:
+            require_hwaccel("cuda")
+        for words in ("Cannot load libcuda.so.1; Device creation", "knows cuda, vaapi", "leave out --hwaccel"):
+            assert words in str(caught.value)
+
+    @pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="this machine has such a device")
+    def test_this_machine(self) -> None:
+        with pytest.raises(UsageError, match="hardware decoder 'cuda'"):
+            require_hwaccel("cuda")
+
+    def test_the_arguments(self) -> None:
+        options = DecodeOptions(Sampling(fps=1), decoder="ffmpeg", hwaccel="cuda", fast=True)
+        source = decode_ffmpeg._Source(Path("a.mp4"), 7, options)
+        arguments = decode_ffmpeg._decode_arguments(source, decode_ffmpeg._Choice(), 8, is_turned=False)
+        before_input = arguments[: arguments.index("-i")]
+        for option, value in (("-hwaccel", "cuda"), ("-skip_frame", "noref"), ("-threads", "1")):
+            assert before_input[before_input.index(option) + 1] == value
+
+
+class TestTimesTable:
+    def test_formats_and_orders_make_no_difference(self, tmp_path: Path) -> None:
+        (tmp_path / "a.csv").write_text("video_id,time_seconds\nb,2\na,1.5\na,0\na,1.50\n")
+        (tmp_path / "b.csv").write_text("time_seconds,note,video_id\n0,x,a\n-0.0,x,a\n1.5,y,a\n2.0,z,b\n")
+        frame = pd.DataFrame({"video_id": ["a", "b", "a"], "time_seconds": [1.5, 2.0, 0.0]})
+        frame.to_parquet(tmp_path / "c.parquet")
+        tables = [read_times(tmp_path / name) for name in ("a.csv", "b.csv", "c.parquet")]
+        assert tables[0].times_seconds == {"a": (0.0, 1.5), "b": (2.0,)}
+        assert tables[0] == tables[1] == tables[2]
+        (tmp_path / "a.csv").write_text("video_id,time_seconds\nb,2\na,1.5\n")
+        assert read_times(tmp_path / "a.csv").content_hash != tables[0].content_hash
+
+    @pytest.mark.parametrize(
+        ("text", "words"),
+        [
+            ("", "no column video_id and no column time_seconds, only nothing"),
+            ("video_id,seconds\na,1\n", "no column time_seconds, only video_id, seconds"),
+            ("video_id,time_seconds\n", "holds no times - expected rows with video_id,time_seconds"),
+            ("video_id,time_seconds\na,1\n,1\n", "line 3: video_id is empty"),
+            ("video_id,time_seconds\na,1\na,soon\n", "line 3: time_seconds is 'soon' - expected a number"),
+            ("video_id,time_seconds\na,-1\n", "line 2: time_seconds is '-1'"),
+            ("video_id,time_seconds\na,nan\n", "line 2: time_seconds is 'nan'"),
+            ("video_id,time_seconds\na,inf\n", "line 2: time_seconds is 'inf'"),
+            ("video_id,time_seconds\na\n", "line 2: time_seconds is ''"),
+            ("video_id,time_seconds\na,1,5\n", "line 2: more fields than the header has"),
+        ],
+    )
+    def test_bad_csv(self, text: str, words: str, tmp_path: Path) -> None:
+        (tmp_path / "a.csv").write_text(text)
+        with pytest.raises(InputError) as caught:
+            read_times(tmp_path / "a.csv")
+        assert words in str(caught.value) and str(tmp_path / "a.csv") in str(caught.value)
+
+    def test_bad_files(self, tmp_path: Path) -> None:
+        (tmp_path / "latin.csv").write_bytes(b"video_id,time_seconds\ncaf\xe9,1\n")
+        (tmp_path / "text.parquet").write_text("video_id,time_seconds\na,1\n")
+        (tmp_path / "a.txt").write_text("a 1\n")
+        pd.DataFrame({"video_id": ["a", "b"], "time_seconds": [1.0, None]}).to_parquet(tmp_path / "gap.parquet")
+        for name, words in (
+            ("latin.csv", "is not UTF-8"),
+            ("text.parquet", "is not readable as Parquet"),
+            ("a.txt", "cannot tell the format from '.txt' - expected .csv or .parquet"),
+            ("gap.parquet", "row 2: time_seconds is ''"),
+            ("nowhere.csv", "no times table at"),
+        ):
+            with pytest.raises(InputError) as caught:
+                read_times(tmp_path / name)
+            assert words in str(caught.value)
