@@ -23,6 +23,7 @@ from svb.cli.evaluate import evaluate
 from svb.cli.explain import explain
 from svb.cli.export import export
 from svb.cli.extract import extract
+from svb.cli.import_ import import_
 from svb.cli.index import index
 from svb.cli.info import info, verify
 from svb.cli.search import search
@@ -44,6 +45,7 @@ def cli() -> None:
 
     \b
     svb extract VIDEOS... -o features/          frozen features of every video
+    svb import SOURCE --backbone NAME           features that another tool made
     svb captions captions.csv -o captions.h5    frozen features of every caption
     svb train features/ captions.h5 -o runs/x   heads that bring both into one space
     svb evaluate runs/x                         retrieval metrics on a split
@@ -57,6 +59,7 @@ def cli() -> None:
 
 for command in (
     extract,
+    import_,
     captions,
     train,
     evaluate,

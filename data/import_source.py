@@ -1,0 +1,106 @@
+"""What the readers of all layouts give to `svb import`: videos that are found first and read one at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import pickle
+import zipfile
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svb.errors import InputError
+
+# What files call the times of rows, and how many seconds one of their units is.
+TIMES = {"times_seconds": 1.0, "time_seconds": 1.0, "timestamps_ms": 1e-3}
+# What the features are called where a video has several arrays; anything else is named with --array.
+FEATURES = "features"
+# What numpy, h5py, pyarrow and torch raise on files that are damaged or of another kind.
+UNREADABLE = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error, pickle.UnpicklingError),
+)
+
+
+@dataclass(frozen=True)
+class FoundRows:
+    """One video's features as they were found, not yet checked; `times_seconds` where the source has times."""
+
+    features: NDArray[Any]
+    times_seconds: NDArray[Any] | None = None
+
+
+@dataclass(frozen=True)
+class FoundVideo:
+    """A video in a source.
+
+    Attributes:
+        video_id: As the source spells it.
+        place: What messages call it: the file, and what in it.
+        file: That was read.
+        is_whole_file: Whether the file holds this video alone.
+        read: Reads its rows.
+        frame_rate: Of the video file, NaN where the source does not tell.
+    """
+
+    video_id: str
+    place: str
+    file: Path
+    is_whole_file: bool
+    read: Callable[[], FoundRows]
+    frame_rate: float = math.nan
+
+
+@dataclass(frozen=True)
+class Source:
+    """The videos of a source; `num_videos` is None where only reading it all tells."""
+
+    num_videos: int | None
+    videos: Iterator[FoundVideo]
+
+
+@contextlib.contextmanager
+def reading(place: str) -> Iterator[None]:
+    """Turn what damaged files raise into an error that names the place.
+
+    Raises:
+        InputError: Reading failed.
+    """
+    try:
+        yield
+    except UNREADABLE as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{place} cannot be read ({reason}) - make it again, or leave it out") from error
+
+
+def choose_array(names: Collection[str], array: str | None, place: str) -> str:
+    """Return which of a video's arrays are its features.
+
+    Args:
+        names: Of its arrays, without those that tell times or the id.
+        array: The name that was asked for.
+        place: For messages.
+
+    Raises:
+        InputError: It is not there, or there are several and none was asked for.
+    """
+    held = ", ".join(sorted(names)) or "nothing"
+    if array is not None and array not in names:
+        raise InputError(f"{place} has no array {array!r}, only {held} - name one of them with --array")
+    if array is None and FEATURES not in names and len(names) != 1:
+        raise InputError(f"{place} holds {held} - expected one array of features; name it with --array")
+    return array or (FEATURES if FEATURES in names else next(iter(names)))
+
+
+def times_of(arrays: Mapping[str, Callable[[], NDArray[Any]]]) -> NDArray[Any] | None:
+    """Return the `(T,)` times in seconds that stand among a video's arrays, or None."""
+    for name, seconds in TIMES.items():
+        if name in arrays:
+            return np.asarray(arrays[name](), np.float64) * seconds
+    return None

@@ -1,0 +1,769 @@
+"""Features go out to the layouts of other tools, and come in from them, as the very numbers they were."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import synthetic
+import torch
+from conftest import RunSvb
+from numpy.typing import NDArray
+from runs import tiny, tiny_task
+
+from svb.data import export as export_module
+from svb.data import import_parquet
+from svb.data.caption_features import read_caption_features
+from svb.data.export import LAYOUTS, dataset_names, export, file_names
+from svb.data.feature_store import FeatureStore, verify_store
+from svb.data.import_ import import_features
+from svb.data.import_layouts import LAYOUTS as IMPORT_LAYOUTS
+from svb.data.shard import VideoRows
+from svb.errors import InputError, MismatchError, UsageError
+from svb.retrieve.index import index
+from svb.retrieve.search import Searcher
+from svb.train.run import train
+
+# Tensors this small are slower on two threads than on one.
+torch.set_num_threads(1)
+
+NAME = "s3d:howto100m"
+OTHER_LAYOUTS = [layout for layout in LAYOUTS if layout != "h5"]
+# What a video_id can be made of, and what it does to those who take it for a path or a name.
+HOSTILE_IDS = (
+    *("a", "A", "a@b", "a/b", "a@b@c", "a/b@c", "a@b/c", "a.npz/b", "..", "../up", "up/../../up", "/etc/x", "."),
+    *(
+        "a//b",
+        "b/",
+        ".hidden",
+        "x/.y",
+        "n" * 300,
+        "/".join("n" * 200),
+        "\u00e9",
+        "e\u0301",
+        "\u00df",
+        "ss",
+        "tab\t",
+    ),
+    *("a\\b", "con", "features", "times_seconds", "video_id", "videos", "-rf", "a~0123456789abcdef", "q\\x00z"),
+)
+
+
+def numbers(rows: int = 3, size: int = 4, seed: int = 0) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).normal(size=(rows, size)).astype(np.float16).astype(np.float32)
+
+
+def content(store: Path, backbone: str = NAME) -> dict[str, tuple[list[list[float]], list[float]]]:
+    """Return a store's features and times by video_id."""
+    loaded = FeatureStore(store).load(backbone)
+    spans = zip(loaded.video_ids, loaded.offsets[:-1], loaded.offsets[1:], strict=True)
+    return {v: (loaded.features[b:e].tolist(), loaded.times_seconds[b:e].tolist()) for v, b, e in spans}
+
+
+def imported(source: Path, out: Path, **options: Any) -> Path:
+    return import_features(source, out, **{"backbone": NAME, **options})
+
+
+def said(source: Path, out: Path, **options: Any) -> str:
+    lines: list[str] = []
+    imported(source, out, on_message=lines.append, **options)
+    return "\n".join(lines)
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def npy_folder(folder: Path, videos: Mapping[str, NDArray[Any]]) -> Path:
+    for name, array in videos.items():
+        path = folder / f"{name}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, array)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of two backbones with a failed video, in several shards; only to be read."""
+    videos = {f"clip/{v}": numbers(1 + v, seed=v) for v in range(5)} | {"failed": np.empty((0, 4), np.float32)}
+    beside = {
+        "toy:wide": {v: VideoRows(-f[:1, :3].astype(np.float16), np.zeros(1)) for v, f in videos.items() if len(f)}
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("svb.data.feature_store_writer.SHARD_VIDEOS", 2)
+        folder = tmp_path_factory.mktemp("store") / "features"
+        return synthetic.make_store(folder, videos, seconds_between_frames=0.4, beside=beside)
+
+
+class TestRoundTrip:
+    @pytest.mark.parametrize("layout", OTHER_LAYOUTS)
+    @pytest.mark.parametrize("backbone", ["synthetic:frames", "toy:wide", "synthetic:frames+toy:wide"])
+    def test_the_same_numbers_come_back(self, layout: str, backbone: str, store: Path, tmp_path: Path) -> None:
+        assert len(FeatureStore(store).shards) > 1
+        messages: list[str] = []
+        out = export(
+            FeatureStore(store), tmp_path / "out", layout=layout, backbone=backbone, on_message=messages.append
+        )
+        assert messages == [f"1 videos without features are left out - `svb info {store} --failures` lists them"]
+        if layout == "parquet":  # told by its name alone
+            out = out.rename(tmp_path / "out.parquet")
+        back = imported(out, tmp_path / "back")
+        assert content(back) == content(store, backbone)
+        assert verify_store(back) == []
+
+    @pytest.mark.parametrize("layout", OTHER_LAYOUTS)
+    def test_hostile_ids(self, layout: str, tmp_path: Path) -> None:
+        videos = {video_id: numbers(1, seed=v) for v, video_id in enumerate(HOSTILE_IDS)}
+        hostile = synthetic.make_store(tmp_path / "in" / "features", videos)
+        out = export(FeatureStore(hostile), tmp_path / "in" / "deep" / "out.parquet", layout=layout)
+        assert names_in(tmp_path) == ["in"]
+        assert names_in(tmp_path / "in") == ["deep", "features"]
+        assert names_in(tmp_path / "in" / "deep") == ["out.parquet"]
+        assert content(imported(out, tmp_path / "back")) == content(hostile, "synthetic:frames")
+
+
+class TestNames:
+    def test_files_stay_in_their_folder_and_apart(self) -> None:
+        names = file_names(HOSTILE_IDS)
+        assert len({name.casefold() for name in names.values()}) == len(HOSTILE_IDS)
+        assert not [n for n in names.values() if {"", ".", ".."} & {*n.split("/")} or "\0" in n]
+        assert max(len(part.encode()) for name in names.values() for part in name.split("/")) <= 200
+        assert {names[video_id] for video_id in ("a/b", "a@b", "con")} == {"a/b", "a@b", "con"}
+
+    def test_datasets_stay_apart(self) -> None:
+        names = dataset_names(HOSTILE_IDS)
+        assert len({*names.values()}) == len(HOSTILE_IDS) and not [n for n in names.values() if "/" in n]
+        assert names["x/.y"] == "x@.y" and names["a"] == "a"
+        assert names["a/b"].startswith("a@b~") and names["a@b"].startswith("a@b~")
+
+    def test_they_do_not_depend_on_order(self) -> None:
+        for make in (file_names, dataset_names):
+            assert make(HOSTILE_IDS) == make(HOSTILE_IDS[::-1])
+
+
+class TestExport:
+    def test_h5_per_video_without_svb(self, store: Path, tmp_path: Path) -> None:
+        export(FeatureStore(store), tmp_path / "x.h5", layout="h5-per-video", backbone="toy:wide")
+        with h5py.File(tmp_path / "x.h5") as file:
+            assert list(file) == [f"clip@{v}" for v in range(5)]
+            dataset = file["clip@2"]
+            assert (dataset.shape, dataset.dtype) == ((1, 3), np.float16)
+            assert dataset.attrs["video_id"] == "clip/2" and dataset.attrs["times_seconds"].tolist() == [0.0]
+            assert file.attrs["backbone"] == "toy:wide"
+            assert json.loads(file.attrs["settings"])["sampling"] == {"fps": 2.5}
+
+    def test_times_of_many_hours(self, tmp_path: Path) -> None:
+        long = synthetic.make_store(tmp_path / "long", {"v": numbers(50_000, 1)})
+        out = export(FeatureStore(long), tmp_path / "x.h5", layout="h5-per-video")
+        assert content(imported(out, tmp_path / "back")) == content(long, "synthetic:frames")
+
+    def test_npz_without_svb(self, store: Path, tmp_path: Path) -> None:
+        out = export(FeatureStore(store), tmp_path / "x", layout="npz", backbone="synthetic:frames")
+        assert sorted(p.relative_to(out).as_posix() for p in out.rglob("*.npz")) == [
+            f"clip/{v}.npz" for v in range(5)
+        ]
+        with np.load(out / "clip" / "2.npz") as arrays:
+            assert sorted(arrays) == ["features", "times_seconds", "video_id"]
+            assert (arrays["features"].shape, arrays["features"].dtype) == ((3, 4), np.float16)
+            assert arrays["times_seconds"].tolist() == [0.0, 0.4, 0.8] and str(arrays["video_id"]) == "clip/2"
+
+    def test_parquet_without_svb(self, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(export_module, "ROW_GROUP_BYTES", 40)
+        out = export(FeatureStore(store), tmp_path / "x.parquet", layout="parquet", backbone="synthetic:frames")
+        schema = pq.read_schema(out)
+        assert schema.names == ["video_id", "time_seconds", "features"]
+        assert schema.field("features").type == pa.list_(pa.float32(), 4)
+        assert schema.metadata[b"backbone"] == b"synthetic:frames"
+        frame = pd.read_parquet(out)
+        assert len(frame) == 15 and frame.video_id.nunique() == 5
+        rows = frame[frame.video_id == "clip/2"]
+        assert rows.time_seconds.tolist() == [0.0, 0.4, 0.8]
+        assert np.stack(rows.features.tolist()).tolist() == numbers(3, seed=2).tolist()
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_what_is_there_is_not_touched(self, layout: str, store: Path, tmp_path: Path, run_svb: RunSvb) -> None:
+        for there in (tmp_path / "file", tmp_path / "folder", tmp_path / "link"):
+            if there.name == "file":
+                there.write_text("mine")
+            elif there.name == "folder":
+                (there / "deep").mkdir(parents=True)
+            else:
+                there.symlink_to("nowhere")
+            ran = run_svb("export", store, "-o", there, "--format", layout)
+            assert ran.exit_code == 1 and ran.stdout == ""
+            assert ran.stderr == f"svb: {there} exists - remove it, or name another with -o\n"
+        assert (tmp_path / "file").read_text() == "mine" and (tmp_path / "folder" / "deep").is_dir()
+
+    @pytest.mark.parametrize("layout", OTHER_LAYOUTS)
+    def test_what_fails_half_way_leaves_nothing(
+        self, layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("svb.data.feature_store_writer.SHARD_VIDEOS", 1)
+        path = synthetic.make_store(tmp_path / "features", {"a": numbers(), "b": numbers(seed=1)})
+        store = FeatureStore(path)
+        store.shards[1].path.unlink()
+        with pytest.raises(InputError, match="no feature store at"):
+            export(store, tmp_path / "out", layout=layout)
+        assert names_in(tmp_path) == ["features"]
+
+    def test_options(self, store: Path, tmp_path: Path, run_svb: RunSvb) -> None:
+        out = tmp_path / "x"
+        ran = run_svb("export", store, "-o", out, "--backbone", "toy:wide")
+        assert ran.exit_code == 2 and "svb: h5 holds all backbones of a store - leave out --backbone" in ran.stderr
+        ran = run_svb("export", store, "-o", out, "--format", "npz")
+        assert ran.exit_code == 1 and "holds several backbones" in ran.stderr
+        ran = run_svb("export", store, "-o", out, "--format", "npz", "--backbone", "x")
+        assert ran.exit_code == 1 and "holds no features of 'x'" in ran.stderr
+        with pytest.raises(UsageError, match="unknown layout 'csv' - expected one of h5, "):
+            export(FeatureStore(store), out, layout="csv")
+        assert not out.exists()
+        ran = run_svb("export", store, "-o", out)
+        assert (ran.exit_code, ran.stdout) == (0, f"{out}\n") and verify_store(out) == []
+
+    def test_a_store_without_features(self, tmp_path: Path) -> None:
+        failed = FeatureStore(synthetic.make_store(tmp_path / "f", {"v": np.empty((0, 4))}))
+        with pytest.raises(InputError, match=r"no video of .* has features - `svb info .* --failures` says why"):
+            export(failed, tmp_path / "x", layout="npz")
+
+
+class TestLayouts:
+    """What other tools write, made here as they make it."""
+
+    def test_a_folder_of_npy(self, tmp_path: Path) -> None:
+        a, b, c = (numbers(seed=seed) for seed in range(3))
+        source = npy_folder(tmp_path / "s", {"a": a, "deep/b": b[None], "c.mp4": c[0].astype(np.float64)})
+        (source / "._a.npy").write_bytes(b"what a Mac leaves")
+        text = said(source, tmp_path / "out")
+        assert f"importing {source} into {tmp_path / 'out'} as {NAME}: a .npy file a video" in text
+        assert "a.npy holds no times: 1 row a second is assumed" in text and text.count("holds no times") == 1
+        assert text.endswith("3 videos imported; 7 rows of 4 numbers added")
+        assert content(tmp_path / "out") == {
+            "a": (a.tolist(), [0.0, 1.0, 2.0]),
+            "c.mp4": (c[:1].tolist(), [0.0]),
+            "deep/b": (b.tolist(), [0.0, 1.0, 2.0]),
+        }
+        record = FeatureStore(tmp_path / "out").records["deep/b"]
+        assert record.source_path == str(source / "deep" / "b.npy") and record.decoder == "imported"
+        assert record.size_bytes == (source / "deep" / "b.npy").stat().st_size and len(record.content_hash) == 64
+        assert record.status == "ok" and np.isnan(record.duration_seconds)
+
+    def test_rows_a_second(self, tmp_path: Path) -> None:
+        source = npy_folder(tmp_path / "s", {"a": numbers()})
+        assert "holds no times" not in said(source, tmp_path / "out", fps=2.5)
+        assert content(tmp_path / "out")["a"][1] == [0.0, 0.4, 0.8]
+
+    def test_video_features(self, tmp_path: Path) -> None:
+        rgb, flow = numbers(seed=1), numbers(seed=2)
+        files = {"my_clip_rgb": rgb, "my_clip_flow": flow, "my_clip_fps": np.array(25.0)}
+        source = npy_folder(tmp_path / "s", {**files, "my_clip_timestamps_ms": np.array([40.0, 1000.0, 2500.0])})
+        with pytest.raises(
+            InputError, match=r"holds flow, rgb - expected one array of features; name it with --arr"
+        ):
+            imported(source, tmp_path / "out")
+        text = said(source, tmp_path / "out", array="rgb", fps=3.0)
+        assert "holds times: they count, and not --fps" in text and "as video_features writes them" in text
+        assert content(tmp_path / "out") == {"my_clip": (rgb.tolist(), [0.04, 1.0, 2.5])}
+        assert FeatureStore(tmp_path / "out").records["my_clip"].frame_rate == 25.0
+
+    def test_video_features_without_times(self, tmp_path: Path) -> None:
+        source = npy_folder(tmp_path / "s", {"v_1_r21d": numbers(), "v_2_r21d": numbers(seed=1)})
+        imported(source, tmp_path / "out", layout="video-features")
+        assert list(content(tmp_path / "out")) == ["v_1", "v_2"]
+        imported(source, tmp_path / "plain")
+        assert list(content(tmp_path / "plain")) == ["v_1_r21d", "v_2_r21d"]
+
+    def test_npz_of_others(self, tmp_path: Path) -> None:
+        (tmp_path / "s").mkdir()
+        np.savez(tmp_path / "s" / "a.npz", clip=numbers(), timestamps_ms=[0, 500, 1000])
+        np.savez_compressed(tmp_path / "s" / "b.npz", clip=numbers(seed=1), sizes=np.ones(2))
+        with pytest.raises(InputError, match=r"b.npz holds clip, sizes - expected one array of features; name it"):
+            imported(tmp_path / "s", tmp_path / "first")
+        imported(tmp_path / "s", tmp_path / "out", array="clip")
+        assert content(tmp_path / "out") == {
+            "a": (numbers().tolist(), [0.0, 0.5, 1.0]),
+            "b": (numbers(seed=1).tolist(), [0.0, 1.0, 2.0]),
+        }
+
+    @pytest.mark.parametrize(
+        ("names", "layout", "ids"),
+        [
+            (["v_1/c3d_features", "v_2/c3d_features"], "group", ["v_1", "v_2"]),
+            (["v_1/c3d_features"], "group", ["v_1"]),
+            (["val/v_1", "val/v_2"], "dataset", ["val/v_1", "val/v_2"]),
+            (["train/v_1", "val/v_2"], "dataset", ["train/v_1", "val/v_2"]),
+            (["v_1", "v_2"], "dataset", ["v_1", "v_2"]),
+            (["v_1", "val/v_2"], "dataset", ["v_1", "val/v_2"]),
+        ],
+    )
+    def test_hdf5_of_others(self, names: list[str], layout: str, ids: list[str], tmp_path: Path) -> None:
+        with h5py.File(tmp_path / "s.hdf5", "w") as file:
+            for seed, name in enumerate(names):
+                file.create_dataset(name, data=numbers(seed=seed), compression="gzip")
+        assert f"an HDF5 {layout} a video" in said(tmp_path / "s.hdf5", tmp_path / "out")
+        features = {video_id: rows for video_id, (rows, _) in content(tmp_path / "out").items()}
+        assert features == {video_id: numbers(seed=seed).tolist() for seed, video_id in enumerate(ids)}
+
+    def test_hdf5_groups_with_times_and_more(self, tmp_path: Path) -> None:
+        with h5py.File(tmp_path / "s.h5", "w") as file:
+            for video_id in ("v_1", "v_2"):
+                group = file.create_group(video_id)
+                group["c3d"], group["i3d"] = numbers(), numbers(seed=1)
+                group["timestamps_ms"] = [0.0, 250.0, 500.0]
+        with pytest.raises(InputError, match=r"group 'v_1' holds c3d, i3d - expected one array"):
+            imported(tmp_path / "s.h5", tmp_path / "out")
+        with pytest.raises(InputError, match=r"group 'v_1' has no array 'x', only c3d, i3d - name one"):
+            imported(tmp_path / "s.h5", tmp_path / "out", array="x")
+        imported(tmp_path / "s.h5", tmp_path / "out", array="i3d")
+        assert content(tmp_path / "out")["v_2"] == (numbers(seed=1).tolist(), [0.0, 0.25, 0.5])
+        with pytest.raises(MismatchError, match=r"array: stored 'i3d', wanted 'c3d'"):
+            imported(tmp_path / "s.h5", tmp_path / "out", array="c3d")
+
+    @pytest.mark.parametrize("is_old", [False, True])
+    def test_pytorch(self, is_old: bool, tmp_path: Path) -> None:
+        tensors = {"a": torch.from_numpy(numbers()).bfloat16(), 7: torch.ones(4, requires_grad=True)}
+        torch.save(tensors, tmp_path / "s.pt", _use_new_zipfile_serialization=not is_old)
+        imported(tmp_path / "s.pt", tmp_path / "out")
+        held = content(tmp_path / "out")
+        assert held["7"] == ([[1.0] * 4], [0.0]) and held["a"][0] == tensors["a"].float().tolist()
+
+    def test_parquet_a_row_a_video(self, tmp_path: Path) -> None:
+        features = [numbers(1 + v, seed=v).tolist() for v in range(40)]
+        times = [[0.5 * t for t in range(1 + v)] for v in range(40)]
+        table = pa.table(
+            {"video_id": [f"v{v:02}" for v in range(40)], "features": features, "times_seconds": times}
+        )
+        pq.write_table(table, tmp_path / "s.parquet")
+        imported(tmp_path / "s.parquet", tmp_path / "out")
+        assert list(content(tmp_path / "out").values()) == list(zip(features, times, strict=True))
+
+    @pytest.mark.parametrize(
+        "kind", [pa.list_(pa.float64()), pa.large_list(pa.float32()), pa.list_(pa.float16(), 4)]
+    )
+    def test_parquet_a_row_a_feature_row(
+        self, kind: pa.DataType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(import_parquet, "BATCH_ROWS", 2)
+        rows = pa.array([[np.float16(x) for x in row] for row in numbers(6)], kind)
+        table = pa.table({"video_id": pa.array([3, 3, 3, 1, 1, 2]), "clip": rows, "label": list("abcdef")})
+        pq.write_table(table, tmp_path / "s.pq", row_group_size=4)
+        imported(tmp_path / "s.pq", tmp_path / "out")
+        held = content(tmp_path / "out")
+        assert {v: len(f) for v, (f, _) in held.items()} == {"1": 2, "2": 1, "3": 3}
+        assert held["3"][0] + held["1"][0] + held["2"][0] == numbers(6).tolist()
+
+    def test_every_layout_can_be_forced(self, run_svb: RunSvb, tmp_path: Path) -> None:
+        npy_folder(tmp_path / "s", {"a": numbers()})
+        (tmp_path / "file").write_text("text")
+        for layout in IMPORT_LAYOUTS:
+            wrong = tmp_path / ("file" if layout in ("npy", "npz", "video-features") else "s")
+            ran = run_svb("import", wrong, "-o", tmp_path / "out", "--backbone", NAME, "--format", layout)
+            assert ran.exit_code == 1 and f" - {layout} is a f" in ran.stderr and not (tmp_path / "out").exists()
+
+
+class RunsCode:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.system, ("touch ran",))
+
+
+def h5(**arrays: Any) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        with h5py.File(folder / "s.h5", "w") as file:
+            for name, array in arrays.items():
+                file[name] = array
+        return folder / "s.h5"
+
+    return make
+
+
+def npy(**arrays: Any) -> Callable[[Path], Path]:
+    return lambda folder: npy_folder(folder / "s", arrays)
+
+
+def files(**contents: bytes) -> Callable[[Path], Path]:
+    """Make a folder; the last underscore of a name stands for its dot."""
+
+    def make(folder: Path) -> Path:
+        (folder / "s").mkdir()
+        for name, held in contents.items():
+            (folder / "s" / ".".join(name.rsplit("_", 1))).write_bytes(held)
+        return folder / "s"
+
+    return make
+
+
+def parquet(**columns: Any) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        pq.write_table(pa.table(columns), folder / "s.parquet")
+        return folder / "s.parquet"
+
+    return make
+
+
+def torch_file(value: Any) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        torch.save(value, folder / "s.pt")
+        return folder / "s.pt"
+
+    return make
+
+
+def file(name: str, held: bytes) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        (folder / name).write_bytes(held)
+        return folder / name
+
+    return make
+
+
+def npz(**arrays: Any) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        (folder / "s").mkdir()
+        np.savez(folder / "s" / "a.npz", **arrays)
+        return folder / "s"
+
+    return make
+
+
+def huge_h5(folder: Path) -> Path:
+    with h5py.File(folder / "s.h5", "w") as held:
+        held.create_dataset("a", shape=(2**50, 2**8), dtype=np.float64, chunks=(1, 256))
+    return folder / "s.h5"
+
+
+def repeated_h5(folder: Path) -> Path:
+    with h5py.File(folder / "s.h5", "w") as held:
+        held["a"], held["b"] = numbers(), numbers()
+        held["b"].attrs["video_id"] = "a"
+    return folder / "s.h5"
+
+
+GOOD = numbers()
+ROW = [1.0, 2.0]
+REFUSED = {
+    "nothing there": (lambda folder: folder / "s", "no such file or folder: {s} - expected a folder of .npy or"),
+    "empty folder": (files(), "{s} holds no .npy or .npz file (it holds nothing) - expected a folder"),
+    "other files": (files(a_txt=b"x", b_txt=b"y"), "holds no .npy or .npz file (it holds 2 .txt) - expected"),
+    "both kinds": (files(a_npy=b"", b_npz=b""), "{s} holds 1 .npy and 1 .npz files - choose with --format npy or"),
+    "pickle": (
+        file("s.pkl", pickle.dumps(RunsCode())),
+        "{s} holds pickles, and reading one runs whatever code is in",
+    ),
+    "pickles": (files(a_pickle=pickle.dumps(RunsCode())), "numpy.save as <video_id>.npy, then import that folder"),
+    "pickle as npy": (files(a_npy=pickle.dumps(RunsCode())), "{s}/a.npy cannot be read ("),
+    "pickle as pt": (
+        file("s.pt", pickle.dumps(RunsCode())),
+        "{s} holds more than tensors, and loading that could run",
+    ),
+    "code in pt": (torch_file({"a": RunsCode()}), "save a dict of video_id to tensor or a folder of .npy files"),
+    "objects": (npy(a=np.array([{}])), "a.npy cannot be read (Object arrays cannot be loaded when"),
+    "text": (npy(a=np.array(["x"])), "a.npy holds <U1 - expected numbers"),
+    "complex": (npy(a=np.ones(3, complex)), "a.npy holds complex128 - expected numbers"),
+    "scalar": (npy(a=np.array(1.0)), "a.npy has shape () - expected (T, F), (1, T, F) or (F,), none of them 0"),
+    "empty": (npy(a=np.empty((0, 4))), "a.npy has shape (0, 4) - expected (T, F)"),
+    "maps": (npy(a=np.ones((2, 4, 7, 7))), "a.npy has shape (2, 4, 7, 7) - expected (T, F), (1, T, F) or (F,)"),
+    "several": (npy(a=np.ones((2, 3, 4))), "a.npy has shape (2, 3, 4) - expected"),
+    "nan": (npy(a=GOOD, b=GOOD * np.nan), "b.npy holds NaN or infinity - leave the video out, or extract it again"),
+    "too large": (
+        npy(a=GOOD, b=GOOD - 7e4),
+        "- float16 holds up to 65504: scale all features",
+    ),
+    "just too large": (npy(a=np.array([65520.0])), "holds a value of 65520 - float16 holds up to 65504"),
+    "too small": (npy(a=GOOD * 1e-9), "a.npy holds only values that float16 rounds to 0 - scale all features"),
+    "two sizes": (npy(a=GOOD, b=GOOD[:, :3]), "b.npy: rows of 3 numbers, where those before have 4 - one backbone"),
+    "cut npy": (files(a_npy=b"\x93NUMPY\x01\0"), "a.npy cannot be read ("),
+    "empty npy": (files(a_npy=b""), "a.npy cannot be read (No data left in file) - make it again, or leave it out"),
+    "cut npz": (files(a_npz=b"PK\3\4"), "a.npz cannot be read ("),
+    "npz as npy": (lambda f: npz(x=GOOD)(f) / "a.npz", "{s} is one .npz file - give the folder that holds one for"),
+    "one npy": (
+        lambda f: npy(a=GOOD)(f) / "a.npy",
+        "{s} is one .npy file - give the folder that holds one for every",
+    ),
+    "text file": (file("s.txt", b"x"), "cannot tell what {s} is - expected a folder of .npy"),
+    "no id": (npz(features=GOOD, video_id=np.array("")), "a.npz: its video_id is empty - give every video an id"),
+    "times too few": (
+        npz(features=GOOD, times_seconds=[0.0, 1.0]),
+        "times of shape (2,) for 3 rows - expected one a",
+    ),
+    "times back": (
+        npz(features=GOOD, times_seconds=[0, 2, 1]),
+        "its times are not finite, ascending numbers - mend",
+    ),
+    "times nan": (npz(features=GOOD, times_seconds=[0, 1, np.nan]), "its times are not finite, ascending numbers"),
+    "times text": (npz(features=GOOD, times_seconds=["a", "b", "c"]), "a.npz cannot be read (could not convert"),
+    "misnamed": (
+        npy(a_rgb=GOOD, a_fps=np.array(1), b=GOOD),
+        "b.npy is not called <video_id>_<feature>.npy, as video",
+    ),
+    "no rate": (npy(a_rgb=GOOD, a_fps=GOOD), "a_fps.npy cannot be read (cannot reshape array of size 12"),
+    "cut h5": (file("s.h5", b"\x89HDF\r\n\x1a\n" + bytes(100)), "{s} cannot be read ("),
+    "empty h5": (h5(), "{s} holds no videos - expected an HDF5 dataset a video"),
+    "text in h5": (h5(a=GOOD, names=["x", "y"]), "{s}, dataset 'names' holds object - expected numbers"),
+    "huge h5": (huge_h5, "{s}, dataset 'a' cannot be read ("),
+    "twice": (
+        repeated_h5,
+        "{s}, dataset 'b': video_id 'a' stands twice - make every video_id unique",
+    ),
+    "cut parquet": (file("s.parquet", b"PAR1"), "{s} cannot be read ("),
+    "no column": (parquet(id=["a"], features=[ROW]), "{s}: no column video_id, only id, features - add it"),
+    "no lists": (
+        parquet(video_id=["a"], features=[1.0]),
+        "{s}: no column of lists of numbers - expected one called",
+    ),
+    "apart": (
+        parquet(video_id=["a", "b", "a"], features=[ROW] * 3),
+        "row 3: the rows of video 'a' are not next to",
+    ),
+    "row twice": (parquet(video_id=["a", "a"], features=[[ROW]] * 2), "video 'a': video_id 'a' stands twice"),
+    "null id": (
+        parquet(video_id=["a", None], features=[ROW] * 2),
+        "row 2: video_id is missing - give every row the",
+    ),
+    "null row": (
+        parquet(video_id=["a", "a"], features=[ROW, None]),
+        "row 1 cannot be read (a row has no features)",
+    ),
+    "null number": (parquet(video_id=["a"], features=[[1.0, None]]), "video 'a' holds NaN or infinity"),
+    "ragged": (
+        parquet(video_id=["a", "a"], features=[ROW, [1.0]]),
+        "row 1 cannot be read (rows of 2 and of 1 numb",
+    ),
+    "no rows": (
+        parquet(video_id=["a"], features=pa.array([[]], pa.list_(pa.list_(pa.float32())))),
+        "video 'a' has shape (0, 0) - expected (T, F)",
+    ),
+    "not a dict": (torch_file([torch.ones(2)]), "{s} holds a list - expected a dict of video_id to tensor"),
+    "nested": (torch_file({"a": {"b": torch.ones(2)}}), "{s} holds a dict for 'a' - expected a tensor a video"),
+    "cut pt": (file("s.pt", b"PK\3\4"), "{s} cannot be read as a PyTorch file ("),
+    "text as pt": (file("s.pt", b"text"), "{s} "),
+}
+
+
+@pytest.mark.parametrize("case", list(REFUSED))
+def test_what_is_refused(case: str, tmp_path: Path, run_svb: RunSvb, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make, words = REFUSED[case]
+    source = make(tmp_path)
+    ran = run_svb("import", source, "-o", tmp_path / "out", "--backbone", NAME)
+    assert ran.exit_code == 1 and ran.stdout == ""
+    error = ran.stderr.splitlines()[-1]
+    assert error.startswith("svb: ") and words.format(s=source) in error and "Traceback" not in ran.stderr
+    assert " - " in error  # what to do next
+    assert not (tmp_path / "ran").exists()
+    # What came before the refused video is whole.
+    assert not (tmp_path / "out").exists() or verify_store(tmp_path / "out") == []
+
+
+class TestOptions:
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["--fps", "0"], "0.0 rows a second - expected a number above 0"),
+            (["--fps", "nan"], "nan rows a second - expected a number above 0"),
+            (["--array", "x"], ".npy files hold one array each - leave out --array"),
+            (["--backbone", " "], "' ' cannot name a backbone - expected a name such as s3d:howto100m"),
+            (["--backbone", "videos"], "'videos' cannot name a backbone"),
+            (["--backbone", "a\udcff"], "cannot name a backbone"),
+        ],
+    )
+    def test_wrong_usage(self, arguments: list[str], words: str, tmp_path: Path, run_svb: RunSvb) -> None:
+        source = npy_folder(tmp_path / "s", {"a": GOOD})
+        ran = run_svb("import", source, "-o", tmp_path / "out", "--backbone", NAME, *arguments)
+        assert ran.exit_code == 2 and words in ran.stderr and not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
+        ("make", "layout"), [(h5(a=GOOD), "h5-per-video"), (torch_file({"a": torch.ones(2)}), None)]
+    )
+    def test_one_array_a_video(self, make: Callable[[Path], Path], layout: str | None, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match=r"one (array|tensor).* - leave out --array"):
+            imported(make(tmp_path), tmp_path / "out", layout=layout, array="x")
+
+    def test_unknown_layout(self, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match=r"unknown layout 'csv' - expected one of npy, "):
+            imported(npy_folder(tmp_path / "s", {"a": GOOD}), tmp_path / "out", layout="csv")
+
+    def test_a_store_is_no_source(self, store: Path, tmp_path: Path) -> None:
+        one = export(FeatureStore(store), tmp_path / "one.h5")
+        for source in (store, one):
+            with pytest.raises(InputError, match=r"is a feature store already - give it to `svb train`"):
+                imported(source, tmp_path / "out")
+
+    def test_where_to(self, tmp_path: Path, run_svb: RunSvb, monkeypatch: pytest.MonkeyPatch) -> None:
+        source = npy_folder(tmp_path / "s", {"a": GOOD})
+        (tmp_path / "file").touch()
+        with pytest.raises(InputError, match="is the source itself - name another folder with -o"):
+            imported(source, source)
+        with pytest.raises(InputError, match="is a file - name another folder with -o"):
+            imported(source, tmp_path / "file")
+        monkeypatch.chdir(tmp_path)
+        assert run_svb("import", source, "--backbone", "a/b+c").stdout == "features\n"
+        assert content(tmp_path / "features", "a/b+c")["a"][0] == GOOD.tolist()
+
+    def test_the_largest_number(self, tmp_path: Path) -> None:
+        source = npy_folder(tmp_path / "s", {"a": np.array([65504.0, -65519.0, 0.0])})
+        imported(source, tmp_path / "out")
+        assert content(tmp_path / "out")["a"][0] == [[65504.0, -65504.0, 0.0]]
+
+
+class TestAgain:
+    def test_only_what_is_new_is_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        source = npy_folder(tmp_path / "s", {"a": GOOD, "b": GOOD})
+        imported(source, tmp_path / "out")
+        fingerprint = FeatureStore(tmp_path / "out").fingerprint
+        read: list[str] = []
+        load = np.load
+        monkeypatch.setattr(np, "load", lambda file, **options: (read.append(file.name), load(file, **options))[1])
+        npy_folder(source, {"c": numbers(seed=3)})
+        assert said(source, tmp_path / "out").endswith("1 videos imported, 2 unchanged; 3 rows of 4 numbers added")
+        assert read == ["c.npy"] and list(content(tmp_path / "out")) == ["a", "b", "c"]
+        assert FeatureStore(tmp_path / "out").fingerprint == fingerprint
+
+    def test_what_has_changed_is_read_again(self, tmp_path: Path) -> None:
+        source = npy_folder(tmp_path / "s", {"a": GOOD, "b": GOOD})
+        imported(source, tmp_path / "out")
+        os.utime(source / "b.npy")
+        np.save(source / "a.npy", numbers(5, seed=9))
+        text = said(source, tmp_path / "out")
+        assert "0 videos imported, 1 changed, 1 unchanged; 5 rows" in text
+        assert content(tmp_path / "out")["a"][0] == numbers(5, seed=9).tolist()
+        assert verify_store(tmp_path / "out") == []
+
+    def test_a_file_that_grew(self, tmp_path: Path) -> None:
+        source = h5(a=GOOD)(tmp_path)
+        imported(source, tmp_path / "out")
+        with h5py.File(source, "a") as file:
+            file["b"] = numbers(seed=1)
+        assert "1 videos imported, 1 unchanged; 3 rows" in said(source, tmp_path / "out")
+
+    def test_moved_and_foreign_sources(self, tmp_path: Path) -> None:
+        source = npy_folder(tmp_path / "s", {"a": GOOD})
+        imported(source, tmp_path / "out")
+        moved = source.rename(tmp_path / "moved")
+        assert "0 videos imported, 1 unchanged" in said(moved, tmp_path / "out")
+        other = npy_folder(tmp_path / "other", {"a": numbers(seed=5)})
+        with pytest.raises(
+            InputError, match=r"the store holds other features of 'a', from .*/s/a.npy - import these"
+        ):
+            imported(other, tmp_path / "out")
+        assert content(tmp_path / "out")["a"][0] == GOOD.tolist()
+
+    def test_other_settings(self, tmp_path: Path, extracted_store: Path) -> None:
+        source = npy_folder(tmp_path / "s", {"a": GOOD})
+        imported(source, tmp_path / "out")
+        with pytest.raises(MismatchError, match=r"sampling.fps: stored 1.0, wanted 2.0"):
+            imported(source, tmp_path / "out", fps=2.0)
+        with pytest.raises(MismatchError, match=r"backbones.other: stored None"):
+            imported(source, tmp_path / "out", backbone="other")
+        shutil.copytree(extracted_store, tmp_path / "extracted")
+        with pytest.raises(MismatchError, match=r"decoder.name: stored 'pyav', wanted 'imported'"):
+            imported(source, tmp_path / "extracted")
+
+    def test_another_size_in_the_next_source(self, tmp_path: Path) -> None:
+        imported(npy_folder(tmp_path / "s", {"a": GOOD}), tmp_path / "out")
+        with pytest.raises(InputError, match=r"b.npy: rows of 3 numbers, where those before have 4"):
+            imported(npy_folder(tmp_path / "t", {"b": GOOD[:, :3]}), tmp_path / "out")
+
+    @pytest.mark.parametrize("make", [npy, h5])
+    def test_stopped_half_way(
+        self, make: Callable[..., Callable[[Path], Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("svb.data.feature_store_writer.SHARD_VIDEOS", 2)
+        videos = {f"v{v}": numbers(seed=v) for v in range(7)}
+        source = make(**videos)(tmp_path)
+
+        def stop(done: int, total: int) -> None:
+            if done == 5:
+                os._exit(9)
+
+        child = os.fork()
+        if not child:
+            imported(source, tmp_path / "out", on_progress=stop)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        assert verify_store(tmp_path / "out") == [] and list(content(tmp_path / "out")) == ["v0", "v1", "v2", "v3"]
+        assert "3 videos imported, 4 unchanged" in said(source, tmp_path / "out")
+        assert {v: f for v, (f, _) in content(tmp_path / "out").items()} == {
+            v: f.tolist() for v, f in videos.items()
+        }
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on an imported store, beside it; only to be read."""
+    folder = tmp_path_factory.mktemp("imported")
+    features, captions = tiny_task(folder)
+    out = export(FeatureStore(features), folder / "x", layout="npz")
+    return train(imported(out, folder / "imported"), captions, folder / "run", tiny())
+
+
+class TestInUse:
+    """An imported store is trained on, evaluated, indexed and searched; what cannot be done says so."""
+
+    def test_it_learns_what_an_extracted_one_would(self, run: Path) -> None:
+        extracted = train(run.parent / "features", run.parent / "captions.h5", run.parent / "same", tiny())
+        metrics = [[json.loads(line) for line in (r / "metrics.jsonl").open()] for r in (run, extracted)]
+        losses = [[line["loss"] for line in lines] for lines in metrics]
+        assert losses[0] == losses[1]
+
+    def test_evaluate_index_search(
+        self, run: Path, tmp_path: Path, run_svb: RunSvb, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        encoder = synthetic.make_text_encoder(8)
+        monkeypatch.setattr("svb.retrieve.search.load_matching_text_encoder", lambda settings, device: encoder)
+        assert run_svb("evaluate", run).exit_code == 0
+        built = index(run, tmp_path / "index")
+        found = Searcher(built).search_text("a dog", 3)
+        assert len(found) == 3 and found[0].source_path.endswith(f"{found[0].video_id}.npz")
+        ran = run_svb("search", "--video", tmp_path / "clip.mp4", "--index", built)
+        assert ran.exit_code == 1
+        assert ran.stderr == (
+            f"svb: the features of {NAME} were imported and cannot be computed of {tmp_path / 'clip.mp4'} here - "
+            "search with a text, or train on features that `svb extract` made\n"
+        )
+
+    @pytest.mark.parametrize("name", ["open_clip:ViT-B-32/laion2b_s34b_b79k", "offline:efficientnet-lite0", NAME])
+    def test_it_is_never_searched_without_training(self, name: str, tmp_path: Path, run_svb: RunSvb) -> None:
+        """Not even where the name is of a backbone that svb has: which weights made the features is not known."""
+        imported(npy_folder(tmp_path / "s", {"a": GOOD}), tmp_path / "out", backbone=name)
+        for command in (["evaluate", tmp_path / "out"], ["index", tmp_path / "out", "-o", tmp_path / "index"]):
+            ran = run_svb(*command)
+            assert ran.exit_code == 1 and not (tmp_path / "index").exists()
+            assert (
+                f"svb: the features of {name} were imported, and which weights made them is not known: they "
+                "cannot be searched without training - train heads with `svb train`" in ran.stderr
+            )
+
+    def test_explain(self, run: Path, tmp_path: Path, run_svb: RunSvb, monkeypatch: pytest.MonkeyPatch) -> None:
+        encoder = synthetic.make_text_encoder(8)
+        monkeypatch.setattr("svb.retrieve.explain.load_matching_text_encoder", lambda settings, device: encoder)
+        ran = run_svb("explain", run, "a dog", "-o", tmp_path / "page", "-k", 2)
+        assert ran.exit_code == 0 and "no frames of" in ran.stderr
+        assert (tmp_path / "page" / "index.html").is_file()
+
+    def test_extract_into_it_is_refused(self, tmp_path: Path, run_svb: RunSvb, clips_folder: Path) -> None:
+        out = imported(npy_folder(tmp_path / "s", {"a": GOOD}), tmp_path / "out")
+        ran = run_svb("extract", clips_folder, "-o", out, "--backbone", NAME)
+        assert ran.exit_code == 1 and "decoder.name: stored 'imported', wanted 'pyav'" in ran.stderr
+
+    def test_info_and_verify(self, run: Path, run_svb: RunSvb) -> None:
+        path = run.parent / "imported"
+        held = json.loads(run_svb("info", path, "--json").stdout)
+        assert held["backbones"][NAME]["imported"] is True and held["videos"] == {"ok": 18}
+        assert held["decoder"]["name"] == "imported" and held["provenance"]["layout"] == "npz"
+        assert f"backbones.{NAME}.imported: True" in run_svb("info", path).stdout
+        assert run_svb("verify", path).stdout == f"{path}: a whole feature store\n"
+        one = export(FeatureStore(path), path.parent / "one.h5")
+        assert run_svb("verify", one).stdout == f"{one}: a whole feature store\n"
+
+    def test_it_shares_no_space_with_a_text_encoder(self, run: Path) -> None:
+        assert json.loads((run / "config.json").read_text())["shared_space"] is False
+        assert read_caption_features(run.parent / "captions.h5").settings["text_encoder"]["weights_hash"]
