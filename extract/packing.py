@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,27 +31,45 @@ class _Open:
     since_window: int = 0
 
 
+@dataclass
+class _Started:
+    """A batch under way: whose images it holds, the images, and what waits for their features."""
+
+    owners: list[_Open]
+    batch: torch.Tensor
+    fetch: Callable[[], torch.Tensor]
+
+
 class Packer:
     """Collects the images of many videos for one backbone and runs it on full batches.
 
-    A batch's features are fetched when the next batch has been started, so that a GPU never waits for the
-    next while one is copied back.
+    Up to `ahead` batches are under way while the next is filled: a GPU never waits for one to be copied back,
+    and a CPU's cores each have a batch of their own.
 
     Args:
         backbone: What to run.
         batch_size: B, of every batch.
+        executor: Runs batches on the CPU's cores; without one the backbone starts them itself.
+        ahead: How many batches may be under way.
         on_message: Called with a line when a batch did not fit the device's memory.
     """
 
     def __init__(
-        self, backbone: Backbone, batch_size: int, on_message: Callable[[str], None] = lambda message: None
+        self,
+        backbone: Backbone,
+        batch_size: int,
+        *,
+        executor: Executor | None = None,
+        ahead: int = 1,
+        on_message: Callable[[str], None] = lambda message: None,
     ) -> None:
         self.backbone = backbone
         self._batch_size = self._at_once = batch_size
+        self._executor, self._ahead = executor, ahead
         self._on_message = on_message
         self._batch: torch.Tensor | None = None
         self._owners: list[_Open] = []
-        self._started: tuple[list[_Open], Callable[[], torch.Tensor]] | None = None
+        self._started: deque[_Started] = deque()
         self._open: dict[int, _Open] = {}
 
     def add(self, video: int, squares: torch.Tensor, times_seconds: NDArray[np.float64]) -> None:
@@ -94,41 +113,56 @@ class Packer:
             self._start()
         self.fetch()
 
+    def fetch(self) -> None:
+        """Wait for the batches that are under way."""
+        while self._started:
+            self._fetch_oldest()
+
     def _start(self) -> None:
         assert self._batch is not None
-        owners, self._owners = self._owners, []
-        started = self._run(self._batch)
-        self.fetch()
-        self._started = owners, started
+        self._started.append(_Started(self._owners, self._batch, self._begin(self._batch)))
+        self._owners, self._batch = [], None
+        while len(self._started) > self._ahead:
+            self._fetch_oldest()
 
-    def fetch(self) -> None:
-        """Wait for the batch that was started last."""
-        if self._started is None:
-            return
-        (owners, fetch), self._started = self._started, None
-        for owner, row in zip(owners, fetch()[: len(owners)].numpy(), strict=True):
-            owner.rows.append(row[None])
-
-    def _run(self, batch: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Start a batch; one that does not fit the device's memory is halved, and so are those that follow."""
+    def _fetch_oldest(self) -> None:
+        started = self._started.popleft()
         while True:
             try:
-                return _joined([self.backbone.start(part) for part in batch.split(self._at_once)])
-            except (torch.OutOfMemoryError, RuntimeError) as error:
+                features = started.fetch()
+                break
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
                 if not _is_out_of_memory(error):
                     raise
-                if self._at_once == 1:
-                    raise SvbError(
-                        f"{self.backbone.device} has too little memory for {self.backbone.name} even with one "
-                        "input at a time - free it, or choose another --device or a smaller backbone"
-                    ) from error
-                self._at_once = max(1, self._at_once // 2)
-                if self.backbone.device.type == "cuda":
-                    torch.cuda.empty_cache()
-                self._on_message(
-                    f"{self.backbone.name}: out of memory on {self.backbone.device}, going on with {self._at_once} "
-                    f"inputs at a time instead of {self._batch_size}; last bits of features may differ"
-                )
+                self._halve(error)
+                started.fetch = self._begin(started.batch)
+        for owner, row in zip(started.owners, features[: len(started.owners)].numpy(), strict=True):
+            owner.rows.append(row[None])
+
+    def _begin(self, batch: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Start a batch, whole or in parts that fit; what goes wrong is raised when it is fetched."""
+        parts = batch.split(self._at_once)
+        if self._executor is not None:
+            return _joined([self._executor.submit(self.backbone, part).result for part in parts])
+        try:
+            return _joined([self.backbone.start(part) for part in parts])
+        except RuntimeError as error:
+            return _raising(error)
+
+    def _halve(self, error: RuntimeError) -> None:
+        """Have batches run in smaller parts from now on."""
+        if self._at_once == 1:
+            raise SvbError(
+                f"{self.backbone.device} has too little memory for {self.backbone.name} even with one input at a "
+                "time - free it, or choose another --device or a smaller backbone"
+            ) from error
+        self._at_once = max(1, self._at_once // 2)
+        if self.backbone.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._on_message(
+            f"{self.backbone.name}: out of memory on {self.backbone.device}, going on with {self._at_once} inputs "
+            f"at a time instead of {self._batch_size}; last bits of features may differ"
+        )
 
     def _push(self, state: _Open, image: torch.Tensor, time_seconds: float) -> None:
         if self._batch is None:
@@ -153,6 +187,13 @@ class Packer:
         clip = torch.stack([square for square, _ in state.latest], dim=1)  # (3, clip_frames, S, S)
         self._push(state, clip, (state.latest[0][1] + state.latest[-1][1]) / 2)
         state.since_window = 0
+
+
+def _raising(error: Exception) -> Callable[[], torch.Tensor]:
+    def fetch() -> torch.Tensor:
+        raise error
+
+    return fetch
 
 
 def _joined(parts: list[Callable[[], torch.Tensor]]) -> Callable[[], torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -61,6 +62,8 @@ class Pipeline:
         records: Where records and rows go.
         keep_partial: Whether a video that decodes in part is kept; otherwise it has failed.
         contents: What is known of videos whose content was seen before.
+        executor: Runs batches on the CPU's cores.
+        ahead: How many batches of a backbone may be under way.
         on_message: Called with a line that the user should see.
     """
 
@@ -72,10 +75,15 @@ class Pipeline:
         *,
         keep_partial: bool = True,
         contents: Contents | None = None,
+        executor: Executor | None = None,
+        ahead: int = 1,
         on_message: Callable[[str], None] = lambda message: None,
     ) -> None:
         self.counts = Counts()
-        self._packers = [Packer(network, batch_size, on_message) for network in networks]
+        self._packers = [
+            Packer(network, batch_size, executor=executor, ahead=ahead, on_message=on_message)
+            for network in networks
+        ]
         self._uploader = Uploader(networks[0].device)
         self._records = records
         self._keep_partial = keep_partial

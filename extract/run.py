@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,14 +31,17 @@ from svb.extract.request import Request, make_request
 from svb.extract.sampling import Sampling
 from svb.extract.worker import Finished, Started
 from svb.interrupts import deferred_interrupts
+from svb.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     import torch
 
     from svb.extract.backbones.backbone import Backbone
-    from svb.extract.pipeline import Contents, Pipeline
+    from svb.extract.pipeline import Contents, Counts, Pipeline
 
 MAX_BATCH_SIZE = 4096
+# On the CPU; each takes a few hundred megabytes.
+MAX_PARALLEL_BATCHES = 8
 
 
 def extract(
@@ -127,13 +131,19 @@ def extract(
         on_message(line)
     if not plan.todo:
         if prune and plan.vanished:
-            _prune_only(out, plan.vanished)
+            with FeatureStoreWriter(out, FeatureStore(out).settings, {}) as writer:
+                _remove(plan.vanished, writer)
+                writer.compact()
         _tell_of_vanished(plan.vanished, prune, on_message)
         on_message(f"nothing to do: all {len(plan.asked)} videos are in {out}, unchanged")
         return out
 
+    from svb.extract.pipeline import Pipeline  # and with it torch
+
     torch_device = choose_device(_own_device(device, rank))
     dtype = choose_precision(torch_device, precision)
+    if torch_device.type == "cpu":
+        keep_freed_memory()
     networks = _load(request.backbones, torch_device, dtype, compile, batch_size)
     settings = request.settings(networks)
     provenance = {"device": str(torch_device), "versions": _versions()}
@@ -153,10 +163,16 @@ def extract(
             time_limit_seconds,
             None if contents is None else contents.is_wanted,
         )
-        from svb.extract.pipeline import Pipeline
-
+        executor, ahead = stack.enter_context(_cores(torch_device, compile))
         pipeline = Pipeline(
-            networks, batch_size, writer, keep_partial=keep_partial, contents=contents, on_message=on_message
+            networks,
+            batch_size,
+            writer,
+            keep_partial=keep_partial,
+            contents=contents,
+            executor=executor,
+            ahead=ahead,
+            on_message=on_message,
         )
         report = _Report(plan, source, pool, pipeline, str(torch_device), num_workers)
         signal_number = _drive(pool, source, pipeline, writer, report, log, on_progress)
@@ -170,17 +186,10 @@ def extract(
                 signal_number, f"interrupted - {progress.videos_done} videos of this run are in {out}"
             )
         vanished = plan.vanished if contents is None else contents.vanished
-        if prune:
-            for record in vanished:
-                writer.remove(record)
-            writer.publish()
+        _remove(vanished if prune else (), writer)
         writer.compact()
         log.add_end(progress, "done", sentence)
-    counts = pipeline.counts
-    if counts.renamed or counts.duplicates:
-        on_message(
-            f"not decoded, because their content is known: {counts.renamed} renamed, {counts.duplicates} duplicates"
-        )
+    _tell_of_known(pipeline.counts, on_message)
     _tell_of_vanished(vanished, prune, on_message)
     on_message(sentence)
     return out
@@ -319,6 +328,28 @@ def _load(
     return [load_backbone(name, device, dtype, compile=compile, batch_size=batch_size) for name in names]
 
 
+@contextlib.contextmanager
+def _cores(device: torch.device, compile: bool) -> Iterator[tuple[Executor | None, int]]:
+    """Yield what runs batches, and how many may be under way.
+
+    On the CPU every core has a batch of its own: cores that share one wait for each other at every layer, and
+    for long where decoders want the cores too. What is compiled runs on all cores, in one thread.
+    """
+    import torch
+
+    if device.type != "cpu" or compile:
+        yield None, 1
+        return
+    cores = torch.get_num_threads()
+    num_batches = min(cores, MAX_PARALLEL_BATCHES)
+    torch.set_num_threads(cores // num_batches)
+    try:
+        with ThreadPoolExecutor(num_batches) as executor:
+            yield executor, num_batches
+    finally:
+        torch.set_num_threads(cores)
+
+
 def _known_contents(
     store: FeatureStore, plan: Plan, retry: Collection[str], writer: FeatureStoreWriter
 ) -> Contents:
@@ -358,12 +389,17 @@ def _leased_videos(
     return LeasedVideos(start_at(units(plan.asked, UNIT_VIDEOS), *rank), leases, undone, plan.todo)
 
 
-def _prune_only(out: Path, vanished: Sequence[VideoRecord]) -> None:
-    with FeatureStoreWriter(out, FeatureStore(out).settings, {}) as writer:
-        for record in vanished:
-            writer.remove(record)
-        writer.publish()
-        writer.compact()
+def _remove(vanished: Sequence[VideoRecord], writer: FeatureStoreWriter) -> None:
+    for record in vanished:
+        writer.remove(record)
+    writer.publish()
+
+
+def _tell_of_known(counts: Counts, on_message: Callable[[str], None]) -> None:
+    if counts.renamed or counts.duplicates:
+        on_message(
+            f"not decoded, because their content is known: {counts.renamed} renamed, {counts.duplicates} duplicates"
+        )
 
 
 def _tell_of_vanished(vanished: Sequence[VideoRecord], prune: bool, on_message: Callable[[str], None]) -> None:

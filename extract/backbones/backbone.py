@@ -120,7 +120,7 @@ class Backbone:
         pixels = pixels.to(self.dtype)
         if self.clip_frames == 1:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
-        features: torch.Tensor = self.module(pixels).float()
+        features: torch.Tensor = (self._compiled or self.module)(pixels).float()
         if self.device.type != "cuda":
             features = features.cpu()
             return lambda: features
