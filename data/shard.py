@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
@@ -81,6 +82,9 @@ class VideoRows:
     times_seconds: NDArray[np.float64]
 
 
+# A shard up to this size is put together in memory before it is written.
+IN_MEMORY_BYTES = 1 << 30
+
 # What h5py raises on damaged files, depending on where the damage is.
 _DAMAGE = (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError)
 _DTYPES = {"str": h5py.string_dtype("utf-8"), "int": np.dtype("int64"), "float": np.dtype("float64")}
@@ -109,7 +113,26 @@ def write_shard(
         feature_sizes: F of every backbone.
         replaces: Names of the shards that this one takes the place of.
     """
-    with _told_of_full_disks(path), published_file(path) as aside, h5py.File(aside, "w") as file:
+    size_bytes = sum(video.features.nbytes for by_backbone in rows for video in by_backbone.values())
+    with _told_of_full_disks(path), published_file(path) as aside:
+        if size_bytes > IN_MEMORY_BYTES:
+            _fill(aside, store, records, rows, feature_sizes, replaces)
+            return
+        # HDF5 cannot let go of a file that the disk has no room for, and complains of it until the process ends.
+        content = io.BytesIO()
+        _fill(content, store, records, rows, feature_sizes, replaces)
+        aside.write_bytes(content.getbuffer())
+
+
+def _fill(
+    target: Path | io.BytesIO,
+    store: Mapping[str, Any],
+    records: Sequence[VideoRecord],
+    rows: Sequence[Mapping[str, VideoRows]],
+    feature_sizes: Mapping[str, int],
+    replaces: Sequence[str],
+) -> None:
+    with h5py.File(target, "w") as file:
         file.attrs["format_version"] = FORMAT_VERSION
         file.attrs["store"] = json.dumps(store, ensure_ascii=False)
         file.attrs["replaces"] = json.dumps(list(replaces))
@@ -127,9 +150,8 @@ def _told_of_full_disks(path: Path) -> Iterator[None]:
     """Turn what the system or HDF5 says of a disk that takes no more into a StoreError; nothing is half-written."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
-        # HDF5 wraps the reason, and sometimes only says that it could not flush or close.
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+    except OSError as error:
+        reason = error.strerror or " ".join(str(error).split())[:200]
         raise StoreError(
             f"cannot write {path} ({reason}) - what was published before is whole: mend the folder or free space, "
             "and run the same command again to go on"

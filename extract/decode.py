@@ -510,5 +510,5 @@ def judge_end(
         return DecodeEnd("ok")
     of_promised = f" of {promised:.1f} s" if promised > 0 else ""
     words = f"decode errors: {errors.count}, the last: {errors.last_words}" if errors.count else "the file ends"
-    cause = "concealed_errors" if errors.count else "truncated"
+    cause = "truncated" if short else "concealed_errors"
     return DecodeEnd("partial", f"decoded {decoded_seconds:.1f} s{of_promised}; {words}", cause)

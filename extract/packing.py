@@ -33,10 +33,11 @@ class _Open:
 
 @dataclass
 class _Started:
-    """A batch under way: whose images it holds, the images, and what waits for their features."""
+    """A batch under way: whose images it holds, how many run at once, and what waits for their features."""
 
     owners: list[_Open]
     batch: torch.Tensor
+    at_once: int
     fetch: Callable[[], torch.Tensor]
 
 
@@ -120,7 +121,7 @@ class Packer:
 
     def _start(self) -> None:
         assert self._batch is not None
-        self._started.append(_Started(self._owners, self._batch, self._begin(self._batch)))
+        self._started.append(_Started(self._owners, self._batch, self._at_once, self._begin(self._batch)))
         self._owners, self._batch = [], None
         while len(self._started) > self._ahead:
             self._fetch_oldest()
@@ -134,8 +135,9 @@ class Packer:
             except RuntimeError as error:  # torch.OutOfMemoryError is one
                 if not _is_out_of_memory(error):
                     raise
-                self._halve(error)
-                started.fetch = self._begin(started.batch)
+                if started.at_once == self._at_once:  # else one that was begun before it has been halved already
+                    self._halve(error)
+                started.at_once, started.fetch = self._at_once, self._begin(started.batch)
         for owner, row in zip(started.owners, features[: len(started.owners)].numpy(), strict=True):
             owner.rows.append(row[None])
 

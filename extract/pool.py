@@ -26,7 +26,17 @@ from svb.extract.decode import FrameChunk
 from svb.extract.decode_options import DecodeOptions
 from svb.extract.frame_memory import SLOTS, FrameMemory
 from svb.extract.plan import PlannedVideo
-from svb.extract.worker import Alive, Finished, Hashed, Message, SharedChunk, Started, size_and_mtime, work
+from svb.extract.worker import (
+    VIDEOS_A_WORKER,
+    Alive,
+    Finished,
+    Hashed,
+    Message,
+    SharedChunk,
+    Started,
+    size_and_mtime,
+    work,
+)
 
 QUEUED_MESSAGES = 64
 # How often the consumer hears of nothing, to publish what is due and to see whether it was interrupted.
@@ -75,6 +85,7 @@ class DecodePool:
         time_limit_seconds: A video that decodes for longer is recorded as `timeout`.
         is_wanted: Asked, from a thread, with a video's position, the video and its content hash before it is
             decoded; where it says no the video ends as `DUPLICATE`.
+        videos_a_worker: After so many a worker is replaced: decoders leak. So is one that has grown large.
 
     Attributes:
         waiting_seconds: How long the consumer waited for a message, after the first one.
@@ -88,6 +99,7 @@ class DecodePool:
         stall_seconds: float = DEFAULT_STALL_SECONDS,
         time_limit_seconds: float = DEFAULT_TIME_LIMIT_SECONDS,
         is_wanted: Callable[[int, PlannedVideo, str], bool] | None = None,
+        videos_a_worker: int = VIDEOS_A_WORKER,
     ) -> None:
         self.waiting_seconds = self.workers_waiting_seconds = 0.0
         self._first_message = math.nan
@@ -96,6 +108,7 @@ class DecodePool:
         self._stall_seconds = stall_seconds
         self._time_limit_seconds = time_limit_seconds
         self._is_wanted = is_wanted
+        self._videos_a_worker = videos_a_worker
         self._messages: queue.Queue[_Item | BaseException | None] = queue.Queue(QUEUED_MESSAGES)
         self._stop = threading.Event()
         self._num_started = 0
@@ -182,7 +195,8 @@ class DecodePool:
             if video is None:
                 return
             if idle is None:
-                idle = _Worker(self._options, self._is_wanted is not None, self._time_limit_seconds)
+                asks = self._is_wanted is not None
+                idle = _Worker(self._options, asks, self._time_limit_seconds, self._videos_a_worker)
                 workers.append(idle)
             idle.position, idle.video = self._num_started, video
             self._num_started += 1
@@ -253,12 +267,12 @@ def _nothing() -> None: ...
 class _Worker:
     """One decode process, the pipe to it and the memory shared with it; `video`, at `position`, is what it has."""
 
-    def __init__(self, options: DecodeOptions, asks: bool, time_limit_seconds: float) -> None:
+    def __init__(self, options: DecodeOptions, asks: bool, time_limit_seconds: float, num_videos: int) -> None:
         # spawn: a fork would copy torch's threads and CUDA's state in a broken condition.
         context = multiprocessing.get_context("spawn")
         self.memory = FrameMemory()
         self.connection, theirs = context.Pipe()
-        arguments = (theirs, self.memory, options, asks, time_limit_seconds)
+        arguments = (theirs, self.memory, options, asks, time_limit_seconds, num_videos)
         self.process = context.Process(target=work, args=arguments, daemon=True)
         self.process.start()
         theirs.close()

@@ -163,7 +163,7 @@ def extract(
             time_limit_seconds,
             None if contents is None else contents.is_wanted,
         )
-        executor, ahead = stack.enter_context(_cores(torch_device, compile))
+        executor, ahead = stack.enter_context(cores(torch_device, compile))
         pipeline = Pipeline(
             networks,
             batch_size,
@@ -182,9 +182,8 @@ def extract(
         sentence = what_limited(progress)
         if signal_number:
             log.add_end(progress, "interrupted", sentence)
-            raise Interrupted(
-                signal_number, f"interrupted - {progress.videos_done} videos of this run are in {out}"
-            )
+            done = f"{progress.videos_done} videos of this run are in {out}"
+            raise Interrupted(signal_number, f"interrupted - {done}; run the same command again to go on")
         vanished = plan.vanished if contents is None else contents.vanished
         _remove(vanished if prune else (), writer)
         writer.compact()
@@ -329,7 +328,7 @@ def _load(
 
 
 @contextlib.contextmanager
-def _cores(device: torch.device, compile: bool) -> Iterator[tuple[Executor | None, int]]:
+def cores(device: torch.device, compile: bool) -> Iterator[tuple[Executor | None, int]]:
     """Yield what runs batches, and how many may be under way.
 
     On the CPU every core has a batch of its own: cores that share one wait for each other at every layer, and
@@ -340,14 +339,14 @@ def _cores(device: torch.device, compile: bool) -> Iterator[tuple[Executor | Non
     if device.type != "cpu" or compile:
         yield None, 1
         return
-    cores = torch.get_num_threads()
-    num_batches = min(cores, MAX_PARALLEL_BATCHES)
-    torch.set_num_threads(cores // num_batches)
+    threads = torch.get_num_threads()
+    num_batches = min(threads, MAX_PARALLEL_BATCHES)
+    torch.set_num_threads(threads // num_batches)
     try:
         with ThreadPoolExecutor(num_batches) as executor:
             yield executor, num_batches
     finally:
-        torch.set_num_threads(cores)
+        torch.set_num_threads(threads)
 
 
 def _known_contents(

@@ -29,7 +29,7 @@ from svb.extract.plan import PlannedVideo
 RETRIED_WITH_FFMPEG = ("unreadable", "zero_frames")
 
 # Decoders leak, and their heaps grow ragged: a worker is replaced after so many videos or with so much memory.
-RECYCLED_AFTER_VIDEOS = 1000
+VIDEOS_A_WORKER = 1000
 RECYCLED_AT_BYTES = 1536 * 2**20
 
 # A status of `Finished` alone, never of a record: the content is another video's, and was not decoded.
@@ -161,7 +161,12 @@ def _decode_or_hand_over(path: Path, options: DecodeOptions) -> Iterator[Any]:
 
 
 def work(
-    connection: Connection, memory: FrameMemory, options: DecodeOptions, asks: bool, time_limit: float
+    connection: Connection,
+    memory: FrameMemory,
+    options: DecodeOptions,
+    asks: bool,
+    time_limit_seconds: float,
+    num_videos: int,
 ) -> None:
     """Decode what comes through the pipe until it closes.
 
@@ -170,13 +175,14 @@ def work(
         memory: Where frames go.
         options: How to decode.
         asks: Ask before a file is decoded whether its content is wanted.
-        time_limit: Seconds after which a video ends as `timeout`, waiting for the backbones left out.
+        time_limit_seconds: After so long a video ends as `timeout`, waiting for the backbones left out.
+        num_videos: After so many it ends itself.
     """
     # The terminal's Ctrl-C reaches the whole group; the main process decides when workers end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.setsid()  # an ffmpeg that this worker starts is killed with it
     _die_with_parent()
-    desk = _Desk(connection, memory, time_limit)
+    desk = _Desk(connection, memory, time_limit_seconds, num_videos)
     decode.got_on = desk.got_on
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while not desk.is_tired:
@@ -191,12 +197,14 @@ def work(
 class _Desk:
     """A worker's side of the pipe and of the shared memory."""
 
-    def __init__(self, connection: Connection, memory: FrameMemory, time_limit: float) -> None:
+    def __init__(
+        self, connection: Connection, memory: FrameMemory, time_limit_seconds: float, num_videos: int
+    ) -> None:
         self._connection = connection
         self._memory = memory
-        self._time_limit = time_limit
+        self._time_limit_seconds = time_limit_seconds
         self._free = deque(range(SLOTS))
-        self._videos = 0
+        self._videos_left = num_videos
         self._sent = self._began = time.monotonic()
         self._waiting_seconds = 0.0
         self.is_tired = False
@@ -225,10 +233,11 @@ class _Desk:
         self._sent = now
         self._connection.send(Alive())
         elapsed = now - self._began - self._waiting_seconds
-        if elapsed > self._time_limit:
+        if elapsed > self._time_limit_seconds:
             raise DecodeError(
                 "timeout",
-                f"decoding has taken {elapsed:.0f} s - a video may take {self._time_limit:g} s; raise --time-limit",
+                f"decoding has taken {elapsed:.0f} s - a video may take {self._time_limit_seconds:g} s; raise "
+                "--time-limit",
             )
 
     def send(self, message: VideoProperties | FrameChunk | Finished) -> None:
@@ -237,8 +246,8 @@ class _Desk:
             self._memory.view(slot, message.frames.shape)[...] = message.frames
             self._connection.send(SharedChunk(slot, message.frames.shape, message.frame_times_seconds))
         elif isinstance(message, Finished):
-            self._videos += 1
-            self.is_tired = self._videos >= RECYCLED_AFTER_VIDEOS or resident_bytes() >= RECYCLED_AT_BYTES
+            self._videos_left -= 1
+            self.is_tired = self._videos_left <= 0 or resident_bytes() >= RECYCLED_AT_BYTES
             waited = self._waiting_seconds
             elapsed = time.monotonic() - self._began - waited
             self._connection.send(

@@ -63,6 +63,12 @@ def clips_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def folder(clips_folder: Path, tmp_path: Path) -> Path:
+    """Return a copy of `clips_folder` that the test may change."""
+    return Path(shutil.copytree(clips_folder, tmp_path / "clips"))
+
+
 @pytest.fixture(scope="session")
 def extracted_store(clips_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a feature store of `clips_folder` with offline:efficientnet-lite0 features. Not to be written to."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -19,12 +21,15 @@ from safetensors.torch import save_file
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, resize
 
-from svb.errors import InputError, ModelUnavailableError, UsageError
+from svb.errors import InputError, ModelUnavailableError, SvbError, UsageError
 from svb.extract.backbones import FAMILIES, load_backbone, load_classifier
+from svb.extract.backbones.backbone import Backbone, cut_classifier
+from svb.extract.backbones.torchvision import CLIP_FRAMES
+from svb.extract.names import split_name
 from svb.extract.text_encoders import FAMILIES as TEXT_FAMILIES
 from svb.extract.text_encoders import load_text_encoder
 from svb.extract.transform import to_squares
-from svb.extract.weights import load_state, split_name
+from svb.extract.weights import hash_weights, load_state
 
 CPU = torch.device("cpu")
 OFFLINE = "offline:efficientnet-lite0"
@@ -43,7 +48,7 @@ def images(size: int, count: int = 3) -> torch.Tensor:
 
 
 def normalised(batch: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
-    shape = (1, 3, 1, 1)
+    shape = (1, 3, *[1] * (batch.ndim - 2))
     return (batch.float() / 255 - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
 
 
@@ -231,7 +236,7 @@ class TestTorchvision:
     def test_a_network_without_a_linear_layer(self, tmp_path: Path) -> None:
         module = torchvision.models.squeezenet1_1(weights=None)
         torch.save(module.state_dict(), tmp_path / "w.pth")
-        with pytest.raises(UsageError, match="SqueezeNet does not end in a linear layer - choose another model"):
+        with pytest.raises(UsageError, match=r"SqueezeNet does not end in a linear layer or .* - choose another"):
             load_backbone(f"torchvision:squeezenet1_1/{tmp_path / 'w.pth'}", CPU, torch.float32)
 
     @pytest.mark.slow  # torchvision draws googlenet's random weights one by one
@@ -244,6 +249,152 @@ class TestTorchvision:
         with torch.inference_mode():
             expected = module(normalised(images(224, 1), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
         np.testing.assert_allclose(backbone(images(224, 1)), expected, rtol=1e-3, atol=1e-4)
+
+
+class TestClipBackbones:
+    # Larger Swins are built of the same code as the tiny one.
+    @pytest.mark.parametrize(
+        "model",
+        [
+            name if name == "r3d_18" else pytest.param(name, marks=pytest.mark.slow)
+            for name in CLIP_FRAMES
+            if name not in ("swin3d_s", "swin3d_b")
+        ],
+    )
+    def test_features_are_what_enters_the_classifier(self, model: str, tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        module = torchvision.models.get_model(model, weights=None).eval()
+        # A random S3D's features are so small that the classifier's bias would hide them.
+        [*module.state_dict().values()][-1].zero_()
+        torch.save(module.state_dict(), tmp_path / "w.pth")
+        backbone = load_backbone(f"torchvision:{model}/{tmp_path / 'w.pth'}", CPU, torch.float32)
+        preprocess = torchvision.models.get_model_weights(model).DEFAULT.transforms()
+        assert [backbone.image_size] * 2 == preprocess.crop_size and backbone.clip_frames == CLIP_FRAMES[model]
+        assert (backbone.mean, backbone.std) == (tuple(preprocess.mean), tuple(preprocess.std))
+        clip = images(backbone.image_size, backbone.clip_frames).transpose(0, 1)[None]
+        features = backbone(clip).numpy()
+        assert features.shape == (1, backbone.feature_size)
+        classifier = backbone.classifier
+        assert classifier is not None and classifier.class_names[0] == "abseiling"
+        with torch.inference_mode():
+            logits = module(normalised(clip, backbone.mean, backbone.std)).numpy()
+        assert not classifier.bias.any() and logits.any()
+        by_features = features @ classifier.weight.T
+        np.testing.assert_allclose(by_features, logits, rtol=1e-3, atol=1e-4 * np.abs(logits).max())
+
+    def test_frames_are_those_that_torchvision_tells(self) -> None:
+        assert sorted(CLIP_FRAMES) == torchvision.models.list_models(torchvision.models.video)
+        for model, frames in CLIP_FRAMES.items():
+            meta = torchvision.models.get_model_weights(model).DEFAULT.meta
+            told = re.search(r"clip_len=(\d+)", meta["_docs"])
+            assert told is not None and frames == (64 if model == "s3d" else int(told[1]))
+            assert frames >= meta.get("min_temporal_size", 1)
+
+
+class _Averaged(torch.nn.Module):
+    """As S3D ends: a pointwise convolution, then the mean over all positions."""
+
+    def __init__(self, **options: int) -> None:
+        super().__init__()
+        self.stem = torch.nn.Conv3d(3, 8, 3)
+        self.classifier = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Conv3d(8, 5, **options))
+
+    def forward(self, clips: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.classifier(self.stem(clips).relu()).mean((2, 3, 4))
+        return logits
+
+
+class TestCutting:
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_averaging_commutes_with_a_pointwise_convolution(self, bias: bool) -> None:
+        torch.manual_seed(0)
+        module = _Averaged(kernel_size=1, bias=bias).eval()
+        clips = torch.randn(2, 3, 6, 8, 8)
+        with torch.inference_mode():
+            logits = module(clips).numpy()
+            feature_size, classifier = cut_classifier(module, list("abcde"))
+            features = module(clips).numpy()
+        assert features.shape == (2, feature_size) == (2, 8)
+        assert classifier is not None and classifier.weight.shape == (5, 8)
+        np.testing.assert_allclose(features @ classifier.weight.T + classifier.bias, logits, rtol=1e-5, atol=1e-6)
+
+    def test_classes_without_names(self) -> None:
+        assert cut_classifier(_Averaged(kernel_size=1), ["a"]) == (8, None)
+        assert cut_classifier(_Averaged(kernel_size=1), None) == (8, None)
+
+    @pytest.mark.parametrize("options", [{"kernel_size": 3}, {"kernel_size": 1, "stride": 2}, {"padding": 1}])
+    def test_convolutions_that_mix_or_skip_positions_are_refused(self, options: dict[str, int]) -> None:
+        with pytest.raises(UsageError, match="_Averaged does not end in a linear layer or a pointwise convolution"):
+            cut_classifier(_Averaged(**{"kernel_size": 1, **options}), None)
+
+
+def tiny_backbone() -> Backbone:
+    torch.manual_seed(0)
+    layers = (torch.nn.Conv2d(3, 4, 3, stride=2), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1))
+    module = torch.nn.Sequential(*layers, torch.nn.Flatten()).eval().requires_grad_(False)
+    return Backbone("toy:tiny", module, image_size=32, feature_size=4, mean=MEAN, std=STD)
+
+
+class TestCompiling:
+    @pytest.mark.slow
+    @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ for the CPU")
+    def test_gives_the_same_features(self) -> None:
+        backbone = tiny_backbone()
+        expected, weights = backbone(images(32, 4)), hash_weights(backbone.module)
+        backbone.place(CPU, torch.float32, compile=True, batch_size=4)
+        with torch.compiler.set_stance("fail_on_recompile"):  # the batch of zeros was of the right shape
+            features = backbone(images(32, 4))
+        np.testing.assert_allclose(features, expected, rtol=1e-5, atol=1e-6)
+        assert hash_weights(backbone.module) == weights and isinstance(backbone.module, torch.nn.Sequential)
+        assert backbone.settings()["compiled"]
+        backbone.place(CPU, torch.float32)
+        assert torch.equal(backbone(images(32, 4)), expected) and "compiled" not in backbone.settings()
+
+    def test_a_missing_compiler_is_a_line(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        from torch._inductor import config
+
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # what was compiled before needs no compiler
+        monkeypatch.setattr(config.cpp, "cxx", (str(tmp_path / "no-such-g++"),))
+        torch.compiler.reset()
+        backbone = tiny_backbone()
+        with pytest.raises(
+            SvbError, match=r"^toy:tiny cannot be compiled for cpu \(.+\) - expected a C\+\+ compiler"
+        ) as raised:
+            backbone.place(CPU, torch.float32, compile=True)
+        assert "\n" not in str(raised.value)
+        assert backbone(images(32)).shape == (3, 4) and "compiled" not in backbone.settings()
+
+    def test_a_network_that_cannot_be_compiled_is_a_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*_: object, **__: object) -> None:
+            raise RuntimeError("no\nway")
+
+        monkeypatch.setattr(torch, "compile", refuse)
+        with pytest.raises(SvbError, match=r"\(no way\) - expected a C\+\+ compiler .* or run without compiling"):
+            load_backbone(OFFLINE, CPU, torch.float32, compile=True)
+
+    @pytest.mark.parametrize(("clip_frames", "shape"), [(1, (5, 3, 8, 8)), (6, (5, 3, 6, 8, 8))])
+    def test_the_first_batch_is_of_the_shape_to_come(
+        self, clip_frames: int, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seen: list[tuple[int, ...]] = []
+
+        def compiled(pixels: torch.Tensor) -> torch.Tensor:
+            seen.append(tuple(pixels.shape))
+            return torch.ones(len(pixels), 2)
+
+        monkeypatch.setattr(torch, "compile", lambda module, dynamic: compiled)
+        backbone = Backbone("toy:flat", torch.nn.Flatten(), 8, 192, MEAN, STD, clip_frames)
+        backbone.place(CPU, torch.bfloat16, compile=True, batch_size=5)
+        assert seen == [shape]
+        assert torch.equal(backbone(torch.zeros(shape, dtype=torch.uint8)), torch.ones(5, 2))
+
+    def test_a_batch_that_does_not_fit_is_left_to_the_packer(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Full(torch.nn.Module):
+            def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr(torch, "compile", lambda module, dynamic: module)
+        Backbone("toy:full", Full(), 8, 192, MEAN, STD).place(CPU, torch.float32, compile=True)
 
 
 class TestTimm:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from numpy.typing import NDArray
+from extraction import CLIPS, FRAMES, WIDE, features, run, shards, statuses, times
 
 from svb.data.feature_store import FeatureStore, verify_store
 from svb.data.shard import FAILURES, VideoRecord
@@ -30,51 +30,12 @@ from svb.extract.decode_options import DecodeOptions
 from svb.extract.packing import Packer, to_rows
 from svb.extract.plan import plan_videos
 from svb.extract.pool import DecodePool, WorkSource
-from svb.extract.run import extract, extract_file
+from svb.extract.run import extract_file
 from svb.extract.sampling import Sampling
 from svb.extract.transform import to_squares
 from svb.extract.worker import Finished, Message, Started, decode_file
 
 pytestmark = pytest.mark.usefixtures("toy_backbones")
-
-FRAMES, WIDE, CLIPS = "toy:frames", "toy:wide", "toy:clips"
-
-
-def run(videos: Path | list[Path], out: Path, *backbones: str, **options: object) -> list[str]:
-    """Extract with toy backbones; returns the messages."""
-    messages: list[str] = []
-    settings: dict[str, object] = {"num_workers": 1, "batch_size": 4, "precision": "float32", **options}
-    extract(
-        videos if isinstance(videos, list) else [videos],
-        out,
-        backbones=backbones or (FRAMES,),
-        on_message=messages.append,
-        **settings,  # type: ignore[arg-type]
-    )
-    return messages
-
-
-def statuses(out: Path) -> dict[str, str]:
-    return {video_id: record.status for video_id, record in FeatureStore(out).records.items()}
-
-
-def shards(out: Path) -> dict[str, tuple[int, bytes]]:
-    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in (out / "shards").glob("*.h5")}
-
-
-def features(out: Path, backbone: str = FRAMES) -> dict[str, NDArray[np.float16]]:
-    loaded = FeatureStore(out).load(backbone)
-    spans = zip(loaded.offsets[:-1], loaded.offsets[1:], strict=True)
-    return {v: loaded.features[begin:end] for v, (begin, end) in zip(loaded.video_ids, spans, strict=True)}
-
-
-def times(out: Path, video_id: str, backbone: str = FRAMES) -> list[float]:
-    return [float(seconds) for seconds in FeatureStore(out).load(backbone, [video_id]).times_seconds]
-
-
-@pytest.fixture
-def folder(clips_folder: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(clips_folder, tmp_path / "clips"))
 
 
 class TestPipeline:

@@ -1,0 +1,45 @@
+"""What tests of extractions share: a run with toy backbones, and a look at what it left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svb.data.feature_store import FeatureStore
+from svb.extract.run import extract
+
+FRAMES, WIDE, CLIPS = "toy:frames", "toy:wide", "toy:clips"
+
+
+def run(videos: Path | list[Path], out: Path, *backbones: str, **options: object) -> list[str]:
+    """Extract with toy backbones; returns the messages."""
+    messages: list[str] = []
+    settings: dict[str, object] = {"num_workers": 1, "batch_size": 4, "precision": "float32", **options}
+    extract(
+        videos if isinstance(videos, list) else [videos],
+        out,
+        backbones=backbones or (FRAMES,),
+        on_message=messages.append,
+        **settings,  # type: ignore[arg-type]
+    )
+    return messages
+
+
+def statuses(out: Path) -> dict[str, str]:
+    return {video_id: record.status for video_id, record in FeatureStore(out).records.items()}
+
+
+def shards(out: Path) -> dict[str, tuple[int, bytes]]:
+    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in (out / "shards").glob("*.h5")}
+
+
+def features(out: Path, backbone: str = FRAMES) -> dict[str, NDArray[np.float16]]:
+    loaded = FeatureStore(out).load(backbone)
+    spans = zip(loaded.offsets[:-1], loaded.offsets[1:], strict=True)
+    return {v: loaded.features[begin:end] for v, (begin, end) in zip(loaded.video_ids, spans, strict=True)}
+
+
+def times(out: Path, video_id: str, backbone: str = FRAMES) -> list[float]:
+    return [float(seconds) for seconds in FeatureStore(out).load(backbone, [video_id]).times_seconds]

@@ -1,0 +1,188 @@
+"""The same content under several names is decoded once; names that changed, came and went are told apart."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import clips
+import numpy as np
+import pytest
+from extraction import FRAMES, features, run, statuses
+
+from svb.data.feature_store import FeatureStore, verify_store
+from svb.data.shard import FAILURES, VideoRecord
+from svb.extract.pipeline import Contents
+from svb.extract.plan import PlannedVideo
+
+pytestmark = pytest.mark.usefixtures("toy_backbones")
+
+
+def frames_decoded(videos: Path | list[Path], out: Path, **options: object) -> tuple[int, list[str]]:
+    """Extract; returns how many frames went to the backbones, and the messages."""
+    frames: list[int] = [0]
+    messages = run(videos, out, on_progress=lambda progress: frames.append(progress.frames_done), **options)
+    return frames[-1], messages
+
+
+class TestRenamed:
+    def test_a_renamed_file_is_not_decoded_again(self, folder: Path, tmp_path: Path) -> None:
+        run(folder, tmp_path / "out")
+        before = features(tmp_path / "out")
+        (folder / "a.mp4").rename(folder / "z.mp4")
+        frames, messages = frames_decoded(folder, tmp_path / "out")
+        assert frames == 0
+        assert "not decoded, because their content is known: 1 renamed, 0 duplicates" in messages
+        after = features(tmp_path / "out")
+        assert set(after) == {"z", "b", "c", "deep/d"}
+        np.testing.assert_array_equal(after["z"], before["a"])
+        record = FeatureStore(tmp_path / "out").records["z"]
+        assert record.source_path == str(folder / "z.mp4")
+        assert verify_store(tmp_path / "out") == []
+        assert run(folder, tmp_path / "out")[-1].startswith("nothing to do")
+
+    def test_two_new_names_of_one_vanished_file(self, folder: Path, tmp_path: Path) -> None:
+        run(folder, tmp_path / "out")
+        before = features(tmp_path / "out")["a"]
+        shutil.copy(folder / "a.mp4", folder / "y.mp4")
+        (folder / "a.mp4").rename(folder / "z.mp4")
+        frames, messages = frames_decoded(folder, tmp_path / "out")
+        assert frames == 0
+        assert "not decoded, because their content is known: 1 renamed, 1 duplicates" in messages
+        after = features(tmp_path / "out")
+        assert "a" not in after and after["y"].tobytes() == after["z"].tobytes() == before.tobytes()
+
+    def test_a_file_that_was_only_touched_is_not_decoded_again(self, folder: Path, tmp_path: Path) -> None:
+        run(folder, tmp_path / "out")
+        os.utime(folder / "a.mp4", ns=(1, 1))
+        frames, messages = frames_decoded(folder, tmp_path / "out")
+        assert frames == 0 and not any("known" in message for message in messages)
+        assert FeatureStore(tmp_path / "out").records["a"].mtime_ns == 1
+        assert run(folder, tmp_path / "out")[-1].startswith("nothing to do")
+
+    def test_old_content_under_a_new_name_is_not_mixed_up_with_the_new(
+        self, folder: Path, tmp_path: Path
+    ) -> None:
+        run(folder, tmp_path / "out")
+        before = features(tmp_path / "out")
+        (folder / "a.mp4").rename(folder / "old-a.mp4")
+        clips.make_clip(folder / "a.mp4", seconds=3, filters="hflip")
+        run(folder, tmp_path / "out")
+        after = features(tmp_path / "out")
+        assert after["old-a"].tobytes() == before["a"].tobytes()
+        assert len(after["a"]) == 3 and len(before["a"]) == 1
+
+
+class TestDuplicates:
+    @pytest.mark.parametrize("num_workers", [1, 3])
+    def test_each_content_is_decoded_once(self, folder: Path, tmp_path: Path, num_workers: int) -> None:
+        frames_of_one, _ = frames_decoded(folder, tmp_path / "plain")
+        for name in ("copy1.mp4", "copy2.mp4", "deep/copy3.mp4"):
+            shutil.copy(folder / "a.mp4", folder / name)
+        frames, messages = frames_decoded(folder, tmp_path / "out", num_workers=num_workers)
+        assert frames == frames_of_one
+        assert "not decoded, because their content is known: 0 renamed, 3 duplicates" in messages
+        rows = features(tmp_path / "out")
+        assert {rows[name].tobytes() for name in ("copy1", "copy2", "deep/copy3")} == {rows["a"].tobytes()}
+        assert rows["a"].tobytes() == features(tmp_path / "plain")["a"].tobytes()
+        paths = {record.source_path for record in FeatureStore(tmp_path / "out").records.values()}
+        assert len(paths) == 7
+
+    def test_a_copy_of_what_was_extracted_before(self, folder: Path, tmp_path: Path) -> None:
+        run(folder, tmp_path / "out")
+        shutil.copy(folder / "b.mkv", folder / "copy.mkv")
+        frames, _ = frames_decoded(folder, tmp_path / "out")
+        rows = features(tmp_path / "out")
+        assert frames == 0 and rows["copy"].tobytes() == rows["b"].tobytes()
+
+    def test_copies_of_a_failure_fail_alike_and_are_tried_again_together(
+        self, folder: Path, tmp_path: Path
+    ) -> None:
+        for name in ("x.mp4", "y.mp4"):
+            (folder / name).write_text("no video")
+        run(folder, tmp_path / "out")
+        records = FeatureStore(tmp_path / "out").records
+        assert records["x"].status == records["y"].status == "unreadable"
+        assert (records["x"].tries, records["y"].tries) == (1, 1)
+        run(folder, tmp_path / "out", retry=FAILURES)
+        assert [FeatureStore(tmp_path / "out").records[name].tries for name in ("x", "y")] == [2, 2]
+
+    def test_only_some_failures_are_tried_again(self, folder: Path, tmp_path: Path) -> None:
+        (folder / "x.mp4").write_text("no video")
+        (folder / "y.mp4").touch()
+        run(folder, tmp_path / "out")
+        done: list[int] = []
+        run(folder, tmp_path / "out", retry=["empty"], on_progress=lambda p: done.append(p.num_videos))
+        records = FeatureStore(tmp_path / "out").records
+        assert done[-1] == 1
+        assert [(records[name].status, records[name].tries) for name in ("x", "y")] == [
+            *(("unreadable", 1), ("empty", 2))
+        ]
+
+
+class TestVanished:
+    @pytest.mark.parametrize("videos_a_shard", [1, 2, 256])
+    def test_what_is_gone_is_kept_until_it_is_pruned(
+        self, folder: Path, tmp_path: Path, videos_a_shard: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # A removal must hold back what it removes for as long as that is in any shard.
+        monkeypatch.setattr("svb.data.feature_store_writer.SHARD_VIDEOS", videos_a_shard)
+        run(folder, tmp_path / "out")
+        (folder / "a.mp4").unlink()
+        (folder / "deep" / "d.avi").unlink()
+        messages = run(folder, tmp_path / "out")
+        words = f"2 files are gone, first {folder / 'a.mp4'}: their features are kept; --prune takes them out"
+        assert any(message.startswith(words) for message in messages)
+        assert set(statuses(tmp_path / "out")) == {"a", "b", "c", "deep/d"}
+        messages = run(folder, tmp_path / "out", prune=True)
+        assert f"2 files are gone, first {folder / 'a.mp4'}: taken out of the store" in messages
+        assert set(statuses(tmp_path / "out")) == {"b", "c"}
+        clips.make_clip(folder / "new.mp4", filters="negate")
+        run(folder, tmp_path / "out", prune=True)
+        assert set(statuses(tmp_path / "out")) == set(features(tmp_path / "out")) == {"b", "c", "new"}
+        assert verify_store(tmp_path / "out") == []
+
+    def test_a_pruned_video_may_come_back(self, folder: Path, tmp_path: Path) -> None:
+        run(folder, tmp_path / "out")
+        (folder / "a.mp4").rename(tmp_path / "a.mp4")
+        run(folder, tmp_path / "out", prune=True)
+        (tmp_path / "a.mp4").rename(folder / "a.mp4")
+        frames, _ = frames_decoded(folder, tmp_path / "out")
+        assert frames == 1 and set(statuses(tmp_path / "out")) == {"a", "b", "c", "deep/d"}
+
+    def test_videos_of_other_folders_are_left_alone(self, folder: Path, tmp_path: Path) -> None:
+        (tmp_path / "other").mkdir()
+        clips.make_clip(tmp_path / "other" / "o.mp4", filters="negate")
+        run([folder, tmp_path / "other"], tmp_path / "out")
+        (tmp_path / "other" / "o.mp4").unlink()
+        messages = run(folder, tmp_path / "out", prune=True)
+        assert not any("are gone" in message for message in messages)
+        assert "o" in statuses(tmp_path / "out")
+
+
+def record(video_id: str, content_hash: str, status: str = "ok") -> VideoRecord:
+    return VideoRecord(video_id, f"/{video_id}", 1, 1, content_hash, 1.0, 1.0, 1, 1, 0, "h264", "pyav", status, "")
+
+
+def test_a_decoder_that_dies_leaves_no_copy_waiting() -> None:
+    settled: dict[str, VideoRecord] = {}
+    contents = Contents([], [], [], read=lambda video_id: (settled[video_id], {}), remove=lambda record: None)
+    first, copy = PlannedVideo("first", Path("/first")), PlannedVideo("copy", Path("/copy"))
+    assert contents.is_wanted(0, first, "aa") and not contents.is_wanted(1, copy, "aa")
+    assert contents.of(copy, "aa") is None
+    # Its worker was killed: what is known of the content is what it asked about.
+    assert contents.claimed_by(0) == "aa" and contents.claimed_by(1) == ""
+    settled["first"] = record("first", "aa", "decoder_crash")
+    contents.settled(settled["first"])
+    assert contents.of(copy, "aa") == (settled["first"], {})
+
+
+def test_times_of_their_own_are_not_shared_by_copies(folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "deep" / "d.avi", folder / "e.avi")
+    (tmp_path / "times.csv").write_text("video_id,time_seconds\ndeep/d,0.5\ne,1.5\ne,2.5\n")
+    messages = run(folder, tmp_path / "out", times=tmp_path / "times.csv")
+    assert messages[0] == "3 videos are not in the table of times, first 'a': left out"
+    loaded = FeatureStore(tmp_path / "out").load(FRAMES)
+    assert loaded.video_ids == ["deep/d", "e"]
+    np.testing.assert_allclose(loaded.times_seconds, [0.5, 1.5, 2.5])

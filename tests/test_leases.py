@@ -1,0 +1,420 @@
+"""Leases between real processes: every unit once, a dead holder's units to the others, no clock but the disk's."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from svb.errors import StoreError, UsageError
+from svb.extract import leases as leases_module
+from svb.extract.leases import (
+    RANK_VARIABLES,
+    Leases,
+    Unit,
+    rank_and_world,
+    rank_from_owner,
+    start_at,
+    units,
+)
+from svb.extract.plan import PlannedVideo
+
+# A noisy machine may not run a thread for tenths of a second: where a live holder must keep its lease, it has
+# STALE of them; where one is to become stale, its file is dated back instead of waiting.
+HEARTBEAT, STALE = 0.1, 3.0
+PATIENCE_SECONDS = 60.0
+SPAWN = multiprocessing.get_context("spawn")
+
+
+def planned(count: int) -> list[PlannedVideo]:
+    return [PlannedVideo(f"v{number}", Path(f"/videos/v{number}.mp4")) for number in range(count)]
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not holds():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def date_back(folder: Path, key: str, seconds: float) -> None:
+    path = folder / f"{key}.lease"
+    os.utime(path, (path.stat().st_mtime - seconds,) * 2)
+
+
+def work(folder: Path, done: Path, rank: int, world: int, stale_seconds: float) -> None:
+    """Do every unit that nobody has done, until all are: a line in `done/KEY` for each time it was done."""
+    left = start_at(units(planned(200), 1), rank, world)
+    with Leases(folder, f"worker {rank}", HEARTBEAT, stale_seconds) as leases:
+        while left:
+            for unit in left:
+                if (done / unit.key).exists() or not leases.acquire(unit.key):
+                    continue
+                if not (done / unit.key).exists():  # done between the look and the lease
+                    time.sleep(0.005)  # without leases, others begin it too
+                    with (done / unit.key).open("a") as file:
+                        file.write(f"{rank}\n")
+                leases.release(unit.key)
+            left = [unit for unit in left if not (done / unit.key).exists()]
+            time.sleep(0.01)
+
+
+def hold(folder: Path, keys: Sequence[str], stale_seconds: float, connection: Connection) -> None:
+    """Take leases, then answer every message with what is held, without leaving again in order."""
+    leases = Leases(folder, "holder", HEARTBEAT, stale_seconds)
+    assert all(leases.acquire(key) for key in keys)
+    while True:
+        connection.send(leases.held)
+        connection.recv()
+
+
+def race(folder: Path, keys: Sequence[str], name: str, connection: Connection) -> None:
+    """Take each key at the moment when the others are told to, and say which were won."""
+    with Leases(folder, name, HEARTBEAT, STALE) as leases:
+        connection.send(None)
+        connection.recv()
+        connection.send([key for key in keys if leases.acquire(key)])
+        connection.recv()
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., BaseProcess]]:
+    """Return a function that starts a process, which is killed at the end whatever became of it."""
+    processes: list[BaseProcess] = []
+
+    def call(target: Callable[..., None], *arguments: object) -> BaseProcess:
+        process = SPAWN.Process(target=target, args=arguments, daemon=True)
+        process.start()
+        processes.append(process)
+        return process
+
+    yield call
+    for process in processes:
+        process.kill()
+        process.join()
+
+
+Start = Callable[..., BaseProcess]
+
+
+def start_holder(start: Start, folder: Path, keys: Sequence[str], stale: float) -> tuple[BaseProcess, Connection]:
+    ours, theirs = SPAWN.Pipe()
+    process = start(hold, folder, keys, stale, theirs)
+    assert ours.recv() == set(keys)
+    return process, ours
+
+
+def kill(process: BaseProcess, number: int) -> None:
+    assert process.pid is not None
+    os.kill(process.pid, number)
+
+
+class TestManyProcesses:
+    def test_every_unit_is_done_exactly_once(self, start: Start, tmp_path: Path) -> None:
+        folder, done = tmp_path / "leases", tmp_path / "done"
+        done.mkdir()
+        workers = [start(work, folder, done, rank, 4, STALE) for rank in range(4)]
+        for worker in workers:
+            worker.join(PATIENCE_SECONDS)
+            assert worker.exitcode == 0
+        assert sorted(path.name for path in done.iterdir()) == sorted(unit.key for unit in units(planned(200), 1))
+        assert all(len(path.read_text().split()) == 1 for path in done.iterdir())
+        assert list(folder.iterdir()) == []
+
+    def test_others_finish_what_a_killed_process_held(self, start: Start, tmp_path: Path) -> None:
+        folder, done = tmp_path / "leases", tmp_path / "done"
+        done.mkdir()
+        held = [unit.key for unit in units(planned(200), 1)[::40]]
+        holder, _ = start_holder(start, folder, held, 0.8)
+        kill(holder, signal.SIGKILL)
+        workers = [start(work, folder, done, rank, 2, 0.8) for rank in range(2)]
+        for worker in workers:
+            worker.join(PATIENCE_SECONDS)
+            assert worker.exitcode == 0
+        counts = Counter(path.name for path in done.iterdir() for _ in path.read_text().split())
+        assert len(counts) == 200 and all(counts[key] >= 1 for key in held)
+        assert list(folder.iterdir()) == []
+
+    def test_a_suspended_holder_notices_that_it_was_robbed(self, start: Start, tmp_path: Path) -> None:
+        holder, connection = start_holder(start, tmp_path, ["a", "b"], 0.5)
+        kill(holder, signal.SIGSTOP)
+        with Leases(tmp_path, "thief", HEARTBEAT, 0.5) as thief:
+            wait_until(lambda: thief.acquire("a"))
+            kill(holder, signal.SIGCONT)
+
+            def seen_by_the_holder() -> set[str]:
+                connection.send(None)
+                held: set[str] = connection.recv()
+                return held
+
+            # What nobody stole it renews, and holds again.
+            wait_until(lambda: seen_by_the_holder() == {"b"})
+            assert json.loads((tmp_path / "a.lease").read_text())["owner"] == "thief"
+
+    def test_one_of_many_thieves_wins(self, start: Start, tmp_path: Path) -> None:
+        keys = [str(number) for number in range(40)]
+        holder, _ = start_holder(start, tmp_path, keys, STALE)
+        kill(holder, signal.SIGKILL)
+        holder.join()
+        pipes = [SPAWN.Pipe() for _ in range(3)]
+        for number, (_, theirs) in enumerate(pipes):
+            start(race, tmp_path, keys, f"thief {number}", theirs)
+        for ours, _ in pipes:
+            ours.recv()
+        for key in keys:
+            date_back(tmp_path, key, 100)
+        for ours, _ in pipes:
+            ours.send(None)
+        won = [key for ours, _ in pipes for key in ours.recv()]
+        assert sorted(won) == sorted(keys)
+
+
+class TestOneProcess:
+    def test_a_lease_says_who_holds_it(self, tmp_path: Path) -> None:
+        with Leases(tmp_path / "made" / "here", "me") as leases:
+            assert leases.acquire("a") and leases.acquire("a") and leases.held == {"a"}
+            content = json.loads((tmp_path / "made" / "here" / "a.lease").read_text())
+            assert (content["owner"], content["pid"]) == ("me", os.getpid())
+            assert content["host"] and len(content["nonce"]) == 32
+
+    def test_a_live_lease_is_refused_until_it_is_released(self, tmp_path: Path) -> None:
+        with Leases(tmp_path, "one") as one, Leases(tmp_path, "two") as two:
+            assert one.acquire("a") and not two.acquire("a") and two.held == set()
+            two.release("a")
+            assert (tmp_path / "a.lease").exists()
+            one.release("a")
+            assert not (tmp_path / "a.lease").exists() and one.held == set()
+            assert two.acquire("a") and not one.acquire("a")
+
+    def test_the_heartbeat_keeps_a_lease(self, tmp_path: Path) -> None:
+        with Leases(tmp_path, "one", HEARTBEAT, STALE) as one, Leases(tmp_path, "two", HEARTBEAT, STALE) as two:
+            assert one.acquire("a")
+            date_back(tmp_path, "a", 100)
+            wait_until(lambda: time.time() - (tmp_path / "a.lease").stat().st_mtime < STALE)
+            assert not two.acquire("a") and one.held == {"a"}
+
+    def test_closing_leaves_nothing(self, tmp_path: Path) -> None:
+        leases = Leases(tmp_path, "one", HEARTBEAT, STALE)
+        assert leases.acquire("a") and leases.acquire("b")
+        leases.release("b")
+        leases.close()
+        leases.close()
+        assert leases.held == set() and list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("seconds", [100, -100])
+    def test_age_is_by_the_disk_s_clock(
+        self, seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        wrong = time.time() + 10**6
+        monkeypatch.setattr(time, "time", lambda: wrong)
+        with Leases(tmp_path, "dead") as dead, Leases(tmp_path, "thief") as thief:
+            assert dead.acquire("a") and not thief.acquire("a")
+            date_back(tmp_path, "a", seconds / 2)
+            assert not thief.acquire("a")
+            date_back(tmp_path, "a", seconds / 2)
+            assert thief.acquire("a") and thief.held == {"a"}
+            dead.release("a")
+            assert json.loads((tmp_path / "a.lease").read_text())["owner"] == "thief"
+
+    def test_a_lease_whose_maker_was_killed_before_it_wrote(self, tmp_path: Path) -> None:
+        (tmp_path / "a.lease").touch()
+        with Leases(tmp_path, "one") as leases:
+            assert not leases.acquire("a")
+            date_back(tmp_path, "a", 100)
+            assert leases.acquire("a")
+
+    def test_a_live_lease_that_was_taken_by_mistake_is_put_back(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with Leases(tmp_path, "old") as old, Leases(tmp_path, "new") as new, Leases(tmp_path, "slow") as slow:
+            assert old.acquire("a")
+            date_back(tmp_path, "a", 100)
+            read, looks = leases_module._read, []
+
+            def read_and_be_overtaken(path: Path) -> tuple[bytes, int] | None:
+                looks.append(path)
+                seen = read(path)
+                if len(looks) == 1:
+                    assert new.acquire("a")
+                return seen
+
+            monkeypatch.setattr(leases_module, "_read", read_and_be_overtaken)
+            assert not slow.acquire("a")
+            assert json.loads((tmp_path / "a.lease").read_text())["owner"] == "new"
+            new._renew("a")
+            old._renew("a")
+            assert (new.held, old.held, slow.held) == ({"a"}, set(), set())
+            assert [path.name for path in tmp_path.iterdir()] == ["a.lease"]
+
+    def test_a_lease_that_was_renewed_while_a_thief_looked_stays(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with Leases(tmp_path, "late") as late, Leases(tmp_path, "thief") as thief:
+            assert late.acquire("a")
+            date_back(tmp_path, "a", 100)
+            read, looks = leases_module._read, []
+
+            def read_before_a_heartbeat(path: Path) -> tuple[bytes, int] | None:
+                looks.append(path)
+                seen = read(path)
+                if len(looks) == 1:
+                    late._renew("a")
+                return seen
+
+            monkeypatch.setattr(leases_module, "_read", read_before_a_heartbeat)
+            assert not thief.acquire("a")
+            late._renew("a")
+            assert late.held == {"a"}
+
+    def test_what_the_dead_left_is_swept(self, tmp_path: Path) -> None:
+        for name in ("done.lease", ".lease-0123", "alive.lease", "notes.txt"):
+            (tmp_path / name).touch()
+        for name in ("done.lease", ".lease-0123", "notes.txt"):
+            os.utime(tmp_path / name, (time.time() - 100,) * 2)
+        with Leases(tmp_path, "one"):
+            assert sorted(path.name for path in tmp_path.iterdir()) == ["alive.lease", "notes.txt"]
+
+
+class TestErrors:
+    def test_a_folder_that_vanished(self, tmp_path: Path) -> None:
+        with Leases(tmp_path / "leases", "one", HEARTBEAT, STALE) as leases:
+            assert leases.acquire("a")
+            shutil.rmtree(tmp_path / "leases")
+            with pytest.raises(StoreError, match=r"cannot keep leases in .*leases \(No such file or directory\)"):
+                leases.acquire("b")
+            wait_until(lambda: leases.held == set())
+            leases.release("a")
+
+    def test_a_folder_that_cannot_be_one(self, tmp_path: Path) -> None:
+        (tmp_path / "leases").touch()
+        with pytest.raises(StoreError, match=r"cannot keep leases in .* - expected a folder .*: mend its"):
+            Leases(tmp_path / "leases", "one")
+
+    def test_a_read_only_folder(self, tmp_path: Path) -> None:
+        tmp_path.chmod(0o500)
+        folder = Path("/sys") if os.geteuid() == 0 else tmp_path  # root may write to any folder of a disk
+        with pytest.raises(StoreError, match=r"\((Permission denied|Read-only file system)\)"):
+            Leases(folder, "one")
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+    def test_a_full_disk_leaves_no_half_a_lease(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        open_file = Path.open
+
+        def open_full(path: Path, mode: str) -> IO[bytes]:
+            if mode != "xb":
+                return open_file(path, mode)
+            path.touch()
+            return open_file(Path("/dev/full"), "wb")
+
+        with Leases(tmp_path, "one") as leases:
+            monkeypatch.setattr(Path, "open", open_full)
+            with pytest.raises(StoreError, match="No space left on device"):
+                leases.acquire("a")
+            assert leases.held == set() and list(tmp_path.iterdir()) == []
+
+    def test_a_hiccup_is_forgiven_a_long_one_is_not(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        failures = []
+
+        def fail(*_: object) -> None:
+            failures.append(1)
+            raise OSError(errno.EIO, "Input/output error")
+
+        with Leases(tmp_path, "one", HEARTBEAT, 1.0) as leases:
+            assert leases.acquire("a")
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "utime", fail)
+                wait_until(lambda: len(failures) >= 2)
+                wait_until(lambda: leases.held == set())
+            # The file is still there and its own: the next heartbeat that succeeds makes it held again.
+            wait_until(lambda: leases.held == {"a"})
+
+    @pytest.mark.parametrize(("heartbeat", "stale"), [(0, 1), (-1, 1), (2, 1), (1, 1), (float("nan"), 1)])
+    def test_a_heartbeat_that_is_too_slow(self, heartbeat: float, stale: float, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match=rf"a heartbeat every {heartbeat} s - expected more than 0 and less"):
+            Leases(tmp_path, "one", heartbeat, stale)
+
+
+class TestUnits:
+    def test_consecutive_and_complete(self) -> None:
+        videos = planned(7)
+        cut = units(videos, 3)
+        assert [video for unit in cut for video in unit.videos] == videos
+        assert [len(unit.videos) for unit in cut] == [3, 3, 1]
+        assert len({unit.key for unit in cut}) == 3 and all(unit.key.isalnum() for unit in cut)
+        assert cut == units(planned(7), 3) and units([], 3) == []
+
+    def test_a_key_is_of_ids_and_paths(self) -> None:
+        keys = {
+            units([PlannedVideo(video_id, Path(path))], 1)[0].key
+            for video_id, path in [("a", "/a"), ("b", "/a"), ("a", "/b"), ("a", os.fsdecode(b"/\xff")), ("a/", "a")]
+        }
+        assert len(keys) == 5
+
+    def test_no_videos_in_a_unit(self) -> None:
+        with pytest.raises(UsageError, match="units of 0 videos - expected 1 or more"):
+            units(planned(3), 0)
+
+
+class TestWhereToStart:
+    def test_ranks_begin_far_from_each_other_and_go_round(self) -> None:
+        cut = units(planned(10), 1)
+        walks = [start_at(cut, rank, 4) for rank in range(4)]
+        assert [cut.index(walk[0]) for walk in walks] == [0, 2, 5, 7]
+        assert walks[3] == [*cut[7:], *cut[:7]]
+        assert start_at([], 1, 2) == []
+
+    def test_more_ranks_than_units(self) -> None:
+        cut: list[Unit] = units(planned(2), 1)
+        assert [start_at(cut, rank, 5)[0] for rank in range(5)] == [*cut[:1] * 3, *cut[1:] * 2]
+
+    def test_without_a_rank_the_owner_s_name_spreads(self) -> None:
+        cut = units(planned(10), 1)
+        starts = Counter(start_at(cut, *rank_from_owner(f"host:{number}"))[0].key for number in range(1000))
+        assert len(starts) == 10 and min(starts.values()) > 50
+        assert rank_from_owner("host:1") == rank_from_owner("host:1")
+
+
+class TestRankAndWorld:
+    @pytest.fixture(autouse=True)
+    def no_launcher(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in (name for pair in RANK_VARIABLES for name in pair):
+            monkeypatch.delenv(name, raising=False)
+
+    def test_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert rank_and_world() is None
+        monkeypatch.setenv("SLURM_NTASKS", "8")  # as in a shell of salloc
+        assert rank_and_world() is None
+
+    @pytest.mark.parametrize("pair", RANK_VARIABLES)
+    def test_every_launcher(self, pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(pair[0], "3")
+        monkeypatch.setenv(pair[1], "8")
+        assert rank_and_world() == (3, 8)
+        for value in ("8", "-1", "1.5", "three", "\u00b2"):
+            monkeypatch.setenv(pair[0], value)
+            with pytest.raises(UsageError, match=f"{pair[0]} is '{value}' - expected a whole number from 0 to 7"):
+                rank_and_world()
+        for value in ("0", "-1", "many"):
+            monkeypatch.setenv(pair[1], value)
+            with pytest.raises(UsageError, match=f"{pair[1]} is '{value}' - expected a whole number from 1"):
+                rank_and_world()
+        monkeypatch.setenv(pair[0], "0")
+        monkeypatch.setenv(pair[1], "1")
+        assert rank_and_world() is None
+
+    def test_torchrun_goes_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("SLURM_PROCID", "5"), ("SLURM_NTASKS", "9")):
+            monkeypatch.setenv(name, value)
+        assert rank_and_world() == (1, 2)
