@@ -16,10 +16,8 @@ from svb.config import fingerprint
 from svb.data.feature_store import FrameFeatures
 from svb.data.fusion import fuse, parts_of, shared_part
 from svb.data.pretrained import hash_tensors
-from svb.device import choose_precision
 from svb.errors import InputError, MismatchError
-from svb.extract.backbones import load_backbone, load_classifier
-from svb.extract.backbones.backbone import Backbone
+from svb.extract.backbones import load_classifier, load_matching_backbone
 from svb.extract.request import stored_decode_options
 from svb.extract.run import extract_file
 from svb.extract.text_encoders import load_text_encoder
@@ -204,7 +202,7 @@ def embed_file(file: Path, embedder: Embedder, device: torch.device) -> NDArray[
             f"the features of {video['backbone']} were imported and cannot be computed of {file} here - search "
             "with a text, or train on features that `svb extract` made"
         )
-    backbones = [_load_matching_backbone(name, held, device) for name, held in parts_of(video).items()]
+    backbones = [load_matching_backbone(name, held, device) for name, held in parts_of(video).items()]
     extracted = extract_file(file, backbones, stored_decode_options(video), video["batch_size"])
     loaded = fuse(
         [
@@ -218,16 +216,6 @@ def embed_file(file: Path, embedder: Embedder, device: torch.device) -> NDArray[
 
 def _imported(video: Mapping[str, Any]) -> bool:
     return any(settings.get("imported", False) for settings in parts_of(video).values())
-
-
-def _load_matching_backbone(name: str, settings: Mapping[str, Any], device: torch.device) -> Backbone:
-    backbone = load_backbone(name, device, choose_precision(device, settings["precision"]))
-    if backbone.weights_hash != settings["weights_hash"]:
-        raise MismatchError(
-            f"{name} has weights {backbone.weights_hash} here, but {settings['weights_hash']} when the features "
-            "were made - install the package versions of then, or extract and index again"
-        )
-    return backbone
 
 
 def _normalise(features: torch.Tensor) -> torch.Tensor:

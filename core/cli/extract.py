@@ -99,6 +99,11 @@ if TYPE_CHECKING:
 @click.option("--prune", is_flag=True, help="Take videos out of the store whose files are gone.")
 @click.option("--rank", type=int, help="Of several processes that fill one store, which this is. [from a launcher]")
 @click.option("--world-size", type=int, help="How many processes there are. [from a launcher]")
+@click.option(
+    "--ray",
+    metavar="ADDRESS",
+    help="Decode and compute on a Ray cluster: HOST:PORT of its head, auto, or local to start one on this machine.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def extract(
     videos: tuple[Path, ...],
@@ -130,6 +135,7 @@ def extract(
     prune: bool,
     rank: int | None,
     world_size: int | None,
+    ray: str | None,
     as_json: bool,
 ) -> None:
     """Extract frozen features of VIDEOS into a feature store.
@@ -138,6 +144,7 @@ def extract(
     to go on where it stopped: what is in the store and has not changed is not decoded again.
 
     Under torchrun, Slurm or mpirun, or with --rank and --world-size, several processes fill one store together.
+    With --ray, a Ray cluster does the work: decoders on its CPUs, backbones on its GPUs.
 
     \b
     svb extract clips/ -o features/ --backbone offline:efficientnet-lite0
@@ -160,7 +167,9 @@ def extract(
     sampling = Sampling(**given) if given else None
     out = out or default_path("SVB_FEATURES", "features")
     chosen = backbones or (DEFAULT_BACKBONE,)
-    place = _rank(rank, world_size)
+    place = _rank(rank, world_size) if ray is None or rank is not None else None
+    if ray is not None and workers is not None:
+        raise UsageError(f"got --workers {workers} and --ray, which decodes on all CPUs - leave out --workers")
     say(f"extracting into {out} with {', '.join(chosen)}, {_describe(given, times)}{_as_one_of(place)}")
     meter = Meter("videos")
     try:
@@ -186,6 +195,7 @@ def extract(
             retry=_codes(retry_failed),
             prune=prune,
             rank=place,
+            ray=ray,
             on_progress=lambda progress: _show(meter, progress),
             on_message=say,
         )

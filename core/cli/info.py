@@ -39,16 +39,25 @@ def info(path: Path, failures: bool, as_json: bool) -> None:
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
-def verify(path: Path) -> None:
+@click.option("--recompute", type=int, help="Of a feature store: extract so many videos again, and compare.")
+@click.option("--device", default="auto", show_default=True, help="Where to recompute: auto, cpu, cuda:0, ...")
+def verify(path: Path, recompute: int | None, device: str) -> None:
     """Check that PATH is whole: a feature store, a caption features file, a run or an index.
 
     Exits with 1 and says what is wrong where something is.
 
     \b
     svb verify features/
+    svb verify features/ --recompute 5
     """
     kind = _kind(path)
+    if recompute is not None and kind != "feature store":
+        raise InputError(f"{path} is a {kind} - --recompute goes with a feature store")
     problems = _VERIFY[kind](path)
+    if recompute is not None and not problems:
+        from svb.extract.recompute import recompute as extract_again
+
+        problems = extract_again(path, recompute, device=device, on_message=say)
     for problem in problems:
         click.echo(problem)
     if problems:
@@ -77,12 +86,16 @@ def _print_failures(path: Path, as_json: bool) -> None:
     if as_json:
         print_json(
             [
-                {"video_id": r.video_id, "status": r.status, "error": r.error, "source_path": r.source_path}
+                {
+                    **{"video_id": r.video_id, "status": r.status, "error": r.error, "source_path": r.source_path},
+                    **{"tries": r.tries, "elapsed_seconds": r.elapsed_seconds},
+                }
                 for r in records
             ]
         )
     elif records:
-        print_table(["status", "video", "error"], [[r.status, repr(r.video_id), r.error] for r in records])
+        rows = [[r.status, str(r.tries), f"{r.elapsed_seconds:.1f}", repr(r.video_id), r.error] for r in records]
+        print_table(["status", "tries", "seconds", "video", "error"], rows)
     else:
         say("every video ended as ok")
 

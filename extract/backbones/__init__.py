@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from types import ModuleType
-from typing import cast
+from typing import Any, cast
 
 import torch
 
-from svb.errors import UsageError
+from svb.device import choose_precision
+from svb.errors import MismatchError, UsageError
 from svb.extract.backbones.backbone import Backbone, Classifier
 from svb.extract.names import split_name
 from svb.extract.weights import hash_weights
@@ -44,6 +46,26 @@ def load_backbone(
     backbone.weights_hash = backbone.weights_hash or hash_weights(backbone.module)
     backbone.module.eval().requires_grad_(False)
     backbone.place(device, dtype, compile, batch_size)
+    return backbone
+
+
+def load_matching_backbone(name: str, settings: Mapping[str, Any], device: torch.device) -> Backbone:
+    """Load the backbone that made some features, in their precision.
+
+    Args:
+        name: The backbone's.
+        settings: Its settings, as the features' store holds them.
+        device: Where it runs.
+
+    Raises:
+        MismatchError: The weights found under its name are others.
+    """
+    backbone = load_backbone(name, device, choose_precision(device, settings["precision"]))
+    if backbone.weights_hash != settings["weights_hash"]:
+        raise MismatchError(
+            f"{name} has weights {backbone.weights_hash} here, but {settings['weights_hash']} when the features "
+            "were made - install the package versions of then, or extract and index again"
+        )
     return backbone
 
 

@@ -1,0 +1,81 @@
+"""`svb verify --recompute` finds features that no longer come out as they are held."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import clips
+import h5py
+import numpy as np
+import pytest
+from conftest import RunSvb
+from extraction import CLIPS, FRAMES, run
+
+from svb.data.feature_store import FeatureStore
+from svb.data.shard import hash_array
+from svb.errors import InputError, UsageError
+from svb.extract.recompute import _difference, recompute
+
+pytestmark = pytest.mark.usefixtures("toy_backbones")
+
+
+@pytest.fixture
+def store(folder: Path, tmp_path: Path) -> Path:
+    run(folder, tmp_path / "out", FRAMES, CLIPS)
+    return tmp_path / "out"
+
+
+def change(store: Path, amount: float) -> None:
+    """Change the first feature of the first video, and the checksum with it."""
+    (shard,) = FeatureStore(store).shards
+    with h5py.File(shard.path, "r+") as file:
+        dataset = file[f"{FRAMES}/features"]
+        values = dataset[...]
+        values[0, 0] += np.float16(amount)
+        dataset[...] = values
+        dataset.attrs["sha256"] = hash_array(values)
+
+
+def test_what_was_extracted_comes_out_again(store: Path, run_svb: RunSvb) -> None:
+    ran = run_svb("verify", store, "--recompute", 3)
+    assert ran.exit_code == 0, ran.stderr
+    assert "recomputed 3 of 4 videos: 6 of 6 comparisons are the same to the bit" in ran.stderr
+
+
+def test_what_was_changed_is_found(store: Path, run_svb: RunSvb) -> None:
+    change(store, 0.5)
+    assert run_svb("verify", store).exit_code == 0
+    ran = run_svb("verify", store, "--recompute", 4)
+    assert ran.exit_code == 1
+    assert f"{store}, {FRAMES}: video 'a' differs: by up to 0.5, cosine at least 0.9" in ran.stdout
+
+
+def test_the_last_bit_is_no_difference() -> None:
+    held = np.array([[1.0, -1.0, 0.0]], np.float16)
+    assert _difference(held, np.nextafter(held, np.float16(2))) == ""
+    assert _difference(held, np.array([[1.0, -1.0, -0.0]], np.float16)) == ""
+    assert _difference(held, held + np.float16(0.01)).startswith("by up to 0.01")
+    assert _difference(held, held[:0]) == "shape (1, 3) held, (0, 3) now"
+
+
+def test_other_frames_are_a_difference(store: Path, folder: Path) -> None:
+    record = FeatureStore(store).records["a"]
+    shutil.move(folder / "a.mp4", folder / "kept")
+    clips.make_clip(folder / "a.mp4", seconds=3)
+    said: list[str] = []
+    # A file that changed is none to compare with.
+    assert recompute(store, 10, on_message=said.append) == []
+    assert said[-1].startswith("recomputed 3 of 4 videos")
+    assert record.source_path == str(folder / "a.mp4")
+
+
+def test_what_cannot_be_recomputed(store: Path, folder: Path, run_svb: RunSvb, extracted_store: Path) -> None:
+    with pytest.raises(UsageError, match="cannot recompute 0 videos"):
+        recompute(store, 0)
+    shutil.rmtree(folder)
+    with pytest.raises(InputError, match=r"none of the 4 videos of .* is where it was, unchanged"):
+        recompute(store, 3)
+    (folder.parent / "c.csv").write_text("video_id,caption\na,x\n")
+    ran = run_svb("verify", folder.parent / "c.csv", "--recompute", 1)
+    assert ran.exit_code == 1
