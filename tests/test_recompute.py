@@ -79,3 +79,18 @@ def test_what_cannot_be_recomputed(store: Path, folder: Path, run_svb: RunSvb, e
     (folder.parent / "c.csv").write_text("video_id,caption\na,x\n")
     ran = run_svb("verify", folder.parent / "c.csv", "--recompute", 1)
     assert ran.exit_code == 1
+
+
+def test_workers_change_no_bit_and_batches_hardly_any(extracted_store: Path, folder: Path) -> None:
+    # extracted_store: one worker, batches of 4. Batches of another size may run through other kernels.
+    name = "offline:efficientnet-lite0"
+    held = FeatureStore(extracted_store).load(name)
+    for num_workers, batch_size, exact in ((3, 4, True), (2, 7, False), (1, 1, False)):
+        out = folder.parent / f"{num_workers}-{batch_size}"
+        run(folder, out, name, num_workers=num_workers, batch_size=batch_size)
+        now = FeatureStore(out).load(name)
+        assert now.video_ids == held.video_ids and now.times_seconds.tolist() == held.times_seconds.tolist()
+        difference = np.abs(held.features.astype(np.float32) - now.features).max()
+        assert difference <= 5e-4 * np.abs(held.features).max()
+        if exact:
+            assert now.features.tobytes() == held.features.tobytes()
