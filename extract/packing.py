@@ -76,11 +76,11 @@ class Packer:
     def add(self, video: int, squares: torch.Tensor, times_seconds: NDArray[np.float64]) -> None:
         """Take the next frames of a video: `(T, 3, S, S)` uint8 and `(T,)`."""
         state = self._open.setdefault(video, _Open())
-        for square, time_seconds in zip(squares, times_seconds, strict=True):
-            if self.backbone.clip_frames == 1:
-                self._push(state, square, float(time_seconds))
-            else:
-                self._add_to_window(state, square, float(time_seconds))
+        if self.backbone.clip_frames == 1:
+            self._push(state, squares, times_seconds.tolist())
+            return
+        for square, time_seconds in zip(squares, times_seconds.tolist(), strict=True):
+            self._add_to_window(state, square, time_seconds)
 
     def end(self, video: int) -> None:
         """Say that a video has no more frames: a clip backbone's last window is closed.
@@ -97,12 +97,12 @@ class Packer:
     def is_complete(self, video: int) -> bool:
         """Tell whether every image added for a video has been run."""
         state = self._open[video]
-        return sum(map(len, state.rows)) == len(state.times_seconds)
+        return len(state.rows) == len(state.times_seconds)
 
     def take(self, video: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
         """Return a complete video's `(T, F)` float32 features and `(T,)` times, and forget it."""
         state = self._open.pop(video)
-        return np.concatenate(state.rows), np.array(state.times_seconds, np.float64)
+        return np.stack(state.rows), np.array(state.times_seconds, np.float64)
 
     def forget(self, video: int) -> None:
         """Drop a video that failed; its images still waiting in the batch are run for nothing."""
@@ -139,7 +139,7 @@ class Packer:
                     self._halve(error)
                 started.at_once, started.fetch = self._at_once, self._begin(started.batch)
         for owner, row in zip(started.owners, features[: len(started.owners)].numpy(), strict=True):
-            owner.rows.append(row[None])
+            owner.rows.append(row)
 
     def _begin(self, batch: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Start a batch, whole or in parts that fit; what goes wrong is raised when it is fetched."""
@@ -166,15 +166,19 @@ class Packer:
             f"at a time instead of {self._batch_size}; last bits of features may differ"
         )
 
-    def _push(self, state: _Open, image: torch.Tensor, time_seconds: float) -> None:
-        if self._batch is None:
-            shape = (self._batch_size, *image.shape)
-            self._batch = torch.zeros(shape, dtype=torch.uint8, device=image.device)
-        self._batch[len(self._owners)] = image
-        self._owners.append(state)
-        state.times_seconds.append(time_seconds)
-        if len(self._owners) == self._batch_size:
-            self._start()
+    def _push(self, state: _Open, images: torch.Tensor, times_seconds: list[float]) -> None:
+        """Put images of one video into batches, each of which is started once it is full."""
+        state.times_seconds += times_seconds
+        while len(images):
+            if self._batch is None:
+                shape = (self._batch_size, *images.shape[1:])
+                self._batch = torch.zeros(shape, dtype=torch.uint8, device=images.device)
+            filled = len(self._owners)
+            part, images = images[: self._batch_size - filled], images[self._batch_size - filled :]
+            self._batch[filled : filled + len(part)] = part
+            self._owners += [state] * len(part)
+            if len(self._owners) == self._batch_size:
+                self._start()
 
     def _add_to_window(self, state: _Open, square: torch.Tensor, time_seconds: float) -> None:
         if len(state.latest) == self.backbone.clip_frames:
@@ -187,7 +191,7 @@ class Packer:
 
     def _push_window(self, state: _Open) -> None:
         clip = torch.stack([square for square, _ in state.latest], dim=1)  # (3, clip_frames, S, S)
-        self._push(state, clip, (state.latest[0][1] + state.latest[-1][1]) / 2)
+        self._push(state, clip[None], [(state.latest[0][1] + state.latest[-1][1]) / 2])
         state.since_window = 0
 
 
