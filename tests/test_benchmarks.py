@@ -29,6 +29,41 @@ def test_train_measures_itself_beside_a_data_loader(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
+def test_extract_measures_itself_beside_its_bound_and_the_fields_recipe(tmp_path: Path) -> None:
+    options = ["--quick", "--part", "bound,recipe,growth", "--folder", tmp_path, "--json", tmp_path / "out.json"]
+    done = subprocess.run(
+        [sys.executable, BENCHMARKS / "extract.py", *options], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    measured = json.loads((tmp_path / "out.json").read_text())
+    bound = measured["bound"]
+    clips = list(dict.fromkeys(row["clips"] for row in bound))
+    # MSR-VTT's clips lie beside the checkout or nowhere; a third core and bfloat16 make more rows of each.
+    assert [name for name in clips if name != "msrvtt-mini"] == ["15 s, 240p", "6 s, 720p"]
+    assert {row["backbone"] for row in bound} == {"free:four-pixels", "offline:efficientnet-lite0"}
+    for row in bound:
+        (taken,) = row["rounds"]
+        assert set(taken) == {"decode", "backbone", "svb", "start"}
+        # The others are differences: on so few clips, and beside other tests, they may come out as anything.
+        assert taken["start"]["cpu_seconds"] > 0 and taken["backbone"]["cpu_seconds"] > 0
+    recipe = measured["recipe"]
+    assert len(recipe["rounds"]) == (recipe["programs"]["ffprobe"] is not None)
+    for taken in recipe["rounds"]:
+        assert [name for name in taken if not name.startswith("svb, ")] == [
+            "the recipe, one process",
+            "the recipe, two processes of one thread",
+        ]
+        assert "svb, float32" in taken
+    assert [row["videos"] for row in measured["growth"]] == [20, 40]
+    for row in measured["growth"]:
+        assert row["first"]["seconds_a_video"] > 0
+        assert 0 < row["first"]["worker_peak_mib"] < row["first"]["main_peak_mib"]
+        assert row["again"]["extract_seconds"] < row["first"]["extract_seconds"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
 def test_a_cache_takes_hardly_more_memory_than_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
