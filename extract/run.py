@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import socket
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
     from svb.extract.pipeline import Contents, Counts, Pipeline
 
 MAX_BATCH_SIZE = 4096
-# On the CPU; each takes a few hundred megabytes.
-MAX_PARALLEL_BATCHES = 8
 
 
 def extract(
@@ -67,6 +66,7 @@ def extract(
     retry: Collection[str] = (),
     prune: bool = False,
     rank: tuple[int, int] | None = None,
+    ray: str | None = None,
     on_progress: Callable[[ExtractProgress], None] = lambda progress: None,
     on_message: Callable[[str], None] = lambda message: None,
 ) -> Path:
@@ -98,6 +98,7 @@ def extract(
         prune: Take videos out of the store whose files are gone.
         rank: This process's rank and the number of processes that fill the store together; they share a file
             system and may be fewer or more than said.
+        ray: A Ray cluster to decode and compute on, see `svb.extract.ray_run`; its CPUs take `num_workers`' place.
         on_progress: Called often.
         on_message: Called with a line that the user should see.
 
@@ -115,6 +116,7 @@ def extract(
     out = Path(out)
     _check_numbers(num_workers, batch_size, stall_seconds, time_limit_seconds)
     _check_retry(retry)
+    _check_ray(ray, rank, device, hwaccel)
     request = make_request(
         backbones,
         sampling=sampling,
@@ -130,13 +132,11 @@ def extract(
     for line in plan.messages:
         on_message(line)
     if not plan.todo:
-        if prune and plan.vanished:
-            with FeatureStoreWriter(out, FeatureStore(out).settings, {}) as writer:
-                _remove(plan.vanished, writer)
-                writer.compact()
-        _tell_of_vanished(plan.vanished, prune, on_message)
-        on_message(f"nothing to do: all {len(plan.asked)} videos are in {out}, unchanged")
-        return out
+        return _without_work(plan, out, prune, on_message)
+
+    if ray is not None:
+        job = request, device, precision, compile, keep_partial, stall_seconds, time_limit_seconds
+        return _on_ray(ray, job, plan, out, prune, on_progress, on_message)
 
     from svb.extract.pipeline import Pipeline  # and with it torch
 
@@ -272,17 +272,19 @@ def extract_file(
     from svb.extract.pipeline import run_packers
     from svb.extract.upload import Uploader
 
-    packers = [Packer(backbone, batch_size) for backbone in backbones]
-    uploader = Uploader(backbones[0].device)
-    for _, message in DecodePool(1, options).run([PlannedVideo(str(file), file)]):
-        if isinstance(message, FrameChunk):
-            run_packers(packers, uploader, 0, message)
-        elif isinstance(message, Finished) and message.status not in USABLE:
-            raise InputError(f"{file} cannot be used as a video ({message.status}): {message.error}")
-    for packer in packers:
-        packer.end(0)
-        packer.flush()
-    return [packer.take(0) for packer in packers]
+    device = backbones[0].device
+    uploader = Uploader(device)
+    with cores(device, compile=False) as (executor, ahead):
+        packers = [Packer(backbone, batch_size, executor=executor, ahead=ahead) for backbone in backbones]
+        for _, message in DecodePool(1, options).run([PlannedVideo(str(file), file)]):
+            if isinstance(message, FrameChunk):
+                run_packers(packers, uploader, 0, message)
+            elif isinstance(message, Finished) and message.status not in USABLE:
+                raise InputError(f"{file} cannot be used as a video ({message.status}): {message.error}")
+        for packer in packers:
+            packer.end(0)
+            packer.flush()
+        return [packer.take(0) for packer in packers]
 
 
 def _check_numbers(num_workers: int, batch_size: int, stall_seconds: float, time_limit_seconds: float) -> None:
@@ -293,6 +295,19 @@ def _check_numbers(num_workers: int, batch_size: int, stall_seconds: float, time
     for what, seconds in (("wait", stall_seconds), ("decode a video for", time_limit_seconds)):
         if not seconds > 0:
             raise UsageError(f"cannot {what} {seconds} s - give a positive number of seconds")
+
+
+def _check_ray(address: str | None, rank: tuple[int, int] | None, device: str, hwaccel: str | None) -> None:
+    if address is None:
+        return
+    if importlib.util.find_spec("ray") is None:
+        raise UsageError(f"--ray {address} needs Ray, which is not installed - pip install 'svb[ray]'")
+    if rank is not None:
+        raise UsageError("got a rank and a Ray cluster, which shares the work out itself - give one of the two")
+    if device not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"device {device!r} on a Ray cluster - expected auto, cpu or cuda: Ray chooses the GPUs")
+    if hwaccel is not None:
+        raise UsageError(f"hardware decoder {hwaccel!r} on a Ray cluster, which decodes on CPUs - leave it out")
 
 
 def _check_retry(retry: Collection[str]) -> None:
@@ -332,7 +347,8 @@ def cores(device: torch.device, compile: bool) -> Iterator[tuple[Executor | None
     """Yield what runs batches, and how many may be under way.
 
     On the CPU every core has a batch of its own: cores that share one wait for each other at every layer, and
-    for long where decoders want the cores too. What is compiled runs on all cores, in one thread.
+    for long where decoders want the cores too. Features then do not depend on how many there are. What is
+    compiled runs on all cores at once.
     """
     import torch
 
@@ -340,11 +356,10 @@ def cores(device: torch.device, compile: bool) -> Iterator[tuple[Executor | None
         yield None, 1
         return
     threads = torch.get_num_threads()
-    num_batches = min(threads, MAX_PARALLEL_BATCHES)
-    torch.set_num_threads(threads // num_batches)
+    torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(num_batches) as executor:
-            yield executor, num_batches
+        with ThreadPoolExecutor(threads) as executor:
+            yield executor, threads
     finally:
         torch.set_num_threads(threads)
 
@@ -386,6 +401,43 @@ def _leased_videos(
 
     leases = stack.enter_context(Leases(out / "leases", owner))
     return LeasedVideos(start_at(units(plan.asked, UNIT_VIDEOS), *rank), leases, undone, plan.todo)
+
+
+def _without_work(plan: Plan, out: Path, prune: bool, on_message: Callable[[str], None]) -> Path:
+    if prune and plan.vanished:
+        with FeatureStoreWriter(out, FeatureStore(out).settings, {}) as writer:
+            _remove(plan.vanished, writer)
+            writer.compact()
+    _tell_of_vanished(plan.vanished, prune, on_message)
+    on_message(f"nothing to do: all {len(plan.asked)} videos are in {out}, unchanged")
+    return out
+
+
+def _on_ray(
+    address: str,
+    job: tuple[Request, str, str, bool, bool, float, float],
+    plan: Plan,
+    out: Path,
+    prune: bool,
+    on_progress: Callable[[ExtractProgress], None],
+    on_message: Callable[[str], None],
+) -> Path:
+    from svb.extract.ray_actor import Job
+    from svb.extract.ray_run import extract_on_ray
+
+    sentence = extract_on_ray(
+        address,
+        Job(*job),
+        plan,
+        out,
+        prune=prune,
+        versions=_versions(),
+        on_progress=on_progress,
+        on_message=on_message,
+    )
+    _tell_of_vanished(plan.vanished, prune, on_message)
+    on_message(sentence)
+    return out
 
 
 def _remove(vanished: Sequence[VideoRecord], writer: FeatureStoreWriter) -> None:

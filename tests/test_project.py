@@ -76,7 +76,8 @@ def test_every_folder_is_packaged() -> None:
 
 
 def test_what_is_imported_is_required() -> None:
-    options = setup()["options"]["install_requires"] + setup()["options.extras_require"]["offline"]
+    extras = setup()["options.extras_require"]
+    options = setup()["options"]["install_requires"] + extras["offline"] + extras["ray"]
     required = {re.split(r"[ <>=;]", line)[0].lower().replace("-", "_") for line in options.strip().splitlines()}
     distributions = importlib.metadata.packages_distributions()
     for path in source_files():

@@ -170,6 +170,9 @@ def extract(
     place = _rank(rank, world_size) if ray is None or rank is not None else None
     if ray is not None and workers is not None:
         raise UsageError(f"got --workers {workers} and --ray, which decodes on all CPUs - leave out --workers")
+    if ray is not None:
+        # Ray tells of workers that died on stdout, which is the summary's.
+        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
     say(f"extracting into {out} with {', '.join(chosen)}, {_describe(given, times)}{_as_one_of(place)}")
     meter = Meter("videos")
     try:
