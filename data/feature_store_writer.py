@@ -152,6 +152,7 @@ class FeatureStoreWriter:
         """
         if self._is_shared and not self._lock.take_alone():
             return
+        remove_leftovers(self.path / "shards")  # of writers that shared and were killed
         self._places.clear()  # they name shards that will be gone
         store = FeatureStore(self.path)
         group: list[int] = []

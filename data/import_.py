@@ -24,7 +24,8 @@ from svb.data.feature_store_writer import FeatureStoreWriter
 from svb.data.import_layouts import LAYOUTS, find_videos
 from svb.data.import_source import FoundRows, FoundVideo
 from svb.data.publish import hash_file
-from svb.data.shard import VideoRecord, VideoRows, group_name, storable_text
+from svb.data.shard import VideoRecord, VideoRows, group_name
+from svb.data.text import storable_text
 from svb.errors import InputError, UsageError
 
 FLOAT16_MAX = 65504.0

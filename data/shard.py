@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from svb.data.description import FORMAT_VERSION
 from svb.data.publish import published_file
+from svb.data.text import storable_text
 from svb.errors import StoreError
 
 USABLE = ("ok", "partial")
@@ -179,15 +180,6 @@ def _write_rows(
 def hash_array(array: NDArray[Any]) -> str:
     """Return the SHA-256 of an array's bytes, in hex: the attribute `sha256` of the datasets that svb writes."""
     return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
-
-
-def storable_text(text: str) -> str:
-    """Return text as a store holds it.
-
-    A file name may hold bytes that are no UTF-8 (Python keeps them as surrogates) or a NUL, which would end
-    an HDF5 string; both are written as escapes so that the record can always be stored.
-    """
-    return text.encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\\x00")
 
 
 class Shard:

@@ -55,6 +55,12 @@ from svb.extract.skip_plan import SkipPlan, StretchList
 # Whole stretches of a video are seldom without a frame that is used at this many a second: not worth a look.
 FPS_THAT_NEEDS_ALL = 1.0
 
+# How libavcodec begins to tell of damage that it hides.
+HIDDEN_DAMAGE = ("concealing", "error while decoding")
+
+# PyAV keeps a message that is repeated until another one comes: it would be held against the next file.
+av.logging.set_skip_repeated(False)
+
 
 class _NotAsListedError(Exception):
     """Stretches of a video did not decode to what its packets let expect."""
@@ -348,7 +354,7 @@ def _decode_packet(
         errors.add(_words(error))
     finally:
         av.logging.set_level(level)
-    concealed = [message.strip() for _, _, message in log if message.startswith("concealing")]
+    concealed = [message.strip() for _, _, message in log if message.startswith(HIDDEN_DAMAGE)]
     if concealed:
         errors.add(concealed[-1])
     elif any(frame.is_corrupt for frame in frames):

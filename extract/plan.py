@@ -9,10 +9,14 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from svb.data.publish import hash_file
-from svb.data.shard import VideoRecord, storable_text
+from svb.data.text import storable_text
 from svb.errors import InputError
+
+if TYPE_CHECKING:
+    from svb.data.shard import VideoRecord
 
 VIDEO_SUFFIXES = frozenset(
     [

@@ -1,25 +1,104 @@
 """A program that test_chaos kills: `svb extract` with a shard after every two videos.
 
-python extract_in_small_shards.py VIDEOS OUT
+    python extract_in_small_shards.py VIDEOS OUT
+    python extract_in_small_shards.py --serve
+
+The second loads torch once and then makes a run, in a process of its own, of every line of its input: a list
+in JSON of VIDEOS, OUT, and the rank and number of processes where several fill the store. It says the run's
+process id, when it begins to compact the store, and its exit code when it has ended.
+
+Decode workers import this file, too: what takes long to load is only loaded by the runs.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import sys
+import time
+import traceback
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
-from svb.data import feature_store_writer
-from svb.extract.backbones import FAMILIES
-from svb.extract.run import extract
+SHARD_VIDEOS = 2
+# Small shards become larger ones in many steps.
+MERGED_VIDEOS = 8
+# Others take over what a killed process held after this long. A live one must get to renew its leases.
+HEARTBEAT_SECONDS, STALE_SECONDS = 0.3, 3.0
+# A slow disk takes this long before and after it syncs or removes a file: kills shall fall between two steps.
+SLOW_DISK_SECONDS = 0.02
 
-if __name__ == "__main__":
-    feature_store_writer.SHARD_VIDEOS = 2
+
+def slowed(step: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(step)
+    def slow(*arguments: Any, **options: Any) -> Any:
+        time.sleep(SLOW_DISK_SECONDS)
+        result = step(*arguments, **options)
+        time.sleep(SLOW_DISK_SECONDS)
+        return result
+
+    return slow
+
+
+def run(videos: str, out: str, rank: tuple[int, int] | None = None) -> None:
+    from svb.data import feature_store_writer
+    from svb.data.feature_store_writer import FeatureStoreWriter
+    from svb.extract import ranks
+    from svb.extract import run as run_module
+    from svb.extract.backbones import FAMILIES
+    from svb.extract.leases import Leases
+
+    compact = FeatureStoreWriter.compact
+
+    def say_and_compact(writer: FeatureStoreWriter) -> None:
+        feature_store_writer.SHARD_VIDEOS = MERGED_VIDEOS
+        if rank is None:
+            os.fsync, Path.unlink = slowed(os.fsync), slowed(Path.unlink)  # type: ignore[method-assign]
+        print("compacting", flush=True)
+        compact(writer)
+
+    FeatureStoreWriter.compact = say_and_compact  # type: ignore[method-assign]
+    feature_store_writer.SHARD_VIDEOS = SHARD_VIDEOS
+    run_module.UNIT_VIDEOS, ranks.LOOK_SECONDS = 4, 0.1
+    Leases.__init__.__defaults__ = (HEARTBEAT_SECONDS, STALE_SECONDS)
     FAMILIES["toy"] = "toy_backbone"
-    extract(
-        [Path(sys.argv[1])],
-        Path(sys.argv[2]),
+    if rank is not None:
+        os.fsync = slowed(os.fsync)  # else all is done before all processes are there
+    run_module.extract(
+        [Path(videos)],
+        Path(out),
         backbones=("toy:frames", "toy:clips"),
         precision="float32",
         num_workers=2,
         batch_size=4,
+        rank=rank,
     )
+
+
+def serve() -> None:
+    import toy_backbone  # noqa: F401 - torch with it
+
+    from svb.extract import run as run_module  # noqa: F401
+
+    for line in sys.stdin:
+        videos, out, *rank = json.loads(line)
+        process_id = os.fork()
+        if process_id == 0:
+            try:
+                run(videos, out, (rank[0], rank[1]) if rank else None)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        print(process_id, flush=True)
+        _, status = os.waitpid(process_id, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--serve":
+        serve()
+    else:
+        run(sys.argv[1], sys.argv[2])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 import os
 import random
 import signal
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import clips
@@ -19,16 +22,73 @@ import pytest
 from svb.data.feature_store import FeatureStore, verify_store
 
 PROGRAM = Path(__file__).with_name("extract_in_small_shards.py")
-NUM_VIDEOS = 100
+NUM_VIDEOS = 300
+# Of 50 kills: in the runs that extract, and in those that merge small shards afterwards.
+NUM_KILLS, NUM_KILLS_IN_COMPACTION = 40, 10
+NUM_RANKS, NUM_RANK_KILLS = 3, 8
 
 
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("many")
-    for number in range(NUM_VIDEOS):
-        clips.make_clip(folder / f"{number:02}.mp4", seconds=0.5 + number % 3, filters=f"hue=h={3 * number}")
-    (folder / "13.mp4").write_text("no video")
+def make_many_clips(folder: Path, count: int) -> None:
+    """Cut one long video into clips of half a second to one and a half, all different: one ffmpeg, not hundreds."""
+    lengths = [0.5 + 0.5 * (number % 3) for number in range(count)]
+    ends = ",".join(str(end) for end in itertools.accumulate(lengths[:-1]))
+    cut = ("-force_key_frames", ends, "-f", "segment", "-segment_times", ends, "-reset_timestamps", "1")
+    pattern = folder / "%03d.mp4"
+    clips.make_clip(pattern, seconds=sum(lengths), filters="hue=h=7*t", extra=cut)
+    assert len(list(folder.iterdir())) == count
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> Path:
+    folder = tmp_path / "many"
+    folder.mkdir()
+    make_many_clips(folder, NUM_VIDEOS)
+    (folder / "013.mp4").write_text("no video")
     return folder
+
+
+class Server:
+    """A process that has torch loaded and starts runs: loading it would take most of a run's time."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, PROGRAM, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._run = 0
+
+    def start(self, videos: Path, out: Path, *rank: int) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps([str(videos), str(out), *rank]) + "\n")
+        self._process.stdin.flush()
+        self._run = int(self.read())
+
+    def read(self) -> str:
+        """Return the next line that the run says."""
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def kill(self) -> bool:
+        """Kill the run; returns whether it had not ended before."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._run, signal.SIGKILL)
+        return self.wait() == -signal.SIGKILL
+
+    def wait(self) -> int:
+        """Return the run's exit code."""
+        while (line := self.read()) == "compacting":
+            pass
+        return int(line)
+
+    def close(self) -> None:
+        self._process.communicate(timeout=60)
+
+
+@pytest.fixture
+def servers() -> Iterator[list[Server]]:
+    started = [Server() for _ in range(NUM_RANKS)]
+    yield started
+    for server in started:
+        server.close()
 
 
 def start(videos: Path, out: Path) -> subprocess.Popen[bytes]:
@@ -63,46 +123,94 @@ def content(out: Path) -> dict[str, tuple[object, ...]]:
     return found
 
 
-def kill_after(process: subprocess.Popen[bytes], out: Path, new_shards: int, seconds: float) -> None:
-    """Kill a run once it has published so many shards more, and then some time."""
-    goal = len(published(out)) + new_shards
+def wait_for_shards(out: Path, new_shards: int) -> None:
+    """Wait until a run has published so many shards more."""
+    goal = len(shard_names(out)) + new_shards
     until = time.monotonic() + 60
-    while len(published(out)) < goal and process.poll() is None and time.monotonic() < until:
+    while len(shard_names(out)) < goal and time.monotonic() < until:
         time.sleep(0.002)
-    time.sleep(seconds)
-    assert process.poll() is None, "it ended before it could be killed: give it more videos"
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+
+
+def shard_names(out: Path) -> list[str]:
+    return [path.name for path in (out / "shards").glob("[0-9]*.h5")]
+
+
+def assert_ends_as_undisturbed(videos: Path, out: Path, undisturbed: Path) -> None:
+    process = start(videos, undisturbed)
+    _, words = process.communicate(timeout=120)
+    assert process.returncode == 0, words
+    assert verify_store(out) == []
+    assert content(out) == content(undisturbed)
+    assert sorted(content(out)) == sorted(path.stem for path in videos.iterdir())
+    # Every video stands once in the store: nothing was done twice, and nothing that was merged is left.
+    assert set(videos_in(published(out), out).values()) == {1}
+    assert not list(out.rglob(".aside-*"))
 
 
 @pytest.mark.slow
-def test_ten_kills_and_the_same_bytes(videos: Path, tmp_path: Path) -> None:
-    out, chance = tmp_path / "killed", random.Random(0)
+def test_fifty_kills_and_the_same_bytes(videos: Path, servers: list[Server], tmp_path: Path) -> None:
+    out, chance, server = tmp_path / "killed", random.Random(0), servers[0]
+    late = tmp_path / "late"
+    late.mkdir()
+    for number in range(NUM_KILLS_IN_COMPACTION + 1):
+        (videos / f"{NUM_VIDEOS - 1 - number:03}.mp4").rename(late / f"{number:03}.mp4")
     seen: dict[str, bytes] = {}
-    for kill in range(10):
+    for kill in range(NUM_KILLS):
+        server.start(videos, out)
         # Every third falls before anything new is published: while libraries load, or in the first batch.
-        new_shards = 0 if kill % 3 == 2 else chance.choice([1, 2])
-        kill_after(
-            start(videos, out), out, new_shards, chance.uniform(0, 0.05) if new_shards else chance.uniform(0, 3)
-        )
+        if kill % 3 == 2:
+            time.sleep(chance.uniform(0, 1.5))
+        else:
+            wait_for_shards(out, chance.choice([1, 2]))
+            time.sleep(chance.uniform(0, 0.05))
+        assert server.kill(), "it ended before it could be killed: give it more videos"
         shards = published(out)
         assert seen.items() <= shards.items()
         # A video that was published stands in one shard: it was never decoded again.
         assert set(videos_in(shards, out).values()) <= {1}
-        assert verify_store(out) == []
-        store = FeatureStore(out)
-        assert set(videos_in(shards, out)) == set(store.records)
-        assert {record.status for record in store.records.values()} <= {"ok", "unreadable"}
+        assert not shards or verify_store(out) == []
         seen = shards
-    assert 10 <= len(FeatureStore(out).records) < NUM_VIDEOS
-    for path in (out, tmp_path / "undisturbed"):
-        process = start(videos, path)
-        _, words = process.communicate(timeout=120)
-        assert process.returncode == 0, words
-    assert verify_store(out) == []
-    assert content(out) == content(tmp_path / "undisturbed")
-    assert len(content(out)) == NUM_VIDEOS
-    assert not list(out.rglob(".aside-*"))
+    records = FeatureStore(out).records
+    assert set(videos_in(seen, out)) == set(records) and NUM_KILLS <= len(records) < NUM_VIDEOS
+    assert {record.status for record in records.values()} <= {"ok", "unreadable"}
+
+    known = content(out)
+    for number in range(NUM_KILLS_IN_COMPACTION):
+        (late / f"{number:03}.mp4").rename(videos / f"late-{number:03}.mp4")  # else there is nothing to do
+        server.start(videos, out)
+        assert server.read() == "compacting"
+        time.sleep(chance.uniform(0, 0.6))
+        assert server.kill(), "it was compacted before it could be killed: make the disk slower"
+        assert verify_store(out) == []
+        assert known.items() <= content(out).items()
+        known = content(out)
+        assert len(known) == NUM_VIDEOS - NUM_KILLS_IN_COMPACTION + number
+    (late / f"{NUM_KILLS_IN_COMPACTION:03}.mp4").rename(videos / "last.mp4")
+    server.start(videos, out)
+    assert server.wait() == 0
+    assert_ends_as_undisturbed(videos, out, tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+def test_killed_ranks_and_the_same_bytes(videos: Path, servers: list[Server], tmp_path: Path) -> None:
+    out, chance = tmp_path / "killed", random.Random(0)
+    last = (videos / "100.mp4").rename(tmp_path / "last.mp4")
+    for rank, server in enumerate(servers):
+        server.start(videos, out, rank, NUM_RANKS)
+    num_killed = 0
+    for _ in range(NUM_RANK_KILLS):
+        time.sleep(chance.uniform(0.3, 1.5))
+        rank = chance.randrange(NUM_RANKS)
+        num_killed += servers[rank].kill()
+        servers[rank].start(videos, out, rank, NUM_RANKS)
+    assert [server.wait() for server in servers] == [0] * NUM_RANKS
+    assert num_killed >= NUM_RANK_KILLS // 2, "they ended before they could be killed: give them more videos"
+    assert not list((out / "leases").iterdir())
+    # One process goes on alone, and removes what those that were killed left aside.
+    last.rename(videos / "last.mp4")
+    servers[0].start(videos, out)
+    assert servers[0].wait() == 0
+    assert_ends_as_undisturbed(videos, out, tmp_path / "undisturbed")
 
 
 @pytest.mark.slow

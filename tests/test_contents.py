@@ -61,9 +61,7 @@ class TestRenamed:
         assert FeatureStore(tmp_path / "out").records["a"].mtime_ns == 1
         assert run(folder, tmp_path / "out")[-1].startswith("nothing to do")
 
-    def test_old_content_under_a_new_name_is_not_mixed_up_with_the_new(
-        self, folder: Path, tmp_path: Path
-    ) -> None:
+    def test_old_content_under_a_new_name_is_not_mixed_up_with_the_new(self, folder: Path, tmp_path: Path) -> None:
         run(folder, tmp_path / "out")
         before = features(tmp_path / "out")
         (folder / "a.mp4").rename(folder / "old-a.mp4")

@@ -54,7 +54,8 @@ def test_every_commands_help_imports_nothing_heavy() -> None:
 def test_decode_workers_stay_small() -> None:
     loaded = modules_loaded("import svb.extract.decode_pyav, svb.extract.decode_ffmpeg")
     assert not loaded & {"torch", "h5py", "pandas"}
-    assert "torch" not in modules_loaded("import svb.extract.pool")
+    assert not modules_loaded("import svb.extract.worker") & {"torch", "h5py", "pandas"}
+    assert "torch" not in modules_loaded("import svb.extract.run")
 
 
 def setup() -> configparser.ConfigParser:
@@ -217,5 +218,5 @@ def test_errors_are_one_tree() -> None:
     from svb import errors
 
     classes = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, SvbError)]
-    assert len(classes) >= 6 and {error.exit_code for error in classes} == {1, 2}
+    assert len(classes) >= 6 and {error.exit_code for error in classes} == {1, 2, 130}
     assert not [v for v in vars(errors).values() if isinstance(v, type) and not issubclass(v, SvbError)]

@@ -110,7 +110,9 @@ class TestDisks:
             resource.setrlimit(resource.RLIMIT_FSIZE, (512, hard))
 
         try:
-            with pytest.raises(StoreError, match=r"cannot write .* \(File too large\) .* free space, and run the same command"):
+            with pytest.raises(
+                StoreError, match=r"cannot write .* \(File too large\) .* free space, and run the same command"
+            ):
                 run(folder, tmp_path / "out", batch_size=1, on_progress=once_a_video_is_done(fill))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
