@@ -137,6 +137,8 @@ def run_backbone(network: Backbone, held: Frames) -> Iterator[torch.Tensor]:
     filled = done = 0
     while done < held.num_frames:
         for chunk in held.chunks:
+            if done == held.num_frames:
+                break
             squares = to_squares(torch.from_numpy(chunk[: held.num_frames - done]), network.image_size)
             done += len(squares)
             for part in squares.split(1):
