@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -204,10 +205,11 @@ class GrowingRecords:
 
     def refresh(self) -> None:
         """Read what was published since."""
-        for path in _shard_paths(self._folder):
-            if path.name not in self._read:
-                self._read.add(path.name)
-                self.records.update({record.video_id: record for record in Shard(path).records})
+        for name in shard_names(self._folder):
+            if name not in self._read:
+                self._read.add(name)
+                shard = Shard(self._folder / "shards" / name)
+                self.records.update({record.video_id: record for record in shard.records})
 
 
 def read_store_description(folder: Path) -> dict[str, Any]:
@@ -234,8 +236,15 @@ def live_shards(folder: Path) -> list[Shard]:
     return [shard for shard in shards if shard.path.name not in replaced]
 
 
+def shard_names(folder: Path) -> list[str]:
+    """Return the names of the files in a store folder that are shards, sorted; of a folder that is none, none."""
+    shards = folder / "shards"
+    names = os.listdir(shards) if shards.is_dir() else []  # noqa: PTH208 - a glob takes twenty times as long
+    return sorted(name for name in names if name[0].isdigit() and name.endswith(".h5"))
+
+
 def _shard_paths(folder: Path) -> list[Path]:
-    return sorted((folder / "shards").glob("[0-9]*.h5"))
+    return [folder / "shards" / name for name in shard_names(folder)]
 
 
 def verify_store(path: Path) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from svb.config import fingerprint, require_same
 from svb.data.description import publish_description
-from svb.data.feature_store import FeatureStore, live_shards, read_store_description
+from svb.data.feature_store import FeatureStore, live_shards, read_store_description, shard_names
 from svb.data.publish import FolderLock, remove_leftovers
 from svb.data.shard import REMOVED, Shard, VideoRecord, VideoRows, write_shard
 from svb.errors import InputError, StoreError
@@ -135,8 +135,7 @@ class FeatureStoreWriter:
                 f"{self.path} is gone or was emptied while it was written to - bring it back, or run the same "
                 "command again to start another"
             )
-        names = [path.name for path in (self.path / "shards").glob("[0-9]*.h5")]
-        sequence = 1 + max((int(name.split("-")[0]) for name in names), default=0)
+        sequence = 1 + max((int(name.split("-")[0]) for name in shard_names(self.path)), default=0)
         path = self._write(sequence, self._records, self._rows, replaces=())
         self._places |= {record.video_id: (path, v) for v, record in enumerate(self._records)}
         published = [record.video_id for record in self._records]
