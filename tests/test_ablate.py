@@ -492,7 +492,7 @@ class TestKept:
 
     def test_two_at_once_are_refused(self, own: Task) -> None:
         lock = lock_folder(own.out)
-        with pytest.raises(StoreError, match="another process may be writing"):
+        with pytest.raises(StoreError, match="another process is writing to it"):
             ablate(own.config, own.out)
         os.close(lock)
 

@@ -343,9 +343,11 @@ def signal_first_worker() -> Iterator[object]:
     threads: list[threading.Thread] = []
 
     def send(number: signal.Signals) -> None:
+        before = set(spawned_children())
+
         def wait_and_send() -> None:
             until = time.monotonic() + 30
-            while not (found := spawned_children()) and time.monotonic() < until:
+            while not (found := [*set(spawned_children()) - before]) and time.monotonic() < until:
                 time.sleep(0.002)
             os.kill(found[0], number)
 

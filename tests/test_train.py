@@ -504,7 +504,7 @@ def test_two_trainings_of_one_run_at_once_are_refused(task: Task, tmp_path: Path
     (tmp_path / "run").mkdir()
     lock = lock_folder(tmp_path / "run")
     try:
-        with pytest.raises(StoreError, match="another process may be writing"):
+        with pytest.raises(StoreError, match="another process is writing to it"):
             train(*task, tmp_path / "run", small(epochs=1))
     finally:
         os.close(lock)
