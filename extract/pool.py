@@ -307,6 +307,7 @@ class _Worker:
         except ProcessLookupError:  # not yet a group of its own
             self.process.kill()
         self.process.join()
+        self.process.close()
         with self._sending:
             self.connection.close()
         self.memory.close()
