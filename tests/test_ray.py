@@ -174,8 +174,7 @@ class TestOnTwoNodes:
         run(videos, tmp_path / "out", backbone, cluster.address, on_progress=watch, on_message=messages.append)
         assert messages[0] == "Ray: backbone actors: 2 (one a node), decoders: 2 (one a CPU)"
         assert not cluster.worker_nodes and done[-1] == 30
-        assert any("another is started and given" in message for message in messages)
-        assert not any("the 0 videos" in message for message in messages)
+        # Whether its actor had videos just then is chance; an actor that surely has some is killed below.
         assert_same(tmp_path / "out", alone)
 
 
