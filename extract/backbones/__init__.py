@@ -12,6 +12,7 @@ import torch
 from svb.device import choose_precision
 from svb.errors import MismatchError, UsageError
 from svb.extract.backbones.backbone import Backbone, Classifier
+from svb.extract.backbones.fold import fold_batch_norms
 from svb.extract.names import split_name
 from svb.extract.weights import hash_weights
 
@@ -45,6 +46,8 @@ def load_backbone(
     backbone = cast(Backbone, _family(family).load(name, model, weights))
     backbone.weights_hash = backbone.weights_hash or hash_weights(backbone.module)
     backbone.module.eval().requires_grad_(False)
+    clip = (backbone.clip_frames,) if backbone.clip_frames > 1 else ()
+    fold_batch_norms(backbone.module, (3, *clip, backbone.image_size, backbone.image_size))
     backbone.place(device, dtype, compile, batch_size)
     return backbone
 
