@@ -11,8 +11,8 @@ With `--run RUN --store STORE --table TABLE` one's own: the features of some vid
 
 Each query is asked of all videos at once, and of its own video alone. Measured are R@1 at an intersection over
 union (IoU) of 0.5 and 0.7 between the first moment named and the needle, and `inside`: of the answers with the
-right video, the share whose best second lies within the needle. Against two baselines: the whole video as the answer, and
-fixed chunks of 30 seconds. Intervals are 95 %, by bootstrap over needles.
+right video, the share whose best second lies within the needle. Against two baselines: the whole video as the
+answer, and fixed chunks of 30 seconds. Intervals are 95 %, by bootstrap over needles.
 """
 
 from __future__ import annotations
