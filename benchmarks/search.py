@@ -2,8 +2,8 @@
 
 - `first`: CPU-seconds of a whole process from a text to its top 10 over 100,000 moments of 512 numbers: a first
   query, a repeated one and one through a warm `svb serve`, against the same text through torch and open_clip
-  with plain FAISS, and against numpy over all rows read from SQLite, as rclip does. ViT-B/32, randomly initialised; all of
-  them in turn in each round, on the same rows.
+  with plain FAISS, and against numpy over all rows read from SQLite, as rclip does. ViT-B/32, randomly initialised;
+  all of them in turn in each round, on the same rows.
 - `growth`: 10,000 moments to 1 million, 10 million with `--moments`: opening, memory beside the vectors' size, and
   a query's time beside that of only reading the vectors, which no exact search can beat.
 """

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
-import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from svb.data.tables import TABLE_SUFFIXES, TableKind, is_storable, read_table, text_of
 from svb.errors import InputError
 
 SPLITS = ("train", "val", "test")
-_READERS = ".csv, .jsonl, .ndjson or .parquet"
+_KIND = TableKind(
+    "caption table",
+    ("video_id", "caption"),
+    "video_id,caption (and optionally caption_id, split)",
+    "quote captions that hold a comma",
+)
 
 
 @dataclass(frozen=True)
@@ -53,30 +56,28 @@ def read_caption_table(path: Path, *, drop_empty: bool = False) -> CaptionTable:
     """
     if path.is_dir():
         raise InputError(
-            f"{path} is a folder - expected a {_READERS} file; for the annotation files of a data set add --dataset"
+            f"{path} is a folder - expected a {TABLE_SUFFIXES} file; for the annotation files of a data set add "
+            "--dataset"
         )
-    if not path.is_file():
-        raise InputError(f"no caption table at {path} - expected a {_READERS} file with video_id, caption")
-    rows = _rows(path)
     captions: list[tuple[str, str, str, str]] = []
     empty: list[str] = []
     per_video: Counter[str] = Counter()
     has_split = False
-    for place, row in rows:
-        video_id, caption = _text(row.get("video_id")), _text(row.get("caption")).strip()
+    for place, row in read_table(path, _KIND):
+        video_id, caption = text_of(row.get("video_id")), text_of(row.get("caption")).strip()
         if not video_id:
             raise InputError(f"{place}: video_id is empty - give every caption the id of its video")
         for column, value in row.items():
-            if not is_storable(_text(value)):
+            if not is_storable(text_of(value)):
                 raise InputError(f"{place}: {column} holds a NUL or half a character - remove it")
         if not caption:
             empty.append(place)
             continue
-        has_split = has_split or bool(_text(row.get("split")))
-        split = _text(row.get("split")) or "train"
+        has_split = has_split or bool(text_of(row.get("split")))
+        split = text_of(row.get("split")) or "train"
         if split not in SPLITS:
             raise InputError(f"{place}: split is {split!r} - expected one of {', '.join(SPLITS)}")
-        caption_id = _text(row.get("caption_id")) or f"{video_id}#{per_video[video_id]}"
+        caption_id = text_of(row.get("caption_id")) or f"{video_id}#{per_video[video_id]}"
         per_video[video_id] += 1
         captions.append((caption_id, video_id, caption, split))
     if empty and not drop_empty:
@@ -147,95 +148,3 @@ def _require_one_split_a_video(source: str, video_ids: list[str], splits: list[s
                 f"{source}: video {video_id!r} is in {split_of[video_id]} and in {split} - put all captions of "
                 "a video into one split, or training would see what it is tested on"
             )
-
-
-def _rows(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
-    suffix = path.suffix.lower()
-    if suffix == ".csv":
-        return _csv_rows(path)
-    if suffix in {".jsonl", ".ndjson"}:
-        return _json_rows(path)
-    if suffix == ".parquet":
-        return _parquet_rows(path)
-    raise InputError(f"{path}: cannot tell the format from {suffix!r} - expected {_READERS}")
-
-
-def _csv_rows(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            _require_columns(path, reader.fieldnames or [])
-            for row in reader:
-                place = f"{path}, line {reader.line_num}"
-                if None in row or None in row.values():
-                    raise InputError(
-                        f"{place}: {len([v for v in row.values() if v is not None])} fields where the header "
-                        f"has {len(reader.fieldnames or [])} - quote captions that hold a comma"
-                    )
-                yield place, row
-    except UnicodeDecodeError as error:
-        raise _encoding_error(path) from error
-    except csv.Error as error:
-        raise InputError(f"{path} is not readable as CSV ({error}) - save it as comma-separated UTF-8") from error
-
-
-def _json_rows(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                place = f"{path}, line {number}"
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise InputError(f"{place}: not JSON ({error}) - write one object a line") from error
-                if not isinstance(row, dict):
-                    raise InputError(f"{place}: not a JSON object - write one object a line")
-                _require_columns(path, row)
-                yield place, row
-    except UnicodeDecodeError as error:
-        raise _encoding_error(path) from error
-
-
-def _parquet_rows(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
-    import pandas as pd
-
-    try:
-        frame = pd.read_parquet(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not readable as Parquet ({error}) - write it again") from error
-    _require_columns(path, frame.columns)
-    for number, row in enumerate(frame.to_dict("records"), start=1):
-        yield f"{path}, row {number}", {str(key): value for key, value in row.items()}
-
-
-def _require_columns(path: Path, found: Iterable[str]) -> None:
-    names = [str(name) for name in found]
-    missing = [name for name in ("video_id", "caption") if name not in names]
-    if missing:
-        raise InputError(
-            f"{path}: no column {' and no column '.join(missing)}, only {', '.join(names) or 'nothing'} - "
-            "expected the header video_id,caption (and optionally caption_id, split)"
-        )
-
-
-def _encoding_error(path: Path) -> InputError:
-    # A file is decoded block by block, and the error it raised counts from its block.
-    data = path.read_bytes()
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        return InputError(f"{path}, line {line}: byte {data[error.start]:#04x} is not UTF-8 - save it as UTF-8")
-    return InputError(f"{path} changed while it was read - run the same command again")
-
-
-def is_storable(text: str) -> bool:
-    """Tell whether HDF5 can hold a text: JSON can spell NUL and half of a surrogate pair."""
-    return "\0" not in text and (text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text))
-
-
-def _text(value: Any) -> str:
-    # pandas writes a missing string as None or NaN.
-    return "" if value is None or (isinstance(value, float) and math.isnan(value)) else str(value)

@@ -14,22 +14,24 @@ from svb.config import fingerprint
 from svb.data.publish import publish_json
 from svb.errors import InputError, StoreError
 
+# Of what has no version of its own.
 FORMAT_VERSION = 1
 
 
-def publish_description(path: Path, description: Mapping[str, Any]) -> None:
+def publish_description(path: Path, description: Mapping[str, Any], format_version: int = FORMAT_VERSION) -> None:
     """Write a description with the format's version and its checksum, whole or not at all."""
-    versioned = {"format_version": FORMAT_VERSION, **description}
+    versioned = {"format_version": format_version, **description}
     publish_json(path, {**versioned, "checksum": fingerprint(versioned)})
 
 
-def read_description(path: Path, *, kind: str, make: str) -> dict[str, Any]:
+def read_description(path: Path, *, kind: str, make: str, format_version: int = FORMAT_VERSION) -> dict[str, Any]:
     """Read a description and check it against its checksum.
 
     Args:
         path: The JSON file.
         kind: What its folder is, with an article, for messages: `a run`.
         make: The command that makes one.
+        format_version: The newest that the caller reads.
 
     Raises:
         InputError: There is none.
@@ -44,8 +46,8 @@ def read_description(path: Path, *, kind: str, make: str) -> dict[str, Any]:
         raise StoreError(
             f"{path} is damaged ({error}) - restore it, or move {path.parent} away and make another with `{make}`"
         ) from error
-    if version > FORMAT_VERSION:
-        raise StoreError(f"{path} has format {version} - this svb reads up to {FORMAT_VERSION}; upgrade svb")
+    if version > format_version:
+        raise StoreError(f"{path} has format {version} - this svb reads up to {format_version}; upgrade svb")
     if checksum != fingerprint(description):
         raise StoreError(
             f"{path} was edited or damaged: it no longer gives its checksum - undo the edit, restore it, or "

@@ -34,9 +34,9 @@ def published_file(path: Path) -> Iterator[Path]:
     aside = path.parent / f"{ASIDE_PREFIX}{uuid.uuid4().hex}{path.suffix}"
     try:
         yield aside
-        _sync(aside)
+        sync(aside)
         aside.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         aside.unlink(missing_ok=True)
 
@@ -57,8 +57,8 @@ def published_folder(path: Path, previous: Path | None = None) -> Iterator[Path]
     try:
         yield filling
         for file in filling.rglob("*"):
-            _sync(file)
-        _sync(filling)
+            sync(file)
+        sync(filling)
         new, old = _beside(path, "new"), _beside(path, "old")
         filling.rename(new)
         if path.exists():
@@ -67,7 +67,7 @@ def published_folder(path: Path, previous: Path | None = None) -> Iterator[Path]
         if previous is not None and old.exists():
             shutil.rmtree(previous, ignore_errors=True)
             old.rename(previous)
-        _sync(path.parent)
+        sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(filling, ignore_errors=True)
@@ -189,7 +189,8 @@ def _beside(path: Path, role: str) -> Path:
     return path.parent / f".{path.name}.{role}"
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the system write a file or a folder's entries to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -109,7 +109,7 @@ def _decode(
 ) -> Iterator[VideoProperties | FrameChunk | DecodeEnd]:
     errors = DecodeErrors()
     chunks = ChunkBuilder()
-    with _opened(path, options.limits) as (container, stream):
+    with opened(path, options.limits) as (container, stream):
         stream.codec_context.skip_frame = (
             "NONKEY" if options.sampling.keyframes else "NONREF" if options.fast else "DEFAULT"
         )
@@ -150,7 +150,7 @@ def _listed(path: Path, options: DecodeOptions) -> tuple[FrameChooser, SkipPlan 
     if not by_position and (options.fast or not _is_sparse(sampling)):
         return FrameChooser(path, options), None
     errors = DecodeErrors()
-    with _opened(path, options.limits) as (container, stream):
+    with opened(path, options.limits) as (container, stream):
         rate = stream.average_rate
         times = PacketTimes(float(1 / rate) if rate else 0.0)
         stretches = StretchList(stream)
@@ -249,7 +249,7 @@ def _planned(
 
 
 @contextlib.contextmanager
-def _opened(path: Path, limits: Limits) -> Iterator[tuple[InputContainer, VideoStream]]:
+def opened(path: Path, limits: Limits) -> Iterator[tuple[InputContainer, VideoStream]]:
     """Open a file and its first real video stream; refuse one over the limits.
 
     The demuxer gets an open file and the right to nothing else: a playlist that calls itself .mp4
@@ -272,7 +272,7 @@ def _opened(path: Path, limits: Limits) -> Iterator[tuple[InputContainer, VideoS
         if stream.codec_context is None:
             raise zero_frames(path, "its codec is unknown")
         require_size(path, limits, stream.codec_context.width, stream.codec_context.height)
-        require_duration(path, limits, _promised_seconds(container, stream))
+        require_duration(path, limits, promised_seconds(container, stream))
         require_duration(path, limits, (container.duration or 0) / 1e6)
         stream.codec_context.options = {"max_pixels": str(max_pixels(limits))}
         # Automatic threading can hang where many decoders run at once.
@@ -283,7 +283,7 @@ def _opened(path: Path, limits: Limits) -> Iterator[tuple[InputContainer, VideoS
 
 def _whole_file_seconds(path: Path, limits: Limits) -> float:
     """Return how long the file's packets last, sound included."""
-    with _opened(path, limits) as (container, stream):
+    with opened(path, limits) as (container, stream):
         times = PacketTimes(0.0)
         streams = (stream, *container.streams.audio)
         for packet in _packets(container, streams, DecodeErrors()):
@@ -316,7 +316,7 @@ def _decoded_frames(
     container: InputContainer, stream: VideoStream, errors: DecodeErrors, plan: SkipPlan | None
 ) -> Iterator[tuple[VideoFrame, float]]:
     """Yield frames and their times in order of presentation; goes on after damage as ffmpeg does."""
-    clock = _Clock(stream)
+    clock = FrameClock(stream)
     packets = (packet for packet in _packets(container, (stream,), errors) if packet.size)
     for packet in packets if plan is None else _needed_packets(packets, plan):
         for frame in _decode_packet(stream, packet, errors):
@@ -362,7 +362,7 @@ def _decode_packet(
     return frames
 
 
-class _Clock:
+class FrameClock:
     """Mends frame times as libavcodec's best-effort timestamps and the ffmpeg program do.
 
     PyAV has only the raw two: the presentation time, which some AVI files lack or get wrong, and the
@@ -409,7 +409,7 @@ def _properties(
 ) -> VideoProperties:
     width, height = converter.size(frame)
     return VideoProperties(
-        duration_seconds=_promised_seconds(container, stream),
+        duration_seconds=promised_seconds(container, stream),
         frame_rate=float(stream.average_rate) if stream.average_rate else math.nan,
         width_px=width,
         height_px=height,
@@ -418,7 +418,7 @@ def _properties(
     )
 
 
-def _promised_seconds(container: InputContainer, stream: VideoStream) -> float:
+def promised_seconds(container: InputContainer, stream: VideoStream) -> float:
     """Return the stream's duration, from Matroska's tag where it is nowhere else, before the container's."""
     if stream.duration is not None and stream.time_base is not None:
         return float(stream.duration * stream.time_base)

@@ -30,7 +30,7 @@ class SearchRequest:
         plus: Further texts that a video must fit as well.
         without: Texts that a video must not fit.
         k: K, how many videos to answer with.
-        by: What a video's score is: that of its best `moment`, or of the whole `video`.
+        by: What a video's score is: that of its best `moment`, or of the whole `video`; see `ranked_by`.
         folders: Only videos below one of these, as in `video_id` or `source_path`.
         min_duration_seconds: Only videos that last at least so long; likewise the maximum.
         after: Only files changed on this ISO date or later; `before`: before it.
@@ -52,7 +52,7 @@ class SearchRequest:
     plus: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     k: int = 10
-    by: str = "moment"
+    by: str | None = None
     folders: tuple[str, ...] = ()
     min_duration_seconds: float | None = None
     max_duration_seconds: float | None = None
@@ -83,10 +83,18 @@ class SearchRequest:
         _require_at_least_1(k=self.k, num_moments=self.num_moments)
         if self.num_captions < 0:
             raise UsageError(f"num_captions is {self.num_captions} - expected at least 0")
-        _require_one_of("by", self.by, RANKED_BY)
+        if self.by is not None:
+            _require_one_of("by", self.by, RANKED_BY)
         _require_one_of("normalise", self.normalise, NORMALISE)
         if self.min_confidence is not None:
             _require_one_of("min_confidence", self.min_confidence, CONFIDENCES)
+
+    @property
+    def ranked_by(self) -> str:
+        """Return `by`; where it was not said `video` for a whole video, whose like is one, and else `moment`."""
+        if self.by is not None:
+            return self.by
+        return "video" if self.like is not None or (self.video and self.span_seconds is None) else "moment"
 
     def as_json(self) -> dict[str, Any]:
         """Return what differs from the defaults; `from_json` takes it."""
@@ -104,7 +112,9 @@ class SearchRequest:
         unknown = sorted({*held} - {*known})
         if unknown:
             raise UsageError(f"unknown fields {', '.join(unknown)} - expected some of {', '.join(known)}")
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in held.items()}
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in held.items()
+        }
         for name, value in values.items():
             if not _fits(value, str(known[name].type)):
                 raise UsageError(f"{name} is {value!r} - expected {known[name].type}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,18 +11,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from svb.config import fingerprint
 from svb.data.feature_store import FrameFeatures
 from svb.data.fusion import fuse, parts_of, shared_part
 from svb.data.pretrained import hash_tensors
-from svb.errors import InputError, MismatchError
+from svb.errors import InputError, MismatchError, StoreError
 from svb.extract.backbones import load_classifier, load_matching_backbone
 from svb.extract.request import stored_decode_options
 from svb.extract.run import extract_file
 from svb.extract.text_encoders import load_text_encoder
 from svb.extract.text_encoders.text_encoder import TextEncoder
 from svb.retrieve.conse import Conse, embed_class_names
+from svb.retrieve.manifest import part_folder
 from svb.train.checkpoint import load_checkpoint, load_weights
 from svb.train.embed import embed_in_batches
 from svb.train.heads import mean_of_frames
@@ -83,6 +86,26 @@ class Embedder:
         return embed_in_batches(lambda batch: self.text_head(batch.float()), caption_features)
 
 
+class TorchTower:
+    """A text encoder with its text head, where no text tower was exported; it loads in seconds."""
+
+    def __init__(self, text_encoder: TextEncoder, embedder: Embedder) -> None:
+        self._encoder = text_encoder
+        self._embedder = embedder
+
+    @property
+    def max_tokens(self) -> int:
+        return self._encoder.max_tokens
+
+    def num_tokens(self, text: str) -> int:
+        """Return how many tokens a text has, those that the encoder adds included."""
+        return self._encoder.num_tokens(text)
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return `(n, D)` float32, L2-normalised."""
+        return self._embedder.embed_captions(torch.from_numpy(self._encoder.encode(list(texts))))
+
+
 def run_embedder(run: Path, checkpoint: str, device: torch.device) -> Embedder:
     """Load a run's heads from one of its checkpoints, `best` or `last`.
 
@@ -118,6 +141,42 @@ def heads_embedder(
         lambda features: module.text_head(features.to(device)),
         dict(weights),
     )
+
+
+def index_embedder(
+    folder: Path, manifest: Mapping[str, Any], device: torch.device, text_encoder: TextEncoder | None = None
+) -> Embedder:
+    """Return the embedder that an index was made with.
+
+    Args:
+        folder: The index's.
+        manifest: As `svb.retrieve.manifest.read_manifest` gives it.
+        device: Where to compute.
+        text_encoder: The queries' encoder where it is loaded already; a zero-shot model needs it.
+
+    Raises:
+        StoreError: The heads' file is damaged.
+        MismatchError: Weights here are others than those the index was made with.
+    """
+    model = manifest["model"]
+    if model["kind"] == "run":
+        path = part_folder(folder, "heads", manifest["heads"][0]) / "heads.safetensors"
+        try:
+            weights = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise StoreError(
+                f"{path} is damaged ({error}) - restore it, or make the index again with `svb index --rebuild`"
+            ) from error
+        embedder = heads_embedder(model, weights, path, device)
+    else:
+        text_encoder = text_encoder or load_matching_text_encoder(model["text"]["text_encoder"], device)
+        embedder = zero_shot_embedder(model["video"], text_encoder, device)
+    if embedder.fingerprint != manifest["model_fingerprint"]:
+        raise MismatchError(
+            f"{folder} was made with model {manifest['model_fingerprint']}, here it is {embedder.fingerprint} - "
+            "install the package versions of then, or make the index again with `svb index --rebuild`"
+        )
+    return embedder
 
 
 def zero_shot_embedder(video: Mapping[str, Any], text_encoder: TextEncoder, device: torch.device) -> Embedder:

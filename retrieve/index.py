@@ -1,38 +1,42 @@
 """`svb index`: a run or a store -> embeddings of every video and moment -> an index folder.
 
-manifest.json     the commit point, written last: model, segments, captions, each with its hashes
-segments/<key>/   immutable arrays, see `svb.retrieve.segment`
-captions/<key>/   captions.json and caption_embeddings.npy (C, D) float16: what a video query is answered with
+manifest.json     the commit point, written last, see `svb.retrieve.manifest`
+segments/<key>/   embeddings, see `svb.retrieve.segment`; tombstones/<key>/ lists their deleted videos
+captions/<key>/   pools of captions, which answer a video or an image
 heads/<key>/      heads.safetensors of a run
-cache/            FAISS files, rebuilt when they are not there
+text/<key>/       the text tower as ONNX, which a text search reads queries with
+hubs/<key>/       what QB-Norm needs to know of a segment
+metadata/<key>/   columns of a table, to filter by
+cache/            what can be made again: FAISS files, query vectors, pictures
+
+The steps of a run: compare the store with the index; copy what was renamed; embed what is new, a segment at a time,
+each committed by itself; then merge small segments, and make the parts that depend on all of them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-import re
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors.torch import save_file
+from svb.data.feature_store import FeatureStore
+from svb.errors import InputError, Interrupted, StoreError
+from svb.interrupts import deferred_interrupts
+from svb.retrieve.index_model import IndexModel
+from svb.retrieve.index_options import IndexOptions, PartOptions, require_positive
+from svb.retrieve.index_parts import IndexParts, keep_scan_within_budget
+from svb.retrieve.index_plan import IndexPlan, plan_index
+from svb.retrieve.index_source import IndexSource
+from svb.retrieve.index_writer import IndexWriter, writing
+from svb.retrieve.merge import copy_videos
+from svb.retrieve.segment import MomentWindows
+from svb.retrieve.watch import watch
 
-from svb.config import canonical_json
-from svb.data.description import publish_description, read_description
-from svb.data.publish import hash_file, published_folder, remove_leftovers
-from svb.device import choose_device
-from svb.errors import InputError, UsageError
-from svb.retrieve.inputs import Inputs, open_inputs
-from svb.retrieve.segment import MomentWindows, embed_segment, write_segment
-
-# A frame is hardly shown shorter; a stride of next to nothing would make moments without end.
-MIN_STRIDE_SECONDS = 0.01
-PARTS = ("segments", "captions", "heads")
-_KEY = re.compile(r"[0-9a-f]{16}")
+# How often a run begins again because shards that it was about to read were merged by `svb extract`.
+MAX_TRIES = 5
+# A thousand videos of an hour have two million moments.
+COPIED_VIDEOS = 1024
 
 
 def index(
@@ -44,14 +48,25 @@ def index(
     backbone: str | None = None,
     text_encoder: str | None = None,
     checkpoint: str | None = None,
-    moment_seconds: float = 4.0,
+    moment_seconds: float | None = None,
     moment_stride_seconds: float | None = None,
+    pools: Sequence[Path | str] | None = None,
+    sidecars: bool | None = None,
+    metadata: Path | str | None = None,
+    text_precision: str | None = None,
+    latency_budget_seconds: float | None = None,
+    to: str | None = None,
+    prune: bool = False,
+    rebuild: bool = False,
+    watch_seconds: float | None = None,
     device: str = "auto",
     on_message: Callable[[str], None] = lambda message: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
-    """Embed all videos and moments of a store, with a run's heads or zero-shot.
+    """Bring an index to where it holds every video and moment of a store, embedded by a run's heads or zero-shot.
 
-    An index that is there already is replaced in one step; a search sees the old or the new one.
+    What the index has already is not embedded again. A search sees the index of before or after each commit, whole,
+    and a run that was killed goes on from its last one.
 
     Args:
         source: A run, or a feature store to be searched without training.
@@ -61,10 +76,21 @@ def index(
         backbone: Of a store that holds several.
         text_encoder: Of a zero-shot search.
         checkpoint: Of a run, `best` or `last`; best where not given.
-        moment_seconds: Length of a moment.
-        moment_stride_seconds: From one moment to the next; half a moment where not given.
+        moment_seconds: Length of a moment; the index's own where not given, 4 for a new one.
+        moment_stride_seconds: From one moment to the next; likewise, half a moment for a new one.
+        pools: Files of captions that answer a video or an image as well, a pool each; those of the run before where
+            not given, and likewise what follows.
+        sidecars: Whether subtitles and notes beside the videos are a pool; they are where it was never said.
+        metadata: A table with `video_id` and columns to show and to filter by.
+        text_precision: Of the text tower: `float32`, `int8`, or `auto`, int8 where it ranks val about as well.
+        latency_budget_seconds: What the scan for one query may take; 0.1 where it was never said.
+        to: `milvus://...`, a server that holds the vectors too and searches them; `local` does without again.
+        prune: Take videos out that the store does not have any more.
+        rebuild: Make all of it again, and replace the index in one commit at the end.
+        watch_seconds: Then look for changes of the store every so often and go on, until SIGINT or SIGTERM.
         device: `auto`, `cpu`, `cuda:0`, ...
         on_message: Called with a line that the user should see.
+        on_progress: Called with how many videos were embedded, and how many are to be.
 
     Returns:
         `out`.
@@ -72,120 +98,168 @@ def index(
     Raises:
         InputError: The store has no usable video.
         UsageError: A moment has no length.
-        MismatchError: Store or captions were made with other settings than the run's.
+        MismatchError: The index was made with another model or other moments; or store or captions were made with
+            other settings than the run's.
+        StoreError: The index or the store is damaged, or another process is writing to the index.
+        Interrupted: By SIGINT or SIGTERM; what was committed is whole.
     """
-    if not (math.isfinite(moment_seconds) and moment_seconds > 0):
-        raise UsageError(f"moment_seconds is {moment_seconds} - expected a number above 0")
-    moment_stride_seconds = moment_seconds / 2 if moment_stride_seconds is None else moment_stride_seconds
-    if not MIN_STRIDE_SECONDS <= moment_stride_seconds <= moment_seconds:
-        raise UsageError(
-            f"moment_stride_seconds is {moment_stride_seconds} - expected {MIN_STRIDE_SECONDS} to a moment's "
-            f"{moment_seconds:g} s: more would leave frames in no moment"
-        )
-    out, torch_device = Path(out), choose_device(device)
-    inputs = open_inputs(
-        Path(source),
-        device=torch_device,
-        store=store,
-        captions=captions,
-        backbone=backbone,
-        text_encoder=text_encoder,
-        checkpoint=checkpoint,
+    where = IndexSource(Path(source), _path(store), _path(captions), backbone, text_encoder, checkpoint)
+    parts = PartOptions(
+        None if pools is None else tuple(map(Path, pools)),
+        sidecars,
+        _path(metadata),
+        text_precision,
+        latency_budget_seconds,
+        to,
     )
-    if not inputs.store.video_ids:
-        raise InputError(f"{inputs.store.path} has no video with features - `svb info --failures` tells why")
-    windows = MomentWindows(moment_seconds, moment_stride_seconds)
-    segment = embed_segment(inputs.store, inputs.embedder, windows, torch_device)
-    heads = inputs.embedder.weights
-    parts = {
-        "segments": [_publish_part(out, "segments", lambda folder: write_segment(folder, segment))],
-        "captions": [],
-        "heads": [],
-    }
-    if inputs.captions is not None:
-        parts["captions"].append(_publish_part(out, "captions", lambda folder: _write_captions(folder, inputs)))
-    if heads:
-        parts["heads"].append(
-            _publish_part(out, "heads", lambda folder: save_file(heads, folder / "heads.safetensors"))
-        )
-    manifest = {
-        "format": "svb index",
-        "model": inputs.embedder.model,
-        "model_fingerprint": inputs.embedder.fingerprint,
-        "moments": {"seconds": moment_seconds, "stride_seconds": moment_stride_seconds},
-        "videos": len(segment.videos),
-        "moments_total": len(segment.moment_seconds),
-        **parts,
-    }
-    publish_description(out / "manifest.json", manifest)
-    _remove_unnamed(out, manifest)
-    on_message(
-        f"{out}: {len(segment.videos)} videos, {len(segment.moment_seconds)} moments of {moment_seconds:g} s, "
-        f"{inputs.embedder.model['kind']}"
-    )
-    return out
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return an index's manifest; errors as `svb.data.description.read_description`."""
-    return read_description(folder / "manifest.json", kind="an index", make=f"svb index -o {folder}")
-
-
-def verify_index(folder: Path) -> list[str]:
-    """Return what is wrong with an index's files, a line each; empty when all hashes agree."""
-    manifest = read_manifest(folder)
-    problems = []
-    for part in PARTS:
-        for entry in manifest[part]:
-            for name, expected in entry["files"].items():
-                path = folder / part / entry["key"] / name
-                if not path.is_file():
-                    problems.append(f"{path} is missing")
-                elif hash_file(path) != expected:
-                    problems.append(f"{path} is not what was written")
-    return problems
-
-
-def _publish_part(out: Path, part: str, write: Callable[[Path], None]) -> dict[str, Any]:
-    """Write a part's files under a name made of their content, and return its entry in the manifest."""
-    (out / part).mkdir(parents=True, exist_ok=True)
-    building = out / part / "building"
-    with published_folder(building) as aside:
-        write(aside)
-    files = {path.name: hash_file(path) for path in sorted(building.iterdir())}
-    key = hashlib.sha256(canonical_json(files).encode()).hexdigest()[:16]
-    final = out / part / key
-    if final.exists() and not _is_damaged(final, files):
-        shutil.rmtree(building)
+    if watch_seconds is not None:
+        require_positive("watch_seconds", watch_seconds)
+    asked = IndexOptions(Path(out), moment_seconds, moment_stride_seconds, parts, prune, rebuild)
+    job = _Job(asked, IndexModel(where, device), on_message, on_progress)
+    if watch_seconds is None:
+        job.run()
     else:
-        shutil.rmtree(final, ignore_errors=True)
-        building.rename(final)
-    return {"key": key, "files": files}
+        watch(job.run, job.watched, watch_seconds, on_message)
+    return job.asked.out
 
 
-def _is_damaged(folder: Path, files: dict[str, str]) -> bool:
-    return any(not (folder / name).is_file() or hash_file(folder / name) != files[name] for name in files)
+class _Job:
+    """One `svb index`: what was asked, and the steps of a run."""
+
+    def __init__(
+        self,
+        asked: IndexOptions,
+        model: IndexModel,
+        on_message: Callable[[str], None],
+        on_progress: Callable[[int, int], None],
+    ) -> None:
+        self.asked, self.model = asked, model
+        self._on_message, self._on_progress = on_message, on_progress
+
+    def watched(self) -> list[Any]:
+        """Return what is another when there may be something to do."""
+        files = [
+            *(self.asked.parts.pools or ()),
+            *([self.asked.parts.metadata] if self.asked.parts.metadata else []),
+        ]
+        return self.model.source.watched(files)
+
+    def run(self) -> None:
+        """Bring the index to where the store is."""
+        out = self.asked.out
+        self.model = self.model.up_to_date()
+        if not (out / "manifest.json").exists():
+            _require_videos(self.model.inputs.store)  # what cannot be opened leaves no folder behind
+        with writing(out):
+            for left in reversed(range(MAX_TRIES)):
+                store = FeatureStore(self.model.source.store_path)
+                try:
+                    self._update(store)
+                    break
+                except StoreError:
+                    if not left or all(shard.path.exists() for shard in store.shards):
+                        raise
+        self.asked = replace(self.asked, rebuild=False)  # whoever watches has it made again only once
+
+    def _update(self, store: FeatureStore) -> None:
+        out = self.asked.out
+        writer = IndexWriter(out, rebuild=self.asked.rebuild)
+        plan = plan_index(store.records, writer.segments, by_content="times" not in store.settings["sampling"])
+        windows = self.asked.windows(None if writer.is_new else writer.draft["moments"])
+        inputs = self.asked.parts.inputs(self.model.source.identity(store), writer.draft.get("inputs", {}))
+        remake = inputs != writer.draft.get("inputs")
+        self._require_fitting(writer, store, windows, inputs)
+        self._on_message(str(plan))
+        if plan.gone and not self.asked.prune:
+            self._on_message(
+                f"{len(plan.gone):,} videos that the store does not have stay - take them out with --prune"
+            )
+        writer.draft |= {"store": str(store.path.absolute()), "inputs": inputs}
+        parts = IndexParts(out, writer.draft, self.model, self.asked.parts, self._on_message)
+        if remake:
+            parts.start()
+        self._copy(plan, store, writer)
+        self._embed(plan, store, writer, windows)
+        if self.asked.prune:
+            writer.delete(plan.gone.values())
+        parts.update_sidecars(writer.segments, lambda: self._commit(writer))
+        writer.merge()
+        if not parts.are_finished:
+            parts.finish(writer.segments)
+            parts.mirror(self._on_progress)
+            parts.note_finished()
+        committed = writer.commit()
+        keep_scan_within_budget(out, writer.draft, writer.segments, self._on_message)
+        if committed:
+            parts.remove_gone()
+        self._on_message(_summary(out, writer.draft))
+
+    def _require_fitting(
+        self, writer: IndexWriter, store: FeatureStore, windows: MomentWindows, inputs: dict[str, Any]
+    ) -> None:
+        """Refuse what cannot be put beside what the index holds; a new index holds nothing."""
+        moments = {"seconds": windows.seconds, "stride_seconds": windows.stride_seconds}
+        if writer.is_new:
+            _require_videos(store)
+            embedder = self.model.embedder
+            writer.draft |= {"model": embedder.model, "model_fingerprint": embedder.fingerprint, "moments": moments}
+        elif inputs["source"] == writer.draft["inputs"]["source"]:
+            writer.require_model(writer.draft["model"], moments)  # the model is the same, without loading it
+        else:
+            writer.require_model(self.model.embedder.model, moments)
+
+    def _copy(self, plan: IndexPlan, store: FeatureStore, writer: IndexWriter) -> None:
+        video_ids = sorted(plan.copies)
+        for begin in range(0, len(video_ids), COPIED_VIDEOS):
+            batch = video_ids[begin : begin + COPIED_VIDEOS]
+            records = [store.records[video_id] for video_id in batch]
+            writer.add(copy_videos(writer.segments, [plan.copies[video_id] for video_id in batch], records))
+            self._replace(plan, batch, writer)
+
+    def _embed(self, plan: IndexPlan, store: FeatureStore, writer: IndexWriter, windows: MomentWindows) -> None:
+        todo, done = plan.to_embed, 0
+        if not todo:
+            return
+        from svb.retrieve.embed_segment import embed_segment, embedding_batches
+
+        embedder = self.model.embedder
+        with deferred_interrupts() as interrupted:
+            for batch in embedding_batches(store, embedder.backbone, todo, windows):
+                self._on_progress(done, len(todo))
+                writer.add(embed_segment(store, embedder, windows, self.model.device, batch))
+                self._replace(plan, batch, writer)
+                done += len(batch)
+                if interrupted():
+                    break
+            self._on_progress(done, len(todo))
+            if interrupted():
+                raise Interrupted(
+                    interrupted(),
+                    f"interrupted - {done} of {len(todo)} videos of this run are in {self.asked.out}; run the same "
+                    "command again to go on",
+                )
+
+    def _replace(self, plan: IndexPlan, batch: Sequence[str], writer: IndexWriter) -> None:
+        """Delete what videos take the place of that were added, and commit both in one."""
+        writer.delete(plan.replaced[video_id] for video_id in batch if video_id in plan.replaced)
+        self._commit(writer)
+
+    def _commit(self, writer: IndexWriter) -> None:
+        if not self.asked.rebuild:
+            writer.commit()
 
 
-def _write_captions(folder: Path, inputs: Inputs) -> None:
-    import torch
-
-    assert inputs.captions is not None
-    table = inputs.captions.table
-    first = {caption: position for position, caption in reversed(list(enumerate(table.captions)))}
-    positions = sorted(first.values())
-    features = torch.from_numpy(inputs.captions.features[positions])
-    np.save(folder / "caption_embeddings.npy", inputs.embedder.embed_captions(features).astype(np.float16))
-    captions = [{"caption": table.captions[p], "video_id": table.video_ids[p]} for p in positions]
-    (folder / "captions.json").write_text(json.dumps(captions, ensure_ascii=False), "utf-8")
+def _summary(out: Path, manifest: Mapping[str, Any]) -> str:
+    return (
+        f"{out}: {manifest['videos']:,} videos, {manifest['moments_total']:,} moments of "
+        f"{manifest['moments']['seconds']:g} s, {manifest['model']['kind']}, segments: {len(manifest['segments'])}"
+    )
 
 
-def _remove_unnamed(out: Path, manifest: dict[str, Any]) -> None:
-    for part in PARTS:
-        named = {entry["key"] for entry in manifest[part]}
-        if (out / part).is_dir():
-            remove_leftovers(out / part)
-            for path in (out / part).iterdir():
-                # Only what is named as parts are: the folder may have held other things before.
-                if path.name not in named and _KEY.fullmatch(path.name):
-                    shutil.rmtree(path)
+def _require_videos(store: FeatureStore) -> None:
+    if not store.video_ids:
+        raise InputError(f"{store.path} has no video with features - `svb info --failures` tells why")
+
+
+def _path(path: Path | str | None) -> Path | None:
+    return None if path is None else Path(path)

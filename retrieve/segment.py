@@ -1,42 +1,40 @@
 """A segment of an index: the embeddings of some videos and their moments, as plain immutable arrays.
 
-videos.json              video_id, source_path and duration_seconds, a video a row
 video_embeddings.npy     (V, D) float16, L2-normalised before rounding
 moment_embeddings.npy    (M, D) float16, moments of one video next to each other
 moment_offsets.npy       (V + 1,) int64, video v owns moments offsets[v]:offsets[v + 1]
 moment_seconds.npy       (M, 2) float64, each moment's half-open interval [begin, end)
+duration_seconds.npy     (V,) float64, NaN where it is not known
+size_bytes.npy, mtime_ns.npy    (V,) int64, of the file that was extracted
+video_id, source_path, content_hash    columns of V strings, see `svb.retrieve.columns`
+
+A video that has gone or has changed stays in its segment: its row is listed in the segment's tombstones,
+`tombstones/<key>/videos.npy`, until the segment is merged with others.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from svb.data.feature_store import FeatureStore, FrameFeatures
-from svb.retrieve.embedder import Embedder
-from svb.train.training_data import FrameTable
+from svb.errors import StoreError
+from svb.retrieve.columns import StringColumn, open_array
 
-# A moment of a single frame whose video tells no duration; an interval must not be empty.
-SHORTEST_SECONDS = 0.04
-ARRAYS = ("video_embeddings", "moment_embeddings", "moment_offsets", "moment_seconds")
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A segment in memory; see the layout above."""
-
-    videos: list[dict[str, Any]]
-    video_embeddings: NDArray[np.float16]
-    moment_embeddings: NDArray[np.float16]
-    moment_offsets: NDArray[np.int64]
-    moment_seconds: NDArray[np.float64]
+DTYPES = {
+    "video_embeddings": np.float16,
+    "moment_embeddings": np.float16,
+    "moment_offsets": np.int64,
+    "moment_seconds": np.float64,
+    "duration_seconds": np.float64,
+    "size_bytes": np.int64,
+    "mtime_ns": np.int64,
+}
+COLUMNS = {"video_id": "video_ids", "source_path": "source_paths", "content_hash": "content_hashes"}
 
 
 @dataclass(frozen=True)
@@ -52,88 +50,166 @@ class MomentWindows:
     stride_seconds: float
 
 
-def embed_segment(store: FeatureStore, embedder: Embedder, windows: MomentWindows, device: torch.device) -> Segment:
-    """Embed every usable video of a store and its moments: the video head on a sliding window."""
-    loaded = store.load(embedder.backbone)
-    frames = FrameTable.of(loaded, embedder.max_frames, device)
-    durations_seconds = [store.records[video_id].duration_seconds for video_id in loaded.video_ids]
-    rows, moment_offsets, moment_seconds = _moments(loaded, durations_seconds, windows)
-    moment_frames = FrameTable(
-        [],
-        frames.features,
-        torch.from_numpy(rows[:, 0]).to(device),
-        torch.from_numpy(rows[:, 1]).to(device),
-        embedder.max_frames,
-    )
-    videos = [
-        {
-            "video_id": record.video_id,
-            "source_path": record.source_path,
-            "duration_seconds": record.duration_seconds if record.duration_seconds > 0 else None,
-        }
-        for record in (store.records[video_id] for video_id in loaded.video_ids)
-    ]
-    return Segment(
-        videos,
-        embedder.embed_videos(frames).astype(np.float16),
-        embedder.embed_videos(moment_frames).astype(np.float16),
-        moment_offsets,
-        moment_seconds,
-    )
+@dataclass(frozen=True)
+class Segment:
+    """A segment in memory or mapped from its files; see the layout above.
 
+    Attributes:
+        key: Its folder's name; empty before it is written.
+        deleted: The rows of videos that no longer count, ascending.
+    """
 
-def _moments(
-    loaded: FrameFeatures, durations_seconds: Sequence[float], windows: MomentWindows
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-    """Return the `(M, 2)` first row and number of rows of every moment, `(V + 1,)` offsets, `(M, 2)` seconds."""
-    rows: list[tuple[int, int]] = []
-    seconds: list[tuple[float, float]] = []
-    offsets = [0]
-    for first, last, duration in zip(loaded.offsets[:-1], loaded.offsets[1:], durations_seconds, strict=True):
-        times = loaded.times_seconds[first:last]
-        end = _end_seconds(times, duration)
-        num_windows = max(1, int(np.ceil((end - times[0] - windows.seconds) / windows.stride_seconds)) + 1)
-        for window in range(num_windows):
-            begin = times[0] + window * windows.stride_seconds
-            low, high = np.searchsorted(times, [begin - 1e-6, begin + windows.seconds - 1e-6])
-            if high > low:
-                rows.append((int(first + low), int(high - low)))
-                seconds.append((float(begin), float(min(begin + windows.seconds, end))))
-        offsets.append(len(rows))
-    return np.array(rows, np.int64), np.array(offsets, np.int64), np.array(seconds, np.float64)
+    key: str
+    video_embeddings: NDArray[np.float16]
+    moment_embeddings: NDArray[np.float16]
+    moment_offsets: NDArray[np.int64]
+    moment_seconds: NDArray[np.float64]
+    duration_seconds: NDArray[np.float64]
+    size_bytes: NDArray[np.int64]
+    mtime_ns: NDArray[np.int64]
+    video_ids: StringColumn
+    source_paths: StringColumn
+    content_hashes: StringColumn
+    deleted: NDArray[np.int64]
 
+    @property
+    def num_videos(self) -> int:
+        """Return V, with videos that were deleted."""
+        return len(self.video_embeddings)
 
-def _end_seconds(times_seconds: NDArray[np.float64], duration_seconds: float) -> float:
-    """Return when a video ends: its last frame is shown about as long as frames lie apart, and not for ever."""
-    first, last = float(times_seconds[0]), float(times_seconds[-1])
-    ends = [last + (last - first) / (len(times_seconds) - 1)] if len(times_seconds) > 1 else []
-    if first + duration_seconds > last + 1e-3:  # False where the container promised nothing, or too little
-        ends.append(first + duration_seconds)
-    return min(ends, default=last + SHORTEST_SECONDS)
+    @property
+    def num_moments(self) -> int:
+        """Return M, with those of videos that were deleted."""
+        return len(self.moment_embeddings)
+
+    @property
+    def embedding_size(self) -> int:
+        """Return D."""
+        return int(self.video_embeddings.shape[1])
 
 
 def write_segment(folder: Path, segment: Segment) -> None:
-    """Write a segment's files into a folder."""
-    (folder / "videos.json").write_text(json.dumps(segment.videos, ensure_ascii=False), "utf-8")
-    for name in ARRAYS:
-        np.save(folder / f"{name}.npy", getattr(segment, name))
+    """Write a segment's files into a folder; its tombstones are not among them.
+
+    Raises:
+        StoreError: An embedding is not finite: it would be nearest to every query, or to none.
+    """
+    require_finite(segment)
+    for name, dtype in DTYPES.items():
+        np.save(folder / f"{name}.npy", np.asarray(getattr(segment, name), dtype))
+    for name, attribute in COLUMNS.items():
+        getattr(segment, attribute).write(folder, name)
 
 
-def read_segment(folder: Path) -> Segment:
-    """Read a segment; moment embeddings are mapped, not read.
+def require_finite(segment: Segment) -> None:
+    """Refuse NaN and infinity, naming the first bad video.
+
+    Raises:
+        StoreError: There is one.
+    """
+    for name in ("video_embeddings", "moment_embeddings"):
+        bad = non_finite_rows(getattr(segment, name))
+        if bad.size:
+            row = int(bad[0])
+            if name == "moment_embeddings":
+                row = int(np.searchsorted(segment.moment_offsets, row, side="right")) - 1
+            raise StoreError(
+                f"video {segment.video_ids[row]!r} has an embedding that is not finite - a search could not rank "
+                "it: look into its features with `svb verify`, or into the run that was trained"
+            )
+
+
+def non_finite_rows(embeddings: NDArray[np.float16], block: int = 65536) -> NDArray[np.int64]:
+    """Return the rows of `(N, D)` that hold NaN or infinity."""
+    # A row's sum in float32 is finite exactly when its float16 values are, without a mask of their size.
+    bad = [
+        begin + np.flatnonzero(~np.isfinite(embeddings[begin : begin + block].sum(axis=1, dtype=np.float32)))
+        for begin in range(0, len(embeddings), block)
+    ]
+    return np.concatenate(bad).astype(np.int64) if bad else np.empty(0, np.int64)
+
+
+def open_segments(folder: Path, manifest: Mapping[str, Any], *, with_vectors: bool = True) -> list[Segment]:
+    """Map an index's segments: no vector is read.
+
+    Args:
+        folder: The index's.
+        manifest: As `svb.retrieve.manifest.read_manifest` gives it.
+        with_vectors: Whether embeddings are here; zeros that take no memory stand for those that are elsewhere.
+
+    Raises:
+        StoreError: A file is missing, or is not what was written as far as its size and header tell.
+    """
+    size = int(manifest["embedding_size"])
+    return [open_segment(folder, entry, size, with_vectors=with_vectors) for entry in manifest["segments"]]
+
+
+def open_segment(
+    folder: Path, entry: Mapping[str, Any], embedding_size: int, *, with_vectors: bool = True
+) -> Segment:
+    """Map one segment; see `open_segments`."""
+    path = folder / "segments" / entry["key"]
+    elsewhere = {} if with_vectors else {"video_embeddings": entry["videos"], "moment_embeddings": entry["moments"]}
+    try:
+        require_sizes(path, {name: size for name, size in entry["sizes"].items() if name[:-4] not in elsewhere})
+        parts: dict[str, Any] = {name: open_array(path / f"{name}.npy") for name in DTYPES if name not in elsewhere}
+        for name, rows in elsewhere.items():
+            parts[name] = np.broadcast_to(np.float16(0), (rows, embedding_size))
+        parts |= {attribute: StringColumn.open(path, name) for name, attribute in COLUMNS.items()}
+        segment = Segment(key=entry["key"], deleted=_open_deleted(folder, entry), **parts)
+        _require_fitting(segment, entry, embedding_size)
+    except (OSError, ValueError, EOFError) as error:
+        raise StoreError(
+            f"{path} is damaged ({error}) - restore it, or make the index again with `svb index --rebuild`"
+        ) from error
+    return segment
+
+
+def require_sizes(folder: Path, sizes: Mapping[str, int]) -> None:
+    """Check files' sizes, which costs no reading.
 
     Raises:
         OSError: A file is missing.
-        ValueError, EOFError: A file is damaged, or they do not belong together.
+        ValueError: One has another size.
     """
-    videos = json.loads((folder / "videos.json").read_text("utf-8"))
-    arrays = {
-        name: np.load(folder / f"{name}.npy", mmap_mode="r" if name == "moment_embeddings" else None)
-        for name in ARRAYS
+    for name, expected in sizes.items():
+        size = (folder / name).stat().st_size
+        if size != expected:
+            raise ValueError(f"{name} has {size} bytes, not {expected}")
+
+
+def _open_deleted(folder: Path, entry: Mapping[str, Any]) -> NDArray[np.int64]:
+    if entry["deleted"] is None:
+        return np.empty(0, np.int64)
+    path = folder / "tombstones" / entry["deleted"]["key"]
+    require_sizes(path, entry["deleted"]["sizes"])
+    rows: NDArray[np.int64] = np.load(
+        path / "videos.npy", allow_pickle=False
+    )  # read, being small, and needed by every search
+    if rows.dtype != np.int64 or rows.ndim != 1 or (np.diff(rows, prepend=-1) <= 0).any():
+        raise ValueError(f"the tombstones in {path} are no ascending rows")
+    if len(rows) and rows[-1] >= entry["videos"]:
+        raise ValueError(f"the tombstones in {path} lead beyond {entry['videos']} videos")
+    return rows
+
+
+def _require_fitting(segment: Segment, entry: Mapping[str, Any], embedding_size: int) -> None:
+    V, M = int(entry["videos"]), int(entry["moments"])
+    shapes = {
+        "video_embeddings": (V, embedding_size),
+        "moment_embeddings": (M, embedding_size),
+        "moment_offsets": (V + 1,),
+        "moment_seconds": (M, 2),
+        "duration_seconds": (V,),
+        "size_bytes": (V,),
+        "mtime_ns": (V,),
     }
-    segment = Segment(videos, **arrays)
-    counts = {len(videos), len(segment.video_embeddings), len(segment.moment_offsets) - 1}
-    moments = {len(segment.moment_embeddings), len(segment.moment_seconds), int(segment.moment_offsets[-1])}
-    if len(counts) > 1 or len(moments) > 1:
-        raise ValueError(f"arrays of {sorted(counts)} videos and {sorted(moments)} moments")
-    return segment
+    for name, shape in shapes.items():
+        array = getattr(segment, name)
+        if array.shape != shape or array.dtype != DTYPES[name]:
+            raise ValueError(f"{name} is {array.shape} of {array.dtype}, not {shape} of {np.dtype(DTYPES[name])}")
+    if segment.moment_offsets[0] != 0 or segment.moment_offsets[-1] != M:
+        raise ValueError(f"moment_offsets do not lead through {M} moments")
+    for attribute in COLUMNS.values():
+        if len(getattr(segment, attribute)) != V:
+            raise ValueError(f"there are {len(getattr(segment, attribute))} {attribute} of {V} videos")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,3 +83,47 @@ def extracted_store(clips_folder: Path, tmp_path_factory: pytest.TempPathFactory
 def own_store(extracted_store: Path, tmp_path: Path) -> Path:
     """Return a copy of `extracted_store` that the test may damage."""
     return Path(shutil.copytree(extracted_store, tmp_path / "own-features"))
+
+
+@pytest.fixture(scope="session")
+def indexed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a run on 80 made-up videos, beside its store and captions. Not to be written to."""
+    import indexes
+    import synthetic
+
+    from svb.train.run import train
+
+    folder = tmp_path_factory.mktemp("indexed")
+    return train(*synthetic.make_task(folder), folder / "run", indexes.CONFIG)
+
+
+@pytest.fixture(scope="session")
+def built_index(indexed_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return an index of `indexed_run`'s 80 videos. Not to be written to."""
+    import indexes
+
+    from svb.retrieve.index import index
+
+    return index(indexed_run, tmp_path_factory.mktemp("built") / "index", **indexes.MOMENTS)
+
+
+@pytest.fixture
+def own_index(built_index: Path, tmp_path: Path) -> Path:
+    """Return a copy of `built_index` that the test may change."""
+    return Path(shutil.copytree(built_index, tmp_path / "index"))
+
+
+@pytest.fixture
+def embedded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that gets the video_ids whose features are read."""
+    from svb.data.feature_store import FeatureStore, FrameFeatures
+
+    read: list[str] = []
+    load = FeatureStore.load
+
+    def counted(store: FeatureStore, backbone: str, video_ids: Sequence[str] | None = None) -> FrameFeatures:
+        read.extend(store.video_ids if video_ids is None else video_ids)
+        return load(store, backbone, video_ids)
+
+    monkeypatch.setattr(FeatureStore, "load", counted)
+    return read

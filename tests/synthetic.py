@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -78,7 +80,9 @@ def make_store(
                 times_seconds = np.arange(len(frames)) * seconds_between_frames
                 rows[backbone] = VideoRows(frames.astype(np.float16), times_seconds)
             status = "ok" if len(frames) else "unreadable"
-            writer.add(make_record(video_id, duration_seconds=duration, status=status), rows)
+            record = make_record(video_id, duration_seconds=duration, status=status)
+            content_hash = hashlib.sha256(np.ascontiguousarray(frames).tobytes()).hexdigest()
+            writer.add(dataclasses.replace(record, content_hash=content_hash), rows)
     return path
 
 

@@ -31,6 +31,7 @@ from svb.data.import_ import import_features
 from svb.data.import_layouts import LAYOUTS as IMPORT_LAYOUTS
 from svb.data.shard import VideoRows
 from svb.errors import InputError, MismatchError, UsageError
+from svb.retrieve.answer import SearchRequest
 from svb.retrieve.index import index
 from svb.retrieve.search import Searcher
 from svb.train.run import train
@@ -718,10 +719,10 @@ class TestInUse:
         self, run: Path, tmp_path: Path, run_svb: RunSvb, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         encoder = synthetic.make_text_encoder(8)
-        monkeypatch.setattr("svb.retrieve.search.load_matching_text_encoder", lambda settings, device: encoder)
+        monkeypatch.setattr("svb.retrieve.embedder.load_matching_text_encoder", lambda settings, device: encoder)
         assert run_svb("evaluate", run).exit_code == 0
         built = index(run, tmp_path / "index")
-        found = Searcher(built).search_text("a dog", 3)
+        found = Searcher(built).search(SearchRequest(text="a dog", k=3, fold=False)).results
         assert len(found) == 3 and found[0].source_path.endswith(f"{found[0].video_id}.npz")
         ran = run_svb("search", "--video", tmp_path / "clip.mp4", "--index", built)
         assert ran.exit_code == 1

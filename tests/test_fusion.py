@@ -23,11 +23,13 @@ from svb.data.shard import VideoRows
 from svb.errors import InputError, MismatchError, StoreError
 from svb.extract.pool import DecodePool, WorkSource
 from svb.extract.worker import Message, Started
-from svb.retrieve.embedder import embed_file, run_embedder
+from svb.retrieve.answer import SearchRequest
+from svb.retrieve.embedder import embed_file, index_embedder, run_embedder
 from svb.retrieve.evaluate import evaluate
-from svb.retrieve.index import index, read_manifest
+from svb.retrieve.index import index
+from svb.retrieve.manifest import read_manifest
 from svb.retrieve.search import Searcher
-from svb.retrieve.segment import read_segment
+from svb.retrieve.segment import open_segments
 from svb.train.checkpoint import load_checkpoint, save_checkpoint
 from svb.train.config import TrainConfig
 from svb.train.heads import mean_of_frames
@@ -169,7 +171,7 @@ def test_a_fused_run_is_evaluated_and_indexed(fused_run: Path, task: tuple[Path,
     last = json.loads((fused_run / "metrics.jsonl").read_text().splitlines()[-1])
     assert {name: last[f"val/{name}"] for name in ("t2v/R@1", "v2t/R@5")}.items() <= metrics.items()
     built = index(fused_run, tmp_path / "index", moment_seconds=2)
-    segment = read_segment(built / "segments" / read_manifest(built)["segments"][0]["key"])
+    (segment,) = open_segments(built, read_manifest(built))
     # An embedding is that of the video's fused rows alone; a moment's that of its own rows, times the first's.
     model = build_model(read_run(fused_run)).eval()
     weights = load_checkpoint(fused_run / "best").model
@@ -243,9 +245,11 @@ def test_a_run_from_before_there_were_these_options_is_read(task: tuple[Path, Pa
     assert len(weights) == len(best.model) - 1
     save_checkpoint(run / "best", dataclasses.replace(best, model=weights))
     assert evaluate(run).metrics == now
-    searcher = Searcher(index(run, tmp_path / "index"))
-    assert len(searcher.search_embedding(np.eye(16, dtype=np.float32)[0], 80)) == 80
-    searcher._load_embedder()  # which builds the heads from the manifest, and compares the fingerprint
+    built = index(run, tmp_path / "index")
+    request = SearchRequest(text="any", k=80, fold=False)
+    assert len(Searcher(built).search_embedding(np.eye(16, dtype=np.float32)[0], request).results) == 80
+    # Builds the heads from the manifest, and compares the fingerprint.
+    index_embedder(built, read_manifest(built), torch.device("cpu"))
 
 
 @pytest.fixture
@@ -275,7 +279,7 @@ def test_from_videos_to_a_search_by_video(
     monkeypatch.chdir(tmp_path)
     encoder = synthetic.make_text_encoder()
     monkeypatch.setattr("svb.extract.captions.load_text_encoder", lambda name, device: encoder)
-    monkeypatch.setattr("svb.retrieve.search.load_matching_text_encoder", lambda settings, device: encoder)
+    monkeypatch.setattr("svb.retrieve.embedder.load_matching_text_encoder", lambda settings, device: encoder)
     (tmp_path / "videos").mkdir()
     rows = ["video_id,caption,split"]
     for number, source in enumerate(("testsrc2", "smptebars", "testsrc", "rgbtestsrc")):
@@ -302,13 +306,13 @@ def test_from_videos_to_a_search_by_video(
     assert (len(frame_rows.features), len(clip_rows.features)) == (16, 4)
     np.testing.assert_array_equal(fused.features, np.hstack([frame_rows.features, clip_rows.features.repeat(4, 0)]))
     for number in range(4):
-        ran = run_svb("search", "--video", f"videos/v{number}.mp4", "--index", "index", "--json")
+        ran = run_svb("search", "--video", f"videos/v{number}.mp4", "--by", "video", "--index", "index", "--json")
         found = json.loads(ran.stdout)["results"]
         assert found[0]["video_id"] == f"v{number}" and found[0]["score"] == pytest.approx(1, abs=2e-3)
         assert found[1]["score"] < found[0]["score"]
     assert decodes == [4, 1, 1, 1, 1]  # one decode of a query, too, for both backbones
     ran = run_svb("search", "a picture", "--index", "index", "--by", "moment", "-k", "20", "--json")
-    assert len(json.loads(ran.stdout)["results"]) > 4
+    assert len(json.loads(ran.stdout)["results"]) == 4
     shown = run_svb("info", "run").stdout
     assert f"video.backbone: {name}\n" in shown and "parts.toy:clips.feature_size: 6\n" in shown
 

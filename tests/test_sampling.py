@@ -417,9 +417,10 @@ class TestTimesTable:
         (tmp_path / "b.csv").write_text("time_seconds,note,video_id\n0,x,a\n-0.0,x,a\n1.5,y,a\n2.0,z,b\n")
         frame = pd.DataFrame({"video_id": ["a", "b", "a"], "time_seconds": [1.5, 2.0, 0.0]})
         frame.to_parquet(tmp_path / "c.parquet")
-        tables = [read_times(tmp_path / name) for name in ("a.csv", "b.csv", "c.parquet")]
+        frame.to_json(tmp_path / "d.jsonl", orient="records", lines=True)
+        tables = [read_times(tmp_path / name) for name in ("a.csv", "b.csv", "c.parquet", "d.jsonl")]
         assert tables[0].times_seconds == {"a": (0.0, 1.5), "b": (2.0,)}
-        assert tables[0] == tables[1] == tables[2]
+        assert tables[0] == tables[1] == tables[2] == tables[3]
         (tmp_path / "a.csv").write_text("video_id,time_seconds\nb,2\na,1.5\n")
         assert read_times(tmp_path / "a.csv").content_hash != tables[0].content_hash
 
@@ -434,8 +435,11 @@ class TestTimesTable:
             ("video_id,time_seconds\na,-1\n", "line 2: time_seconds is '-1'"),
             ("video_id,time_seconds\na,nan\n", "line 2: time_seconds is 'nan'"),
             ("video_id,time_seconds\na,inf\n", "line 2: time_seconds is 'inf'"),
-            ("video_id,time_seconds\na\n", "line 2: time_seconds is ''"),
-            ("video_id,time_seconds\na,1,5\n", "line 2: more fields than the header has"),
+            ("video_id,time_seconds\na\n", "line 2: 1 fields where the header has 2"),
+            (
+                "video_id,time_seconds\na,1,5\n",
+                "line 2: 3 fields where the header has 2 - write decimals with a point",
+            ),
         ],
     )
     def test_bad_csv(self, text: str, words: str, tmp_path: Path) -> None:
@@ -450,9 +454,9 @@ class TestTimesTable:
         (tmp_path / "a.txt").write_text("a 1\n")
         pd.DataFrame({"video_id": ["a", "b"], "time_seconds": [1.0, None]}).to_parquet(tmp_path / "gap.parquet")
         for name, words in (
-            ("latin.csv", "is not UTF-8"),
+            ("latin.csv", "line 2: byte 0xe9 is not UTF-8"),
             ("text.parquet", "is not readable as Parquet"),
-            ("a.txt", "cannot tell the format from '.txt' - expected .csv or .parquet"),
+            ("a.txt", "cannot tell the format from '.txt' - expected .csv, .jsonl"),
             ("gap.parquet", "row 2: time_seconds is ''"),
             ("nowhere.csv", "no times table at"),
         ):

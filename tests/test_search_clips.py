@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +21,11 @@ from svb.extract.captions import captions
 from svb.extract.run import extract
 from svb.extract.text_encoders.text_encoder import TextEncoder
 from svb.retrieve import conse, embedder
+from svb.retrieve.answer import Answer, SearchRequest
 from svb.retrieve.evaluate import evaluate
-from svb.retrieve.index import index, verify_index
+from svb.retrieve.index import index
 from svb.retrieve.search import Searcher
+from svb.retrieve.verify_index import verify_index
 
 torch.set_num_threads(1)  # two test processes with two threads each get into each other's way
 SOURCES = ("testsrc2", "mandelbrot", "life=mold=10:ratio=0.2", "smptebars")
@@ -73,28 +77,55 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 def test_a_clip_finds_itself_first(world: World) -> None:
     for number in range(len(SOURCES)):
-        found_captions, found_videos = world.searcher.search_video(world.clip(number), 10)
-        assert found_videos[0].video_id == f"clip{number}"
-        assert found_videos[0].score == pytest.approx(1, abs=5e-3)
-        assert len(found_videos) == len(SOURCES) and len(found_captions) == 5
+        answer = world.searcher.search(SearchRequest(video=str(world.clip(number)), by="video"))
+        assert answer.results[0].video_id == f"clip{number}"
+        assert answer.results[0].score == pytest.approx(1, abs=5e-3)
+        assert len(answer.results) == len(SOURCES) and len(answer.captions) == 5
+        assert sorted(answer.captions, key=lambda caption: caption.rank) == list(answer.captions)
+
+
+def test_a_part_of_a_clip_and_a_picture_of_it_find_it(world: World, tmp_path: Path) -> None:
+    clip = world.clip(1)
+    part = world.searcher.search(SearchRequest(video=str(clip), span_seconds=(1.0, 2.0)))
+    run_ffmpeg("-i", str(clip), "-ss", "1", "-frames:v", "1", str(tmp_path / "frame.png"))
+    picture = world.searcher.search(SearchRequest(image=str(tmp_path / "frame.png"), num_captions=2))
+    assert part.results[0].video_id == picture.results[0].video_id == "clip1"
+    assert len(picture.captions) == 2
+    no_captions = world.searcher.search(SearchRequest(like="clip1", num_captions=0))
+    assert not no_captions.captions and "clip1" not in [result.video_id for result in no_captions.results]
 
 
 def test_a_text_finds_videos(world: World) -> None:
-    results = world.searcher.search_text("a television test picture", 3)
-    assert len(results) == 3 and results[0].score >= results[1].score
-    assert all(Path(result.source_path).is_file() for result in results)
-    with pytest.raises(InputError, match="offline:minilm-l6 reads"):
-        world.searcher.search_text("dog " * 3000)
+    answer = world.searcher.search(SearchRequest(text="a television test picture", k=3))
+    assert len(answer.results) == 3 and not answer.captions
+    assert [result.score for result in answer.results] == sorted((r.score for r in answer.results), reverse=True)
+    assert all(Path(result.source_path).is_file() for result in answer.results)
+    with pytest.raises(InputError, match=r"the query has \d+ tokens, offline:minilm-l6 reads"):
+        world.searcher.search(SearchRequest(text="dog " * 3000))
 
 
-def test_what_is_no_video_is_a_clear_error(world: World, tmp_path: Path) -> None:
+def test_a_new_text_loads_no_torch(world: World) -> None:
+    program = f"""
+import sys
+from svb.retrieve.search import Searcher
+from svb.retrieve.answer import SearchRequest
+answer = Searcher({str(world.searcher.path)!r}).search(SearchRequest(text="a clock that was never asked for"))
+assert len(answer.results) == 4
+print(sorted({{"torch", "h5py", "pandas", "scipy", "av"}} & set(sys.modules)), "onnxruntime" in sys.modules)
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (ran.stdout, ran.returncode) == ("[] True\n", 0), ran.stderr
+
+
+@pytest.mark.parametrize("name", ["notes.mp4", "sound.wav", "gone.mp4"])
+def test_what_is_no_video_or_picture_is_a_clear_error(world: World, tmp_path: Path, name: str) -> None:
     (tmp_path / "notes.mp4").write_text("no video at all")
-    with pytest.raises(InputError, match=r"notes\.mp4 cannot be used as a video"):
-        world.searcher.search_video(tmp_path / "notes.mp4")
-    with pytest.raises(InputError, match=r"sound\.wav cannot be used as a video"):
-        world.searcher.search_video(make_sound(tmp_path / "sound.wav"))
-    with pytest.raises(InputError, match=r"gone\.mp4 cannot be used as a video"):
-        world.searcher.search_video(tmp_path / "gone.mp4")
+    make_sound(tmp_path / "sound.wav")
+    file = str(tmp_path / name)
+    with pytest.raises(InputError, match=rf"{name} cannot be used as a video"):
+        world.searcher.search(SearchRequest(video=file))
+    with pytest.raises(InputError, match=rf"{name} (cannot be used as|does not exist - expected) a picture"):
+        world.searcher.search(SearchRequest(image=file))
 
 
 def test_zero_shot_is_measured_and_the_command_prints_json(world: World) -> None:
@@ -103,8 +134,8 @@ def test_zero_shot_is_measured_and_the_command_prints_json(world: World) -> None
     assert (evaluation.num_captions, evaluation.num_videos) == (5, 4)
     assert not evaluation.selected_on_split
     assert not (world.store / "ranks.npz").exists()
-    arguments = ["search", "--video", str(world.clip(1)), "--json", "--index", str(world.folder / "index")]
-    held = json.loads(CliRunner().invoke(cli, arguments).stdout)
-    assert set(held) == {"video", "captions", "results"}
+    arguments = ["search", "--video", str(world.clip(1)), "--by", "video", "--json"]
+    held = json.loads(CliRunner().invoke(cli, [*arguments, "--index", str(world.folder / "index")]).stdout)
     assert held["results"][0]["video_id"] == "clip1"
-    assert set(held["captions"][0]) == {"rank", "score", "caption", "video_id"}
+    assert {caption["pool"] for caption in held["captions"]} == {"training"}
+    assert json.loads(json.dumps(Answer.from_json(held).as_json())) == held

@@ -6,29 +6,63 @@ interrupted. Nothing ever prompts, and nothing heavy is imported before a comman
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from types import FrameType
 
 import click
 
 from svb._version import __version__
-from svb.cli.ablate import ablate
-from svb.cli.captions import captions
-from svb.cli.compare import compare
-from svb.cli.demo import demo
-from svb.cli.evaluate import evaluate
-from svb.cli.explain import explain
-from svb.cli.export import export
-from svb.cli.extract import extract
-from svb.cli.import_ import import_
-from svb.cli.index import index
-from svb.cli.info import info, verify
-from svb.cli.search import search
-from svb.cli.train import train
 from svb.errors import SvbError
+
+# Where each command is, in the order the data flows.
+COMMANDS = {
+    "extract": "svb.cli.extract:extract",
+    "import": "svb.cli.import_:import_",
+    "captions": "svb.cli.captions:captions",
+    "train": "svb.cli.train:train",
+    "evaluate": "svb.cli.evaluate:evaluate",
+    "compare": "svb.cli.compare:compare",
+    "ablate": "svb.cli.ablate:ablate",
+    "explain": "svb.cli.explain:explain",
+    "index": "svb.cli.index:index",
+    "search": "svb.cli.search:search",
+    "serve": "svb.cli.serve:serve",
+    "info": "svb.cli.info:info",
+    "verify": "svb.cli.info:verify",
+    "export": "svb.cli.export:export",
+    "demo": "svb.cli.demo:demo",
+}
+
+
+class _AtFirstUse(MutableMapping[str, click.Command]):
+    """Commands by name, each imported when it is asked for: all of them take longer than a search by a server."""
+
+    def __init__(self, places: dict[str, str]) -> None:
+        self._places = dict(places)
+
+    def __getitem__(self, name: str) -> click.Command:
+        module, _, attribute = self._places[name].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def __setitem__(self, name: str, command: click.Command) -> None:
+        raise TypeError(f"add {name} to COMMANDS")
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError(f"take {name} out of COMMANDS")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
 
 
 class _InOrder(click.Group):
@@ -38,7 +72,7 @@ class _InOrder(click.Group):
         return list(self.commands)
 
 
-@click.group(cls=_InOrder, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_InOrder, commands=_AtFirstUse(COMMANDS), context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="svb")
 def cli() -> None:
     """Find videos by text.
@@ -54,26 +88,8 @@ def cli() -> None:
     svb explain runs/x "a dog runs"             from which videos a caption is rebuilt
     svb index runs/x -o index/                  embeddings of every video and moment
     svb search "a dog catches a frisbee"        the nearest videos
+    svb serve                                   the same in a browser, and for programs
     """
-
-
-for command in (
-    extract,
-    import_,
-    captions,
-    train,
-    evaluate,
-    compare,
-    ablate,
-    explain,
-    index,
-    search,
-    info,
-    verify,
-    export,
-    demo,
-):
-    cli.add_command(command)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

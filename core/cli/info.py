@@ -39,7 +39,11 @@ def info(path: Path, failures: bool, as_json: bool) -> None:
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--recompute", type=int, help="Of a feature store: extract so many videos again, and compare.")
+@click.option(
+    "--recompute",
+    type=int,
+    help="Make so many videos of a feature store or an index again, and compare: extract them, or embed them.",
+)
 @click.option("--device", default="auto", show_default=True, help="Where to recompute: auto, cpu, cuda:0, ...")
 def verify(path: Path, recompute: int | None, device: str) -> None:
     """Check that PATH is whole: a feature store, a caption features file, a run or an index.
@@ -49,15 +53,14 @@ def verify(path: Path, recompute: int | None, device: str) -> None:
     \b
     svb verify features/
     svb verify features/ --recompute 5
+    svb verify index/ --recompute 5
     """
     kind = _kind(path)
-    if recompute is not None and kind != "feature store":
-        raise InputError(f"{path} is a {kind} - --recompute goes with a feature store")
+    if recompute is not None and kind not in _RECOMPUTE:
+        raise InputError(f"{path} is a {kind} - --recompute goes with a feature store or an index")
     problems = _VERIFY[kind](path)
     if recompute is not None and not problems:
-        from svb.extract.recompute import recompute as extract_again
-
-        problems = extract_again(path, recompute, device=device, on_message=say)
+        problems = _RECOMPUTE[kind](path, recompute, device)
     for problem in problems:
         click.echo(problem)
     if problems:
@@ -147,10 +150,9 @@ def _describe_run(path: Path) -> dict[str, Any]:
 
 
 def _describe_index(path: Path) -> dict[str, Any]:
-    from svb.retrieve.index import read_manifest
+    from svb.retrieve.manifest import describe_index
 
-    manifest = read_manifest(path)
-    return {key: manifest[key] for key in ("videos", "moments_total", "moments", "model_fingerprint", "model")}
+    return describe_index(path)
 
 
 def _verify_store(path: Path) -> list[str]:
@@ -172,9 +174,21 @@ def _verify_run(path: Path) -> list[str]:
 
 
 def _verify_index(path: Path) -> list[str]:
-    from svb.retrieve.index import verify_index
+    from svb.retrieve.verify_index import verify_index
 
     return verify_index(path)
+
+
+def _extract_again(path: Path, num_videos: int, device: str) -> list[str]:
+    from svb.extract.recompute import recompute
+
+    return recompute(path, num_videos, device=device, on_message=say)
+
+
+def _embed_again(path: Path, num_videos: int, device: str) -> list[str]:
+    from svb.retrieve.verify_index import recompute_index
+
+    return recompute_index(path, num_videos, device=device, on_message=say)
 
 
 _DESCRIBE = {
@@ -189,6 +203,7 @@ _VERIFY = {
     "run": _verify_run,
     "index": _verify_index,
 }
+_RECOMPUTE = {"feature store": _extract_again, "index": _embed_again}
 
 
 def _flat(held: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

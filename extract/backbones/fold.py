@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TypeAlias
 
 import torch
-from timm.layers import BatchNormAct2d
+from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 
 Convolution: TypeAlias = nn.Conv2d | nn.Conv3d

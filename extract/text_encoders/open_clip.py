@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 
 from svb.extract.clip import load_clip
+from svb.extract.text_encoders.clip_network import take_clip_apart
 from svb.extract.text_encoders.text_encoder import TextEncoder
 
 
@@ -37,4 +38,5 @@ def load(name: str, model: str, weights: str, device: torch.device) -> TextEncod
         encode_batch=encode_batch,
         num_tokens=num_tokens,
         max_tokens=int(tokenizer.context_length),
+        take_apart=lambda: take_clip_apart(module, tokenizer),
     )

@@ -7,11 +7,14 @@ what Ni et al. (2022, Sentence-T5) found best. They also train T5 for similarity
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import torch
+from torch import nn
 
 from svb.data.t5 import load_t5_encoder
-from svb.extract.text_encoders.text_encoder import TextEncoder
+from svb.extract.text_encoders.text_encoder import TextEncoder, TokenNetwork
+from svb.extract.text_encoders.tokenizer_json import bare_tokenizer
 
 # A batch is always of `ROWS` captions padded to one of these lengths, which the caption's own length decides: in
 # batches of one shape its features come out the same to the bit, whatever its neighbours. A query alone costs a
@@ -57,6 +60,13 @@ def load(name: str, model: str, weights: str, device: torch.device) -> TextEncod
     def num_tokens(caption: str) -> int:
         return len(tokenizer(caption, truncation=False, padding=False, verbose=False)["input_ids"])
 
+    def take_apart() -> TokenNetwork:
+        return TokenNetwork(
+            _MeanOfTokens(network),
+            bare_tokenizer(tokenizer),
+            lambda text: list(tokenizer(text, truncation=True, max_length=LENGTHS[-1], padding=False)["input_ids"]),
+        )
+
     return TextEncoder(
         name,
         network,
@@ -64,4 +74,18 @@ def load(name: str, model: str, weights: str, device: torch.device) -> TextEncod
         encode_batch=encode_batch,
         num_tokens=num_tokens,
         max_tokens=LENGTHS[-1],
+        take_apart=take_apart,
     )
+
+
+class _MeanOfTokens(nn.Module):
+    """`(1, L)` tokens of one caption, all of them its own -> `(1, F)`."""
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden = self.encoder(input_ids=tokens, attention_mask=torch.ones_like(tokens)).last_hidden_state
+        mean: torch.Tensor = hidden.mean(dim=1)
+        return mean

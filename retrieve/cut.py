@@ -1,0 +1,183 @@
+"""`svb search --cut`: the moments found as clips of their own, re-encoded so that each begins where it should."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import imageio_ffmpeg
+
+from svb.data.publish import published_file
+from svb.errors import InputError
+from svb.extract.decode import DecodeError, check_file, max_pixels
+from svb.extract.decode_options import Limits
+from svb.retrieve.answer import Answer, Moment, VideoResult
+
+# Encoding takes a fraction of the clip's length; a long way from the last key frame, or a hang, takes more.
+TIME_LIMIT_SECONDS = 60.0
+TIME_LIMIT_PER_SECOND = 20.0
+# A moment may be shorter than from one frame to the next.
+MIN_CLIP_SECONDS = 0.2
+# A clip whose first frame comes later is not the one that was asked for.
+MAX_LATE_SECONDS = 0.1
+NAME_LETTERS = 48  # of up to 4 bytes each: a file's name may have 255
+
+
+def cut_moments(
+    answers: Sequence[Answer], folder: Path, on_message: Callable[[str], None] = lambda message: None
+) -> list[Path]:
+    """Cut every moment of some answers out of its video.
+
+    A clip is named `<rank>-<video>-<start>-<end>.mp4`, in seconds; with several answers `q<number>-` comes first. A
+    clip that is there already is kept, and one that cannot be cut is passed over: both are told.
+
+    Args:
+        answers: What was found.
+        folder: Where the clips go; made where it is not there.
+        on_message: Called with a line for each clip that was not cut.
+
+    Returns:
+        The clips that are there now, cut or kept.
+
+    Raises:
+        OSError: The folder cannot be written to.
+    """
+    clips = []
+    for name, result, moment in _named(answers):
+        target = folder / name
+        if target.exists():
+            on_message(f"{target} is there already and is kept - remove it to have it cut again")
+            clips.append(target)
+            continue
+        try:
+            clips.append(cut_clip(Path(result.source_path), moment.begin_seconds, moment.end_seconds, target))
+        except InputError as error:
+            on_message(f"not cut: {error}")
+    return clips
+
+
+def cut_clip(source: Path, begin_seconds: float, end_seconds: float, target: Path) -> Path:
+    """Re-encode `[begin_seconds, end_seconds)` of a video, with its sound, as H.264 in an MP4 file.
+
+    Args:
+        source: The video.
+        begin_seconds: On the file's own clock, as moments are.
+        end_seconds: Likewise.
+        target: The clip: there when it is whole, or not at all. What was there is replaced.
+
+    Returns:
+        `target`.
+
+    Raises:
+        InputError: The video is missing or is none, nothing of it lies in the interval, or ffmpeg takes too long.
+        OSError: The clip cannot be written.
+    """
+    seconds = max(end_seconds - begin_seconds, MIN_CLIP_SECONDS)
+    try:
+        check_file(source)
+        file = source.open("rb")
+    except DecodeError as error:
+        raise InputError(str(error)) from error
+    except OSError as error:
+        raise InputError(f"{source} cannot be read ({error.strerror}) - expected a video file") from error
+    with file, published_file(target) as aside:
+        words = _cut(source, file.fileno(), (begin_seconds, seconds), aside)
+        if words:
+            raise InputError(
+                f"{source} gave no clip from {begin_seconds:.1f} to {end_seconds:.1f} s ({words}) - `svb verify` "
+                "tells whether it is the file that was indexed"
+            )
+    return target
+
+
+def _cut(source: Path, video_fd: int, interval: tuple[float, float], target: Path) -> str:
+    """Write a clip; returns why there is none, or nothing.
+
+    Some containers (MPEG-TS) have no index: a seek lands amid pictures that do not decode by themselves, and the
+    clip would begin late. Read from its start, which takes its time, any file is cut right.
+    """
+    begin_seconds, seconds = interval
+    limit = TIME_LIMIT_SECONDS + TIME_LIMIT_PER_SECOND * seconds
+    for by_seeking, latest, may_take in ((True, MAX_LATE_SECONDS, limit), (False, seconds, limit + begin_seconds)):
+        words = _run(_arguments(video_fd, interval, target, by_seeking), video_fd, source, may_take)
+        if not words and _first_frame_seconds(target) <= latest:
+            return ""
+    return words or "no frame lies there"
+
+
+def _named(answers: Sequence[Answer]) -> Iterator[tuple[str, VideoResult, Moment]]:
+    for number, answer in enumerate(answers, start=1):
+        query = f"q{number}-" if len(answers) > 1 else ""
+        for result in answer.results:
+            video = re.sub(r"[^\w.-]+", "_", result.video_id).strip("._-")[-NAME_LETTERS:] or result.key
+            for moment in result.moments:
+                times = f"{moment.begin_seconds:.1f}-{moment.end_seconds:.1f}"
+                yield f"{query}{result.rank:02}-{video}-{times}.mp4", result, moment
+
+
+def _arguments(video_fd: int, interval: tuple[float, float], target: Path, by_seeking: bool) -> list[str]:
+    """Return ffmpeg's arguments: its input is the open file and nothing else, its output one named file."""
+    begin, seconds = ["-ss", f"{interval[0]:.3f}"], interval[1]
+    # Moments count on the file's own clock, which need not begin at 0.
+    seek = ["-seek_timestamp", "1", *begin] if by_seeking else ["-copyts"]
+    read = [
+        "-max_pixels",
+        str(max_pixels(Limits())),
+        "-protocol_whitelist",
+        "fd",
+        "-fd",
+        str(video_fd),
+        "-i",
+        "fd:",
+    ]
+    # H.264 of 4:2:0 wants even sides.
+    video = ["-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2", "-c:v", "libx264", "-preset", "veryfast", "-crf", "20"]
+    return [
+        *("-nostdin", "-hide_banner", "-nostats", "-v", "error"),
+        *(*seek, *read, *([] if by_seeking else begin), "-t", f"{seconds:.3f}"),
+        *("-map", "0:V:0", "-map", "0:a:0?", "-sn", "-dn", "-map_metadata", "-1", "-map_chapters", "-1"),
+        *(*video, "-pix_fmt", "yuv420p", "-c:a", "aac", "-movflags", "+faststart"),
+        *("-f", "mp4", "-y", f"file:{target}"),
+    ]
+
+
+def _run(arguments: list[str], video_fd: int, source: Path, time_limit_seconds: float) -> str:
+    """Run ffmpeg; returns its last words where it failed, else nothing."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), *arguments]
+    # The place in the file is shared with the run before.
+    os.lseek(video_fd, 0, os.SEEK_SET)
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            pass_fds=(video_fd,),
+            timeout=time_limit_seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise InputError(
+            f"cutting {source} has taken {time_limit_seconds:.0f} s and was ended - the file may be damaged: "
+            "`svb verify` tells whether it is the file that was indexed"
+        ) from error
+    lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
+    if done.returncode == 0:
+        return ""
+    return lines[-1].strip() if lines else f"exit status {done.returncode}"
+
+
+def _first_frame_seconds(clip: Path) -> float:
+    """Return when the first frame of a clip is shown; infinity where it has none."""
+    from svb.extract.decode_pyav import opened
+
+    try:
+        with opened(clip, Limits()) as (container, stream):
+            first = next(container.decode(stream), None)
+            return math.inf if first is None or first.time is None else float(first.time)
+    except (DecodeError, OSError):
+        return math.inf

@@ -1,0 +1,134 @@
+"""The page behind `svb serve`, and the same page as one file that needs no server: `svb search --html`."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from svb.data.publish import published_file
+from svb.errors import InputError, UsageError
+from svb.retrieve.answer import Answer, VideoResult
+
+POSTER_HEIGHT_PX = 240
+STRIP_FRAMES = 12
+STRIP_HEIGHT_PX = 72
+# What a script element's text may not hold: it could end the element, or the line.
+_ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+
+
+def render_page(nonce: str) -> str:
+    """Return the page that a server sends.
+
+    Args:
+        nonce: Of its style and its script, as in the content security policy sent with it; letters, digits, `-`
+            and `_`.
+    """
+    return _fill({"nonce": nonce, "policy": "", "embedded": "null"})
+
+
+def write_report(
+    answers: Sequence[Answer],
+    out: Path,
+    index: Path,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Path:
+    """Write answers as one page with their pictures in it, which plays the videos from where they lie.
+
+    Args:
+        answers: At least one; the page lets the reader choose between several.
+        out: The file, replaced where there is one.
+        index: Where the answers come from; said in the page.
+        on_progress: Called with how many videos have their pictures, and how many there are.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UsageError: There is no answer.
+    """
+    if not answers:
+        raise UsageError("there is no answer to write - expected at least one query")
+    found: dict[str, list[VideoResult]] = {}
+    for answer in answers:
+        for result in answer.results:
+            found.setdefault(result.key, []).append(result)
+    pictures, files = {}, {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        shown = pool.map(_pictures_of, found.values())
+        for done, (key, (picture, file)) in enumerate(zip(found, shown, strict=True), 1):
+            pictures[key], files[key] = picture, file
+            on_progress(done, len(found))
+    held = {
+        "answers": [answer.as_json() for answer in answers],
+        "index": str(index),
+        "pictures": pictures,
+        "files": files,
+    }
+    with published_file(out) as aside:
+        aside.write_text(_report(held), "utf-8")
+    return out
+
+
+def _pictures_of(results: Sequence[VideoResult]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return a video's pictures, and what the page has to know of its file.
+
+    A file that is gone or cannot be decoded any more still has its curve to show: its card says so.
+    """
+    from svb.retrieve.pictures import as_jpeg, duration_seconds, frames_at, strip
+
+    path = Path(results[0].source_path).absolute()
+    file = {"available": path.is_file(), "uri": path.as_uri()}
+    times = sorted({result.moments[0].best_seconds for result in results})
+    try:
+        posters = [as_jpeg(frame) for frame in frames_at(path, times, POSTER_HEIGHT_PX)]
+        duration = results[0].duration_seconds or duration_seconds(path) or max(times)
+        middles = [(cell + 0.5) / STRIP_FRAMES * duration for cell in range(STRIP_FRAMES)]
+        cells = strip(path, middles, STRIP_HEIGHT_PX)
+    except InputError:
+        return {"posters": []}, file
+    return {
+        "posters": [[seconds, _as_uri(poster)] for seconds, poster in zip(times, posters, strict=True)],
+        "strip": _as_uri(cells),
+        "frames": STRIP_FRAMES,
+    }, file
+
+
+def _as_uri(jpeg: bytes) -> str:
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
+
+
+def _report(held: Mapping[str, Any]) -> str:
+    """Return the page with its data in it.
+
+    It names the very style and script that may act, by their hashes: a nonce in a file is no secret.
+    """
+    plain = _fill({"nonce": "", "policy": "", "embedded": ""})
+    style, script = (_hash_of(rf"<{name} nonce=\"\">(.*?)</{name}>", plain) for name in ("style", "script"))
+    policy = (
+        f"default-src 'none'; style-src '{style}'; script-src '{script}'; img-src data:; media-src file:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    meta = f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+    text = json.dumps(held, ensure_ascii=False, allow_nan=False)
+    embedded = re.sub("[<>&\u2028\u2029]", lambda match: _ESCAPES[match[0]], text)
+    return _fill({"nonce": "", "policy": meta, "embedded": embedded})
+
+
+def _hash_of(pattern: str, page: str) -> str:
+    match = re.search(pattern, page, re.DOTALL)
+    assert match is not None
+    return f"sha256-{base64.b64encode(hashlib.sha256(match[1].encode()).digest()).decode()}"
+
+
+def _fill(values: Mapping[str, str]) -> str:
+    """Return the template with its marks replaced, all at once: what is put in is not looked through again."""
+    template = resources.files("svb.retrieve.page").joinpath("page.html").read_text("utf-8")
+    return re.sub("@(nonce|policy|embedded)@", lambda match: values[match[1]], template)

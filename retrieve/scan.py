@@ -1,0 +1,106 @@
+"""Exact scans of float16 rows: FAISS reads them where they lie, so a mapped file is never copied."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+# What one thread scans at a time, about 2.5 ms of it: fewer bytes are not worth the hand-over to another thread.
+PIECE_BYTES = 64 << 20
+BLOCK = 65536
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Neighbouring rows that one thread scans.
+
+    Attributes:
+        begin: The number of its first row among all that are scanned together.
+        rows: `(N, D)` float16, contiguous; `index` points into it.
+        index: FAISS's view of it.
+    """
+
+    begin: int
+    rows: NDArray[np.float16]
+    index: faiss.Index
+
+
+def cut_into_pieces(rows: NDArray[np.float16], begin: int) -> list[Piece]:
+    """Prepare `(N, D)` rows to be scanned, the first of which has the number `begin`; reads none of them."""
+    num_pieces = max(1, -(-rows.nbytes // PIECE_BYTES)) if len(rows) else 0
+    edges = [len(rows) * piece // num_pieces for piece in range(num_pieces + 1)] if num_pieces else []
+    return [
+        Piece(begin + first, part := np.ascontiguousarray(rows[first:end]), _view(part))
+        for first, end in pairwise(edges)
+    ]
+
+
+def scan(
+    pieces: Sequence[Piece], embedding: NDArray[np.float32], k: int, selected: NDArray[np.bool_] | None
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Return the scores and numbers of the k rows with the highest inner product, best first.
+
+    All scans of a process share as many threads as it has cores, however many queries run at once.
+
+    Args:
+        pieces: Of the rows, in order.
+        embedding: `(D,)`.
+        k: How many; fewer come where fewer rows are there.
+        selected: By row number, whether it counts; None for all.
+    """
+    masks = [None if selected is None else selected[p.begin : p.begin + len(p.rows)] for p in pieces]
+    jobs = [
+        _pool(os.getpid()).submit(_scan_piece, piece, embedding, k, mask)
+        for piece, mask in zip(pieces, masks, strict=True)
+        if mask is None or mask.any()
+    ]
+    found = [job.result() for job in jobs]
+    if not found:
+        return np.empty(0, np.float32), np.empty(0, np.int64)
+    scores, rows = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    order = np.lexsort((rows, -scores))[:k]
+    return scores[order], rows[order]
+
+
+def _scan_piece(
+    piece: Piece, embedding: NDArray[np.float32], k: int, mask: NDArray[np.bool_] | None
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    params = None
+    if mask is not None and not mask.all():  # a selector costs half as much again as the scan
+        params = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(np.packbits(mask, bitorder="little")))
+    scores, rows = piece.index.search(embedding[None], min(k, len(piece.rows)), params=params)
+    held = rows[0] >= 0
+    return scores[0][held], rows[0][held] + piece.begin
+
+
+@functools.cache
+def _pool(process: int) -> ThreadPoolExecutor:
+    """Return the process's threads; a forked one has none of its parent's and makes its own."""
+    cores = len(os.sched_getaffinity(process)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # One query on one thread each: OpenMP's own threads would fight with the pool's.
+    return ThreadPoolExecutor(cores, "scan", initializer=faiss.omp_set_num_threads, initargs=(1,))
+
+
+def _view(rows: NDArray[np.float16]) -> faiss.Index:
+    """Return an exact inner-product index over rows that stay where they are, and must outlive it.
+
+    A FAISS that lends no memory has them copied.
+    """
+    index = faiss.IndexScalarQuantizer(rows.shape[1], faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+    if not hasattr(faiss, "MaybeOwnedVectorUInt8"):
+        for begin in range(0, len(rows), BLOCK):
+            index.add(np.ascontiguousarray(rows[begin : begin + BLOCK], np.float32))
+        return index
+    pointer = faiss.swig_ptr(rows.view(np.uint8).reshape(-1))
+    # The empty index's own owner is nobody: what Python holds on to, FAISS need not.
+    index.codes = faiss.MaybeOwnedVectorUInt8.create_view(pointer, rows.nbytes, index.codes.owner)
+    index.ntotal = len(rows)
+    return index

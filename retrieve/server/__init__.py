@@ -1,0 +1,1 @@
+"""`svb serve`: an index kept open, behind HTTP."""

@@ -1,0 +1,177 @@
+"""The routes that search."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter, HTTPException, Request
+from pydantic import TypeAdapter
+from starlette.responses import Response
+
+from svb._version import __version__
+from svb.errors import InputError, StoreError
+from svb.retrieve.answer import Answer, SearchRequest
+from svb.retrieve.server.http import json_response, parse_object, read_json, until_hung_up
+from svb.retrieve.server.media import find_file, find_video
+from svb.retrieve.server.service import Service
+from svb.retrieve.server.uploads import Upload
+
+if TYPE_CHECKING:
+    from svb.retrieve.search import Searcher
+
+# The folders that the page proposes: of the first videos, for millions would take seconds.
+MAX_FOLDERS, VIDEOS_LOOKED_AT = 200, 200_000
+
+# A client sends files, never the names of the server's own.
+FILE_FIELDS = ("image", "video", "span_seconds")
+
+
+def search_routes(service: Service) -> APIRouter:
+    """Return the routes."""
+    router = APIRouter(tags=["search"])
+    described: dict[int, dict[str, Any]] = {}
+
+    @router.post("/api/search", responses=_ANSWERS, openapi_extra=_json_body(), summary="Search with a text")
+    async def search(request: Request) -> Response:
+        """Search with `text`, or with `like`, a video_id of the index."""
+        asked = await read_json(request)
+        named = [name for name in FILE_FIELDS if asked.get(name) is not None]
+        if named:
+            raise HTTPException(400, f"{', '.join(named)} cannot be sent here - send a file to /api/search/file")
+        wanted = SearchRequest.from_json(asked)
+        body = await until_hung_up(request, service.search(lambda index: _as_json(index.search(wanted))))
+        return Response(body, media_type="application/json")
+
+    @router.post(
+        "/api/search/file",
+        responses=_ANSWERS,
+        openapi_extra=_form_body(),
+        summary="Search with an image or a video",
+    )
+    async def search_file(request: Request) -> Response:
+        """Search with a file: `kind` is image or video, `request` the JSON of the other fields."""
+        async with service.uploads.receive(request) as upload:
+            wanted = _request_of(upload)
+            body = await until_hung_up(request, _search_file(service, upload, wanted))
+        return Response(body, media_type="application/json")
+
+    @router.get("/api/index", summary="What the index holds")
+    async def index() -> Response:
+        searcher = await service.snapshots.newest()
+        if searcher.generation not in described:
+            described.clear()
+            described[searcher.generation] = await asyncio.to_thread(_describe, searcher)
+        return json_response(described[searcher.generation])
+
+    @router.get("/api/videos/{key}", summary="A video and its file")
+    async def video(key: str) -> Response:
+        """Tell whether a video's file is there, unchanged, and whether browsers play it as it is."""
+        searcher = await service.snapshots.newest()
+        info = await asyncio.to_thread(find_video, searcher, key)
+        try:
+            file = await asyncio.to_thread(find_file, searcher, key)
+            state: dict[str, Any] = {"available": True, "playable": await service.probes.is_playable(file)}
+        except HTTPException as error:
+            state = {"available": False, "playable": False, "problem": error.detail}
+        held = dataclasses.asdict(info)
+        return json_response({**held, **state})
+
+    return router
+
+
+async def _search_file(service: Service, upload: Upload, request: SearchRequest) -> str:
+    options = service.options
+    sent = {**request.as_json(), upload.kind: str(upload.path)}
+    try:
+        held = await service.embedders.do(
+            "embed",
+            index=str(service.index),
+            request=sent,
+            device=options.device,
+            max_seconds=options.max_upload_seconds,
+        )
+    except InputError as error:  # the client knows its file by another name
+        raise InputError(str(error).replace(str(upload.path), upload.name)) from error
+
+    def search(index: Searcher) -> str:
+        import numpy as np
+
+        if index.manifest["model_fingerprint"] != held["model_fingerprint"]:
+            raise StoreError("the index was made with another model while the file was looked at - send it again")
+        return _as_json(index.search_embedding(np.asarray(held["embedding"], np.float32), request))
+
+    return await service.search(search)
+
+
+def _request_of(upload: Upload) -> SearchRequest:
+    """Return an upload's request, with the client's name of the file as its image or video."""
+    asked = parse_object(upload.request)
+    named = [name for name in ("text", "like", "image", "video") if asked.get(name) is not None]
+    if named:
+        raise HTTPException(400, f"{', '.join(named)} cannot go with a file - leave it out")
+    if isinstance(asked.get("span_seconds"), list):
+        asked["span_seconds"] = tuple(asked["span_seconds"])
+    return SearchRequest.from_json({**asked, upload.kind: upload.name})
+
+
+def _as_json(answer: Answer) -> str:
+    return json.dumps(answer.as_json(), allow_nan=False)
+
+
+def _describe(searcher: Searcher) -> dict[str, Any]:
+    manifest = searcher.manifest
+    return {
+        "generation": searcher.generation,
+        "num_videos": manifest["videos"],
+        "num_moments": manifest["moments_total"],
+        "model": manifest["model"],
+        "folders": _folders(searcher),
+        "columns": {name: kind for entry in manifest["metadata"] for name, kind in entry["columns"].items()},
+        "has_captions": bool(manifest["captions"]),
+        "normalise": manifest.get("normalise"),
+        "version": __version__,
+    }
+
+
+def _folders(searcher: Searcher) -> list[str]:
+    """Return the folders that video_ids name, those with the most videos where there are too many."""
+    vectors = searcher.vectors
+    counts: dict[str, int] = {}
+    for row in range(min(vectors.num_videos, VIDEOS_LOOKED_AT)):
+        for folder in list(Path(vectors.video_id(row)).parents)[:-1]:
+            counts[str(folder)] = counts.get(str(folder), 0) + 1
+    return sorted(sorted(counts, key=lambda folder: -counts[folder])[:MAX_FOLDERS])
+
+
+_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {"model": Answer, "description": "The answer; docs/answer.schema.json describes it."},
+    400: {"description": 'The question means nothing, or the file cannot be used: `{"error": ...}`.'},
+    413: {"description": "The request is too large."},
+    429: {"description": "Too many files are being looked at."},
+    503: {"description": "Too many searches run or wait, or a time limit was reached; try again."},
+}
+
+
+def _json_body() -> dict[str, Any]:
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": _request_schema()}}}}
+
+
+def _form_body() -> dict[str, Any]:
+    fields = {
+        "kind": {"type": "string", "enum": ["image", "video"]},
+        "request": {"type": "string", "description": "JSON of the other fields; of a video also `span_seconds`."},
+        "file": {"type": "string", "format": "binary"},
+    }
+    schema = {"type": "object", "required": ["kind", "file"], "properties": fields}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+
+
+def _request_schema() -> dict[str, Any]:
+    schema = TypeAdapter(SearchRequest).json_schema()
+    for name in FILE_FIELDS:
+        del schema["properties"][name]
+    return {**schema, "additionalProperties": False}

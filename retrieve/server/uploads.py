@@ -1,0 +1,128 @@
+"""Files that clients send: counted as they come, few at once, gone when they were looked at."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import shutil
+import tempfile
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastapi import HTTPException, Request
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import FormData, UploadFile
+from starlette.types import Message, Receive
+
+# What the form's other fields and the boundaries may take.
+FORM_BYTES = 1 << 18
+# A client that sends a byte a second would keep its place for years.
+RECEIVE_SECONDS = 600.0
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A file that a client sent.
+
+    Attributes:
+        path: Where it lies for the time being, under a name that the server chose.
+        name: What the client calls it, without folders; for messages only.
+        kind: `image` or `video`.
+        request: The form's field of this name: JSON.
+    """
+
+    path: Path
+    name: str
+    kind: str
+    request: str
+
+
+class Uploads:
+    """Takes uploads.
+
+    Args:
+        max_bytes: Of a file.
+        at_once: How many may be on their way or looked at.
+    """
+
+    def __init__(self, max_bytes: int, at_once: int) -> None:
+        self._max_bytes, self._free = max_bytes, at_once
+        self._at_once = at_once
+
+    @contextlib.asynccontextmanager
+    async def receive(self, request: Request) -> AsyncIterator[Upload]:
+        """Yield the file of a multipart form, which is removed at the end.
+
+        Raises:
+            HTTPException: 413, it is too large; 415, it is no such form; 429, too many come at once; 400, a field
+                is missing.
+        """
+        if not self._free:
+            raise HTTPException(
+                429, f"{self._at_once} files are being looked at - try again in a moment", {"Retry-After": "2"}
+            )
+        self._free -= 1
+        try:
+            async with self._form(request) as form:
+                with tempfile.TemporaryDirectory(prefix="svb-upload-") as folder:
+                    yield await _save(form, Path(folder))
+        finally:
+            self._free += 1
+
+    @contextlib.asynccontextmanager
+    async def _form(self, request: Request) -> AsyncIterator[FormData]:
+        if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
+            raise HTTPException(415, "expected multipart/form-data with the fields file, kind and request")
+        self._require_size(int(request.headers.get("content-length") or 0))
+        counted = Request(request.scope, self._counting(request))
+        parsing = counted.form(max_files=1, max_fields=4, max_part_size=FORM_BYTES // 2)
+        try:
+            form = await asyncio.wait_for(parsing, RECEIVE_SECONDS)
+        except asyncio.TimeoutError:
+            raise HTTPException(408, f"the file was not there after {RECEIVE_SECONDS:.0f} s") from None
+        try:
+            yield form
+        finally:
+            await form.close()
+
+    def _counting(self, request: Request) -> Receive:
+        received = 0
+
+        async def receive() -> Message:
+            nonlocal received
+            message = await request.receive()
+            received += len(message.get("body", b""))
+            self._require_size(received)
+            return message
+
+        return receive
+
+    def _require_size(self, num_bytes: int) -> None:
+        if num_bytes > self._max_bytes + FORM_BYTES:
+            limit = self._max_bytes / 1e6
+            raise HTTPException(
+                413,
+                f"the file is larger than {limit:.3g} MB - send a shorter clip, or have the server started with a "
+                "larger --max-upload",
+                {"Connection": "close"},
+            )
+
+
+async def _save(form: FormData, folder: Path) -> Upload:
+    file, kind, request = form.get("file"), form.get("kind"), form.get("request", "{}")
+    if not isinstance(file, UploadFile) or not isinstance(request, str):
+        raise HTTPException(400, "the form has no file - expected the fields file, kind and request")
+    if kind not in {"image", "video"}:
+        raise HTTPException(400, f"kind is {kind!r} - expected image or video")
+    name = re.split(r"[/\\]", file.filename or "")[-1] or "file"
+    suffix = re.search(r"\.[A-Za-z0-9]{1,8}$", name)
+    path = folder / f"upload{suffix[0].lower() if suffix else ''}"
+
+    def copy() -> None:
+        with path.open("wb") as out:
+            shutil.copyfileobj(file.file, out, 1 << 20)
+
+    await run_in_threadpool(copy)
+    return Upload(path, name, str(kind), request)

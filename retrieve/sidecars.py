@@ -1,0 +1,182 @@
+"""Subtitles and notes beside a video: `clip.srt`, `clip.en.vtt` or `clip.txt` of `clip.mp4`, as cues with times.
+
+Files in the wild are sloppy: what cannot be read as a cue is left out and counted. pysubs2 takes NOTE blocks, cue
+names and broken cues for words of the cue before them, webvtt-py drops broken cues without a word, and both expect
+to be told the encoding. Hence an own reader, of SubRip and WebVTT alike.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+from svb.errors import InputError
+
+SUFFIXES = (".srt", ".vtt", ".txt")
+# The words of a day of talking are a quarter of this.
+MAX_BYTES = 4 * 2**20
+# Cues this close to each other are one after the other.
+GAP_SECONDS = 0.1
+# Lines that subtitles show at a time, at most.
+MAX_SHOWN = 8
+
+_LANGUAGE = re.compile(r"\.[A-Za-z]{2,3}([-_][A-Za-z0-9]{1,12})*(\.(forced|sdh|cc|hi|default))?$")
+_TIME = r"(?:(\d{1,4}):)?(\d{1,2}):(\d{1,2})(?:[.,](\d{1,3}))?"
+_TIMES = re.compile(rf"\s*{_TIME}\s*-->\s*{_TIME}(\s.*)?")
+# Blocks of WebVTT that are no cues.
+_NO_CUE = re.compile(r"(WEBVTT|NOTE|STYLE|REGION)(\s|$)")
+# A letter or a digit must follow `<`, so that `1 < 2` stays: <i>, </font>, <v Roger>, <00:00:01.000>; and {\an8}.
+_TAGS = re.compile(r"</?[A-Za-z][^<>]*>|<\d[\d:.]*>|\{\\[^{}]*\}")
+_LINE_BREAKS = re.compile(r"\\[Nnh]")
+_INVISIBLE = re.compile("[\u200b-\u200f\u202a-\u202e\u2060\ufeff]")
+
+
+@dataclass(frozen=True)
+class Cue:
+    """Words, and the half-open interval of seconds in which they are said; None where the file tells no times."""
+
+    text: str
+    begin_seconds: float | None = None
+    end_seconds: float | None = None
+
+
+def find_sidecars(videos: Iterable[Path]) -> dict[Path, list[Path]]:
+    """Return the sidecars of each video that has any: of its own name, or with a language after it.
+
+    Every folder is listed once. `a.b.srt` belongs to `a.b.mp4` where there is one, or else to `a.mp4`.
+    """
+    found: dict[Path, list[Path]] = {}
+    by_folder: defaultdict[Path, defaultdict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
+    for video in videos:
+        by_folder[video.parent][video.stem].append(video)
+    for folder, by_stem in by_folder.items():
+        for sidecar in _candidates(folder):
+            stem = sidecar.stem if sidecar.stem in by_stem else _LANGUAGE.sub("", sidecar.stem)
+            for video in by_stem.get(stem, ()):
+                found.setdefault(video, []).append(sidecar)
+    return found
+
+
+def read_sidecar(
+    path: Path, on_message: Callable[[str], None] = lambda message: None, max_bytes: int = MAX_BYTES
+) -> list[Cue]:
+    """Read a sidecar's cues, in order of time; of a `.txt` file its lines, which have no times.
+
+    Tags and positions are left out. Words that the next cue repeats, as rolling subtitles do, are one cue.
+
+    Args:
+        path: The file; its suffix tells the format.
+        on_message: Called with a line for a file that is not UTF-8, or that has broken cues.
+        max_bytes: A larger file is none that someone wrote to go with a video.
+
+    Raises:
+        InputError: The file cannot be read, is too large, or holds no text.
+    """
+    text = _read_text(path, on_message, max_bytes)
+    if path.suffix.lower() == ".txt":
+        lines = (_clean(line) for line in text.split("\n"))
+        return [Cue(line) for line in lines if line]
+    cues, num_broken = _parse(text)
+    if num_broken:
+        on_message(
+            f"{path}: {num_broken} of {num_broken + len(cues)} cues have no readable times and were left out"
+        )
+    return _without_repeats(cues)
+
+
+def _candidates(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    except OSError:
+        return []  # a folder that is gone has no sidecars
+
+
+def _read_text(path: Path, on_message: Callable[[str], None], max_bytes: int) -> str:
+    try:
+        with path.open("rb") as file:
+            data = file.read(max_bytes + 1)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}) - make it readable, or move it away") from error
+    if len(data) > max_bytes:
+        raise InputError(
+            f"{path} has more than {max_bytes / 2**20:g} MiB, which no captions take - cut it, or move it away"
+        )
+    text = _decode(path, data, on_message)
+    if "\0" in text:
+        raise InputError(f"{path} is no text: it holds a NUL - save it as UTF-8, or move it away")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _decode(path: Path, data: bytes, on_message: Callable[[str], None]) -> str:
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return data.decode("utf-16", "replace")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        on_message(f"{path} is not UTF-8: it is read as Windows-1252 - save it as UTF-8 if letters come out wrong")
+        return data.decode("cp1252", "replace")
+
+
+def _parse(text: str) -> tuple[list[tuple[Cue, list[str]]], int]:
+    """Return the cues with their lines, in order of time, and the number of those that are broken."""
+    cues, num_broken = list[tuple[Cue, list[str]]](), 0
+    for block in re.split(r"\n{2,}", text.strip("\n")):
+        lines = block.split("\n")
+        starts = [number for number, line in enumerate(lines) if "-->" in line]
+        num_broken += not starts and not _NO_CUE.match(block) and any(_clean(line) for line in lines)
+        for start, end in pairwise([*starts, len(lines)]):
+            # Where the empty line between two cues is missing, the next one's number ends this one's words.
+            words = lines[start + 1 : end - 1 if end < len(lines) and lines[end - 1].strip().isdigit() else end]
+            words = [cleaned for cleaned in map(_clean, words) if cleaned]
+            times = _times(lines[start])
+            if times is None:
+                num_broken += 1
+            elif words:
+                cues.append((Cue(" ".join(words), *times), words))
+    return sorted(cues, key=lambda cue: cue[0].begin_seconds or 0.0), num_broken
+
+
+def _times(line: str) -> tuple[float, float] | None:
+    matched = _TIMES.fullmatch(line)
+    if matched is None:
+        return None
+    begin, end = _seconds(matched.groups()[:4]), _seconds(matched.groups()[4:8])
+    return (begin, end) if begin < end else None
+
+
+def _seconds(parts: Sequence[str | None]) -> float:
+    hours, minutes, seconds, fraction = parts
+    whole = int(hours or 0) * 3600 + int(minutes or 0) * 60 + int(seconds or 0)
+    return whole + int((fraction or "0").ljust(3, "0")) / 1000
+
+
+def _clean(line: str) -> str:
+    shown = html.unescape(_TAGS.sub("", _LINE_BREAKS.sub(" ", line)))
+    return " ".join(_INVISIBLE.sub("", shown).split())
+
+
+def _without_repeats(cues: Iterable[tuple[Cue, list[str]]]) -> list[Cue]:
+    """Leave out lines that a cue shows on from the one before it, and cues that show nothing new."""
+    kept: list[Cue] = []
+    shown, until = list[str](), 0.0
+    for cue, lines in cues:
+        assert cue.begin_seconds is not None and cue.end_seconds is not None
+        new = _after_repeated(lines, shown) if cue.begin_seconds <= until + GAP_SECONDS else lines
+        if new:
+            kept.append(replace(cue, text=" ".join(new)))
+        elif kept:
+            kept[-1] = replace(kept[-1], end_seconds=max(kept[-1].end_seconds or 0.0, cue.end_seconds))
+        shown, until = lines, cue.end_seconds
+    return kept
+
+
+def _after_repeated(lines: list[str], shown: list[str]) -> list[str]:
+    for count in range(min(len(lines), len(shown), MAX_SHOWN), 0, -1):
+        if shown[-count:] == lines[:count]:
+            return lines[count:]
+    return lines

@@ -1,0 +1,187 @@
+"""What tests of the server share: an index that answers without a model, and the server around it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from starlette.testclient import TestClient
+
+from svb.data.description import publish_description
+from svb.retrieve.answer import Answer, Moment, SearchRequest, VideoResult
+from svb.retrieve.manifest import FORMAT_VERSION, read_manifest
+from svb.retrieve.results import VideoInfo
+from svb.retrieve.server.access import Access
+from svb.retrieve.server.app import make_app
+from svb.retrieve.server.options import ServeOptions
+from svb.retrieve.server.service import Service
+
+BASE_URL = "http://localhost:8765"
+
+
+def key_of(video_id: str) -> str:
+    return hashlib.sha256(video_id.encode()).hexdigest()[:16]
+
+
+def commit(folder: Path, generation: int, videos: dict[str, Path], **more: Any) -> None:
+    """Write a manifest for a fake index; the videos stand in it, where a real one names segments."""
+    manifest = {
+        "format": "svb index",
+        "generation": generation,
+        "model": {"kind": "fake"},
+        "model_fingerprint": "fake",
+        "videos": len(videos),
+        "moments_total": 2 * len(videos),
+        "metadata": [{"columns": {"place": "text"}}],
+        "captions": [],
+        "normalise": None,
+        "held": {video_id: [str(path), _mtime_ns(path)] for video_id, path in videos.items()},
+        **more,
+    }
+    publish_description(folder / "manifest.json", manifest, format_version=FORMAT_VERSION)
+
+
+class FakeSearcher:
+    """Answers with all videos of its manifest, in the order of their names.
+
+    A text `slow` waits for `release`, and says by `started` that it does.
+    """
+
+    release, started = threading.Event(), threading.Semaphore(0)
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.manifest = path, read_manifest(path)
+        self.generation = self.manifest["generation"]
+        held = self.manifest["held"]
+        self._ids = sorted(held)
+        self._held = held
+        mtimes = np.array([held[video_id][1] for video_id in self._ids], np.int64)
+        self.vectors = SimpleNamespace(
+            num_videos=len(held), mtime_ns=mtimes, row_of=self._ids.index, video_id=self._ids.__getitem__
+        )
+
+    def video(self, key: str) -> Any:
+        for video_id in self._ids:
+            if key_of(video_id) == key:
+                return VideoInfo(key, video_id, self._held[video_id][0], 2.0, {"place": "here"})
+        return None
+
+    def search(self, request: SearchRequest) -> Answer:
+        if request.text == "slow":
+            FakeSearcher.started.release()
+            assert FakeSearcher.release.wait(20)
+        if request.text == "broken":
+            raise ZeroDivisionError("a bug")
+        moments = (Moment(0.0, 1.0, 0.5, 0.5),)
+        results = [
+            VideoResult(rank, 0.5, "fair", video_id, key_of(video_id), self._held[video_id][0], 2.0, moments)
+            for rank, video_id in enumerate(self._ids[: request.k], start=1)
+        ]
+        held = {"num_videos": len(self._ids), "num_moments": 2 * len(self._ids), "generation": self.generation}
+        return Answer(
+            request,
+            tuple(results),
+            (),
+            "fair",
+            exact=True,
+            recall=None,
+            normalised=False,
+            elapsed_seconds={},
+            **held,
+        )
+
+    def search_embedding(self, embedding: Any, request: SearchRequest) -> Answer:
+        return self.search(request)
+
+
+class Serving:
+    """A server around a fake index, and a client of it."""
+
+    def __init__(self, folder: Path, client: TestClient, service: Service, access: Access) -> None:
+        self.folder, self.client, self.service, self.access = folder, client, service, access
+
+
+@contextlib.contextmanager
+def serving(
+    folder: Path,
+    *,
+    token: str | None = None,
+    is_loopback: bool = True,
+    open_searcher: Callable[[], Any] | None = None,
+    **options: Any,
+) -> Iterator[Serving]:
+    cache = folder / "cache"
+    cache.mkdir(exist_ok=True)
+    service = Service(folder, cache, open_searcher or (lambda: FakeSearcher(folder)), ServeOptions(**options))
+    access = Access(token, is_loopback=is_loopback, port=8765)
+    app = make_app(service, access)
+    with TestClient(app, base_url=BASE_URL, follow_redirects=False) as client:
+        try:
+            yield Serving(folder, client, service, access)
+        finally:
+            FakeSearcher.release.set()
+            assert client.portal is not None
+            client.portal.call(service.close)
+
+
+def _mtime_ns(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 1
+
+
+class Server:
+    """A real `svb serve` in a process of its own."""
+
+    def __init__(self, index: Path, *arguments: str, env: dict[str, str] | None = None) -> None:
+        command = [sys.executable, "-m", "svb", "serve", "--index", str(index), "--port", "0", *arguments]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **(env or {})}
+        )
+        assert self.process.stderr is not None
+        self.greeting = self.process.stderr.readline()
+        match = re.search(r"http://\S+:(\d+)", self.greeting)
+        assert match is not None, self.greeting + self.process.stderr.read()
+        self.url, self.port = match[0], int(match[1])
+
+    def stop(self, number: int = signal.SIGTERM) -> tuple[int, str]:
+        """Send a signal; return the exit status and what was said on stderr after the first line."""
+        self.process.send_signal(number)
+        stdout, stderr = self.process.communicate(timeout=20)
+        assert not stdout
+        return self.process.returncode, stderr
+
+    def children(self) -> list[int]:
+        """Return the processes that it started."""
+        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        return [int(pid) for task in tasks for pid in task.read_text().split()]
+
+    def memory_maps(self) -> str:
+        return Path(f"/proc/{self.process.pid}/maps").read_text()
+
+    def raw(self, request: bytes) -> bytes:
+        """Send bytes as they are and return what comes until the server closes."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=20) as connection:
+            connection.sendall(request)
+            return b"".join(iter(lambda: connection.recv(1 << 16), b""))
+
+
+@contextlib.contextmanager
+def running(index: Path, *arguments: str, env: dict[str, str] | None = None) -> Iterator[Server]:
+    server = Server(index, *arguments, env=env)
+    try:
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.process.kill()
+        server.process.communicate()

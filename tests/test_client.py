@@ -1,0 +1,246 @@
+from __future__ import annotations
+
+import json
+import os
+import resource
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from email.message import Message
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from svb.cli.client import Server, running_server
+from svb.retrieve.answer import Answer, CaptionResult, Moment, SearchRequest, VideoResult
+
+HEAVY = {
+    "torch",
+    "numpy",
+    "h5py",
+    "faiss",
+    "pandas",
+    "av",
+    "PIL",
+    "onnxruntime",
+    "tokenizers",
+    "http.client",
+    "ssl",
+}
+
+
+def make_answer(num_results: int = 2) -> dict[str, Any]:
+    results = tuple(
+        VideoResult(n, 0.4, "fair", f"v{n}", "0" * 16, f"/videos/v{n}.mp4", 9.5, (Moment(0.0, 4.0, 2.0, 0.4),))
+        for n in range(1, num_results + 1)
+    )
+    seconds = {"embed": 0.0, "scan": 0.01, "total": 0.01}
+    captions = (CaptionResult(1, 0.5, "a dog", "training"),)
+    asked = SearchRequest(text="what the server thinks it was")
+    return Answer(asked, results, captions, "fair", 2, 4, True, None, False, 3, seconds).as_json()
+
+
+@dataclass
+class Stub:
+    """A server that answers every request alike, and keeps what it was sent."""
+
+    port: int = 0
+    status: int = 200
+    body: bytes = b""
+    seen: list[tuple[str, Message, bytes]] = field(default_factory=list)
+
+
+@pytest.fixture
+def stub() -> Iterator[Stub]:
+    stub = Stub(body=json.dumps(make_answer()).encode())
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            stub.seen.append((self.path, self.headers, self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(stub.status)
+            self.send_header("Content-Length", str(len(stub.body)))
+            self.end_headers()
+            self.wfile.write(stub.body)
+
+        def log_message(self, *arguments: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        stub.port = server.server_port
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield stub
+        server.shutdown()
+
+
+def announce(index: Path, port: int, **changes: object) -> Path:
+    """Write what a server leaves in the cache of its index; returns the index."""
+    held = {"url": f"http://127.0.0.1:{port}", "pid": os.getpid(), "token": None, **changes}
+    (index / "cache").mkdir(parents=True, exist_ok=True)
+    (index / "cache" / "server.json").write_text(json.dumps(held))
+    return index
+
+
+def test_a_text_is_posted_and_answered(stub: Stub, tmp_path: Path) -> None:
+    server = running_server(announce(tmp_path, stub.port, token="secret-1"))
+    assert server == Server("127.0.0.1", stub.port, "secret-1") and server.url == f"http://127.0.0.1:{stub.port}"
+    request = SearchRequest(text="a dög", plus=("x",), k=3)
+    answer = server.search(request)
+    assert answer is not None and answer.request == request
+    assert [result.video_id for result in answer.results] == ["v1", "v2"] and answer.generation == 3
+    ((path, headers, body),) = stub.seen
+    assert (path, json.loads(body)) == ("/api/search", {"text": "a dög", "plus": ["x"], "k": 3})
+    assert headers["Authorization"] == "Bearer secret-1" and headers["Content-Type"] == "application/json"
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_a_file_is_uploaded_as_a_form(stub: Stub, tmp_path: Path, kind: str) -> None:
+    content = os.urandom(3 * 2**20) + b"\r\n--\r\n"
+    file = tmp_path / 'od"d\nname.MP4'
+    file.write_bytes(content)
+    request = SearchRequest(**{kind: str(file)}, k=4, span_seconds=(1.0, 2.5) if kind == "video" else None)
+    server = running_server(announce(tmp_path, stub.port))
+    assert server is not None
+    answer = server.search(request)
+    assert answer is not None and answer.request == request
+    ((path, headers, body),) = stub.seen
+    assert path == "/api/search/file" and headers["Authorization"] is None
+    # What the server's own parser makes of it.
+    assert form_of(headers["Content-Type"], body) == {
+        "kind": (None, kind.encode()),
+        "request": (
+            None,
+            json.dumps({**({"span_seconds": [1.0, 2.5]} if kind == "video" else {}), "k": 4}).encode(),
+        ),
+        "file": ("query.MP4", content),
+    }
+
+
+def form_of(content_type: str, body: bytes) -> dict[str, tuple[str | None, bytes]]:
+    import io
+
+    from python_multipart import parse_form
+
+    held: dict[str, tuple[str | None, bytes]] = {}
+
+    def on_field(part: Any) -> None:
+        held[part.field_name.decode()] = (None, part.value)
+
+    def on_file(part: Any) -> None:
+        part.file_object.seek(0)
+        held[part.field_name.decode()] = (part.file_name.decode(), part.file_object.read())
+
+    headers = {"Content-Type": content_type.encode(), "Content-Length": str(len(body)).encode()}
+    parse_form(headers, io.BytesIO(body), on_field, on_file)
+    return held
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 413, 415, 429, 500, 503])
+def test_a_server_that_refuses_is_done_without(stub: Stub, tmp_path: Path, status: int) -> None:
+    stub.status, stub.body = status, b'{"error": "no"}'
+    server = running_server(announce(tmp_path, stub.port))
+    assert server is not None and server.search(SearchRequest(text="a")) is None
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"null", b'"x"', b"{}", b'{"results": 3}', b"\xff", b'{"results": [{"rank": 1}]}']
+)
+def test_an_answer_that_is_none_is_done_without(stub: Stub, tmp_path: Path, body: bytes) -> None:
+    stub.body = body
+    server = running_server(announce(tmp_path, stub.port))
+    assert server is not None and server.search(SearchRequest(text="a")) is None
+
+
+@pytest.mark.parametrize("says", [b"", b"SSH-2.0-OpenSSH_9.6\r\n", b"HTTP/1.1 200 OK\r\n\r\n"])
+def test_what_speaks_otherwise_or_hangs_up_is_done_without(tmp_path: Path, says: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                connection.sendall(says)
+
+        threading.Thread(target=answer, daemon=True).start()
+        server = running_server(announce(tmp_path, listening.getsockname()[1]))
+        assert server is not None and server.search(SearchRequest(text="a")) is None
+
+
+def test_nobody_there_is_no_error(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+    server = running_server(announce(tmp_path, port))
+    assert server is not None and server.search(SearchRequest(text="a")) is None
+    assert server.search(SearchRequest(image=str(tmp_path / "none.png"))) is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"pid": 2**22 + 5},  # past the largest that Linux gives
+        {"pid": 0},
+        {"pid": -1},
+        {"pid": "1"},
+        {"pid": 10**30},
+        {"url": "http://example.org:80"},
+        {"url": "http://127.0.0.1.example.org:80"},
+        {"url": "http://10.0.0.1:80"},
+        {"url": "https://127.0.0.1:80"},
+        {"url": "http://127.0.0.1"},
+        {"url": "http://127.0.0.1:80@example.org"},
+        {"url": None},
+        {"token": 3},
+        {"token": "a\r\nHost: b"},
+        {"token": "ü"},
+    ],
+)
+def test_what_cannot_be_this_users_server_is_not_believed(tmp_path: Path, changes: dict[str, object]) -> None:
+    assert running_server(announce(tmp_path, 80, **changes)) is None
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"3", b"\xff", b'{"url": "http://127.0.0.1:80"}'])
+def test_a_damaged_announcement_is_none(tmp_path: Path, content: bytes | None) -> None:
+    (tmp_path / "cache").mkdir()
+    if content is not None:
+        (tmp_path / "cache" / "server.json").write_bytes(content)
+    assert running_server(tmp_path) is None
+
+
+def test_another_loopback_address_is_this_machine(tmp_path: Path) -> None:
+    assert running_server(announce(tmp_path, 0, url="http://[::1]:81/")) == Server("::1", 81, None)
+    assert running_server(announce(tmp_path, 0, url="http://localhost:81")) == Server("localhost", 81, None)
+    assert Server("::1", 81, None).url == "http://[::1]:81"
+
+
+@pytest.mark.parametrize("printed", [[], ["--json"], ["--paths"]])
+def test_a_search_through_a_server_imports_nothing_heavy(stub: Stub, tmp_path: Path, printed: list[str]) -> None:
+    announce(tmp_path, stub.port)
+    arguments = ["search", "a dog", *printed, "--index", str(tmp_path)]
+    code = (
+        f"import sys; from svb.cli import run; assert run({arguments!r}) == 0; print(*sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "v1" in done.stdout and "by the server at" in done.stderr
+    loaded = set(done.stderr.splitlines()[-1].split())
+    assert "svb.cli.client" in loaded
+    assert not loaded & HEAVY
+
+
+def test_a_search_through_a_server_costs_little(stub: Stub, tmp_path: Path) -> None:
+    announce(tmp_path, stub.port)
+    command = [sys.executable, "-m", "svb", "search", "a dog", "--index", str(tmp_path)]
+    costs = []
+    for _ in range(5):
+        before = cpu_seconds_of_children()
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and "by the server at" in done.stderr, done.stderr
+        costs.append(cpu_seconds_of_children() - before)
+    # Generous: others use these cores too. Without a server it is several times as much.
+    assert min(costs) < 0.3, costs
+
+
+def cpu_seconds_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

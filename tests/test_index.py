@@ -1,0 +1,453 @@
+"""`svb index`: what an index holds, and that every commit leaves it whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import synthetic
+import torch
+from conftest import RunSvb
+from indexes import CONFIG, MOMENTS, content, edit_manifest, files_of, only_segment, open_index, remove
+
+from svb.data.description import publish_description
+from svb.data.feature_store import FeatureStore
+from svb.data.publish import FolderLock
+from svb.errors import InputError, MismatchError, StoreError, UsageError
+from svb.retrieve import embed_segment, index_writer, merge
+from svb.retrieve import manifest as manifest_module
+from svb.retrieve.columns import StringColumn
+from svb.retrieve.index import index
+from svb.retrieve.manifest import read_manifest, read_whole
+from svb.retrieve.segment import Segment, open_segments
+from svb.retrieve.verify_index import verify_index
+from svb.train.run import train
+
+# Tensors this small are slower on two threads than on one.
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def store(indexed_run: Path, tmp_path: Path) -> Path:
+    """A copy of the store of `built_index` that the test may change."""
+    return Path(shutil.copytree(indexed_run.parent / "features", tmp_path / "features"))
+
+
+@pytest.fixture(scope="module")
+def other(indexed_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another run on the same store."""
+    folder = tmp_path_factory.mktemp("other")
+    config = dataclasses.replace(CONFIG, seed=1, embedding_size=8)
+    return train(indexed_run.parent / "features", indexed_run.parent / "captions.h5", folder / "run", config)
+
+
+class TestContent:
+    """What an index holds."""
+
+    def test_all_videos_with_embeddings_of_length_1(self, built_index: Path, indexed_run: Path) -> None:
+        segment = only_segment(built_index)
+        store = FeatureStore(indexed_run.parent / "features")
+        assert segment.video_ids.tolist() == store.video_ids
+        assert segment.content_hashes.tolist() == [store.records[v].content_hash for v in store.video_ids]
+        assert segment.duration_seconds.tolist() == [store.records[v].duration_seconds for v in store.video_ids]
+        for embeddings in (segment.video_embeddings, segment.moment_embeddings):
+            np.testing.assert_allclose(np.linalg.norm(embeddings.astype(np.float64), axis=1), 1, atol=1e-3)
+
+    @pytest.mark.parametrize(("seconds", "stride"), [(4.0, 2.0), (1.0, 1.0), (2.5, 0.7), (100.0, 3.0)])
+    @pytest.mark.parametrize("gap", [1.0, 0.37])
+    def test_moments_lie_within_the_video_and_cover_every_frame(
+        self, indexed_run: Path, tmp_path: Path, seconds: float, stride: float, gap: float
+    ) -> None:
+        random = np.random.default_rng(0)
+        lengths = [1, 2, 3, 9, 30]
+        videos = {f"v{length:02}": random.normal(size=(length, 24)) for length in lengths}
+        durations = {"v01": 0.2, "v02": 1.5 * gap, "v09": float("nan"), "v30": 29.2 * gap}
+        store = synthetic.make_store(
+            tmp_path / "features", videos, seconds_between_frames=gap, durations_seconds=durations
+        )
+        if gap == 1.0:
+            folder = index(
+                indexed_run, tmp_path / "index", store=store, moment_seconds=seconds, moment_stride_seconds=stride
+            )
+        else:  # indexed_run on features of another sampling: a run of its own
+            rows = [(video_id, "a dog and a dog", "train") for video_id in videos]
+            captions = synthetic.make_captions(tmp_path / "captions.h5", rows, random.normal(size=(5, 20)))
+            own = train(store, captions, tmp_path / "run", CONFIG)
+            folder = index(own, tmp_path / "index", moment_seconds=seconds, moment_stride_seconds=stride)
+        segment = only_segment(folder)
+        assert math.isnan(segment.duration_seconds[lengths.index(9)])
+        for video, length in enumerate(lengths):
+            own_moments = segment.moment_seconds[segment.moment_offsets[video] : segment.moment_offsets[video + 1]]
+            duration = durations.get(f"v{length:02}", length * gap)
+            end = length * gap if np.isnan(duration) else duration
+            begins, ends = own_moments.T
+            assert (begins < ends).all() and (ends - begins <= seconds + 1e-9).all()
+            assert begins[0] == 0 and (begins >= 0).all() and (ends <= end + 1e-6).all()
+            assert np.diff(begins) == pytest.approx(stride)
+            for time_seconds in np.arange(length) * gap:
+                assert any(begin - 1e-6 <= time_seconds < end for begin, end in own_moments), (length, time_seconds)
+
+    def test_one_moment_as_long_as_the_video_is_the_video(self, indexed_run: Path, tmp_path: Path) -> None:
+        segment = only_segment(index(indexed_run, tmp_path / "index", moment_seconds=1000))
+        np.testing.assert_allclose(segment.moment_embeddings, segment.video_embeddings, atol=1e-3)
+
+    def test_the_same_run_gives_the_same_index(self, indexed_run: Path, built_index: Path, tmp_path: Path) -> None:
+        again = index(indexed_run, tmp_path / "index", **MOMENTS)
+        assert (again / "manifest.json").read_bytes() == (built_index / "manifest.json").read_bytes()
+
+    def test_it_opens_without_reading_vectors(self, built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        manifest = read_manifest(built_index)
+        mapped = [
+            open_segments(built_index, manifest)[0].video_embeddings,
+            only_segment(built_index).moment_embeddings,
+        ]
+        assert all(isinstance(array.base, np.memmap) for array in mapped)
+
+    def test_nothing_heavy_is_imported_to_open_it(self, built_index: Path) -> None:
+        program = (
+            "import sys; from pathlib import Path; from svb.retrieve.manifest import read_manifest, read_whole;"
+            "from svb.retrieve.segment import open_segments; folder = Path(sys.argv[1]);"
+            "print(read_whole(folder, lambda manifest: open_segments(folder, manifest))[0].num_videos);"
+            "print([name for name in ('torch', 'h5py', 'pandas', 'scipy', 'faiss') if name in sys.modules])"
+        )
+        ran = subprocess.run(
+            [sys.executable, "-c", program, built_index], capture_output=True, text=True, check=True
+        )
+        assert ran.stdout == "80\n[]\n"
+
+
+@pytest.mark.parametrize("strings", [[], [""], ["a", "", "ünïcödé 🎬", "x" * 1000], ["", ""]])
+def test_a_column_of_strings_comes_back(strings: list[str], tmp_path: Path) -> None:
+    StringColumn.of(strings).write(tmp_path, "name")
+    column = StringColumn.open(tmp_path, "name")
+    assert column.tolist() == list(column) == strings
+    assert [column[row] for row in range(len(column))] == strings
+    for row in (-1, len(strings)):
+        with pytest.raises(IndexError, match=f"row {row} of a column"):
+            column[row]
+
+
+class TestUsage:
+    """What means nothing is refused before anything is written."""
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"moment_seconds": 0.0},
+            {"moment_seconds": float("nan")},
+            {"moment_stride_seconds": float("nan")},
+            {"moment_stride_seconds": 0.0},
+            {"moment_seconds": 2.0, "moment_stride_seconds": 3.0},
+            {"text_precision": "float8"},
+            {"latency_budget_seconds": 0.0},
+            {"latency_budget_seconds": float("nan")},
+            {"watch_seconds": 0.0},
+        ],
+    )
+    def test_options(self, indexed_run: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+        with pytest.raises(UsageError, match="expected"):
+            index(indexed_run, tmp_path / "index", **options)
+        assert not (tmp_path / "index").exists()
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (("--latency-budget", "100"), "--latency-budget got '100' - expected a time with its unit"),
+            (("--latency-budget", "fast"), "expected a time with its unit, such as 100ms or 0.1s"),
+            (("--watch-seconds", "5"), "got --watch-seconds 5 without --watch"),
+            (("--watch", "--watch-seconds", "0"), "watch_seconds is 0.0 - expected a number above 0"),
+        ],
+    )
+    def test_command_line(
+        self, indexed_run: Path, tmp_path: Path, run_svb: RunSvb, arguments: tuple[str, ...], words: str
+    ) -> None:
+        ran = run_svb("index", indexed_run, "-o", tmp_path / "index", *arguments)
+        assert ran.exit_code == 2 and words in ran.stderr and not (tmp_path / "index").exists()
+
+    def test_what_is_no_run_leaves_no_folder(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="is neither a run"):
+            index(tmp_path, tmp_path / "index")
+        assert not (tmp_path / "index").exists()
+
+
+class TestSegments:
+    """Memory and loss are bounded by a segment: it is committed by itself."""
+
+    def test_each_is_committed_and_a_run_that_fails_goes_on(
+        self, indexed_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedded: list[str]
+    ) -> None:
+        out, commits = tmp_path / "index", []
+        monkeypatch.setattr(embed_segment, "SEGMENT_VIDEOS", 30)
+        monkeypatch.setattr(merge, "choose_merges", lambda segments: [])
+        monkeypatch.setattr(index_writer, "choose_merges", lambda segments: [])
+        commit = index_writer.commit
+
+        def check(folder: Path, manifest: Mapping[str, Any]) -> None:
+            if len(commits) == 2:
+                raise OSError("the disk is full")
+            commit(folder, manifest)
+            assert verify_index(folder) == []
+            commits.append((len(content(folder)), manifest["generation"]))
+
+        monkeypatch.setattr(index_writer, "commit", check)
+        with pytest.raises(OSError, match="the disk is full"):
+            index(indexed_run, out)
+        assert commits == [(30, 1), (60, 2)] and verify_index(out) == [] and len(content(out)) == 60
+        monkeypatch.setattr(index_writer, "commit", commit)
+        embedded.clear()
+        index(indexed_run, out)
+        assert sorted(embedded) == [f"clip{number:03}" for number in range(60, 80)]
+        assert [segment.num_videos for segment in open_index(out)] == [30, 30, 20]
+        assert read_manifest(out)["captions"] and read_manifest(out)["heads"]
+
+    def test_a_run_that_fails_at_its_end_is_finished_by_the_next(
+        self, indexed_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedded: list[str]
+    ) -> None:
+        def fail(*arguments: Any, **options: Any) -> Any:
+            raise OSError("the disk is full")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("svb.retrieve.make_hubs.index_hubs", fail)
+            with pytest.raises(OSError, match="the disk is full"):
+                index(indexed_run, tmp_path / "index")
+        manifest = read_manifest(tmp_path / "index")
+        assert manifest["videos"] == 80 and manifest["hubs"] == [] and manifest["normalise"] is None
+        embedded.clear()
+        index(indexed_run, tmp_path / "index")
+        manifest = read_manifest(tmp_path / "index")
+        assert len(manifest["hubs"]) == 1 and manifest["normalise"] is not None and embedded == []
+
+    @pytest.mark.parametrize(
+        ("limit", "value", "sizes"),
+        [("SEGMENT_VIDEOS", 32, [32, 32, 16]), ("SEGMENT_BYTES", 1, [1] * 80), ("SEGMENT_MOMENTS", 1, [1] * 80)],
+    )
+    def test_limits(
+        self, indexed_run: Path, monkeypatch: pytest.MonkeyPatch, limit: str, value: int, sizes: list[int]
+    ) -> None:
+        monkeypatch.setattr(embed_segment, limit, value)
+        store = FeatureStore(indexed_run.parent / "features")
+        windows = embed_segment.MomentWindows(4, 2)
+        batches = list(embed_segment.embedding_batches(store, synthetic.BACKBONE, store.video_ids, windows))
+        assert [len(batch) for batch in batches] == sizes
+        assert sorted(itertools.chain(*batches)) == store.video_ids
+
+    def test_merging_changes_no_video(
+        self, indexed_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(embed_segment, "SEGMENT_VIDEOS", 7)
+        before: dict[str, tuple[object, ...]] = {}
+
+        def no_merges(segments: Sequence[Segment]) -> list[tuple[int, int]]:
+            return []
+
+        with monkeypatch.context() as patch:
+            patch.setattr(index_writer, "choose_merges", no_merges)
+            out = index(indexed_run, tmp_path / "index")
+            before = content(out)
+            assert len(open_index(out)) == 12
+        monkeypatch.setattr(merge, "BLOCK_ROWS", 10)
+        index(indexed_run, out)
+        assert len(open_index(out)) == 1 and content(out) == before and verify_index(out) == []
+        assert len(list((out / "segments").iterdir())) == 1
+
+    def test_a_segment_with_many_deletions_is_copied_without_them(
+        self, indexed_run: Path, store: Path, own_index: Path
+    ) -> None:
+        (key,) = (entry["key"] for entry in read_manifest(own_index)["segments"])
+        remove(store, *(f"clip{number:03}" for number in range(5)))
+        index(indexed_run, own_index, store=store, prune=True)
+        (entry,) = read_manifest(own_index)["segments"]
+        assert entry["key"] == key and entry["deleted"]["videos"] == 5
+        remove(store, *(f"clip{number:03}" for number in range(5, 30)))
+        index(indexed_run, own_index, store=store, prune=True)
+        (entry,) = read_manifest(own_index)["segments"]
+        assert entry["key"] != key and entry["deleted"] is None and entry["videos"] == 50
+        assert not list((own_index / "tombstones").iterdir())
+
+    @pytest.mark.parametrize("seed", range(20))
+    def test_there_are_few_segments_and_rows_are_seldom_copied(self, seed: int) -> None:
+        random, sizes, moved = np.random.default_rng(seed), list[int](), 0
+        for _ in range(300):
+            sizes.append(int(random.integers(1, 50)))
+            for begin, end in reversed(merge.choose_merges([of_size(size) for size in sizes], 2000)):
+                moved += sum(sizes[begin:end])
+                sizes[begin:end] = [sum(sizes[begin:end])]
+            small = [size for size in sizes if size < 2000]
+            assert small == sizes[len(sizes) - len(small) :]
+            assert all(size > sum(small[s + 1 :]) for s, size in enumerate(small) if s + 1 < len(small))
+        assert moved <= sum(sizes) * math.log2(2000)
+        assert max(sizes) < 2 * 2000
+
+    def test_full_ones_are_left_alone(self) -> None:
+        sizes = [100, 100, 5, 100, 1, 2]
+        assert merge.choose_merges([of_size(size) for size in sizes], 100) == [(4, 6)]
+        assert merge.choose_merges([], 100) == []
+
+
+def of_size(num_moments: int, deleted: int = 0) -> Segment:
+    """Return a segment of videos of one moment."""
+    nothing = StringColumn.of([])
+    rows = np.zeros((num_moments, 1), np.float16)
+    numbers = np.zeros(num_moments, np.int64)
+    return Segment(
+        *("", rows, rows, np.arange(num_moments + 1), np.zeros((num_moments, 2)), numbers.astype(float)),
+        *(numbers, numbers, nothing, nothing, nothing, np.arange(deleted)),
+    )
+
+
+class TestCommits:
+    """The manifest is the commit point, and what it names is there."""
+
+    def test_it_is_written_when_all_it_names_is_there(
+        self, indexed_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real, checked = manifest_module.publish_description, []
+
+        def check(path: Path, manifest: Any, **options: Any) -> None:
+            real(path, manifest, **options)
+            checked.append(verify_index(path.parent))
+
+        monkeypatch.setattr(manifest_module, "publish_description", check)
+        index(indexed_run, tmp_path / "index")
+        assert checked and all(problems == [] for problems in checked)
+
+    def test_a_rebuild_that_fails_leaves_the_old_index(
+        self, own_index: Path, indexed_run: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before = content(own_index)
+
+        def fail(path: Path, value: Any, **options: Any) -> None:
+            raise OSError("the disk is full")
+
+        monkeypatch.setattr(manifest_module, "publish_description", fail)
+        with pytest.raises(OSError, match="the disk is full"):
+            index(indexed_run, own_index, moment_seconds=1, moment_stride_seconds=1, rebuild=True)
+        monkeypatch.undo()
+        assert content(own_index) == before and verify_index(own_index) == []
+        index(indexed_run, own_index)
+        assert {len(list((own_index / part).iterdir())) for part in ("segments", "captions", "heads")} == {1}
+
+    def test_what_was_opened_before_a_commit_can_still_be_read(self, own_index: Path, indexed_run: Path) -> None:
+        segment = only_segment(own_index)
+        expected = np.array(only_segment(own_index).moment_embeddings)
+        index(indexed_run, own_index, moment_seconds=1, rebuild=True)
+        assert not (own_index / "segments" / segment.key).exists()
+        np.testing.assert_array_equal(segment.moment_embeddings, expected)
+
+    def test_an_index_that_is_committed_while_it_is_opened_is_opened_again(
+        self, own_index: Path, indexed_run: Path
+    ) -> None:
+        manifests = []
+
+        def open_late(manifest: dict[str, Any]) -> list[Segment]:
+            manifests.append(manifest["generation"])
+            if len(manifests) == 1:
+                index(indexed_run, own_index, moment_seconds=1, rebuild=True)
+            return open_segments(own_index, manifest)
+
+        (segment,) = read_whole(own_index, open_late)
+        assert manifests[1] > manifests[0] and (np.diff(segment.moment_seconds).max()) <= 1
+
+    def test_a_part_that_is_lost_is_an_error(self, own_index: Path) -> None:
+        shutil.rmtree(own_index / "segments")
+        with pytest.raises(
+            StoreError, match=r"segments.* is damaged .* make the index again with `svb index --reb"
+        ):
+            open_index(own_index)
+
+    def test_building_into_a_folder_removes_nothing_of_others(self, indexed_run: Path, tmp_path: Path) -> None:
+        mine = tmp_path / "captions" / "mine"
+        mine.mkdir(parents=True)
+        (tmp_path / "captions" / "notes.txt").write_text("keep")
+        index(indexed_run, tmp_path)
+        index(indexed_run, tmp_path, moment_seconds=1, rebuild=True)
+        assert mine.is_dir() and (tmp_path / "captions" / "notes.txt").read_text() == "keep"
+
+    def test_there_is_one_writer(self, own_index: Path, indexed_run: Path, run_svb: RunSvb) -> None:
+        lock = FolderLock(own_index)
+        lock.take()
+        before = files_of(own_index)
+        ran = run_svb("index", indexed_run, "-o", own_index)
+        assert ran.exit_code == 1
+        assert f"cannot lock {own_index} for writing - another process is writing to it" in ran.stderr
+        assert files_of(own_index) == before and len(content(own_index)) == 80  # readers need no lock
+        lock.close()
+        assert run_svb("index", indexed_run, "-o", own_index).exit_code == 0
+
+
+class TestAnotherModel:
+    """What two models made is never put into one index, and never wiped in silence."""
+
+    def test_it_is_refused_with_the_two_ways_out(
+        self, own_index: Path, other: Path, tmp_path: Path, run_svb: RunSvb
+    ) -> None:
+        before = files_of(own_index)
+        ran = run_svb("index", other, "-o", own_index)
+        assert ran.exit_code == 1 and files_of(own_index) == before
+        assert f"{own_index} was made with another model or other moments (" in ran.stderr
+        assert "model.config.embedding_size: stored 16, wanted 8" in ran.stderr
+        assert "model.weights: stored " in ran.stderr
+        assert "write to another folder with -o, or make all of it again with --rebuild" in ran.stderr
+        assert run_svb("index", other, "-o", tmp_path / "another").exit_code == 0
+        assert only_segment(tmp_path / "another").embedding_size == 8
+        generation = read_manifest(own_index)["generation"]
+        assert run_svb("index", other, "-o", own_index, "--rebuild").exit_code == 0
+        assert only_segment(own_index).embedding_size == 8 and verify_index(own_index) == []
+        assert read_manifest(own_index)["generation"] == generation + 1  # in one commit
+
+    @pytest.mark.parametrize("options", [{"moment_seconds": 4.0}, {"moment_stride_seconds": 2.0}])
+    def test_other_moments_are_refused(self, own_index: Path, indexed_run: Path, options: dict[str, float]) -> None:
+        before = files_of(own_index)
+        with pytest.raises(MismatchError, match=r"moments\.stride_seconds: stored 1\.0, wanted 2\.0"):
+            index(indexed_run, own_index, **options)
+        assert files_of(own_index) == before
+
+    def test_the_moments_of_before_need_not_be_named(self, own_index: Path, indexed_run: Path) -> None:
+        index(indexed_run, own_index)
+        index(indexed_run, own_index, **MOMENTS)
+        assert read_manifest(own_index)["moments"] == {"seconds": 3.0, "stride_seconds": 1.0}
+
+    def test_a_run_that_was_trained_further_is_refused(self, indexed_run: Path, tmp_path: Path) -> None:
+        folder = tmp_path / "run"
+        shutil.copytree(indexed_run, folder)
+        out = index(folder, tmp_path / "index")
+        config = dataclasses.replace(CONFIG, epochs=3)
+        shutil.rmtree(folder)
+        train(indexed_run.parent / "features", indexed_run.parent / "captions.h5", folder, config)
+        with pytest.raises(MismatchError, match=r"model\.weights: stored"):
+            index(folder, out)
+
+    def test_a_run_that_was_moved_is_the_same(self, indexed_run: Path, tmp_path: Path, embedded: list[str]) -> None:
+        folder = Path(shutil.copytree(indexed_run, tmp_path / "run"))
+        out = index(folder, tmp_path / "index")
+        embedded.clear()
+        moved = folder.rename(tmp_path / "moved")
+        index(moved, out)
+        assert embedded == []
+
+    def test_a_format_of_before_is_refused_and_rebuilt(
+        self, own_index: Path, indexed_run: Path, run_svb: RunSvb
+    ) -> None:
+        manifest = {key: value for key, value in read_manifest(own_index).items() if key != "format_version"}
+        publish_description(own_index / "manifest.json", manifest)
+        for command in (("index", indexed_run, "-o", own_index), ("verify", own_index), ("info", own_index)):
+            ran = run_svb(*command)
+            assert ran.exit_code == 1
+            assert "manifest.json has format 1 - this svb reads format 2: make the index again" in ran.stderr
+            assert f"`svb index --rebuild -o {own_index}`" in ran.stderr
+        assert run_svb("index", indexed_run, "-o", own_index, "--rebuild").exit_code == 0
+        assert verify_index(own_index) == []
+
+    def test_a_newer_format_is_refused(self, own_index: Path) -> None:
+        edit_manifest(own_index, format_version=3)
+        with pytest.raises(StoreError, match="has format 3 - this svb reads up to 2; upgrade svb"):
+            read_manifest(own_index)

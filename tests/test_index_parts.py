@@ -1,0 +1,135 @@
+"""The parts of an index beside its segments."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import synthetic
+import torch
+from conftest import RunSvb
+from indexes import files_of, touch
+
+from svb.data.caption_features import read_caption_features, write_caption_features
+from svb.errors import InputError
+from svb.retrieve.index import index
+from svb.retrieve.manifest import read_manifest
+from svb.retrieve.verify_index import verify_index
+
+# Tensors this small are slower on two threads than on one.
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def store(indexed_run: Path, tmp_path: Path) -> Path:
+    """A copy of the store of `built_index` that the test may change."""
+    return Path(shutil.copytree(indexed_run.parent / "features", tmp_path / "features"))
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+class TestParts:
+    """Captions, metadata and settings of the scan."""
+
+    @pytest.fixture(autouse=True)
+    def text_encoder(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        encoder = synthetic.make_text_encoder()
+        monkeypatch.setattr("svb.retrieve.embedder.load_matching_text_encoder", lambda settings, device: encoder)
+
+    def pools(self, folder: Path) -> dict[str, int]:
+        return {entry["name"]: entry["captions"] for entry in read_manifest(folder)["captions"]}
+
+    def test_pools_are_added_kept_and_replaced(
+        self,
+        own_index: Path,
+        indexed_run: Path,
+        tmp_path: Path,
+        said: list[str],
+        embedded: list[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        mine, other = tmp_path / "mine.txt", tmp_path / "other.txt"
+        mine.write_text("a dog\na cat\n")
+        other.write_text("a boat\n")
+        training = self.pools(own_index)
+        index(indexed_run, own_index, pools=[mine, other])
+        assert (
+            self.pools(own_index) == {**training, "mine.txt": 2, "other.txt": 1} and verify_index(own_index) == []
+        )
+        before = files_of(own_index)
+        index(indexed_run, own_index)
+        assert files_of(own_index) == before
+        with monkeypatch.context() as patch:  # what is embedded already is not embedded again
+            patch.setattr("svb.retrieve.make_pools.file_pool", None)
+            index(indexed_run, own_index, latency_budget_seconds=0.2)
+        mine.write_text("a dog\na cat\na tree\n")
+        index(indexed_run, own_index)
+        assert self.pools(own_index)["mine.txt"] == 3
+        mine.unlink()
+        index(indexed_run, own_index, on_message=said.append)
+        assert self.pools(own_index)["mine.txt"] == 3
+        assert f"{mine} has gone: what was read of it before stays a pool" in said
+        index(indexed_run, own_index, pools=[other])
+        assert self.pools(own_index) == {**training, "other.txt": 1} and verify_index(own_index) == []
+        with pytest.raises(InputError, match=r"mine\.txt"):
+            index(indexed_run, own_index, pools=[mine])
+        assert embedded == []
+
+    def test_sidecars_are_a_pool(self, indexed_run: Path, store: Path, own_index: Path, tmp_path: Path) -> None:
+        touch(store, "clip000", source_path=str(tmp_path / "clip000.mp4"))
+        (tmp_path / "clip000.srt").write_text("1\n00:00:01,000 --> 00:00:02,000\na dog barks\n")
+        index(indexed_run, own_index, store=store, sidecars=False)
+        assert "sidecars" not in self.pools(own_index)
+        index(indexed_run, own_index, store=store)  # as before
+        assert "sidecars" not in self.pools(own_index)
+        index(indexed_run, own_index, store=store, sidecars=True)
+        assert self.pools(own_index)["sidecars"] == 1
+        (tmp_path / "clip000.de.srt").write_text("1\n00:00:01,000 --> 00:00:02,000\nein Hund bellt\n")
+        index(indexed_run, own_index, store=store)
+        assert self.pools(own_index)["sidecars"] == 2 and verify_index(own_index) == []
+        before = files_of(own_index)
+        index(indexed_run, own_index, store=store)
+        assert files_of(own_index) == before
+        for path in tmp_path.glob("clip000.*srt"):
+            path.unlink()
+        index(indexed_run, own_index, store=store)
+        assert "sidecars" not in self.pools(own_index)
+
+    def test_metadata_is_added_and_kept(self, own_index: Path, indexed_run: Path, tmp_path: Path) -> None:
+        table = tmp_path / "table.csv"
+        table.write_text("video_id,place,year\nclip000,Oslo,2020\nclip001,Rome,2021\n")
+        index(indexed_run, own_index, metadata=table)
+        (entry,) = read_manifest(own_index)["metadata"]
+        assert entry["columns"] == {"place": "text", "year": "number"} and verify_index(own_index) == []
+        table.unlink()
+        index(indexed_run, own_index)
+        assert read_manifest(own_index)["metadata"] == [entry]
+
+    def test_the_latency_budget_is_kept(self, own_index: Path, indexed_run: Path, run_svb: RunSvb) -> None:
+        ran = run_svb("index", indexed_run, "-o", own_index, "--latency-budget", "250ms")
+        assert ran.exit_code == 0 and "within the budget of 250 ms" in ran.stderr
+        shutil.rmtree(own_index / "cache")
+        ran = run_svb("index", indexed_run, "-o", own_index)
+        assert "within the budget of 250 ms" in ran.stderr and (own_index / "cache" / "ivf.json").is_file()
+
+    def test_captions_of_an_index_are_distinct(self, built_index: Path) -> None:
+        from svb.retrieve.pools import open_pool
+
+        pool = open_pool(built_index, read_manifest(built_index)["captions"][0])
+        assert len(pool) == len(set(pool.captions)) == len(pool.embeddings) > 0
+
+    def test_other_captions_need_no_rebuild(
+        self, own_index: Path, indexed_run: Path, tmp_path: Path, embedded: list[str]
+    ) -> None:
+        rows = [("clip000", "a dog", "train"), ("clip001", "a cat", "train")]
+        path = synthetic.make_captions(tmp_path / "captions.h5", rows, np.eye(2, 20))
+        made = read_caption_features(path)
+        write_caption_features(path, dataclasses.replace(made, settings={**made.settings, "table_hash": "other"}))
+        index(indexed_run, own_index, captions=path)
+        assert self.pools(own_index) == {"training": 2} and embedded == []

@@ -1,0 +1,407 @@
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from segments import clustered, make_segment, random_segment, units
+
+from svb.data.description import publish_description
+from svb.retrieve import held_out, ivf, scan_speed, tune_ivf
+from svb.retrieve.ivf import IvfVectors, open_ivf, read_decision, verify_ivf
+from svb.retrieve.segment import Segment
+from svb.retrieve.tune_ivf import describe, keep_within_budget
+from svb.retrieve.vectors import SegmentVectors
+
+SIZE = 32
+NOTHING_FITS = 1e-9
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_a_clock() -> Iterator[None]:
+    """Have a search of the lists take 1 ms and one of all rows a microsecond each, on any machine."""
+
+    def seconds(vectors: Any, queries: NDArray[np.float32]) -> float:
+        return 0.001 if isinstance(vectors, IvfVectors) else 1e-6 * vectors.num_moments
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tune_ivf, "seconds_a_query", seconds)
+        yield
+
+
+@pytest.fixture(scope="module")
+def segments() -> list[Segment]:
+    return [random_segment(1500, seed=1), random_segment(900, seed=2, first=1500)]
+
+
+@pytest.fixture(scope="module")
+def built_once(segments: list[Segment], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("built")
+    assert build(folder, segments)["file"] is not None
+    return folder
+
+
+@pytest.fixture
+def built(built_once: Path, tmp_path: Path) -> Path:
+    """Return an index's folder with an approximate index of `segments`, which the test may damage."""
+    return Path(shutil.copytree(built_once, tmp_path / "built"))
+
+
+def brute_force(
+    segments: Sequence[Segment], query: NDArray[np.float32], k: int, allowed: NDArray[np.bool_] | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    scores = np.concatenate([segment.moment_embeddings.astype(np.float32) @ query for segment in segments])
+    alive = [np.isin(np.arange(segment.num_videos), segment.deleted, invert=True) for segment in segments]
+    counted = np.concatenate(alive) & (True if allowed is None else allowed)
+    owners = np.concatenate([np.diff(segment.moment_offsets) for segment in segments])
+    rows = np.flatnonzero(np.repeat(counted, owners))
+    best = rows[np.lexsort((rows, -scores[rows]))][:k]
+    return scores[best], best
+
+
+def build(
+    folder: Path, segments: Sequence[Segment], budget_seconds: float = 0.004, **options: Any
+) -> dict[str, Any]:
+    return keep_within_budget(folder, segments, budget_seconds=budget_seconds, **options)
+
+
+def decision_of(folder: Path) -> dict[str, Any]:
+    decision = read_decision(folder)
+    assert decision is not None
+    return decision
+
+
+def opened(folder: Path, segments: Sequence[Segment]) -> IvfVectors:
+    vectors, note = open_ivf(folder, SegmentVectors(segments), segments)
+    assert vectors is not None, note
+    return vectors
+
+
+def every_list(vectors: IvfVectors) -> IvfVectors:
+    """Have every list probed: then nothing is missed and answers are those of an exact scan."""
+    vectors._nprobe = vectors._index.nlist
+    vectors._rows_in_budget = 0.0
+    return vectors
+
+
+def assert_is_exact(
+    vectors: IvfVectors, segments: Sequence[Segment], k: int, allowed: NDArray[np.bool_] | None = None
+) -> None:
+    for query in clustered(8, SIZE, seed=7):
+        scores, rows = vectors.nearest(query, k, by="moment", allowed=allowed)
+        expected, expected_rows = brute_force(segments, query, k, allowed)
+        np.testing.assert_allclose(scores, expected, atol=1e-5)
+        differ = rows != expected_rows  # where two are as near as each other
+        np.testing.assert_allclose(scores[differ], expected[differ], atol=1e-6)
+        assert len(set(rows.tolist())) == len(rows)
+
+
+def test_within_the_budget_search_stays_exact_and_says_so(
+    tmp_path: Path, segments: list[Segment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune_ivf, "seconds_a_query", scan_speed.seconds_a_query)  # by the real clock
+    lines: list[str] = []
+    decision = build(tmp_path, segments, 10.0, on_message=lines.append)
+    assert decision["file"] is None and not lines
+    rows = sum(segment.num_moments for segment in segments)
+    assert describe(decision).startswith(f"exact search: {rows:,} moments scanned in ")
+    assert describe(decision).endswith(", within the budget of 10000 ms")
+    seconds, bytes_scanned = decision["exact_seconds"], rows * SIZE * 2
+    assert decision["bytes_per_second"] == pytest.approx(bytes_scanned / seconds)
+    assert open_ivf(tmp_path, SegmentVectors(segments), segments) == (None, None)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["ivf.json"]
+
+
+@pytest.mark.parametrize("with_captions", [True, False])
+def test_a_missed_budget_makes_an_index_with_the_recall_that_it_claims(
+    tmp_path: Path, segments: list[Segment], with_captions: bool
+) -> None:
+    captions = clustered(600, SIZE, seed=5).astype(np.float16) if with_captions else None
+    lines: list[str] = []
+    decision = build(tmp_path, segments, captions=captions, on_message=lines.append)
+    assert len(lines) == 1 and lines[0].endswith(": making an approximate index")
+    assert decision["queries"] == ("captions" if with_captions else "moments")
+    assert decision["measured_queries"] == (300 if with_captions else 500)
+    assert decision["recall"] >= 0.99 and decision["recall_videos"] >= 0.99
+    assert decision["nprobe"] <= decision["nlist"] // 2
+    vectors = opened(tmp_path, segments)
+    assert not vectors.exact
+    assert vectors.recall == min(decision["recall"], decision["recall_videos"])
+    assert f"{decision['nprobe']} of {decision['nlist']} lists take 1 ms" in describe(decision)
+    # Queries that neither half has seen find as much.
+    queries = clustered(300, SIZE, seed=6)
+    found = [set(vectors.nearest(query, 10, by="moment", allowed=None)[1].tolist()) for query in queries]
+    expected = [set(brute_force(segments, query, 10)[1].tolist()) for query in queries]
+    assert np.mean([len(a & b) for a, b in zip(found, expected, strict=True)]) / 10 >= 0.98
+    assert verify_ivf(tmp_path) == []
+
+
+def test_the_recall_is_that_of_the_half_that_was_not_tuned_with(tmp_path: Path, segments: list[Segment]) -> None:
+    captions = clustered(600, SIZE, seed=5)
+    decision = build(tmp_path, segments, captions=captions)
+    exact = SegmentVectors(segments)
+    truth = held_out.find_truth(exact, segments, held_out.draw_queries(exact, captions)[1])
+    vectors, hits = opened(tmp_path, segments), []
+    for query in truth.queries[300:]:
+        scores, _ = vectors.nearest(query, 10, by="moment", allowed=None)
+        hits.append((scores >= brute_force(segments, query, 10)[0][-1] - 1e-5).mean())
+    assert decision["recall"] == pytest.approx(np.mean(hits))
+
+
+def test_the_truth_is_a_brute_force_scan(segments: list[Segment], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(held_out, "BLOCK", 700)
+    some = [replace(segments[0], deleted=np.array([0, 5, 700])), segments[1]]
+    exact, queries = SegmentVectors(some), clustered(20, SIZE, seed=8)
+    truth = held_out.find_truth(exact, some, queries)
+    for row, query in enumerate(queries):
+        scores, rows = brute_force(some, query, 10**6)
+        np.testing.assert_allclose(truth.moment_scores[row], scores[:10], atol=1e-6)
+        videos: dict[int, float] = {}
+        for score, video in zip(scores, exact.videos_of(rows), strict=True):
+            videos.setdefault(int(video), float(score))
+        np.testing.assert_allclose(truth.video_scores[row], [*videos.values()][:10], atol=1e-6)
+        assert exact.videos_of(truth.video_rows[row]).tolist() == [*videos][:10]
+
+
+def test_with_every_list_probed_it_is_an_exact_scan(built: Path, segments: list[Segment]) -> None:
+    vectors = every_list(opened(built, segments))
+    for k in (1, 10, 200):
+        assert_is_exact(vectors, segments, k)
+    rows = sum(segment.num_moments for segment in segments)
+    assert len(vectors.nearest(clustered(1, SIZE, 1)[0], rows + 5, by="moment", allowed=None)[1]) == rows
+
+
+def test_what_was_deleted_or_filtered_out_never_comes(built: Path, segments: list[Segment]) -> None:
+    random = np.random.default_rng(3)
+    thinned = [
+        replace(segment, deleted=np.sort(random.choice(segment.num_videos, 200, replace=False)))
+        for segment in segments
+    ]
+    vectors = every_list(opened(built, thinned))
+    assert_is_exact(vectors, thinned, 50)
+    for share in (0.9, 0.3, 0.01, 0.0):
+        assert_is_exact(vectors, thinned, 50, random.random(vectors.num_videos) < share)
+
+
+def test_a_filter_keeps_the_recall(built: Path, segments: list[Segment]) -> None:
+    vectors = opened(built, segments)
+    random, found = np.random.default_rng(4), []
+    vectors._rows_in_budget = 0.0
+    for query in clustered(200, SIZE, seed=6):
+        allowed = random.random(vectors.num_videos) < 0.25
+        expected = brute_force(segments, query, 10, allowed)[1]
+        rows = vectors.nearest(query, 10, by="moment", allowed=allowed)[1]
+        found.append(len({*rows.tolist()} & {*expected.tolist()}))
+    assert np.mean(found) / 10 >= 0.98
+
+
+def test_few_enough_rows_are_scanned_exactly(
+    built: Path, segments: list[Segment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors = opened(built, segments)  # with a budget of 4,000 rows
+    monkeypatch.setattr(vectors, "_proposed", lambda *arguments: pytest.fail("the lists were searched"))
+    allowed = np.arange(vectors.num_videos) < 700  # of about 5 moments each
+    assert 2500 < vectors.moment_counts[allowed].sum() < 4000
+    assert_is_exact(vectors, segments, 10, allowed)
+
+
+def test_whole_videos_are_compared_exactly(built: Path, segments: list[Segment]) -> None:
+    vectors, exact = opened(built, segments), SegmentVectors(segments)
+    for query in clustered(3, SIZE, seed=7):
+        for mine, theirs in zip(
+            vectors.nearest(query, 10, by="video", allowed=None),
+            exact.nearest(query, 10, by="video", allowed=None),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+def test_segments_that_come_go_and_change_places(built: Path, segments: list[Segment]) -> None:
+    new = random_segment(50, seed=9, first=2400)
+    for now in (
+        [*segments, new],
+        [new, *segments],
+        [segments[1], new, segments[0]],
+        [segments[1]],
+        [new, replace(segments[1], deleted=np.arange(0, 900, 3))],
+    ):
+        vectors = every_list(opened(built, now))
+        assert_is_exact(vectors, now, 40)
+        assert_is_exact(vectors, now, 40, np.arange(vectors.num_videos) % 3 > 0)
+    vectors, note = open_ivf(built, SegmentVectors([new]), [new])
+    assert vectors is None and note is not None and "other segments" in note
+
+
+def test_made_again_only_when_it_must_be(built: Path, segments: list[Segment]) -> None:
+    made = decision_of(built)
+    for leftover in (".aside-1.ivf", "building.ivf", "moments-of-before.ivf"):  # of a run that was killed
+        (built / "cache" / leftover).write_bytes(b"half")
+    assert build(built, segments) == made
+    assert {path.name for path in (built / "cache").iterdir()} == {"ivf.json", made["file"]}
+    little = [*segments, random_segment(50, seed=9, first=2400)]
+    assert build(built, little) == made
+    lower = build(built, little, 0.003)
+    assert lower == {**made, "budget_seconds": 0.003}
+    much = [*segments, random_segment(600, seed=9, first=2400)]
+    grown = build(built, much)
+    assert grown["rows"] == sum(segment.num_moments for segment in much)
+    assert grown["file"] != made["file"]
+    assert {path.name for path in (built / "cache").iterdir()} == {"ivf.json", grown["file"]}
+    assert opened(built, much)._any_fresh is False
+    gone = build(built, segments[:1])
+    assert gone["rows"] == segments[0].num_moments
+    assert build(built, segments[:1], 1.0)["file"] is None
+    assert [path.name for path in (built / "cache").iterdir()] == ["ivf.json"]
+
+
+def test_new_rows_that_cost_the_budget_make_it_again(tmp_path: Path, segments: list[Segment]) -> None:
+    made = build(tmp_path, segments, 0.00105)  # 50 us are left for rows that no list holds
+    few = [*segments, random_segment(5, seed=9, first=2400, most=5)]
+    assert build(tmp_path, few, 0.00105) == made
+    more = [*segments, random_segment(40, seed=9, first=2400)]
+    assert build(tmp_path, more, 0.00105)["file"] != made["file"]
+
+
+def test_where_no_index_would_do_search_stays_exact_and_says_why(
+    tmp_path: Path, segments: list[Segment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = build(tmp_path, segments, NOTHING_FITS)
+    assert slow["file"] is None
+    assert "over the budget of 1e-06 ms; an approximate index misses it too (" in describe(slow)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["ivf.json"]
+    with monkeypatch.context() as patch:
+        patch.setattr(tune_ivf, "_try_ivf", lambda *arguments: pytest.fail("it was tried again"))
+        assert build(tmp_path, segments, NOTHING_FITS) == slow
+    assert open_ivf(tmp_path, SegmentVectors(segments), segments) == (None, None)
+    assert build(tmp_path, segments)["file"] is not None  # with a budget that it can keep
+
+
+def test_rows_without_clusters_stay_exact(tmp_path: Path) -> None:
+    moments = units(np.random.default_rng(0).normal(size=(3000, SIZE)))
+    decision = build(tmp_path, [make_segment(np.split(moments, 1000))], 0.002)
+    assert decision["file"] is None
+    assert "a recall of 0.99 takes more than half of " in describe(decision)
+
+
+@pytest.mark.parametrize("num_videos", [0, 3])
+def test_next_to_nothing_is_never_approximate(tmp_path: Path, num_videos: int) -> None:
+    few = [random_segment(num_videos, seed=1)] if num_videos else []
+    decision = build(tmp_path, few, NOTHING_FITS)
+    assert decision["file"] is None
+    assert ("fewer than 1,000 moments" in describe(decision)) == bool(num_videos)
+
+
+def test_a_disk_that_takes_nothing_leaves_search_exact(
+    tmp_path: Path, segments: list[Segment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(index: Any, path: str) -> None:
+        Path(path).write_bytes(b"half of it")
+        raise RuntimeError("No space left on device")
+
+    monkeypatch.setattr(tune_ivf.faiss, "write_index", full)
+    decision = build(tmp_path, segments)
+    assert "could not be written (No space left on device)" in describe(decision)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["ivf.json"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "longer", "head", "lists", "description", "edited", "size"])
+def test_a_damaged_file_is_not_believed(built: Path, segments: list[Segment], damage: str) -> None:
+    decision = decision_of(built)
+    file = built / "cache" / decision["file"]
+    held = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    elif damage == "cut":
+        file.write_bytes(held[:-100])
+    elif damage == "longer":
+        file.write_bytes(held + b"\0")
+    elif damage in ("head", "lists"):
+        place = decision["head_bytes"] + (-9 if damage == "head" else 0)
+        file.write_bytes(held[:place] + bytes([held[place] ^ 1]) + held[place + 1 :])
+    elif damage == "description":
+        (built / "cache" / "ivf.json").write_text("{")
+    elif damage == "edited":
+        text = (built / "cache" / "ivf.json").read_text()
+        (built / "cache" / "ivf.json").write_text(text.replace('"nprobe": ', '"nprobe": 1'))
+    else:
+        publish_description(built / "cache" / "ivf.json", {**decision, "embedding_size": 8})
+    vectors, note = open_ivf(built, SegmentVectors(segments), segments)
+    if damage == "lists":  # not seen when it is opened: the next test tells what comes of it
+        assert vectors is not None and verify_ivf(built) == [f"{file} is not what was written"]
+    else:
+        assert vectors is None and note is not None
+        assert note.startswith("the approximate index is damaged (") and "search is exact" in note
+        assert damage == "size" or verify_ivf(built)
+        build(built, segments)
+        assert opened(built, segments) and verify_ivf(built) == []
+
+
+@pytest.mark.parametrize("noise", ["ones", "random"])
+def test_damaged_lists_make_no_wrong_row(built: Path, segments: list[Segment], noise: str) -> None:
+    decision = decision_of(built)
+    file, random = built / "cache" / decision["file"], np.random.default_rng(0)
+    held = np.frombuffer(file.read_bytes(), np.uint8).copy()
+    lists = held[decision["head_bytes"] :]
+    places = random.random(len(lists)) < 0.2
+    lists[places] = 255 if noise == "ones" else random.integers(0, 256, int(places.sum()))
+    file.write_bytes(held.tobytes())
+    now = [replace(segments[0], deleted=np.arange(0, 1500, 2)), segments[1]]
+    vectors = opened(built, now)
+    vectors._rows_in_budget = 0.0
+    for allowed in (None, np.arange(vectors.num_videos) % 3 > 0):
+        for query in clustered(20, SIZE, seed=3):
+            scores, rows = vectors.nearest(query, 10, by="moment", allowed=allowed)
+            all_scores, all_rows = brute_force(now, query, 10**6, allowed)
+            true = dict(zip(all_rows.tolist(), all_scores.tolist(), strict=True))
+            np.testing.assert_allclose(scores, [true[row] for row in rows.tolist()], atol=1e-5)
+            assert len(set(rows.tolist())) == 10 and (np.diff(scores) <= 0).all()
+
+
+def test_threads_share_it(built: Path, segments: list[Segment]) -> None:
+    vectors, queries = opened(built, segments), clustered(40, SIZE, seed=3)
+    filters = [None, np.arange(vectors.num_videos) % 2 > 0]
+    alone = [vectors.nearest(q, 10, by="moment", allowed=a)[1].tolist() for q in queries for a in filters]
+    together: dict[int, list[list[int]]] = {}
+
+    def search(thread: int) -> None:
+        together[thread] = [
+            vectors.nearest(q, 10, by="moment", allowed=a)[1].tolist() for q in queries for a in filters
+        ]
+
+    threads = [threading.Thread(target=search, args=(thread,)) for thread in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [together[thread] for thread in range(4)] == [alone] * 4
+
+
+def test_the_decision_is_readable_json(built: Path, segments: list[Segment]) -> None:
+    decision = decision_of(built)
+    held = json.loads((built / "cache" / "ivf.json").read_text())
+    assert held["format"] == "svb approximate index" and held["file"] == decision["file"]
+    assert {entry["key"] for entry in held["segments"]} == {segment.key for segment in segments}
+    assert read_decision(built / "elsewhere") is None
+
+
+def test_the_clock_takes_the_best_of_a_few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([0.5, 0.2, 0.4, 0.3, 0.6, 0.1, 0.5, 0.5, 0.5, 0.5])
+    monkeypatch.setattr(scan_speed, "_seconds", lambda vectors, query: next(seconds))
+    vectors = SegmentVectors([random_segment(3)])
+    assert scan_speed.seconds_a_query(vectors, clustered(2, SIZE, 0)) == pytest.approx((0.4 + 0.1) / 2)
+
+
+def test_tiny_moments_are_mapped_not_read_to_memory(built: Path, segments: list[Segment]) -> None:
+    decision = decision_of(built)
+    index = ivf.read_ivf(built / "cache", decision)
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("no /proc here")
+    assert index.ntotal and decision["file"] in maps.read_text()

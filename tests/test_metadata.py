@@ -1,0 +1,243 @@
+"""A table of a user's own beside the videos: what is kept of it, and what it filters."""
+
+from __future__ import annotations
+
+import datetime
+import operator
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from svb.errors import InputError, StoreError
+from svb.retrieve.make_metadata import publish_metadata
+from svb.retrieve.metadata import Metadata
+
+VIDEO_IDS = ["a", "b/c", "d", "e"]
+TABLE = """video_id,views,title,date,when<5
+a,10,A Dog runs,2024-01-31,x
+b/c,9.5,Straße,2023-12-01,y
+d,,,2024-02-01,x
+elsewhere,1e3,a cat,,x
+"""
+
+
+def publish(folder: Path, text: str, name: str = "t.csv", video_ids: Sequence[str] = VIDEO_IDS) -> dict[str, Any]:
+    (folder / name).write_text(text)
+    return {"metadata": [publish_metadata(folder / "index", folder / name, video_ids)]}
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> Metadata:
+    return Metadata.open(tmp_path / "index", publish(tmp_path, TABLE))
+
+
+def matching(metadata: Metadata, *where: str) -> str:
+    return " ".join(np.array(VIDEO_IDS)[metadata.matches(where, VIDEO_IDS)])
+
+
+class TestWhere:
+    @pytest.mark.parametrize(
+        ("where", "expected"),
+        [
+            ("views=10", "a"),
+            ("views = 10.0", "a"),
+            ("views!=10", "b/c d e"),
+            ("views>=9.5", "a b/c"),
+            ("views>9.5", "a"),
+            ("views<1e1", "b/c"),
+            ("views<=10", "a b/c"),
+            ("views>-1", "a b/c"),
+            ("title=A Dog runs", "a"),
+            ("title=a dog runs", ""),
+            ("title!=A Dog runs", "b/c d e"),
+            ("title~dOg", "a"),
+            ("title~STRASSE", "b/c"),
+            ("title~", "a b/c"),
+            ("title>=B", "b/c"),
+            ("date>=2024-01-01", "a d"),
+            ("date<2024", "b/c"),
+            ("when<5=x", "a d"),
+            ("when<5!=x", "b/c e"),
+        ],
+    )
+    def test_operators(self, opened: Metadata, where: str, expected: str) -> None:
+        assert matching(opened, where) == expected
+
+    def test_all_conditions_must_fit(self, opened: Metadata) -> None:
+        assert matching(opened) == "a b/c d e"
+        assert matching(opened, "date>=2024", "views!=10") == "d"
+        assert matching(opened, "views=10", "views=9.5") == ""
+
+    def test_another_list_of_videos_is_looked_up_anew(self, opened: Metadata) -> None:
+        assert matching(opened, "views=10") == "a"
+        assert opened.matches(["views=10"], ["d", "a"]).tolist() == [False, True]
+        assert opened.matches(["views=1000"], ["elsewhere"]).tolist() == [True]
+        assert opened.matches(["views=10"], []).tolist() == []
+
+    @pytest.mark.parametrize(
+        ("where", "message"),
+        [
+            ("likes=3", "no column 'likes' - expected one of views, title, date, when<5"),
+            ("view=3", "no column 'view'"),
+            ("=3", "no column ''"),
+            ("", "no column ''"),
+            ("title", "'title' has no operator - expected one of != <= >= = < > ~ after title"),
+            ("title is x", "no column 'title is x'"),
+            ("views=many", "views holds numbers and 'many' is none - expected such as views>=10"),
+            ("views=", "views holds numbers and '' is none"),
+            ("views==3", "'=3' is none"),
+            ("views=nan", "'nan' is none"),
+            ("views>1_000", "'1_000' is none"),
+            ("views~1", "views holds numbers, in which ~ finds nothing - use = != < <= > or >="),
+        ],
+    )
+    def test_conditions_that_mean_nothing(self, opened: Metadata, where: str, message: str) -> None:
+        with pytest.raises(InputError) as caught:
+            opened.matches([where], VIDEO_IDS)
+        assert message in str(caught.value)
+
+    def test_without_metadata(self, tmp_path: Path) -> None:
+        empty = Metadata.open(tmp_path, {"metadata": []})
+        assert empty.columns == {} and empty.of("a") == {} and empty.matches([], VIDEO_IDS).all()
+        with pytest.raises(
+            InputError, match="the index has no metadata - give it a table with `svb index --metadata"
+        ):
+            empty.matches(["views=3"], VIDEO_IDS)
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_as_a_slow_reading_says(self, seed: int, tmp_path: Path) -> None:
+        random = np.random.default_rng(seed)
+        video_ids = [f"v{number}" for number in range(200)]
+        known = {
+            v: (round(random.normal(), 1), random.choice(["x", "y", ""]))
+            for v in video_ids
+            if random.random() < 0.8
+        }
+        rows = [f"{v},{number if random.random() < 0.9 else ''},{text}" for v, (number, text) in known.items()]
+        metadata = Metadata.open(tmp_path / "index", publish(tmp_path, "\n".join(["video_id,n,t", *rows])))
+        held = {row.split(",")[0]: row.split(",")[1:] for row in rows}
+        compare = {"=": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt}
+        for symbol, function in compare.items():
+            expected = [
+                symbol == "!=" if not held.get(v, [""])[0] else function(float(held[v][0]), 0.3) for v in video_ids
+            ]
+            assert metadata.matches([f"n{symbol}0.3"], video_ids).tolist() == expected
+            expected = [
+                symbol == "!=" if not held.get(v, ["", ""])[1] else function(held[v][1], "x") for v in video_ids
+            ]
+            assert metadata.matches([f"t{symbol}x"], video_ids).tolist() == expected
+
+
+class TestTables:
+    def test_what_is_known_of_a_video(self, opened: Metadata) -> None:
+        assert opened.columns == {"views": "number", "title": "text", "date": "text", "when<5": "text"}
+        assert opened.of("a") == {"views": 10, "title": "A Dog runs", "date": "2024-01-31", "when<5": "x"}
+        assert isinstance(opened.of("a")["views"], int)
+        assert opened.of("b/c")["views"] == 9.5
+        assert opened.of("d") == {"date": "2024-02-01", "when<5": "x"}
+        assert opened.of("e") == {} and opened.of("elsewhere")["views"] == 1000
+
+    def test_formats_agree(self, tmp_path: Path) -> None:
+        frame = pd.DataFrame(
+            {
+                "video_id": ["b", "a", "c"],
+                "count": [3, 2, 1],
+                "share": [0.5, None, 2.0],
+                "name": ["x", None, "z"],
+                "good": [True, False, True],
+                "day": [datetime.date(2024, 1, 2)] * 3,
+            }
+        )
+        frame.to_csv(tmp_path / "t.csv", index=False)
+        frame.to_parquet(tmp_path / "t.parquet")
+        frame.set_index("video_id").to_parquet(tmp_path / "i.parquet")
+        frame.to_json(tmp_path / "t.jsonl", orient="records", lines=True, date_format="iso")
+        for name in ("t.csv", "t.parquet", "i.parquet", "t.jsonl"):
+            entry = publish_metadata(tmp_path / "index", tmp_path / name, ["a"])
+            metadata = Metadata.open(tmp_path / "index", {"metadata": [entry]})
+            assert list(metadata.columns.values()) == ["number", "number", "text", "text", "text"], name
+            known = metadata.of("b")
+            assert (known["count"], known["share"], known["name"]) == (3, 0.5, "x"), name
+            assert str(known["good"]).lower() == "true" and str(known["day"]).startswith("2024-01-02"), name
+            assert {*metadata.of("a")} == {"count", "good", "day"}, name
+
+    def test_json_lines_need_not_have_every_column(self, tmp_path: Path) -> None:
+        lines = '{"video_id": 7, "a": 1}\n{"video_id": "x", "b": "t"}\n'
+        metadata = Metadata.open(tmp_path / "index", publish(tmp_path, lines, "t.jsonl"))
+        assert metadata.of("7") == {"a": 1} and metadata.of("x") == {"b": "t"}
+
+    @pytest.mark.parametrize(
+        "values", [["1", "two"], ["1_0"], ["nan"], ["inf"], ["1e999"], ["12345678901234567890"]]
+    )
+    def test_what_is_no_number_is_text(self, values: list[str], tmp_path: Path) -> None:
+        rows = [f"v{number},{value}" for number, value in enumerate(values)]
+        metadata = Metadata.open(tmp_path / "index", publish(tmp_path, "\n".join(["video_id,n", *rows])))
+        assert metadata.columns == {"n": "text"} and metadata.of("v0") == {"n": values[0]}
+        if len(values) == 1:
+            number = values[0] if values[0][0].isdigit() and "_" not in values[0] else f'"{values[0]}"'
+            lines = f'{{"video_id": "v0", "n": {number}}}'
+            metadata = Metadata.open(tmp_path / "index", publish(tmp_path, lines, "t.jsonl"))
+            assert metadata.columns == {"n": "text"}
+
+    def test_videos_that_the_index_does_not_hold_are_said_and_kept(self, tmp_path: Path) -> None:
+        (tmp_path / "t.csv").write_text(TABLE)
+        messages: list[str] = []
+        publish_metadata(tmp_path / "index", tmp_path / "t.csv", VIDEO_IDS, messages.append)
+        assert messages == [
+            f"{tmp_path}/t.csv: 1 of 4 videos are not in the index, first 'elsewhere'; what is said of them is "
+            "kept for when they are"
+        ]
+
+    def test_the_same_row_twice_is_one(self, tmp_path: Path) -> None:
+        metadata = Metadata.open(tmp_path / "index", publish(tmp_path, "video_id,n\na,1\nb,2\na,1\n"))
+        assert metadata.of("a") == {"n": 1}
+
+    @pytest.mark.parametrize(
+        ("name", "text", "message"),
+        [
+            ("t.csv", "video_id,n\na,1\na,2\n", "line 3: 'a' stands twice with other values"),
+            ("t.csv", "video_id,n\n,1\n", "line 2: video_id is empty"),
+            ("t.csv", "video_id\na\n", "says nothing of its videos - expected columns beside video_id"),
+            ("t.csv", "video_id,n\n", "holds no rows"),
+            ("t.csv", "id,n\na,1\n", "no column video_id, only id, n - expected the header video_id and columns"),
+            ("t.csv", "video_id,n,n\na,1,2\n", "column 'n' stands twice"),
+            ("t.csv", "video_id,n\na,1,2\n", "line 2: 3 fields where the header has 2"),
+            ("t.jsonl", '{"video_id": "a", "n": [1]}', "line 1, n holds list - expected numbers and texts"),
+            ("t.jsonl", '{"video_id": "a", "n": "\\u0000"}', "line 1, n holds a NUL"),
+            ("t.xlsx", "", "cannot tell the format from '.xlsx'"),
+        ],
+    )
+    def test_bad_tables(self, name: str, text: str, message: str, tmp_path: Path) -> None:
+        with pytest.raises(InputError) as caught:
+            publish(tmp_path, text, name)
+        assert message in str(caught.value) and str(tmp_path / name) in str(caught.value)
+        assert not (tmp_path / "index").exists()
+
+
+@pytest.mark.parametrize("name", ["video_id_utf8", "column0", "column1_offsets"])
+def test_damage(name: str, tmp_path: Path) -> None:
+    manifest = publish(tmp_path, TABLE)
+    path = tmp_path / "index/metadata" / manifest["metadata"][0]["key"] / f"{name}.npy"
+    content = path.read_bytes()
+    for damaged in (content[:-1], content[:30]):
+        path.write_bytes(damaged)
+        with pytest.raises(StoreError, match=f"is damaged .{name}.npy has"):
+            Metadata.open(tmp_path / "index", manifest)
+    path.unlink()
+    with pytest.raises(StoreError, match="is damaged"):
+        Metadata.open(tmp_path / "index", manifest)
+
+
+def test_metadata_import_nothing_heavy() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, svb.retrieve.metadata; print(sorted({'torch', 'h5py', 'pandas', 'pyarrow'} & {*sys.modules}))"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"

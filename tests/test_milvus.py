@@ -1,0 +1,553 @@
+"""Vectors in Milvus: the server's part is played by Milvus Lite, which is embedded, and answers as segments do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import segments as made
+from numpy.typing import NDArray
+
+from svb.errors import MismatchError, ModelUnavailableError, StoreError, UsageError
+from svb.retrieve import milvus, milvus_server
+from svb.retrieve.answer import SearchRequest
+from svb.retrieve.columns import StringColumn
+from svb.retrieve.manifest import commit, publish_part
+from svb.retrieve.milvus import MilvusVectors
+from svb.retrieve.milvus_ids import moment_ids, video_keys
+from svb.retrieve.milvus_mirror import mirror, remove_gone
+from svb.retrieve.milvus_server import Target, connect
+from svb.retrieve.query import Query
+from svb.retrieve.rank import rank_videos
+from svb.retrieve.search import Searcher
+from svb.retrieve.segment import Segment, open_segments
+from svb.retrieve.vectors import SegmentVectors
+
+milvus_lite = pytest.importorskip(
+    "milvus_lite", reason="pip install svb[milvus]: Milvus Lite stands for the server"
+)
+server_manager_instance = milvus_lite.server_manager_instance
+
+SIZE = 16
+
+
+def publish(out: Path, *segments: Segment, **fields: Any) -> dict[str, Any]:
+    """Write segments into an index's folder and return a manifest of them."""
+    entries = []
+    for segment in segments:
+        _, entry = made.publish_segment(out, segment)
+        if len(segment.deleted):
+            part = publish_part(
+                out, "tombstones", lambda folder, s=segment: np.save(folder / "videos.npy", s.deleted)
+            )
+            moments = int(np.diff(segment.moment_offsets)[segment.deleted].sum())
+            entry["deleted"] = {**part, "videos": len(segment.deleted), "moments": moments}
+        entries.append(entry)
+    return {
+        "embedding_size": SIZE,
+        "model_fingerprint": "0123456789abcdef",
+        "moments": {"seconds": 4.0, "stride_seconds": 2.0},
+        "segments": entries,
+        "captions": [],
+        "vectors": None,
+        **fields,
+    }
+
+
+@pytest.fixture
+def uri(tmp_path: Path) -> Iterator[str]:
+    yield f"milvus://{tmp_path}/server/vectors.db"
+    server_manager_instance.release_server(str(tmp_path / "server/vectors.db"))
+
+
+def both(out: Path, manifest: dict[str, Any], uri: str) -> tuple[SegmentVectors, MilvusVectors]:
+    manifest = {**manifest, "vectors": mirror(out, manifest, uri)}
+    remove_gone(out, manifest)
+    return SegmentVectors(open_segments(out, manifest)), MilvusVectors.open(out, manifest)
+
+
+def queries(number: int, seed: int = 5) -> NDArray[np.float32]:
+    return made.clustered(number, SIZE, seed)
+
+
+def assert_nearest_agree(
+    local: SegmentVectors, remote: MilvusVectors, k: int, by: str, allowed: NDArray[np.bool_] | None
+) -> None:
+    for query in queries(3):
+        expected, found = (each.nearest(query, k, by=by, allowed=allowed) for each in (local, remote))
+        assert len(found[0]) == len(expected[0]), (by, k)
+        np.testing.assert_allclose(found[0], expected[0], atol=2e-6)
+        # Only rows that score the same may stand in another order.
+        changed = found[1] != expected[1]
+        own = local.embeddings(found[1][changed], by=by) @ query
+        np.testing.assert_allclose(own, expected[0][changed], atol=2e-6)
+
+
+@pytest.fixture(scope="module")
+def mirrored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[SegmentVectors, MilvusVectors]]:
+    """Two segments with deleted videos; only to be read."""
+    folder = tmp_path_factory.mktemp("mirrored")
+    first = made.random_segment(60, size=SIZE, seed=1, deleted=[3, 17])
+    second = made.random_segment(30, size=SIZE, seed=2, first=100, deleted=[0])
+    yield both(folder / "index", publish(folder / "index", first, second), f"milvus://{folder}/v.db")
+    server_manager_instance.release_server(str(folder / "v.db"))
+
+
+Pair = tuple[SegmentVectors, MilvusVectors]
+
+
+class TestAnswers:
+    @pytest.mark.parametrize("by", ["moment", "video"])
+    @pytest.mark.parametrize("k", [1, 10, 5000])
+    def test_the_nearest_are_those_of_an_exact_scan(self, mirrored: Pair, by: str, k: int) -> None:
+        assert_nearest_agree(*mirrored, k, by, None)
+
+    @pytest.mark.parametrize("by", ["moment", "video"])
+    @pytest.mark.parametrize("share", [0.0, 0.1, 0.9, 1.0])
+    @pytest.mark.parametrize("max_keys", [10_000, 40, 3])
+    def test_filters(
+        self, mirrored: Pair, by: str, share: float, max_keys: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(milvus, "MAX_KEYS", max_keys)
+        allowed = np.random.default_rng(7).random(90) < share
+        for k in (4, 1000):
+            assert_nearest_agree(*mirrored, k, by, allowed)
+
+    def test_more_rows_than_a_server_gives_at_once(self, mirrored: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(milvus_server, "MAX_ROWS", 32)
+        for k in (31, 32, 33, 150, 5000):
+            assert_nearest_agree(*mirrored, k, "moment", None)
+        allowed = np.random.default_rng(7).random(90) < 0.3
+        assert_nearest_agree(*mirrored, 50, "moment", allowed)
+        assert_nearest_agree(*mirrored, 70, "video", None)
+        monkeypatch.setattr(milvus, "MAX_KEYS", 3)
+        monkeypatch.setattr(milvus, "FIRST_ROWS", 10)
+        assert_nearest_agree(*mirrored, 50, "moment", allowed)
+
+    def test_rows_that_score_the_same(self, tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(milvus_server, "MAX_ROWS", 8)
+        moments = [np.repeat(made.clustered(1, SIZE, 3), 5, axis=0) for _ in range(6)]
+        pair = both(tmp_path, publish(tmp_path, made.make_segment([*moments, made.clustered(30, SIZE, 4)])), uri)
+        for k in (8, 20, 30, 60):
+            scores, rows = pair[1].nearest(moments[0][0], k, by="moment", allowed=None)
+            expected, _ = pair[0].nearest(moments[0][0], k, by="moment", allowed=None)
+            assert len(np.unique(rows)) == len(rows)
+            if k <= 30:
+                np.testing.assert_allclose(scores, expected, atol=2e-6)
+
+    def test_ranking_folding_and_negatives(self, mirrored: Pair) -> None:
+        query = queries(3, seed=11)
+        for by in ("moment", "video"):
+            wishes = [
+                Query(query[0], query[1:], np.median(each.background(by) @ query[1:].T, axis=0))
+                for each in mirrored
+            ]
+            expected, found = (
+                rank_videos(each, wish, 8, by=by, allowed=None, folded=True, hubs=None)
+                for each, wish in zip(mirrored, wishes, strict=True)
+            )
+            assert found == expected
+
+    def test_everything_else(self, mirrored: Pair) -> None:
+        local, remote = mirrored
+        for name in ("num_videos", "num_moments", "embedding_size", "exact", "recall"):
+            assert getattr(remote, name) == getattr(local, name), name
+        for name in ("alive", "moment_counts", "durations", "mtime_ns", "video_ids", "source_paths"):
+            np.testing.assert_array_equal(getattr(remote, name), getattr(local, name), err_msg=name)
+        rows = np.array([5, 0, 77, 5])
+        np.testing.assert_array_equal(remote.embeddings(rows, by="moment"), local.embeddings(rows, by="moment"))
+        np.testing.assert_array_equal(remote.embeddings(rows, by="video"), local.embeddings(rows, by="video"))
+        np.testing.assert_array_equal(remote.moment_seconds(rows), local.moment_seconds(rows))
+        np.testing.assert_array_equal(remote.videos_of(rows), local.videos_of(rows))
+        assert remote.row_of("v5") == local.row_of("v5") and remote.row_of("v3") is None
+        assert remote.video_id(70) == local.video_id(70) and remote.moment_range(70) == local.moment_range(70)
+        assert remote.source_path(70) == local.source_path(70)
+        assert remote.duration_seconds(70) == local.duration_seconds(70)
+
+    def test_vectors_that_a_collection_lacks_are_said(self, mirrored: Pair) -> None:
+        with pytest.raises(
+            StoreError, match=r"svb_videos lacks 1 of 2 vectors of this index - fill it with `svb index"
+        ):
+            mirrored[1].embeddings(np.array([2, 3]), by="video")  # 3 was deleted
+
+    def test_the_background_is_fetched_once(
+        self, mirrored: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        local, remote = mirrored
+
+        def opened() -> MilvusVectors:
+            return MilvusVectors(
+                remote._catalog, remote._keys, remote._target, remote._made_with, None, tmp_path / "cache"
+            )
+
+        for by in ("moment", "video"):
+            np.testing.assert_array_equal(opened().background(by), local.background(by))
+        with monkeypatch.context() as patch:
+            patch.setattr(milvus, "connect", lambda target: pytest.fail("connected"))
+            for by in ("moment", "video"):
+                np.testing.assert_array_equal(opened().background(by), local.background(by))
+        files = sorted((tmp_path / "cache").iterdir())
+        assert [path.name.rpartition("-")[0] for path in files] == ["milvus-moments", "milvus-videos"]
+        files[0].write_bytes(files[0].read_bytes()[:-9])
+        np.testing.assert_array_equal(opened().background("moment"), local.background("moment"))
+
+    def test_no_embedding_is_opened_here(self, tmp_path: Path, uri: str) -> None:
+        manifest = publish(tmp_path, made.random_segment(9, size=SIZE))
+        manifest["vectors"] = mirror(tmp_path, manifest, uri)
+        query = queries(1)[0]
+        expected = SegmentVectors(open_segments(tmp_path, manifest)).nearest(query, 5, by="moment", allowed=None)
+        for path in tmp_path.rglob("*_embeddings.npy"):
+            path.unlink()
+        found = MilvusVectors.open(tmp_path, manifest).nearest(query, 5, by="moment", allowed=None)
+        np.testing.assert_array_equal(found[1], expected[1])
+
+    def test_a_search_answers_the_same_through_it(self, tmp_path: Path, uri: str) -> None:
+        first = made.random_segment(40, size=SIZE, seed=1, deleted=[3, 17])
+        fields: dict[str, Any] = {part: [] for part in ("metadata", "heads", "text", "hubs")}
+        fields |= {"format": "svb index", "generation": 1, "videos": 38, "model": {}, "normalise": None}
+        manifest = publish(tmp_path, first, **fields)
+        query = queries(1)[0]
+        requests = [
+            SearchRequest(text="not read", num_captions=0, with_curves=True),
+            SearchRequest(like="v5", by="video", k=100, min_duration_seconds=9.0),
+            SearchRequest(text="not read", folders=("/videos",), fold=False, k=3),
+        ]
+        answers = []
+        for vectors in (None, mirror(tmp_path, manifest, uri)):
+            commit(tmp_path, {**manifest, "vectors": vectors})
+            searcher = Searcher(tmp_path)
+            answers.append([searcher.search_embedding(query, request) for request in requests])
+        for expected, found in zip(*answers, strict=True):
+            assert [each.video_id for each in found.results] == [each.video_id for each in expected.results]
+            assert found.results and found.exact and found.num_moments == expected.num_moments
+            for one, other in zip(found.results, expected.results, strict=True):
+                assert (one.confidence, one.duplicates) == (other.confidence, other.duplicates)
+                assert one.score == pytest.approx(other.score, abs=2e-6)
+                seconds = [(moment.begin_seconds, moment.end_seconds) for moment in one.moments]
+                assert seconds == [(moment.begin_seconds, moment.end_seconds) for moment in other.moments]
+
+
+class TestMirror:
+    def held(self, uri: str, by: str) -> list[int]:
+        with connect(Target.parse(uri)).calling() as client:
+            return sorted(each["id"] for each in client.query(f"svb_{by}s", filter="id >= 0", output_fields=["id"]))
+
+    def sent(self, out: Path, manifest: dict[str, Any], uri: str) -> list[str]:
+        messages: list[str] = []
+        progress: list[tuple[int, int]] = []
+        where = mirror(
+            out, manifest, uri, on_message=messages.append, on_progress=lambda *now: progress.append(now)
+        )
+        assert not progress or progress[-1][0] == progress[-1][1] > 0
+        remove_gone(out, {**manifest, "vectors": where}, messages.append)
+        return [message.removeprefix(f"{uri}: ") for message in messages]
+
+    def test_only_what_has_changed_is_sent(self, tmp_path: Path, uri: str) -> None:
+        first, second = (
+            made.random_segment(12, size=SIZE, seed=1),
+            made.random_segment(5, size=SIZE, seed=2, first=50),
+        )
+        manifest = publish(tmp_path, first)
+        assert self.sent(tmp_path, manifest, uri) == ["+12 =0 videos, searched by FLAT"]
+        assert self.sent(tmp_path, manifest, uri) == ["+0 =12 videos, searched by FLAT"]
+        manifest = publish(tmp_path, made.random_segment(12, size=SIZE, seed=1, deleted=[2, 5]), second)
+        assert self.sent(tmp_path, manifest, uri) == ["+5 =10 videos, searched by FLAT", "-2 videos"]
+        vectors = SegmentVectors(segments := open_segments(tmp_path, manifest))
+        keys = video_keys(segments)
+        assert self.held(uri, "video") == sorted(keys[vectors.alive].tolist())
+        videos = np.repeat(np.arange(17), vectors.moment_counts)
+        numbers = np.concatenate([np.arange(count) for count in vectors.moment_counts])
+        live = vectors.alive[videos]
+        assert self.held(uri, "moment") == sorted(moment_ids(keys[videos], numbers)[live].tolist())
+        assert_nearest_agree(*both(tmp_path, manifest, uri), 20, "moment", None)
+
+    def test_a_server_that_was_started_again_goes_on(self, tmp_path: Path, uri: str) -> None:
+        self.sent(tmp_path, publish(tmp_path, made.random_segment(6, size=SIZE, seed=1)), uri)
+        second = publish(tmp_path, made.random_segment(4, size=SIZE, seed=2, first=20))
+        server_manager_instance.release_server(str(tmp_path / "server/vectors.db"))
+        assert self.sent(tmp_path, second, uri) == ["+4 =0 videos, searched by FLAT", "-6 videos"]
+        server_manager_instance.release_server(str(tmp_path / "server/vectors.db"))
+        # A process that has nothing to send finds the collections as they are after a start: not loaded.
+        third = publish(tmp_path, made.random_segment(4, size=SIZE, seed=2, first=20, deleted=[0]))
+        remove_gone(tmp_path, {**third, "vectors": {"uri": uri}})
+        assert len(self.held(uri, "video")) == 3
+        server_manager_instance.release_server(str(tmp_path / "server/vectors.db"))
+        local = SegmentVectors(open_segments(tmp_path, third))
+        where = {"kind": "milvus", "uri": uri, "index": "FLAT", "recall": None}
+        assert_nearest_agree(local, MilvusVectors.open(tmp_path, {**third, "vectors": where}), 9, "moment", None)
+
+    def test_changed_content_takes_the_place_of_the_old(self, tmp_path: Path, uri: str) -> None:
+        old = made.random_segment(6, size=SIZE, seed=1)
+        self.sent(tmp_path, publish(tmp_path, old), uri)
+        hashes = StringColumn.of([*old.content_hashes.tolist()[:5], "another"])
+        changed = publish(tmp_path, replace(old, content_hashes=hashes))
+        assert self.sent(tmp_path, changed, uri) == ["+1 =5 videos, searched by FLAT", "-1 videos"]
+        assert_nearest_agree(*both(tmp_path, changed, uri), 100, "moment", None)
+        # Without a hash, size and time tell.
+        blank = replace(old, content_hashes=StringColumn.of([""] * 6))
+        later = replace(blank, mtime_ns=blank.mtime_ns + 1)
+        assert not {*video_keys([blank]).tolist()} & {*video_keys([later]).tolist()}
+
+    @pytest.mark.parametrize(
+        "calls", [pytest.param(calls, marks=[] if calls in (2, 5) else pytest.mark.slow) for calls in range(1, 9)]
+    )
+    def test_a_killed_run_is_gone_on_with(
+        self, calls: int, tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from pymilvus import MilvusClient
+
+        from svb.retrieve import milvus_mirror
+
+        class Killed(Exception):  # noqa: N818
+            pass
+
+        self.sent(tmp_path, publish(tmp_path, made.random_segment(12, size=SIZE, seed=1)), uri)
+        second = made.random_segment(5, size=SIZE, seed=2, first=50)
+        manifest = publish(tmp_path, made.random_segment(12, size=SIZE, seed=1, deleted=[0, 1, 2]), second)
+        left = calls
+        with monkeypatch.context() as patch:
+            patch.setattr(milvus_mirror, "BYTES_A_CALL", 4 * SIZE * 4)
+            patch.setattr(milvus_mirror, "MAX_DELETED", 2)
+
+            def counted(real: Any) -> Any:
+                def call(*args: Any, **options: Any) -> Any:
+                    nonlocal left
+                    left -= 1
+                    if left < 0:
+                        raise Killed
+                    return real(*args, **options)
+
+                return call
+
+            for name in ("upsert", "delete"):
+                patch.setattr(MilvusClient, name, counted(getattr(MilvusClient, name)))
+            with pytest.raises(Killed):
+                both(tmp_path, manifest, uri)
+        # In the meantime a search finds what is there, and nothing wrong.
+        local = SegmentVectors(open_segments(tmp_path, manifest))
+        where = {"kind": "milvus", "uri": uri, "index": "FLAT", "recall": None}
+        half = MilvusVectors.open(tmp_path, {**manifest, "vectors": where})
+        query = queries(1)[0]
+        scores, rows = half.nearest(query, 1000, by="moment", allowed=None)
+        np.testing.assert_allclose(scores, local.embeddings(rows, by="moment") @ query, atol=2e-6)
+        assert local.alive[local.videos_of(rows)].all()
+        # A video that came only half comes whole, one that goes again leaves nothing.
+        local, remote = both(tmp_path, manifest, uri)
+        for by in ("moment", "video"):
+            assert_nearest_agree(local, remote, 1000, by, None)
+        assert len(self.held(uri, "video")) == local.alive.sum()
+        assert len(self.held(uri, "moment")) == local.moment_counts[local.alive].sum()
+
+    def test_half_a_video_that_is_not_wanted_any_more_is_removed(
+        self, tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from svb.retrieve import milvus_mirror
+
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+            patch.setattr(milvus_mirror, "_send_videos", lambda *args: (_ for _ in ()).throw(RuntimeError))
+            mirror(tmp_path, publish(tmp_path, made.random_segment(3, size=SIZE, seed=1)), uri)
+        assert self.held(uri, "moment") and not self.held(uri, "video")
+        local, _ = both(tmp_path, publish(tmp_path, made.random_segment(4, size=SIZE, seed=2, first=9)), uri)
+        assert len(self.held(uri, "moment")) == local.num_moments
+
+    def test_an_approximate_collection_is_measured(self, tmp_path: Path, uri: str) -> None:
+        manifest = publish(tmp_path, made.random_segment(120, size=SIZE))
+        messages: list[str] = []
+        where = mirror(tmp_path, manifest, f"{uri}?index=hnsw", on_message=messages.append)
+        assert where["index"] == "HNSW" and 0.5 < where["recall"] <= 1
+        assert messages[-1] == f"{uri}?index=hnsw: recall@10 {where['recall']:.3f} against exact search"
+        opened = MilvusVectors.open(tmp_path, {**manifest, "vectors": where})
+        assert not opened.exact and opened.recall == where["recall"]
+        messages.clear()
+        assert mirror(tmp_path, manifest, f"{uri}?index=FLAT", on_message=messages.append)["index"] == "HNSW"
+        assert messages[0] == f"{uri}?index=FLAT: the collections were made before, and are searched by HNSW"
+
+    def test_collections_share_a_server(self, tmp_path: Path, uri: str) -> None:
+        for name, seed in (("one", 1), ("two", 2)):
+            out = tmp_path / name
+            pair = both(out, publish(out, made.random_segment(5, size=SIZE, seed=seed)), f"{uri}?collection={name}")
+            assert_nearest_agree(*pair, 10, "moment", None)
+
+
+class TestRefusals:
+    def test_another_model(self, tmp_path: Path, uri: str) -> None:
+        manifest = publish(tmp_path, made.random_segment(5, size=SIZE))
+        manifest["vectors"] = mirror(tmp_path, manifest, uri)
+        for change in (
+            {"model_fingerprint": "another"},
+            {"moments": {"seconds": 8.0, "stride_seconds": 2.0}},
+            {"embedding_size": SIZE // 2, "segments": []},
+        ):
+            with pytest.raises(
+                MismatchError, match=r"svb_moments at .* was made with .*0123456789abcdef.* - name another"
+            ):
+                mirror(tmp_path, {**manifest, **change}, uri)
+        other = MilvusVectors.open(tmp_path, {**manifest, "model_fingerprint": "another"})
+        with pytest.raises(MismatchError, match=r"0123456789abcdef.*another"):
+            other.nearest(queries(1)[0], 3, by="moment", allowed=None)
+
+    def test_a_collection_of_someone_else(self, tmp_path: Path, uri: str) -> None:
+        server = connect(Target.parse(uri), create=True)
+        with server.calling() as client:
+            client.create_collection("svb_moments", dimension=SIZE)
+        with pytest.raises(MismatchError, match="was made with another program"):
+            mirror(tmp_path, publish(tmp_path, made.random_segment(5, size=SIZE)), uri)
+
+    def test_what_is_not_there(self, tmp_path: Path, uri: str) -> None:
+        manifest = publish(tmp_path, made.random_segment(5, size=SIZE))
+        manifest["vectors"] = {"kind": "milvus", "uri": uri, "index": "FLAT", "recall": None}
+        vectors = MilvusVectors.open(tmp_path, manifest)
+        for _ in range(2):
+            with pytest.raises(
+                StoreError, match=r"no file at .*vectors\.db - restore it, or fill it with `svb index --to"
+            ):
+                vectors.nearest(queries(1)[0], 3, by="moment", allowed=None)
+        assert not (tmp_path / "server").exists()
+        connect(Target.parse(uri), create=True)
+        with pytest.raises(StoreError, match="no collection svb_moments and no collection svb_videos at"):
+            vectors.nearest(queries(1)[0], 3, by="moment", allowed=None)
+
+    def test_a_server_that_does_not_answer(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(milvus_server, "CONNECT_SECONDS", 0.2)
+        manifest = publish(tmp_path, made.random_segment(5, size=SIZE))
+        with pytest.raises(
+            StoreError, match=r"cannot open Milvus at http://127\.0\.0\.1:9 .* - is it running, and is"
+        ):
+            mirror(tmp_path, manifest, "milvus://127.0.0.1:9/videos")
+
+    def test_a_file_that_another_process_has_open(self, tmp_path: Path, uri: str) -> None:
+        held = f"""
+from svb.retrieve.milvus_server import Target, connect
+connect(Target.parse({uri!r}), create=True)
+print("open", flush=True)
+input()
+"""
+        holder = subprocess.Popen(
+            [sys.executable, "-c", held], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert holder.stdout is not None
+        try:
+            assert holder.stdout.readline() == "open\n"
+            with pytest.raises(StoreError, match="another process has it open"):
+                connect(Target.parse(uri))
+        finally:
+            holder.communicate("\n")
+
+    def test_calls_that_fail_are_said(self, tmp_path: Path, uri: str) -> None:
+        _, remote = both(tmp_path, publish(tmp_path, made.random_segment(5, size=SIZE)), uri)
+        remote.nearest(queries(1)[0], 3, by="video", allowed=None)
+        with connect(Target.parse(uri)).calling() as client:
+            client.drop_collection("svb_videos")
+        with pytest.raises(StoreError, match=r"Milvus at .*vectors\.db did not do its part .*svb_videos"):
+            remote.nearest(queries(1)[0], 3, by="video", allowed=None)
+
+    def test_without_the_client(self, tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "pymilvus", None)
+        with pytest.raises(ModelUnavailableError, match=r"install it with `pip install svb\[milvus\]`"):
+            mirror(tmp_path, publish(tmp_path, made.random_segment(5, size=SIZE)), uri)
+
+    def test_nothing_is_printed(self, tmp_path: Path, uri: str) -> None:
+        manifest = publish(tmp_path, made.random_segment(5, size=SIZE))
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        code = f"""
+import json, pathlib
+from svb.errors import MismatchError
+from svb.retrieve.milvus_mirror import mirror, remove_gone
+folder = pathlib.Path({str(tmp_path)!r})
+manifest = json.loads((folder / "manifest.json").read_text())
+mirror(folder, manifest, {uri!r})
+try:
+    mirror(folder, {{**manifest, "model_fingerprint": "another"}}, {uri!r})
+except MismatchError:
+    pass
+"""
+        ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert (ran.stdout, ran.stderr) == ("", "")
+
+
+class TestUris:
+    @pytest.mark.parametrize(
+        ("uri", "expected"),
+        [
+            ("milvus://host:19530/videos", ("http://host:19530", "videos", "", False)),
+            ("milvus+tls://host/videos?index=autoindex", ("https://host", "videos", "AUTOINDEX", False)),
+            ("milvus:///data/v.db", ("/data/v.db", "svb", "", True)),
+            ("milvus:///data/v.db?collection=x&index=HNSW", ("/data/v.db", "x", "HNSW", True)),
+        ],
+    )
+    def test_addresses(self, uri: str, expected: tuple[str, str, str, bool]) -> None:
+        target = Target.parse(uri)
+        assert (target.address, target.collection, target.index_type, target.is_file) == expected
+        assert (target.uri, target.name_of("video")) == (uri, f"{target.collection}_videos")
+
+    @pytest.mark.parametrize(
+        "uri",
+        [
+            *("", "videos", "http://host/videos", "milvus://host:1", "milvus://host/a-b", "milvus://host/a/b"),
+            *("milvus:///data/v", "milvus://host/a?secret=1", "milvus:///v.db?collection="),
+        ],
+    )
+    def test_what_is_no_address(self, uri: str) -> None:
+        with pytest.raises(UsageError, match="expected"):
+            Target.parse(uri)
+
+    @pytest.mark.parametrize(
+        "uri",
+        [
+            *("milvus://root:hunter2@host/videos", "https://root:hunter2@host/videos", "root:hunter2@host/videos"),
+            *("milvus://host/videos?token=hunter2", "milvus:///v.db?password=hunter2"),
+        ],
+    )
+    def test_secrets_are_refused_and_not_repeated(self, uri: str) -> None:
+        with pytest.raises(UsageError, match="put `user:password` or a token into SVB_MILVUS_TOKEN") as caught:
+            Target.parse(uri)
+        assert "hunter2" not in str(caught.value)
+
+    def test_the_token_comes_from_the_environment(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        import pymilvus
+
+        asked: dict[str, Any] = {}
+        monkeypatch.setattr(pymilvus, "MilvusClient", lambda address, **options: asked.update(options))
+        monkeypatch.setenv("SVB_MILVUS_TOKEN", "root:Milvus")
+        connect(Target.parse("milvus://host/videos"))
+        assert asked["token"] == "root:Milvus"
+
+
+def splitmix64(state: int) -> int:
+    """As in Steele, Lea and Flood, "Fast splittable pseudorandom number generators", figure 13."""
+    state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    state = (state ^ (state >> 27)) * 0x94D049BB133111EB % 2**64
+    return state ^ (state >> 31)
+
+
+def test_ids_are_stable_and_distinct() -> None:
+    keys = video_keys([made.random_segment(50, size=SIZE)])
+    ids = moment_ids(np.repeat(keys, 200), np.tile(np.arange(200), 50))
+    assert (keys >= 0).all() and (ids >= 0).all() and len(np.unique(keys)) == 50 and len(np.unique(ids)) == 10_000
+    for place in (0, 1, 7777):
+        expected = splitmix64((int(keys[place // 200]) + (place % 200 + 1) * 0x9E3779B97F4A7C15) % 2**64)
+        assert ids[place] == expected >> 1
+    # Collections stay: another key would have the video sent again.
+    segment = made.make_segment([made.clustered(3, SIZE, 1)])
+    said = hashlib.blake2b(b"v0\0hash of v0\0" + b"3", digest_size=8).digest()
+    assert video_keys([segment]).tolist() == [int.from_bytes(said, "big") // 2]
+
+
+def test_threads_share_a_connection(mirrored: Pair) -> None:
+    local, remote = mirrored
+    fresh = MilvusVectors(remote._catalog, remote._keys, remote._target, remote._made_with, None, Path("/nowhere"))
+    asked = queries(24)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda query: fresh.nearest(query, 5, by="moment", allowed=None), asked))
+    for query, (scores, _) in zip(asked, found, strict=True):
+        expected, _ = local.nearest(query, 5, by="moment", allowed=None)
+        np.testing.assert_allclose(scores, expected, atol=2e-6)

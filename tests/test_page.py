@@ -1,0 +1,318 @@
+from __future__ import annotations
+
+import re
+import shlex
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import shown
+import watching as w
+from PIL import Image
+from watching import EVIL
+
+from svb.cli import run
+from svb.retrieve.results import video_key
+
+SLOW = threading.Event()
+BOAT = "a red boat"
+BOAT_KEY = video_key("harbour/boat")
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("page")
+    return shown.make_index(folder / "index", shown.make_shown(folder / "videos"))
+
+
+@pytest.fixture(scope="module")
+def url(index: Path) -> Iterator[str]:
+    with shown.made_up_model(SLOW), shown.served(index) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with w.browser() as chromium:
+        yield chromium
+
+
+@pytest.fixture
+def page(chromium: Any, url: str) -> Iterator[Any]:
+    """An empty tab; whatever goes wrong in it fails the test."""
+    with opened(chromium, url) as page:
+        yield page
+
+
+class opened:  # noqa: N801 - it reads as a function
+    """A tab of a browser of some kind; `expected` are failures that a test brings about."""
+
+    def __init__(self, chromium: Any, url: str, *, expected: str = "404", **options: Any) -> None:
+        self._context = chromium.new_context(base_url=url, viewport={"width": 1200, "height": 900}, **options)
+        self._url, self._expected = url, expected
+
+    def __enter__(self) -> Any:
+        page = self._context.new_page()
+        page.set_default_timeout(15_000)
+        self._problems = w.watch(page, lambda sent: sent.startswith((self._url, "data:")))
+        return page
+
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        self._context.close()
+        if kind is None:
+            assert [problem for problem in self._problems if not re.search(self._expected, problem)] == []
+
+
+def ask(page: Any, text: str) -> None:
+    page.get_by_label("What to look for").fill(text)
+    page.keyboard.press("Enter")
+    page.wait_for_selector("body:not(.busy) .card")
+
+
+def names(page: Any) -> list[str]:
+    return [str(name) for name in page.locator(".card h3").all_inner_texts()]
+
+
+def wait_for_seek(page: Any, seconds: float) -> None:
+    """Wait until the player shows a time, with the picture there."""
+    w.until(page, f"seeks.length && Math.abs(seeks.at(-1) - {seconds}) < 0.5")
+    assert page.evaluate("document.querySelector('video').readyState") >= 2
+
+
+def test_a_search_is_answered_and_a_peak_is_played(page: Any) -> None:
+    page.goto("")
+    w.until(page, "document.querySelector('#holdings').textContent.includes('45 videos')")
+    ask(page, BOAT)
+    assert names(page)[:4] == ["harbour/boat", EVIL, "gone", "tall"]
+    assert page.evaluate("[window.hacked, document.querySelector('main img[src=x]')]") == [None, None]
+    assert re.match(
+        r"10 of 45 videos.*moments.*exact.*QB-Norm off.*ms.*generation 1", page.inner_text("#summary"), re.S
+    )
+    card = page.locator(".card").first
+    assert card.locator(".badge").inner_text() == "strong"
+    w.until(page, "document.querySelector('.card .poster img').naturalWidth > 0")
+    card.locator(".strip svg").first.wait_for()
+    card.locator(".peak.best").click()
+    wait_for_seek(page, 13.5)
+    assert page.url.endswith(f"?q=a+red+boat#v={BOAT_KEY}&t=13.50")
+    # Anywhere on the curve: a quarter of the way.
+    box = card.locator(".time").bounding_box()
+    page.mouse.click(box["x"] + box["width"] / 4, box["y"] + 20)
+    wait_for_seek(page, 5)
+    w.until(page, "!document.querySelector('video').paused && document.querySelector('video').currentTime > 5.2")
+    assert page.locator(".card .problem:not(:empty)").all_inner_texts()[0].endswith("index its folder again")
+
+
+def test_a_link_restores_the_question_and_the_moment(page: Any) -> None:
+    page.goto(f"?q=boat&not=gull&k=3&min=9&where=stars%3E%3D1&fold=0&token=secret#v={BOAT_KEY}&t=4.00")
+    wait_for_seek(page, 4)
+    assert "secret" not in page.url
+    assert page.locator(".chip").all_inner_texts() == ["not gull", "stars>=1"]
+    assert page.get_by_label("What to look for").input_value() == "boat"
+    assert page.locator("#filters-count").inner_text() == "Filters (3)"
+    assert names(page) == ["harbour/boat", EVIL]
+    page.get_by_role("button", name="Remove gull").click()
+    page.wait_for_url("**/?q=boat&k=3&min=9&where=stars%3E%3D1&fold=0")
+    page.go_back()
+    page.wait_for_selector(".chip.not")
+    page.wait_for_selector(".player")
+
+
+@pytest.mark.slow
+def test_keys_find_play_and_close(page: Any) -> None:
+    page.goto("?q=boat")
+    page.wait_for_selector(".card")
+    page.keyboard.press("j")
+    page.keyboard.press("j")
+    page.keyboard.press("k")
+    page.keyboard.press("Enter")
+    wait_for_seek(page, 13.5)
+    assert page.locator(".card").first.locator(".player").count() == 1
+    page.keyboard.press("Escape")
+    assert page.locator(".player").count() == 0 and "#" not in page.url
+    page.keyboard.press("d")
+    page.locator(".more dl").wait_for()
+    assert "X100" in page.locator(".more dl").inner_text()
+    page.locator(".track").first.focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    wait_for_seek(page, 14.5)
+    page.keyboard.press("?")
+    assert page.locator("#help").is_visible()
+    page.keyboard.press("Escape")
+    assert not page.locator("#help").is_visible() and page.locator(".player").count() == 1
+    page.keyboard.press("/")
+    page.keyboard.type("onion")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/?q=onion")
+
+
+def test_what_was_not_found_and_what_went_wrong_is_said(chromium: Any, url: str) -> None:
+    with opened(chromium, url, expected="status of 40[04]") as page:
+        page.goto("?q=nothing of the kind")
+        page.wait_for_selector(".card")
+        assert page.locator(".notice").inner_text() == "No confident match; nearest:"
+        page.goto("?q=boat&folder=nowhere")
+        page.wait_for_selector(".notice")
+        assert page.locator(".notice h2").inner_text() == "Nothing found" and names(page) == []
+        assert page.locator(".notice p").inner_text()
+        page.goto("?q=boat&where=colour%3Dred")
+        page.wait_for_selector("[role=alert]")
+        assert "no column 'colour' - expected one of camera, stars" in page.locator("[role=alert]").inner_text()
+
+
+@pytest.mark.slow
+def test_a_newer_answer_is_never_overwritten(page: Any) -> None:
+    SLOW.clear()
+    page.goto("")
+    page.get_by_label("What to look for").fill("slow boat")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("body.busy")
+    ask(page, "onion")
+    SLOW.set()
+    page.wait_for_timeout(500)
+    assert names(page)[0] == "tall"
+    page.go_back()
+    w.until(page, "document.querySelector('.card h3').textContent === 'harbour/boat'")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_phone(chromium: Any, url: str, scheme: str) -> None:
+    options = {"color_scheme": scheme, "has_touch": True, "is_mobile": True}
+    with opened(chromium, url, **options) as page:
+        page.set_viewport_size({"width": 360, "height": 740})
+        page.goto(f"?q=boat&not=gull&where=camera!%3D{'long' * 30}")
+        page.wait_for_selector(".card")
+        for act in ("#filters-button", ".card [data-do=details]", ".card .moments button", "#filters-button"):
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), act
+            page.locator(act).first.click()
+        page.wait_for_selector(".player")
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        background, colour = page.evaluate("(s => [s.backgroundColor, s.color])(getComputedStyle(document.body))")
+        is_dark = sum(map(int, re.findall(r"\d+", background))) < sum(map(int, re.findall(r"\d+", colour)))
+        assert is_dark == (scheme == "dark")
+
+
+@pytest.mark.slow
+def test_an_image_is_answered_with_captions_and_back_leads_back(page: Any, tmp_path: Path) -> None:
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    page.goto("?q=onion&not=gull")
+    page.wait_for_selector(".card")
+    page.set_input_files("#file", tmp_path / "red.png")
+    page.wait_for_selector("body:not(.busy) .notice .says")
+    assert page.evaluate("[answer.request.image, answer.request.without]") == ["red.png", ["gull"]]
+    assert page.locator(".chip canvas").count() == 1
+    assert page.locator(".notice .says").first.inner_text() == "a boat leaves the harbour"
+    assert names(page)[0] == "harbour/boat"
+    page.go_back()
+    w.until(page, "document.querySelector('.card h3').textContent === 'tall'")
+    page.go_forward()
+    page.wait_for_selector(".chip canvas")
+    page.locator(".notice .says").first.click()
+    page.wait_for_url("**/?q=a+boat+leaves+the+harbour")
+
+
+@pytest.mark.slow
+def test_a_part_of_a_clip_is_searched_with(page: Any) -> None:
+    page.goto("")
+    drop = """data => {
+        const held = new DataTransfer();
+        held.items.add(new File([data], "my clip.mkv"));
+        for (const kind of ["dragover", "drop"]) {
+            document.body.dispatchEvent(new DragEvent(kind, {dataTransfer: held, bubbles: true, cancelable: true}));
+        }
+    }"""
+    page.evaluate(drop, "no video, but nobody looks")
+    page.wait_for_selector("body:not(.busy) .card")
+    assert page.evaluate("answer.request.video") == "my clip.mkv"
+    page.get_by_label("The clip counts from").fill("0:02")
+    page.get_by_label("The clip counts to").fill("4.5")
+    page.keyboard.press("Tab")
+    w.until(page, "String(answer.request.span_seconds) === '2,4.5'")
+    assert page.evaluate("toCommand(question)") == "svb search --video 'my clip.mkv@2-4.5'"
+    page.reload()
+    page.wait_for_selector("[role=alert]")
+    assert "drop it here once more" in page.locator("[role=alert]").inner_text()
+
+
+@pytest.mark.slow
+def test_similar_captions_and_duplicates(page: Any) -> None:
+    page.goto("?q=boat")
+    page.wait_for_selector(".card")
+    page.locator("[data-do=captions]").first.click()
+    page.locator(".more .captions li").first.wait_for()
+    assert EVIL in page.locator(".more .captions").inner_text()
+    page.get_by_role("button", name="More videos").click()
+    page.wait_for_url("**/?q=boat&k=30")
+    w.until(page, "document.querySelectorAll('.card').length === 30")
+    page.locator("[data-do=similar]").nth(1).click()
+    w.until(page, "document.querySelector('.chip')?.textContent.startsWith('like ')")
+    page.wait_for_selector("body:not(.busy) .card")
+    assert EVIL not in names(page)
+    assert page.evaluate("new URLSearchParams(location.search).get('like')") == EVIL
+
+
+COMMANDS = [
+    ("?q=a+boat", ["a boat"]),
+    ("?q=it's+-+%22a%22+$HOME&not=-x&plus=two+words", ['it\'s - "a" $HOME', "--plus", "two words", "--not", "-x"]),
+    ("?q=--help&k=3&exact=1", ["-k", "3", "--exact", "--", "--help"]),
+    (
+        "?q=boat&by=video&folder=harbour&min=1.5&max=90&after=2020-01-01&before=2030-01-01&where=stars%3E1"
+        "&confidence=fair&fold=0&normalise=off",
+        [
+            *("boat", "--by", "video", "--folder", "harbour", "--min-duration", "1.5", "--max-duration", "90"),
+            *("--after", "2020-01-01", "--before", "2030-01-01", "--where", "stars>1"),
+            *("--min-confidence", "fair", "--no-fold", "--normalise", "off"),
+        ],
+    ),
+    (f"?like={EVIL}", ["--like", EVIL]),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("address", "expected"), COMMANDS)
+def test_the_command_is_one_that_a_shell_and_svb_take(
+    page: Any, address: str, expected: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    page.goto(address)
+    page.wait_for_selector(".card, .notice")
+    command = shlex.split(page.evaluate("toCommand(question)"))
+    assert command == ["svb", "search", *expected]
+    assert run(["search", "--index", "/nowhere", *command[2:]]) == 1
+    assert "/nowhere is not an index" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_browsers_cannot_play_gets_a_preview(page: Any) -> None:
+    page.goto("?q=film")
+    page.wait_for_selector(".card")
+    with page.expect_response("**/preview"):
+        page.locator(".card .poster").first.click()
+    wait_for_seek(page, 3.5)
+    page.keyboard.press("Escape")
+    page.goto("?q=boat")
+    gone = page.locator(".card").nth(2)
+    gone.locator(".poster").click()
+    page.locator(".player p", has_text="gone.mp4 is gone").wait_for()
+
+
+@pytest.mark.slow
+def test_a_token_stays_out_of_the_address(chromium: Any, url: str, index: Path) -> None:
+    with (
+        shown.served(index, token="0123456789abcdef") as guarded,
+        opened(chromium, guarded, expected="status of 40[14]") as page,
+    ):
+        page.goto("?q=boat")
+        page.get_by_label("This server asks for its token").fill("0123456789abcdef")
+        page.keyboard.press("Enter")
+        page.wait_for_selector(".card")
+        assert page.url == f"{guarded}?q=boat"
+        page.context.clear_cookies()
+        page.get_by_label("What to look for").fill("onion")
+        page.keyboard.press("Enter")
+        page.get_by_label("This server asks for its token").wait_for()
+        assert page.url == f"{guarded}?q=onion"

@@ -1,0 +1,396 @@
+"""Pictures of videos, clips cut out of them, and pictures and videos as queries."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import clips
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from svb.errors import InputError
+from svb.extract.decode import FrameChunk
+from svb.extract.decode_options import DecodeOptions
+from svb.extract.decode_pyav import decode
+from svb.extract.run import extract
+from svb.extract.sampling import Sampling
+from svb.retrieve import cut, pictures
+from svb.retrieve.answer import Answer, Moment, SearchRequest, VideoResult
+from svb.retrieve.cut import cut_clip, cut_moments
+from svb.retrieve.embedder import Embedder, embed_file
+from svb.retrieve.pictures import duration_seconds, frame_at, frames_at, strip
+from svb.retrieve.query_media import embed_image, embed_video, read_picture
+from svb.train.heads import mean_of_frames
+
+torch.set_num_threads(1)
+CPU = torch.device("cpu")
+
+# Every container and kind of stream in which finding a time is not the same.
+MAKERS: dict[str, Callable[[Path], Path]] = {
+    "one-keyframe.mp4": lambda path: clips.make_clip(path, seconds=4, extra=("-g", "600")),
+    "many-keyframes.mp4": lambda path: clips.make_clip(path, seconds=4, extra=("-g", "5", "-bf", "2")),
+    "late.mkv": clips.make_late_clip,
+    "late.ts": clips.make_late_clip,
+    "broadcast.ts": lambda path: clips.make_clip(path, seconds=6, extra=("-g", "15")),
+    "variable.mkv": clips.make_variable_rate_clip,
+    "packed.avi": lambda path: clips.make_clip(path, seconds=3, codec=("-c:v", "mpeg4", "-bf", "2")),
+    "bare.h264": lambda path: clips.make_clip(path, seconds=2),
+    "web.webm": lambda path: clips.make_clip(path, codec=("-c:v", "libvpx", "-deadline", "realtime")),
+    "turned.mp4": lambda path: clips.make_turned_clip(path, 90),
+    "anamorphic.mp4": clips.make_anamorphic_clip,
+    "odd.mkv": clips.make_odd_size_clip,
+    "see-through.mov": clips.make_transparent_clip,
+    "one-frame.mp4": clips.make_one_frame_clip,
+    "- [odd] %03d.mp4": lambda path: clips.make_clip(path, seconds=1),
+}
+
+
+@pytest.fixture(scope="module", params=MAKERS)
+def clip(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return MAKERS[request.param](tmp_path_factory.mktemp("clip") / request.param)
+
+
+def all_frames(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """Return every frame and its time, decoded from the start: the slow way."""
+    chunks = [c for c in decode(path, DecodeOptions(Sampling(every_nth=1))) if isinstance(c, FrameChunk)]
+    return np.concatenate([c.frames for c in chunks]), np.concatenate([c.frame_times_seconds for c in chunks])
+
+
+def test_the_frame_shown_at_a_time_is_found(clip: Path) -> None:
+    frames, times = all_frames(clip)
+    height = frames.shape[1]
+    gap = float(np.diff(times).min()) if len(times) > 1 else 0.1
+    for row in sorted({0, len(times) // 3, len(times) // 2, len(times) - 2, len(times) - 1} & {*range(len(times))}):
+        for seconds in (times[row], times[row] + 0.4 * gap):
+            picture = np.asarray(frame_at(clip, float(seconds), height))
+            assert (picture == frames[row]).all(), (clip.name, row, seconds)
+    assert (np.asarray(frame_at(clip, -100, height)) == frames[0]).all()
+    assert (np.asarray(frame_at(clip, 1e6, height)) == frames[-1]).all()
+
+
+def test_pictures_are_as_high_as_asked_and_never_enlarged(clip: Path) -> None:
+    frames, times = all_frames(clip)
+    height, width = frames.shape[1:3]
+    small = frame_at(clip, float(times[0]), 20)
+    assert small.size == (int(width * 20 / height), 20) and small.mode == "RGB"
+    assert frame_at(clip, float(times[0]), 2000).size == (width, height)
+    exact = np.asarray(Image.fromarray(frames[0]).resize(small.size, Image.Resampling.BICUBIC), np.float64)
+    assert np.abs(np.asarray(small, np.float64) - exact).mean() < 6
+
+
+def test_many_times_are_found_in_their_order(clip: Path) -> None:
+    frames, times = all_frames(clip)
+    wanted = [float(times[row]) for row in (len(times) - 1, 0, len(times) // 2, 0)]
+    found = frames_at(clip, wanted, frames.shape[1])
+    rows = (len(times) - 1, 0, len(times) // 2, 0)
+    assert all((np.asarray(picture) == frames[row]).all() for picture, row in zip(found, rows, strict=True))
+
+
+def test_a_strip_has_a_cell_a_time(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames, times = all_frames(clip)
+    height, width = frames.shape[1:3]
+    wanted = np.linspace(times[0], times[-1], 4).tolist()
+    assert Image.open(io.BytesIO(strip(clip, wanted, 24))).format == "JPEG"
+    monkeypatch.setattr(
+        pictures, "as_jpeg", lambda picture: picture.tobytes()
+    )  # what JPEG loses is not asked about
+    sheet = np.frombuffer(strip(clip, wanted, 24), np.uint8).reshape(24, -1, 3)
+    assert sheet.shape[1] % 4 == 0 and abs(sheet.shape[1] / 4 - 24 * width / height) <= 1
+    tolerance = (wanted[-1] - wanted[0]) / 6
+    cells = np.split(sheet, 4, axis=1)
+    for cell, seconds in zip(cells, wanted, strict=True):
+        shown = max(time for time in times if time <= seconds + 1e-3)
+        near = [float(time) for time in times if shown - tolerance <= time <= shown]
+        small = [picture.resize((cell.shape[1], 24)) for picture in frames_at(clip, near, 24)]
+        assert any((cell == np.asarray(picture)).all() for picture in small), (clip.name, seconds)
+
+
+def test_damage_is_passed_over(tmp_path: Path) -> None:
+    rotten = clips.make_rotten_clip(tmp_path / "rotten.mp4")
+    assert len({picture.size for picture in frames_at(rotten, [0.0, 1.5, 2.9], 48)}) == 1
+    half = clips.make_truncated_clip(tmp_path / "half.mp4", keeps_index=True)
+    assert frame_at(half, 2.9, 48).size == (64, 48)
+
+
+@pytest.mark.parametrize(
+    "ask", [lambda path: frame_at(path, 0, 48), lambda path: strip(path, [0], 48), duration_seconds]
+)
+def test_what_is_no_video_is_an_input_error(ask: Callable[[Path], object], tmp_path: Path) -> None:
+    (tmp_path / "notes.mp4").write_text("no video at all")
+    (tmp_path / "empty.mp4").write_text("")
+    (tmp_path / "playlist.mp4").write_text("#EXTM3U\n#EXTINF:1,\nfile:///etc/hostname\n")
+    song = clips.make_song_with_cover(tmp_path / "song.mp3")
+    lost = clips.make_truncated_clip(tmp_path / "lost.mp4", keeps_index=False)
+    for path in (tmp_path / "notes.mp4", tmp_path / "empty.mp4", tmp_path / "playlist.mp4", tmp_path, song, lost):
+        with pytest.raises(InputError, match=r"cannot (show|tell)"):
+            ask(path)
+    with pytest.raises(InputError, match=r"gone\.mp4 does not exist"):
+        ask(tmp_path / "gone.mp4")
+
+
+@pytest.mark.parametrize(("times", "height"), [([], 48), ([float("nan")], 48), ([0.0], 0), ([0.0], 100_000)])
+def test_pictures_that_cannot_be(clips_folder: Path, times: list[float], height: int) -> None:
+    with pytest.raises(InputError, match="expected"):
+        frames_at(clips_folder / "a.mp4", times, height)
+
+
+def test_limits_and_time_limits_hold(clips_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="takes too long"):
+        frame_at(clips_folder / "a.mp4", 0.5, 48, time_limit_seconds=0)
+    with pytest.raises(InputError, match=r"a strip of 1200 frames of 64x48 px is too wide"):
+        strip(clips_folder / "a.mp4", [0.5] * 1200, 48)
+    monkeypatch.setattr(
+        pictures, "Limits", lambda: dataclasses.replace(DecodeOptions(Sampling(fps=1)).limits, max_width_px=32)
+    )
+    with pytest.raises(InputError, match="expected a width of at most 32"):
+        frame_at(clips_folder / "a.mp4", 0.5, 48)
+
+
+def test_duration(clips_folder: Path) -> None:
+    assert duration_seconds(clips_folder / "deep" / "d.avi") == pytest.approx(4)
+
+
+def test_pictures_import_no_torch() -> None:
+    code = "import svb.retrieve.pictures, svb.retrieve.cut, svb.retrieve.query_media, sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not set(done.stdout.split()) & {"torch", "pandas", "scipy", "h5py"}
+
+
+def test_a_clip_begins_and_ends_where_it_should(clip: Path, tmp_path: Path) -> None:
+    frames, times = all_frames(clip)
+    first, last = len(times) // 3, max(len(times) // 3 + 1, 2 * len(times) // 3)
+    end = float(times[last]) if last < len(times) else float(times[-1]) + 0.1
+    made = cut_clip(clip, float(times[first]), end, tmp_path / "out" / "clip.mp4")
+    cut_frames, cut_times = all_frames(made)
+    # What is encoded anew differs a little, and odd sides are padded; the next frame differs much more.
+    height, width = frames.shape[1:3]
+    if clip.suffix == ".mov":
+        return  # what was transparent is not laid on white in a clip
+    likes = [
+        np.abs(cut_frames[0][:height, :width].astype(float) - frame).mean() for frame in frames[first : first + 1]
+    ]
+    assert max(likes) < 12, (clip.name, likes)
+    assert cut_times[0] == pytest.approx(0, abs=0.05)
+    expected = max(end - float(times[first]), cut.MIN_CLIP_SECONDS)
+    assert cut_times[-1] <= expected and len(cut_frames) >= min(last, len(times)) - first - 1
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["clip.mp4"]
+
+
+def test_a_clip_has_the_sound(tmp_path: Path) -> None:
+    import av
+
+    source = clips.make_clip_with_sound(tmp_path / "s.mp4", seconds=6, sound_seconds=6)
+    with av.open(str(cut_clip(source, 2.0, 4.0, tmp_path / "clip.mp4"))) as container:
+        assert [stream.type for stream in container.streams] == ["video", "audio"]
+        assert container.duration == pytest.approx(2e6, abs=1e5)
+
+
+def test_what_cannot_be_cut_leaves_nothing(
+    tmp_path: Path, clips_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out" / "clip.mp4"
+    (tmp_path / "notes.mp4").write_text("no video at all")
+    with pytest.raises(InputError, match=r"notes\.mp4 gave no clip from 1\.0 to 2\.0 s \(.*Invalid data"):
+        cut_clip(tmp_path / "notes.mp4", 1, 2, out)
+    with pytest.raises(InputError, match=r"gone\.mp4 does not exist"):
+        cut_clip(tmp_path / "gone.mp4", 1, 2, out)
+    with pytest.raises(InputError, match=r"gave no clip from 90\.0 to 92\.0 s \(no frame lies there\)"):
+        cut_clip(clips_folder / "a.mp4", 90, 92, out)
+    monkeypatch.setattr(cut, "TIME_LIMIT_SECONDS", 0.0)
+    monkeypatch.setattr(cut, "TIME_LIMIT_PER_SECOND", 0.0)
+    with pytest.raises(InputError, match=r"has taken 0 s and was ended"):
+        cut_clip(clips_folder / "a.mp4", 0.1, 0.5, out)
+    assert not out.exists() and not list(out.parent.glob("*"))
+
+
+def test_clips_are_named_after_what_was_found(tmp_path: Path, clips_folder: Path) -> None:
+    def answer(video_id: str, source: Path) -> Answer:
+        moments = (Moment(0.0, 0.5, 0.2, 0.4), Moment(0.5, 1.0, 0.7, 0.3))
+        found = VideoResult(1, 0.4, "fair", video_id, "0123456789abcdef", str(source), 1.0, moments)
+        seconds = {"embed": 0.0, "scan": 0.0, "total": 0.0}
+        return Answer(SearchRequest(text="a"), (found,), (), "fair", 1, 2, True, None, False, 1, seconds)
+
+    said: list[str] = []
+    answers = [answer("../../etc/ü b", clips_folder / "a.mp4"), answer("...", clips_folder / "a.mp4")]
+    made = cut_moments(answers, tmp_path / "out", said.append)
+    assert said == [] and sorted(made) == sorted((tmp_path / "out").iterdir())
+    assert [path.name for path in made] == [
+        "q1-01-etc_ü_b-0.0-0.5.mp4",
+        "q1-01-etc_ü_b-0.5-1.0.mp4",
+        "q2-01-0123456789abcdef-0.0-0.5.mp4",
+        "q2-01-0123456789abcdef-0.5-1.0.mp4",
+    ]
+    (longest,) = cut_moments([answer("猫" * 500, clips_folder / "a.mp4")], tmp_path / "long")[:1]
+    assert longest.is_file()
+
+
+# --- a picture or a video as a query
+
+
+def make_embedder(store: Path, backbone: str) -> Embedder:
+    """Return the embedder that averages a store's frames."""
+    from svb.data.feature_store import FeatureStore
+
+    video = FeatureStore(store).video_settings(backbone)
+    return Embedder({"kind": "mean", "max_frames": 64, "video": video}, mean_of_frames, lambda rows: rows, {})
+
+
+@pytest.fixture(scope="module")
+def toy(clips_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return a store of toy features of frames and of windows, of the clips."""
+    from svb.extract.backbones import FAMILIES
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES, "toy", "toy_backbone")
+        out = tmp_path_factory.mktemp("toy") / "features"
+        options = {"sampling": Sampling(fps=5), "precision": "float32", "num_workers": 1, "batch_size": 4}
+        yield extract([clips_folder], out, backbones=["toy:frames", "toy:clips"], **options)
+
+
+def rows_of(store: Path, backbone: str, video_id: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    from svb.data.feature_store import FeatureStore
+
+    loaded = FeatureStore(store).load(backbone, [video_id])
+    return loaded.features.astype(np.float64), loaded.times_seconds
+
+
+def mean_of(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    mean = unit.mean(axis=0)
+    return mean / np.linalg.norm(mean)
+
+
+@pytest.mark.parametrize("backbone", ["toy:frames", "toy:clips", "toy:frames+toy:clips"])
+@pytest.mark.parametrize("span", [None, (1.0, 2.0), (0.0, 100.0), (1.05, 1.15), (3.9, 3.95)])
+def test_a_part_of_a_video_is_the_rows_that_lie_in_it(
+    toy: Path, clips_folder: Path, backbone: str, span: tuple[float, float] | None
+) -> None:
+    found = embed_video(clips_folder / "deep" / "d.avi", span, make_embedder(toy, backbone), CPU)
+    if span is None:
+        np.testing.assert_array_equal(
+            found, embed_file(clips_folder / "deep" / "d.avi", make_embedder(toy, backbone), CPU)
+        )
+    if "+" in backbone:
+        return
+    rows, times = rows_of(toy, backbone, "deep/d")
+    begin, end = span or (0.0, 100.0)
+    inside = (times >= begin - 1e-3) & (times < end - 1e-3)
+    if not inside.any():
+        distance = np.maximum(begin - times, times - end).clip(0)
+        inside = np.arange(len(times)) == distance.argmin()
+    np.testing.assert_allclose(found, mean_of(rows[inside]), atol=2e-3)
+
+
+@pytest.mark.parametrize("backbone", ["toy:frames", "toy:clips"])
+def test_a_part_past_the_end_names_the_duration(toy: Path, clips_folder: Path, backbone: str) -> None:
+    with pytest.raises(InputError, match=r"begins at 9 s, and .*d\.avi lasts until 4\.0 s - expected"):
+        embed_video(clips_folder / "deep" / "d.avi", (9.0, 12.0), make_embedder(toy, backbone), CPU)
+
+
+def test_only_the_frames_of_a_part_are_computed(
+    toy: Path, clips_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from svb.retrieve import query_media
+
+    seen: list[int] = []
+    real = query_media._within
+    monkeypatch.setattr(
+        query_media, "_within", lambda *given: (seen.append(len(chunk.frames)) or chunk for chunk in real(*given))
+    )
+    embed_video(clips_folder / "deep" / "d.avi", (1.0, 2.0), make_embedder(toy, "toy:frames"), CPU)
+    assert sum(seen) == 5
+
+
+def test_what_is_no_video_is_no_query(toy: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.mp4").write_text("no video at all")
+    for name in ("notes.mp4", "gone.mp4"):
+        with pytest.raises(InputError, match=rf"{name} cannot be used as a video"):
+            embed_video(tmp_path / name, None, make_embedder(toy, "toy:frames"), CPU)
+
+
+def test_a_picture_is_a_video_of_one_frame(toy: Path, clips_folder: Path, tmp_path: Path) -> None:
+    frame_at(clips_folder / "deep" / "d.avi", 0.0, 48).save(tmp_path / "frame.png")
+    embedder = make_embedder(toy, "toy:frames")
+    found = embed_image(tmp_path / "frame.png", embedder, CPU)
+    rows, _ = rows_of(toy, "toy:frames", "deep/d")
+    np.testing.assert_allclose(found, mean_of(rows[:1]), atol=2e-3)
+    # A decoder that scales hands over small frames: a picture is scaled alike.
+    video = embedder.model["video"]
+    scaling = {**video, "decoder": {**video["decoder"], "resize_px": 20}}
+    scaled = embed_image(
+        tmp_path / "frame.png", dataclasses.replace(embedder, model={**embedder.model, "video": scaling}), CPU
+    )
+    assert np.linalg.norm(scaled) == pytest.approx(1, abs=1e-5) and found @ scaled > 0.98
+    assert (found != scaled).any()
+
+
+def test_a_backbone_of_windows_tells_nothing_of_a_picture(toy: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 48)).save(tmp_path / "frame.png")
+    for backbone in ("toy:clips", "toy:frames+toy:clips"):
+        with pytest.raises(InputError, match=r"toy:clips looks at 4 frames at a time and cannot tell what"):
+            embed_image(tmp_path / "frame.png", make_embedder(toy, backbone), CPU)
+
+
+@pytest.mark.parametrize("embed", [embed_image, lambda file, *rest: embed_video(file, None, *rest)])
+def test_imported_features_are_refused(toy: Path, tmp_path: Path, embed: Callable[..., Any]) -> None:
+    embedder = make_embedder(toy, "toy:frames")
+    video = embedder.model["video"]
+    imported = {**video, "backbone_settings": {**video["backbone_settings"], "imported": True}}
+    with pytest.raises(InputError, match="were imported and cannot be computed of"):
+        embed(tmp_path / "x.png", dataclasses.replace(embedder, model={"video": imported}), CPU)
+
+
+def test_pictures_are_turned_and_laid_on_white(tmp_path: Path) -> None:
+    lying = Image.new("RGB", (40, 20), (255, 0, 0))
+    lying.paste((0, 0, 255), (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    lying.save(tmp_path / "phone.png", exif=exif)
+    upright = read_picture(tmp_path / "phone.png")
+    assert upright.shape == (40, 20, 3)
+    assert upright[0, 0].tolist() == [0, 0, 255] and upright[-1, -1].tolist() == [255, 0, 0]
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert (read_picture(tmp_path / "clear.png") == 255).all()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I"])
+def test_pictures_of_any_mode(tmp_path: Path, mode: str) -> None:
+    value: Any = {"1": 1, "I;16": 40_000, "I": 40_000}.get(mode, 200)
+    grey = (
+        Image.new(mode, (5, 3), value)
+        if mode in {"1", "L", "I;16", "I"}
+        else Image.new("L", (5, 3), 200).convert("RGB").convert(mode)
+    )
+    path = tmp_path / ("x.tif" if mode in {"CMYK", "I", "I;16"} else "x.png")
+    grey.save(path)
+    picture = read_picture(path)
+    assert picture.shape == (3, 5, 3) and picture.dtype == np.uint8
+    assert picture[0, 0].mean() == pytest.approx({"1": 255, "I;16": 156, "I": 156}.get(mode, 200), abs=5)
+
+
+def test_what_is_no_picture_is_an_input_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "notes.png").write_text("no picture at all")
+    (tmp_path / "empty.png").write_text("")
+    (tmp_path / "page.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n")
+    Image.effect_noise((64, 64), 90).save(tmp_path / "whole.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:1500])
+    for name in ("notes.png", "empty.png", "page.eps", "half.png"):
+        with pytest.raises(InputError, match=rf"{name} cannot be used as a picture .* - expected one of JPEG, PNG"):
+            read_picture(tmp_path / name)
+    with pytest.raises(InputError, match=r"gone\.png does not exist - expected a picture"):
+        read_picture(tmp_path / "gone.png")
+    with pytest.raises(InputError, match="cannot be used as a picture"):
+        read_picture(tmp_path)
+    for limit in (3000, 1000):  # PIL warns of the one and refuses the other
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(InputError, match=r"whole\.png is too large a picture .* make it smaller"):
+            read_picture(tmp_path / "whole.png")

@@ -1,0 +1,322 @@
+"""Caption pools: what they are made of, what is made again, and what an image or a video is answered with."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import synthetic
+import torch
+from numpy.typing import NDArray
+
+from svb.data.caption_features import read_caption_features
+from svb.errors import InputError, StoreError
+from svb.retrieve.embedder import Embedder
+from svb.retrieve.make_pools import caption_embedder, file_pool, sidecar_pool, training_pool
+from svb.retrieve.pools import CaptionPools, Pool, open_pool, publish_pool
+
+SRT = "1\n00:00:01,000 --> 00:00:02,000\na dog\n\n2\n00:00:04,000 --> 00:00:05,500\na cat\n"
+
+
+class Words:
+    """Embeds captions by their letters and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def __call__(self, captions: Sequence[str]) -> NDArray[np.float32]:
+        self.asked += captions
+        return embed(captions)
+
+
+def embed(captions: Sequence[str]) -> NDArray[np.float32]:
+    counts = np.array([[1 + caption.casefold().count(letter) for letter in "acdgotxyz"] for caption in captions])
+    return (counts / np.linalg.norm(counts, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture
+def words() -> Words:
+    return Words()
+
+
+def rows_of(pool: Pool) -> list[tuple[str, str, float, float]]:
+    return [
+        (caption, video_id, *seconds)
+        for caption, video_id, seconds in zip(pool.captions, pool.video_ids, pool.seconds.tolist(), strict=True)
+    ]
+
+
+def put(path: Path, text: str) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def published(folder: Path, *pools: Pool) -> tuple[Path, dict[str, Any]]:
+    return folder, {"captions": [publish_pool(folder, pool) for pool in pools]}
+
+
+class TestFilePools:
+    def test_a_caption_a_line(self, tmp_path: Path, words: Words) -> None:
+        pool = file_pool(put(tmp_path / "own.txt", "a dog\n\na cat\na dog\n"), words)
+        assert (pool.name, pool.kind, list(pool.captions), list(pool.video_ids)) == (
+            "own.txt",
+            "file",
+            ["a dog", "a cat"],
+            ["", ""],
+        )
+        assert words.asked == ["a dog", "a cat"] and pool.embeddings.dtype == np.float16
+        np.testing.assert_array_equal(pool.embeddings, embed(["a dog", "a cat"]).astype(np.float16))
+        assert len(file_pool(put(tmp_path / "own.srt", SRT), words)) == 2
+
+    def test_tables(self, tmp_path: Path, words: Words) -> None:
+        frame = pd.DataFrame({"caption": ["a dog", "a cat", "", "a dog"], "video_id": ["v0", None, "v1", "v2"]})
+        frame.to_csv(tmp_path / "t.csv", index=False)
+        frame.to_json(tmp_path / "t.jsonl", orient="records", lines=True)
+        frame.to_parquet(tmp_path / "t.parquet")
+        for name in ("t.csv", "t.jsonl", "t.parquet"):
+            messages: list[str] = []
+            pool = file_pool(tmp_path / name, words, messages.append)
+            assert list(zip(pool.captions, pool.video_ids, strict=True)) == [
+                ("a dog", "v0"),
+                ("a cat", ""),
+                ("a dog", "v2"),
+            ]
+            assert messages == [f"{tmp_path / name}: 1 rows have no caption and were left out"]
+
+    @pytest.mark.parametrize(
+        ("name", "text", "message"),
+        [
+            ("a.txt", "\n \n", "holds no captions - expected one a line"),
+            ("a.csv", "caption\n", "holds no captions"),
+            (
+                "a.csv",
+                "video_id,text\nv,a\n",
+                "no column caption, only video_id, text - expected the header caption",
+            ),
+            ("a.csv", "caption,caption\na,b\n", "column 'caption' stands twice"),
+            ("a.csv", "caption,video_id\na dog, a cat,v\n", "line 2: 3 fields where the header has 2 - quote"),
+            ("a.jsonl", '{"caption": "\\ud800"}', "line 1: the caption holds a NUL or half a character"),
+            ("a.jsonl", "[" * 100_000, "line 1: not JSON"),
+            ("a.parquet", "no", "not readable as Parquet"),
+            ("a.pdf", "no", "cannot tell the format from '.pdf'"),
+            ("gone.csv", None, "no caption pool at"),
+            ("gone.txt", None, "no caption pool at"),
+        ],
+    )
+    def test_bad_files(self, name: str, text: str | None, message: str, tmp_path: Path, words: Words) -> None:
+        if text is not None:
+            put(tmp_path / name, text)
+        with pytest.raises(InputError, match=message):
+            file_pool(tmp_path / name, words)
+
+
+class TestSidecarPools:
+    def videos(self, folder: Path) -> list[tuple[str, str]]:
+        return [("v/a", str(folder / "v/a.mp4")), ("v/b", str(folder / "v/b.mp4")), ("x", "/gone/x.mp4")]
+
+    def test_captions_have_their_video_and_times(self, tmp_path: Path, words: Words) -> None:
+        put(tmp_path / "v/a.en.srt", SRT)
+        put(tmp_path / "v/b.txt", "a dog\n")
+        pool = sidecar_pool(self.videos(tmp_path), words)
+        assert pool is not None and words.asked == ["a dog", "a cat"]
+        np.testing.assert_equal(
+            rows_of(pool),
+            [("a dog", "v/a", 1.0, 2.0), ("a cat", "v/a", 4.0, 5.5), ("a dog", "v/b", np.nan, np.nan)],
+        )
+        assert sidecar_pool([("x", "/gone/x.mp4")], words) is None
+
+    def test_only_what_is_new_is_embedded(self, tmp_path: Path, words: Words) -> None:
+        put(tmp_path / "v/a.srt", SRT)
+        bad = put(tmp_path / "v/b.txt", "x\0")
+        messages: list[str] = []
+        first = sidecar_pool(self.videos(tmp_path), words, on_message=messages.append)
+        assert first is not None
+        assert [message.partition(": ")[0] for message in messages] == [f"{bad} is no text"]
+        previous = open_pool(tmp_path, publish_pool(tmp_path, first))
+        assert sidecar_pool(self.videos(tmp_path)[::-1], words, previous, on_message=messages.append) is previous
+        assert len(messages) == 1
+
+        bad.write_text("a cat\nan ox\n")
+        words.asked.clear()
+        second = sidecar_pool(self.videos(tmp_path), words, previous)
+        assert second is not None and words.asked == ["an ox"]
+        fresh = sidecar_pool(self.videos(tmp_path), words)
+        assert fresh is not None and rows_of(second)[:2] == rows_of(first)
+        np.testing.assert_equal(rows_of(second), rows_of(fresh))
+        np.testing.assert_array_equal(second.embeddings, fresh.embeddings)
+
+        (tmp_path / "v/a.srt").unlink()
+        words.asked.clear()
+        third = sidecar_pool(self.videos(tmp_path), words, second)
+        assert third is not None and list(third.captions) == ["a cat", "an ox"] and words.asked == []
+
+    def test_a_file_of_the_same_size_is_read_again(self, tmp_path: Path, words: Words) -> None:
+        sidecar = put(tmp_path / "v/a.txt", "a dog")
+        first = sidecar_pool(self.videos(tmp_path), words)
+        sidecar.write_text("a cat")
+        os.utime(sidecar, ns=(1, 1))
+        second = sidecar_pool(self.videos(tmp_path), words, first)
+        assert second is not None and list(second.captions) == ["a cat"]
+
+    def test_long_work_is_done_in_portions(self, tmp_path: Path, words: Words) -> None:
+        for number in range(7):
+            put(tmp_path / f"v/a{number}.txt", f"a dog {number}\na cat {number}")
+        videos = [(f"a{number}", str(tmp_path / f"v/a{number}.mp4")) for number in range(7)]
+        previous, sizes = None, []
+        while (pool := sidecar_pool(videos, words, previous, max_captions=3)) is not previous:
+            previous = pool
+            sizes.append(len(words.asked))
+        assert sizes == [4, 8, 12, 14]
+        whole = sidecar_pool(videos, words)
+        assert whole is not None and previous is not None and whole.source == previous.source
+        np.testing.assert_equal(rows_of(previous), rows_of(whole))
+
+
+def test_training_captions_are_distinct_and_keep_their_first_video(tmp_path: Path) -> None:
+    rows = [("v0", "a dog", "train"), ("v1", "a cat", "train"), ("v1", "a dog", "train"), ("v2", "an ox", "train")]
+    features = np.random.default_rng(0).normal(size=(4, 8))
+    captions = read_caption_features(synthetic.make_captions(tmp_path / "c.h5", rows, features))
+    embedder = Embedder({}, None, lambda batch: torch.nn.functional.normalize(batch, dim=-1), {})  # type: ignore[arg-type]
+    pool = training_pool(captions, embedder)
+    assert list(zip(pool.captions, pool.video_ids, strict=True)) == [
+        ("a dog", "v0"),
+        ("a cat", "v1"),
+        ("an ox", "v2"),
+    ]
+    expected = features[[0, 1, 3]] / np.linalg.norm(features[[0, 1, 3]], axis=1, keepdims=True)
+    np.testing.assert_allclose(pool.embeddings, expected, atol=2e-3)
+
+
+def test_captions_too_long_for_the_encoder_are_said() -> None:
+    loaded, messages = [], list[str]()
+    embedder = Embedder({}, None, lambda batch: torch.nn.functional.normalize(batch, dim=-1), {})  # type: ignore[arg-type]
+
+    def load() -> Any:
+        loaded.append(True)
+        return synthetic.make_text_encoder()
+
+    embed_captions = caption_embedder(embedder, load, messages.append)
+    assert not loaded
+    assert embed_captions(["a dog", " ".join("abcdefghijk")]).shape == (2, 20)
+    assert messages == [
+        "1 captions are longer than the 12 tokens that synthetic:words reads; the rest of each was not seen, "
+        "first of 'a b c d e f g h i j k'"
+    ]
+
+
+class TestNearest:
+    def made(self, name: str, captions: Sequence[str], folder: Path) -> Pool:
+        return replace(file_pool(put(folder / "own.txt", "\n".join(captions)), embed), name=name)
+
+    @pytest.mark.parametrize("k", [1, 4, 1000])
+    def test_the_best_of_all_pools(self, k: int, tmp_path: Path) -> None:
+        random = np.random.default_rng(1)
+        captions = ["".join(random.choice(list("acdgot"), 12)) for _ in range(60)]
+        parts = [self.made("one", captions[:20], tmp_path), self.made("two", captions[20:], tmp_path)]
+        results = CaptionPools(*published(tmp_path / "index", *parts)).nearest(embed(["a dog"])[0], k)
+        similarity = embed(captions).astype(np.float16).astype(np.float32) @ embed(["a dog"])[0]
+        scores = -np.sort(-similarity)[:k]
+        assert [result.rank for result in results] == list(range(1, len(scores) + 1))
+        np.testing.assert_allclose([result.score for result in results], scores, atol=1e-5)
+        for result in results:
+            row = captions.index(result.caption)
+            assert result.score == pytest.approx(similarity[row], abs=1e-5)
+            assert result.pool == ("one" if row < 20 else "two")
+            assert (result.video_id, result.begin_seconds, result.end_seconds) == ("", None, None)
+
+    def test_the_same_words_come_once(self, tmp_path: Path) -> None:
+        texts = [f"{'A dog' if number % 2 else ' a  DOG'}" for number in range(50)]
+        rows = [f'{{"caption": "{text}", "video_id": "v{number}"}}' for number, text in enumerate(texts)]
+        pool = file_pool(put(tmp_path / "own.jsonl", "\n".join(rows)), embed)
+        others = self.made("others", ["a  dog", "a cat", "ox"], tmp_path)
+        results = CaptionPools(*published(tmp_path / "index", pool, others)).nearest(embed(["a dog"])[0], 3)
+        assert [" ".join(result.caption.casefold().split()) for result in results] == ["a dog", "ox", "a cat"]
+        assert results[0].pool == "own.jsonl" and results[0].video_id.startswith("v")
+
+    def test_times_and_video_are_answered(self, tmp_path: Path) -> None:
+        put(tmp_path / "v/a.srt", SRT)
+        pool = sidecar_pool([("v/a", str(tmp_path / "v/a.mp4"))], embed)
+        assert pool is not None
+        best = CaptionPools(*published(tmp_path / "index", pool)).nearest(embed(["a cat"])[0], 1)[0]
+        assert (best.caption, best.pool, best.video_id) == ("a cat", "sidecars", "v/a")
+        assert (best.begin_seconds, best.end_seconds) == (4.0, 5.5)
+
+    def test_without_pools_or_results(self, tmp_path: Path) -> None:
+        assert CaptionPools(tmp_path, {"captions": []}).nearest(embed(["a"])[0], 3) == []
+        pools = CaptionPools(*published(tmp_path, self.made("one", ["a"], tmp_path)))
+        assert pools.nearest(embed(["a"])[0], 0) == [] and len(pools) == 1
+
+    def test_threads_share_pools(self, tmp_path: Path) -> None:
+        pools = CaptionPools(*published(tmp_path, self.made("one", ["a dog", "a cat", "an ox"], tmp_path)))
+        found: dict[int, list[str]] = {}
+
+        def ask(number: int) -> None:
+            query = ["a dog", "a cat", "an ox"][number % 3]
+            found[number] = [result.caption for result in pools.nearest(embed([query])[0], 1)] == [query]  # type: ignore[assignment]
+
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(24)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(found) == 24 and all(found.values())
+
+
+class TestDamage:
+    @pytest.fixture
+    def index(self, tmp_path: Path) -> tuple[Path, dict[str, Any]]:
+        put(tmp_path / "v/a.srt", SRT)
+        pool = sidecar_pool([("v/a", str(tmp_path / "v/a.mp4"))], embed)
+        assert pool is not None
+        return published(tmp_path / "index", pool)
+
+    @pytest.mark.parametrize(
+        "name", ["caption_utf8", "video_id_offsets", "seconds", "caption_embeddings", "sidecar_state"]
+    )
+    def test_a_file_that_is_not_whole(self, index: tuple[Path, dict[str, Any]], name: str) -> None:
+        folder, manifest = index
+        path = folder / "captions" / manifest["captions"][0]["key"] / f"{name}.npy"
+        content = path.read_bytes()
+        for damaged in (content[:-1], content[:20], b""):
+            path.write_bytes(damaged)
+            with pytest.raises(StoreError, match=f"is damaged .{name}.npy has"):
+                CaptionPools(folder, manifest).nearest(embed(["a"])[0], 1)
+        path.unlink()
+        with pytest.raises(StoreError, match="is damaged"):
+            CaptionPools(folder, manifest).nearest(embed(["a"])[0], 1)
+
+    def test_files_of_other_pools(self, index: tuple[Path, dict[str, Any]]) -> None:
+        folder, manifest = index
+        entry = manifest["captions"][0]
+        with pytest.raises(StoreError, match=r"files of .2. captions, not of 3"):
+            open_pool(folder, {**entry, "captions": 3})
+        path = folder / "captions" / entry["key"] / "sidecar_offsets.npy"
+        np.save(path, np.array([0, 1]))
+        with pytest.raises(StoreError, match="its sidecars do not lead through its captions"):
+            open_pool(folder, entry)
+
+    def test_embeddings_that_are_not_finite_are_not_written(self, tmp_path: Path) -> None:
+        def broken(captions: Sequence[str]) -> NDArray[np.float32]:
+            return np.where(np.array(captions)[:, None] == "a cat", np.nan, embed(captions)).astype(np.float32)
+
+        pool = file_pool(put(tmp_path / "own.txt", "a dog\na cat\n"), broken)
+        with pytest.raises(StoreError, match=r"caption 'a cat' of own\.txt has an embedding that is not finite"):
+            publish_pool(tmp_path / "index", pool)
+        assert not (tmp_path / "index").exists()
+
+
+def test_pools_import_nothing_heavy() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, svb.retrieve.pools; print(sorted({'torch', 'h5py', 'pandas', 'scipy'} & {*sys.modules}))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"

@@ -1,0 +1,502 @@
+"""A search against plain numpy over all rows: exact whatever is asked, filtered, folded or deleted."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from made_index import embed_text, naive_scores, text_vector, write_index
+from numpy.typing import NDArray
+from segments import clustered, make_segment, random_segment, units
+
+from svb.data.caption_table import CaptionTable
+from svb.errors import InputError, StoreError, UsageError
+from svb.retrieve import rank
+from svb.retrieve.answer import Answer, SearchRequest
+from svb.retrieve.make_hubs import index_hubs
+from svb.retrieve.make_metadata import publish_metadata
+from svb.retrieve.normalise import QB_NORM_SCALE, qb_norm, query_bank
+from svb.retrieve.query_embedder import QueryEmbedder
+from svb.retrieve.search import Searcher, video_key
+from svb.retrieve.segment import Segment
+
+SIZE = 32
+BY = ("moment", "video")
+TEXT = SearchRequest(text="a dog")
+
+
+@pytest.fixture(autouse=True)
+def without_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(QueryEmbedder, "embed_text", embed_text)
+
+
+def some_segments() -> list[Segment]:
+    segments = [
+        random_segment(40, seed=1),
+        random_segment(1, seed=2, first=40),
+        random_segment(25, seed=3, first=41),
+    ]
+    return [replace(segments[0], deleted=np.array([0, 7, 8, 39])), *segments[1:]]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Segment]]:
+    """An index of 62 live videos in three segments; only to be read."""
+    return write_index(tmp_path_factory.mktemp("world"), some_segments())
+
+
+@pytest.fixture(scope="module")
+def searcher(world: tuple[Path, list[Segment]]) -> Searcher:
+    return Searcher(world[0])
+
+
+def found(answer: Answer) -> list[str]:
+    return [result.video_id for result in answer.results]
+
+
+def best_first(scores: dict[str, float]) -> list[str]:
+    return sorted(scores, key=lambda video_id: -scores[video_id])
+
+
+def check(answer: Answer, scores: dict[str, float], k: int) -> None:
+    """Compare an answer with every video's score."""
+    expected = best_first(scores)[:k]
+    assert found(answer) == expected
+    assert [result.score for result in answer.results] == pytest.approx([scores[v] for v in expected], abs=1e-5)
+    assert [result.rank for result in answer.results] == list(range(1, len(expected) + 1))
+
+
+@pytest.mark.parametrize("by", BY)
+@pytest.mark.parametrize("k", [1, 10, 62, 10_000])
+@pytest.mark.parametrize(("plus", "without"), [((), ()), (("a", "b"), ()), ((), ("c",)), (("a",), ("c", "d"))])
+def test_videos_are_found_exactly(
+    world: tuple[Path, list[Segment]],
+    searcher: Searcher,
+    by: str,
+    k: int,
+    plus: tuple[str, ...],
+    without: tuple[str, ...],
+) -> None:
+    request = SearchRequest(text="a dog", by=by, k=k, plus=plus, without=without, fold=False)
+    wanted = [text_vector(text) for text in ("a dog", *plus)]
+    answer = searcher.search(request)
+    check(answer, naive_scores(world[1], by, wanted, [text_vector(text) for text in without]), k)
+    assert (answer.num_videos, answer.exact, answer.recall, answer.generation) == (62, True, None, 1)
+    assert answer.num_moments == sum(np.delete(np.diff(s.moment_offsets), s.deleted).sum() for s in world[1])
+    assert set(answer.elapsed_seconds) == {"embed", "scan", "total"} and not answer.captions and not answer.notes
+
+
+@pytest.mark.parametrize("by", BY)
+def test_the_scan_goes_on_until_no_other_row_can_be_better(
+    tmp_path: Path, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The nearest hundred videos are just what is not wanted; the answer lies far behind them."""
+    monkeypatch.setattr(rank, "FIRST_ROWS", 8)
+    wanted, unwanted = text_vector("a dog"), text_vector("a cat")
+    random = np.random.default_rng(0)
+    near = units(wanted + unwanted + 0.05 * random.normal(size=(100, SIZE)))
+    far = units(0.3 * wanted + random.normal(size=(200, SIZE)) / np.sqrt(SIZE))
+    folder, segments = write_index(tmp_path, [make_segment([row[None] for row in np.concatenate([near, far])])])
+    request = SearchRequest(text="a dog", without=("a cat",), by=by, k=3, fold=False)
+    answer = Searcher(folder).search(request)
+    check(answer, naive_scores(segments, by, [wanted], [unwanted]), 3)
+    assert all(int(video_id[1:]) >= 100 for video_id in found(answer))
+
+
+@pytest.mark.parametrize("many", [1, 40])
+def test_a_video_of_many_near_moments_leaves_room_for_others(
+    tmp_path: Path, many: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rank, "FIRST_ROWS", 4)
+    wanted, random = text_vector("a dog"), np.random.default_rng(0)
+    long = units(wanted + 0.05 * random.normal(size=(50 * many, SIZE)))
+    others = clustered(30, SIZE, 5)
+    folder, segments = write_index(tmp_path, [make_segment([long, *(row[None] for row in others)])])
+    answer = Searcher(folder).search(SearchRequest(text="a dog", k=5, fold=False))
+    check(answer, naive_scores(segments, "moment", [wanted]), 5)
+
+
+def test_a_negative_never_adds(world: tuple[Path, list[Segment]], searcher: Searcher) -> None:
+    """What is unlike the unwanted does not rise: its scores stay what they are without."""
+    plain = {r.video_id: r.score for r in searcher.search(SearchRequest(text="a dog", k=62, fold=False)).results}
+    request = SearchRequest(text="a dog", without=("a cat",), k=62, fold=False)
+    lowered = {r.video_id: r.score for r in searcher.search(request).results}
+    changes = np.array([lowered[video_id] - plain[video_id] for video_id in plain])
+    assert changes.max() <= 1e-6 and changes.min() < -0.01
+
+
+@pytest.mark.parametrize("by", BY)
+def test_moments_and_curves_are_of_the_video(
+    world: tuple[Path, list[Segment]], searcher: Searcher, by: str
+) -> None:
+    answer = searcher.search(SearchRequest(text="a dog", by=by, k=62, with_curves=True, num_moments=2))
+    assert all(result.curve is None for result in searcher.search(TEXT).results)
+    for result in answer.results:
+        segment = next(s for s in world[1] if result.video_id in s.video_ids.tolist())
+        row = segment.video_ids.tolist().index(result.video_id)
+        own = slice(*segment.moment_offsets[row : row + 2].tolist())
+        scores = segment.moment_embeddings[own].astype(np.float32) @ text_vector("a dog")
+        assert result.curve is not None
+        assert result.curve.scores == pytest.approx(scores.tolist(), abs=1e-6)
+        assert result.curve.times_seconds == tuple(segment.moment_seconds[own].mean(axis=1).tolist())
+        assert result.curve == searcher.curve(result.video_id, TEXT)
+        assert 1 <= len(result.moments) <= 2
+        assert result.moments[0].score == pytest.approx(float(scores.max()), abs=1e-6)
+        for moment in result.moments:
+            assert 0 <= moment.begin_seconds < moment.end_seconds <= segment.moment_seconds[own][-1, 1]
+        assert result.duration_seconds == segment.duration_seconds[row]
+        assert result.source_path == f"/videos/{result.video_id}.mp4"
+        assert result.key == video_key(result.video_id)
+
+
+def test_the_like_of_a_video_is_not_itself(world: tuple[Path, list[Segment]], searcher: Searcher) -> None:
+    segment = world[1][2]
+    scores = naive_scores(world[1], "video", [segment.video_embeddings[3].astype(np.float32)])
+    itself = segment.video_ids[3]
+    own = scores.pop(itself)
+    answer = searcher.search(SearchRequest(like=itself, by="video", k=100, fold=False))
+    assert found(answer) == best_first(scores) and own == max(own, *scores.values())
+    assert answer.num_videos == 61
+    for gone in ("v7", "nobody"):
+        with pytest.raises(InputError, match=rf"the index has no video '{gone}'"):
+            searcher.search(SearchRequest(like=gone))
+        with pytest.raises(InputError, match=rf"the index has no video '{gone}'"):
+            searcher.curve(gone, TEXT)
+
+
+def test_videos_are_known_by_their_keys(world: tuple[Path, list[Segment]], searcher: Searcher) -> None:
+    info = searcher.video(video_key("v3"))
+    assert info is not None and (info.video_id, info.source_path) == ("v3", "/videos/v3.mp4")
+    assert [searcher.video(key) for key in (video_key("v7"), "", "../v3", "v3")] == [None] * 4
+
+
+# Near-duplicates
+
+
+def copies(*, every: int = 1) -> list[Segment]:
+    """Return 30 videos near a text, each `every`-th with two near copies and one of another length."""
+    random = np.random.default_rng(0)
+    videos, counts = [], []
+    for video in range(30):
+        row = units(text_vector("a dog") + 0.3 * random.normal(size=(1, SIZE)))
+        for copy in range(4 if video % every == 0 else 1):
+            near = units(row + 0.005 * random.normal(size=(1, SIZE)))
+            counts.append(9 if copy == 3 else 2)
+            videos.append(np.repeat(near, counts[-1], axis=0))
+    return [make_segment(videos)]
+
+
+@pytest.mark.parametrize("by", BY)
+@pytest.mark.parametrize("first", [4, 256])
+def test_near_duplicates_are_folded_and_k_filled_up(
+    tmp_path: Path, by: str, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rank, "FIRST_ROWS", first)
+    monkeypatch.setattr("svb.retrieve.duplicates.BLOCK", 16)
+    folder, segments = write_index(tmp_path, copies())
+    searcher = Searcher(folder)
+    scores = naive_scores(segments, by, [text_vector("a dog")])
+    folded = searcher.search(SearchRequest(text="a dog", by=by, k=12)).results
+    assert len(folded) == 12
+    # Of each four videos the best of three stands for the two others; the longer one stands for itself.
+    expected, taken = [], set[tuple[int, bool]]()
+    for video_id in best_first(scores):
+        group = (int(video_id[1:]) // 4, int(video_id[1:]) % 4 == 3)
+        if group not in taken:
+            expected.append(video_id)
+            taken.add(group)
+    assert [result.video_id for result in folded] == expected[:12]
+    for result in folded[:6]:
+        number = int(result.video_id[1:])
+        others = {number // 4 * 4 + copy for copy in range(3)} - {number} if number % 4 != 3 else set()
+        assert {int(video_id[1:]) for video_id in result.duplicates} == others
+    flat = searcher.search(SearchRequest(text="a dog", by=by, k=12, fold=False)).results
+    assert [result.video_id for result in flat] == best_first(scores)[:12]
+    assert not any(result.duplicates for result in flat)
+
+
+def test_all_is_found_where_less_is_left_than_k(tmp_path: Path) -> None:
+    answer = Searcher(write_index(tmp_path, copies())[0]).search(SearchRequest(text="a dog", k=1000))
+    assert len(answer.results) == 60
+    assert sum(1 + len(result.duplicates) for result in answer.results) == 120
+
+
+# Filters
+
+
+def filtered_world(folder: Path) -> Path:
+    segment = random_segment(12, seed=4)
+    ids = [f"{where}/clip{row}" for row, where in enumerate(("a", "a/b", "ab", "c") * 3)]
+    segment = replace(
+        segment,
+        video_ids=type(segment.video_ids).of(ids),
+        source_paths=type(segment.source_paths).of(f"/home/{video_id}.mp4" for video_id in ids),
+        duration_seconds=np.array([*np.arange(11) * 10.0, np.nan]),
+        mtime_ns=np.array([1_700_000_000 + row * 86_400 for row in range(12)]) * 10**9,
+    )
+    (folder / "table.csv").write_text(
+        "video_id,year,place\n" + "".join(f"{video_id},{2000 + row},x\n" for row, video_id in enumerate(ids[:6]))
+    )
+    entry = publish_metadata(folder, folder / "table.csv", ids)
+    return write_index(folder, [segment], metadata=[entry])[0]
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        ({"folders": ("a",)}, {0, 1, 4, 5, 8, 9}),
+        ({"folders": ("a/b/", "./c")}, {1, 3, 5, 7, 9, 11}),
+        ({"folders": ("/home/ab",)}, {2, 6, 10}),
+        ({"min_duration_seconds": 80}, {8, 9, 10}),
+        ({"max_duration_seconds": 20}, {0, 1, 2}),
+        ({"min_duration_seconds": 10, "max_duration_seconds": 30, "folders": ("a",)}, {1}),
+        ({"after": "2023-11-25T12:00+00:00"}, {11}),
+        ({"before": "2023-11-15T12:00+00:00", "min_duration_seconds": 0}, {0}),
+        ({"where": ("year>=2002",)}, {2, 3, 4, 5}),
+        ({"where": ("year>=2002", "place=x"), "folders": ("a",)}, {4, 5}),
+    ],
+)
+@pytest.mark.parametrize("by", BY)
+def test_filters_narrow_what_is_compared(
+    tmp_path: Path, by: str, filters: dict[str, Any], expected: set[int]
+) -> None:
+    answer = Searcher(filtered_world(tmp_path)).search(SearchRequest(text="a dog", by=by, k=20, **filters))
+    assert {int(video_id.split("clip")[1]) for video_id in found(answer)} == expected
+    assert answer.num_videos == len(expected) and not answer.notes
+
+
+def test_a_date_without_a_zone_is_of_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import time
+
+    monkeypatch.setenv("TZ", "UTC-3")
+    time.tzset()
+    try:
+        folder = filtered_world(tmp_path)
+        # The first file is of 22:13:20 UTC on November 14th: of the 15th three hours east of there.
+        for after, number in (("2023-11-15", 12), ("2023-11-15T01:13:21", 11)):
+            assert Searcher(folder).search(SearchRequest(text="a dog", after=after)).num_videos == number
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+@pytest.mark.parametrize(
+    ("filters", "said"),
+    [
+        ({"folders": ("nowhere", "b")}, "the folder 'nowhere' or 'b' leaves nothing: none of the 12 videos passes"),
+        ({"min_duration_seconds": 1e6}, "the duration of at least 1e+06 s leaves nothing"),
+        ({"after": "2100-01-01"}, "the date after 2100-01-01 leaves nothing"),
+        ({"folders": ("c",), "where": ("year=2001",)}, "'year=2001' leaves nothing: none of the 3 videos"),
+    ],
+)
+def test_filters_that_leave_nothing_are_named(tmp_path: Path, filters: dict[str, Any], said: str) -> None:
+    answer = Searcher(filtered_world(tmp_path)).search(SearchRequest(text="a dog", **filters))
+    assert not answer.results and answer.confidence == "weak" and answer.num_videos == 0
+    assert said in answer.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("filters", "error", "said"),
+    [
+        ({"after": "yesterday"}, UsageError, "after is 'yesterday' - expected a date such as"),
+        ({"before": "2023-13-01"}, UsageError, "before is '2023-13-01' - expected a date"),
+        ({"folders": ("",)}, UsageError, "a folder is empty"),
+        ({"where": ("colour=red",)}, InputError, "no column 'colour' - expected one of year, place"),
+    ],
+)
+def test_filters_that_mean_nothing_are_refused(
+    tmp_path: Path, filters: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        Searcher(filtered_world(tmp_path)).search(SearchRequest(text="a dog", **filters))
+
+
+# Confidence
+
+
+def test_what_stands_out_is_strong_and_the_rest_can_be_left_out(tmp_path: Path) -> None:
+    wanted = text_vector("a dog")
+    hit = units(wanted + 0.05 * np.random.default_rng(0).normal(size=(3, SIZE)))
+    others = [row[None] for row in units(np.random.default_rng(1).normal(size=(400, SIZE)))]
+    searcher = Searcher(write_index(tmp_path, [make_segment([hit, *others])])[0])
+    answer = searcher.search(SearchRequest(text="a dog"))
+    assert (answer.confidence, found(answer)[0], answer.results[0].confidence) == ("strong", "v0", "strong")
+    assert answer.results[-1].confidence == "weak"
+    only = searcher.search(SearchRequest(text="a dog", min_confidence="strong"))
+    assert found(only) == ["v0"] and only.results[0].rank == 1
+    nothing = searcher.search(SearchRequest(text="quite another thing", min_confidence="strong"))
+    assert not nothing.results and nothing.confidence in ("fair", "weak")
+
+
+# Hubs
+
+
+@pytest.mark.parametrize("by", BY)
+def test_hubs_are_put_back_exactly(tmp_path: Path, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against QB-Norm over all videos at once, with scans that at first see few of them."""
+    monkeypatch.setattr(rank, "FIRST_ROWS", 2)
+    monkeypatch.setattr(rank, "GROWTH", 2)
+    folder, segments = write_index(tmp_path, some_segments())
+    texts = [f"caption {number}" for number in range(60)]
+    table = CaptionTable(texts, [f"nobody{n}" for n in range(60)], texts, ["train"] * 60, has_split=True)
+    hubs, normalise = index_hubs(
+        folder,
+        segments,
+        previous=[],
+        table=table,
+        splits={"train": list(range(60)), "val": []},
+        embed=lambda rows: np.stack([text_vector(texts[row]) for row in rows]),
+        model_fingerprint="0123456789abcdef",
+    )
+    write_index(folder, segments, hubs=hubs, normalise=normalise)
+    searcher, reordered = Searcher(folder), 0
+    bank = [naive_scores(segments, by, [text_vector(text)]) for text in texts]
+    ids = list(bank[0])
+    sums = query_bank([np.array([[row[v] for v in ids] for row in bank])], QB_NORM_SCALE)
+    queries = ("a dog", "a cat", "a boat", "snow", "fire", "a tree")
+    for query, without in itertools.product(queries, ((), ("a horse", "a child"))):
+        plain = naive_scores(segments, by, [text_vector(query)], [text_vector(text) for text in without])
+        keys = qb_norm(np.array([[plain[video_id] for video_id in ids]]), sums)[0]
+        expected = [ids[position] for position in np.argsort(-keys)]
+        request = SearchRequest(text=query, without=without, by=by, k=5, fold=False, normalise="on")
+        answer = searcher.search(request)
+        assert found(answer) == expected[:5]
+        assert [r.score for r in answer.results] == pytest.approx([plain[v] for v in expected[:5]], abs=1e-5)
+        reordered += answer.normalised and expected[:5] != best_first(plain)[:5]
+        for choice in ("off", "auto"):  # without a val split nothing says that it helps
+            other = searcher.search(replace(request, normalise=choice))
+            assert found(other) == best_first(plain)[:5] and not other.normalised
+    assert reordered
+
+
+def test_why_nothing_is_normalised_is_said(searcher: Searcher) -> None:
+    (note,) = searcher.search(SearchRequest(text="a dog", normalise="on")).notes
+    assert note == "the index has no captions to find hubs with: scores are not normalised"
+    (note,) = searcher.search(SearchRequest(like="v1", normalise="on")).notes
+    assert note.startswith("normalisation against hubs is for texts")
+
+
+# Embeddings, threads, generations
+
+
+@pytest.mark.parametrize(
+    ("embedding", "said"),
+    [
+        (np.ones(8, np.float32), r"the embedding is \(8,\) - expected \(32,\)"),
+        (np.full(SIZE, np.nan, np.float32), "the embedding has the length nan - expected finite numbers"),
+        (np.full(SIZE, np.inf, np.float32), "the embedding has the length inf"),
+        (np.zeros(SIZE, np.float32), r"the embedding has the length 0\.0"),
+    ],
+)
+def test_embeddings_that_mean_nothing_are_refused(
+    searcher: Searcher, embedding: NDArray[np.float32], said: str
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        searcher.search_embedding(embedding, TEXT)
+
+
+def test_an_embedding_of_any_length_answers_as_its_text(searcher: Searcher) -> None:
+    answer = searcher.search_embedding(3 * text_vector("a dog"), TEXT)
+    expected = searcher.search(TEXT)
+    assert found(answer) == found(expected)
+    assert [r.score for r in answer.results] == pytest.approx([r.score for r in expected.results], abs=1e-6)
+
+
+def test_threads_share_a_searcher(world: tuple[Path, list[Segment]]) -> None:
+    searcher, answers = Searcher(world[0]), {}
+    requests = [
+        SearchRequest(text=text, by=by, without=without, with_curves=True)
+        for text in ("a dog", "a cat", "snow")
+        for by in BY
+        for without in ((), ("a boat",))
+    ]
+    expected = [Searcher(world[0]).search(request).results for request in requests]
+
+    def ask(thread: int) -> None:
+        answers[thread] = [searcher.search(request).results for request in requests]
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [answers[number] for number in range(8)] == [expected] * 8
+
+
+def test_a_searcher_answers_from_the_generation_it_opened(tmp_path: Path) -> None:
+    folder, _ = write_index(tmp_path, [random_segment(20, seed=1)])
+    old = Searcher(folder)
+    expected = old.search(TEXT).results
+    assert not old.is_stale() and not old.is_stale()
+    write_index(folder, [random_segment(5, seed=9)], generation=2)
+    assert len(list((folder / "segments").iterdir())) == 1
+    assert old.is_stale() and old.is_stale()
+    assert old.search(TEXT).results == expected
+    assert (len(old), old.generation, len(Searcher(folder)), Searcher(folder).generation) == (20, 1, 5, 2)
+    shutil.rmtree(folder)
+    assert old.search(TEXT).results == expected and not old.is_stale()
+
+
+def test_a_file_that_went_with_a_commit_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = write_index(tmp_path, [random_segment(20, seed=1)])
+    old = Searcher(folder)
+
+    def lost(self: QueryEmbedder, text: str, what: str = "the query") -> NDArray[np.float32]:
+        if self is old._opened.embedder:
+            raise StoreError("the text tower is missing")
+        return text_vector(text)
+
+    monkeypatch.setattr(QueryEmbedder, "embed_text", lost)
+    with pytest.raises(StoreError, match="is missing"):  # nothing was committed: it is lost
+        old.search(TEXT)
+    write_index(folder, [random_segment(5, seed=9)], generation=2)
+    assert old.search(TEXT).generation == 2
+
+
+def test_an_empty_index_says_so(tmp_path: Path) -> None:
+    segment = random_segment(3)
+    for number, segments in enumerate(([], [replace(segment, deleted=np.arange(3))])):
+        answer = Searcher(write_index(tmp_path / str(number), segments)[0]).search(TEXT)
+        assert not answer.results and answer.notes == ("the index holds no videos - add some with `svb index`",)
+        assert (answer.num_videos, answer.num_moments, answer.confidence) == (0, 0, "weak")
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut short", "longer"])
+def test_a_segment_that_is_not_whole_is_a_clear_error(tmp_path: Path, damage: str) -> None:
+    folder, _ = write_index(tmp_path, some_segments())
+    for path in sorted(folder.glob("*/*/*.npy")):
+        data = path.read_bytes()
+        if damage == "gone":
+            path.unlink()
+        else:
+            path.write_bytes(data[: len(data) // 2] if damage == "cut short" else data + b"more")
+        with pytest.raises(StoreError, match=r"is damaged .* make the index again"):
+            Searcher(folder)
+        path.write_bytes(data)
+    Searcher(folder)
+
+
+@pytest.mark.parametrize("by", BY)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 6e4, -300.0])
+@pytest.mark.parametrize("where", [0, 5, 19])
+def test_a_flipped_byte_in_an_embedding_is_found_by_whoever_meets_it(
+    tmp_path: Path, by: str, value: float, where: int
+) -> None:
+    folder, _ = write_index(tmp_path, [random_segment(20, seed=1)])
+    (path,) = folder.glob(f"segments/*/{by}_embeddings.npy")
+    rows = np.load(path)
+    rows[where, 3] = value
+    np.save(path, rows)
+    searcher = Searcher(folder)
+    requests = [SearchRequest(text="a dog", by=by)]
+    if by == "video":
+        requests.append(SearchRequest(like=f"v{where}"))
+    for request in requests:
+        with pytest.raises(StoreError, match=r"holds a damaged embedding, whose cosine .* `svb verify`"):
+            searcher.search(request)

