@@ -8,11 +8,11 @@ from pathlib import Path
 
 from svb.data.publish import lock_folder, published_file, remove_leftovers
 from svb.errors import InputError, UsageError
-from svb.retrieve.ablation_config import Ablation, read_ablation
-from svb.retrieve.ablation_jobs import run_all
-from svb.retrieve.ablation_plan import PlannedRun, plan
-from svb.retrieve.ablation_plot import plot
-from svb.retrieve.ablation_report import Report, cells_csv, gather, markdown, runs_csv
+from svb.retrieve.measure.ablation_config import Ablation, read_ablation
+from svb.retrieve.measure.ablation_jobs import run_all
+from svb.retrieve.measure.ablation_plan import PlannedRun, plan
+from svb.retrieve.measure.ablation_plot import plot
+from svb.retrieve.measure.ablation_report import Report, cells_csv, gather, markdown, runs_csv
 
 TABLE, CELLS, RUNS, PLOT = "ablation.md", "cells.csv", "runs.csv", "ablation.png"
 
@@ -30,7 +30,7 @@ def ablate(
     Finished runs are kept, killed ones go on, failed ones are tried again. Every run is a process of its own.
 
     Args:
-        config: A TOML file; see `svb.retrieve.ablation_config`.
+        config: A TOML file; see `svb.retrieve.measure.ablation_config`.
         out: Folder for `runs/<cell>/seed-<seed>/`, the tables and the plot; made where there is none.
         jobs: Runs at a time, each with its share of the threads; as the config file says where not given.
         device: `auto`, `cpu`, `cuda:0`, ...

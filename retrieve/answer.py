@@ -11,7 +11,7 @@ from typing import Any
 
 from svb.errors import UsageError
 
-# From the surest to the least sure; what each means is in `svb.retrieve.confidence`.
+# From the surest to the least sure; what each means is in `svb.retrieve.searching.confidence`.
 CONFIDENCES = ("strong", "fair", "weak")
 RANKED_BY = ("moment", "video")
 NORMALISE = ("auto", "on", "off")

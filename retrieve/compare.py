@@ -11,8 +11,8 @@ import torch
 
 from svb.errors import InputError, MismatchError
 from svb.retrieve.embedder import run_embedder
-from svb.retrieve.paired import Difference, paired_differences
-from svb.retrieve.ranks import FILE, Ranks, read_ranks
+from svb.retrieve.measure.paired import Difference, paired_differences
+from svb.retrieve.measure.ranks import FILE, Ranks, read_ranks
 from svb.train.run import read_run
 
 

@@ -15,8 +15,8 @@ from svb.data.publish import published_file
 from svb.device import choose_device
 from svb.errors import InputError, UsageError
 from svb.retrieve.embedder import Embedder
-from svb.retrieve.evaluation import Evaluation, Missing, Normalised
 from svb.retrieve.inputs import Inputs, open_inputs
+from svb.retrieve.measure.evaluation import Evaluation, Missing, Normalised
 from svb.retrieve.normalise import (
     CLIP_LOGIT_SCALE,
     METHODS,

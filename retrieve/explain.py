@@ -16,8 +16,8 @@ from svb.data.publish import hash_file
 from svb.device import choose_device
 from svb.errors import InputError, UsageError
 from svb.retrieve.embedder import embed_file, load_matching_text_encoder
-from svb.retrieve.explain_page import Explanation, SupportVideo, write_page
 from svb.retrieve.inputs import Inputs, open_inputs
+from svb.retrieve.measure.explain_page import Explanation, SupportVideo, write_page
 from svb.train.checkpoint import load_checkpoint, load_weights
 from svb.train.config import VARIANTS, selection_note
 from svb.train.decoders import EmbeddingDecoder

@@ -23,15 +23,15 @@ from typing import Any
 from svb.data.feature_store import FeatureStore
 from svb.errors import InputError, Interrupted, StoreError
 from svb.interrupts import deferred_interrupts
-from svb.retrieve.index_model import IndexModel
-from svb.retrieve.index_options import IndexOptions, PartOptions, require_positive
-from svb.retrieve.index_parts import IndexParts, keep_scan_within_budget
-from svb.retrieve.index_plan import IndexPlan, plan_index
-from svb.retrieve.index_source import IndexSource
-from svb.retrieve.index_writer import IndexWriter, writing
-from svb.retrieve.merge import copy_videos
+from svb.retrieve.indexing.index_model import IndexModel
+from svb.retrieve.indexing.index_options import IndexOptions, PartOptions, require_positive
+from svb.retrieve.indexing.index_parts import IndexParts, keep_scan_within_budget
+from svb.retrieve.indexing.index_plan import IndexPlan, plan_index
+from svb.retrieve.indexing.index_source import IndexSource
+from svb.retrieve.indexing.index_writer import IndexWriter, writing
+from svb.retrieve.indexing.merge import copy_videos
+from svb.retrieve.indexing.watch import watch
 from svb.retrieve.segment import MomentWindows
-from svb.retrieve.watch import watch
 
 # How often a run begins again because shards that it was about to read were merged by `svb extract`.
 MAX_TRIES = 5
@@ -220,7 +220,7 @@ class _Job:
         todo, done = plan.to_embed, 0
         if not todo:
             return
-        from svb.retrieve.embed_segment import embed_segment, embedding_batches
+        from svb.retrieve.indexing.embed_segment import embed_segment, embedding_batches
 
         embedder = self.model.embedder
         with deferred_interrupts() as interrupted:

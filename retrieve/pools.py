@@ -28,7 +28,7 @@ from svb.errors import StoreError
 from svb.retrieve.answer import CaptionResult
 from svb.retrieve.columns import StringColumn, open_array
 from svb.retrieve.manifest import part_folder, publish_part
-from svb.retrieve.scan import Piece, cut_into_pieces, scan
+from svb.retrieve.searching.scan import Piece, cut_into_pieces, scan
 from svb.retrieve.segment import require_sizes
 
 KINDS = ("training", "file", "sidecar")

@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 
 from svb.errors import InputError, StoreError, UsageError
 from svb.retrieve.answer import Answer, CaptionResult, Curve, SearchRequest
-from svb.retrieve.confidence import independent_rows
-from svb.retrieve.filters import allowed_videos
-from svb.retrieve.hubs import Hubs
 from svb.retrieve.manifest import read_manifest, read_whole
-from svb.retrieve.opened import open_index
-from svb.retrieve.query import Wish, require_cosines
-from svb.retrieve.rank import Found, rank_videos
-from svb.retrieve.results import VideoInfo, build_results, curve_of_video, info_of, video_key
-from svb.retrieve.vectors import Vectors
+from svb.retrieve.searching.confidence import independent_rows
+from svb.retrieve.searching.filters import allowed_videos
+from svb.retrieve.searching.hubs import Hubs
+from svb.retrieve.searching.opened import open_index
+from svb.retrieve.searching.query import Wish, require_cosines
+from svb.retrieve.searching.rank import Found, rank_videos
+from svb.retrieve.searching.results import VideoInfo, build_results, curve_of_video, info_of, video_key
+from svb.retrieve.searching.vectors import Vectors
 
 
 class Searcher:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from segments import publish_segment, units
 
 from svb.retrieve.manifest import commit, publish_part
-from svb.retrieve.query_embedder import QueryEmbedder
+from svb.retrieve.searching.query_embedder import QueryEmbedder
 from svb.retrieve.segment import Segment
 
 MODEL = {"kind": "run", "text": {"text_encoder": {"name": "synthetic:words", "weights_hash": "of words"}}}

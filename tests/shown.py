@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from watching import EVIL
 
 from svb.retrieve.columns import StringColumn
-from svb.retrieve.index_writer import IndexWriter, writing
-from svb.retrieve.make_metadata import publish_metadata
+from svb.retrieve.indexing.index_writer import IndexWriter, writing
+from svb.retrieve.indexing.make_metadata import publish_metadata
 from svb.retrieve.pools import Pool, publish_pool
-from svb.retrieve.query_embedder import QueryEmbedder
 from svb.retrieve.search import Searcher
+from svb.retrieve.searching.query_embedder import QueryEmbedder
 from svb.retrieve.segment import Segment
 from svb.retrieve.server.access import Access
 from svb.retrieve.server.app import make_app

@@ -29,14 +29,14 @@ from svb.data.feature_store import FeatureStore
 from svb.data.publish import lock_folder
 from svb.errors import InputError, MismatchError, StoreError, UsageError
 from svb.retrieve.ablate import ablate
-from svb.retrieve.ablation_config import FIELDS, read_ablation
-from svb.retrieve.ablation_jobs import _how_it_died, _task, threads
-from svb.retrieve.ablation_plan import plan
-from svb.retrieve.ablation_report import Report, command_of
-from svb.retrieve.ablation_run import SECONDS_FILE, cpu_seconds, run_task
 from svb.retrieve.evaluate import evaluate
-from svb.retrieve.paired import RECALLS, paired_differences
-from svb.retrieve.ranks import read_ranks
+from svb.retrieve.measure.ablation_config import FIELDS, read_ablation
+from svb.retrieve.measure.ablation_jobs import _how_it_died, _task, threads
+from svb.retrieve.measure.ablation_plan import plan
+from svb.retrieve.measure.ablation_report import Report, command_of
+from svb.retrieve.measure.ablation_run import SECONDS_FILE, cpu_seconds, run_task
+from svb.retrieve.measure.paired import RECALLS, paired_differences
+from svb.retrieve.measure.ranks import read_ranks
 from svb.train.config import TrainConfig
 from svb.train.run import read_run
 
@@ -605,7 +605,7 @@ def trainers(task: Task) -> Iterator[int]:
     for place in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             words = (place / "cmdline").read_bytes()
-            if b"svb.retrieve.ablation_run" in words and str(task.out).encode() in words:
+            if b"svb.retrieve.measure.ablation_run" in words and str(task.out).encode() in words:
                 yield int(place.name)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from svb.retrieve.answer import CONFIDENCES
-from svb.retrieve.confidence import Spread, independent_rows
+from svb.retrieve.searching.confidence import Spread, independent_rows
 
 
 @pytest.mark.parametrize("number", [30, 1_000, 100_000])

@@ -17,7 +17,7 @@ from svb.data.feature_store import FeatureStore
 from svb.errors import InputError, MismatchError, StoreError, UsageError
 from svb.retrieve.embedder import run_embedder
 from svb.retrieve.evaluate import evaluate
-from svb.retrieve.evaluation import Missing
+from svb.retrieve.measure.evaluation import Missing
 from svb.retrieve.normalise import METHODS
 from svb.train.config import TrainConfig
 from svb.train.embed import split_metrics

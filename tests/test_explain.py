@@ -33,7 +33,7 @@ from svb.extract.run import extract
 from svb.retrieve import explain as explain_module
 from svb.retrieve.embedder import run_embedder
 from svb.retrieve.explain import explain
-from svb.retrieve.explain_page import Explanation, summary
+from svb.retrieve.measure.explain_page import Explanation, summary
 from svb.train.checkpoint import load_checkpoint
 from svb.train.run import build_model, read_run, read_vocabulary, train
 from svb.train.training_data import FrameTable

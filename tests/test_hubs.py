@@ -14,11 +14,11 @@ from segments import clustered, make_segment, publish_segment, random_segment, u
 
 from svb.data.caption_table import CaptionTable
 from svb.errors import StoreError
-from svb.retrieve import make_hubs, video_scores
-from svb.retrieve.hubs import Hubs, combine
-from svb.retrieve.hubs_on_val import Val, describe, measure_on_val
-from svb.retrieve.make_hubs import Bank, index_hubs, segment_hubs, without_deleted
+from svb.retrieve.indexing import make_hubs, video_scores
+from svb.retrieve.indexing.hubs_on_val import Val, describe, measure_on_val
+from svb.retrieve.indexing.make_hubs import Bank, index_hubs, segment_hubs, without_deleted
 from svb.retrieve.normalise import QB_NORM_SCALE, QueryBank, qb_norm, query_bank
+from svb.retrieve.searching.hubs import Hubs, combine
 from svb.retrieve.segment import Segment
 
 SIZE = 16
@@ -358,6 +358,6 @@ def test_the_bank_and_val_are_bounded_and_stay_the_same(tmp_path: Path, monkeypa
 
 def test_the_search_side_imports_neither_torch_nor_scipy() -> None:
     heavy = "{'torch', 'scipy', 'pandas', 'h5py'} & {*sys.modules}"
-    code = f"import sys, svb.retrieve.hubs, svb.retrieve.ivf; print(*({heavy}))"
+    code = f"import sys, svb.retrieve.searching.hubs, svb.retrieve.searching.ivf; print(*({heavy}))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.split() == []

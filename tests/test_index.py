@@ -23,13 +23,13 @@ from svb.data.description import publish_description
 from svb.data.feature_store import FeatureStore
 from svb.data.publish import FolderLock
 from svb.errors import InputError, MismatchError, StoreError, UsageError
-from svb.retrieve import embed_segment, index_writer, merge
 from svb.retrieve import manifest as manifest_module
 from svb.retrieve.columns import StringColumn
 from svb.retrieve.index import index
+from svb.retrieve.indexing import embed_segment, index_writer, merge
+from svb.retrieve.indexing.verify_index import verify_index
 from svb.retrieve.manifest import read_manifest, read_whole
 from svb.retrieve.segment import Segment, open_segments
-from svb.retrieve.verify_index import verify_index
 from svb.train.run import train
 
 # Tensors this small are slower on two threads than on one.
@@ -216,7 +216,7 @@ class TestSegments:
             raise OSError("the disk is full")
 
         with monkeypatch.context() as patch:
-            patch.setattr("svb.retrieve.make_hubs.index_hubs", fail)
+            patch.setattr("svb.retrieve.indexing.make_hubs.index_hubs", fail)
             with pytest.raises(OSError, match="the disk is full"):
                 index(indexed_run, tmp_path / "index")
         manifest = read_manifest(tmp_path / "index")

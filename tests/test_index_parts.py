@@ -16,8 +16,8 @@ from indexes import files_of, touch
 from svb.data.caption_features import read_caption_features, write_caption_features
 from svb.errors import InputError
 from svb.retrieve.index import index
+from svb.retrieve.indexing.verify_index import verify_index
 from svb.retrieve.manifest import read_manifest
-from svb.retrieve.verify_index import verify_index
 
 # Tensors this small are slower on two threads than on one.
 torch.set_num_threads(1)
@@ -66,7 +66,7 @@ class TestParts:
         index(indexed_run, own_index)
         assert files_of(own_index) == before
         with monkeypatch.context() as patch:  # what is embedded already is not embedded again
-            patch.setattr("svb.retrieve.make_pools.file_pool", None)
+            patch.setattr("svb.retrieve.indexing.make_pools.file_pool", None)
             index(indexed_run, own_index, latency_budget_seconds=0.2)
         mine.write_text("a dog\na cat\na tree\n")
         index(indexed_run, own_index)

@@ -23,11 +23,11 @@ import torch
 from indexes import MOMENTS, add, content, edit_store, frames_of, remove, rename, touch
 
 from svb.errors import InputError, Interrupted, MismatchError, StoreError
-from svb.retrieve import embed_segment
 from svb.retrieve.index import index
+from svb.retrieve.indexing import embed_segment
+from svb.retrieve.indexing.verify_index import verify_index
+from svb.retrieve.indexing.watch import watch
 from svb.retrieve.manifest import read_manifest
-from svb.retrieve.verify_index import verify_index
-from svb.retrieve.watch import watch
 from svb.train.config import TrainConfig
 from svb.train.run import train
 
@@ -242,7 +242,7 @@ class TestWatch:
 
     @pytest.mark.parametrize("error", [StoreError("a shard is damaged"), OSError("the disk is full")])
     def test_what_may_pass_is_told_and_tried_again(self, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("svb.retrieve.watch.RETRY_SECONDS", 0.1)
+        monkeypatch.setattr("svb.retrieve.indexing.watch.RETRY_SECONDS", 0.1)
         state, runs, said = [0], list[str](), list[str]()
 
         def work() -> None:

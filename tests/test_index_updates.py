@@ -23,8 +23,8 @@ from svb.data.feature_store_writer import FeatureStoreWriter
 from svb.data.shard import VideoRows
 from svb.errors import InputError
 from svb.retrieve.index import index
+from svb.retrieve.indexing.verify_index import verify_index
 from svb.retrieve.manifest import read_manifest
-from svb.retrieve.verify_index import verify_index
 
 # Tensors this small are slower on two threads than on one.
 torch.set_num_threads(1)

@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from segments import clustered, make_segment, random_segment, units
 
 from svb.data.description import publish_description
-from svb.retrieve import held_out, ivf, scan_speed, tune_ivf
-from svb.retrieve.ivf import IvfVectors, open_ivf, read_decision, verify_ivf
+from svb.retrieve.indexing import held_out, scan_speed, tune_ivf
+from svb.retrieve.indexing.tune_ivf import describe, keep_within_budget
+from svb.retrieve.searching import ivf
+from svb.retrieve.searching.ivf import IvfVectors, open_ivf, read_decision, verify_ivf
+from svb.retrieve.searching.vectors import SegmentVectors
 from svb.retrieve.segment import Segment
-from svb.retrieve.tune_ivf import describe, keep_within_budget
-from svb.retrieve.vectors import SegmentVectors
 
 SIZE = 32
 NOTHING_FITS = 1e-9

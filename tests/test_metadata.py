@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from svb.errors import InputError, StoreError
-from svb.retrieve.make_metadata import publish_metadata
+from svb.retrieve.indexing.make_metadata import publish_metadata
 from svb.retrieve.metadata import Metadata
 
 VIDEO_IDS = ["a", "b/c", "d", "e"]

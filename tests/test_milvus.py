@@ -18,19 +18,19 @@ import segments as made
 from numpy.typing import NDArray
 
 from svb.errors import MismatchError, ModelUnavailableError, StoreError, UsageError
-from svb.retrieve import milvus, milvus_server
 from svb.retrieve.answer import SearchRequest
 from svb.retrieve.columns import StringColumn
+from svb.retrieve.indexing.milvus_mirror import mirror, remove_gone
 from svb.retrieve.manifest import commit, publish_part
-from svb.retrieve.milvus import MilvusVectors
-from svb.retrieve.milvus_ids import moment_ids, video_keys
-from svb.retrieve.milvus_mirror import mirror, remove_gone
-from svb.retrieve.milvus_server import Target, connect
-from svb.retrieve.query import Query
-from svb.retrieve.rank import rank_videos
 from svb.retrieve.search import Searcher
+from svb.retrieve.searching import milvus, milvus_server
+from svb.retrieve.searching.milvus import MilvusVectors
+from svb.retrieve.searching.milvus_ids import moment_ids, video_keys
+from svb.retrieve.searching.milvus_server import Target, connect
+from svb.retrieve.searching.query import Query
+from svb.retrieve.searching.rank import rank_videos
+from svb.retrieve.searching.vectors import SegmentVectors
 from svb.retrieve.segment import Segment, open_segments
-from svb.retrieve.vectors import SegmentVectors
 
 milvus_lite = pytest.importorskip(
     "milvus_lite", reason="pip install svb[milvus]: Milvus Lite stands for the server"
@@ -305,7 +305,7 @@ class TestMirror:
     ) -> None:
         from pymilvus import MilvusClient
 
-        from svb.retrieve import milvus_mirror
+        from svb.retrieve.indexing import milvus_mirror
 
         class Killed(Exception):  # noqa: N818
             pass
@@ -350,7 +350,7 @@ class TestMirror:
     def test_half_a_video_that_is_not_wanted_any_more_is_removed(
         self, tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from svb.retrieve import milvus_mirror
+        from svb.retrieve.indexing import milvus_mirror
 
         with monkeypatch.context() as patch, pytest.raises(RuntimeError):
             patch.setattr(milvus_mirror, "_send_videos", lambda *args: (_ for _ in ()).throw(RuntimeError))
@@ -426,7 +426,7 @@ class TestRefusals:
 
     def test_a_file_that_another_process_has_open(self, tmp_path: Path, uri: str) -> None:
         held = f"""
-from svb.retrieve.milvus_server import Target, connect
+from svb.retrieve.searching.milvus_server import Target, connect
 connect(Target.parse({uri!r}), create=True)
 print("open", flush=True)
 input()
@@ -461,7 +461,7 @@ input()
         code = f"""
 import json, pathlib
 from svb.errors import MismatchError
-from svb.retrieve.milvus_mirror import mirror, remove_gone
+from svb.retrieve.indexing.milvus_mirror import mirror, remove_gone
 folder = pathlib.Path({str(tmp_path)!r})
 manifest = json.loads((folder / "manifest.json").read_text())
 mirror(folder, manifest, {uri!r})

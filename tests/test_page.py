@@ -14,7 +14,7 @@ from PIL import Image
 from watching import EVIL
 
 from svb.cli import run
-from svb.retrieve.results import video_key
+from svb.retrieve.searching.results import video_key
 
 SLOW = threading.Event()
 BOAT = "a red boat"

@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from svb.errors import MismatchError, UsageError
-from svb.retrieve.paired import (
+from svb.retrieve.measure.paired import (
     RECALLS,
     is_chance,
     paired_differences,
@@ -16,7 +16,7 @@ from svb.retrieve.paired import (
     resampled_ratios,
     t_interval,
 )
-from svb.retrieve.ranks import Queries, Ranks
+from svb.retrieve.measure.ranks import Queries, Ranks
 from svb.train.metrics import ranks_metrics
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from svb.retrieve.peaks import curve_of, find_moments
+from svb.retrieve.searching.peaks import curve_of, find_moments
 
 
 def windows(total: float, length: float = 4.0, stride: float = 2.0) -> NDArray[np.float64]:

@@ -23,12 +23,12 @@ from svb.extract.decode_options import DecodeOptions
 from svb.extract.decode_pyav import decode
 from svb.extract.run import extract
 from svb.extract.sampling import Sampling
-from svb.retrieve import cut, pictures
 from svb.retrieve.answer import Answer, Moment, SearchRequest, VideoResult
-from svb.retrieve.cut import cut_clip, cut_moments
 from svb.retrieve.embedder import Embedder, embed_file
-from svb.retrieve.pictures import duration_seconds, frame_at, frames_at, strip
-from svb.retrieve.query_media import embed_image, embed_video, read_picture
+from svb.retrieve.searching import cut, pictures
+from svb.retrieve.searching.cut import cut_clip, cut_moments
+from svb.retrieve.searching.pictures import duration_seconds, frame_at, frames_at, strip
+from svb.retrieve.searching.query_media import embed_image, embed_video, read_picture
 from svb.train.heads import mean_of_frames
 
 torch.set_num_threads(1)
@@ -160,7 +160,7 @@ def test_duration(clips_folder: Path) -> None:
 
 
 def test_pictures_import_no_torch() -> None:
-    code = "import svb.retrieve.pictures, svb.retrieve.cut, svb.retrieve.query_media, sys; print(*sys.modules)"
+    code = "from svb.retrieve.searching import cut, pictures, query_media; import sys; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not set(done.stdout.split()) & {"torch", "pandas", "scipy", "h5py"}
 
@@ -299,7 +299,7 @@ def test_a_part_past_the_end_names_the_duration(toy: Path, clips_folder: Path, b
 def test_only_the_frames_of_a_part_are_computed(
     toy: Path, clips_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from svb.retrieve import query_media
+    from svb.retrieve.searching import query_media
 
     seen: list[int] = []
     real = query_media._within

@@ -17,13 +17,13 @@ from segments import clustered, make_segment, random_segment, units
 
 from svb.data.caption_table import CaptionTable
 from svb.errors import InputError, StoreError, UsageError
-from svb.retrieve import rank
 from svb.retrieve.answer import Answer, SearchRequest
-from svb.retrieve.make_hubs import index_hubs
-from svb.retrieve.make_metadata import publish_metadata
+from svb.retrieve.indexing.make_hubs import index_hubs
+from svb.retrieve.indexing.make_metadata import publish_metadata
 from svb.retrieve.normalise import QB_NORM_SCALE, qb_norm, query_bank
-from svb.retrieve.query_embedder import QueryEmbedder
 from svb.retrieve.search import Searcher, video_key
+from svb.retrieve.searching import rank
+from svb.retrieve.searching.query_embedder import QueryEmbedder
 from svb.retrieve.segment import Segment
 
 SIZE = 32
@@ -198,7 +198,7 @@ def test_near_duplicates_are_folded_and_k_filled_up(
     tmp_path: Path, by: str, first: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rank, "FIRST_ROWS", first)
-    monkeypatch.setattr("svb.retrieve.duplicates.BLOCK", 16)
+    monkeypatch.setattr("svb.retrieve.searching.duplicates.BLOCK", 16)
     folder, segments = write_index(tmp_path, copies())
     searcher = Searcher(folder)
     scores = naive_scores(segments, by, [text_vector("a dog")])

@@ -24,8 +24,8 @@ from svb.retrieve import conse, embedder
 from svb.retrieve.answer import Answer, SearchRequest
 from svb.retrieve.evaluate import evaluate
 from svb.retrieve.index import index
+from svb.retrieve.indexing.verify_index import verify_index
 from svb.retrieve.search import Searcher
-from svb.retrieve.verify_index import verify_index
 
 torch.set_num_threads(1)  # two test processes with two threads each get into each other's way
 SOURCES = ("testsrc2", "mandelbrot", "life=mold=10:ratio=0.2", "smptebars")

@@ -26,8 +26,8 @@ import torch
 from numpy.typing import NDArray
 from serving import Server, running
 
-from svb.retrieve import index_writer
 from svb.retrieve.index import index
+from svb.retrieve.indexing import index_writer
 from svb.retrieve.manifest import read_manifest
 from svb.retrieve.search import Searcher
 from svb.retrieve.segment import open_segments

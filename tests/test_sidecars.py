@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from svb.errors import InputError
-from svb.retrieve.sidecars import Cue, find_sidecars, read_sidecar
+from svb.retrieve.indexing.sidecars import Cue, find_sidecars, read_sidecar
 
 SRT = """1
 00:00:01,000 --> 00:00:02,500

@@ -27,8 +27,8 @@ from svb.errors import StoreError
 from svb.extract.text_encoders import load_text_encoder
 from svb.extract.text_encoders.text_encoder import TextEncoder
 from svb.retrieve.embedder import Embedder, heads_embedder
-from svb.retrieve.export_tower import MAX_CHECKED, TRICKY, ValCheck, export_tower, judge_int8, measure
-from svb.retrieve.text_tower import CLEANINGS, TextTower
+from svb.retrieve.indexing.export_tower import MAX_CHECKED, TRICKY, ValCheck, export_tower, judge_int8, measure
+from svb.retrieve.searching.text_tower import CLEANINGS, TextTower
 from svb.train.config import TrainConfig
 from svb.train.run import build_model
 
@@ -241,7 +241,7 @@ class TestInt8:
         self, monkeypatch: pytest.MonkeyPatch, int8_tower: Exported
     ) -> None:
         assert MAX_CHECKED == 5_000
-        monkeypatch.setattr("svb.retrieve.export_tower.MAX_CHECKED", 10)
+        monkeypatch.setattr("svb.retrieve.indexing.export_tower.MAX_CHECKED", 10)
         assert measure(int8_tower.tower, self.check(int8_tower, distract=False))["captions"] == 10
 
     @pytest.mark.slow
@@ -332,11 +332,11 @@ def test_texts_are_cleaned_as_open_clip_cleans_them(name: str) -> None:
 WITHOUT_TORCH = """
 import json, sys
 from pathlib import Path
-from svb.retrieve.query_cache import QueryCache
+from svb.retrieve.searching.query_cache import QueryCache
 folder, entry = Path(sys.argv[1]), json.loads(sys.argv[2])
 cache = QueryCache(folder.parent / "cache", "model")
 cached = cache.get("a dog runs")
-from svb.retrieve.text_tower import TextTower
+from svb.retrieve.searching.text_tower import TextTower
 tower = TextTower(folder, entry)
 if cached is None:
     assert 3 <= tower.num_tokens("a dog runs") <= tower.max_tokens

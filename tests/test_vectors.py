@@ -13,11 +13,11 @@ import pytest
 from numpy.typing import NDArray
 from segments import random_segment, units
 
-from svb.retrieve import gpu_scan
-from svb.retrieve import scan as scan_module
-from svb.retrieve import vectors as vectors_module
+from svb.retrieve.searching import gpu_scan
+from svb.retrieve.searching import scan as scan_module
+from svb.retrieve.searching import vectors as vectors_module
+from svb.retrieve.searching.vectors import SegmentVectors
 from svb.retrieve.segment import Segment
-from svb.retrieve.vectors import SegmentVectors
 
 SIZE = 32
 BY = ("moment", "video")

@@ -22,12 +22,12 @@ from svb.data.feature_store import FeatureStore
 from svb.data.feature_store_writer import FeatureStoreWriter
 from svb.data.shard import VideoRows
 from svb.errors import InputError, StoreError, UsageError
-from svb.retrieve import embed_segment
 from svb.retrieve import manifest as manifest_module
 from svb.retrieve.index import index
+from svb.retrieve.indexing import embed_segment
+from svb.retrieve.indexing.verify_index import recompute_index, verify_index
 from svb.retrieve.manifest import read_manifest
 from svb.retrieve.segment import Segment
-from svb.retrieve.verify_index import recompute_index, verify_index
 
 # Tensors this small are slower on two threads than on one.
 torch.set_num_threads(1)

@@ -35,8 +35,8 @@ def ablate(config: Path, out: Path | None, jobs: int | None, device: str, dry_ru
     svb ablate ablation.toml -o ablation/ --dry-run
     """
     from svb.retrieve import ablate as library
-    from svb.retrieve.ablation_report import as_json as report_as_json
-    from svb.retrieve.ablation_report import command_of, markdown
+    from svb.retrieve.measure.ablation_report import as_json as report_as_json
+    from svb.retrieve.measure.ablation_report import command_of, markdown
 
     out = out or Path(config.stem)
     if dry_run:

@@ -22,8 +22,8 @@ def compare(run_a: Path, run_b: Path, as_json: bool) -> None:
     svb compare runs/none runs/cross
     svb compare ablation/runs/variant=none ablation/runs/variant=cross
     """
-    from svb.retrieve.ablation_report import difference_texts
     from svb.retrieve.compare import compare as compare_runs
+    from svb.retrieve.measure.ablation_report import difference_texts
     from svb.train.config import selection_note
 
     comparison = compare_runs(run_a, run_b)

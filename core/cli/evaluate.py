@@ -11,7 +11,7 @@ from svb.cli.output import print_json, print_table, say
 from svb.config import newest_run
 
 if TYPE_CHECKING:
-    from svb.retrieve.evaluation import Evaluation
+    from svb.retrieve.measure.evaluation import Evaluation
 
 
 @click.command()

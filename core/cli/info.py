@@ -174,7 +174,7 @@ def _verify_run(path: Path) -> list[str]:
 
 
 def _verify_index(path: Path) -> list[str]:
-    from svb.retrieve.verify_index import verify_index
+    from svb.retrieve.indexing.verify_index import verify_index
 
     return verify_index(path)
 
@@ -186,7 +186,7 @@ def _extract_again(path: Path, num_videos: int, device: str) -> list[str]:
 
 
 def _embed_again(path: Path, num_videos: int, device: str) -> list[str]:
-    from svb.retrieve.verify_index import recompute_index
+    from svb.retrieve.indexing.verify_index import recompute_index
 
     return recompute_index(path, num_videos, device=device, on_message=say)
 

@@ -162,7 +162,7 @@ def _write(answers: Sequence[Answer], html: Path | None, cut: Path | None, index
         meter.close()
         say(f"wrote {page}")
     if cut is not None:
-        from svb.retrieve.cut import cut_moments
+        from svb.retrieve.searching.cut import cut_moments
 
         wanted = sum(len(result.moments) for answer in answers for result in answer.results)
         clips = cut_moments(answers, cut, say)

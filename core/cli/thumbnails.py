@@ -42,7 +42,7 @@ def kind_of_terminal(environment: Mapping[str, str]) -> str:
 
 def thumbnail(path: Path, seconds: float) -> Image.Image | None:
     """Return the frame that is shown at a time, None where the file gives none."""
-    from svb.retrieve.pictures import frame_at
+    from svb.retrieve.searching.pictures import frame_at
 
     try:
         return frame_at(path, seconds, HEIGHT_PX, time_limit_seconds=SECONDS_A_PICTURE)
@@ -98,7 +98,7 @@ def kitty(picture: Image.Image, columns: int, rows: int) -> str:
 
 def iterm(picture: Image.Image, columns: int, rows: int) -> str:
     """Return the sequence that has iTerm2, or what understands it, show a picture."""
-    from svb.retrieve.pictures import as_jpeg
+    from svb.retrieve.searching.pictures import as_jpeg
 
     jpeg = as_jpeg(picture)
     size = f"size={len(jpeg)};width={columns};height={rows};preserveAspectRatio=1"

@@ -82,7 +82,7 @@ def _pictures_of(results: Sequence[VideoResult]) -> tuple[dict[str, Any], dict[s
 
     A file that is gone or cannot be decoded any more still has its curve to show: its card says so.
     """
-    from svb.retrieve.pictures import as_jpeg, duration_seconds, frames_at, strip
+    from svb.retrieve.searching.pictures import as_jpeg, duration_seconds, frames_at, strip
 
     path = Path(results[0].source_path).absolute()
     file = {"available": path.is_file(), "uri": path.as_uri()}

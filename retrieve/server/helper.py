@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING, Any
 from svb.errors import InputError, SvbError, UsageError
 
 if TYPE_CHECKING:
-    from svb.retrieve.query_embedder import QueryEmbedder
+    from svb.retrieve.searching.query_embedder import QueryEmbedder
 
 
 def poster(source: str, seconds: float, height: int, out: str) -> None:
     """Write the frame shown at a time as a JPEG."""
-    from svb.retrieve.pictures import as_jpeg, frame_at
+    from svb.retrieve.searching.pictures import as_jpeg, frame_at
 
     Path(out).write_bytes(as_jpeg(frame_at(Path(source), seconds, height)))
 
 
 def strip(source: str, times_seconds: list[float], height: int, out: str) -> None:
     """Write frames side by side as one JPEG."""
-    from svb.retrieve import pictures
+    from svb.retrieve.searching import pictures
 
     Path(out).write_bytes(pictures.strip(Path(source), times_seconds, height))
 
@@ -61,13 +61,13 @@ TASKS: dict[str, Callable[..., Any]] = {"poster": poster, "strip": strip, "probe
 def _embedder(index: str, fingerprint: str, device: str) -> QueryEmbedder:
     """Return what embeds files; it is kept as long as the index is of the same model."""
     from svb.retrieve.manifest import read_manifest
-    from svb.retrieve.query_embedder import QueryEmbedder
+    from svb.retrieve.searching.query_embedder import QueryEmbedder
 
     return QueryEmbedder(Path(index), read_manifest(Path(index)), device)
 
 
 def _require_short(video: Path, span_seconds: tuple[float, float] | None, max_seconds: float) -> None:
-    from svb.retrieve.pictures import duration_seconds
+    from svb.retrieve.searching.pictures import duration_seconds
 
     seconds = span_seconds[1] - span_seconds[0] if span_seconds else duration_seconds(video) or 0.0
     if seconds > max_seconds:

@@ -1,0 +1,126 @@
+"""Features of videos -> their embeddings and those of their moments: the rows of a segment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from svb.data.feature_store import FeatureStore, FrameFeatures
+from svb.data.fusion import split_name
+from svb.retrieve.embedder import Embedder
+from svb.retrieve.indexing.record_rows import segment_of
+from svb.retrieve.segment import MomentWindows, Segment
+from svb.train.training_data import FrameTable
+
+# A moment of a single frame whose video tells no duration; an interval must not be empty.
+SHORTEST_SECONDS = 0.04
+# What is embedded at once, and committed by itself: with features of 1,024 numbers about a GB in memory.
+SEGMENT_VIDEOS = 8192
+SEGMENT_MOMENTS = 2**18
+SEGMENT_BYTES = 2**29
+
+
+def embed_segment(
+    store: FeatureStore,
+    embedder: Embedder,
+    windows: MomentWindows,
+    device: torch.device,
+    video_ids: Sequence[str] | None = None,
+) -> Segment:
+    """Embed videos of a store and their moments: the video head, and the same on a sliding window.
+
+    Args:
+        store: The features; only those of these videos are kept in memory.
+        embedder: The model.
+        windows: What a moment is.
+        device: Where to compute.
+        video_ids: Which videos; all usable ones where not given.
+    """
+    loaded = store.load(embedder.backbone, video_ids)
+    frames = FrameTable.of(loaded, embedder.max_frames, device)
+    records = [store.records[video_id] for video_id in loaded.video_ids]
+    rows, moment_offsets, moment_seconds = _moments(loaded, [r.duration_seconds for r in records], windows)
+    moment_frames = FrameTable(
+        [],
+        frames.features,
+        torch.from_numpy(rows[:, 0]).to(device),
+        torch.from_numpy(rows[:, 1]).to(device),
+        embedder.max_frames,
+    )
+    return segment_of(
+        records,
+        embedder.embed_videos(frames).astype(np.float16),
+        embedder.embed_videos(moment_frames).astype(np.float16),
+        moment_offsets,
+        moment_seconds,
+    )
+
+
+def embedding_batches(
+    store: FeatureStore, backbone: str, video_ids: Sequence[str], windows: MomentWindows
+) -> Iterator[list[str]]:
+    """Yield videos in groups that are embedded at once: what an index run takes in memory.
+
+    Videos of one shard follow each other, so that few groups have to read it.
+    """
+    sizes, wanted = _num_rows(store, backbone), set(video_ids)
+    row_bytes = 2 * int(store.video_settings(backbone)["backbone_settings"]["feature_size"])
+    batch: list[str] = []
+    held_bytes, held_moments = 0, 0.0
+    for video_id in (video_id for video_id in sizes if video_id in wanted):
+        duration = store.records[video_id].duration_seconds
+        num_moments = max(sizes[video_id], duration / windows.stride_seconds if duration > 0 else 0)
+        num_bytes = sizes[video_id] * row_bytes
+        is_full = len(batch) == SEGMENT_VIDEOS or held_moments + num_moments > SEGMENT_MOMENTS
+        if batch and (is_full or held_bytes + num_bytes > SEGMENT_BYTES):
+            yield batch
+            batch, held_bytes, held_moments = [], 0, 0.0
+        batch.append(video_id)
+        held_bytes, held_moments = held_bytes + num_bytes, held_moments + num_moments
+    if batch:
+        yield batch
+
+
+def _num_rows(store: FeatureStore, backbone: str) -> dict[str, int]:
+    """Return how many rows each usable video has, those of one shard next to each other, by video_id within it."""
+    first, *_ = split_name(backbone, store.backbones)  # fused ones are aligned to the rows of the first
+    rows: dict[str, int] = {}
+    for s, shard in enumerate(store.shards):
+        counts = np.diff(shard.offsets(first)).tolist()
+        current = [v for v in range(len(shard.records)) if store.is_current(s, v) and counts[v]]
+        for v in sorted(current, key=lambda v: shard.records[v].video_id):
+            rows[shard.records[v].video_id] = counts[v]
+    return rows
+
+
+def _moments(
+    loaded: FrameFeatures, durations_seconds: Sequence[float], windows: MomentWindows
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Return the `(M, 2)` first row and number of rows of every moment, `(V + 1,)` offsets, `(M, 2)` seconds."""
+    rows: list[tuple[int, int]] = []
+    seconds: list[tuple[float, float]] = []
+    offsets = [0]
+    for first, last, duration in zip(loaded.offsets[:-1], loaded.offsets[1:], durations_seconds, strict=True):
+        times = loaded.times_seconds[first:last]
+        end = _end_seconds(times, duration)
+        num_windows = max(1, int(np.ceil((end - times[0] - windows.seconds) / windows.stride_seconds)) + 1)
+        for window in range(num_windows):
+            begin = times[0] + window * windows.stride_seconds
+            low, high = np.searchsorted(times, [begin - 1e-6, begin + windows.seconds - 1e-6])
+            if high > low:
+                rows.append((int(first + low), int(high - low)))
+                seconds.append((float(begin), float(min(begin + windows.seconds, end))))
+        offsets.append(len(rows))
+    return np.array(rows, np.int64), np.array(offsets, np.int64), np.array(seconds, np.float64)
+
+
+def _end_seconds(times_seconds: NDArray[np.float64], duration_seconds: float) -> float:
+    """Return when a video ends: its last frame is shown about as long as frames lie apart, and not for ever."""
+    first, last = float(times_seconds[0]), float(times_seconds[-1])
+    ends = [last + (last - first) / (len(times_seconds) - 1)] if len(times_seconds) > 1 else []
+    if first + duration_seconds > last + 1e-3:  # False where the container promised nothing, or too little
+        ends.append(first + duration_seconds)
+    return min(ends, default=last + SHORTEST_SECONDS)

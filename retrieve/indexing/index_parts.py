@@ -1,0 +1,258 @@
+"""The parts of an index beside its segments: heads, captions, metadata, text tower, hubs, and how it is scanned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from svb.config import fingerprint
+from svb.data.publish import hash_file
+from svb.errors import SvbError
+from svb.retrieve.indexing.index_model import IndexModel
+from svb.retrieve.indexing.index_options import LOCAL, PartOptions
+from svb.retrieve.indexing.index_plan import live_videos
+from svb.retrieve.manifest import publish_part
+from svb.retrieve.pools import open_pool, publish_pool
+from svb.retrieve.segment import Segment
+
+if TYPE_CHECKING:
+    from svb.data.caption_features import CaptionFeatures
+    from svb.retrieve.indexing.export_tower import ValCheck
+
+OnMessage = Callable[[str], None]
+# Sidecars' captions that are embedded before what was done is saved.
+SAVED_CAPTIONS = 32_768
+
+
+class IndexParts:
+    """Makes the parts of an index and puts them into its next manifest.
+
+    Args:
+        out: The index's folder.
+        draft: The next manifest, with `inputs`.
+        model: Loaded only where something must be embedded.
+        options: What was asked for just now.
+        on_message: Called with a line that the user should see.
+    """
+
+    def __init__(
+        self, out: Path, draft: dict[str, Any], model: IndexModel, options: PartOptions, on_message: OnMessage
+    ) -> None:
+        self._out, self._draft, self._model = out, draft, model
+        self._options, self._on_message = options, on_message
+
+    def start(self) -> None:
+        """Make what depends on no video: it comes with the first commit."""
+        inputs = self._model.inputs
+        weights = inputs.embedder.weights
+        if weights:
+            from safetensors.torch import save_file
+
+            self._draft["heads"] = [
+                publish_part(self._out, "heads", lambda folder: save_file(weights, folder / "heads.safetensors"))
+            ]
+        self._draft["captions"] = [*self._training_pools(), *self._file_pools(), *self._pools("sidecar")]
+
+    @property
+    def are_finished(self) -> bool:
+        """Tell whether `finish` has seen the segments and inputs of the draft, in this run or in one before."""
+        return bool(self._draft.get("finished") == self._finished())
+
+    def note_finished(self) -> None:
+        """Have the next run know that there is nothing to finish: one that is killed before leaves that undone."""
+        self._draft["finished"] = self._finished()
+
+    def _finished(self) -> str:
+        return fingerprint({part: self._draft[part] for part in ("inputs", "segments")})
+
+    def finish(self, segments: Sequence[Segment]) -> None:
+        """Make what depends on all videos."""
+        self._update_metadata(segments)
+        self._update_text_tower(segments)
+        self._update_hubs(segments)
+
+    def update_sidecars(self, segments: Sequence[Segment], commit: Callable[[], object]) -> None:
+        """Bring the pool of sidecars to what lies beside the videos; what is done is committed in between."""
+        if not self._draft["inputs"]["sidecars"]:
+            self._draft["captions"] = [*self._pools("training"), *self._pools("file")]
+            return
+        from svb.retrieve.indexing.make_pools import sidecar_pool
+
+        videos = [(video_id, segments[s].source_paths[row]) for video_id, (s, row) in live_videos(segments)]
+        entries = self._pools("sidecar")
+        held = open_pool(self._out, entries[0]) if entries else None
+        while True:
+            pool = sidecar_pool(videos, self._embed, held, max_captions=SAVED_CAPTIONS, on_message=self._on_message)
+            if pool is held:
+                return
+            found = [] if pool is None else [publish_pool(self._out, pool)]
+            self._draft["captions"] = [*self._pools("training"), *self._pools("file"), *found]
+            commit()
+            held = open_pool(self._out, found[0]) if found else None
+            if held is None:
+                return
+
+    def mirror(self, on_progress: Callable[[int, int], None]) -> None:
+        """Have a server hold what the draft names, where one is to; all of the draft's parts are made."""
+        uri = self._draft["inputs"]["to"]
+        if uri == LOCAL:
+            self._draft["vectors"] = None
+            return
+        from svb.retrieve.indexing.milvus_mirror import mirror
+
+        self._draft["vectors"] = mirror(
+            self._out, self._draft, uri, on_message=self._on_message, on_progress=on_progress
+        )
+
+    def remove_gone(self) -> None:
+        """Have a server give up what the index, as it was committed, does not hold any more."""
+        if self._draft["vectors"] is not None:
+            from svb.retrieve.indexing.milvus_mirror import remove_gone
+
+            remove_gone(self._out, self._draft, self._on_message)
+
+    def _pools(self, kind: str) -> list[dict[str, Any]]:
+        return [entry for entry in self._draft["captions"] if entry["kind"] == kind]
+
+    def _training_pools(self) -> list[dict[str, Any]]:
+        from svb.retrieve.indexing.make_pools import training_pool
+
+        captions = self._model.inputs.captions
+        if captions is None:
+            return []
+        if (held := self._pools("training")) and held[0]["source"] == captions.fingerprint:
+            return held
+        return [publish_pool(self._out, training_pool(captions, self._model.embedder))]
+
+    def _file_pools(self) -> list[dict[str, Any]]:
+        from svb.retrieve.indexing.make_pools import file_pool
+
+        held = {entry["path"]: entry for entry in self._pools("file")}
+        entries = []
+        for path, *_ in self._draft["inputs"]["pools"]:
+            if self._options.pools is None and path in held and not Path(path).is_file():
+                self._on_message(f"{path} has gone: what was read of it before stays a pool")
+                entries.append(held[path])
+            elif path in held and Path(path).is_file() and hash_file(Path(path)).startswith(held[path]["source"]):
+                entries.append(held[path])
+            else:
+                pool = file_pool(Path(path), self._embed, self._on_message)
+                entries.append({**publish_pool(self._out, pool), "path": path})
+        return entries
+
+    def _embed(self, captions: Sequence[str]) -> Any:
+        from svb.retrieve.indexing.make_pools import caption_embedder
+
+        embed = caption_embedder(self._model.embedder, lambda: self._model.text_encoder, self._on_message)
+        return embed(captions)
+
+    def _update_metadata(self, segments: Sequence[Segment]) -> None:
+        from svb.retrieve.indexing.make_metadata import publish_metadata
+
+        for path, *_ in self._draft["inputs"]["metadata"]:
+            if self._options.metadata is None and self._draft["metadata"] and not Path(path).is_file():
+                self._on_message(f"{path} has gone: what was read of it before stays")
+            else:
+                video_ids = {video_id for video_id, _ in live_videos(segments)}
+                self._draft["metadata"] = [publish_metadata(self._out, Path(path), video_ids, self._on_message)]
+
+    def _update_text_tower(self, segments: Sequence[Segment]) -> None:
+        from svb.retrieve.indexing.export_tower import export_tower
+
+        embedder, precision = self._model.embedder, self._draft["inputs"]["text_precision"]
+        captions = [entry["source"] for entry in self._pools("training")]
+        made_for = fingerprint({"model": embedder.fingerprint, "captions": captions, "precision": precision})
+        if self._draft.get("text_made_for") == made_for:
+            return
+        described: list[dict[str, Any] | None] = []
+        try:
+            encoder = self._model.text_encoder
+        except SvbError as error:  # a search by text would meet it too; one by video would not
+            self._on_message(f"no text tower: {error}")
+            self._draft["text"] = []
+            return
+
+        def write(folder: Path) -> None:
+            check = self._val_check(segments)
+            entry = export_tower(folder, embedder, encoder, check, precision=precision, on_message=self._on_message)
+            described.append(entry)
+
+        part = publish_part(self._out, "text", write)
+        self._draft["text"] = [{**part, **entry} for entry in described if entry is not None]
+        self._draft["text_made_for"] = made_for
+
+    def _val_check(self, segments: Sequence[Segment]) -> ValCheck | None:
+        """Return the captions of val whose videos are in the index; None where there are none."""
+        import torch
+
+        from svb.retrieve.indexing.export_tower import ValCheck
+
+        captions = self._model.inputs.captions
+        if captions is None:
+            return None
+        places, table = dict(live_videos(segments)), captions.table
+        held = [position for position in self._splits(captions)["val"] if table.video_ids[position] in places]
+        if not held:
+            return None
+        video_ids = sorted({table.video_ids[position] for position in held})
+        row_of = {video_id: row for row, video_id in enumerate(video_ids)}
+        rows = [places[video_id] for video_id in video_ids]
+        return ValCheck(
+            [table.captions[position] for position in held],
+            self._model.embedder.embed_captions(torch.from_numpy(captions.features[held])),
+            np.stack([segments[s].video_embeddings[row] for s, row in rows]).astype(np.float32),
+            np.array([row_of[table.video_ids[position]] for position in held], np.int64),
+        )
+
+    def _splits(self, captions: CaptionFeatures) -> dict[str, list[int]]:
+        from svb.train.training_data import positions_of_splits
+
+        fraction = self._model.inputs.config.put_aside
+        return positions_of_splits(captions, val_fraction=fraction, on_message=_say_nothing)
+
+    def _update_hubs(self, segments: Sequence[Segment]) -> None:
+        import torch
+
+        from svb.retrieve.indexing.make_hubs import index_hubs
+
+        inputs = self._model.inputs
+        captions, embedder = inputs.captions, inputs.embedder
+        if captions is None:
+            self._draft["hubs"], self._draft["normalise"] = [], None
+            return
+        self._draft["hubs"], self._draft["normalise"] = index_hubs(
+            self._out,
+            segments,
+            previous=self._draft["hubs"],
+            table=captions.table,
+            splits=self._splits(captions),
+            embed=lambda positions: embedder.embed_captions(torch.from_numpy(captions.features[positions])),
+            model_fingerprint=embedder.fingerprint,
+            on_message=self._on_message,
+        )
+
+
+def keep_scan_within_budget(
+    out: Path, manifest: Mapping[str, Any], segments: Sequence[Segment], on_message: OnMessage
+) -> None:
+    """Have a committed index searched exactly, or approximately where the exact scan would take too long."""
+    if manifest["vectors"] is not None:
+        return  # a server searches it
+    from svb.retrieve.indexing.tune_ivf import describe, keep_within_budget
+
+    training = [entry for entry in manifest["captions"] if entry["kind"] == "training"]
+    decision = keep_within_budget(
+        out,
+        segments,
+        budget_seconds=manifest["inputs"]["latency_budget_seconds"],
+        captions=open_pool(out, training[0]).embeddings if training else None,
+        on_message=on_message,
+    )
+    on_message(describe(decision))
+
+
+def _say_nothing(message: str) -> None:
+    pass

@@ -1,0 +1,1 @@
+"""How well a run retrieves: ranks, paired comparisons, and grids of runs; see `svb.retrieve.evaluate`."""

@@ -1,0 +1,179 @@
+"""Is B better than A, or could it be chance? Paired differences of recalls, with two kinds of intervals.
+
+Over videos: queries are paired, those of one video go together, and videos are drawn again with replacement
+(a bootstrap over clusters). It says how far the difference would move with other videos of the same kind, the
+trained models and the gallery's difficulty being what they are.
+
+Over seeds: runs are paired by seed, and Student's t is taken of their differences. It says how far the
+difference would move with other trainings, the videos being what they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import stdtr, stdtrit
+
+from svb.errors import UsageError
+from svb.retrieve.measure.ranks import Ranks, require_comparable
+from svb.train.metrics import ranks_metrics
+
+RECALLS = ("t2v/R@1", "t2v/R@5", "t2v/R@10", "v2t/R@1", "v2t/R@10")
+RESAMPLES = 10_000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Where a difference may lie with 95 % confidence, and how often chance alone goes so far from 0.
+
+    Attributes:
+        low: In percentage points.
+        high: In percentage points.
+        p: Two-sided p-value of no difference.
+    """
+
+    low: float
+    high: float
+    p: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """B - A of one recall.
+
+    Attributes:
+        metric: `t2v/R@1` and so on.
+        a: Mean over A's runs, in percent.
+        b: Mean over B's runs, in percent.
+        difference: `b - a`, in percentage points.
+        over_videos: From resampled videos.
+        over_seeds: From the seeds' differences; None for a single pair, and where all differ by the same.
+        num_pairs: Pairs of runs.
+    """
+
+    metric: str
+    a: float
+    b: float
+    difference: float
+    over_videos: Interval
+    over_seeds: Interval | None
+    num_pairs: int
+
+
+def paired_differences(
+    a: Sequence[Ranks], b: Sequence[Ranks], *, resamples: int = RESAMPLES, seed: int = 0
+) -> list[Difference]:
+    """Compare two sets of evaluations, paired in order.
+
+    Args:
+        a: Of one model, an evaluation a seed.
+        b: Of another, on the same queries.
+        resamples: How often videos are drawn again.
+        seed: Of the draws; all metrics share them.
+
+    Raises:
+        UsageError: The sets are empty or of different sizes.
+        MismatchError: Queries differ, naming the first.
+    """
+    if not a or len(a) != len(b):
+        raise UsageError(f"cannot pair {len(a)} evaluations with {len(b)} - expected as many of both, at least one")
+    for other in (*a[1:], *b):
+        require_comparable(a[0], other)
+    queries = a[0].queries
+    video_of = {"t2v": queries.caption_video(), "v2t": np.arange(len(queries.video_ids))}
+    sums, sizes, differences = [], [], []  # M of each: (V,), (V,), (S,)
+    for metric in RECALLS:
+        way, _, k = metric.partition("/R@")
+        # Whole numbers, so that a difference of nothing is exactly 0 in every resample: (S, Q) in -1, 0, 1.
+        hits = np.stack(
+            [_hits(in_b, way, int(k)) - _hits(in_a, way, int(k)) for in_a, in_b in zip(a, b, strict=True)]
+        )
+        sums.append(np.bincount(video_of[way], hits.sum(axis=0), len(queries.video_ids)))
+        sizes.append(len(a) * np.bincount(video_of[way], minlength=len(queries.video_ids)))
+        differences.append(100 * hits.mean(axis=1))
+    draws = resampled_ratios(np.stack(sums, axis=1), np.stack(sizes, axis=1), resamples, seed)  # (R, M)
+    of_a, of_b = ([ranks_metrics(ranks.t2v, ranks.v2t) for ranks in side] for side in (a, b))
+    return [
+        Difference(
+            metric,
+            float(np.mean([metrics[metric] for metrics in of_a])),
+            float(np.mean([metrics[metric] for metrics in of_b])),
+            float(100 * sums[m].sum() / sizes[m].sum()),
+            percentile_interval(100 * draws[:, m]),
+            t_interval(differences[m]) if len(a) > 1 else None,
+            len(a),
+        )
+        for m, metric in enumerate(RECALLS)
+    ]
+
+
+def resampled_ratios(
+    sums: NDArray[np.float64], sizes: NDArray[np.int64], resamples: int, seed: int
+) -> NDArray[np.float64]:
+    """Draw V clusters with replacement, many times over, and take each draw's mean.
+
+    Args:
+        sums: `(V, M)`, of what a cluster's members hold.
+        sizes: `(V, M)`, how many members it has.
+        resamples: R.
+        seed: Of the draws.
+
+    Returns:
+        `(R, M)` sums of the drawn clusters divided by their sizes.
+    """
+    num_clusters, num_columns = sums.shape
+    random = np.random.default_rng(seed)
+    both = np.concatenate([sums, sizes], axis=1)  # (V, 2 M)
+    ratios = np.empty((resamples, num_columns))
+    chunk = max(1, 2_000_000 // num_clusters)  # bounds the memory to some tens of MB
+    for begin in range(0, resamples, chunk):
+        rows = min(chunk, resamples - begin)
+        drawn = random.integers(0, num_clusters, (rows, num_clusters))
+        drawn += np.arange(rows)[:, None] * num_clusters
+        # How often each cluster was drawn: sums of clusters then are one product of matrices.
+        counts = np.bincount(drawn.ravel(), minlength=rows * num_clusters).reshape(rows, num_clusters)
+        totals = counts.astype(np.float64) @ both
+        ratios[begin : begin + rows] = totals[:, :num_columns] / totals[:, num_columns:]
+    return ratios
+
+
+def percentile_interval(draws: NDArray[np.float64]) -> Interval:
+    """Return the middle 95 % of `(R,)` resampled differences; p is twice the smaller share beyond 0."""
+    low, high = np.percentile(draws, [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)])
+    beyond = min((draws <= 0).sum(), (draws >= 0).sum())
+    # One more of each: a p-value from R draws is never below 1 / R.
+    return Interval(float(low), float(high), float(min(1.0, 2 * (beyond + 1) / (len(draws) + 1))))
+
+
+def t_interval(differences: NDArray[np.float64]) -> Interval | None:
+    """Return Student's 95 % interval of the mean of `(S,)` differences, S at least 2, and p of the paired t.
+
+    None where all seeds differ by exactly the same, but not by nothing: recalls of few queries are so coarse that
+    this says nothing about other seeds.
+    """
+    count, mean = len(differences), float(differences.mean())
+    error = float(differences.std(ddof=1)) / math.sqrt(count)
+    reach = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * error
+    if error == 0:
+        return Interval(0.0, 0.0, 1.0) if mean == 0 else None
+    return Interval(mean - reach, mean + reach, 2 * float(stdtr(count - 1, -abs(mean) / error)))
+
+
+def is_chance(ranks: Ranks) -> bool:
+    """Tell whether t2v ranks are no better than a guess's: their mean is within 3 standard errors of it, or beyond.
+
+    Captions of one video go together. A collapsed model, whose similarities are all equal, is at chance.
+    """
+    video_of, num_videos = ranks.queries.caption_video(), len(ranks.queries.video_ids)
+    means = np.bincount(video_of, ranks.t2v, num_videos) / np.bincount(video_of, minlength=num_videos)  # (V,)
+    error = means.std(ddof=1) / math.sqrt(num_videos) if num_videos > 1 else 0.0
+    return bool(means.mean() + 3 * error >= (num_videos + 1) / 2)
+
+
+def _hits(ranks: Ranks, way: str, k: int) -> NDArray[np.int64]:
+    return ((ranks.t2v if way == "t2v" else ranks.v2t) <= k).astype(np.int64)

@@ -1,0 +1,91 @@
+"""Which videos of an index a request is about: filters, applied before anything is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svb.errors import UsageError
+from svb.retrieve.answer import SearchRequest
+from svb.retrieve.searching.vectors import Vectors
+
+
+class Conditions(Protocol):
+    """What `svb.retrieve.metadata.Metadata` answers."""
+
+    def matches(self, where: Sequence[str], video_ids: Sequence[str]) -> NDArray[np.bool_]:
+        """Return `(V,)`, which videos fit all conditions."""
+        ...
+
+
+def allowed_videos(
+    vectors: Vectors, request: SearchRequest, metadata: Conditions
+) -> tuple[NDArray[np.bool_] | None, str | None]:
+    """Return which videos pass a request's filters, and which filter has left none.
+
+    Returns:
+        `(V,)` without deleted videos, or None where there is no filter; and a sentence for the user where the
+        filters leave nothing.
+
+    Raises:
+        UsageError: A filter means nothing.
+        InputError: A condition is about a column that the index does not have.
+    """
+    allowed = None
+    for name, passing in _filters(vectors, request, metadata):
+        before = vectors.alive if allowed is None else allowed
+        allowed = before & passing
+        if before.any() and not allowed.any():
+            rest = "videos" if allowed is None or before is vectors.alive else "videos that the others leave"
+            return allowed, f"{name} leaves nothing: none of the {np.count_nonzero(before):,} {rest} passes"
+    return allowed, None
+
+
+def _filters(
+    vectors: Vectors, request: SearchRequest, metadata: Conditions
+) -> Iterator[tuple[str, NDArray[np.bool_]]]:
+    """Yield each filter that is asked for, as the user may read it, and which videos pass it."""
+    if request.folders:
+        yield f"the folder {' or '.join(map(repr, request.folders))}", _below(vectors, request.folders)
+    if (least := request.min_duration_seconds) is not None:
+        yield f"the duration of at least {least:g} s", vectors.durations >= least  # False where not known
+    if (most := request.max_duration_seconds) is not None:
+        yield f"the duration of at most {most:g} s", vectors.durations <= most
+    if request.after is not None:
+        yield f"the date after {request.after}", vectors.mtime_ns >= _nanoseconds("after", request.after)
+    if request.before is not None:
+        yield f"the date before {request.before}", vectors.mtime_ns < _nanoseconds("before", request.before)
+    for condition in request.where:
+        yield f"the condition {condition!r}", metadata.matches([condition], vectors.video_ids)
+
+
+def _below(vectors: Vectors, folders: Sequence[str]) -> NDArray[np.bool_]:
+    """Return which videos lie below a folder, or are what it names; `a/bc` is not below `a/b`."""
+    for folder in folders:
+        if not folder.strip():
+            raise UsageError("a folder is empty - name one, or leave the filter out")
+    below = tuple(_as_prefix(folder) for folder in folders)
+    pairs = zip(vectors.video_ids, vectors.source_paths, strict=True)
+    return np.fromiter(
+        (f"{video_id}/".startswith(below) or f"{path}/".startswith(below) for video_id, path in pairs),
+        np.bool_,
+        vectors.num_videos,
+    )
+
+
+def _as_prefix(folder: str) -> str:
+    parts = [part for part in folder.split("/") if part not in ("", ".")]
+    root = "/" if folder.startswith("/") else ""
+    return root + "".join(f"{part}/" for part in parts)
+
+
+def _nanoseconds(name: str, date: str) -> int:
+    """Return an ISO date's nanoseconds since 1970; of a date without a zone, here."""
+    try:
+        return int(datetime.fromisoformat(date).timestamp() * 1e9)
+    except (ValueError, OverflowError, OSError) as error:
+        raise UsageError(f"{name} is {date!r} - expected a date such as 2026-11-25 or 2026-11-25T18:30") from error

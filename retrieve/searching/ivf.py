@@ -1,0 +1,252 @@
+"""The approximate index at search: IVF over float16 moments, where an exact scan would miss the latency budget.
+
+cache/ivf.json             what `tune_ivf` decided: exact, or a file, what it covers and its recall
+cache/moments-<hash>.ivf   FAISS IndexIVFScalarQuantizer (QT_fp16, inner product), mapped and never written to
+
+    ivf, note = open_ivf(folder, exact, segments)    # None where search is exact; a note if it had to fall back
+    vectors = ivf or exact                           # both are `Vectors`
+
+Both files are a cache. The inverted lists only propose rows: scores are taken from the segments, videos that were
+deleted are left out, segments that came later are scanned exactly. What does not fit is not used.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from svb.data.description import read_description
+from svb.data.publish import hash_file
+from svb.errors import SvbError
+from svb.retrieve.searching.vectors import Nearest, SegmentVectors
+from svb.retrieve.segment import Segment
+
+DECISION = "ivf.json"
+
+
+def open_ivf(
+    folder: Path, exact: SegmentVectors, segments: Sequence[Segment]
+) -> tuple[IvfVectors | None, str | None]:
+    """Return an index's approximate vectors, or None and, where that is a pity, why.
+
+    Args:
+        folder: The index's.
+        exact: The vectors of `segments`.
+        segments: In the manifest's order.
+    """
+    try:
+        decision = read_decision(folder)
+        if decision is None or decision["file"] is None:
+            return None, None
+        covered = {entry["key"] for entry in decision["segments"]}
+        if not covered & {segment.key for segment in segments}:
+            return None, "the approximate index is of other segments: search is exact until the next `svb index`"
+        return IvfVectors(exact, segments, read_ivf(folder / "cache", decision), decision), None
+    except (SvbError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        return None, f"the approximate index is damaged ({error}): search is exact until the next `svb index`"
+
+
+def read_decision(folder: Path) -> dict[str, Any] | None:
+    """Return what was decided for an index; None where nothing was yet.
+
+    Raises:
+        StoreError: The description is damaged, or of a newer format.
+    """
+    path = folder / "cache" / DECISION
+    if not path.is_file():
+        return None
+    decision = read_description(path, kind="a cache", make="svb index")
+    return {name: value for name, value in decision.items() if name != "format_version"}
+
+
+def read_ivf(cache: Path, decision: Mapping[str, Any]) -> faiss.IndexIVFScalarQuantizer:
+    """Map the file that was decided on.
+
+    Its head, up to the lists' contents, is compared with its checksum: from there on nothing leads out of the file.
+
+    Raises:
+        OSError, RuntimeError, ValueError: It is missing or damaged.
+    """
+    path = cache / decision["file"]
+    size, head_bytes = path.stat().st_size, decision["head_bytes"]
+    if size != decision["size"]:
+        raise ValueError(f"{path.name} has {size} bytes, not {decision['size']}")
+    if checksum_head(path, head_bytes) != decision["head_crc32"]:
+        raise ValueError(f"the head of {path.name} is not what was written")
+    index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+    rows = sum(entry["moments"] for entry in decision["segments"])
+    if (index.ntotal, index.d, index.nlist) != (rows, decision["embedding_size"], decision["nlist"]):
+        raise ValueError(f"{path.name} has {index.ntotal} rows of {index.d} in {index.nlist} lists")
+    return index
+
+
+def checksum_head(path: Path, size: int) -> int:
+    """Return the CRC-32 of a file's first bytes: every search does it, and SHA-256 takes four times as long."""
+    with path.open("rb") as file:
+        return zlib.crc32(file.read(size))
+
+
+def verify_ivf(folder: Path) -> list[str]:
+    """Return what is wrong with an index's approximate index, a line each; reads all of it."""
+    try:
+        decision = read_decision(folder)
+        if decision is None or decision["file"] is None:
+            return []
+        path = folder / "cache" / decision["file"]
+        return [] if hash_file(path) == decision["hash"] else [f"{path} is not what was written"]
+    except (SvbError, OSError) as error:
+        return [str(error)]
+
+
+class IvfVectors:
+    """`Vectors` whose nearest moments are sought in the inverted lists that lie nearest. Threads may share it.
+
+    Args:
+        exact: All vectors.
+        segments: Theirs, in the same order.
+        index: The inverted lists; never changed.
+        decision: What they cover, and how they were tuned.
+
+    Attributes:
+        exact_vectors: To compare with every row instead.
+    """
+
+    exact = False
+
+    def __init__(
+        self,
+        exact: SegmentVectors,
+        segments: Sequence[Segment],
+        index: faiss.IndexIVFScalarQuantizer,
+        decision: Mapping[str, Any],
+    ) -> None:
+        if index.d != exact.embedding_size:
+            raise ValueError(f"embeddings of {index.d} values, not {exact.embedding_size}")
+        self.exact_vectors = exact
+        self.recall: float | None = min(decision["recall"], decision["recall_videos"])
+        self.num_videos, self.num_moments = exact.num_videos, exact.num_moments
+        self.embedding_size = exact.embedding_size
+        self.videos_of, self.moment_range, self.row_of = exact.videos_of, exact.moment_range, exact.row_of
+        self.embeddings, self.moment_seconds, self.background = (
+            exact.embeddings,
+            exact.moment_seconds,
+            exact.background,
+        )
+        self.video_id, self.source_path, self.duration_seconds = (
+            exact.video_id,
+            exact.source_path,
+            exact.duration_seconds,
+        )
+        self._index, self._nprobe = index, int(decision["nprobe"])
+        # How many rows a scan compares within the budget: where a filter leaves no more, none need be missed.
+        self._rows_in_budget = decision["rows"] * decision["budget_seconds"] / decision["exact_seconds"]
+        self._place(segments, decision["segments"])
+
+    def _place(self, segments: Sequence[Segment], covered: Sequence[Mapping[str, Any]]) -> None:
+        """Find where the rows of each covered segment are now, and which videos no list holds."""
+        videos = np.cumsum([0, *(segment.num_videos for segment in segments)])
+        moments = np.cumsum([0, *(segment.num_moments for segment in segments)])
+        number = {segment.key: place for place, segment in enumerate(segments)}
+        self._fresh: NDArray[np.bool_] = np.ones(self.num_videos, np.bool_)
+        self._ends = np.cumsum([entry["moments"] for entry in covered])
+        self._begins: list[int | None] = []  # a global row each; None where the segment is gone
+        for entry in covered:
+            place = number.get(entry["key"])
+            if place is not None and segments[place].num_moments != entry["moments"]:
+                raise ValueError(f"segment {entry['key']} has {segments[place].num_moments} moments")
+            self._begins.append(None if place is None else int(moments[place]))
+            if place is not None:
+                self._fresh[videos[place] : videos[place + 1]] = False
+        self._shifts = np.array([begin or 0 for begin in self._begins]) - np.concatenate([[0], self._ends[:-1]])
+        self._here = np.array([begin is not None for begin in self._begins])
+        self._any_fresh = bool(self._fresh.any())
+        self._any_lost = not self._here.all() or any(len(segment.deleted) for segment in segments)
+
+    @property
+    def alive(self) -> NDArray[np.bool_]:
+        return self.exact_vectors.alive
+
+    @property
+    def moment_counts(self) -> NDArray[np.int64]:
+        return self.exact_vectors.moment_counts
+
+    @property
+    def durations(self) -> NDArray[np.float64]:
+        return self.exact_vectors.durations
+
+    @property
+    def mtime_ns(self) -> NDArray[np.int64]:
+        return self.exact_vectors.mtime_ns
+
+    @property
+    def video_ids(self) -> Sequence[str]:
+        return self.exact_vectors.video_ids
+
+    @property
+    def source_paths(self) -> Sequence[str]:
+        return self.exact_vectors.source_paths
+
+    def nearest(
+        self, embedding: NDArray[np.float32], k: int, *, by: str, allowed: NDArray[np.bool_] | None
+    ) -> Nearest:
+        """As `Vectors.nearest`; whole videos are compared exactly, being few."""
+        if by == "video":
+            return self.exact_vectors.nearest(embedding, k, by=by, allowed=allowed)
+        share, bitmap, counted = 1.0, self._live_bitmap if self._any_lost else None, self.alive
+        if allowed is not None:
+            counted = allowed & self.alive
+            rows = int(self.moment_counts[counted].sum())
+            if rows <= self._rows_in_budget:
+                return self.exact_vectors.nearest(embedding, k, by=by, allowed=allowed)
+            share, bitmap = rows / self.num_moments, self._bitmap(counted)
+        # Where a filter leaves a third of the rows, the ten nearest of them lie in three times as many lists.
+        nprobe = math.ceil(max(self._nprobe, 2 * k * self._index.nlist / self._index.ntotal) / share)
+        proposed = self._proposed(embedding, k, nprobe, bitmap, counted)
+        if self._any_fresh:
+            fresh = self._fresh if allowed is None else self._fresh & allowed
+            proposed = np.concatenate([proposed, self.exact_vectors.nearest(embedding, k, by=by, allowed=fresh)[1]])
+        if len(proposed) < k:  # fewer lists were probed than hold k rows, or the file is damaged
+            return self.exact_vectors.nearest(embedding, k, by=by, allowed=allowed)
+        scores = self.embeddings(proposed, by=by) @ embedding
+        order = np.lexsort((proposed, -scores))[:k]
+        return scores[order], proposed[order]
+
+    def _proposed(
+        self,
+        embedding: NDArray[np.float32],
+        k: int,
+        nprobe: int,
+        bitmap: NDArray[np.uint8] | None,
+        counted: NDArray[np.bool_],
+    ) -> NDArray[np.int64]:
+        """Return the global rows of the k nearest moments in the lists."""
+        selector = None if bitmap is None else faiss.IDSelectorBitmap(bitmap)
+        params = faiss.SearchParametersIVF(nprobe=min(nprobe, self._index.nlist), sel=selector)
+        _, found = self._index.search(embedding[None], min(k, self._index.ntotal), params=params)
+        ids = found[0][(found[0] >= 0) & (found[0] < self._index.ntotal)]
+        place = np.searchsorted(self._ends, ids, side="right")
+        rows = np.unique((ids + self._shifts[place])[self._here[place]])
+        # A flipped bit may have made another row of a row's number: of one that counts, or it goes.
+        return rows[counted[self.videos_of(rows)]]
+
+    @cached_property
+    def _live_bitmap(self) -> NDArray[np.uint8]:
+        return self._bitmap(self.alive)
+
+    def _bitmap(self, videos: NDArray[np.bool_]) -> NDArray[np.uint8]:
+        """Return which rows of the lists belong to some `(V,)` videos, a bit a row."""
+        moments = np.repeat(videos, self.moment_counts)
+        sizes = np.diff(self._ends, prepend=0)
+        covered = [
+            np.zeros(size, np.bool_) if begin is None else moments[begin : begin + size]
+            for begin, size in zip(self._begins, sizes, strict=True)
+        ]
+        return np.packbits(np.concatenate(covered), bitorder="little")

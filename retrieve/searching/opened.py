@@ -1,0 +1,66 @@
+"""One generation of an index, opened: what a search reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from svb.retrieve.metadata import Metadata
+from svb.retrieve.pools import CaptionPools
+from svb.retrieve.searching.hubs import Hubs
+from svb.retrieve.searching.query_embedder import QueryEmbedder
+from svb.retrieve.searching.vectors import SegmentVectors, Vectors
+from svb.retrieve.segment import open_segments
+
+
+@dataclass(frozen=True)
+class Opened:
+    """One generation of an index: everything a search reads, mapped.
+
+    Attributes:
+        manifest: Of this generation.
+        vectors: What is searched: all rows, or an approximate index over them.
+        exact_vectors: All rows.
+        note: What the user should know of how it is searched; None where nothing.
+    """
+
+    manifest: dict[str, Any]
+    vectors: Vectors
+    exact_vectors: Vectors
+    note: str | None
+    hubs: Hubs | None
+    pools: CaptionPools
+    metadata: Metadata
+    embedder: QueryEmbedder
+
+
+def open_index(folder: Path, manifest: dict[str, Any], device: str) -> Opened:
+    """Map what a manifest names; no vector is read.
+
+    Raises:
+        StoreError: A file is missing or damaged.
+    """
+    exact: Vectors
+    approximate: Vectors | None = None
+    note: str | None = None
+    if manifest["vectors"] is not None:
+        from svb.retrieve.searching.milvus import MilvusVectors
+
+        exact = MilvusVectors.open(folder, manifest)
+    else:
+        from svb.retrieve.searching.ivf import open_ivf
+
+        segments = open_segments(folder, manifest)
+        exact = SegmentVectors(segments)
+        approximate, note = open_ivf(folder, exact, segments)
+    return Opened(
+        manifest,
+        approximate or exact,
+        exact,
+        note,
+        Hubs.open(folder, manifest),
+        CaptionPools(folder, manifest),
+        Metadata.open(folder, manifest),
+        QueryEmbedder(folder, manifest, device),
+    )

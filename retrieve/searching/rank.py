@@ -1,0 +1,129 @@
+"""The K best videos for a query: exact, however many rows must be looked at to be sure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svb.retrieve.searching.duplicates import fold
+from svb.retrieve.searching.hubs import Hubs
+from svb.retrieve.searching.query import BLOCK, Query, require_cosines
+from svb.retrieve.searching.vectors import Vectors
+
+# A scan for some hundred rows takes no longer than one for ten, and often all that is needed is among them.
+FIRST_ROWS = 256
+GROWTH = 8
+
+
+@dataclass(frozen=True)
+class Found:
+    """A video that was found.
+
+    Attributes:
+        row: Its number.
+        duplicates: The rows of near-duplicates that it stands for.
+    """
+
+    row: int
+    duplicates: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The best videos so far.
+
+    Attributes:
+        videos: `(n,)` rows, best first.
+        scores: `(n,)`.
+        bound: No other video scores more.
+    """
+
+    videos: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    bound: float
+
+
+def rank_videos(
+    vectors: Vectors,
+    query: Query,
+    k: int,
+    *,
+    by: str,
+    allowed: NDArray[np.bool_] | None,
+    folded: bool,
+    hubs: Hubs | None,
+) -> tuple[list[Found], bool]:
+    """Return the K best videos, best first, and whether hubs were put back among them.
+
+    What is unwanted only lowers scores. So a row that a scan for what is wanted leaves out scores at most as much
+    as the last one it finds: once the K-th video scores more, no scan for more rows can change the answer.
+
+    Args:
+        vectors: Of the index.
+        query: What to look for.
+        k: K; fewer come where fewer are there.
+        by: A video's score is that of its best `moment`, or of the whole `video`.
+        allowed: `(V,)`, the videos that count; None for all.
+        folded: Whether near-duplicates count as one.
+        hubs: What reorders the candidates; None where nothing shall.
+    """
+    num_rows = max(FIRST_ROWS, 4 * k)
+    while True:
+        candidates = _candidates(vectors, query, num_rows, by, allowed)
+        keys = candidates.scores.astype(np.float64)
+        finds_hub = hubs is not None and hubs.finds_hub(candidates.scores, candidates.videos, by)
+        if hubs is not None and finds_hub:
+            keys = hubs.reorder(candidates.scores, candidates.videos, by)
+        order = np.lexsort((candidates.videos, -keys))
+        kept = _keep(vectors, candidates.videos[order], k, folded)
+        found = [Found(int(videos[0]), tuple(videos[1:].tolist())) for videos in kept]
+        if candidates.bound == -np.inf:
+            return found, finds_hub
+        if len(found) == k:
+            last = float(keys[candidates.videos == found[-1].row][0])
+            if hubs is None or not finds_hub:
+                is_sure = last >= candidates.bound
+            else:  # that the best is a hub must be sure, too
+                is_sure = candidates.scores[0] >= candidates.bound
+                is_sure = is_sure and not _rivals(hubs, candidates, last, by, allowed)
+            if is_sure:
+                return found, finds_hub
+        num_rows *= GROWTH
+
+
+def _candidates(
+    vectors: Vectors, query: Query, num_rows: int, by: str, allowed: NDArray[np.bool_] | None
+) -> Candidates:
+    scores, rows = vectors.nearest(query.positive, num_rows, by=by, allowed=allowed)
+    require_cosines(scores)
+    bound = float(scores[-1]) if len(rows) == num_rows else -np.inf
+    if len(query.negatives):
+        scores = scores - np.concatenate(
+            [np.empty(0, np.float32)]
+            + [
+                query.penalties(vectors.embeddings(rows[begin : begin + BLOCK], by=by))
+                for begin in range(0, len(rows), BLOCK)
+            ]
+        )
+    videos = vectors.videos_of(rows) if by == "moment" else rows
+    order = np.lexsort((videos, -scores))
+    _, first = np.unique(videos[order], return_index=True)
+    best = order[np.sort(first)]
+    return Candidates(videos[best], scores[best], bound)
+
+
+def _rivals(hubs: Hubs, candidates: Candidates, last: float, by: str, allowed: NDArray[np.bool_] | None) -> bool:
+    """Tell whether a video that was not seen could still come before the last that was found."""
+    rivals = hubs.rivals(candidates.bound, last, by)
+    rivals[candidates.videos] = False
+    return bool((rivals if allowed is None else rivals & allowed).any())
+
+
+def _keep(vectors: Vectors, videos: NDArray[np.int64], k: int, folded: bool) -> list[NDArray[np.int64]]:
+    """Return the first K videos, each with the near-duplicates that are folded under it."""
+    if not folded:
+        return [videos[position : position + 1] for position in range(min(k, len(videos)))]
+    kept = fold(lambda positions: vectors.embeddings(videos[positions], by="video"), vectors.durations[videos], k)
+    return [videos[positions] for positions in kept]

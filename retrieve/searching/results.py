@@ -1,0 +1,128 @@
+"""What is told of the videos that were found: scores, moments, confidence."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svb.retrieve.answer import CONFIDENCES, Curve, SearchRequest, VideoResult, at_least
+from svb.retrieve.searching.confidence import Spread
+from svb.retrieve.searching.opened import Opened
+from svb.retrieve.searching.peaks import curve_of, find_moments
+from svb.retrieve.searching.query import Query, Wish
+from svb.retrieve.searching.rank import Found
+from svb.retrieve.searching.vectors import Vectors
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What an index knows of a video, whatever is asked.
+
+    Attributes:
+        key: See `video_key`.
+        video_id: As in the store.
+        source_path: Where its file lay when it was extracted.
+        duration_seconds: None where it is not known.
+        metadata: Its columns of the metadata table.
+    """
+
+    key: str
+    video_id: str
+    source_path: str
+    duration_seconds: float | None
+    metadata: dict[str, Any]
+
+
+def video_key(video_id: str) -> str:
+    """Return a name for a video that says nothing of its path, the same in every index: 16 hex digits."""
+    return hashlib.sha256(video_id.encode()).hexdigest()[:16]
+
+
+def info_of(opened: Opened, row: int) -> VideoInfo:
+    """Return what an index knows of the video in a row."""
+    video_id = opened.vectors.video_id(row)
+    return VideoInfo(
+        video_key(video_id),
+        video_id,
+        opened.vectors.source_path(row),
+        opened.vectors.duration_seconds(row),
+        opened.metadata.of(video_id),
+    )
+
+
+def build_results(
+    opened: Opened,
+    request: SearchRequest,
+    wish: Wish,
+    found: Sequence[Found],
+    independent: float,
+    *,
+    keep_order: bool,
+) -> tuple[list[VideoResult], str]:
+    """Return the results for videos that were found, and the confidence of the best of them.
+
+    Args:
+        opened: The index.
+        request: What was asked.
+        wish: The same, embedded.
+        found: The videos, best first.
+        independent: How many rows count as independent of each other.
+        keep_order: Whether they are in another order than that of their scores, which stays.
+    """
+    if not found:
+        return [], CONFIDENCES[-1]
+    vectors = opened.vectors
+    moments = wish.query(vectors, "moment")
+    ranked = moments if request.ranked_by == "moment" else wish.query(vectors, request.ranked_by)
+    spread = Spread.of(ranked.scores(vectors.background(request.ranked_by)), independent)
+    deviation = spread.deviation
+    if request.ranked_by != "moment":
+        deviation = Spread.of(moments.scores(vectors.background("moment")), independent).deviation
+    results = []
+    for video in found:
+        seconds, scores = _scores_over_time(vectors, video.row, moments)
+        info = info_of(opened, video.row)
+        score = float(scores.max())
+        if request.ranked_by == "video":
+            score = float(ranked.scores(vectors.embeddings(np.array([video.row]), by="video"))[0])
+        results.append(
+            VideoResult(
+                rank=0,
+                score=score,
+                confidence=spread.confidence(score),
+                video_id=info.video_id,
+                key=info.key,
+                source_path=info.source_path,
+                duration_seconds=info.duration_seconds,
+                moments=tuple(find_moments(seconds, scores, deviation, request.num_moments)),
+                duplicates=tuple(vectors.video_id(row) for row in video.duplicates),
+                metadata=info.metadata,
+                curve=curve_of(seconds, scores) if request.with_curves else None,
+            )
+        )
+    return _ranked(results, request, keep_order), spread.confidence(max(result.score for result in results))
+
+
+def curve_of_video(vectors: Vectors, row: int, query: Query) -> Curve:
+    """Return the score of a query over a video's time."""
+    return curve_of(*_scores_over_time(vectors, row, query))
+
+
+def _scores_over_time(vectors: Vectors, row: int, query: Query) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+    """Return the `(M, 2)` seconds and `(M,)` scores of a video's moments."""
+    rows = np.arange(*vectors.moment_range(row))
+    return vectors.moment_seconds(rows), query.scores(vectors.embeddings(rows, by="moment"))
+
+
+def _ranked(results: list[VideoResult], request: SearchRequest, keep_order: bool) -> list[VideoResult]:
+    """Return those that are sure enough, numbered."""
+    if not keep_order:  # a score may differ in its last digit from the one that the scan went by
+        results = sorted(results, key=lambda result: -result.score)
+    wanted = request.min_confidence or CONFIDENCES[-1]
+    sure = [result for result in results if at_least(result.confidence, wanted)]
+    return [replace(result, rank=rank) for rank, result in enumerate(sure, start=1)]
