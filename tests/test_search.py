@@ -236,7 +236,7 @@ def filtered_world(folder: Path) -> Path:
     segment = replace(
         segment,
         video_ids=type(segment.video_ids).of(ids),
-        source_paths=type(segment.source_paths).of(f"/home/{video_id}.mp4" for video_id in ids),
+        source_paths=type(segment.source_paths).of(f"/archive/{video_id}.mp4" for video_id in ids),
         duration_seconds=np.array([*np.arange(11) * 10.0, np.nan]),
         mtime_ns=np.array([1_700_000_000 + row * 86_400 for row in range(12)]) * 10**9,
     )
@@ -252,7 +252,7 @@ def filtered_world(folder: Path) -> Path:
     [
         ({"folders": ("a",)}, {0, 1, 4, 5, 8, 9}),
         ({"folders": ("a/b/", "./c")}, {1, 3, 5, 7, 9, 11}),
-        ({"folders": ("/home/ab",)}, {2, 6, 10}),
+        ({"folders": ("/archive/ab",)}, {2, 6, 10}),
         ({"min_duration_seconds": 80}, {8, 9, 10}),
         ({"max_duration_seconds": 20}, {0, 1, 2}),
         ({"min_duration_seconds": 10, "max_duration_seconds": 30, "folders": ("a",)}, {1}),
