@@ -25,7 +25,8 @@ class Conse(nn.Module):
     """Frame features to video embeddings through class names.
 
     Args:
-        classifier: From F features to the logits of C classes.
+        weight: `(C, F)`, of a classifier: from F features to the logits of C classes.
+        bias: `(C,)`, likewise.
         class_embeddings: `(C, D)` of the class names, see `embed_class_names`.
 
     Shape:
@@ -36,10 +37,10 @@ class Conse(nn.Module):
     bias: torch.Tensor
     class_embeddings: torch.Tensor
 
-    def __init__(self, classifier: Classifier, class_embeddings: torch.Tensor) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, class_embeddings: torch.Tensor) -> None:
         super().__init__()
-        self.register_buffer("weight", torch.from_numpy(classifier.weight))
-        self.register_buffer("bias", torch.from_numpy(classifier.bias))
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
         self.register_buffer("class_embeddings", class_embeddings)
 
     def forward(self, frame_features: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from svb.config import fingerprint
 from svb.data.feature_store import FrameFeatures
 from svb.data.fusion import fuse, parts_of, shared_part
 from svb.data.pretrained import hash_tensors
+from svb.data.publish import hash_file
 from svb.errors import InputError, MismatchError, StoreError
 from svb.extract.backbones import load_classifier, load_matching_backbone
 from svb.extract.request import stored_decode_options
@@ -34,6 +35,8 @@ from svb.train.training_data import FrameTable
 
 # Zero-shot embeddings are means, for which any number of frames would do; this bounds a batch's memory.
 ZERO_SHOT_MAX_FRAMES = 256
+# The file of `Embedder.weights` in an index.
+HEADS = "heads.safetensors"
 # Weights of a run that only its losses read.
 SCALES = ("log_logit_scale", "log_support_temperature")
 
@@ -46,7 +49,8 @@ class Embedder:
         model: What it is, as stored in an index: `kind`, `video` and `text` settings, weights.
         video_head: `(B, T, F)` float32, `(B, T)` bool -> `(B, D)`, L2-normalised.
         text_head: `(B, F)` float32, on any device -> `(B, D)`, L2-normalised.
-        weights: Of the heads, by name; empty where they have none of their own.
+        weights: Of the heads, by name, or what a classifier's frames are placed by; empty where nothing is needed
+            besides the backbone and the text encoder.
     """
 
     model: dict[str, Any]
@@ -144,33 +148,38 @@ def heads_embedder(
 
 
 def index_embedder(
-    folder: Path, manifest: Mapping[str, Any], device: torch.device, text_encoder: TextEncoder | None = None
+    folder: Path,
+    manifest: Mapping[str, Any],
+    device: torch.device,
+    text_encoder: Callable[[], TextEncoder] | None = None,
 ) -> Embedder:
-    """Return the embedder that an index was made with.
+    """Return the embedder that an index was made with; neither backbone nor text encoder is loaded for it.
+
+    Only an index that was made without its class names' embeddings needs the text encoder.
 
     Args:
         folder: The index's.
         manifest: As `svb.retrieve.manifest.read_manifest` gives it.
         device: Where to compute.
-        text_encoder: The queries' encoder where it is loaded already; a zero-shot model needs it.
+        text_encoder: Returns the queries' encoder, where it may be loaded already.
 
     Raises:
         StoreError: The heads' file is damaged.
         MismatchError: Weights here are others than those the index was made with.
     """
     model = manifest["model"]
+    weights = load_heads(folder, manifest)
     if model["kind"] == "run":
-        path = part_folder(folder, "heads", manifest["heads"][0]) / "heads.safetensors"
-        try:
-            weights = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise StoreError(
-                f"{path} is damaged ({error}) - restore it, or make the index again with `svb index --rebuild`"
-            ) from error
+        path = part_folder(folder, "heads", manifest["heads"][0]) / HEADS
         embedder = heads_embedder(model, weights, path, device)
+    elif model["kind"] == "zero-shot CLIP":
+        embedder = Embedder(model, mean_of_frames, _normalise, {})
+    elif weights:
+        embedder = _conse_embedder(model, weights, device)
     else:
-        text_encoder = text_encoder or load_matching_text_encoder(model["text"]["text_encoder"], device)
-        embedder = zero_shot_embedder(model["video"], text_encoder, device)
+        settings = model["text"]["text_encoder"]
+        encoder = text_encoder() if text_encoder else load_matching_text_encoder(settings, device)
+        embedder = zero_shot_embedder(model["video"], encoder, device)
     if embedder.fingerprint != manifest["model_fingerprint"]:
         raise MismatchError(
             f"{folder} was made with model {manifest['model_fingerprint']}, here it is {embedder.fingerprint} - "
@@ -179,7 +188,34 @@ def index_embedder(
     return embedder
 
 
-def zero_shot_embedder(video: Mapping[str, Any], text_encoder: TextEncoder, device: torch.device) -> Embedder:
+def load_heads(folder: Path, manifest: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Return `Embedder.weights` as an index keeps them, by name; none where it keeps none.
+
+    Raises:
+        StoreError: Their file is damaged: its hash is not that of the manifest.
+    """
+    for entry in manifest["heads"]:
+        path = part_folder(folder, "heads", entry) / HEADS
+        try:
+            if hash_file(path) != entry["files"][HEADS]:
+                raise StoreError(
+                    f"{path} is damaged (it is not what was written) - restore it, or make the index again with "
+                    "`svb index --rebuild`"
+                )
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise StoreError(
+                f"{path} is damaged ({error}) - restore it, or make the index again with `svb index --rebuild`"
+            ) from error
+    return {}
+
+
+def zero_shot_embedder(
+    video: Mapping[str, Any],
+    text_encoder: TextEncoder,
+    device: torch.device,
+    made_before: Callable[[Mapping[str, Any]], Mapping[str, torch.Tensor]] = lambda model: {},
+) -> Embedder:
     """Return the embedder of a backbone without any training.
 
     A CLIP backbone with its own text tower averages its frames; a classifier with any text encoder places
@@ -189,6 +225,8 @@ def zero_shot_embedder(video: Mapping[str, Any], text_encoder: TextEncoder, devi
         video: The backbone and what shaped its rows, as `FeatureStore.video_settings` gives it.
         text_encoder: The queries' encoder.
         device: Where to compute.
+        made_before: Returns the weights of an embedder of the same model, so that a thousand class names need not
+            be embedded again; empty where there is none.
 
     Raises:
         InputError: The backbone is neither, or fused of several, or its features were imported.
@@ -200,9 +238,11 @@ def zero_shot_embedder(video: Mapping[str, Any], text_encoder: TextEncoder, devi
         "video": dict(video),
         "text": {"text_encoder": text_encoder.settings()},
     }
-    text_head = _normalise
     if shared_part(video, text_encoder.settings()) is not None:
-        return Embedder({"kind": "zero-shot CLIP", **model}, mean_of_frames, text_head, {})
+        return Embedder({"kind": "zero-shot CLIP", **model}, mean_of_frames, _normalise, {})
+    model = {"kind": "zero-shot ConSE", **model}
+    if weights := made_before(model):
+        return _conse_embedder(model, weights, device)
     classifier = load_classifier(backbone)
     if classifier is None:
         raise InputError(
@@ -210,8 +250,17 @@ def zero_shot_embedder(video: Mapping[str, Any], text_encoder: TextEncoder, devi
             "the backbone has no named classes - train heads with `svb train`, or use a CLIP backbone with its "
             "own text tower"
         )
-    conse = Conse(classifier, embed_class_names(classifier, text_encoder)).to(device)
-    return Embedder({"kind": "zero-shot ConSE", **model}, conse, text_head, {})
+    weights = {
+        "weight": torch.from_numpy(classifier.weight),
+        "bias": torch.from_numpy(classifier.bias),
+        "class_embeddings": embed_class_names(classifier, text_encoder),
+    }
+    return _conse_embedder(model, weights, device)
+
+
+def _conse_embedder(model: dict[str, Any], weights: Mapping[str, torch.Tensor], device: torch.device) -> Embedder:
+    held = {name: weights[name].contiguous() for name in ("weight", "bias", "class_embeddings")}
+    return Embedder(model, Conse(**held).to(device), _normalise, held)
 
 
 def require_zero_shot(video: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 manifest.json     the commit point, written last, see `svb.retrieve.manifest`
 segments/<key>/   embeddings, see `svb.retrieve.segment`; tombstones/<key>/ lists their deleted videos
 captions/<key>/   pools of captions, which answer a video or an image
-heads/<key>/      heads.safetensors of a run
+heads/<key>/      heads.safetensors: of a run, or a classifier's last layer with its class names' embeddings
 text/<key>/       the text tower as ONNX, which a text search reads queries with
 hubs/<key>/       what QB-Norm needs to know of a segment
 metadata/<key>/   columns of a table, to filter by
@@ -166,6 +166,8 @@ class _Job:
         writer = IndexWriter(out, rebuild=self.asked.rebuild)
         plan = plan_index(store.records, writer.segments, by_content="times" not in store.settings["sampling"])
         windows = self.asked.windows(None if writer.is_new else writer.draft["moments"])
+        if not writer.is_new:
+            self.model.reuse(out, writer.draft)
         inputs = self.asked.parts.inputs(self.model.source.identity(store), writer.draft.get("inputs", {}))
         remake = inputs != writer.draft.get("inputs")
         self._require_fitting(writer, store, windows, inputs)

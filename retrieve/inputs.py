@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ def open_inputs(
     backbone: str | None = None,
     text_encoder: str | None = None,
     checkpoint: str | None = None,
+    made_before: Callable[[Mapping[str, Any]], Mapping[str, torch.Tensor]] = lambda model: {},
 ) -> Inputs:
     """Open a run with its store and captions, or a store for zero-shot.
 
@@ -67,6 +69,7 @@ def open_inputs(
         backbone: Of a store that holds several.
         text_encoder: Of a zero-shot search; the captions', CLIP's own or the embedded one where not given.
         checkpoint: Of a run, `best` or `last`; best where not given.
+        made_before: Of a zero-shot search, see `zero_shot_embedder`.
 
     Raises:
         InputError: Something is missing.
@@ -99,7 +102,7 @@ def open_inputs(
         encoder = load_text_encoder(absolute_name(text_encoder or DEFAULT_CLASS_TEXT_ENCODER), device)
     else:
         encoder = load_text_encoder(backbone, device)
-    embedder = zero_shot_embedder(feature_store.video_settings(backbone), encoder, device)
+    embedder = zero_shot_embedder(feature_store.video_settings(backbone), encoder, device, made_before)
     return Inputs(embedder, feature_store, caption_features, TrainConfig(), None)
 
 

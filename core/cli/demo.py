@@ -71,6 +71,7 @@ def demo(ctx: click.Context, out: Path, videos: int, epochs: int, seed: int) -> 
         _run(ctx, arguments)
     click.echo(f"\ndone in {time.monotonic() - began:.0f} s on {os.cpu_count()} cores")
     click.echo(f'next: svb search "a purple ring" --index {index}')
+    click.echo(f"or in a browser: svb serve --index {index}")
 
 
 def _run(ctx: click.Context, arguments: list[str]) -> None:

@@ -117,6 +117,9 @@ class _Asker:
             return answer
         self._server = None  # what has failed once is not waited for again
         if self._searcher is None:
+            # numpy's BLAS starts its threads when it is imported, a quarter of what a repeated query takes. FAISS,
+            # which scans, has threads of its own, and so has torch.
+            os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
             from svb.retrieve.search import Searcher
 
             self._searcher = Searcher(self._index, self._device)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svb.retrieve.indexing.index_source import IndexSource
@@ -28,6 +30,11 @@ class IndexModel:
         self.source = source
         self._device = device
         self._state: object = None
+        self._index: tuple[Path, Mapping[str, Any]] | None = None
+
+    def reuse(self, index: Path, manifest: Mapping[str, Any]) -> None:
+        """Take from an index what was computed for the same model when it was made."""
+        self._index = index, manifest
 
     def up_to_date(self) -> IndexModel:
         """Return itself, or another where the run or its captions were replaced since this was made."""
@@ -63,6 +70,7 @@ class IndexModel:
             backbone=source.backbone,
             text_encoder=source.text_encoder,
             checkpoint=source.checkpoint,
+            made_before=self._made_before,
         )
 
     @property
@@ -80,3 +88,12 @@ class IndexModel:
 
         settings: dict[str, Any] = self.embedder.model["text"]["text_encoder"]
         return load_matching_text_encoder(settings, self.device)
+
+    def _made_before(self, model: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
+        """Return the weights that the index holds of a model; none where it is of another."""
+        from svb.config import fingerprint
+        from svb.retrieve.embedder import load_heads
+
+        if self._index is None or self._index[1].get("model_fingerprint") != fingerprint(model):
+            return {}
+        return load_heads(*self._index)

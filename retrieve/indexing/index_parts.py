@@ -46,14 +46,7 @@ class IndexParts:
 
     def start(self) -> None:
         """Make what depends on no video: it comes with the first commit."""
-        inputs = self._model.inputs
-        weights = inputs.embedder.weights
-        if weights:
-            from safetensors.torch import save_file
-
-            self._draft["heads"] = [
-                publish_part(self._out, "heads", lambda folder: save_file(weights, folder / "heads.safetensors"))
-            ]
+        self._update_heads()
         self._draft["captions"] = [*self._training_pools(), *self._file_pools(), *self._pools("sidecar")]
 
     @property
@@ -70,6 +63,8 @@ class IndexParts:
 
     def finish(self, segments: Sequence[Segment]) -> None:
         """Make what depends on all videos."""
+        if not self._draft["heads"]:
+            self._update_heads()  # an older version made none of a classifier's
         self._update_metadata(segments)
         self._update_text_tower(segments)
         self._update_hubs(segments)
@@ -113,6 +108,17 @@ class IndexParts:
             from svb.retrieve.indexing.milvus_mirror import remove_gone
 
             remove_gone(self._out, self._draft, self._on_message)
+
+    def _update_heads(self) -> None:
+        from safetensors.torch import save_file
+
+        from svb.retrieve.embedder import HEADS
+
+        weights = self._model.embedder.weights
+        if weights:
+            self._draft["heads"] = [
+                publish_part(self._out, "heads", lambda folder: save_file(weights, folder / HEADS))
+            ]
 
     def _pools(self, kind: str) -> list[dict[str, Any]]:
         return [entry for entry in self._draft["captions"] if entry["kind"] == kind]

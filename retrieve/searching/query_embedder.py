@@ -123,8 +123,7 @@ class QueryEmbedder:
     def _embedder(self) -> Embedder:
         from svb.retrieve.embedder import index_embedder
 
-        text_encoder = None if self._manifest["model"]["kind"] == "run" else self._text_encoder
-        return index_embedder(self._folder, self._manifest, self._device, text_encoder)
+        return index_embedder(self._folder, self._manifest, self._device, lambda: self._text_encoder)
 
     @cached_property
     def _tower(self) -> Tower:
