@@ -6,6 +6,8 @@
   all of them in turn in each round, on the same rows.
 - `growth`: 10,000 moments to 1 million, 10 million with `--moments`: opening, memory beside the vectors' size, and
   a query's time beside that of only reading the vectors, which no exact search can beat.
+- `approximate`: what a lower latency budget than the exact scan's gives: time and recall of the approximate index,
+  on made-up vectors that lie about topics, more and less closely.
 """
 
 from __future__ import annotations
@@ -28,17 +30,22 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-PARTS = ("first", "growth")
+PARTS = ("first", "growth", "approximate")
 ROWS, SIZE = 100_000, 512
 ROWS_A_VIDEO = 20
 TEXT = "a dog catches a frisbee on the beach"
 PORT = 8799
+BUDGET_SECONDS, NOISES, NUM_TOPICS = 0.01, (0.5, 1.0), 2_000
 
 
 def main() -> None:
     options = parse_options()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        parts: dict[str, Callable[[Path, argparse.Namespace], tuple[Any, str]]] = {"first": first, "growth": growth}
+        parts: dict[str, Callable[[Path, argparse.Namespace], tuple[Any, str]]] = {
+            "first": first,
+            "growth": growth,
+            "approximate": approximate,
+        }
         measured = {name: parts[name](Path(folder), options) for name in options.part.split(",")}
     print("Numbers are median (lowest to highest).", *(table for _, table in measured.values()), sep="\n\n")
     if options.json:
@@ -54,6 +61,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=ROWS, help="moments of the first part")
     parser.add_argument("--moments", default="10000,100000,1000000", help="of the growth part, joined by commas")
+    parser.add_argument("--clustered", type=int, default=1_000_000, help="moments of the approximate part")
     parser.add_argument("--folder", type=Path, help="where to work; 1 million moments take 1 GB")
     parser.add_argument("--json", type=Path, help="write all numbers here")
     return parser.parse_args()
@@ -191,14 +199,48 @@ def growth(folder: Path, options: argparse.Namespace) -> tuple[list[dict[str, fl
     return rows, "\n".join(lines)
 
 
-def write_index(path: Path, num_moments: int) -> Path:
-    """Write an index of random unit vectors, in segments of at most a million moments."""
+def approximate(folder: Path, options: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
+    """Return what `svb index --latency-budget` decides, by how closely vectors lie about their topics."""
+    from svb.retrieve.indexing.tune_ivf import keep_within_budget
+    from svb.retrieve.manifest import read_manifest
+    from svb.retrieve.segment import open_segments
+
+    rows = []
+    for noise in NOISES:
+        index = write_index(folder / f"clustered{noise}", options.clustered, noise)
+        segments = open_segments(index, read_manifest(index))
+        before = resource.getrusage(resource.RUSAGE_SELF)
+        decision = keep_within_budget(index, segments, budget_seconds=BUDGET_SECONDS)
+        after = resource.getrusage(resource.RUSAGE_SELF)
+        cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        rows.append({"noise": noise, "cpu_seconds": cpu_seconds, **decision})
+        shutil.rmtree(index)
+    lines = [
+        "| noise | exact, ms | approximate, ms | recall@10, moments | recall@10, videos | lists searched | built, "
+        "CPU-s | why exact |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        found = ["", "", "", ""]
+        if row["file"] is not None:
+            lists = f"{row['nprobe']} of {row['nlist']}"
+            found = [f"{1000 * row['seconds']:.3g}", f"{row['recall']:.4f}", f"{row['recall_videos']:.4f}", lists]
+        cells = [f"{row['noise']:g}", f"{1000 * row['exact_seconds']:.3g}", *found, f"{row['cpu_seconds']:.0f}"]
+        lines.append(f"| {' | '.join(cells)} | {row['reason']} |")
+    return rows, "\n".join(lines)
+
+
+def write_index(path: Path, num_moments: int, noise: float | None = None) -> Path:
+    """Write an index of random unit vectors, in segments of at most a million moments.
+
+    With `noise` they are those of topics, a video's moments of one, with so much noise as long as the topic's.
+    """
     from svb.retrieve.manifest import commit, publish_part
     from svb.retrieve.segment import write_segment
 
     entries: list[dict[str, Any]] = []
     for first in range(0, num_moments, 1_000_000):
-        segment = random_segment(first, min(1_000_000, num_moments - first))
+        segment = random_segment(first, min(1_000_000, num_moments - first), noise)
         entry = publish_part(path, "segments", lambda folder, made=segment: write_segment(folder, made))
         counts = {"videos": segment.num_videos, "moments": segment.num_moments, "deleted": None}
         entries.append({**entry, **counts})
@@ -213,15 +255,19 @@ def write_index(path: Path, num_moments: int) -> Path:
     return path
 
 
-def random_segment(first: int, num_moments: int) -> Any:
+def random_segment(first: int, num_moments: int, noise: float | None) -> Any:
     from svb.retrieve.columns import StringColumn
     from svb.retrieve.segment import Segment
 
     random = np.random.default_rng(first)
     num_videos = num_moments // ROWS_A_VIDEO
     moments = np.empty((num_moments, SIZE), np.float16)
+    topics = np.random.default_rng(0).standard_normal((NUM_TOPICS if noise else 1, SIZE), dtype=np.float32)
     for begin in range(0, num_moments, 10_000):
         rows = random.standard_normal((min(10_000, num_moments - begin), SIZE), dtype=np.float32)
+        if noise:
+            of_videos = topics[random.integers(NUM_TOPICS, size=len(rows) // ROWS_A_VIDEO)]
+            rows = np.repeat(of_videos, ROWS_A_VIDEO, axis=0) + noise * rows
         moments[begin : begin + 10_000] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     names = [f"video{first // ROWS_A_VIDEO + number:08}" for number in range(num_videos)]
     begins = np.tile(np.arange(ROWS_A_VIDEO, dtype=np.float64), num_videos)
