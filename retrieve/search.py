@@ -17,7 +17,7 @@ from svb.retrieve.manifest import read_manifest, read_whole
 from svb.retrieve.searching.confidence import independent_rows
 from svb.retrieve.searching.filters import allowed_videos
 from svb.retrieve.searching.hubs import Hubs
-from svb.retrieve.searching.opened import open_index
+from svb.retrieve.searching.opened import Opened, open_index
 from svb.retrieve.searching.query import Wish, require_cosines
 from svb.retrieve.searching.rank import Found, rank_videos
 from svb.retrieve.searching.results import VideoInfo, build_results, curve_of_video, info_of, video_key
@@ -30,16 +30,21 @@ class Searcher:
     Args:
         path: The index's folder.
         device: Where images and videos are embedded; texts and the search itself run on the CPU.
+        previous: Of another generation of the index; what it has loaded to embed queries is used on where the model
+            is the same, and with it its device.
 
     Raises:
         InputError: There is no index.
         StoreError: It is damaged or of another format.
     """
 
-    def __init__(self, path: Path | str, device: str = "auto") -> None:
+    def __init__(self, path: Path | str, device: str = "auto", *, previous: Searcher | None = None) -> None:
         self.path = Path(path)
         self._device = device
-        self._opened = read_whole(self.path, lambda manifest: open_index(self.path, manifest, device))
+        embedder = None if previous is None else previous._opened.embedder
+        self._opened: Opened = read_whole(
+            self.path, lambda manifest: open_index(self.path, manifest, device, embedder)
+        )
         self._seen: tuple[int, int, int] | None = None
 
     @property
@@ -78,7 +83,7 @@ class Searcher:
             if not self.is_stale():
                 raise
         # A file that is read at its first need has gone with a commit: the next generation has the answer.
-        return Searcher(self.path, self._device).search(request)
+        return Searcher(self.path, self._device, previous=self).search(request)
 
     def search_embedding(self, embedding: NDArray[np.float32], request: SearchRequest) -> Answer:
         """Answer a request whose main query is embedded already, as `(D,)`; errors as `search`."""

@@ -16,7 +16,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 from starlette.testclient import TestClient
 
 from svb.data.description import publish_description
@@ -47,7 +46,7 @@ def commit(folder: Path, generation: int, videos: dict[str, Path], **more: Any) 
         "metadata": [{"columns": {"place": "text"}}],
         "captions": [],
         "normalise": None,
-        "held": {video_id: [str(path), _mtime_ns(path)] for video_id, path in videos.items()},
+        "held": {video_id: [str(path), *_state(path)] for video_id, path in videos.items()},
         **more,
     }
     publish_description(folder / "manifest.json", manifest, format_version=FORMAT_VERSION)
@@ -67,15 +66,13 @@ class FakeSearcher:
         held = self.manifest["held"]
         self._ids = sorted(held)
         self._held = held
-        mtimes = np.array([held[video_id][1] for video_id in self._ids], np.int64)
-        self.vectors = SimpleNamespace(
-            num_videos=len(held), mtime_ns=mtimes, row_of=self._ids.index, video_id=self._ids.__getitem__
-        )
+        self.vectors = SimpleNamespace(num_videos=len(held), video_id=self._ids.__getitem__)
 
     def video(self, key: str) -> Any:
         for video_id in self._ids:
             if key_of(video_id) == key:
-                return VideoInfo(key, video_id, self._held[video_id][0], 2.0, {"place": "here"})
+                path, *state = self._held[video_id]
+                return VideoInfo(key, video_id, path, 2.0, {"place": "here"}, *state)
         return None
 
     def search(self, request: SearchRequest) -> Answer:
@@ -119,12 +116,13 @@ def serving(
     *,
     token: str | None = None,
     is_loopback: bool = True,
-    open_searcher: Callable[[], Any] | None = None,
+    open_searcher: Callable[[Any], Any] | None = None,
     **options: Any,
 ) -> Iterator[Serving]:
     cache = folder / "cache"
     cache.mkdir(exist_ok=True)
-    service = Service(folder, cache, open_searcher or (lambda: FakeSearcher(folder)), ServeOptions(**options))
+    open_searcher = open_searcher or (lambda previous: FakeSearcher(folder))
+    service = Service(folder, cache, open_searcher, ServeOptions(**options))
     access = Access(token, is_loopback=is_loopback, port=8765)
     app = make_app(service, access)
     with TestClient(app, base_url=BASE_URL, follow_redirects=False) as client:
@@ -136,8 +134,12 @@ def serving(
             client.portal.call(service.close)
 
 
-def _mtime_ns(path: Path) -> int:
-    return path.stat().st_mtime_ns if path.exists() else 1
+def _state(path: Path) -> tuple[int, int, str]:
+    """Return size, time and hash as they would stand in a store; what is no regular file is not read."""
+    if not path.exists():
+        return 1, 1, ""
+    content_hash = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    return path.stat().st_size, path.stat().st_mtime_ns, content_hash
 
 
 class Server:

@@ -45,12 +45,14 @@ class Shown:
         seconds: How long it lasts.
         topics: `{topic: (when, how clearly)}`.
         metadata: For the index's metadata table.
+        begin: What its own clock shows at its first frame.
     """
 
     path: Path
     seconds: float
     topics: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
+    begin: float = 0.0
 
 
 def make_shown(folder: Path) -> dict[str, Shown]:
@@ -73,6 +75,18 @@ def make_shown(folder: Path) -> dict[str, Shown]:
     }
 
 
+def make_late_shown(folder: Path) -> dict[str, Shown]:
+    """Draw a clip that browsers play and one that they do not, whose own clocks begin late."""
+    folder.mkdir(parents=True)
+    options: Any = {"seconds": 9, "size": "160x120", "filters": "setpts=PTS+4.7/TB"}
+    plays = make_clip(folder / "late.mp4", extra=("-copyts", "-g", "10", "-movflags", "+faststart"), **options)
+    needs_preview = make_clip(folder / "late.ts", extra=("-copyts", "-g", "10"), **options)
+    return {
+        "mp4": Shown(plays, 9, {"boat": (5.5, 0.8)}, {"camera": "X100", "stars": "5"}, begin=4.7),
+        "ts": Shown(needs_preview, 9, {"gull": (5.5, 0.8)}, begin=6.1),
+    }
+
+
 def make_index(folder: Path, shown: Mapping[str, Shown], num_others: int = 40) -> Path:
     """Write an index of the videos, and of others that show nothing and are gone: what scores stand out from."""
     random = np.random.default_rng(0)
@@ -87,8 +101,8 @@ def make_index(folder: Path, shown: Mapping[str, Shown], num_others: int = 40) -
         moment_offsets=np.cumsum([0, *counts]),
         moment_seconds=np.concatenate([seconds for _, seconds in moments]),
         duration_seconds=np.array([video.seconds for video in held.values()]),
-        size_bytes=np.ones(len(held), np.int64),
-        mtime_ns=np.array([_mtime_ns(video.path) for video in held.values()]),
+        size_bytes=np.array([_state(video.path)[0] for video in held.values()]),
+        mtime_ns=np.array([_state(video.path)[1] for video in held.values()]),
         video_ids=StringColumn.of(held),
         source_paths=StringColumn.of(str(video.path) for video in held.values()),
         content_hashes=StringColumn.of(f"{n:064}" for n in range(len(held))),
@@ -143,7 +157,7 @@ def served(index: Path, token: str | None = None) -> Iterator[str]:
 
     async def run() -> None:
         loop_of.append(asyncio.get_running_loop())
-        service = Service(index, cache, lambda: Searcher(index), ServeOptions())
+        service = Service(index, cache, lambda previous: Searcher(index, previous=previous), ServeOptions())
         server.config.app = make_app(service, Access(token, is_loopback=True, port=port))  # type: ignore[arg-type]
         try:
             await server.serve(sockets=[listener])
@@ -174,7 +188,7 @@ def _moments_of(video: Shown, random: np.random.Generator) -> tuple[NDArray[np.f
         embeddings[:, TOPICS.index(topic)] = clearly * np.exp(-(((seconds.mean(axis=1) - when) / 1.6) ** 2))
     rest = np.sqrt(np.maximum(1 - (embeddings**2).sum(axis=1, keepdims=True), 0))
     embeddings[:, len(TOPICS) :] = rest * _unit(own + random.normal(scale=0.05, size=(len(begins), NOISE)))
-    return embeddings + random.normal(scale=0.005, size=embeddings.shape), seconds
+    return embeddings + random.normal(scale=0.005, size=embeddings.shape), seconds + video.begin
 
 
 def _captions() -> Pool:
@@ -200,5 +214,5 @@ def _unit(vectors: NDArray[Any]) -> NDArray[Any]:
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
-def _mtime_ns(path: Path) -> int:
-    return path.stat().st_mtime_ns if path.exists() else 1
+def _state(path: Path) -> tuple[int, int]:
+    return (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else (1, 1)

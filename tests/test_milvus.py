@@ -172,6 +172,7 @@ class TestAnswers:
         assert remote.video_id(70) == local.video_id(70) and remote.moment_range(70) == local.moment_range(70)
         assert remote.source_path(70) == local.source_path(70)
         assert remote.duration_seconds(70) == local.duration_seconds(70)
+        assert remote.file_state(70) == local.file_state(70)
 
     def test_vectors_that_a_collection_lacks_are_said(self, mirrored: Pair) -> None:
         with pytest.raises(

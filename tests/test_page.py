@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import shown
 import watching as w
@@ -14,6 +15,7 @@ from PIL import Image
 from watching import EVIL
 
 from svb.cli import run
+from svb.retrieve.searching.pictures import frames_at
 from svb.retrieve.searching.results import video_key
 
 SLOW = threading.Event()
@@ -298,6 +300,81 @@ def test_what_browsers_cannot_play_gets_a_preview(page: Any) -> None:
     gone = page.locator(".card").nth(2)
     gone.locator(".poster").click()
     page.locator(".player p", has_text="gone.mp4 is gone").wait_for()
+
+
+@pytest.fixture(scope="module")
+def late(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, dict[str, shown.Shown]]]:
+    folder = tmp_path_factory.mktemp("late")
+    held = shown.make_late_shown(folder / "videos")
+    with shown.made_up_model(SLOW), shown.served(shown.make_index(folder / "index", held)) as url:
+        yield url, held
+
+
+@pytest.mark.parametrize(("text", "name"), [("boat", "mp4"), ("gull", "ts")])
+def test_a_video_that_begins_late_plays_what_its_curve_says(chromium: Any, late: Any, text: str, name: str) -> None:
+    url, held = late
+    video = held[name]
+    with opened(chromium, url) as page:
+        page.goto(f"?q={text}")
+        card = page.locator(".card").first
+        card.locator(".strip svg").first.wait_for()
+        w.until(page, f"Math.abs(document.querySelector('.card').begin - {video.begin}) < 0.01")
+        best = page.evaluate("document.querySelector('.card').result.moments[0].best_seconds")
+        assert best == pytest.approx(video.begin + 5.5)
+        # The peak stands where the moment lies in the video.
+        assert page.evaluate("parseFloat(document.querySelector('.peak.best').style.left)") == pytest.approx(
+            100 * 5.5 / 9, abs=0.5
+        )
+        card.locator(".peak.best").click()
+        assert_shows(page, video.path, best)
+        assert page.url.endswith(f"&t={best:.2f}")
+        box = card.locator(".time").bounding_box()
+        page.mouse.click(box["x"] + box["width"] * 8 / 9, box["y"] + 20)
+        assert_shows(page, video.path, video.begin + 8)
+        left = page.evaluate("parseFloat(document.querySelector('.needle.play').style.left)")
+        assert left == pytest.approx(100 * 8 / 9, abs=4)
+
+
+PIXELS = """() => {
+    const canvas = document.createElement("canvas"), context = canvas.getContext("2d");
+    [canvas.width, canvas.height] = [160, 120];
+    context.drawImage(document.querySelector("video"), 0, 0, 160, 120);
+    return [...context.getImageData(0, 0, 160, 120).data];
+}"""
+
+
+def assert_shows(page: Any, path: Path, seconds: float) -> None:
+    """Stop the player, and look whether its picture is one from about a time of the file's own clock."""
+    w.until(page, "seeks.length && document.querySelector('video').readyState >= 2")
+    page.evaluate("() => { document.querySelector('video').pause(); seeks.length = 0; }")
+    # The first picture takes a moment to get from the decoder to where a canvas finds it.
+    w.until(page, f"({PIXELS})().some((value, place) => place % 4 < 3 && value)")
+    pixels = page.evaluate(PIXELS)
+    picture = np.array(pixels, np.float64).reshape(120, 160, 4)[..., :3]
+    times = [seconds + tenths / 10 for tenths in range(-30, 31)]
+    frames = frames_at(path, times, 120)
+    away = [np.abs(np.asarray(frame, np.float64) - picture).mean() for frame in frames]
+    # It may have played on for a moment before it was stopped.
+    assert -0.15 <= times[int(np.argmin(away))] - seconds <= 1.0
+
+
+def test_how_to_rank_is_left_to_the_question_until_it_is_chosen(page: Any) -> None:
+    page.goto("?q=boat")
+    page.wait_for_selector(".card")
+    assert page.evaluate("answer.request.by") is None
+    page.locator("#filters-button").click()
+    ranked = page.get_by_label("Rank by")
+    assert ranked.input_value() == ""
+    ranked.select_option("moment")
+    page.wait_for_url("**/?q=boat&by=moment")
+    w.until(page, "answer?.request.by === 'moment'")
+    assert page.evaluate("toCommand(question)") == "svb search boat --by moment"
+    ranked.select_option("")
+    page.wait_for_url("**/?q=boat")
+    w.until(page, "answer && !answer.request.by")
+    page.goto("?q=boat&by=video")
+    page.wait_for_selector(".card")
+    assert page.evaluate("[answer.request.by, form.elements.by.value]") == ["video", "video"]
 
 
 @pytest.mark.slow

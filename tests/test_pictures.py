@@ -27,7 +27,7 @@ from svb.retrieve.answer import Answer, Moment, SearchRequest, VideoResult
 from svb.retrieve.embedder import Embedder, embed_file
 from svb.retrieve.searching import cut, pictures
 from svb.retrieve.searching.cut import cut_clip, cut_moments
-from svb.retrieve.searching.pictures import duration_seconds, frame_at, frames_at, strip
+from svb.retrieve.searching.pictures import begin_seconds, duration_seconds, frame_at, frames_at, strip
 from svb.retrieve.searching.query_media import embed_image, embed_video, read_picture
 from svb.train.heads import mean_of_frames
 
@@ -114,6 +114,12 @@ def test_a_strip_has_a_cell_a_time(clip: Path, monkeypatch: pytest.MonkeyPatch) 
         assert any((cell == np.asarray(picture)).all() for picture in small), (clip.name, seconds)
 
 
+def test_a_video_begins_with_its_first_frame_or_as_matroska_counts(clip: Path) -> None:
+    _, times = all_frames(clip)
+    expected = 0.0 if clip.suffix in {".mkv", ".webm"} else times[0]
+    assert begin_seconds(clip) == pytest.approx(expected, abs=0.11)  # packed AVI shows its first frame one later
+
+
 def test_damage_is_passed_over(tmp_path: Path) -> None:
     rotten = clips.make_rotten_clip(tmp_path / "rotten.mp4")
     assert len({picture.size for picture in frames_at(rotten, [0.0, 1.5, 2.9], 48)}) == 1
@@ -122,7 +128,7 @@ def test_damage_is_passed_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "ask", [lambda path: frame_at(path, 0, 48), lambda path: strip(path, [0], 48), duration_seconds]
+    "ask", [lambda path: frame_at(path, 0, 48), lambda path: strip(path, [0], 48), duration_seconds, begin_seconds]
 )
 def test_what_is_no_video_is_an_input_error(ask: Callable[[Path], object], tmp_path: Path) -> None:
     (tmp_path / "notes.mp4").write_text("no video at all")

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import watching as w
-from clips import make_clip
+from clips import make_clip, make_late_clip
 from watching import EVIL
 
 from svb.errors import UsageError
 from svb.retrieve.answer import Answer, CaptionResult, Curve, Moment, SearchRequest, VideoResult
 from svb.retrieve.page.report import render_page, write_report
+from svb.retrieve.searching.pictures import strip
 
 HOSTILE = "</script><script>window.hacked=1</script><!-- \u2028 & @embedded@ @nonce@"
 
@@ -75,13 +76,43 @@ def test_a_report_holds_all_that_it_shows(clip: Path, tmp_path: Path) -> None:
     assert seconds == 5.5 and base64.b64decode(poster.removeprefix("data:image/jpeg;base64,")).startswith(
         b"\xff\xd8"
     )
-    assert held["files"]["0000000000000001"] == {"available": True, "uri": clip.as_uri()}
+    assert held["files"]["0000000000000001"] == {"available": True, "uri": clip.as_uri(), "begin_seconds": 0.0}
     assert "\u2028" not in page and page.count("</script>") == 2 and "nonce-" not in page
     (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]+)"', page)
     for name in ("style", "script"):
         ((content,),) = [re.findall(rf'<{name} nonce="">(.*?)</{name}>', page, re.DOTALL)]
         digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
         assert f"{name}-src 'sha256-{digest}'" in policy
+
+
+def test_the_strip_of_a_file_that_begins_late_begins_with_it(tmp_path: Path) -> None:
+    late = make_late_clip(tmp_path / "late.ts")
+    result = replace(result_of(late), duration_seconds=2.0, moments=(Moment(6.5, 7.5, 7.0, 0.3),))
+    answer = answer_of(SearchRequest(text="a"), result)
+    held = embedded_of(write_report([answer], tmp_path / "r.html", Path("i")).read_text("utf-8"))
+    assert held["files"][result.key]["begin_seconds"] == pytest.approx(6.1)
+    cells = strip(late, [6.1 + (cell + 0.5) / 12 * 2 for cell in range(12)], 72)
+    assert held["pictures"][result.key]["strip"].endswith(base64.b64encode(cells).decode())
+
+
+def test_a_file_that_begins_late_plays_from_the_moment_on(chromium: Any, tmp_path: Path) -> None:
+    late = make_clip(
+        tmp_path / "late.mp4", seconds=8, filters="setpts=PTS+4.7/TB", extra=("-copyts", "-g", "10", "-bf", "0")
+    )
+    result = replace(
+        result_of(late), moments=(Moment(10.5, 11.5, 11.0, 0.3),), curve=Curve((6.0, 11.0), (0.1, 0.3))
+    )
+    out = write_report([answer_of(SearchRequest(text="a"), result)], tmp_path / "r.html", Path("i"))
+    page = chromium.new_page()
+    problems = w.watch(page, lambda sent: sent.startswith(("file:", "data:")))
+    page.goto(out.as_uri())
+    left = page.evaluate("parseFloat(document.querySelector('.peak.best').style.left)")
+    assert left == pytest.approx(100 * (11 - 4.7) / 8, abs=0.5)
+    page.locator(".peak.best").click()
+    # Beyond the length, which is counted from the late beginning.
+    w.until(page, "Math.abs(seeks.at(-1) - 11) < 0.1 && document.querySelector('video').currentTime > 11")
+    page.close()
+    assert problems == []
 
 
 def test_videos_that_are_gone_or_broken_keep_their_cards(clip: Path, tmp_path: Path) -> None:

@@ -152,6 +152,16 @@ def test_a_folder_that_is_there_is_looked_for_by_both_names(
     assert request.folders == ("here", "elsewhere", str(tmp_path / "here"))
 
 
+def test_a_folder_may_be_where_we_are_or_beside_it(
+    fake: type[FakeSearcher], run_svb: RunSvb, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    request = asked_of(fake, run_svb, "a dog", "--folder", ".", "--folder", "../there", "--folder", "../nowhere")
+    assert request.folders == ("../nowhere", str(tmp_path / "here"), str(tmp_path / "there"))
+
+
 @pytest.mark.parametrize(
     ("given", "file", "span"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,9 +14,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 from clips import X264, make_clip, make_sound, run_ffmpeg
+from indexes import edit_manifest
 
 from svb.cli import cli
-from svb.errors import InputError
+from svb.errors import InputError, StoreError
 from svb.extract.backbones.backbone import Classifier
 from svb.extract.captions import captions
 from svb.extract.run import extract
@@ -25,6 +27,7 @@ from svb.retrieve.answer import Answer, SearchRequest
 from svb.retrieve.evaluate import evaluate
 from svb.retrieve.index import index
 from svb.retrieve.indexing.verify_index import verify_index
+from svb.retrieve.manifest import read_manifest
 from svb.retrieve.search import Searcher
 
 torch.set_num_threads(1)  # two test processes with two threads each get into each other's way
@@ -93,6 +96,60 @@ def test_a_part_of_a_clip_and_a_picture_of_it_find_it(world: World, tmp_path: Pa
     assert len(picture.captions) == 2
     no_captions = world.searcher.search(SearchRequest(like="clip1", num_captions=0))
     assert not no_captions.captions and "clip1" not in [result.video_id for result in no_captions.results]
+
+
+def picture_of(clip: Path, out: Path) -> SearchRequest:
+    run_ffmpeg("-i", str(clip), "-ss", "1", "-frames:v", "1", str(out))
+    return SearchRequest(image=str(out))
+
+
+def refuse_text(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Have it fail to load what a query in pictures has no need of."""
+
+    def refuse(*arguments: object) -> None:
+        raise AssertionError(f"{arguments} was asked for")
+
+    for name in names:
+        monkeypatch.setattr(embedder, name, refuse)
+
+
+def test_a_picture_needs_no_text_encoder(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = picture_of(world.clip(1), tmp_path / "frame.png")
+    refuse_text(monkeypatch, "load_text_encoder", "embed_class_names", "load_classifier")
+    found = Searcher(world.searcher.path).search(request)
+    assert found.results[0].video_id == "clip1"
+    monkeypatch.undo()
+    # An index that holds no embeddings of its class names computes them, and they are the same.
+    shutil.copytree(world.searcher.path, tmp_path / "old")
+    edit_manifest(tmp_path / "old", heads=[])
+    assert Searcher(tmp_path / "old").search(request).results == found.results
+
+
+def test_damaged_class_names_are_refused(world: World, tmp_path: Path) -> None:
+    shutil.copytree(world.searcher.path, tmp_path / "index")
+    (path,) = (tmp_path / "index").glob("heads/*/heads.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(StoreError, match=r"heads\.safetensors is damaged .* make the index again"):
+        Searcher(tmp_path / "index").search(picture_of(world.clip(1), tmp_path / "frame.png"))
+    assert verify_index(tmp_path / "index") == [f"{path} is not what was written"]
+
+
+def test_class_names_are_embedded_once(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(world.searcher.path, tmp_path / "index")
+    before = read_manifest(tmp_path / "index")
+    refuse_text(monkeypatch, "embed_class_names", "load_classifier")
+    index(world.store, tmp_path / "index", captions=world.captions)
+    assert read_manifest(tmp_path / "index") == before
+    (tmp_path / "pool.txt").write_text("a dog runs\n")  # the model is loaded for it
+    index(world.store, tmp_path / "index", captions=world.captions, pools=[tmp_path / "pool.txt"])
+    after = read_manifest(tmp_path / "index")
+    assert after["heads"] == before["heads"] and len(after["captions"]) == len(before["captions"]) + 1
+    monkeypatch.undo()
+    edit_manifest(tmp_path / "index", heads=[])
+    index(world.store, tmp_path / "index", captions=world.captions, pools=[])
+    assert read_manifest(tmp_path / "index")["heads"] == before["heads"]
 
 
 def test_a_text_finds_videos(world: World) -> None:

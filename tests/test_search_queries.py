@@ -87,6 +87,27 @@ def test_a_query_is_embedded_once(copied: Path, monkeypatch: pytest.MonkeyPatch)
         Searcher(copied).search(SearchRequest(text="a cat"))
 
 
+def test_the_next_generation_goes_on_with_what_is_loaded(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+
+    def load(settings: Any, device: Any) -> Any:
+        loaded.append(settings["name"])
+        return synthetic.make_text_encoder()
+
+    monkeypatch.setattr("svb.retrieve.embedder.load_matching_text_encoder", load)
+    edit_manifest(copied, text=[])
+    first = Searcher(copied)
+    expected = first.search(TEXT).results
+    edit_manifest(copied, generation=7)
+    second = Searcher(copied, previous=first)
+    assert second.generation == 7 and second.search(SearchRequest(text="a cat")).results
+    assert second.search(TEXT).results == expected and loaded == ["synthetic:words"]
+    edit_manifest(copied, model_fingerprint="0123456789abcdef")
+    with pytest.raises(MismatchError, match="made with model 0123456789abcdef"):
+        Searcher(copied, previous=second).search(TEXT)
+    assert len(loaded) == 2
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
@@ -123,7 +144,7 @@ def test_damaged_heads_are_refused(copied: Path) -> None:
         Searcher(copied).search(TEXT)
     data[-2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(MismatchError, match="was made with model"):
+    with pytest.raises(StoreError, match=r"heads\.safetensors is damaged \(it is not what was written\)"):
         Searcher(copied).search(TEXT)
 
 

@@ -13,11 +13,12 @@ from typing import Any
 import av
 import pytest
 import serving as s
-from clips import make_clip
+from clips import make_clip, make_late_clip
 from PIL import Image
 from serving import FakeSearcher, Serving, key_of
 
 from svb.errors import InputError
+from svb.retrieve.searching import pictures
 from svb.retrieve.server import uploads
 from svb.retrieve.server.access import Access, choose_token, is_loopback
 from svb.retrieve.server.announcement import announced
@@ -149,6 +150,20 @@ def test_the_next_request_sees_a_new_generation(served: Serving, videos: dict[st
     assert served.client.get(f"/api/videos/{key_of('deep/old')}").status_code == 404
 
 
+def test_a_snapshot_is_opened_with_the_one_before(index: Path, videos: dict[str, Path]) -> None:
+    generations = []
+
+    def opened(previous: FakeSearcher | None) -> FakeSearcher:
+        generations.append(previous and previous.generation)
+        return FakeSearcher(index)
+
+    with s.serving(index, open_searcher=opened) as served:
+        for generation in (2, 3):
+            s.commit(index, generation, videos)
+            assert ask(served).json()["generation"] == generation
+    assert generations == [None, 1, 2]
+
+
 def test_a_search_under_way_keeps_its_snapshot(served: Serving, videos: dict[str, Path]) -> None:
     answers: list[Any] = []
     thread = threading.Thread(target=lambda: answers.append(ask(served, text="slow").json()))
@@ -182,7 +197,7 @@ def test_what_went_with_a_commit_is_searched_in_the_next_generation(index: Path,
                 raise FileNotFoundError("segments/0")
             return super().search(request)
 
-    with s.serving(index, open_searcher=lambda: Vanishing(index)) as served:
+    with s.serving(index, open_searcher=lambda previous: Vanishing(index)) as served:
         assert ask(served).json()["generation"] == 2
 
 
@@ -353,6 +368,10 @@ def test_only_keys_of_the_index_find_anything(served: Serving, key: str) -> None
         assert "passwd" not in response.text or "error" in response.json()
 
 
+def served_mtime_ns(index: Path) -> int:
+    return int(json.loads((index / "manifest.json").read_text())["held"]["own"][2])
+
+
 def test_a_file_that_moved_or_changed_is_said_to(index: Path, videos: dict[str, Path], tmp_path: Path) -> None:
     own = tmp_path / "own.mp4"
     own.write_bytes(videos["plays"].read_bytes())
@@ -366,16 +385,25 @@ def test_a_file_that_moved_or_changed_is_said_to(index: Path, videos: dict[str, 
             assert response.status_code == 409
             assert "has changed since" in response.json()["error"]
         assert served.client.get(f"/api/videos/{key_of('own')}").json()["available"] is False
+        known = videos["plays"].stat()
+        own.write_bytes(b"longer" + videos["plays"].read_bytes())
+        s.commit(index, 2, {"own": own})
+        own.write_bytes(videos["plays"].read_bytes())
+        os.utime(own, ns=(known.st_mtime_ns, served_mtime_ns(index)))  # as a copy that keeps times
+        told = served.client.get(path)
+        assert told.status_code == 409
+        assert f"({known.st_size:,} bytes, then {known.st_size + 6:,})" in told.json()["error"]
         own.unlink()
-        assert served.client.get(path).status_code == 404
+        told = served.client.get(path)
+        assert told.status_code == 404 and "was moved or removed since it was indexed" in told.json()["error"]
         own.mkdir()
         os.utime(own, ns=(1, 1))
         assert served.client.get(path).status_code in {404, 409}
-        s.commit(index, 2, {"own": own})
+        s.commit(index, 3, {"own": own})
         assert served.client.get(path).status_code == 404
         own.rmdir()
         os.mkfifo(own)
-        s.commit(index, 3, {"own": own})
+        s.commit(index, 4, {"own": own})
         assert served.client.get(path).status_code == 404
         assert served.client.get(f"/poster/{key_of('own')}").status_code == 415
 
@@ -460,7 +488,41 @@ def test_posters_and_strips_are_made_once(served: Serving, monkeypatch: pytest.M
     assert (width, height) == (4 * 72, 54)
     assert served.client.get(f"/poster/{key}?t=1.04&h=54").content == poster.content
     assert served.client.get(f"/strip/{key}?n=4&h=54").content == strip.content
-    assert asked == ["poster", "strip"]
+    assert asked == ["probe", "poster", "strip"]
+
+
+def test_a_copy_has_the_pictures_and_previews_of_its_original(
+    index: Path, videos: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "moved" / "copy.mkv"
+    copy.parent.mkdir()
+    copy.write_bytes(videos["deep/copy"].read_bytes())
+    s.commit(index, 1, {**videos, "moved": copy})
+    with s.serving(index) as served:
+        paths = ("/poster/{}?t=1", "/strip/{}?n=4", "/media/{}/preview")
+        made = [served.client.get(path.format(key_of("deep/copy"))).content for path in paths]
+        monkeypatch.setattr(Crew, "do", None)
+        monkeypatch.setattr(Previews, "_make", None)
+        assert [served.client.get(path.format(key_of("moved"))).content for path in paths] == made
+    assert len(list((index / "cache" / "previews").iterdir())) == 1
+
+
+def test_pictures_of_a_file_that_begins_late_are_on_its_own_clock(index: Path, tmp_path: Path) -> None:
+    late = make_late_clip(tmp_path / "late.ts")
+    s.commit(index, 1, {"late": late})
+    key = key_of("late")
+    with s.serving(index) as served:
+        held = served.client.get(f"/api/videos/{key}").json()
+        assert held["begin_seconds"] == held["preview_begin_seconds"] == pytest.approx(6.1)
+        poster = served.client.get(f"/poster/{key}?t=7.5&h=54").content
+        sprite = served.client.get(f"/strip/{key}?n=4&h=54").content
+        preview = served.client.get(f"/media/{key}/preview").content
+    assert poster == pictures.as_jpeg(pictures.frame_at(late, 7.5, 54))
+    assert sprite == pictures.strip(late, [6.35, 6.85, 7.35, 7.85], 54)
+    (tmp_path / "preview.mp4").write_bytes(preview)
+    # The picture is copied: what it shows after 1.4 s is what the file shows 1.4 s after it begins.
+    shown = pictures.frame_at(tmp_path / "preview.mp4", 1.4, 54)
+    assert shown.tobytes() == pictures.frame_at(late, held["preview_begin_seconds"] + 1.4, 54).tobytes()
 
 
 @pytest.mark.parametrize("query", ["t=-1", "t=nan", "t=inf", "t=x", "h=0", "h=721", "h=1e3"])

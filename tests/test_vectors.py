@@ -106,6 +106,7 @@ def test_rows_are_numbered_through_all_segments() -> None:
         assert vectors.video_id(video) == vectors.video_ids[video] == f"v{video}"
         assert vectors.source_path(video) == vectors.source_paths[video] == f"/videos/v{video}.mp4"
         assert vectors.duration_seconds(video) == vectors.durations[video] == 2.0 * len(mine) + 2
+        assert vectors.file_state(video) == (1, 1, f"hash of v{video}")
     assert np.flatnonzero(~vectors.alive).tolist() == [0, 7, 8, 39, 40]
     assert (vectors.row_of("v41"), vectors.row_of("v7"), vectors.row_of("nobody")) == (41, None, None)
     assert vectors.moment_counts.sum() == vectors.num_moments and len(vectors.mtime_ns) == 66

@@ -64,7 +64,7 @@ def demo(ctx: click.Context, out: Path, videos: int, epochs: int, seed: int) -> 
         ["index", run, "-o", index],
     ]
     steps += [["search", query, "--index", index, "-k", "3"] for query in QUERIES]
-    steps += [["search", "--video", _first_clip(out / "videos"), "--index", index, "-k", "3"]]
+    steps += [["search", "--video", _first_clip(out / "videos"), "--index", index, "-k", "3", "--captions", "3"]]
     for step in steps:
         arguments = [str(argument) for argument in step]
         click.echo(f"\n$ svb {shlex.join(arguments)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from svb.data.text import storable_text
 from svb.errors import InputError
 from svb.retrieve.answer import CONFIDENCES, NORMALISE, RANKED_BY, SearchRequest
 
@@ -99,9 +101,17 @@ def _seconds(clock: Sequence[str | None]) -> float:
 
 
 def folders_of(folders: Sequence[str]) -> tuple[str, ...]:
-    """Return folders as they were typed, and where they are: an index knows videos by either."""
-    there = [str(Path(folder).absolute()) for folder in folders if Path(folder).is_dir()]
-    return tuple(dict.fromkeys([*folders, *there]))
+    """Return folders as they were typed, and where they are: an index knows videos by either.
+
+    `.` and `../x` are only places: as the beginning of a video_id, the first would be that of any.
+    """
+    there = {folder: os.path.abspath(folder) for folder in folders if Path(folder).is_dir()}  # noqa: PTH100
+    named = [
+        folder
+        for folder in folders
+        if folder not in there or os.path.normpath(folder).split(os.sep)[0] not in (os.curdir, os.pardir)
+    ]
+    return tuple(map(storable_text, dict.fromkeys([*named, *there.values()])))
 
 
 def queries_of(file: str) -> list[str]:

@@ -82,15 +82,16 @@ def _pictures_of(results: Sequence[VideoResult]) -> tuple[dict[str, Any], dict[s
 
     A file that is gone or cannot be decoded any more still has its curve to show: its card says so.
     """
-    from svb.retrieve.searching.pictures import as_jpeg, duration_seconds, frames_at, strip
+    from svb.retrieve.searching.pictures import as_jpeg, begin_seconds, duration_seconds, frames_at, strip
 
     path = Path(results[0].source_path).absolute()
-    file = {"available": path.is_file(), "uri": path.as_uri()}
+    file: dict[str, Any] = {"available": path.is_file(), "uri": path.as_uri()}
     times = sorted({result.moments[0].best_seconds for result in results})
     try:
         posters = [as_jpeg(frame) for frame in frames_at(path, times, POSTER_HEIGHT_PX)]
-        duration = results[0].duration_seconds or duration_seconds(path) or max(times)
-        middles = [(cell + 0.5) / STRIP_FRAMES * duration for cell in range(STRIP_FRAMES)]
+        begin = file["begin_seconds"] = begin_seconds(path)
+        duration = results[0].duration_seconds or duration_seconds(path) or max(times) - begin
+        middles = [begin + (cell + 0.5) / STRIP_FRAMES * duration for cell in range(STRIP_FRAMES)]
         cells = strip(path, middles, STRIP_HEIGHT_PX)
     except InputError:
         return {"posters": []}, file

@@ -140,10 +140,11 @@ class IvfVectors:
             exact.moment_seconds,
             exact.background,
         )
-        self.video_id, self.source_path, self.duration_seconds = (
+        self.video_id, self.source_path, self.duration_seconds, self.file_state = (
             exact.video_id,
             exact.source_path,
             exact.duration_seconds,
+            exact.file_state,
         )
         self._index, self._nprobe = index, int(decision["nprobe"])
         # How many rows a scan compares within the budget: where a filter leaves no more, none need be missed.

@@ -22,7 +22,7 @@ from svb.data.publish import published_file
 from svb.errors import StoreError
 from svb.retrieve.searching.milvus_ids import made_with, moment_ids, video_keys
 from svb.retrieve.searching.milvus_server import Server, Target, connect
-from svb.retrieve.searching.vectors import Nearest, SegmentVectors
+from svb.retrieve.searching.vectors import FileState, Nearest, SegmentVectors
 from svb.retrieve.segment import open_segments
 
 # What a filter names at most: 200 kB of it.
@@ -141,6 +141,10 @@ class MilvusVectors:
     def duration_seconds(self, row: int) -> float | None:
         """As `Vectors.duration_seconds`."""
         return self._catalog.duration_seconds(row)
+
+    def file_state(self, row: int) -> FileState:
+        """As `Vectors.file_state`."""
+        return self._catalog.file_state(row)
 
     def row_of(self, video_id: str) -> int | None:
         """As `Vectors.row_of`."""

@@ -35,8 +35,16 @@ class Opened:
     embedder: QueryEmbedder
 
 
-def open_index(folder: Path, manifest: dict[str, Any], device: str) -> Opened:
+def open_index(
+    folder: Path, manifest: dict[str, Any], device: str, previous: QueryEmbedder | None = None
+) -> Opened:
     """Map what a manifest names; no vector is read.
+
+    Args:
+        folder: The index's.
+        manifest: Of a generation.
+        device: Where images and videos are embedded.
+        previous: Of another generation and the same device; is used on where the model is the same.
 
     Raises:
         StoreError: A file is missing or damaged.
@@ -62,5 +70,5 @@ def open_index(folder: Path, manifest: dict[str, Any], device: str) -> Opened:
         Hubs.open(folder, manifest),
         CaptionPools(folder, manifest),
         Metadata.open(folder, manifest),
-        QueryEmbedder(folder, manifest, device),
+        previous if previous is not None and previous.fits(manifest) else QueryEmbedder(folder, manifest, device),
     )

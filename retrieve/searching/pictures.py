@@ -20,7 +20,7 @@ from av.video.stream import VideoStream
 from PIL import Image
 
 from svb.errors import InputError
-from svb.extract.decode import DecodeError, check_file
+from svb.extract.decode import DecodeError, check_file, origin_seconds
 from svb.extract.decode_options import Limits
 from svb.extract.decode_pyav import FrameClock, opened, promised_seconds
 from svb.extract.pyav_pictures import Converter
@@ -140,6 +140,26 @@ def duration_seconds(path: Path) -> float | None:
     except (DecodeError, OSError) as error:
         raise InputError(f"cannot tell how long it is: {error}") from error
     return promised if promised > 0 else None
+
+
+def begins_at(container: InputContainer, stream: VideoStream) -> float:
+    """Return the time from which a video's duration counts, on the file's own clock: that of its first frame.
+
+    Matroska's duration counts from 0, a late start included.
+    """
+    if stream.start_time is None or stream.time_base is None:
+        return 0.0
+    return origin_seconds(container.format.name, float(stream.start_time * stream.time_base))
+
+
+def begin_seconds(path: Path) -> float:
+    """Return `begins_at` of a file; errors as `duration_seconds`."""
+    try:
+        check_file(path)
+        with opened(path, Limits()) as (container, stream):
+            return begins_at(container, stream)
+    except (DecodeError, OSError) as error:
+        raise InputError(f"cannot tell when it begins: {error}") from error
 
 
 class _Reader:

@@ -57,6 +57,10 @@ class QueryEmbedder:
         # Another export of the same model rounds otherwise.
         self._cache = QueryCache(folder / "cache", "-".join([manifest["model_fingerprint"], *exported]))
 
+    def fits(self, manifest: Mapping[str, Any]) -> bool:
+        """Tell whether it embeds queries for another generation of its index, as that one's own would."""
+        return all(self._manifest[name] == manifest[name] for name in ("model_fingerprint", "text", "heads"))
+
     def embed_text(self, text: str, what: str = "the query") -> NDArray[np.float32]:
         """Return the `(D,)` embedding of a text.
 

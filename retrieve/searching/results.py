@@ -29,6 +29,9 @@ class VideoInfo:
         source_path: Where its file lay when it was extracted.
         duration_seconds: None where it is not known.
         metadata: Its columns of the metadata table.
+        size_bytes: Of its file then; 0 where that is not known, as of some imports.
+        mtime_ns: When its file had changed last, likewise.
+        content_hash: Stands for what its file held; empty where that is not known.
     """
 
     key: str
@@ -36,6 +39,9 @@ class VideoInfo:
     source_path: str
     duration_seconds: float | None
     metadata: dict[str, Any]
+    size_bytes: int
+    mtime_ns: int
+    content_hash: str
 
 
 def video_key(video_id: str) -> str:
@@ -52,6 +58,7 @@ def info_of(opened: Opened, row: int) -> VideoInfo:
         opened.vectors.source_path(row),
         opened.vectors.duration_seconds(row),
         opened.metadata.of(video_id),
+        *opened.vectors.file_state(row),
     )
 
 

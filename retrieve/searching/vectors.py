@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,14 @@ from svb.retrieve.segment import Segment
 BACKGROUND_ROWS = 8192
 
 Nearest = tuple[NDArray[np.float32], NDArray[np.int64]]
+
+
+class FileState(NamedTuple):
+    """A video's file when it was extracted; where its state is not known, as of some imports, 0 and empty."""
+
+    size_bytes: int
+    mtime_ns: int
+    content_hash: str
 
 
 class Vectors(Protocol):
@@ -96,6 +104,7 @@ class Vectors(Protocol):
     def video_id(self, row: int) -> str: ...
     def source_path(self, row: int) -> str: ...
     def duration_seconds(self, row: int) -> float | None: ...
+    def file_state(self, row: int) -> FileState: ...
 
     def row_of(self, video_id: str) -> int | None:
         """Return a live video's row; None where there is none."""
@@ -194,6 +203,13 @@ class SegmentVectors:
         segment, local = self._place(row)
         duration = float(segment.duration_seconds[local])
         return None if np.isnan(duration) else duration
+
+    def file_state(self, row: int) -> FileState:
+        """As `Vectors.file_state`."""
+        segment, local = self._place(row)
+        return FileState(
+            int(segment.size_bytes[local]), int(segment.mtime_ns[local]), segment.content_hashes[local]
+        )
 
     def row_of(self, video_id: str) -> int | None:
         """As `Vectors.row_of`."""

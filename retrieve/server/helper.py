@@ -34,8 +34,8 @@ def strip(source: str, times_seconds: list[float], height: int, out: str) -> Non
     Path(out).write_bytes(pictures.strip(Path(source), times_seconds, height))
 
 
-def probe(source: str) -> dict[str, str | None]:
-    """Return what a file is made of: what tells whether browsers can play it."""
+def probe(source: str) -> dict[str, Any]:
+    """Return what a file is made of: what tells whether browsers can play it, and when it begins."""
     from svb.retrieve.server.playable import streams_of
 
     return streams_of(Path(source))

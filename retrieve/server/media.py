@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastapi import HTTPException
 
@@ -27,7 +30,7 @@ class VideoFile:
 
     Attributes:
         path: Where it lies.
-        content_key: Names the file's state, for what is made from it: hex digits.
+        content_key: Names its content, for what is made from it: hex digits.
         info: What the index holds of it.
     """
 
@@ -50,15 +53,18 @@ def find_file(searcher: Searcher, key: str) -> VideoFile:
         stat = path.stat()
     except (OSError, ValueError):
         raise HTTPException(
-            404, f"{info.source_path} is gone - bring it back, or extract and index its folder again"
+            404,
+            f"{info.source_path} is gone: it was moved or removed since it was indexed - bring it back, or extract "
+            "and index its folder again",
         ) from None
-    known_mtime_ns = _indexed_mtime_ns(searcher, info.video_id)
-    if known_mtime_ns and known_mtime_ns != stat.st_mtime_ns:
+    changes = [*_changes(info, stat)]
+    if changes:
         raise HTTPException(
-            409, f"{info.source_path} has changed since it was indexed - extract and index its folder again"
+            409,
+            f"{info.source_path} has changed since it was indexed ({', '.join(changes)}) - extract and index its "
+            "folder again",
         )
-    state = f"{info.source_path}\0{stat.st_size}\0{stat.st_mtime_ns}".encode("utf-8", "surrogateescape")
-    return VideoFile(path, hashlib.sha256(state).hexdigest()[:32], info)
+    return VideoFile(path, _content_key(info, stat), info)
 
 
 def find_video(searcher: Searcher, key: str) -> VideoInfo:
@@ -73,10 +79,27 @@ def find_video(searcher: Searcher, key: str) -> VideoInfo:
     return info
 
 
-def _indexed_mtime_ns(searcher: Searcher, video_id: str) -> int:
-    """Return when the file had changed last; 0 where that is not known, as of some imports."""
-    row = searcher.vectors.row_of(video_id)
-    return 0 if row is None else int(searcher.vectors.mtime_ns[row])
+def _changes(info: VideoInfo, stat: os.stat_result) -> Iterator[str]:
+    if info.size_bytes and info.size_bytes != stat.st_size:
+        yield f"{stat.st_size:,} bytes, then {info.size_bytes:,}"
+    if info.mtime_ns and info.mtime_ns != stat.st_mtime_ns:
+        yield f"of {_clock(stat.st_mtime_ns)}, then of {_clock(info.mtime_ns)}"
+
+
+def _clock(mtime_ns: int) -> str:
+    try:
+        return datetime.fromtimestamp(mtime_ns / 1e9).astimezone().isoformat(" ", "milliseconds")
+    except (OverflowError, OSError, ValueError):  # a time that no calendar has
+        return f"{mtime_ns} ns"
+
+
+def _content_key(info: VideoInfo, stat: os.stat_result) -> str:
+    """Return a name for a file's content: what was made from a file is right for its copies, wherever they lie."""
+    content = info.content_hash.partition(".")[0]  # what follows tells decodings of one content apart
+    if not (content and info.size_bytes and info.mtime_ns):
+        # Whether it is the file that was indexed cannot be told.
+        content = f"{info.source_path}\0{stat.st_size}\0{stat.st_mtime_ns}"
+    return hashlib.sha256(content.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
 class Probes:
@@ -84,22 +107,33 @@ class Probes:
 
     def __init__(self, crew: Crew) -> None:
         self._crew = crew
-        self._known: OrderedDict[str, dict[str, str | None]] = OrderedDict()
+        self._known: OrderedDict[str, dict[str, Any]] = OrderedDict()
 
-    async def is_playable(self, file: VideoFile) -> bool:
-        """Tell whether browsers play a file as it is; one that cannot be read they do not."""
+    async def describe(self, file: VideoFile) -> dict[str, Any]:
+        """Return `playable`, whether browsers play a file as it is, and on its own clock when it begins.
+
+        From `begin_seconds` its duration counts; its preview begins at `preview_begin_seconds`. One that cannot be
+        read is not played.
+        """
         try:
-            return is_playable(await self._streams(file), file.path)
+            streams = await self._streams(file)
         except InputError:
-            return False
+            return {"playable": False, "begin_seconds": 0.0, "preview_begin_seconds": 0.0}
+        begins = {name: streams[name] for name in ("begin_seconds", "preview_begin_seconds")}
+        return {"playable": is_playable(streams, file.path), **begins}
+
+    async def begin_seconds(self, file: VideoFile) -> float:
+        """Return the time from which a video's duration counts, on the file's own clock; errors as `Crew.do`."""
+        begin: float = (await self._streams(file))["begin_seconds"]
+        return begin
 
     async def can_copy_video(self, file: VideoFile) -> bool:
         """Tell whether a preview needs another container only."""
         return can_copy_video(await self._streams(file))
 
-    async def _streams(self, file: VideoFile) -> dict[str, str | None]:
+    async def _streams(self, file: VideoFile) -> dict[str, Any]:
         if file.content_key not in self._known:
-            streams: dict[str, str | None] = await self._crew.do("probe", source=str(file.path))
+            streams: dict[str, Any] = await self._crew.do("probe", source=str(file.path))
             self._known[file.content_key] = streams
             while len(self._known) > MAX_PROBED:
                 self._known.popitem(last=False)

@@ -45,13 +45,23 @@ def media_routes(service: Service) -> APIRouter:
         return FileRange(await _made(request, make()), "video/mp4", CHECK_AGAIN)
 
     async def poster(request: Request, key: str, t: float = 0.0, h: int = 180) -> Response:
-        """The frame shown at `t` seconds as a JPEG, about `h` pixels high."""
-        path = await _made(request, service.pictures.poster(await file_of(key), t, h))
+        """The frame shown at `t` seconds of the file's own clock as a JPEG, about `h` pixels high."""
+        file = await file_of(key)
+
+        async def make() -> Path:
+            return await service.pictures.poster(file, t, h, await service.probes.begin_seconds(file))
+
+        path = await _made(request, make())
         return FileRange(path, "image/jpeg", FOR_AN_HOUR)
 
     async def strip(request: Request, key: str, n: int = 12, h: int = 54) -> Response:
         """One JPEG of `n` frames side by side, at `(i + 0.5) / n` of the duration, about `h` pixels high."""
-        path = await _made(request, service.pictures.strip(await file_of(key), n, h))
+        file = await file_of(key)
+
+        async def make() -> Path:
+            return await service.pictures.strip(file, n, h, await service.probes.begin_seconds(file))
+
+        path = await _made(request, make())
         return FileRange(path, "image/jpeg", FOR_AN_HOUR)
 
     routes: dict[str, Callable[..., Awaitable[Response]]] = {

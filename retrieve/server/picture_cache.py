@@ -31,8 +31,14 @@ class PictureCache:
         self._kept, self._crew = kept, crew
         self._making: dict[str, asyncio.Task[Path]] = {}
 
-    async def poster(self, file: VideoFile, seconds: float, height_px: int) -> Path:
+    async def poster(self, file: VideoFile, seconds: float, height_px: int, begin_seconds: float) -> Path:
         """Return a JPEG of the frame shown at a time, of at least the height where the video has it.
+
+        Args:
+            file: The video.
+            seconds: On the file's own clock, as moments are.
+            height_px: Of the picture.
+            begin_seconds: The time from which the video's duration counts, on the same clock.
 
         Raises:
             HTTPException: 400, the time or the height means nothing.
@@ -41,13 +47,19 @@ class PictureCache:
         if not (math.isfinite(seconds) and seconds >= 0):
             raise HTTPException(400, f"t is {seconds} - expected seconds of at least 0")
         end = file.info.duration_seconds
-        tenths = round(min(seconds, end if end else 1e7) * 10)
+        tenths = round(min(seconds, begin_seconds + end if end else 1e7) * 10)
         height_px = _allowed_height(height_px)
         name = f"{file.content_key}-{tenths}-{height_px}.jpg"
         return await self._get(name, "poster", source=str(file.path), seconds=tenths / 10, height=height_px)
 
-    async def strip(self, file: VideoFile, num_frames: int, height_px: int) -> Path:
+    async def strip(self, file: VideoFile, num_frames: int, height_px: int, begin_seconds: float) -> Path:
         """Return a JPEG of evenly spaced frames side by side, at `(i + 0.5) / n` of the duration.
+
+        Args:
+            file: The video.
+            num_frames: n.
+            height_px: Of the picture.
+            begin_seconds: The time from which the video's duration counts, on the file's own clock.
 
         Raises:
             HTTPException: 400 for a number that means nothing; 404 for a video whose duration is not known.
@@ -59,8 +71,9 @@ class PictureCache:
         if not duration:
             raise HTTPException(404, "how long the video lasts is not known - it has no strip")
         height_px = _allowed_height(height_px)
-        times = [(frame + 0.5) / num_frames * duration for frame in range(num_frames)]
-        name = f"{file.content_key}-n{num_frames}-{height_px}.jpg"
+        times = [begin_seconds + (frame + 0.5) / num_frames * duration for frame in range(num_frames)]
+        # Two indexes of one content may know of different durations, of which one was decoded in part.
+        name = f"{file.content_key}-n{num_frames}-{round(1000 * duration)}-{height_px}.jpg"
         return await self._get(name, "strip", source=str(file.path), times_seconds=times, height=height_px)
 
     async def close(self) -> None:

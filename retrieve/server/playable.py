@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from svb.errors import InputError
 
@@ -13,6 +14,9 @@ MP4_AUDIO = (None, "aac", "mp3", "opus", "flac")
 WEBM_VIDEO = ("vp8", "vp9", "av1")
 WEBM_AUDIO = (None, "opus", "vorbis")
 PIXELS = ("yuv420p", "yuvj420p")
+# Of a file that begins later, Chromium takes the length for the end and seeks no further, until it has read on; and
+# whether a player's clock begins at 0 or with the file is not alike in all browsers.
+LATEST_BEGIN_SECONDS = 0.25
 
 MEDIA_TYPES = {
     ".mp4": "video/mp4",
@@ -36,8 +40,13 @@ def media_type(path: Path) -> str:
     return MEDIA_TYPES.get(path.suffix.lower(), "application/octet-stream")
 
 
-def streams_of(path: Path) -> dict[str, str | None]:
-    """Return `container`, `video`, `pixels` and `audio` of a file, in ffmpeg's names; decodes nothing.
+def streams_of(path: Path) -> dict[str, Any]:
+    """Return what a file is made of; decodes nothing.
+
+    Returns:
+        `container`, `video`, `pixels` and `audio` in ffmpeg's names. On the file's own clock `begin_seconds`, from
+        which its duration counts, and `preview_begin_seconds`, when the first of its streams begins: ffmpeg makes 0
+        of that in a preview.
 
     Raises:
         InputError: It is no video.
@@ -45,6 +54,7 @@ def streams_of(path: Path) -> dict[str, str | None]:
     from svb.extract.decode import DecodeError, check_file
     from svb.extract.decode_options import Limits
     from svb.extract.decode_pyav import opened
+    from svb.retrieve.searching.pictures import begins_at
 
     try:
         check_file(path)
@@ -55,13 +65,17 @@ def streams_of(path: Path) -> dict[str, str | None]:
                 "video": stream.codec_context.name if stream.codec_context else None,
                 "pixels": stream.codec_context.pix_fmt if stream.codec_context else None,
                 "audio": _codec_name(audio[0]) if audio else None,
+                "begin_seconds": begins_at(container, stream),
+                "preview_begin_seconds": (container.start_time or 0) / 1e6,
             }
     except (DecodeError, OSError) as error:
         raise InputError(str(error)) from error
 
 
-def is_playable(streams: Mapping[str, str | None], path: Path) -> bool:
-    """Tell whether browsers play a file as it is."""
+def is_playable(streams: Mapping[str, Any], path: Path) -> bool:
+    """Tell whether browsers play a file as it is, and alike."""
+    if streams["preview_begin_seconds"] > LATEST_BEGIN_SECONDS:
+        return False
     container, video, audio = streams["container"] or "", _plain(streams["video"]), _plain(streams["audio"])
     if streams["pixels"] not in PIXELS:
         return False
@@ -72,7 +86,7 @@ def is_playable(streams: Mapping[str, str | None], path: Path) -> bool:
     return is_webm and video in WEBM_VIDEO and audio in WEBM_AUDIO
 
 
-def can_copy_video(streams: Mapping[str, str | None]) -> bool:
+def can_copy_video(streams: Mapping[str, Any]) -> bool:
     """Tell whether a preview needs another container only, not another picture."""
     return _plain(streams["video"]) == "h264" and streams["pixels"] in PIXELS
 

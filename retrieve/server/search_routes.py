@@ -15,6 +15,7 @@ from starlette.responses import Response
 from svb._version import __version__
 from svb.errors import InputError, StoreError
 from svb.retrieve.answer import Answer, SearchRequest
+from svb.retrieve.searching.vectors import FileState
 from svb.retrieve.server.http import json_response, parse_object, read_json, until_hung_up
 from svb.retrieve.server.media import find_file, find_video
 from svb.retrieve.server.service import Service
@@ -69,15 +70,19 @@ def search_routes(service: Service) -> APIRouter:
 
     @router.get("/api/videos/{key}", summary="A video and its file")
     async def video(key: str) -> Response:
-        """Tell whether a video's file is there, unchanged, and whether browsers play it as it is."""
+        """Tell whether a video's file is there, unchanged, and whether browsers play it as it is.
+
+        Moments are on the file's own clock. On it `begin_seconds` is when the video begins, from which its duration
+        counts, and `preview_begin_seconds` is when a preview of it begins.
+        """
         searcher = await service.snapshots.newest()
         info = await asyncio.to_thread(find_video, searcher, key)
         try:
             file = await asyncio.to_thread(find_file, searcher, key)
-            state: dict[str, Any] = {"available": True, "playable": await service.probes.is_playable(file)}
+            state: dict[str, Any] = {"available": True, **await service.probes.describe(file)}
         except HTTPException as error:
             state = {"available": False, "playable": False, "problem": error.detail}
-        held = dataclasses.asdict(info)
+        held = {name: value for name, value in dataclasses.asdict(info).items() if name not in FileState._fields}
         return json_response({**held, **state})
 
     return router

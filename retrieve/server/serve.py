@@ -54,7 +54,12 @@ def serve(
         url = f"http://{_address(options.host)}:{port}"
         cache = CacheFolder(index)
         try:
-            service = Service(index, cache.path, lambda: Searcher(index, options.device), options)
+            service = Service(
+                index,
+                cache.path,
+                lambda previous: Searcher(index, options.device, previous=previous),
+                options,
+            )
             access = Access(token, is_loopback=is_loopback(options.host), port=port)
             server = uvicorn.Server(_config(make_app(service, access)))
             for line in _greeting(url, index, token, is_new=is_new, options=options):

@@ -34,12 +34,16 @@ class Service:
     Args:
         index: The index's folder.
         cache: Where files that can be made again are kept.
-        open_searcher: Opens the index as it is on disk.
+        open_searcher: Opens the index as it is on disk, see `Snapshots`.
         options: See `ServeOptions`.
     """
 
     def __init__(
-        self, index: Path, cache: Path, open_searcher: Callable[[], Searcher], options: ServeOptions
+        self,
+        index: Path,
+        cache: Path,
+        open_searcher: Callable[[Searcher | None], Searcher],
+        options: ServeOptions,
     ) -> None:
         self.index, self.options = index, options
         self.snapshots = Snapshots(open_searcher, index)

@@ -30,7 +30,8 @@ class Snapshots:
     that request's head. A request under way keeps the snapshot that it has.
 
     Args:
-        open_searcher: Opens the index as it is on disk.
+        open_searcher: Opens the index as it is on disk; called with the snapshot before, if there is one, whose
+            loaded model may serve on.
         index: The index's folder.
 
     Attributes:
@@ -38,14 +39,14 @@ class Snapshots:
         problem: Why the newest state on disk is not the one that is served; None where it is.
     """
 
-    def __init__(self, open_searcher: Callable[[], Searcher], index: Path) -> None:
+    def __init__(self, open_searcher: Callable[[Searcher | None], Searcher], index: Path) -> None:
         self._open, self._index = open_searcher, index
         self._thread = ThreadPoolExecutor(1, "svb-open")
         self._seen = self._signature()
         self._tried_at = time.monotonic()
         self._opening: asyncio.Task[None] | None = None
         self.problem: str | None = None
-        self.current = open_searcher()
+        self.current = open_searcher(None)
 
     async def newest(self) -> Searcher:
         """Return the newest whole snapshot, opened now where the index has changed."""
@@ -86,7 +87,7 @@ class Snapshots:
     def _open_if_changed(self) -> Searcher | None:
         if read_manifest(self._index) == self.current.manifest:
             return None
-        return self._open()
+        return self._open(self.current)
 
     def _signature(self) -> _Signature:
         try:
