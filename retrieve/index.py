@@ -96,13 +96,14 @@ def index(
         `out`.
 
     Raises:
-        InputError: The store has no usable video.
+        InputError: The store has no usable video, or a path is not UTF-8.
         UsageError: A moment has no length.
         MismatchError: The index was made with another model or other moments; or store or captions were made with
             other settings than the run's.
         StoreError: The index or the store is damaged, or another process is writing to the index.
         Interrupted: By SIGINT or SIGTERM; what was committed is whole.
     """
+    _require_utf8([source, out, store, captions, metadata, *(pools or ())])
     where = IndexSource(Path(source), _path(store), _path(captions), backbone, text_encoder, checkpoint)
     parts = PartOptions(
         None if pools is None else tuple(map(Path, pools)),
@@ -261,6 +262,18 @@ def _summary(out: Path, manifest: Mapping[str, Any]) -> str:
 def _require_videos(store: FeatureStore) -> None:
     if not store.video_ids:
         raise InputError(f"{store.path} has no video with features - `svb info --failures` tells why")
+
+
+def _require_utf8(paths: Sequence[Path | str | None]) -> None:
+    """Refuse, before anything is made, what a manifest cannot note and the text tower's libraries cannot open."""
+    for path in paths:
+        try:
+            str(Path(path or "").absolute()).encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"the path {str(path)!r} is not UTF-8, and an index notes what it is made of - rename the file or "
+                "folder"
+            ) from error
 
 
 def _path(path: Path | str | None) -> Path | None:

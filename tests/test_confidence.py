@@ -43,6 +43,17 @@ def test_an_index_of_next_to_nothing_is_never_sure(number: int) -> None:
     assert Spread.of(scores, number).confidence(0.9) == "weak"
 
 
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
+def test_the_few_that_filters_leave_are_not_sure_for_being_few(number: int) -> None:
+    """Of a single row, chance would end at the mean: every other one would be strong."""
+    random = np.random.default_rng(2)
+    scores = random.normal(0.1, 0.05, 8192)
+    best = random.choice(scores, (2_000, number)).max(axis=1)
+    spread = Spread.of(scores, number)
+    levels = [spread.confidence(score) for score in best.tolist()]
+    assert levels.count("strong") <= 0.2 * len(levels)
+
+
 def test_equal_scores_say_nothing() -> None:
     assert Spread.of(np.full(100, 0.5), 100).confidence(0.5) == "weak"
 

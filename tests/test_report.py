@@ -54,6 +54,12 @@ def embedded_of(page: str) -> Any:
     return json.loads(held)
 
 
+def test_a_name_that_is_no_unicode_can_be_written(tmp_path: Path) -> None:
+    name = "caf\udce9.png"  # as the command line gives a byte that is no UTF-8
+    out = write_report([answer_of(SearchRequest(image=name))], tmp_path / "out.html", tmp_path)
+    assert embedded_of(out.read_text("utf-8"))["answers"][0]["request"] == {"image": name}
+
+
 def test_a_server_gets_the_page_with_its_nonce() -> None:
     page = render_page("n0nce-_")
     assert page.count('nonce="n0nce-_"') == 2 and not re.search("@(nonce|policy|embedded)@", page)

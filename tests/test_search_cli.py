@@ -331,6 +331,34 @@ def test_queries_that_cannot_be_read(run_svb: RunSvb, content: bytes | None, wor
     assert ran.exit_code == 1 and f"svb: q.txt {words}" in ran.stderr
 
 
+def test_a_query_of_a_list_that_is_refused_is_named(
+    run_svb: RunSvb, fake: type[FakeSearcher], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    search = fake.search
+
+    def refuse(self: FakeSearcher, request: SearchRequest) -> Answer:
+        if len(request.text or "") > 40:
+            raise InputError("the query has 402 tokens, toy reads 256 - make it shorter")
+        return search(self, request)
+
+    monkeypatch.setattr(fake, "search", refuse)
+    (tmp_path / "q.txt").write_text(f"a dog\n{'word ' * 400}\na cat\n")
+    ran = run_svb("search", "--queries", "q.txt")
+    assert (ran.exit_code, ran.stdout) == (1, "")
+    (line,) = (line for line in ran.stderr.splitlines() if line.startswith("svb: "))
+    assert line.startswith("svb: query 2 of 3, 'word word") and "word ...': the query has 402 tokens" in line
+    assert len(line) < 200
+
+
+@pytest.mark.parametrize(("option", "words"), [("--html", "a folder - name the file"), ("--cut", "is no folder")])
+def test_where_nothing_can_be_written_is_said_before_searching(
+    run_svb: RunSvb, fake: type[FakeSearcher], tmp_path: Path, option: str, words: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    ran = run_svb("search", "a dog", option, "folder" if option == "--html" else "a.mp4")
+    assert ran.exit_code == 2 and words in ran.stderr.splitlines()[-1] and not fake.opened
+
+
 def test_nothing_sure_enough_exits_with_1_and_names_the_nearest(run_svb: RunSvb, fake: type[FakeSearcher]) -> None:
     ran = run_svb("search", "a dog", "--min-confidence", "strong", "--json")
     assert ran.exit_code == 1

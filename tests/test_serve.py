@@ -204,7 +204,7 @@ def test_what_went_with_a_commit_is_searched_in_the_next_generation(index: Path,
 # Who may ask
 
 
-@pytest.mark.parametrize("host", ["localhost:8765", "127.0.0.1:8765", "[::1]:8765", "localhost:9000", "localhost"])
+@pytest.mark.parametrize("host", ["localhost:8765", "127.0.0.1:8765", "127.9.0.1:8765", "[::1]:8765", "localhost:9000", "LocalHost"])
 def test_this_machine_s_names_are_answered(served: Serving, host: str) -> None:
     assert served.client.get("/healthz", headers={"host": host}).status_code == 200
 
@@ -657,17 +657,29 @@ def test_kept_files_stay_below_their_limit(tmp_path: Path) -> None:
     for number in range(30):
         aside = kept.new_aside(".jpg")
         aside.write_bytes(b"x" * 100)
-        kept.keep(aside, f"{number}.jpg")
-        os.utime(tmp_path / f"{number}.jpg", (number, number))
+        kept.keep(aside, f"{number:032}.jpg")
+        os.utime(tmp_path / f"{number:032}.jpg", (number, number))
         if number > 5:
-            kept.find("0.jpg")  # used again and again
-            assert (tmp_path / "0.jpg").exists()
+            kept.find(f"{0:032}.jpg")  # used again and again
+            assert (tmp_path / f"{0:032}.jpg").exists()
         assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 1000
-    assert (tmp_path / "29.jpg").exists() and not (tmp_path / "1.jpg").exists()
-    assert kept.find("1.jpg") is None
-    left = kept.new_aside(".jpg")
-    KeptFiles(tmp_path, 1000)
-    assert not left.exists()
+    assert (tmp_path / f"{29:032}.jpg").exists() and not (tmp_path / f"{1:032}.jpg").exists()
+    assert kept.find(f"{1:032}.jpg") is None
+
+
+def test_only_what_is_kept_is_ever_removed(tmp_path: Path) -> None:
+    (tmp_path / "holidays.mp4").write_bytes(b"x" * 5000)
+    (tmp_path / f"{0:032}.mp4").symlink_to(tmp_path / "holidays.mp4")
+    killed, under_way = KeptFiles(tmp_path, 1000).new_aside(".mp4"), KeptFiles(tmp_path, 1000).new_aside(".mp4")
+    os.utime(killed, (1, 1))
+    kept = KeptFiles(tmp_path, 1000)  # of a second server
+    assert not killed.exists() and under_way.exists()
+    for number in range(1, 30):
+        aside = kept.new_aside(".mp4")
+        aside.write_bytes(b"x" * 100)
+        kept.keep(aside, f"{number:032}.mp4")
+    assert not (tmp_path / f"{1:032}.mp4").exists() and (tmp_path / f"{28:032}.mp4").exists()
+    assert (tmp_path / "holidays.mp4").exists() and (tmp_path / f"{0:032}.mp4").is_symlink()
 
 
 def test_a_cache_that_cannot_be_written_lies_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,8 @@ from svb.errors import InputError, SvbError, UsageError
 # All that is imported here is needed where a running server gives the answer: nothing heavy, and little else.
 from svb.retrieve.answer import Answer, SearchRequest
 
+# Of a query, to tell it from others of a list.
+NAMED_LETTERS = 60
 THUMBNAILS = ("auto", "kitty", "iterm", "blocks", "none")
 
 
@@ -80,6 +82,7 @@ def search(
     chosen = [option for option, is_on in printed.items() if is_on]
     if len(chosen) > 1:
         raise UsageError(f"{' and '.join(chosen)} print in different ways - give one of them")
+    _require_places(html, cut)
     file, span = part_of_file(video)
     asked: dict[str, Any] = {"image": image, "video": file, "span_seconds": span, "like": like}
     fields |= {"folders": folders_of(fields["folders"]), "with_curves": html is not None}
@@ -93,7 +96,7 @@ def search(
         index_path = default_path("SVB_INDEX", "index")
         say(f"searching {index_path}")
     asker = _Asker(index_path, device, use_server=not no_server and device == "auto")
-    answers = [asker.ask(request) for request in requests]
+    answers = [asker.ask(request) for request in requests] if queries is None else _ask_all(requests, asker)
     _print(answers, chosen[0] if chosen else "", queries is not None, thumbnails)
     asker.say_what_was_compared(answers)
     _write(answers, html, cut, index_path)
@@ -130,6 +133,29 @@ class _Asker:
         from svb.cli.search_output import say_what_was_compared
 
         say_what_was_compared(answers, self._server.url if self._server is not None else None)
+
+
+def _ask_all(requests: Sequence[SearchRequest], asker: _Asker) -> list[Answer]:
+    """Return the answer to each query of a list; what one of them is refused for names it."""
+    from svb.cli.search_output import printable, query_of
+
+    answers = []
+    for number, request in enumerate(requests, start=1):
+        try:
+            answers.append(asker.ask(request))
+        except InputError as error:
+            query = printable(query_of(request))
+            named = query if len(query) <= NAMED_LETTERS else f"{query[:NAMED_LETTERS]}..."
+            raise InputError(f"query {number} of {len(requests)}, {named!r}: {error}") from error
+    return answers
+
+
+def _require_places(html: Path | None, cut: Path | None) -> None:
+    """Refuse, before anything is searched, to write where it cannot be."""
+    if html is not None and html.is_dir():
+        raise UsageError(f"--html got {html}, a folder - name the file to write, such as {html / 'found.html'}")
+    if cut is not None and cut.exists() and not cut.is_dir():
+        raise UsageError(f"--cut got {cut}, which is no folder - name a folder for the clips, new or old")
 
 
 def _print(answers: Sequence[Answer], chosen: str, is_list: bool, thumbnails: str) -> None:

@@ -78,7 +78,10 @@ class IndexWriter:
             MismatchError: Model or moments are others than the index's; names what differs, and both ways out.
         """
         held = {"model": self.draft["model"], "moments": self.draft["moments"]}
-        lines = differing_fields(held, {"model": model, "moments": moments})
+        wanted: dict[str, Any] = {"model": model, "moments": moments}
+        if held["model"]["kind"] != model["kind"]:  # of which the rest has other fields altogether
+            held, wanted = ({"model": {"kind": part["model"]["kind"]}} for part in (held, wanted))
+        lines = differing_fields(held, wanted)
         if lines:
             raise MismatchError(
                 f"{self._out} was made with another model or other moments ({'; '.join(lines)}) - what they give "

@@ -20,8 +20,8 @@ from svb.retrieve.answer import Answer, VideoResult
 POSTER_HEIGHT_PX = 240
 STRIP_FRAMES = 12
 STRIP_HEIGHT_PX = 72
-# What a script element's text may not hold: it could end the element, or the line.
-_ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
+# What a script element's text may not hold: it could end the element.
+_ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
 
 
 def render_page(nonce: str) -> str:
@@ -118,8 +118,8 @@ def _report(held: Mapping[str, Any]) -> str:
         "base-uri 'none'; form-action 'none'"
     )
     meta = f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-    text = json.dumps(held, ensure_ascii=False, allow_nan=False)
-    embedded = re.sub("[<>&\u2028\u2029]", lambda match: _ESCAPES[match[0]], text)
+    # In ASCII, for the names of files may be no Unicode.
+    embedded = re.sub("[<>&]", lambda match: _ESCAPES[match[0]], json.dumps(held, allow_nan=False))
     return _fill({"nonce": "", "policy": meta, "embedded": embedded})
 
 

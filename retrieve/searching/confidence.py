@@ -22,6 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 FAIR = 0.9
+# Of fewer rows the best one's lead is not so small: of a single row, which a filter may leave, every other one would
+# be strong.
+FEWEST_ROWS = 5
 # Windows of a video that are next to each other show much the same: about so many are one piece of evidence.
 MOMENTS_A_SCENE = 8
 
@@ -49,7 +52,7 @@ class Spread:
             num_rows: How many independent rows are compared with the query.
         """
         wide = scores.astype(np.float64)
-        return cls(float(wide.mean()), float(wide.std()), float(np.sqrt(2 * np.log(max(num_rows, 1)))))
+        return cls(float(wide.mean()), float(wide.std()), float(np.sqrt(2 * np.log(max(num_rows, FEWEST_ROWS)))))
 
     def confidence(self, score: float) -> str:
         """Return which of `svb.retrieve.answer.CONFIDENCES` an answer with a score has."""

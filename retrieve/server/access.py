@@ -43,7 +43,7 @@ class Access:
         tunnel may end at any.
         """
         host = headers.get("host", "")
-        if self._is_loopback and re.sub(r":\d+$", "", host).lower() not in LOOPBACK_NAMES:
+        if self._is_loopback and not is_loopback(re.sub(r":\d+$", "", host).lower()):
             return f"the Host header is {host!r} - this server answers to {', '.join(LOOPBACK_NAMES)}"
         origin = headers.get("origin")
         if method not in {"GET", "HEAD"} and origin is not None and origin.split("://")[-1] != host:

@@ -7,6 +7,7 @@ import secrets
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp
 
@@ -14,7 +15,7 @@ from svb._version import __version__
 from svb.errors import SvbError
 from svb.retrieve.page.report import render_page
 from svb.retrieve.server.access import Access
-from svb.retrieve.server.gate import Gate
+from svb.retrieve.server.gate import HUNG_UP, Gate
 from svb.retrieve.server.http import error_response, json_response, response_to
 from svb.retrieve.server.login import login_routes
 from svb.retrieve.server.media_routes import media_routes
@@ -76,6 +77,10 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def answer_error(request: Request, error: HTTPException) -> Response:
         return error_response(error.status_code, error.detail, dict(error.headers or {}))
+
+    @app.exception_handler(ClientDisconnect)
+    async def give_up(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=HUNG_UP)  # nobody reads it: it is counted
 
     @app.exception_handler(Exception)
     async def own_up(request: Request, error: Exception) -> Response:

@@ -15,6 +15,8 @@ from svb.retrieve.server.tied import kill_group, start_tied
 
 # A line of JSON: an embedding of some thousand numbers fits, a runaway answer does not.
 MAX_ANSWER_BYTES = 1 << 20
+# Work that nobody waits for any more may go on for so long: to kill a helper costs the next one a model's loading.
+GRACE_SECONDS = 10.0
 
 
 class Crew:
@@ -34,15 +36,16 @@ class Crew:
         self._idle: list[Process] = []
         self._started: set[Process] = set()
         self._exchanges: set[asyncio.Task[Any]] = set()
+        self._is_closed = False
 
     async def do(self, task: str, **arguments: Any) -> Any:
         """Have a helper do one of its tasks, and return what it answers.
 
-        Cancelled while it waits for a helper, the work is not done. Once begun it is done to the end, whether or
-        not anybody still waits: killing a helper costs more than most work.
+        Cancelled while it waits for a helper, the work is not done. Once begun it is given `GRACE_SECONDS` to end,
+        then its helper is killed.
 
         Raises:
-            BusyError: Too much is waiting.
+            BusyError: Too much is waiting, or the crew was closed.
             TookTooLongError: The time limit.
             InputError: What the helper says is wrong with the file.
         """
@@ -51,15 +54,23 @@ class Crew:
         self._asked += 1
         try:
             await self._places.acquire()
+            if self._is_closed:
+                self._places.release()
+                raise BusyError("the server ends")
             exchange = asyncio.create_task(self._exchange({"task": task, **arguments}))
             self._exchanges.add(exchange)
             exchange.add_done_callback(self._end_exchange)
-            return await asyncio.shield(exchange)
+            try:
+                return await asyncio.shield(exchange)
+            except asyncio.CancelledError:
+                asyncio.get_running_loop().call_later(GRACE_SECONDS, exchange.cancel)
+                raise
         finally:
             self._asked -= 1
 
     async def close(self) -> None:
-        """End all helpers."""
+        """End all helpers; what waits for one is refused."""
+        self._is_closed = True
         for exchange in list(self._exchanges):
             exchange.cancel()
         await asyncio.gather(*self._exchanges, return_exceptions=True)

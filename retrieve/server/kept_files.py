@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
-from svb.data.publish import ASIDE_PREFIX, remove_leftovers
+from svb.data.publish import ASIDE_PREFIX
+
+# Named for a content, and what of it is shown. Whatever else lies in the folder is somebody's own.
+NAME = re.compile(r"[0-9a-f]{32}(-n?[0-9]+)*\.(jpg|mp4)")
+# What is written aside and has not grown for so long was left by a kill; until then another server may write it.
+_ASIDE_SECONDS = 3600.0
 
 
 class KeptFiles:
     """A folder of files that can be made again; those used longest ago are removed when they grow too many.
 
     Args:
-        folder: Is created. Only files that `KeptFiles` would name are ever removed.
+        folder: Is created. Only files whose names are as `NAME` says are ever removed.
         max_bytes: How much the files may take together.
     """
 
@@ -22,7 +30,7 @@ class KeptFiles:
         self.folder = folder
         self._max_bytes = max_bytes
         folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
+        _remove_leftovers(folder)
         self._total_bytes = sum(size for _, size, _ in self._files())
 
     def find(self, name: str) -> Path | None:
@@ -47,7 +55,7 @@ class KeptFiles:
         return path
 
     def new_aside(self, suffix: str) -> Path:
-        """Return a new name in the folder to write to; what is left there is removed with the next start."""
+        """Return a new name in the folder to write to; what a kill leaves there a later start removes."""
         descriptor, name = tempfile.mkstemp(prefix=ASIDE_PREFIX, suffix=suffix, dir=self.folder)
         os.close(descriptor)
         return Path(name)
@@ -66,8 +74,11 @@ class KeptFiles:
     def _files(self) -> list[tuple[int, int, Path]]:
         """Return `(mtime_ns, size_bytes, path)` of every kept file."""
         with os.scandir(self.folder) as entries:
-            kept = [entry for entry in entries if not entry.name.startswith(ASIDE_PREFIX) and entry.is_file()]
-            stats = [(entry.stat(), Path(entry.path)) for entry in kept]
+            kept = [entry for entry in entries if NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)]
+        stats = []
+        for entry in kept:
+            with contextlib.suppress(FileNotFoundError):  # another server of the index makes room too
+                stats.append((entry.stat(), Path(entry.path)))
         return [(stat.st_mtime_ns, stat.st_size, path) for stat, path in stats]
 
 
@@ -97,3 +108,10 @@ def _is_writable(folder: Path) -> bool:
             return True
     except OSError:
         return False
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for leftover in folder.glob(f"{ASIDE_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if leftover.stat().st_mtime < time.time() - _ASIDE_SECONDS:
+                leftover.unlink()

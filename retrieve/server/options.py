@@ -54,3 +54,5 @@ class ServeOptions:
         for name in ("max_upload_bytes", "uploads_at_once", "max_searches", "threads"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)} - expected at least 1")
+        if not self.max_upload_seconds > 0:  # True of NaN as well, which would limit nothing
+            raise UsageError(f"max_upload_seconds is {self.max_upload_seconds:g} - expected more than 0")

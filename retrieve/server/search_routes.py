@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 from starlette.responses import Response
 
 from svb._version import __version__
-from svb.errors import InputError, StoreError
+from svb.errors import InputError, StoreError, UsageError
 from svb.retrieve.answer import Answer, SearchRequest
 from svb.retrieve.searching.vectors import FileState
 from svb.retrieve.server.http import json_response, parse_object, read_json, until_hung_up
@@ -30,6 +30,10 @@ MAX_FOLDERS, VIDEOS_LOOKED_AT = 200, 200_000
 # A client sends files, never the names of the server's own.
 FILE_FIELDS = ("image", "video", "span_seconds")
 
+# A search cannot be ended once it runs: a question must not keep its thread for minutes. Each text to embed takes
+# some 15 ms, each video of the answer a part of one.
+MAX_LISTED, MAX_K = 32, 1000
+
 
 def search_routes(service: Service) -> APIRouter:
     """Return the routes."""
@@ -43,7 +47,7 @@ def search_routes(service: Service) -> APIRouter:
         named = [name for name in FILE_FIELDS if asked.get(name) is not None]
         if named:
             raise HTTPException(400, f"{', '.join(named)} cannot be sent here - send a file to /api/search/file")
-        wanted = SearchRequest.from_json(asked)
+        wanted = _limited(SearchRequest.from_json(asked))
         body = await until_hung_up(request, service.search(lambda index: _as_json(index.search(wanted))))
         return Response(body, media_type="application/json")
 
@@ -118,9 +122,22 @@ def _request_of(upload: Upload) -> SearchRequest:
     named = [name for name in ("text", "like", "image", "video") if asked.get(name) is not None]
     if named:
         raise HTTPException(400, f"{', '.join(named)} cannot go with a file - leave it out")
-    if isinstance(asked.get("span_seconds"), list):
-        asked["span_seconds"] = tuple(asked["span_seconds"])
-    return SearchRequest.from_json({**asked, upload.kind: upload.name})
+    return _limited(SearchRequest.from_json({**asked, upload.kind: upload.name}))
+
+
+def _limited(request: SearchRequest) -> SearchRequest:
+    """Return a request that asks for no more than a server takes upon itself.
+
+    Raises:
+        UsageError: It asks for more.
+    """
+    for name in ("plus", "without", "folders", "where"):
+        if (number := len(getattr(request, name))) > MAX_LISTED:
+            raise UsageError(f"{name} has {number} entries - this server takes up to {MAX_LISTED}")
+    for name in ("k", "num_moments", "num_captions"):
+        if (number := getattr(request, name)) > MAX_K:
+            raise UsageError(f"{name} is {number} - this server answers with up to {MAX_K}; `svb search` has no limit")
+    return request
 
 
 def _as_json(answer: Answer) -> str:

@@ -87,6 +87,7 @@ def _config(app: object) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         lifespan="off",
+        http="h11",  # where httptools is installed uvicorn would take it, which reads a header without end
         ws="none",
         backlog=BACKLOG,
         timeout_keep_alive=30,

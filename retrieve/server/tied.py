@@ -14,14 +14,14 @@ _TIE = """
 import ctypes, os, sys
 ctypes.CDLL(None).prctl(1, 9, 0, 0, 0)
 os.getppid() == int(sys.argv[1]) or sys.exit(1)
-os.execv(sys.argv[2], sys.argv[2:])
+os.execvp(sys.argv[2], sys.argv[2:])
 """
 
 
 async def start_tied(
     *command: str, stdin: int, stdout: int, stderr: int, pass_fds: tuple[int, ...] = ()
 ) -> Process:
-    """Start a program that the kernel kills when this process dies; the program's path must be absolute.
+    """Start a program that the kernel kills when this process dies; a name without a folder is looked for in PATH.
 
     The process leads a group of its own: Ctrl-C reaches the server alone, and `kill_group` takes what it started.
     """

@@ -82,6 +82,8 @@ class Uploads:
             form = await asyncio.wait_for(parsing, RECEIVE_SECONDS)
         except asyncio.TimeoutError:
             raise HTTPException(408, f"the file was not there after {RECEIVE_SECONDS:.0f} s") from None
+        except UnicodeError as error:  # of the character set that the client names
+            raise HTTPException(400, f"the form's fields cannot be read ({error}) - send them in UTF-8") from None
         try:
             yield form
         finally:

@@ -1,0 +1,151 @@
+"""What a server does not let clients do to it: keep its threads, its helpers or its end waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import serving as s
+from clips import make_clip
+from serving import FakeSearcher, Serving
+from starlette.types import Message
+
+from svb.errors import UsageError
+from svb.retrieve.server import crew as crew_module
+from svb.retrieve.server.app import make_app
+from svb.retrieve.server.crew import Crew
+from svb.retrieve.server.kept_files import KeptFiles
+from svb.retrieve.server.media import VideoFile
+from svb.retrieve.server.options import ServeOptions
+from svb.retrieve.server.picture_cache import PictureCache
+from svb.retrieve.server.refusals import BusyError
+from svb.retrieve.server.tied import start_tied
+from svb.retrieve.searching.results import VideoInfo
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_clip(tmp_path_factory.mktemp("clips") / "a.mp4", seconds=2)
+
+
+@pytest.fixture
+def served(tmp_path: Path, clip: Path) -> Iterator[Serving]:
+    folder = tmp_path / "index"
+    folder.mkdir()
+    s.commit(folder, 1, {"a": clip})
+    FakeSearcher.release.clear()
+    FakeSearcher.started = threading.Semaphore(0)
+    with s.serving(folder) as serving:
+        yield serving
+
+
+@pytest.mark.parametrize(
+    ("field", "most", "more"),
+    [
+        *((name, ["a=1"] * 32, ["a=1"] * 33) for name in ("plus", "without", "folders", "where")),
+        *((name, 1000, 1001) for name in ("k", "num_moments", "num_captions")),
+    ],
+)
+def test_a_question_asks_for_a_limited_amount(served: Serving, field: str, most: Any, more: Any) -> None:
+    for asked, status in ((most, 200), (more, 400)):
+        response = served.client.post("/api/search", json={"text": "a", field: asked})
+        assert response.status_code == status, response.text
+    assert response.json()["error"].startswith(f"{field} ")
+    form = {"kind": "image", "request": f'{{"{field}": {str(more).replace(chr(39), chr(34))}}}'}
+    refused = served.client.post("/api/search/file", data=form, files={"file": ("a.png", b"x")})
+    assert refused.status_code == 400 and refused.json()["error"].startswith(f"{field} ")
+
+
+def test_a_form_of_no_character_set_is_told_so(served: Serving) -> None:
+    body = b'--b\r\nContent-Disposition: form-data; name="kind"\r\n\r\nimage\r\n--b--\r\n'
+    headers = {"content-type": "multipart/form-data; boundary=b; charset=undefined"}
+    response = served.client.post("/api/search/file", content=body, headers=headers)
+    assert response.status_code == 400 and "UTF-8" in response.json()["error"]
+
+
+def test_a_client_that_hangs_up_is_no_mistake_of_ours(served: Serving, caplog: pytest.LogCaptureFixture) -> None:
+    app = make_app(served.service, served.access)
+    body = b'{"text": "slow"}'
+
+    async def hang_up(parts: list[Message]) -> None:
+        async def receive() -> Message:
+            if not parts:
+                await asyncio.to_thread(FakeSearcher.started.acquire, timeout=5)
+                return {"type": "http.disconnect"}
+            return parts.pop(0)
+
+        async def send(message: Message) -> None: ...
+
+        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/api/search", "query_string": b"", "headers": headers}
+        await app({**scope, "scheme": "http", "server": ("localhost", 1), "client": ("127.0.0.1", 1)}, receive, send)
+
+    assert served.client.portal is not None
+    for parts in ([{"type": "http.request", "body": body}], [{"type": "http.disconnect"}]):
+        served.client.portal.call(hang_up, parts)
+    counts = [line for line in served.client.get("/metrics").text.splitlines() if '"/api/search",status=' in line]
+    assert counts == ['svb_requests_total{method="POST",route="/api/search",status="499"} 2']
+    assert not caplog.records
+
+
+def test_work_that_nobody_waits_for_does_not_keep_its_helper(
+    tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crew_module, "GRACE_SECONDS", 0.3)
+    os.mkfifo(tmp_path / "out")  # writing to it waits for ever
+
+    async def leave() -> float:
+        crew = Crew(1, 2, 60)
+        hang = {"source": str(clip), "seconds": 0, "height": 48, "out": str(tmp_path / "out")}
+        try:
+            hanging = asyncio.create_task(crew.do("poster", **hang))
+            await asyncio.sleep(0.5)
+            hanging.cancel()
+            began = time.monotonic()
+            await asyncio.wait_for(crew.do("probe", source=str(clip)), 20)
+            return time.monotonic() - began
+        finally:
+            await crew.close()
+
+    assert asyncio.run(leave()) < 15
+
+
+def test_the_end_waits_for_no_queue(tmp_path: Path, clip: Path) -> None:
+    info = VideoInfo("0" * 16, "a", str(clip), 2.0, {}, 0, 0, "")
+
+    async def end() -> tuple[list[Any], int, int]:
+        crew = Crew(1, 100, 30)
+        cache = PictureCache(KeptFiles(tmp_path, 10**9), crew)
+        file = VideoFile(clip, "0" * 32, info)
+        asked = [asyncio.create_task(cache.poster(file, tenth / 10, 48, 0.0)) for tenth in range(20)]
+        while not crew._exchanges:
+            await asyncio.sleep(0.01)
+        await crew.close()
+        await cache.close()
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        return answers, len(crew._started), sum(isinstance(answer, BusyError) for answer in answers)
+
+    answers, helpers, refused = asyncio.run(end())
+    assert not [answer for answer in answers if isinstance(answer, Path)]
+    assert helpers == 0 and refused == 19
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_program_is_found_by_its_name() -> None:
+    async def run() -> int:
+        null = asyncio.subprocess.DEVNULL
+        return await (await start_tied("true", stdin=null, stdout=null, stderr=null)).wait()
+
+    assert asyncio.run(run()) == 0
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan")])
+def test_a_limit_that_limits_nothing_is_refused(seconds: float) -> None:
+    with pytest.raises(UsageError, match="max_upload_seconds"):
+        ServeOptions(max_upload_seconds=seconds)
