@@ -76,3 +76,40 @@ def test_a_cache_takes_hardly_more_memory_than_disk(tmp_path: Path, monkeypatch:
     assert memory["disk_mib"] > 29
     assert memory["resident_mib"] > 15  # the measurement sees the cache at all
     assert memory["peak_mib"] < 1.5 * memory["disk_mib"]
+
+
+def run_benchmark(name: str, *options: object) -> str:
+    command = [sys.executable, BENCHMARKS / name, *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
+def test_search_measures_how_an_index_grows_and_what_a_budget_gives(tmp_path: Path) -> None:
+    sizes = ("--moments", "2000,6000", "--clustered", "20000", "--rounds", "2")
+    out = tmp_path / "out.json"
+    printed = run_benchmark(
+        "search.py", "--part", "growth,approximate", *sizes, "--folder", tmp_path, "--json", out
+    )
+    measured = json.loads(out.read_text())
+    assert [row["moments"] for row in measured["growth"]] == [2000, 6000]
+    assert all(len(row[name]) == 2 for row in measured["growth"] for name in ("opening_ms", "query_ms"))
+    assert [row["rows"] for row in measured["approximate"]] == [20000, 20000]
+    assert printed.count("\n| ") == 2 + 2 + 2
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+
+
+@pytest.mark.slow
+def test_moments_are_measured_beside_whole_videos_and_chunks(tmp_path: Path) -> None:
+    options = ("--sets", "generated", "--videos", "180", "--epochs", "5", "--moment-seconds", "2")
+    out = tmp_path / "out.json"
+    run_benchmark("moments.py", *options, "--folder", tmp_path / "work", "--json", out)
+    rows = json.loads(out.read_text())["generated"]
+    assert list(rows) == ["the whole video", "chunks of 30 s", "svb, windows of 2 s"]
+    for numbers in rows.values():
+        assert all(0 <= low <= mean <= high <= 100 for mean, low, high in numbers.values())
+    # Clips last 2 to 4 s of some 75: neither a whole video nor a chunk can overlap one by half.
+    assert rows["the whole video"]["own video: R@1, IoU 0.5"][0] == 0
+    assert rows["svb, windows of 2 s"]["own video: R@1, IoU 0.5"][0] > 10
