@@ -96,7 +96,7 @@ def index(
         `out`.
 
     Raises:
-        InputError: The store has no usable video, or a path is not UTF-8.
+        InputError: The store has no usable video, `out` is a file, or a path is not UTF-8.
         UsageError: A moment has no length.
         MismatchError: The index was made with another model or other moments; or store or captions were made with
             other settings than the run's.
@@ -104,6 +104,8 @@ def index(
         Interrupted: By SIGINT or SIGTERM; what was committed is whole.
     """
     _require_utf8([source, out, store, captions, metadata, *(pools or ())])
+    if Path(out).exists() and not Path(out).is_dir():
+        raise InputError(f"{out} is a file - expected a folder for the index, new or old: name another with -o")
     where = IndexSource(Path(source), _path(store), _path(captions), backbone, text_encoder, checkpoint)
     parts = PartOptions(
         None if pools is None else tuple(map(Path, pools)),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -78,8 +79,9 @@ def stub() -> Iterator[Stub]:
 
 def announce(index: Path, port: int, **changes: object) -> Path:
     """Write what a server leaves in the cache of its index; returns the index."""
-    held = {"url": f"http://127.0.0.1:{port}", "pid": os.getpid(), "token": None, **changes}
     (index / "cache").mkdir(parents=True, exist_ok=True)
+    folder = str((index / "cache").resolve())
+    held = {"url": f"http://127.0.0.1:{port}", "pid": os.getpid(), "token": None, "folder": folder, **changes}
     (index / "cache" / "server.json").write_text(json.dumps(held))
     return index
 
@@ -198,6 +200,14 @@ def test_nobody_there_is_no_error(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_this_users_server_is_not_believed(tmp_path: Path, changes: dict[str, object]) -> None:
     assert running_server(announce(tmp_path, 80, **changes)) is None
+
+
+def test_a_copy_of_an_index_is_not_answered_for_by_the_server_of_the_original(tmp_path: Path) -> None:
+    original = announce(tmp_path / "original", 80)
+    assert running_server(original) is not None
+    assert running_server(Path(shutil.copytree(original, tmp_path / "copy"))) is None
+    (tmp_path / "link").symlink_to(original)
+    assert running_server(tmp_path / "link") is not None
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"3", b"\xff", b'{"url": "http://127.0.0.1:80"}'])

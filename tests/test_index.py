@@ -173,6 +173,22 @@ class TestUsage:
         ran = run_svb("index", indexed_run, "-o", tmp_path / "index", *arguments)
         assert ran.exit_code == 2 and words in ran.stderr and not (tmp_path / "index").exists()
 
+    @pytest.mark.parametrize("option", ["out", "metadata", "pools"])
+    def test_a_path_that_a_manifest_cannot_note(self, indexed_run: Path, tmp_path: Path, option: str) -> None:
+        path = tmp_path / "table\udcff.csv"
+        path.write_text("video_id,place\nx,Rome\n")
+        options: dict[str, Any] = {"out": tmp_path / "index"}
+        options[option] = [path] if option == "pools" else path
+        with pytest.raises(InputError, match=r"csv' is not UTF-8, and an index notes .* - rename"):
+            index(indexed_run, **options)
+        assert not (tmp_path / "index").exists()
+
+    def test_a_file_where_the_index_should_be(self, indexed_run: Path, tmp_path: Path) -> None:
+        (tmp_path / "index").write_text("mine")
+        with pytest.raises(InputError, match="index is a file - expected a folder for the index"):
+            index(indexed_run, tmp_path / "index")
+        assert (tmp_path / "index").read_text() == "mine"
+
     def test_what_is_no_run_leaves_no_folder(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="is neither a run"):
             index(tmp_path, tmp_path / "index")

@@ -225,7 +225,8 @@ def test_the_table_and_what_is_said_of_it(run_svb: RunSvb) -> None:
         "searching index",
         "compared 2 videos (12,345 moments) approximately (recall@10 0.994; --exact compares all), QB-Norm off, "
         "0.03 s",
-        f"note: no longer where it was extracted from: {Path.cwd()}/gone\ufffd.mp4",
+        f"note: no longer where it was extracted from: {Path.cwd()}/gone\ufffd.mp4 - `svb extract` it where it "
+        "is now, then `svb index`",
     ]
     assert "12,345 moments) exactly, QB-Norm on" in run_svb("search", "a", "--exact", "--normalise", "on").stderr
 
@@ -423,6 +424,37 @@ def test_moments_are_cut(run_svb: RunSvb, fake: type[FakeSearcher], tmp_path: Pa
     (tmp_path / "a.mp4").unlink()
     ran = run_svb("search", "a dog", "--moments", "1", "--cut", "others")
     assert ran.exit_code == 1 and "svb: none of the 2 moments could be cut" in ran.stderr
+
+
+def test_a_full_disk_is_what_ends_the_cutting(
+    run_svb: RunSvb, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    make_clip(tmp_path / "a.mp4", seconds=3)
+    ffmpeg = tmp_path / "ffmpeg"
+    ffmpeg.write_text(
+        "#!/bin/sh\necho '[mp4] Could not write header: No space left on device' >&2\n"
+        "echo '[mp4] Nothing was written into output file' >&2\nexit 228\n"
+    )
+    ffmpeg.chmod(0o755)
+    monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", lambda: str(ffmpeg))
+    ran = run_svb("search", "a dog", "--moments", "1", "--cut", "cuts")
+    assert ran.exit_code == 1 and "svb verify" not in ran.stderr
+    assert "svb: cannot use cuts (No space left on device)" in ran.stderr.splitlines()[-1]
+    assert not list((tmp_path / "cuts").iterdir())
+
+
+def test_a_page_that_cannot_be_written_is_named(run_svb: RunSvb, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_report(answers: Any, out: Path, index: Path, on_progress: Any) -> Path:
+        raise OSError(28, "No space left on device")
+
+    report = ModuleType("svb.retrieve.page.report")
+    report.write_report = write_report  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "svb.retrieve.page.report", report)
+    ran = run_svb("search", "a dog", "--html", "page.html")
+    assert ran.exit_code == 1
+    assert ran.stderr.splitlines()[-1] == (
+        "svb: page.html cannot be written (No space left on device) - make room for it, or name another file"
+    )
 
 
 @pytest.mark.parametrize(

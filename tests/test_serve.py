@@ -204,7 +204,9 @@ def test_what_went_with_a_commit_is_searched_in_the_next_generation(index: Path,
 # Who may ask
 
 
-@pytest.mark.parametrize("host", ["localhost:8765", "127.0.0.1:8765", "127.9.0.1:8765", "[::1]:8765", "localhost:9000", "LocalHost"])
+@pytest.mark.parametrize(
+    "host", ["localhost:8765", "127.0.0.1:8765", "127.9.0.1:8765", "[::1]:8765", "localhost:9000", "LocalHost"]
+)
 def test_this_machine_s_names_are_answered(served: Serving, host: str) -> None:
     assert served.client.get("/healthz", headers={"host": host}).status_code == 200
 
@@ -577,8 +579,11 @@ def test_previews_have_even_sides_square_pixels_and_a_limit(
 
 
 def test_what_is_no_video_gives_no_preview_and_no_picture(index: Path, tmp_path: Path) -> None:
-    playlist = tmp_path / "list.mp4"
-    playlist.write_text(f"#EXTM3U\n#EXTINF:1,\nfile://{tmp_path}/secret.ts\n#EXT-X-ENDLIST\n")
+    secret = make_clip(tmp_path / "secret.ts", seconds=2)
+    playlist = tmp_path / "list.m3u8"  # ffmpeg takes no other name for a playlist, and plays this one by its path
+    playlist.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\nfile://{secret}\n#EXT-X-ENDLIST\n")
+    with av.open(str(playlist)) as container:
+        assert container.format.name == "hls"
     (tmp_path / "noise.mp4").write_bytes(os.urandom(5000))
     s.commit(index, 1, {"list": playlist, "noise": tmp_path / "noise.mp4"})
     with s.serving(index) as served:
@@ -888,7 +893,8 @@ def test_a_server_announces_itself_to_this_user_alone(tmp_path: Path) -> None:
     path.write_text('{"url": "of a server that was killed", "pid": 1}')
     path.chmod(0o644)
     with announced(tmp_path, "http://127.0.0.1:1", TOKEN):
-        assert json.loads(path.read_text()) == {"url": "http://127.0.0.1:1", "pid": os.getpid(), "token": TOKEN}
+        held = {"url": "http://127.0.0.1:1", "pid": os.getpid(), "token": TOKEN, "folder": str(tmp_path.resolve())}
+        assert json.loads(path.read_text()) == held
         assert path.stat().st_mode & 0o777 == 0o600
     assert not path.exists()
     with announced(tmp_path, "http://127.0.0.1:1", None):

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,9 @@ from serving import FakeSearcher, Serving
 from starlette.types import Message
 
 from svb.errors import UsageError
+from svb.retrieve.searching.results import VideoInfo
 from svb.retrieve.server import crew as crew_module
+from svb.retrieve.server import search_routes
 from svb.retrieve.server.app import make_app
 from svb.retrieve.server.crew import Crew
 from svb.retrieve.server.kept_files import KeptFiles
@@ -26,7 +29,6 @@ from svb.retrieve.server.options import ServeOptions
 from svb.retrieve.server.picture_cache import PictureCache
 from svb.retrieve.server.refusals import BusyError
 from svb.retrieve.server.tied import start_tied
-from svb.retrieve.searching.results import VideoInfo
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,9 @@ def test_a_client_that_hangs_up_is_no_mistake_of_ours(served: Serving, caplog: p
 
         headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
         scope = {"type": "http", "method": "POST", "path": "/api/search", "query_string": b"", "headers": headers}
-        await app({**scope, "scheme": "http", "server": ("localhost", 1), "client": ("127.0.0.1", 1)}, receive, send)
+        await app(
+            {**scope, "scheme": "http", "server": ("localhost", 1), "client": ("127.0.0.1", 1)}, receive, send
+        )
 
     assert served.client.portal is not None
     for parts in ([{"type": "http.request", "body": body}], [{"type": "http.disconnect"}]):
@@ -135,6 +139,15 @@ def test_the_end_waits_for_no_queue(tmp_path: Path, clip: Path) -> None:
     assert not [answer for answer in answers if isinstance(answer, Path)]
     assert helpers == 0 and refused == 19
     assert not list(tmp_path.iterdir())
+
+
+def test_folders_are_told_without_holding_up_searches() -> None:
+    video_ids = ["a", "/root", *(f"deep/{n % 40}/day {n % 97}/{n}" for n in range(100_000)), "few/b"]
+    vectors = SimpleNamespace(num_videos=len(video_ids), video_id=video_ids.__getitem__)
+    began = time.thread_time()
+    folders = search_routes._folders(SimpleNamespace(vectors=vectors))  # type: ignore[arg-type]
+    assert time.thread_time() - began < 0.4
+    assert len(folders) == 200 and folders[:2] == ["deep", "deep/0"] and "few" not in folders
 
 
 def test_a_program_is_found_by_its_name() -> None:

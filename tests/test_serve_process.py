@@ -79,7 +79,8 @@ def test_a_server_answers_and_ends_when_it_is_told_to(copied: Path) -> None:
         with running(copied) as server:
             wait_until(announcement.exists)
             held = json.loads(announcement.read_text())
-            assert held == {"url": server.url, "pid": server.process.pid, "token": None}
+            folder = str(announcement.parent.resolve())
+            assert held == {"url": server.url, "pid": server.process.pid, "token": None, "folder": folder}
             assert [result["rank"] for result in post(server, "a dog")["results"]] == list(range(1, 11))
             assert server.stop(number) == (0, "")
         assert not announcement.exists()

@@ -27,6 +27,7 @@ from svb.errors import StoreError
 from svb.extract.text_encoders import load_text_encoder
 from svb.extract.text_encoders.text_encoder import TextEncoder
 from svb.retrieve.embedder import Embedder, heads_embedder
+from svb.retrieve.indexing import export_tower as export_tower_module
 from svb.retrieve.indexing.export_tower import MAX_CHECKED, TRICKY, ValCheck, export_tower, judge_int8, measure
 from svb.retrieve.searching.text_tower import CLEANINGS, TextTower
 from svb.train.config import TrainConfig
@@ -303,6 +304,21 @@ class TestWhatCannotBeExported:
         other = replace(bert.take_apart(), network=ByPython())
         said = self.refused(tmp_path, replace(bert, take_apart=lambda: other))
         assert "torch cannot export its network" in said and "\n" not in said
+
+    @pytest.mark.parametrize("of", ["float32.onnx", "int8.onnx"])
+    def test_a_full_disk_is_no_property_of_the_network(
+        self, bert: TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of: str
+    ) -> None:
+        save = export_tower_module._save
+
+        def full(model: Any, path: Path) -> None:
+            if path.name == of:
+                raise OSError(28, "No space left on device")
+            save(model, path)
+
+        monkeypatch.setattr(export_tower_module, "_save", full)
+        with pytest.raises(OSError, match="No space left"):
+            export(tmp_path / "text" / "tower", bert, zero_shot(), precision="int8")
 
     def test_a_sentence_encoder_that_is_not_plain(self, tmp_path: Path) -> None:
         from sentence_transformers import SentenceTransformer

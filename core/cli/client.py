@@ -96,14 +96,18 @@ class Server:
 def running_server(index: Path) -> Server | None:
     """Return the server that has an index open, if one of this user on this machine says so.
 
-    What it left in `cache/server.json` is believed while its process lives and the address is this machine's own:
-    an index that came from elsewhere sends no query anywhere.
+    What it left in `cache/server.json` is believed while its process lives, the file lies where it was written and
+    the address is this machine's own: a copy of an index is not answered for by the server of the original, and an
+    index that came from elsewhere sends no query anywhere.
     """
+    cache = index / "cache"
     try:
-        held = json.loads((index / "cache" / "server.json").read_text("utf-8"))
+        held = json.loads((cache / "server.json").read_text("utf-8"))
         match = re.fullmatch(r"http://\[?([0-9A-Za-z.:]+?)\]?:(\d{1,5})/?", held["url"])
         os.kill(_process(held["pid"]), 0)
         token = held.get("token")
+        if held["folder"] != str(cache.resolve()):
+            return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
     if match is None or not (match[1] in ("localhost", "::1") or re.fullmatch(r"127(\.\d+){3}", match[1])):

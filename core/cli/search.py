@@ -187,8 +187,14 @@ def _write(answers: Sequence[Answer], html: Path | None, cut: Path | None, index
         from svb.retrieve.page.report import write_report
 
         meter = Meter("videos")
-        page = write_report(answers, html, index, meter.update)
-        meter.close()
+        try:
+            page = write_report(answers, html, index, meter.update)
+        except OSError as error:
+            raise InputError(
+                f"{html} cannot be written ({error.strerror}) - make room for it, or name another file"
+            ) from error
+        finally:
+            meter.close()
         say(f"wrote {page}")
     if cut is not None:
         from svb.retrieve.searching.cut import cut_moments

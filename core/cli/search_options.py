@@ -109,7 +109,7 @@ def folders_of(folders: Sequence[str]) -> tuple[str, ...]:
     named = [
         folder
         for folder in folders
-        if folder not in there or os.path.normpath(folder).split(os.sep)[0] not in (os.curdir, os.pardir)
+        if folder not in there or Path(os.path.normpath(folder)).parts[:1] not in ((), (os.pardir,))
     ]
     return tuple(map(storable_text, dict.fromkeys([*named, *there.values()])))
 

@@ -77,7 +77,10 @@ def say_what_was_compared(answers: Sequence[Answer], server: str | None) -> None
     if missing:
         named = ", ".join(printable(path) for path in missing[:MOST_NAMED])
         more = f" and {len(missing) - MOST_NAMED} more" if len(missing) > MOST_NAMED else ""
-        say(f"note: no longer where it was extracted from: {named}{more}")
+        say(
+            f"note: no longer where it was extracted from: {named}{more} - `svb extract` it where it is now, then "
+            "`svb index`"
+        )
 
 
 def query_of(request: SearchRequest) -> str:

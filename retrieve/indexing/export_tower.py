@@ -7,6 +7,7 @@ chosen where val captions show that it finds the videos as well.
 from __future__ import annotations
 
 import copy
+import errno
 import io
 import logging
 import warnings
@@ -97,6 +98,9 @@ def export_tower(
 
     Returns:
         What its entry in the manifest says of it, or None where it cannot be exported: text search will load torch.
+
+    Raises:
+        OSError: The disk is full.
     """
     with TemporaryDirectory(dir=folder.parent, prefix=".aside-") as aside:
         try:
@@ -148,6 +152,14 @@ def _take_apart(encoder: TextEncoder) -> TokenNetwork:
         raise _NotExportedError(_one_line(error)) from error
 
 
+def _raise_if_disk_is_full(error: BaseException | None) -> None:
+    """Let a full disk be one: the network can be exported, in a run with more space."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise error
+        error = error.__cause__ or error.__context__
+
+
 def _require_same_tokens(tower: TextTower, parts: TokenNetwork) -> None:
     for text in TRICKY:
         ours, theirs = tower.token_ids(text), parts.token_ids(text)
@@ -176,6 +188,7 @@ def _write_graph(path: Path, parts: TokenNetwork, embedder: Embedder, max_tokens
             assert program is not None
             _save(program.model_proto, path)
     except Exception as error:  # the exporter's errors have no common root
+        _raise_if_disk_is_full(error)
         raise _NotExportedError(f"torch cannot export its network: {_one_line(error)}") from error
 
 
@@ -232,6 +245,7 @@ def judge_int8(folder: Path, entry: dict[str, Any], check: ValCheck | None, *, f
         _quantise(folder)
         measured = None if check is None else measure(TextTower(folder, {**entry, "precision": "int8"}), check)
     except Exception as error:  # the quantiser's errors have no common root
+        _raise_if_disk_is_full(error)
         if forced:
             raise _NotExportedError(f"its network cannot be had in int8: {_one_line(error)}") from error
         return {"int8_refused": _one_line(error)}

@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 FAIR = 0.9
-# Of fewer rows the best one's lead is not so small: of a single row, which a filter may leave, every other one would
-# be strong.
+# Of fewer rows the best one's lead is not so small: of a single row, which a filter may leave, every other one
+# would be strong.
 FEWEST_ROWS = 5
 # Windows of a video that are next to each other show much the same: about so many are one piece of evidence.
 MOMENTS_A_SCENE = 8

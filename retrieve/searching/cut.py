@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import re
@@ -103,7 +104,7 @@ def _cut(source: Path, video_fd: int, interval: tuple[float, float], target: Pat
     begin_seconds, seconds = interval
     limit = TIME_LIMIT_SECONDS + TIME_LIMIT_PER_SECOND * seconds
     for by_seeking, latest, may_take in ((True, MAX_LATE_SECONDS, limit), (False, seconds, limit + begin_seconds)):
-        words = _run(_arguments(video_fd, interval, target, by_seeking), video_fd, source, may_take)
+        words = _run(_arguments(video_fd, interval, target, by_seeking), video_fd, (source, target), may_take)
         if not words and _first_frame_seconds(target) <= latest:
             return ""
     return words or "no frame lies there"
@@ -145,8 +146,13 @@ def _arguments(video_fd: int, interval: tuple[float, float], target: Path, by_se
     ]
 
 
-def _run(arguments: list[str], video_fd: int, source: Path, time_limit_seconds: float) -> str:
-    """Run ffmpeg; returns its last words where it failed, else nothing."""
+def _run(arguments: list[str], video_fd: int, files: tuple[Path, Path], time_limit_seconds: float) -> str:
+    """Run ffmpeg on a video for a clip; returns its last words where it failed, else nothing.
+
+    Raises:
+        OSError: The disk is full.
+    """
+    source, target = files
     command = [imageio_ffmpeg.get_ffmpeg_exe(), *arguments]
     # The place in the file is shared with the run before.
     os.lseek(video_fd, 0, os.SEEK_SET)
@@ -168,6 +174,8 @@ def _run(arguments: list[str], video_fd: int, source: Path, time_limit_seconds: 
     lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
     if done.returncode == 0:
         return ""
+    if any(os.strerror(errno.ENOSPC) in line for line in lines):  # further words are of what came of it
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target.parent))
     return lines[-1].strip() if lines else f"exit status {done.returncode}"
 
 

@@ -18,11 +18,12 @@ NAME = "server.json"
 def announced(cache: Path, url: str, token: str | None) -> Iterator[None]:
     """Say for the time of the `with` that a server of the index answers at a URL.
 
-    The file can be read by this user alone, for it holds the token. What a killed server left is replaced; what a
-    later server has written is left to it.
+    The file can be read by this user alone, for it holds the token. It names the folder that it lies in: the server
+    knows nothing of a copy of its index. What a killed server left is replaced; what a later server has written is
+    left to it.
     """
     path = cache / NAME
-    _write(path, {"url": url, "pid": os.getpid(), "token": token})
+    _write(path, {"url": url, "pid": os.getpid(), "token": token, "folder": str(cache.resolve())})
     try:
         yield
     finally:

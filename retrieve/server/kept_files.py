@@ -74,7 +74,9 @@ class KeptFiles:
     def _files(self) -> list[tuple[int, int, Path]]:
         """Return `(mtime_ns, size_bytes, path)` of every kept file."""
         with os.scandir(self.folder) as entries:
-            kept = [entry for entry in entries if NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)]
+            kept = [
+                entry for entry in entries if NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)
+            ]
         stats = []
         for entry in kept:
             with contextlib.suppress(FileNotFoundError):  # another server of the index makes room too
