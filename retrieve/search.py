@@ -83,7 +83,7 @@ class Searcher:
             if not self.is_stale():
                 raise
         # A file that is read at its first need has gone with a commit: the next generation has the answer.
-        return Searcher(self.path, self._device, previous=self).search(request)
+        return Searcher(self.path, self._device).search(request)
 
     def search_embedding(self, embedding: NDArray[np.float32], request: SearchRequest) -> Answer:
         """Answer a request whose main query is embedded already, as `(D,)`; errors as `search`."""
