@@ -108,6 +108,18 @@ def built_index(indexed_run: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture
+def indexed_store(indexed_run: Path, tmp_path: Path) -> Path:
+    """Return a copy of the store of `built_index` that the test may change."""
+    return Path(shutil.copytree(indexed_run.parent / "features", tmp_path / "features"))
+
+
+@pytest.fixture
+def said() -> list[str]:
+    """Return a list to be told messages."""
+    return []
+
+
+@pytest.fixture
 def own_index(built_index: Path, tmp_path: Path) -> Path:
     """Return a copy of `built_index` that the test may change."""
     return Path(shutil.copytree(built_index, tmp_path / "index"))

@@ -14,7 +14,12 @@ def test_the_demo_goes_from_clips_to_answers_and_is_not_done_twice(run_svb: RunS
     first = run_svb(*arguments)
     assert first.exit_code == 0, first
     assert "ok          40" in first.stdout
-    for heading in ("zero-shot ConSE", "best checkpoint", "rank  score  confidence  moments", "rank  score  caption"):
+    for heading in (
+        "zero-shot ConSE",
+        "best checkpoint",
+        "rank  score  confidence  moments",
+        "rank  score  caption",
+    ):
         assert heading in first.stdout
     assert first.stdout.count("$ svb search") == 4
     assert (tmp_path / "demo" / "index" / "manifest.json").is_file()

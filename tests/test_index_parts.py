@@ -23,17 +23,6 @@ from svb.retrieve.manifest import read_manifest
 torch.set_num_threads(1)
 
 
-@pytest.fixture
-def store(indexed_run: Path, tmp_path: Path) -> Path:
-    """A copy of the store of `built_index` that the test may change."""
-    return Path(shutil.copytree(indexed_run.parent / "features", tmp_path / "features"))
-
-
-@pytest.fixture
-def said() -> list[str]:
-    return []
-
-
 class TestParts:
     """Captions, metadata and settings of the scan."""
 
@@ -81,24 +70,26 @@ class TestParts:
             index(indexed_run, own_index, pools=[mine])
         assert embedded == []
 
-    def test_sidecars_are_a_pool(self, indexed_run: Path, store: Path, own_index: Path, tmp_path: Path) -> None:
-        touch(store, "clip000", source_path=str(tmp_path / "clip000.mp4"))
+    def test_sidecars_are_a_pool(
+        self, indexed_run: Path, indexed_store: Path, own_index: Path, tmp_path: Path
+    ) -> None:
+        touch(indexed_store, "clip000", source_path=str(tmp_path / "clip000.mp4"))
         (tmp_path / "clip000.srt").write_text("1\n00:00:01,000 --> 00:00:02,000\na dog barks\n")
-        index(indexed_run, own_index, store=store, sidecars=False)
+        index(indexed_run, own_index, store=indexed_store, sidecars=False)
         assert "sidecars" not in self.pools(own_index)
-        index(indexed_run, own_index, store=store)  # as before
+        index(indexed_run, own_index, store=indexed_store)  # as before
         assert "sidecars" not in self.pools(own_index)
-        index(indexed_run, own_index, store=store, sidecars=True)
+        index(indexed_run, own_index, store=indexed_store, sidecars=True)
         assert self.pools(own_index)["sidecars"] == 1
         (tmp_path / "clip000.de.srt").write_text("1\n00:00:01,000 --> 00:00:02,000\nein Hund bellt\n")
-        index(indexed_run, own_index, store=store)
+        index(indexed_run, own_index, store=indexed_store)
         assert self.pools(own_index)["sidecars"] == 2 and verify_index(own_index) == []
         before = files_of(own_index)
-        index(indexed_run, own_index, store=store)
+        index(indexed_run, own_index, store=indexed_store)
         assert files_of(own_index) == before
         for path in tmp_path.glob("clip000.*srt"):
             path.unlink()
-        index(indexed_run, own_index, store=store)
+        index(indexed_run, own_index, store=indexed_store)
         assert "sidecars" not in self.pools(own_index)
 
     def test_metadata_is_added_and_kept(self, own_index: Path, indexed_run: Path, tmp_path: Path) -> None:

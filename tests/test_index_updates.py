@@ -30,41 +30,31 @@ from svb.retrieve.manifest import read_manifest
 torch.set_num_threads(1)
 
 
-@pytest.fixture
-def store(indexed_run: Path, tmp_path: Path) -> Path:
-    """A copy of the store of `built_index` that the test may change."""
-    return Path(shutil.copytree(indexed_run.parent / "features", tmp_path / "features"))
-
-
-@pytest.fixture
-def said() -> list[str]:
-    return []
-
-
 class TestKeepingUp:
     """A second run does what has changed and nothing else."""
 
-    def update(self, indexed_run: Path, store: Path, out: Path, said: list[str], **options: Any) -> str:
+    def update(self, indexed_run: Path, indexed_store: Path, out: Path, said: list[str], **options: Any) -> str:
         """Run again, and return the line that says what there was to do."""
         begin = len(said)
-        index(indexed_run, out, store=store, on_message=said.append, **options)
+        index(indexed_run, out, store=indexed_store, on_message=said.append, **options)
         assert verify_index(out) == []
         return said[begin]
 
     def test_new_changed_renamed_touched_gone_and_same(
-        self, indexed_run: Path, store: Path, tmp_path: Path, said: list[str], embedded: list[str]
+        self, indexed_run: Path, indexed_store: Path, tmp_path: Path, said: list[str], embedded: list[str]
     ) -> None:
         out = tmp_path / "index"
         assert (
-            self.update(indexed_run, store, out, said, **MOMENTS) == "+80 new ~0 changed >0 renamed -0 gone =0 same"
+            self.update(indexed_run, indexed_store, out, said, **MOMENTS)
+            == "+80 new ~0 changed >0 renamed -0 gone =0 same"
         )
         before, embedded[:] = content(out), []
-        add(store, {"new1": frames_of(1), "new2": frames_of(2), "clip003": frames_of(3)})
-        rename(store, {"clip004": "deep/moved", "clip005": "another"})
-        touch(store, "clip006", source_path="/elsewhere/clip006.mp4", mtime_ns=7)
-        remove(store, "clip007")
+        add(indexed_store, {"new1": frames_of(1), "new2": frames_of(2), "clip003": frames_of(3)})
+        rename(indexed_store, {"clip004": "deep/moved", "clip005": "another"})
+        touch(indexed_store, "clip006", source_path="/elsewhere/clip006.mp4", mtime_ns=7)
+        remove(indexed_store, "clip007")
         line = "+2 new ~1 changed >2 renamed ^1 touched -1 gone =75 same"
-        assert self.update(indexed_run, store, out, said) == line
+        assert self.update(indexed_run, indexed_store, out, said) == line
         assert sorted(embedded) == ["clip003", "new1", "new2"]
         after = content(out)
         assert set(after) == (set(before) | {"new1", "new2", "deep/moved", "another"}) - {"clip004", "clip005"}
@@ -76,7 +66,7 @@ class TestKeepingUp:
         same = set(before) - {"clip003", "clip004", "clip005", "clip006"}
         assert {video_id: after[video_id] for video_id in same} == {video_id: before[video_id] for video_id in same}
         # What was brought up to date is what is made at once.
-        index(indexed_run, tmp_path / "fresh", store=store, **MOMENTS)
+        index(indexed_run, tmp_path / "fresh", store=indexed_store, **MOMENTS)
         fresh = content(tmp_path / "fresh")
         assert set(after) - set(fresh) == {"clip007"}
         for video_id, made in fresh.items():
@@ -86,11 +76,11 @@ class TestKeepingUp:
             assert after[video_id][2:4] == made[2:4]
 
     def test_nothing_to_do_writes_nothing(
-        self, indexed_run: Path, store: Path, tmp_path: Path, said: list[str], embedded: list[str]
+        self, indexed_run: Path, indexed_store: Path, tmp_path: Path, said: list[str], embedded: list[str]
     ) -> None:
-        out = index(indexed_run, tmp_path / "index", store=store)
+        out = index(indexed_run, tmp_path / "index", store=indexed_store)
         before, embedded[:] = files_of(out), []
-        assert self.update(indexed_run, store, out, said) == "+0 new ~0 changed >0 renamed -0 gone =80 same"
+        assert self.update(indexed_run, indexed_store, out, said) == "+0 new ~0 changed >0 renamed -0 gone =80 same"
         assert files_of(out) == before and embedded == []
 
     def test_nothing_to_do_loads_no_torch(self, built_index: Path, indexed_run: Path) -> None:
@@ -103,79 +93,79 @@ class TestKeepingUp:
         assert ran.stdout == f"{built_index}\n0 []\n", ran.stderr
 
     def test_prune_takes_out_what_has_gone(
-        self, indexed_run: Path, store: Path, own_index: Path, said: list[str], run_svb: RunSvb
+        self, indexed_run: Path, indexed_store: Path, own_index: Path, said: list[str], run_svb: RunSvb
     ) -> None:
-        remove(store, "clip000", "clip079")
-        assert self.update(indexed_run, store, own_index, said).endswith("-2 gone =78 same")
+        remove(indexed_store, "clip000", "clip079")
+        assert self.update(indexed_run, indexed_store, own_index, said).endswith("-2 gone =78 same")
         assert len(content(own_index)) == 80
-        assert self.update(indexed_run, store, own_index, said, prune=True).endswith("-2 gone =78 same")
+        assert self.update(indexed_run, indexed_store, own_index, said, prune=True).endswith("-2 gone =78 same")
         assert set(content(own_index)) == {f"clip{number:03}" for number in range(1, 79)}
         held = json.loads(run_svb("info", own_index, "--json").stdout)
         assert (held["videos"], held["deleted"]["videos"]) == (78, 2)
-        assert self.update(indexed_run, store, own_index, said, prune=True).endswith("-0 gone =78 same")
+        assert self.update(indexed_run, indexed_store, own_index, said, prune=True).endswith("-0 gone =78 same")
 
     def test_what_has_gone_and_comes_back_is_the_same(
-        self, indexed_run: Path, store: Path, own_index: Path, said: list[str], embedded: list[str]
+        self, indexed_run: Path, indexed_store: Path, own_index: Path, said: list[str], embedded: list[str]
     ) -> None:
         expected = content(own_index)
-        rename(store, {"clip000": "away"})
-        remove(store, "away")
-        assert self.update(indexed_run, store, own_index, said).endswith("-1 gone =79 same")
-        shutil.rmtree(store)
-        shutil.copytree(indexed_run.parent / "features", store)
+        rename(indexed_store, {"clip000": "away"})
+        remove(indexed_store, "away")
+        assert self.update(indexed_run, indexed_store, own_index, said).endswith("-1 gone =79 same")
+        shutil.rmtree(indexed_store)
+        shutil.copytree(indexed_run.parent / "features", indexed_store)
         embedded.clear()
-        assert self.update(indexed_run, store, own_index, said).endswith("-0 gone =80 same")
+        assert self.update(indexed_run, indexed_store, own_index, said).endswith("-0 gone =80 same")
         assert content(own_index) == expected and embedded == []
 
     def test_two_videos_that_change_places_are_not_embedded(
-        self, indexed_run: Path, store: Path, own_index: Path, said: list[str], embedded: list[str]
+        self, indexed_run: Path, indexed_store: Path, own_index: Path, said: list[str], embedded: list[str]
     ) -> None:
         before = content(own_index)
-        rename(store, {"clip000": "clip001", "clip001": "clip000"})
+        rename(indexed_store, {"clip000": "clip001", "clip001": "clip000"})
         line = "+0 new ~2 changed >0 renamed -0 gone =78 same"
-        assert self.update(indexed_run, store, own_index, said) == line and embedded == []
+        assert self.update(indexed_run, indexed_store, own_index, said) == line and embedded == []
         after = content(own_index)
         assert after["clip000"][:3] == before["clip001"][:3] and after["clip001"][:3] == before["clip000"][:3]
 
     def test_a_copy_is_new_but_not_embedded(
-        self, indexed_run: Path, store: Path, own_index: Path, said: list[str], embedded: list[str]
+        self, indexed_run: Path, indexed_store: Path, own_index: Path, said: list[str], embedded: list[str]
     ) -> None:
-        touch(store, "clip000", video_id="twin")
-        assert self.update(indexed_run, store, own_index, said).startswith("+1 new ~0 changed >0 renamed")
+        touch(indexed_store, "clip000", video_id="twin")
+        assert self.update(indexed_run, indexed_store, own_index, said).startswith("+1 new ~0 changed >0 renamed")
         held = content(own_index)
         assert held["twin"][:3] == held["clip000"][:3] and embedded == []
 
     def test_what_decoded_further_in_another_try_is_embedded_again(
-        self, indexed_run: Path, store: Path, own_index: Path, said: list[str], embedded: list[str]
+        self, indexed_run: Path, indexed_store: Path, own_index: Path, said: list[str], embedded: list[str]
     ) -> None:
-        touch(store, "clip000", status="partial")
-        assert "~1 changed" in self.update(indexed_run, store, own_index, said)
+        touch(indexed_store, "clip000", status="partial")
+        assert "~1 changed" in self.update(indexed_run, indexed_store, own_index, said)
 
         def retry(held: FeatureStore, writer: FeatureStoreWriter) -> None:
             rows = VideoRows(frames_of(9).astype(np.float16), np.arange(4.0))
             record = dataclasses.replace(held.records["clip000"], status="ok", tries=2)
             writer.add(record, {synthetic.BACKBONE: rows})
 
-        edit_store(store, retry)
+        edit_store(indexed_store, retry)
         embedded.clear()
-        assert "~1 changed" in self.update(indexed_run, store, own_index, said) and embedded == ["clip000"]
+        assert "~1 changed" in self.update(indexed_run, indexed_store, own_index, said) and embedded == ["clip000"]
 
     def test_a_video_that_fails_now_has_gone(
-        self, indexed_run: Path, store: Path, own_index: Path, said: list[str]
+        self, indexed_run: Path, indexed_store: Path, own_index: Path, said: list[str]
     ) -> None:
-        add(store, {"clip000": np.empty((0, 24))})
-        assert self.update(indexed_run, store, own_index, said).endswith("-1 gone =79 same")
+        add(indexed_store, {"clip000": np.empty((0, 24))})
+        assert self.update(indexed_run, indexed_store, own_index, said).endswith("-1 gone =79 same")
 
     def test_an_index_of_which_all_has_gone_is_empty(
-        self, indexed_run: Path, store: Path, own_index: Path, said: list[str]
+        self, indexed_run: Path, indexed_store: Path, own_index: Path, said: list[str]
     ) -> None:
-        remove(store, *(f"clip{number:03}" for number in range(80)))
-        self.update(indexed_run, store, own_index, said, prune=True)
+        remove(indexed_store, *(f"clip{number:03}" for number in range(80)))
+        self.update(indexed_run, indexed_store, own_index, said, prune=True)
         manifest = read_manifest(own_index)
         assert (manifest["videos"], manifest["moments_total"], manifest["segments"]) == (0, 0, [])
         assert open_index(own_index) == [] and manifest["embedding_size"] == 16
-        add(store, {"first": frames_of(0)})
-        self.update(indexed_run, store, own_index, said)
+        add(indexed_store, {"first": frames_of(0)})
+        self.update(indexed_run, indexed_store, own_index, said)
         assert set(content(own_index)) == {"first"}
 
     def test_a_store_without_videos_makes_no_index(self, indexed_run: Path, tmp_path: Path) -> None:
@@ -185,19 +175,19 @@ class TestKeepingUp:
         assert not (tmp_path / "index").exists()
 
     def test_shards_that_were_merged_meanwhile_are_read_anew(
-        self, indexed_run: Path, store: Path, own_index: Path, monkeypatch: pytest.MonkeyPatch
+        self, indexed_run: Path, indexed_store: Path, own_index: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        add(store, {"new1": frames_of(1)})
-        add(store, {"new2": frames_of(2)})
+        add(indexed_store, {"new1": frames_of(1)})
+        add(indexed_store, {"new2": frames_of(2)})
         load, loads = FeatureStore.load, []
 
         def merged_before(held: FeatureStore, backbone: str, video_ids: Sequence[str] | None = None) -> Any:
             if not loads:
-                with FeatureStoreWriter(store, held.settings, {}) as writer:
+                with FeatureStoreWriter(indexed_store, held.settings, {}) as writer:
                     writer.compact()
             loads.append(video_ids)
             return load(held, backbone, video_ids)
 
         monkeypatch.setattr(FeatureStore, "load", merged_before)
-        index(indexed_run, own_index, store=store)
+        index(indexed_run, own_index, store=indexed_store)
         assert len(loads) == 2 and {"new1", "new2"} <= set(content(own_index))

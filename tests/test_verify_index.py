@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,23 +32,12 @@ from svb.retrieve.segment import Segment
 torch.set_num_threads(1)
 
 
-@pytest.fixture
-def store(indexed_run: Path, tmp_path: Path) -> Path:
-    """A copy of the store of `built_index` that the test may change."""
-    return Path(shutil.copytree(indexed_run.parent / "features", tmp_path / "features"))
-
-
-@pytest.fixture
-def said() -> list[str]:
-    return []
-
-
 class TestVerify:
     """`svb verify` finds what is not as it must be."""
 
-    def test_a_flipped_byte_in_every_file(self, own_index: Path, indexed_run: Path, store: Path) -> None:
-        remove(store, "clip000")
-        index(indexed_run, own_index, store=store, prune=True)
+    def test_a_flipped_byte_in_every_file(self, own_index: Path, indexed_run: Path, indexed_store: Path) -> None:
+        remove(indexed_store, "clip000")
+        index(indexed_run, own_index, store=indexed_store, prune=True)
         assert run(["verify", str(own_index)]) == 0
         paths = [path for path in sorted(own_index.rglob("*")) if path.is_file() and path.parent.name != "cache"]
         assert {"tombstones", "segments", "captions", "heads"} <= {path.parent.parent.name for path in paths}
@@ -160,14 +148,14 @@ class TestVerify:
         with pytest.raises(InputError, match="no feature store at"):
             recompute_index(own_index, 5)
 
-    def test_recompute_finds_other_vectors(self, indexed_run: Path, store: Path, own_index: Path) -> None:
+    def test_recompute_finds_other_vectors(self, indexed_run: Path, indexed_store: Path, own_index: Path) -> None:
         def edit(held: FeatureStore, writer: FeatureStoreWriter) -> None:
             for v, record in enumerate(held.records.values()):  # other rows of the same content
                 rows = VideoRows(frames_of(v).astype(np.float16), np.arange(4.0))
                 writer.add(dataclasses.replace(record, duration_seconds=4.0), {synthetic.BACKBONE: rows})
 
-        edit_store(store, edit)
-        edit_manifest(own_index, store=str(store))
+        edit_store(indexed_store, edit)
+        edit_manifest(own_index, store=str(indexed_store))
         problems = recompute_index(own_index, 10)
         assert len(problems) == 10 and all("differs: " in problem for problem in problems)
 
