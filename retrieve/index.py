@@ -181,7 +181,7 @@ class _Job:
             )
         writer.draft |= {"store": str(store.path.absolute()), "inputs": inputs}
         parts = IndexParts(out, writer.draft, self.model, self.asked.parts, self._on_message)
-        if remake:
+        if parts.drop_damaged() or remake:
             parts.start()
         self._copy(plan, store, writer)
         self._embed(plan, store, writer, windows)

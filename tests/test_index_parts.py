@@ -34,6 +34,24 @@ class TestParts:
     def pools(self, folder: Path) -> dict[str, int]:
         return {entry["name"]: entry["captions"] for entry in read_manifest(folder)["captions"]}
 
+    @pytest.mark.parametrize("part", ["captions", "metadata", "heads", "hubs"])
+    @pytest.mark.parametrize("damage", ["cut", "gone"])
+    def test_a_damaged_part_is_made_again(
+        self, own_index: Path, indexed_run: Path, tmp_path: Path, part: str, damage: str, said: list[str]
+    ) -> None:
+        (tmp_path / "table.csv").write_text("video_id,place\nclip000,Rome\n")
+        index(indexed_run, own_index, metadata=tmp_path / "table.csv")
+        before, key = files_of(own_index), read_manifest(own_index)[part][0]["key"]
+        file = max((own_index / part / key).iterdir(), key=lambda path: path.stat().st_size)
+        if damage == "gone":
+            file.unlink()
+        else:
+            file.write_bytes(file.read_bytes()[:-1])
+        index(indexed_run, own_index, on_message=said.append)
+        assert any("is damaged" in line and "is made again" in line for line in said)
+        assert verify_index(own_index) == []
+        assert set(files_of(own_index)) == set(before)
+
     def test_pools_are_added_kept_and_replaced(
         self,
         own_index: Path,

@@ -122,6 +122,7 @@ def test_a_port_in_use_is_said_before_anything_else(run_svb: RunSvb, tmp_path: P
         (("--host", "192.0.2.1"), 1, "192.0.2.1"),
         (("--host", "no such host"), 1, "no such host"),
         (("--max-upload", "much"), 2, "200MB"),
+        (("--max-upload", "9" * 400), 2, "200MB"),
         (("--max-searches", "0"), 2, "max_searches"),
         (("--token-file", "nowhere"), 1, "token file"),
     ],

@@ -67,7 +67,7 @@ def serve(
 
 
 def _num_bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)b?", text.strip().lower())
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([kmg]?)b?", text.strip().lower())
     if match is None:
         raise UsageError(f"--max-upload is {text!r} - expected a size such as 200MB")
     return int(float(match[1]) * _UNITS[match[2]])

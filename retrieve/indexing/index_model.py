@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from svb.errors import StoreError
 from svb.retrieve.indexing.index_source import IndexSource
 
 if TYPE_CHECKING:
@@ -90,10 +92,12 @@ class IndexModel:
         return load_matching_text_encoder(settings, self.device)
 
     def _made_before(self, model: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
-        """Return the weights that the index holds of a model; none where it is of another."""
+        """Return the weights that the index holds of a model; none where it is of another, or they are damaged."""
         from svb.config import fingerprint
         from svb.retrieve.embedder import load_heads
 
         if self._index is None or self._index[1].get("model_fingerprint") != fingerprint(model):
             return {}
-        return load_heads(*self._index)
+        with contextlib.suppress(StoreError):
+            return load_heads(*self._index)
+        return {}

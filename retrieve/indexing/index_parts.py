@@ -14,9 +14,9 @@ from svb.errors import SvbError
 from svb.retrieve.indexing.index_model import IndexModel
 from svb.retrieve.indexing.index_options import LOCAL, PartOptions
 from svb.retrieve.indexing.index_plan import live_videos
-from svb.retrieve.manifest import publish_part
+from svb.retrieve.manifest import part_folder, publish_part
 from svb.retrieve.pools import open_pool, publish_pool
-from svb.retrieve.segment import Segment
+from svb.retrieve.segment import Segment, require_sizes
 
 if TYPE_CHECKING:
     from svb.data.caption_features import CaptionFeatures
@@ -43,6 +43,26 @@ class IndexParts:
     ) -> None:
         self._out, self._draft, self._model = out, draft, model
         self._options, self._on_message = options, on_message
+
+    def drop_damaged(self) -> bool:
+        """Take parts out of the draft whose files are missing or cut short, as sizes tell; returns whether any was.
+
+        They are made again. What was changed within a file only `svb verify` finds, which reads all of it.
+        """
+        dropped = False
+        for part in ("captions", "metadata", "heads", "text", "hubs"):
+            for entry in list(self._draft[part]):
+                folder = part_folder(self._out, part, entry)
+                try:
+                    require_sizes(folder, entry["sizes"])
+                except (OSError, ValueError) as error:
+                    self._on_message(f"{folder} is damaged ({error}): it is made again")
+                    self._draft[part].remove(entry)
+                    self._draft["finished"] = None
+                    if part == "text":
+                        self._draft["text_made_for"] = None
+                    dropped = True
+        return dropped
 
     def start(self) -> None:
         """Make what depends on no video: it comes with the first commit."""
