@@ -44,11 +44,6 @@ class IndexPlan:
         """Return the videos whose vectors nobody has, sorted."""
         return sorted(video_id for video_id in (*self.new, *self.changed) if video_id not in self.copies)
 
-    @property
-    def is_empty(self) -> bool:
-        """Tell whether the index is as the store is; videos that are gone may stay in it."""
-        return not (self.new or self.changed or self.renamed or self.touched)
-
     def __str__(self) -> str:
         """Return it as a user reads it: `+412 new ~3 changed >2 renamed -7 gone =11,980 same`."""
         parts = [
