@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from svb.retrieve.indexing.index_plan import IndexPlan, plan_index
 from svb.retrieve.indexing.index_source import IndexSource
 from svb.retrieve.indexing.index_writer import IndexWriter, writing
 from svb.retrieve.indexing.merge import copy_videos
+from svb.retrieve.indexing.sidecar_watch import SidecarWatch
 from svb.retrieve.indexing.watch import watch
 from svb.retrieve.segment import MomentWindows
 
@@ -87,7 +89,8 @@ def index(
         to: `milvus://...`, a server that holds the vectors too and searches them; `local` does without again.
         prune: Take videos out that the store does not have any more.
         rebuild: Make all of it again, and replace the index in one commit at the end.
-        watch_seconds: Then look for changes of the store every so often and go on, until SIGINT or SIGTERM.
+        watch_seconds: Then look for changes of the store and the sidecars every so often and go on, until SIGINT or
+            SIGTERM.
         device: `auto`, `cpu`, `cuda:0`, ...
         on_message: Called with a line that the user should see.
         on_progress: Called with how many videos were embedded, and how many are to be.
@@ -145,7 +148,12 @@ class _Job:
             *(self.asked.parts.pools or ()),
             *([self.asked.parts.metadata] if self.asked.parts.metadata else []),
         ]
-        return self.model.source.watched(files)
+        sidecars = [] if self.asked.parts.sidecars is False else self._sidecars.states()
+        return [*self.model.source.watched(files), sidecars]
+
+    @cached_property
+    def _sidecars(self) -> SidecarWatch:
+        return SidecarWatch(self.model.source.store_path)
 
     def run(self) -> None:
         """Bring the index to where the store is."""

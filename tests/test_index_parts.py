@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +16,11 @@ from conftest import RunSvb
 from indexes import files_of, touch
 
 from svb.data.caption_features import read_caption_features, write_caption_features
-from svb.errors import InputError
+from svb.errors import InputError, Interrupted
 from svb.retrieve.index import index
 from svb.retrieve.indexing.verify_index import verify_index
 from svb.retrieve.manifest import read_manifest
+from svb.retrieve.pools import open_pool
 
 # Tensors this small are slower on two threads than on one.
 torch.set_num_threads(1)
@@ -33,6 +36,10 @@ class TestParts:
 
     def pools(self, folder: Path) -> dict[str, int]:
         return {entry["name"]: entry["captions"] for entry in read_manifest(folder)["captions"]}
+
+    def sidecar_captions(self, folder: Path) -> list[str]:
+        entries = [entry for entry in read_manifest(folder)["captions"] if entry["kind"] == "sidecar"]
+        return [caption for entry in entries for caption in open_pool(folder, entry).captions]
 
     @pytest.mark.parametrize("part", ["captions", "metadata", "heads", "hubs"])
     @pytest.mark.parametrize("damage", ["cut", "gone"])
@@ -109,6 +116,28 @@ class TestParts:
             path.unlink()
         index(indexed_run, own_index, store=indexed_store)
         assert "sidecars" not in self.pools(own_index)
+
+    def test_sidecars_that_come_are_seen_by_a_watching_index(
+        self, indexed_run: Path, indexed_store: Path, own_index: Path, tmp_path: Path
+    ) -> None:
+        folder = tmp_path / "videos"
+        folder.mkdir()
+        touch(indexed_store, "clip000", source_path=str(folder / "clip000.mp4"))
+        srt, seen = folder / "clip000.srt", list[list[str]]()
+
+        def on_message(line: str) -> None:
+            if " moments of " not in line:  # else a run has ended
+                return
+            seen.append(self.sidecar_captions(own_index))
+            words = ("a dog barks", "a cat")
+            if len(seen) > len(words):
+                os.kill(os.getpid(), signal.SIGTERM)
+            else:
+                srt.write_text(f"1\n00:00:01,000 --> 00:00:02,000\n{words[len(seen) - 1]}\n")
+
+        with pytest.raises(Interrupted):
+            index(indexed_run, own_index, store=indexed_store, watch_seconds=0.05, on_message=on_message)
+        assert seen == [[], ["a dog barks"], ["a cat"]]
 
     def test_metadata_is_added_and_kept(self, own_index: Path, indexed_run: Path, tmp_path: Path) -> None:
         table = tmp_path / "table.csv"

@@ -65,7 +65,11 @@ DEFAULT_WATCH_SECONDS = 10.0
 )
 @click.option("--prune", is_flag=True, help="Take videos out that the store does not have any more.")
 @click.option("--rebuild", is_flag=True, help="Make all of it again; the index is replaced at the end.")
-@click.option("--watch", is_flag=True, help="Then wait for the store to change, and go on, until told to stop.")
+@click.option(
+    "--watch",
+    is_flag=True,
+    help="Then wait for changes of the store or the sidecars, and go on, until told to stop.",
+)
 @click.option("--watch-seconds", type=float, help="How long between two looks, with --watch. [default: 10]")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:0, ...")
 def index(
