@@ -383,6 +383,22 @@ def test_pictures_of_any_mode(tmp_path: Path, mode: str) -> None:
     assert picture[0, 0].mean() == pytest.approx({"1": 255, "I;16": 156, "I": 156}.get(mode, 200), abs=5)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "P", "1", "I;16", "LA"])
+def test_a_huge_picture_is_scaled_down_before_it_is_copied_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    monkeypatch.setattr("svb.retrieve.searching.query_media.MAX_PICTURE_PIXELS", 1000)
+    halves = Image.new("L", (90, 60), 0)
+    halves.paste(255, (0, 0, 90, 30))
+    if mode == "I;16":
+        halves = Image.fromarray(np.array(halves).astype(np.uint16) * 257)
+    halves = halves if mode in {"1", "I;16"} else halves.convert("RGB" if mode == "P" else mode)
+    (halves.convert(mode) if mode in {"1", "P"} else halves).save(tmp_path / "huge.png")
+    picture = read_picture(tmp_path / "huge.png")
+    assert picture.shape == (20, 30, 3)  # by the smallest whole number that makes it 1000 pixels or less
+    assert (picture[:10] == 255).all() and (picture[10:] == 0).all()
+
+
 def test_what_is_no_picture_is_an_input_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "notes.png").write_text("no picture at all")
     (tmp_path / "empty.png").write_text("")

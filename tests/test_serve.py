@@ -17,14 +17,17 @@ from clips import make_clip, make_late_clip
 from PIL import Image
 from serving import FakeSearcher, Serving, key_of
 
-from svb.errors import InputError
+from svb.errors import InputError, SvbError, UsageError
 from svb.retrieve.searching import pictures
+from svb.retrieve.searching.results import VideoInfo
 from svb.retrieve.server import uploads
 from svb.retrieve.server.access import Access, choose_token, is_loopback
 from svb.retrieve.server.announcement import announced
 from svb.retrieve.server.byte_ranges import parse_range
 from svb.retrieve.server.crew import Crew
+from svb.retrieve.server.http import response_to
 from svb.retrieve.server.kept_files import CacheFolder, KeptFiles
+from svb.retrieve.server.media import Probes, VideoFile
 from svb.retrieve.server.playable import is_playable, streams_of
 from svb.retrieve.server.previews import Previews
 from svb.retrieve.server.refusals import BusyError, TookTooLongError
@@ -374,6 +377,10 @@ def served_mtime_ns(index: Path) -> int:
     return int(json.loads((index / "manifest.json").read_text())["held"]["own"][2])
 
 
+def refuse(path: Path) -> Any:
+    raise PermissionError(13, "Permission denied")
+
+
 def test_a_file_that_moved_or_changed_is_said_to(index: Path, videos: dict[str, Path], tmp_path: Path) -> None:
     own = tmp_path / "own.mp4"
     own.write_bytes(videos["plays"].read_bytes())
@@ -395,6 +402,10 @@ def test_a_file_that_moved_or_changed_is_said_to(index: Path, videos: dict[str, 
         told = served.client.get(path)
         assert told.status_code == 409
         assert f"({known.st_size:,} bytes, then {known.st_size + 6:,})" in told.json()["error"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, "stat", refuse)
+            told = served.client.get(path)
+        assert told.status_code == 404 and "cannot be reached" in told.json()["error"]
         own.unlink()
         told = served.client.get(path)
         assert told.status_code == 404 and "was moved or removed since it was indexed" in told.json()["error"]
@@ -657,6 +668,18 @@ def test_a_preview_that_nobody_waits_for_ends(tmp_path: Path) -> None:
     asyncio.run(leave())
 
 
+def test_a_preview_does_not_fill_the_disk(tmp_path: Path) -> None:
+    endless = make_clip(tmp_path / "long.avi", seconds=120, size="640x480", fps=25, codec=("-c:v", "mpeg4"))
+
+    async def make() -> None:
+        previews = Previews(KeptFiles(tmp_path / "kept", 20_000), 1, 60)
+        with pytest.raises(InputError, match="more than the 20,000 bytes"):
+            await previews.get(endless, "0a")
+        assert not list((tmp_path / "kept").iterdir())
+
+    asyncio.run(make())
+
+
 def test_kept_files_stay_below_their_limit(tmp_path: Path) -> None:
     kept = KeptFiles(tmp_path, 1000)
     for number in range(30):
@@ -729,6 +752,54 @@ def test_a_helper_that_hangs_or_dies_is_replaced(tmp_path: Path, videos: dict[st
         assert not crew._started
 
     asyncio.run(work())
+
+
+def test_whose_fault_an_error_is_comes_through(tmp_path: Path) -> None:
+    async def work() -> None:
+        crew = Crew(1, 1, 60)
+        options = {"device": "cpu", "max_seconds": 1.0}
+        try:
+            with pytest.raises(InputError, match="does not exist"):
+                await crew.do("probe", source=str(tmp_path / "gone.mp4"))
+            with pytest.raises(UsageError, match="text"):
+                await crew.do("embed", index=str(tmp_path), request={}, **options)
+            damaged = tmp_path / "damaged"
+            damaged.mkdir()
+            (damaged / "manifest.json").write_text("{")
+            with pytest.raises(SvbError, match="damaged") as caught:
+                await crew.do("embed", index=str(damaged), request={"image": "a.png"}, **options)
+            assert response_to(caught.value).status_code == 503
+        finally:
+            await crew.close()
+
+    asyncio.run(work())
+
+
+def test_a_file_is_opened_once_for_all_who_ask(tmp_path: Path, videos: dict[str, Path]) -> None:
+    path, asked = videos["plays"], list[str]()
+    file = VideoFile(path, "0a", VideoInfo("", "", str(path), 2.0, {}, 0, 0, ""))
+
+    class OneAtATime:
+        async def do(self, task: str, **arguments: Any) -> Any:
+            asked.append(task)
+            await asyncio.sleep(0.01)
+            if len(asked) == 1:
+                raise BusyError("try again")
+            return {"begin_seconds": 1.5}
+
+    async def ask() -> None:
+        probes = Probes(OneAtATime())  # type: ignore[arg-type]
+        failed = await asyncio.gather(*(probes.begin_seconds(file) for _ in range(3)), return_exceptions=True)
+        assert [type(one) for one in failed] == [BusyError] * 3
+        leaving = asyncio.create_task(probes.begin_seconds(file))
+        others = [asyncio.create_task(probes.begin_seconds(file)) for _ in range(3)]
+        await asyncio.sleep(0)
+        leaving.cancel()
+        assert await asyncio.gather(*others) == [1.5] * 3
+        assert await probes.begin_seconds(file) == 1.5
+
+    asyncio.run(ask())
+    assert asked == ["probe", "probe"]
 
 
 # Uploads

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 import serving as s
+import uvicorn
 from clips import make_clip
 from serving import FakeSearcher, Serving
 from starlette.types import Message
@@ -21,6 +24,7 @@ from svb.errors import UsageError
 from svb.retrieve.searching.results import VideoInfo
 from svb.retrieve.server import crew as crew_module
 from svb.retrieve.server import search_routes
+from svb.retrieve.server import serve as serve_module
 from svb.retrieve.server.app import make_app
 from svb.retrieve.server.crew import Crew
 from svb.retrieve.server.kept_files import KeptFiles
@@ -69,6 +73,76 @@ def test_a_form_of_no_character_set_is_told_so(served: Serving) -> None:
     headers = {"content-type": "multipart/form-data; boundary=b; charset=undefined"}
     response = served.client.post("/api/search/file", content=body, headers=headers)
     assert response.status_code == 400 and "UTF-8" in response.json()["error"]
+
+
+@contextlib.contextmanager
+def listening(app: Any) -> Iterator[int]:
+    """Serve an application as `svb serve` does, on a thread; yields the port."""
+    with serve_module._listening("127.0.0.1", 0) as listener:
+        server = uvicorn.Server(serve_module._config(app))
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join(20)
+            assert not thread.is_alive()
+
+
+async def slow_app(scope: Any, receive: Any, send: Any) -> None:
+    await asyncio.sleep(0.6)
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+def test_a_head_must_come_in_time_and_a_slow_answer_may_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("svb.retrieve.server.http.RECEIVE_SECONDS", 0.3)
+    head = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
+    with listening(slow_app) as port:
+
+        def connect() -> socket.socket:
+            return socket.create_connection(("127.0.0.1", port), timeout=10)
+
+        with connect() as silent, connect() as trickling, connect() as whole:
+            whole.sendall(head + b"\r\n")
+            began = time.monotonic()
+            with contextlib.suppress(ConnectionError):
+                for byte in head * 3:  # the server ends it in the middle
+                    trickling.sendall(bytes([byte]))
+                    time.sleep(0.02)
+            assert time.monotonic() - began < 0.02 * len(head) * 3
+            assert silent.recv(100) == b""
+            assert whole.recv(1000).endswith(b"ok")
+            whole.sendall(head)  # a second one on the same connection, and then no more of it
+            assert whole.recv(1000) == b""
+        with connect() as endless, contextlib.suppress(ConnectionError):
+            endless.sendall(head + b"X: " + b"a" * 200_000)
+            assert endless.recv(1000).startswith(b"HTTP/1.1 400")
+
+
+def test_a_body_must_come_in_time(served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("svb.retrieve.server.http.RECEIVE_SECONDS", 0.2)
+    app = make_app(served.service, served.access)
+    sent: list[Message] = []
+    parts = [{"type": "http.request", "body": b"{", "more_body": True}]
+
+    async def receive() -> Message:
+        if not parts:
+            await asyncio.sleep(60)
+        return parts.pop()
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = {
+        **{"type": "http", "method": "POST", "path": "/api/search", "raw_path": b"/api/search", "root_path": ""},
+        **{"query_string": b"", "scheme": "http", "client": ("127.0.0.1", 1), "server": ("localhost", 8765)},
+        "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
+    }
+    asyncio.run(asyncio.wait_for(app(scope, receive, send), 10))
+    assert sent[0]["status"] == 408 and (b"connection", b"close") in sent[0]["headers"]
+    assert b"was not there after 0.2 s" in sent[1]["body"]
 
 
 def test_a_client_that_hangs_up_is_no_mistake_of_ours(served: Serving, caplog: pytest.LogCaptureFixture) -> None:

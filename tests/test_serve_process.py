@@ -155,12 +155,6 @@ def test_small_answers_are_not_held_back(copied: Path) -> None:
         assert listener.proto == socket.IPPROTO_TCP  # asyncio looks at it before it sets TCP_NODELAY
 
 
-def test_no_header_is_endless() -> None:
-    from svb.retrieve.server import serve
-
-    assert serve._config(None).http == "h11"
-
-
 def test_beyond_this_machine_a_token_is_made_up_and_shown_once(copied: Path) -> None:
     with running(copied, "--host", "0.0.0.0") as server:
         assert server.process.stderr is not None

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 # What PIL reads by itself: some of its formats, such as EPS, are handed to other programs.
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 MAX_PICTURE_BYTES = 256 * 2**20
+# Backbones look at a few hundred thousand; what is far beyond is scaled down before it is copied about.
+MAX_PICTURE_PIXELS = 12_000_000
 
 
 def embed_image(file: Path, embedder: Embedder, device: torch.device) -> NDArray[np.float32]:
@@ -99,7 +101,7 @@ def embed_video(
 
 
 def read_picture(file: Path) -> NDArray[np.uint8]:
-    """Return a picture `(H, W, 3)` uint8 RGB, upright, transparent parts on white.
+    """Return a picture `(H, W, 3)` uint8 RGB, upright, transparent parts on white; scaled down where it is huge.
 
     Raises:
         InputError: The file is no picture, or too large a one.
@@ -131,6 +133,10 @@ def _rgba(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I"):
         # 16 bits a pixel: PIL would cut the high ones off.
         picture = picture.point(lambda value: value / 256).convert("L")
+    times = math.ceil(math.sqrt(picture.width * picture.height / MAX_PICTURE_PIXELS))
+    if times > 1:
+        # Numbers of a palette have no mean.
+        picture = (picture.convert("RGBA") if picture.mode in {"1", "P", "PA"} else picture).reduce(times)
     return picture.convert("RGBA")
 
 

@@ -9,7 +9,7 @@ import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from typing import Any
 
-from svb.errors import InputError, UsageError
+from svb.errors import InputError, SvbError, UsageError
 from svb.retrieve.server.refusals import BusyError, TookTooLongError
 from svb.retrieve.server.tied import kill_group, start_tied
 
@@ -17,6 +17,8 @@ from svb.retrieve.server.tied import kill_group, start_tied
 MAX_ANSWER_BYTES = 1 << 20
 # Work that nobody waits for any more may go on for so long: to kill a helper costs the next one a model's loading.
 GRACE_SECONDS = 10.0
+# What a helper says of an error, and what is raised of it.
+ERRORS = {"input": InputError, "usage": UsageError, "other": SvbError}
 
 
 class Crew:
@@ -47,7 +49,8 @@ class Crew:
         Raises:
             BusyError: Too much is waiting, or the crew was closed.
             TookTooLongError: The time limit.
-            InputError: What the helper says is wrong with the file.
+            InputError, UsageError: What the helper says is wrong with the file or the question.
+            SvbError: What it says is wrong with the index or its model.
         """
         if self._asked >= self._max_asked:
             raise BusyError(f"{self._asked} files are being decoded or wait for it - try again in a moment")
@@ -97,8 +100,7 @@ class Crew:
             if process not in self._idle:
                 await self._end(process)
         if "error" in answer:
-            kind = UsageError if answer.get("is_usage") else InputError
-            raise kind(answer["error"])
+            raise ERRORS[answer["kind"]](answer["error"])
         return answer["result"]
 
     async def _take(self) -> Process:

@@ -82,9 +82,15 @@ def answer(line: str) -> dict[str, Any]:
     try:
         return {"result": TASKS[message.pop("task")](**message)}
     except SvbError as error:
-        return {"error": str(error), "is_usage": isinstance(error, UsageError)}
+        return {"error": str(error), "kind": kind_of(error)}
     except (MemoryError, OSError, RuntimeError, ValueError) as error:  # a strange file must not cost the helper
-        return {"error": f"this file cannot be used ({type(error).__name__}: {error})"}
+        return {"error": f"this file cannot be used ({type(error).__name__}: {error})", "kind": "input"}
+
+
+def kind_of(error: SvbError) -> str:
+    """Return whose fault an error is, as `svb.retrieve.server.crew` raises it again."""
+    kinds = {"usage": UsageError, "input": InputError}
+    return next((kind for kind, cause in kinds.items() if isinstance(error, cause)), "other")
 
 
 def main() -> None:

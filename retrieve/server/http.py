@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 # A question is a few hundred bytes, one with a long list of folders a few thousand.
 MAX_JSON_BYTES = 1 << 18
+# A head or a body that is no upload fits into one packet, or a few: whoever takes longer holds up a connection.
+RECEIVE_SECONDS = 30.0
 
 
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
@@ -44,7 +46,8 @@ async def read_json(request: Request) -> dict[str, Any]:
     """Return a request's JSON object.
 
     Raises:
-        HTTPException: 413, it is too large; 415, it is not declared as JSON; 400, it is none.
+        HTTPException: 413, it is too large; 408, it was not there in time; 415, it is not declared as JSON; 400,
+            it is none.
     """
     # Another site's form can send text/plain without asking; not application/json.
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
@@ -56,8 +59,17 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     """Return a request's body.
 
     Raises:
-        HTTPException: 413, it is too large.
+        HTTPException: 413, it is too large; 408, it was not there in time.
     """
+    try:
+        return await asyncio.wait_for(_read(request, max_bytes), RECEIVE_SECONDS)
+    except asyncio.TimeoutError:
+        raise HTTPException(
+            408, f"the request was not there after {RECEIVE_SECONDS:g} s", {"Connection": "close"}
+        ) from None
+
+
+async def _read(request: Request, max_bytes: int) -> bytes:
     body = bytearray()
     async for part in request.stream():
         body += part

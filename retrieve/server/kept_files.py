@@ -24,11 +24,14 @@ class KeptFiles:
     Args:
         folder: Is created. Only files whose names are as `NAME` says are ever removed.
         max_bytes: How much the files may take together.
+
+    Attributes:
+        folder, max_bytes: As given.
     """
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self.folder = folder
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
         self._total_bytes = sum(size for _, size, _ in self._files())
@@ -50,7 +53,7 @@ class KeptFiles:
         path = self.folder / name
         aside.replace(path)
         self._total_bytes += path.stat().st_size
-        if self._total_bytes > self._max_bytes:
+        if self._total_bytes > self.max_bytes:
             self._make_room(path)
         return path
 
@@ -65,7 +68,7 @@ class KeptFiles:
         files = sorted(self._files())
         self._total_bytes = sum(size for _, size, _ in files)
         for _, size, path in files:
-            if self._total_bytes <= 0.9 * self._max_bytes:
+            if self._total_bytes <= 0.9 * self.max_bytes:
                 return
             if path != newest:
                 path.unlink(missing_ok=True)

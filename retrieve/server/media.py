@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 from collections import OrderedDict
@@ -45,12 +46,17 @@ def find_file(searcher: Searcher, key: str) -> VideoFile:
     Only a key finds one: nothing that a client sends becomes part of a path.
 
     Raises:
-        HTTPException: 404 where the index holds no such video or its file is gone; 409 where the file changed.
+        HTTPException: 404 where the index holds no such video, or its file is gone or out of reach; 409 where the
+            file changed.
     """
     info = find_video(searcher, key)
     path = Path(info.source_path)
     try:
         stat = path.stat()
+    except PermissionError:
+        raise HTTPException(
+            404, f"{info.source_path} cannot be reached: the server may not enter its folder - let its user read it"
+        ) from None
     except (OSError, ValueError):
         raise HTTPException(
             404,
@@ -108,6 +114,7 @@ class Probes:
     def __init__(self, crew: Crew) -> None:
         self._crew = crew
         self._known: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._opening: dict[str, asyncio.Task[dict[str, Any]]] = {}
 
     async def describe(self, file: VideoFile) -> dict[str, Any]:
         """Return `playable`, whether browsers play a file as it is, and on its own clock when it begins.
@@ -132,9 +139,18 @@ class Probes:
         return can_copy_video(await self._streams(file))
 
     async def _streams(self, file: VideoFile) -> dict[str, Any]:
-        if file.content_key not in self._known:
-            streams: dict[str, Any] = await self._crew.do("probe", source=str(file.path))
-            self._known[file.content_key] = streams
-            while len(self._known) > MAX_PROBED:
-                self._known.popitem(last=False)
-        return self._known[file.content_key]
+        key = file.content_key
+        if key in self._known:
+            return self._known[key]
+        if key not in self._opening:
+            opening = self._opening[key] = asyncio.create_task(self._crew.do("probe", source=str(file.path)))
+            opening.add_done_callback(lambda done: self._remember(key, done))
+        return await asyncio.shield(self._opening[key])
+
+    def _remember(self, key: str, opened: asyncio.Task[dict[str, Any]]) -> None:
+        del self._opening[key]
+        if opened.cancelled() or opened.exception() is not None:
+            return
+        self._known[key] = opened.result()
+        while len(self._known) > MAX_PROBED:
+            self._known.popitem(last=False)

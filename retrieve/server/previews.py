@@ -15,6 +15,8 @@ from svb.retrieve.server.tied import kill_group, start_tied
 MAX_WIDTH_PX = 1280
 MAX_WAITING = 8
 LOG_BYTES = 1 << 16
+# How often the size of one that is being made is looked at.
+LOOK_SECONDS = 0.5
 
 
 class Previews:
@@ -46,7 +48,7 @@ class Previews:
         Raises:
             BusyError: Too many are being made.
             TookTooLongError: The time limit.
-            InputError: ffmpeg cannot read the file.
+            InputError: ffmpeg cannot read the file, or its preview is larger than all that are kept may be.
         """
         name = f"{content_key}.mp4"
         kept = self._kept.find(name)
@@ -100,17 +102,31 @@ class Previews:
             process = await start_tied(
                 *command, stdin=DEVNULL, stdout=DEVNULL, stderr=PIPE, pass_fds=(file.fileno(),)
             )
+            reading = asyncio.ensure_future(_read_log(process))
             try:
-                log = await asyncio.wait_for(_read_log(process), self._time_limit_seconds)
-            except asyncio.TimeoutError:
-                raise TookTooLongError(
-                    f"a preview took longer than {self._time_limit_seconds:g} s to make - play the file itself"
-                ) from None
+                await self._wait_until_made(reading, out)
+                log = reading.result()
             finally:
+                reading.cancel()
                 await asyncio.shield(kill_group(process))
         if process.returncode != 0 or not out.stat().st_size:
             words = log.decode("utf-8", "replace").strip().splitlines() or [f"exit status {process.returncode}"]
             raise InputError(f"ffmpeg cannot make a preview of this video: {words[-1]}")
+
+    async def _wait_until_made(self, made: asyncio.Future[bytes], out: Path) -> None:
+        until = asyncio.get_running_loop().time() + self._time_limit_seconds
+        while not made.done():
+            left = until - asyncio.get_running_loop().time()
+            if left <= 0:
+                raise TookTooLongError(
+                    f"a preview took longer than {self._time_limit_seconds:g} s to make - play the file itself"
+                )
+            if out.stat().st_size > self._kept.max_bytes:
+                raise InputError(
+                    f"a preview of this video takes more than the {self._kept.max_bytes:,} bytes of all together - "
+                    "play the file itself"
+                )
+            await asyncio.wait({made}, timeout=min(LOOK_SECONDS, left))
 
 
 def _command(source_fd: int, out: Path, copy_video: bool) -> list[str]:

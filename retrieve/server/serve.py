@@ -20,6 +20,7 @@ from svb.retrieve.server.app import make_app
 from svb.retrieve.server.kept_files import CacheFolder
 from svb.retrieve.server.options import ServeOptions
 from svb.retrieve.server.service import Service
+from svb.retrieve.server.timed_protocol import TimedProtocol
 
 # How long answers under way may take when the server is told to stop; a film that is played would take hours.
 LAST_SECONDS = 3
@@ -87,7 +88,7 @@ def _config(app: object) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         lifespan="off",
-        http="h11",  # where httptools is installed uvicorn would take it, which reads a header without end
+        http=TimedProtocol,
         ws="none",
         backlog=BACKLOG,
         timeout_keep_alive=30,
