@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from svb.data.feature_store import FeatureStore
 from svb.errors import InputError, Interrupted, StoreError
@@ -54,7 +54,7 @@ def index(
     moment_stride_seconds: float | None = None,
     pools: Sequence[Path | str] | None = None,
     sidecars: bool | None = None,
-    metadata: Path | str | None = None,
+    metadata: Path | str | Literal[False] | None = None,
     text_precision: str | None = None,
     latency_budget_seconds: float | None = None,
     to: str | None = None,
@@ -83,7 +83,7 @@ def index(
         pools: Files of captions that answer a video or an image as well, a pool each; those of the run before where
             not given, and likewise what follows.
         sidecars: Whether subtitles and notes beside the videos are a pool; they are where it was never said.
-        metadata: A table with `video_id` and columns to show and to filter by.
+        metadata: A table with `video_id` and columns to show and to filter by; False for none.
         text_precision: Of the text tower: `float32`, `int8`, or `auto`, int8 where it ranks val about as well.
         latency_budget_seconds: What the scan for one query may take; 0.1 where it was never said.
         to: `milvus://...`, a server that holds the vectors too and searches them; `local` does without again.
@@ -106,14 +106,14 @@ def index(
         StoreError: The index or the store is damaged, or another process is writing to the index.
         Interrupted: By SIGINT or SIGTERM; what was committed is whole.
     """
-    _require_utf8([source, out, store, captions, metadata, *(pools or ())])
+    _require_utf8([source, out, store, captions, metadata or None, *(pools or ())])
     if Path(out).exists() and not Path(out).is_dir():
         raise InputError(f"{out} is a file - expected a folder for the index, new or old: name another with -o")
     where = IndexSource(Path(source), _path(store), _path(captions), backbone, text_encoder, checkpoint)
     parts = PartOptions(
         None if pools is None else tuple(map(Path, pools)),
         sidecars,
-        _path(metadata),
+        False if metadata is False else _path(metadata),
         text_precision,
         latency_budget_seconds,
         to,
@@ -174,12 +174,12 @@ class _Job:
 
     def _update(self, store: FeatureStore) -> None:
         out = self.asked.out
-        writer = IndexWriter(out, rebuild=self.asked.rebuild)
+        writer = IndexWriter(out, rebuild=self.asked.rebuild, on_message=self._on_message)
         plan = plan_index(store.records, writer.segments, by_content="times" not in store.settings["sampling"])
-        windows = self.asked.windows(None if writer.is_new else writer.draft["moments"])
+        windows = self.asked.windows(writer.before.get("moments"))
         if not writer.is_new:
             self.model.reuse(out, writer.draft)
-        inputs = self.asked.parts.inputs(self.model.source.identity(store), writer.draft.get("inputs", {}))
+        inputs = self.asked.parts.inputs(self.model.source.identity(store), writer.before.get("inputs", {}))
         remake = inputs != writer.draft.get("inputs")
         self._require_fitting(writer, store, windows, inputs)
         self._on_message(str(plan))

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from svb.errors import InputError, StoreError, UsageError
 from svb.retrieve.answer import Answer, CaptionResult, Curve, SearchRequest
 from svb.retrieve.manifest import read_manifest, read_whole
-from svb.retrieve.searching.confidence import independent_rows
 from svb.retrieve.searching.filters import allowed_videos
 from svb.retrieve.searching.hubs import Hubs
 from svb.retrieve.searching.opened import Opened, open_index
@@ -163,8 +162,7 @@ class Searcher:
                 vectors, query, request.k, by=request.ranked_by, allowed=allowed, folded=request.fold, hubs=hubs
             )
         num_videos, num_moments = int(compared.sum()), int(vectors.moment_counts[compared].sum())
-        independent = independent_rows(num_videos, num_moments, request.ranked_by)
-        results, confidence = build_results(self._opened, request, wish, found, independent, keep_order=normalised)
+        results, confidence = build_results(self._opened, request, wish, found, keep_order=normalised)
         scanned = time.perf_counter()
         return Answer(
             request=request,

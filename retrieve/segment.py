@@ -159,9 +159,7 @@ def open_segment(
         segment = Segment(key=entry["key"], deleted=_open_deleted(folder, entry), **parts)
         _require_fitting(segment, entry, embedding_size)
     except (OSError, ValueError, EOFError) as error:
-        raise StoreError(
-            f"{path} is damaged ({error}) - restore it, or make the index again with `svb index --rebuild`"
-        ) from error
+        raise StoreError(f"{path} is damaged ({error}) - restore it, or make it again with `svb index`") from error
     return segment
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -59,6 +62,10 @@ def test_equal_scores_say_nothing() -> None:
 
 
 def test_moments_of_a_scene_are_one_piece_of_evidence() -> None:
-    assert independent_rows(100, 300, "moment") == 100
-    assert independent_rows(100, 80_000, "moment") == 10_000
-    assert independent_rows(100, 80_000, "video") == 100
+    def vectors(moments: int) -> Any:
+        alive = np.array([*[True] * 100, False])
+        return SimpleNamespace(alive=alive, moment_counts=np.array([*[moments] * 100, 10_000]))
+
+    assert independent_rows(vectors(3), "moment") == 100
+    assert independent_rows(vectors(800), "moment") == 10_000
+    assert independent_rows(vectors(800), "video") == 100

@@ -17,7 +17,18 @@ import pytest
 import synthetic
 import torch
 from conftest import RunSvb
-from indexes import CONFIG, MOMENTS, content, edit_manifest, files_of, only_segment, open_index, remove
+from indexes import (
+    CONFIG,
+    MOMENTS,
+    add,
+    content,
+    edit_manifest,
+    files_of,
+    frames_of,
+    only_segment,
+    open_index,
+    remove,
+)
 
 from svb.data.description import publish_description
 from svb.data.feature_store import FeatureStore
@@ -375,10 +386,39 @@ class TestCommits:
 
     def test_a_part_that_is_lost_is_an_error(self, own_index: Path) -> None:
         shutil.rmtree(own_index / "segments")
-        with pytest.raises(
-            StoreError, match=r"segments.* is damaged .* make the index again with `svb index --reb"
-        ):
+        with pytest.raises(StoreError, match=r"segments.* is damaged .* make it again with `svb index`"):
             open_index(own_index)
+
+    @pytest.mark.parametrize("damage", ["cut", "gone"])
+    def test_a_damaged_segment_is_made_again(
+        self, own_index: Path, indexed_run: Path, indexed_store: Path, damage: str, said: list[str]
+    ) -> None:
+        add(indexed_store, {"new": frames_of(1)})
+        index(indexed_run, own_index, store=indexed_store)
+        before = content(own_index)
+        first, second = read_manifest(own_index)["segments"]
+        path = own_index / "segments" / second["key"] / "moment_embeddings.npy"
+        if damage == "cut":
+            path.write_bytes(path.read_bytes()[:-1])
+        else:
+            shutil.rmtree(path.parent)
+        index(indexed_run, own_index, store=indexed_store, on_message=said.append)
+        assert content(own_index) == before and verify_index(own_index) == []
+        assert read_manifest(own_index)["segments"] == [first, second]
+        assert any(f"segments/{second['key']} is damaged" in line and "its 1 videos" in line for line in said)
+        assert f"+1 new ~0 changed >0 renamed -0 gone ={len(before) - 1} same" in said
+
+    def test_a_segment_that_cannot_be_read_now_is_not_given_up(
+        self, own_index: Path, indexed_run: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(folder: Path, sizes: Any) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        before = read_manifest(own_index)
+        monkeypatch.setattr("svb.retrieve.segment.require_sizes", refuse)
+        with pytest.raises(StoreError, match="Permission denied"):
+            index(indexed_run, own_index)
+        assert read_manifest(own_index) == before
 
     def test_building_into_a_folder_removes_nothing_of_others(self, indexed_run: Path, tmp_path: Path) -> None:
         mine = tmp_path / "captions" / "mine"

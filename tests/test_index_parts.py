@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -138,6 +139,56 @@ class TestParts:
         with pytest.raises(Interrupted):
             index(indexed_run, own_index, store=indexed_store, watch_seconds=0.05, on_message=on_message)
         assert seen == [[], ["a dog barks"], ["a cat"]]
+
+    def test_a_rebuild_goes_on_with_the_settings(
+        self, indexed_run: Path, indexed_store: Path, own_index: Path, tmp_path: Path, run_svb: RunSvb
+    ) -> None:
+        mine, table = tmp_path / "mine.txt", tmp_path / "table.csv"
+        mine.write_text("a dog\n")
+        table.write_text("video_id,place\nclip000,Oslo\n")
+        asked: dict[str, Any] = {"pools": [mine], "metadata": table, "sidecars": False, "text_precision": "float32"}
+        asked |= {"moment_seconds": 3, "moment_stride_seconds": 0.5, "latency_budget_seconds": 0.3}
+        index(indexed_run, own_index, store=indexed_store, rebuild=True, **asked)
+        before = read_manifest(own_index)
+        assert before["moments"] == {"seconds": 3, "stride_seconds": 0.5}
+        index(indexed_run, own_index, store=indexed_store, rebuild=True)
+        after = read_manifest(own_index)
+        assert after["generation"] == before["generation"] + 1
+        for name in ("inputs", "moments", "metadata", "captions", "segments"):
+            assert after[name] == before[name]
+        # What has gone since is not left out in silence.
+        mine.unlink()
+        with pytest.raises(InputError, match=r"mine\.txt, which the index was made with before, has gone"):
+            index(indexed_run, own_index, store=indexed_store, rebuild=True)
+        table.unlink()
+        with pytest.raises(InputError, match=r"table\.csv, .* has gone .* --no-metadata"):
+            index(indexed_run, own_index, store=indexed_store, rebuild=True, pools=())
+        assert read_manifest(own_index) == after
+        without = ("--no-pools", "--no-metadata")
+        ran = run_svb("index", indexed_run, "-o", own_index, "--store", indexed_store, "--rebuild", *without)
+        assert ran.exit_code == 0, ran.stderr
+        assert "mine.txt" not in self.pools(own_index) and read_manifest(own_index)["metadata"] == []
+
+    @pytest.mark.parametrize(("option", "value"), [("pool", "a.txt"), ("metadata", "a.csv")])
+    def test_with_and_without_go_not_together(self, run_svb: RunSvb, option: str, value: str) -> None:
+        without = "--no-pools" if option == "pool" else "--no-metadata"
+        ran = run_svb("index", "run", f"--{option}", value, without)
+        assert ran.exit_code == 2 and f"got --{option} and {without} - give one of them" in ran.stderr
+
+    def test_pools_and_metadata_can_be_taken_out_again(
+        self, own_index: Path, indexed_run: Path, tmp_path: Path
+    ) -> None:
+        mine, table = tmp_path / "mine.txt", tmp_path / "table.csv"
+        mine.write_text("a dog\n")
+        table.write_text("video_id,place\nclip000,Oslo\n")
+        before = read_manifest(own_index)
+        index(indexed_run, own_index, pools=[mine], metadata=table)
+        assert "mine.txt" in self.pools(own_index) and read_manifest(own_index)["metadata"]
+        index(indexed_run, own_index, pools=(), metadata=False)
+        after = read_manifest(own_index)
+        for name in ("inputs", "captions", "metadata", "segments"):
+            assert after[name] == before[name]
+        assert verify_index(own_index) == [] and not list((own_index / "metadata").iterdir())
 
     def test_metadata_is_added_and_kept(self, own_index: Path, indexed_run: Path, tmp_path: Path) -> None:
         table = tmp_path / "table.csv"

@@ -368,9 +368,19 @@ class TestMirror:
         assert messages[-1] == f"{uri}?index=hnsw: recall@10 {where['recall']:.3f} against exact search"
         opened = MilvusVectors.open(tmp_path, {**manifest, "vectors": where})
         assert not opened.exact and opened.recall == where["recall"]
-        messages.clear()
-        assert mirror(tmp_path, manifest, f"{uri}?index=FLAT", on_message=messages.append)["index"] == "HNSW"
-        assert messages[0] == f"{uri}?index=FLAT: the collections were made before, and are searched by HNSW"
+        fields: dict[str, Any] = {part: [] for part in ("metadata", "heads", "text", "hubs")}
+        fields |= {"format": "svb index", "generation": 1, "videos": 120, "model": {}, "normalise": None}
+        commit(tmp_path, {**manifest, **fields, "vectors": where})
+        searcher, query = Searcher(tmp_path), queries(1)[0]
+        asked = SearchRequest(text="not read", num_captions=0)
+        assert not searcher.search_embedding(query, asked).exact
+        exact = searcher.search_embedding(query, replace(asked, exact=True))
+        commit(tmp_path, {**manifest, **fields, "vectors": None})
+        expected = Searcher(tmp_path).search_embedding(query, asked)
+        assert exact.exact and exact.recall is None
+        assert [(r.video_id, r.score) for r in exact.results] == [(r.video_id, r.score) for r in expected.results]
+        with pytest.raises(MismatchError, match=r"are searched by HNSW, not FLAT - name another collection"):
+            mirror(tmp_path, manifest, f"{uri}?index=FLAT")
 
     def test_collections_share_a_server(self, tmp_path: Path, uri: str) -> None:
         for name, seed in (("one", 1), ("two", 2)):

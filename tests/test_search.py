@@ -476,10 +476,35 @@ def test_a_segment_that_is_not_whole_is_a_clear_error(tmp_path: Path, damage: st
             path.unlink()
         else:
             path.write_bytes(data[: len(data) // 2] if damage == "cut short" else data + b"more")
-        with pytest.raises(StoreError, match=r"is damaged .* make the index again"):
+        with pytest.raises(StoreError, match=r"is damaged .* make it again with `svb index`"):
             Searcher(folder)
         path.write_bytes(data)
     Searcher(folder)
+
+
+@pytest.mark.parametrize("by", BY)
+def test_a_flipped_byte_that_makes_a_wrong_row_the_best_is_found(tmp_path: Path, by: str) -> None:
+    folder, _ = write_index(tmp_path, [random_segment(20, seed=1)])
+    (path,) = folder.glob(f"segments/*/{by}_embeddings.npy")
+    rows = np.load(path)
+    query = text_vector("a dog")
+    strongest = int(np.abs(query).argmax())
+    rows[5, strongest] = 2.0 * np.sign(query[strongest])
+    assert (rows.astype(np.float32) @ query).argmax() == 5 and rows[5].astype(np.float32) @ query < 1
+    np.save(path, rows)
+    with pytest.raises(StoreError, match=r"a damaged embedding, of length 2\.\d+ instead of 1 - .* `svb verify`"):
+        Searcher(folder).search(SearchRequest(text="a dog", by=by))
+
+
+@pytest.mark.parametrize("by", BY)
+def test_a_filter_does_not_make_an_answer_surer(searcher: Searcher, by: str) -> None:
+    everything = searcher.search(SearchRequest(text="a dog", by=by, k=100, fold=False))
+    levels = {result.video_id: (result.score, result.confidence) for result in everything.results}
+    assert {confidence for _, confidence in levels.values()} != {"strong"}
+    for result in everything.results:
+        path = result.source_path
+        (alone,) = searcher.search(SearchRequest(text="a dog", by=by, folders=(path,))).results
+        assert (alone.score, alone.confidence) == levels[result.video_id]
 
 
 @pytest.mark.parametrize("by", BY)

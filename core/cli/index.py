@@ -36,6 +36,7 @@ DEFAULT_WATCH_SECONDS = 10.0
     help="Captions of your own that answer a video or an image: a line each, subtitles, or a table with `caption`. "
     "Repeat it for several. [default: those of the run before]",
 )
+@click.option("--no-pools", is_flag=True, help="Take the pools of --pool out again.")
 @click.option(
     "--sidecars/--no-sidecars",
     default=None,
@@ -46,6 +47,7 @@ DEFAULT_WATCH_SECONDS = 10.0
     type=click.Path(path_type=Path),
     help="A table with `video_id` and columns to filter by. [default: that of the run before]",
 )
+@click.option("--no-metadata", is_flag=True, help="Take the columns of --metadata out again.")
 @click.option(
     "--text-precision",
     type=click.Choice(["auto", "float32", "int8"]),
@@ -83,8 +85,10 @@ def index(
     moment_seconds: float | None,
     moment_stride_seconds: float | None,
     pools: tuple[Path, ...],
+    no_pools: bool,
     sidecars: bool | None,
     metadata: Path | None,
+    no_metadata: bool,
     text_precision: str | None,
     latency_budget: str | None,
     to: str | None,
@@ -107,6 +111,10 @@ def index(
     """
     from svb.retrieve.index import index as build
 
+    if no_pools and pools:
+        raise UsageError("got --pool and --no-pools - give one of them")
+    if no_metadata and metadata:
+        raise UsageError("got --metadata and --no-metadata - give one of them")
     if watch_seconds is not None and not watch:
         raise UsageError(f"got --watch-seconds {watch_seconds:g} without --watch - give both, or neither")
     if watch and watch_seconds is None:
@@ -126,9 +134,9 @@ def index(
             checkpoint=checkpoint,
             moment_seconds=moment_seconds,
             moment_stride_seconds=moment_stride_seconds,
-            pools=pools or None,
+            pools=() if no_pools else pools or None,
             sidecars=sidecars,
-            metadata=metadata,
+            metadata=False if no_metadata else metadata,
             text_precision=text_precision,
             latency_budget_seconds=budget_seconds,
             to=to,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from svb.config import fingerprint
 from svb.errors import UsageError
@@ -27,9 +27,9 @@ class PartOptions:
     """What the parts are made from; None is as the index was made before, or the default for a new one.
 
     Attributes:
-        pools: Files of captions, a pool each.
+        pools: Files of captions, a pool each; none where it is empty.
         sidecars: Whether subtitles and notes beside the videos are a pool.
-        metadata: A table with a row a video.
+        metadata: A table with a row a video; False for none.
         text_precision: Of the text tower: `float32`, `int8`, or `auto`, int8 where it ranks val about as well.
         latency_budget_seconds: What the scan for one query may take before an approximate index is made.
         to: `milvus://...`, a server that is to hold the vectors too and to search them, or `local`.
@@ -37,7 +37,7 @@ class PartOptions:
 
     pools: tuple[Path, ...] | None = None
     sidecars: bool | None = None
-    metadata: Path | None = None
+    metadata: Path | Literal[False] | None = None
     text_precision: str | None = None
     latency_budget_seconds: float | None = None
     to: str | None = None
@@ -60,7 +60,9 @@ class PartOptions:
             held: What the manifest remembers from before; empty for a new index.
         """
         pools = [Path(state[0]) for state in held.get("pools", [])] if self.pools is None else self.pools
-        metadata = [self.metadata] if self.metadata else [Path(state[0]) for state in held.get("metadata", [])]
+        metadata = [Path(state[0]) for state in held.get("metadata", [])]
+        if self.metadata is not None:
+            metadata = [self.metadata] if self.metadata else []
         defaults = {
             "sidecars": True,
             "text_precision": "auto",

@@ -10,7 +10,7 @@ import numpy as np
 
 from svb.config import fingerprint
 from svb.data.publish import hash_file
-from svb.errors import SvbError
+from svb.errors import InputError, SvbError
 from svb.retrieve.indexing.index_model import IndexModel
 from svb.retrieve.indexing.index_options import LOCAL, PartOptions
 from svb.retrieve.indexing.index_plan import live_videos
@@ -165,6 +165,7 @@ class IndexParts:
             elif path in held and Path(path).is_file() and hash_file(Path(path)).startswith(held[path]["source"]):
                 entries.append(held[path])
             else:
+                self._require_there(path, self._options.pools is not None, "--pool", "--no-pools")
                 pool = file_pool(Path(path), self._embed, self._on_message)
                 entries.append({**publish_pool(self._out, pool), "path": path})
         return entries
@@ -178,12 +179,23 @@ class IndexParts:
     def _update_metadata(self, segments: Sequence[Segment]) -> None:
         from svb.retrieve.indexing.make_metadata import publish_metadata
 
+        if not self._draft["inputs"]["metadata"]:
+            self._draft["metadata"] = []
         for path, *_ in self._draft["inputs"]["metadata"]:
             if self._options.metadata is None and self._draft["metadata"] and not Path(path).is_file():
                 self._on_message(f"{path} has gone: what was read of it before stays")
             else:
+                self._require_there(path, self._options.metadata is not None, "--metadata", "--no-metadata")
                 video_ids = {video_id for video_id, _ in live_videos(segments)}
                 self._draft["metadata"] = [publish_metadata(self._out, Path(path), video_ids, self._on_message)]
+
+    def _require_there(self, path: str, is_asked: bool, option: str, without: str) -> None:
+        """Refuse to lose in silence what an index was made with before; what is asked for now says so itself."""
+        if not is_asked and not Path(path).is_file():
+            raise InputError(
+                f"{path}, which the index was made with before, has gone - bring it back, name another file with "
+                f"{option}, or leave it out with {without}"
+            )
 
     def _update_text_tower(self, segments: Sequence[Segment]) -> None:
         from svb.retrieve.indexing.export_tower import export_tower

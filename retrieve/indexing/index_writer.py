@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from svb.errors import MismatchError, StoreError
 from svb.retrieve.indexing.index_plan import Place
 from svb.retrieve.indexing.merge import choose_merges, live_moments, write_merged
 from svb.retrieve.manifest import commit, publish_part, read_manifest, remove_unnamed
-from svb.retrieve.segment import Segment, open_segment, open_segments, write_segment
+from svb.retrieve.segment import Segment, open_segment, write_segment
 
 
 @contextlib.contextmanager
@@ -43,27 +43,38 @@ class IndexWriter:
     Args:
         out: The index's folder.
         rebuild: Begin with nothing, and let what is there alone until the first commit.
+        on_message: Called with a line for each segment that is damaged, as far as sizes tell: the draft does not
+            have it, so that its videos are embedded again.
 
     Attributes:
+        before: The manifest that is there, whose settings go on; empty where there is none that can be read.
         draft: The next manifest, `videos`, `moments_total` and `generation` apart: parts may be put into it.
         segments: Mapped, as in the draft; a `Place` counts through them, and stays right until `merge`.
 
     Raises:
-        StoreError: The index that is there is damaged.
+        StoreError: The manifest that is there is damaged.
     """
 
-    def __init__(self, out: Path, *, rebuild: bool = False) -> None:
+    def __init__(
+        self, out: Path, *, rebuild: bool = False, on_message: Callable[[str], None] = lambda message: None
+    ) -> None:
         self._out = out
-        self._committed: dict[str, Any] | None = None
-        self._generation = 0
+        self.before: dict[str, Any] = {}
         if (out / "manifest.json").exists():
-            with contextlib.suppress(*((StoreError,) if rebuild else ())):
-                manifest = read_manifest(out)
-                self._generation = int(manifest["generation"])
-                self._committed = None if rebuild else manifest
+            try:
+                self.before = read_manifest(out)
+            except StoreError as error:
+                if not rebuild:
+                    raise
+                on_message(
+                    f"{error}; nothing of how it was made is known, so what is not said now is as by default"
+                )
+        self._generation = int(self.before.get("generation", 0))
+        self._committed = self.before if self.before and not rebuild else None
         self.draft: dict[str, Any] = _empty() if self._committed is None else copy.deepcopy(self._committed)
-        self.segments = open_segments(out, self.draft) if self._committed else []
+        self.segments: list[Segment] = []
         if self._committed is not None:
+            self._open_segments(on_message)
             remove_unnamed(out, self._committed)  # what a run left that was killed
 
     @property
@@ -132,6 +143,19 @@ class IndexWriter:
         commit(self._out, self.draft)
         self._committed = copy.deepcopy(self.draft)
         return True
+
+    def _open_segments(self, on_message: Callable[[str], None]) -> None:
+        for entry in list(self.draft["segments"]):
+            try:
+                self.segments.append(self._open(entry))
+            except StoreError as error:
+                if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+                    raise  # what cannot be read now may be whole
+                on_message(
+                    f"segments/{entry['key']} is damaged ({error.__cause__ or error}): its {entry['videos']:,} videos are "
+                    "embedded again, as far as the store has them"
+                )
+                self.draft["segments"].remove(entry)
 
     def _merged(self, segments: list[Segment]) -> list[dict[str, Any]]:
         """Return the entry of segments copied into one; none where all their videos were deleted."""

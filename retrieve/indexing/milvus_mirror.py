@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from svb.errors import MismatchError
 from svb.retrieve.indexing.held_out import draw_queries, find_truth, measure_recall
 from svb.retrieve.pools import open_pool
 from svb.retrieve.searching.milvus import MilvusVectors
@@ -55,7 +56,7 @@ def mirror(
 
     Raises:
         UsageError: The uri is none.
-        MismatchError: The collections are of another model, or not svb's.
+        MismatchError: The collections are of another model or index type, or not svb's.
         StoreError: The server cannot be reached or refuses, or the index is damaged.
     """
     target, size, expected = Target.parse(uri), int(manifest["embedding_size"]), made_with(manifest)
@@ -65,7 +66,10 @@ def mirror(
             server.create(by, size, expected)
     index_type = server.require(size, expected)
     if target.index_type not in ("", index_type):
-        on_message(f"{target.uri}: the collections were made before, and are searched by {index_type}")
+        raise MismatchError(
+            f"{target.uri}: the collections were made before, and are searched by {index_type}, not "
+            f"{target.index_type} - name another collection, or drop both of {target.collection}"
+        )
     segments = open_segments(folder, manifest)
     vectors, keys = SegmentVectors(segments), video_keys(segments)
     new = np.flatnonzero(vectors.alive & ~np.isin(keys, _held(server, "video", "id >= 0", "id")))

@@ -21,9 +21,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from svb.retrieve.searching.vectors import Vectors
+
 FAIR = 0.9
-# Of fewer rows the best one's lead is not so small: of a single row, which a filter may leave, every other one
-# would be strong.
+# Of fewer rows the best one's lead is not so small: of a single row every one would be strong.
 FEWEST_ROWS = 5
 # Windows of a video that are next to each other show much the same: about so many are one piece of evidence.
 MOMENTS_A_SCENE = 8
@@ -62,6 +63,7 @@ class Spread:
         return "strong" if above >= self.chance * self.deviation else "fair"
 
 
-def independent_rows(num_videos: int, num_moments: int, by: str) -> float:
+def independent_rows(vectors: Vectors, by: str) -> float:
     """Return how many rows of an index count as independent of each other."""
+    num_videos, num_moments = int(vectors.alive.sum()), int(vectors.moment_counts[vectors.alive].sum())
     return num_videos if by == "video" else max(num_videos, num_moments / MOMENTS_A_SCENE)

@@ -56,6 +56,8 @@ def open_index(
         from svb.retrieve.searching.milvus import MilvusVectors
 
         exact = MilvusVectors.open(folder, manifest)
+        if not exact.exact:  # of its approximate answers; all rows lie here as well
+            approximate, exact = exact, SegmentVectors(open_segments(folder, manifest))
     else:
         from svb.retrieve.searching.ivf import open_ivf
 

@@ -14,6 +14,7 @@ from svb.retrieve.searching.vectors import Vectors
 BLOCK = 16384
 # Embeddings are of unit length, but for float16.
 MAX_COSINE = 1.01
+WAY_OUT = "find it with `svb verify` and restore it, or make the index again with `svb index --rebuild`"
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,17 @@ def require_cosines(scores: NDArray[np.float32]) -> None:
     bad = scores[~(np.abs(scores) <= MAX_COSINE)]
     if bad.size:
         raise StoreError(
-            f"the index holds a damaged embedding, whose cosine with the query is {float(bad[0]):g} - find it "
-            "with `svb verify` and restore it, or make the index again with `svb index --rebuild`"
+            f"the index holds a damaged embedding, whose cosine with the query is {float(bad[0]):g} - {WAY_OUT}"
+        )
+
+
+def require_unit_length(rows: NDArray[np.float32]) -> None:
+    """Refuse `(n, D)` rows that are not of unit length, but for float16; as `require_cosines`."""
+    lengths = np.sqrt(cosines(rows, rows))
+    bad = lengths[~(np.abs(lengths - 1) <= MAX_COSINE - 1)]
+    if bad.size:
+        raise StoreError(
+            f"the index holds a damaged embedding, of length {float(bad[0]):g} instead of 1 - {WAY_OUT}"
         )
 
 

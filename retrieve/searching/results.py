@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svb.retrieve.answer import CONFIDENCES, Curve, SearchRequest, VideoResult, at_least
-from svb.retrieve.searching.confidence import Spread
+from svb.retrieve.searching.confidence import Spread, independent_rows
 from svb.retrieve.searching.opened import Opened
 from svb.retrieve.searching.peaks import curve_of, find_moments
-from svb.retrieve.searching.query import Query, Wish
+from svb.retrieve.searching.query import Query, Wish, require_unit_length
 from svb.retrieve.searching.rank import Found
 from svb.retrieve.searching.vectors import Vectors
 
@@ -67,7 +67,6 @@ def build_results(
     request: SearchRequest,
     wish: Wish,
     found: Sequence[Found],
-    independent: float,
     *,
     keep_order: bool,
 ) -> tuple[list[VideoResult], str]:
@@ -78,7 +77,6 @@ def build_results(
         request: What was asked.
         wish: The same, embedded.
         found: The videos, best first.
-        independent: How many rows count as independent of each other.
         keep_order: Whether they are in another order than that of their scores, which stays.
     """
     if not found:
@@ -86,6 +84,8 @@ def build_results(
     vectors = opened.vectors
     moments = wish.query(vectors, "moment")
     ranked = moments if request.ranked_by == "moment" else wish.query(vectors, request.ranked_by)
+    # Of the whole index, as the background is, whatever a filter leaves: a video's score means the same with it.
+    independent = independent_rows(vectors, request.ranked_by)
     spread = Spread.of(ranked.scores(vectors.background(request.ranked_by)), independent)
     deviation = spread.deviation
     if request.ranked_by != "moment":
@@ -96,7 +96,9 @@ def build_results(
         info = info_of(opened, video.row)
         score = float(scores.max())
         if request.ranked_by == "video":
-            score = float(ranked.scores(vectors.embeddings(np.array([video.row]), by="video"))[0])
+            embedding = vectors.embeddings(np.array([video.row]), by="video")
+            require_unit_length(embedding)
+            score = float(ranked.scores(embedding)[0])
         results.append(
             VideoResult(
                 rank=0,
@@ -123,7 +125,9 @@ def curve_of_video(vectors: Vectors, row: int, query: Query) -> Curve:
 def _scores_over_time(vectors: Vectors, row: int, query: Query) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
     """Return the `(M, 2)` seconds and `(M,)` scores of a video's moments."""
     rows = np.arange(*vectors.moment_range(row))
-    return vectors.moment_seconds(rows), query.scores(vectors.embeddings(rows, by="moment"))
+    embeddings = vectors.embeddings(rows, by="moment")
+    require_unit_length(embeddings)  # a byte may have flipped and made a wrong row the best
+    return vectors.moment_seconds(rows), query.scores(embeddings)
 
 
 def _ranked(results: list[VideoResult], request: SearchRequest, keep_order: bool) -> list[VideoResult]:
