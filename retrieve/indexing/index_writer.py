@@ -152,8 +152,8 @@ class IndexWriter:
                 if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
                     raise  # what cannot be read now may be whole
                 on_message(
-                    f"segments/{entry['key']} is damaged ({error.__cause__ or error}): its {entry['videos']:,} videos are "
-                    "embedded again, as far as the store has them"
+                    f"segments/{entry['key']} is damaged ({error.__cause__ or error}): its {entry['videos']:,} "
+                    "videos are embedded again, as far as the store has them"
                 )
                 self.draft["segments"].remove(entry)
 
