@@ -188,7 +188,7 @@ def _moments_of(video: Shown, random: np.random.Generator) -> tuple[NDArray[np.f
         embeddings[:, TOPICS.index(topic)] = clearly * np.exp(-(((seconds.mean(axis=1) - when) / 1.6) ** 2))
     rest = np.sqrt(np.maximum(1 - (embeddings**2).sum(axis=1, keepdims=True), 0))
     embeddings[:, len(TOPICS) :] = rest * _unit(own + random.normal(scale=0.05, size=(len(begins), NOISE)))
-    return embeddings + random.normal(scale=0.005, size=embeddings.shape), seconds + video.begin
+    return _unit(embeddings + random.normal(scale=0.005, size=embeddings.shape)), seconds + video.begin
 
 
 def _captions() -> Pool:

@@ -123,6 +123,17 @@ def test_a_link_restores_the_question_and_the_moment(page: Any) -> None:
 
 
 @pytest.mark.slow
+def test_the_keys_of_the_first_page_work_though_its_box_has_the_focus(page: Any) -> None:
+    page.goto("")
+    page.keyboard.press("?")
+    page.locator("#help").wait_for()
+    page.keyboard.press("Escape")
+    page.keyboard.press("/")
+    page.keyboard.type("boat / gull?")
+    assert page.get_by_label("What to look for").input_value() == "boat / gull?"
+
+
+@pytest.mark.slow
 def test_keys_find_play_and_close(page: Any) -> None:
     page.goto("?q=boat")
     page.wait_for_selector(".card")
@@ -157,6 +168,10 @@ def test_what_was_not_found_and_what_went_wrong_is_said(chromium: Any, url: str)
         page.goto("?q=nothing of the kind")
         page.wait_for_selector(".card")
         assert page.locator(".notice").inner_text() == "No confident match; nearest:"
+        page.goto("?q=nothing of the kind&confidence=strong")
+        page.wait_for_selector(".card")
+        assert page.locator(".notice").inner_text() == "No confident match; nearest:" and len(names(page)) == 1
+        assert page.locator("#summary").inner_text().startswith("45 videos compared")
         page.goto("?q=boat&folder=nowhere")
         page.wait_for_selector(".notice")
         assert page.locator(".notice h2").inner_text() == "Nothing found" and names(page) == []
@@ -235,7 +250,8 @@ def test_a_part_of_a_clip_is_searched_with(page: Any) -> None:
     page.get_by_label("The clip counts to").fill("4.5")
     page.keyboard.press("Tab")
     w.until(page, "String(answer.request.span_seconds) === '2,4.5'")
-    assert page.evaluate("toCommand(question)") == "svb search --video 'my clip.mkv@2-4.5'"
+    command = page.evaluate("toCommand(question)")
+    assert command.startswith("svb search --video 'my clip.mkv@2-4.5' --index ")
     page.reload()
     page.wait_for_selector("[role=alert]")
     assert "drop it here once more" in page.locator("[role=alert]").inner_text()
@@ -278,13 +294,16 @@ COMMANDS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("address", "expected"), COMMANDS)
 def test_the_command_is_one_that_a_shell_and_svb_take(
-    page: Any, address: str, expected: list[str], capsys: pytest.CaptureFixture[str]
+    page: Any, index: Path, address: str, expected: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     page.goto(address)
     page.wait_for_selector(".card, .notice")
+    page.wait_for_function("info.index")
     command = shlex.split(page.evaluate("toCommand(question)"))
-    assert command == ["svb", "search", *expected]
-    assert run(["search", "--index", "/nowhere", *command[2:]]) == 1
+    place = expected.index("--") if "--" in expected else len(expected)
+    assert command == ["svb", "search", *expected[:place], "--index", str(index), *expected[place:]]
+    command[command.index(str(index))] = "/nowhere"
+    assert run(command[1:]) == 1
     assert "/nowhere is not an index" in capsys.readouterr().err
 
 
@@ -368,7 +387,7 @@ def test_how_to_rank_is_left_to_the_question_until_it_is_chosen(page: Any) -> No
     ranked.select_option("moment")
     page.wait_for_url("**/?q=boat&by=moment")
     w.until(page, "answer?.request.by === 'moment'")
-    assert page.evaluate("toCommand(question)") == "svb search boat --by moment"
+    assert page.evaluate("toCommand(question)").startswith("svb search boat --by moment --index ")
     ranked.select_option("")
     page.wait_for_url("**/?q=boat")
     w.until(page, "answer && !answer.request.by")

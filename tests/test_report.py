@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -175,7 +176,8 @@ def test_a_report_opens_from_a_file_and_plays(chromium: Any, clip: Path, tmp_pat
     page.locator("#queries button").nth(2).click()
     page.wait_for_selector(".captions .says")
     assert page.inner_text("#asked") == "clip my clip.mp4 2 to 5.5 s" and page.inner_text(".captions .says") == EVIL
-    assert page.evaluate("toCommand(question)") == "svb search --video 'my clip.mp4@2-5.5'"
+    command = f"svb search --video 'my clip.mp4@2-5.5' --index {shlex.quote(str(Path('index').absolute()))}"
+    assert page.evaluate("toCommand(question)") == command
     page.go_back()
     page.wait_for_selector(".card.gone")
     assert page.evaluate("[window.hacked, document.documentElement.scrollWidth]") == [None, 360]

@@ -86,6 +86,7 @@ def test_the_index_is_described(served: Serving) -> None:
     assert held["folders"] == ["deep"]
     assert held["columns"] == {"place": "text"}
     assert held["has_captions"] is False
+    assert held["index"] == str(served.folder.absolute())
 
 
 @pytest.mark.parametrize(

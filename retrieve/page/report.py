@@ -69,6 +69,7 @@ def write_report(
     held = {
         "answers": [answer.as_json() for answer in answers],
         "index": str(index),
+        "index_path": str(index.absolute()),
         "pictures": pictures,
         "files": files,
     }

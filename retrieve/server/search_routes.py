@@ -70,7 +70,10 @@ def search_routes(service: Service) -> APIRouter:
         searcher = await service.snapshots.newest()
         if searcher.generation not in described:
             described.clear()
-            described[searcher.generation] = await asyncio.to_thread(_describe, searcher)
+            described[searcher.generation] = {
+                "index": str(service.index.absolute()),
+                **await asyncio.to_thread(_describe, searcher),
+            }
         return json_response(described[searcher.generation])
 
     @router.get("/api/videos/{key}", summary="A video and its file")
