@@ -162,6 +162,8 @@ class VideoResult:
         duplicates: The video_ids of near-duplicates that were folded under it.
         metadata: Its columns of the metadata table.
         curve: Where it was asked for.
+        size_bytes: Of its file when it was extracted; 0 where that is not known, as of some imports.
+        mtime_ns: When its file had changed last, likewise.
     """
 
     rank: int
@@ -175,6 +177,8 @@ class VideoResult:
     duplicates: tuple[str, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
     curve: Curve | None = None
+    size_bytes: int = 0
+    mtime_ns: int = 0
 
 
 @dataclass(frozen=True)

@@ -196,6 +196,19 @@ class TestTables:
         metadata = Metadata.open(tmp_path / "index", publish(tmp_path, "video_id,n\na,1\nb,2\na,1\n"))
         assert metadata.of("a") == {"n": 1}
 
+    def test_of_a_table_of_captions_what_is_said_of_the_video_is_taken(self, tmp_path: Path) -> None:
+        text = "video_id,caption,n,take,split\na,a dog,1,1,val\na,a puppy,1,2,val\nb,a cat,2,1,train\n"
+        (tmp_path / "t.csv").write_text(text)
+        messages: list[str] = []
+        entry = publish_metadata(tmp_path / "index", tmp_path / "t.csv", ["a", "b"], messages.append)
+        assert entry["columns"] == {"n": "number", "split": "text"}
+        metadata = Metadata.open(tmp_path / "index", {"metadata": [entry]})
+        assert metadata.of("a") == {"n": 1, "split": "val"}
+        assert [message.partition(": ")[2] for message in messages] == [
+            "caption is not the same in all rows of a video, first of 'a'; it is left out",
+            "take is not the same in all rows of a video, first of 'a'; it is left out",
+        ]
+
     @pytest.mark.parametrize(
         ("name", "text", "message"),
         [

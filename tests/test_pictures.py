@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -237,6 +239,26 @@ def test_clips_are_named_after_what_was_found(tmp_path: Path, clips_folder: Path
     ]
     (longest,) = cut_moments([answer("猫" * 500, clips_folder / "a.mp4")], tmp_path / "long")[:1]
     assert longest.is_file()
+
+
+def test_what_is_not_what_was_indexed_is_not_cut(tmp_path: Path, clips_folder: Path) -> None:
+    source = Path(shutil.copy2(clips_folder / "a.mp4", tmp_path / "a.mp4"))
+    state = {"size_bytes": source.stat().st_size, "mtime_ns": source.stat().st_mtime_ns}
+    moments = (Moment(0.0, 0.5, 0.2, 0.4),)
+    result = VideoResult(1, 0.4, "fair", "a", "0123456789abcdef", str(source), 1.0, moments, **state)
+    seconds = {"embed": 0.0, "scan": 0.0, "total": 0.0}
+    answer = Answer(SearchRequest(text="a"), (result,), (), "fair", 1, 2, True, None, False, 1, seconds)
+    said: list[str] = []
+    source.write_bytes(source.read_bytes() + b"more")
+    os.utime(source, ns=(state["mtime_ns"], state["mtime_ns"]))
+    assert cut_moments([answer], tmp_path / "out", said.append) == []
+    other = f"{source.stat().st_size:,} bytes, then {state['size_bytes']:,}"
+    assert f"not cut: {source} has changed since it was indexed ({other}) - " in said[0]
+    source.unlink()
+    assert cut_moments([answer], tmp_path / "out", said.append) == []
+    assert f"not cut: {source} is no longer there" in said[1]
+    shutil.copy2(clips_folder / "a.mp4", source)
+    assert len(cut_moments([answer], tmp_path / "out", said.append)) == 1 and len(said) == 2
 
 
 # --- a picture or a video as a query

@@ -132,6 +132,15 @@ def test_videos_that_are_gone_or_broken_keep_their_cards(clip: Path, tmp_path: P
     assert [held["pictures"][result.key] for result in results] == [{"posters": []}] * 2
 
 
+def test_a_video_that_has_changed_is_not_shown_for_the_one_that_was_found(clip: Path, tmp_path: Path) -> None:
+    result = replace(result_of(clip), size_bytes=clip.stat().st_size, mtime_ns=1)
+    held = embedded_of(
+        write_report([answer_of(SearchRequest(text="a"), result)], tmp_path / "r.html", Path("i")).read_text()
+    )
+    assert held["pictures"][result.key] == {"posters": []} and not held["files"][result.key]["available"]
+    assert f"{clip} has changed since it was indexed (of " in held["files"][result.key]["problem"]
+
+
 def test_a_report_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no answer to write - expected at least one query"):
         write_report([], tmp_path / "r.html", Path("index"))

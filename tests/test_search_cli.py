@@ -69,6 +69,7 @@ class FakeSearcher:
                 moments=tuple(Moment(4 * n + 0.5, 4 * n + 2, 4 * n + 1.0, 0.4) for n in range(request.num_moments)),
                 duplicates=("copy/of",) if rank == 1 else (),
                 metadata={"place": "Rome", "year": 2020},
+                size_bytes=1000 if video_id == "changed" else 0,
                 curve=Curve((0.5, 1.5), (0.1, 0.2)) if request.with_curves else None,
             )
             for rank, (video_id, path, confidence) in enumerate(passing[: request.k], start=1)
@@ -229,6 +230,16 @@ def test_the_table_and_what_is_said_of_it(run_svb: RunSvb) -> None:
         "is now, then `svb index`",
     ]
     assert "12,345 moments) exactly, QB-Norm on" in run_svb("search", "a", "--exact", "--normalise", "on").stderr
+
+
+def test_a_file_that_has_changed_is_told(
+    fake: type[FakeSearcher], run_svb: RunSvb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeSearcher, "videos", [("changed", str(tmp_path / "a.mp4"), "fair")])
+    assert run_svb("search", "a").stderr.splitlines()[-1] == (
+        f"note: changed since it was extracted, and may show something else: {tmp_path}/a.mp4 - `svb extract` it "
+        "again, then `svb index`"
+    )
 
 
 def test_captions_answer_a_video_first(run_svb: RunSvb) -> None:

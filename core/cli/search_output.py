@@ -10,6 +10,7 @@ import click
 
 from svb.cli.output import print_table, say, table_lines
 from svb.retrieve.answer import Answer, CaptionResult, Moment, SearchRequest, VideoResult
+from svb.retrieve.searching.source_file import problem_of
 
 CSV_HEADER = (
     *("query", "rank", "score", "confidence", "video_id", "source_path", "duration_seconds"),
@@ -72,15 +73,19 @@ def say_what_was_compared(answers: Sequence[Answer], server: str | None) -> None
     )
     for note in dict.fromkeys(note for answer in answers for note in answer.notes):
         say(f"note: {note}")
-    paths = dict.fromkeys(result.source_path for answer in answers for result in answer.results)
-    missing = [path for path in paths if not Path(path).exists()]
-    if missing:
-        named = ", ".join(printable(path) for path in missing[:MOST_NAMED])
-        more = f" and {len(missing) - MOST_NAMED} more" if len(missing) > MOST_NAMED else ""
-        say(
-            f"note: no longer where it was extracted from: {named}{more} - `svb extract` it where it is now, then "
-            "`svb index`"
-        )
+    files = {result.source_path: result for answer in answers for result in answer.results}
+    problems = {path: problem for path, result in files.items() if (problem := problem_of(result)) is not None}
+    missing = [path for path in problems if not Path(path).exists()]
+    _say_of_files("no longer where it was extracted from", missing, "`svb extract` it where it is now")
+    changed = [path for path in problems if path not in missing]
+    _say_of_files("changed since it was extracted, and may show something else", changed, "`svb extract` it again")
+
+
+def _say_of_files(what: str, paths: Sequence[str], remedy: str) -> None:
+    if paths:
+        named = ", ".join(printable(path) for path in paths[:MOST_NAMED])
+        more = f" and {len(paths) - MOST_NAMED} more" if len(paths) > MOST_NAMED else ""
+        say(f"note: {what}: {named}{more} - {remedy}, then `svb index`")
 
 
 def query_of(request: SearchRequest) -> str:

@@ -23,6 +23,8 @@ Value = float | str | None
 _KIND = TableKind("metadata table", ("video_id",), "video_id and columns of your own")
 # Beyond it float64 takes different integers for one: such a column holds names, not numbers.
 _EXACT = 2.0**53
+# The column that makes a table one of captions.
+CAPTION = "caption"
 
 
 def publish_metadata(
@@ -34,14 +36,16 @@ def publish_metadata(
 
     Args:
         out: The index's folder.
-        table: CSV, JSON lines or Parquet with `video_id` and any columns.
+        table: CSV, JSON lines or Parquet with `video_id` and any columns. In a table of captions, which has a
+            column `caption` and a row for each, what is the same in all of a video's rows is said of the video.
         video_ids: Of the index.
-        on_message: Called with a line on the videos that the index does not hold.
+        on_message: Called with a line on the videos that the index does not hold, and on columns of a table of
+            captions that are left out.
 
     Raises:
         InputError: The table cannot be read, has no other column or no row, or says two things of one video.
     """
-    rows = _read(table)
+    rows = _read(table, on_message)
     unknown = sorted({*rows} - {*video_ids})
     if unknown:
         on_message(
@@ -66,19 +70,30 @@ def publish_metadata(
     return {**publish_part(out, "metadata", write), "columns": kinds}
 
 
-def _read(table: Path) -> dict[str, dict[str, Value]]:
+def _read(table: Path, on_message: Callable[[str], None]) -> dict[str, dict[str, Value]]:
     """Return the values of every video, by video_id."""
     rows: dict[str, dict[str, Value]] = {}
+    differing: dict[str, str] = {}
     for place, row in read_table(table, _KIND):
         values = {name: _value(f"{place}, {name}", value) for name, value in row.items()}
         video_id = _as_text(values.pop("video_id"))
         if not video_id:
             raise InputError(f"{place}: video_id is empty - give every row the id of its video")
-        if rows.setdefault(video_id, values) != values:
-            raise InputError(f"{place}: {video_id!r} stands twice with other values - leave one of the rows out")
+        first = rows.setdefault(video_id, values)
+        for name in (name for name in {**first, **values} if first.get(name) != values.get(name)):
+            if CAPTION not in values:
+                raise InputError(
+                    f"{place}: {video_id!r} stands twice with other values - leave one of the rows out"
+                )
+            differing.setdefault(name, video_id)
     if not rows:
         raise InputError(f"{table} holds no rows - expected rows with video_id and columns of your own")
-    return rows
+    for name, video_id in differing.items():
+        on_message(f"{table}: {name} is not the same in all rows of a video, first of {video_id!r}; it is left out")
+    return {
+        video_id: {name: value for name, value in values.items() if name not in differing}
+        for video_id, values in rows.items()
+    }
 
 
 def _value(place: str, value: Any) -> Value:

@@ -16,6 +16,7 @@ from typing import Any
 from svb.data.publish import published_file
 from svb.errors import InputError, UsageError
 from svb.retrieve.answer import Answer, VideoResult
+from svb.retrieve.searching.source_file import problem_of
 
 POSTER_HEIGHT_PX = 240
 STRIP_FRAMES = 12
@@ -81,12 +82,15 @@ def write_report(
 def _pictures_of(results: Sequence[VideoResult]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a video's pictures, and what the page has to know of its file.
 
-    A file that is gone or cannot be decoded any more still has its curve to show: its card says so.
+    A file that is gone, has changed or cannot be decoded any more still has its curve to show: its card says so.
     """
     from svb.retrieve.searching.pictures import as_jpeg, begin_seconds, duration_seconds, frames_at, strip
 
     path = Path(results[0].source_path).absolute()
-    file: dict[str, Any] = {"available": path.is_file(), "uri": path.as_uri()}
+    problem = problem_of(results[0])
+    file: dict[str, Any] = {"available": problem is None, "uri": path.as_uri()}
+    if problem is not None:
+        return {"posters": []}, {**file, "problem": problem} if path.exists() else file
     times = sorted({result.moments[0].best_seconds for result in results})
     try:
         posters = [as_jpeg(frame) for frame in frames_at(path, times, POSTER_HEIGHT_PX)]

@@ -17,6 +17,7 @@ from svb.errors import InputError
 from svb.extract.decode import DecodeError, check_file, max_pixels
 from svb.extract.decode_options import Limits
 from svb.retrieve.answer import Answer, Moment, VideoResult
+from svb.retrieve.searching.source_file import problem_of
 
 # Encoding takes a fraction of the clip's length; a long way from the last key frame, or a hang, takes more.
 TIME_LIMIT_SECONDS = 60.0
@@ -34,7 +35,8 @@ def cut_moments(
     """Cut every moment of some answers out of its video.
 
     A clip is named `<rank>-<video>-<start>-<end>.mp4`, in seconds; with several answers `q<number>-` comes first. A
-    clip that is there already is kept, and one that cannot be cut is passed over: both are told.
+    clip that is there already is kept; one that cannot be cut, or whose video is not what was indexed any more, is
+    passed over: both are told.
 
     Args:
         answers: What was found.
@@ -53,6 +55,10 @@ def cut_moments(
         if target.exists():
             on_message(f"{target} is there already and is kept - remove it to have it cut again")
             clips.append(target)
+            continue
+        problem = problem_of(result)
+        if problem is not None:
+            on_message(f"not cut: {problem} - `svb extract` and `svb index` its folder again")
             continue
         try:
             clips.append(cut_clip(Path(result.source_path), moment.begin_seconds, moment.end_seconds, target))
@@ -89,8 +95,8 @@ def cut_clip(source: Path, begin_seconds: float, end_seconds: float, target: Pat
         words = _cut(source, file.fileno(), (begin_seconds, seconds), aside)
         if words:
             raise InputError(
-                f"{source} gave no clip from {begin_seconds:.1f} to {end_seconds:.1f} s ({words}) - `svb verify` "
-                "tells whether it is the file that was indexed"
+                f"{source} gave no clip from {begin_seconds:.1f} to {end_seconds:.1f} s ({words}) - the file may "
+                "be damaged: play it"
             )
     return target
 
@@ -168,8 +174,8 @@ def _run(arguments: list[str], video_fd: int, files: tuple[Path, Path], time_lim
         )
     except subprocess.TimeoutExpired as error:
         raise InputError(
-            f"cutting {source} has taken {time_limit_seconds:.0f} s and was ended - the file may be damaged: "
-            "`svb verify` tells whether it is the file that was indexed"
+            f"cutting {source} has taken {time_limit_seconds:.0f} s and was ended - the file may be damaged: play "
+            "it"
         ) from error
     lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
     if done.returncode == 0:

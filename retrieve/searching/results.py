@@ -112,6 +112,8 @@ def build_results(
                 duplicates=tuple(vectors.video_id(row) for row in video.duplicates),
                 metadata=info.metadata,
                 curve=curve_of(seconds, scores) if request.with_curves else None,
+                size_bytes=info.size_bytes,
+                mtime_ns=info.mtime_ns,
             )
         )
     return _ranked(results, request, keep_order), spread.confidence(max(result.score for result in results))

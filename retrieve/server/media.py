@@ -6,15 +6,14 @@ import asyncio
 import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import HTTPException
 
 from svb.errors import InputError
+from svb.retrieve.searching.source_file import changes_of
 from svb.retrieve.server.crew import Crew
 from svb.retrieve.server.playable import can_copy_video, is_playable
 
@@ -63,12 +62,11 @@ def find_file(searcher: Searcher, key: str) -> VideoFile:
             f"{info.source_path} is gone: it was moved or removed since it was indexed - bring it back, or extract "
             "and index its folder again",
         ) from None
-    changes = [*_changes(info, stat)]
+    changes = changes_of(stat, info.size_bytes, info.mtime_ns)
     if changes:
         raise HTTPException(
             409,
-            f"{info.source_path} has changed since it was indexed ({', '.join(changes)}) - extract and index its "
-            "folder again",
+            f"{info.source_path} has changed since it was indexed ({changes}) - extract and index its folder again",
         )
     return VideoFile(path, _content_key(info, stat), info)
 
@@ -83,20 +81,6 @@ def find_video(searcher: Searcher, key: str) -> VideoInfo:
     if info is None:
         raise HTTPException(404, "the index holds no such video - search again: it may have changed")
     return info
-
-
-def _changes(info: VideoInfo, stat: os.stat_result) -> Iterator[str]:
-    if info.size_bytes and info.size_bytes != stat.st_size:
-        yield f"{stat.st_size:,} bytes, then {info.size_bytes:,}"
-    if info.mtime_ns and info.mtime_ns != stat.st_mtime_ns:
-        yield f"of {_clock(stat.st_mtime_ns)}, then of {_clock(info.mtime_ns)}"
-
-
-def _clock(mtime_ns: int) -> str:
-    try:
-        return datetime.fromtimestamp(mtime_ns / 1e9).astimezone().isoformat(" ", "milliseconds")
-    except (OverflowError, OSError, ValueError):  # a time that no calendar has
-        return f"{mtime_ns} ns"
 
 
 def _content_key(info: VideoInfo, stat: os.stat_result) -> str:
