@@ -172,6 +172,7 @@ class TestUsage:
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
+            (("--latency-budget", "0ms"), "--latency-budget got '0ms' - expected more than nothing"),
             (("--latency-budget", "100"), "--latency-budget got '100' - expected a time with its unit"),
             (("--latency-budget", "fast"), "expected a time with its unit, such as 100ms or 0.1s"),
             (("--watch-seconds", "5"), "got --watch-seconds 5 without --watch"),

@@ -101,6 +101,7 @@ class TestKeepingUp:
         assert self.update(indexed_run, indexed_store, own_index, said, prune=True).endswith("-2 gone =78 same")
         assert set(content(own_index)) == {f"clip{number:03}" for number in range(1, 79)}
         held = json.loads(run_svb("info", own_index, "--json").stdout)
+        assert held["scan"]["budget_seconds"] == 0.1 and held["scan"]["exact_seconds"] > 0
         assert (held["videos"], held["deleted"]["videos"]) == (78, 2)
         assert self.update(indexed_run, indexed_store, own_index, said, prune=True).endswith("-0 gone =78 same")
 

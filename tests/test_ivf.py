@@ -127,7 +127,7 @@ def test_a_missed_budget_makes_an_index_with_the_recall_that_it_claims(
     captions = clustered(600, SIZE, seed=5).astype(np.float16) if with_captions else None
     lines: list[str] = []
     decision = build(tmp_path, segments, captions=captions, on_message=lines.append)
-    assert len(lines) == 1 and lines[0].endswith(": making an approximate index")
+    assert len(lines) == 1 and lines[0].endswith(": trying an approximate index")
     assert decision["queries"] == ("captions" if with_captions else "moments")
     assert decision["measured_queries"] == (300 if with_captions else 500)
     assert decision["recall"] >= 0.99 and decision["recall_videos"] >= 0.99

@@ -242,6 +242,21 @@ def test_a_file_that_has_changed_is_told(
     )
 
 
+@pytest.mark.parametrize("part", ["3", "0:03-", "a-b", ""])
+def test_half_a_part_of_a_video_is_told(run_svb: RunSvb, part: str) -> None:
+    ran = run_svb("search", "--video", f"a.mp4@{part}")
+    assert ran.exit_code == 2
+    assert (
+        f"--video got {part!r} after a.mp4@ - expected the part's begin and end, such as a.mp4@0:05-" in ran.stderr
+    )
+
+
+@pytest.mark.parametrize(("option", "value"), [("-k", "0"), ("--moments", "0"), ("--captions", "-1")])
+def test_a_number_out_of_range_is_named_as_it_was_typed(run_svb: RunSvb, option: str, value: str) -> None:
+    ran = run_svb("search", "a", option, value)
+    assert ran.exit_code == 2 and f"'{option}': {value} is not in the range" in ran.stderr
+
+
 def test_captions_answer_a_video_first(run_svb: RunSvb) -> None:
     lines = run_svb("search", "--video", "c.mp4").stdout.splitlines()
     assert lines[:3] == [

@@ -5,7 +5,9 @@ import io
 import json
 import os
 import re
+import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -885,6 +887,17 @@ def test_a_file_that_is_too_large_is_refused_while_it_comes(
         assert "0.1 MB" in response.json()["error"]
         assert post_file(served, b"x" * 200_000).status_code == 413
         assert len(embedded) == 1
+
+
+def test_what_a_killed_server_left_of_uploads_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name, age_seconds in (("svb-upload-old", 2 * 86400), ("svb-upload-new", 60), ("other", 2 * 86400)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "upload.mp4").write_bytes(b"x")
+        then = time.time() - age_seconds
+        os.utime(tmp_path / name, (then, then))
+    uploads.Uploads(1, 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"svb-upload-new", "other"}
 
 
 def test_few_files_are_looked_at_at_once(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:

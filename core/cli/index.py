@@ -156,4 +156,7 @@ def _seconds(text: str) -> float:
     found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(ms|s)", text.strip().lower())
     if found is None:
         raise UsageError(f"--latency-budget got {text!r} - expected a time with its unit, such as 100ms or 0.1s")
-    return float(found[1]) / (1000 if found[2] == "ms" else 1)
+    seconds = float(found[1]) / (1000 if found[2] == "ms" else 1)
+    if not seconds:
+        raise UsageError(f"--latency-budget got {text!r} - expected more than nothing")
+    return seconds

@@ -150,9 +150,27 @@ def _describe_run(path: Path) -> dict[str, Any]:
 
 
 def _describe_index(path: Path) -> dict[str, Any]:
+    from svb.errors import StoreError
     from svb.retrieve.manifest import describe_index
+    from svb.retrieve.searching.ivf import read_decision
 
-    return describe_index(path)
+    held = describe_index(path)
+    try:
+        decision = read_decision(path) if held["vectors"] is None else None
+    except StoreError as error:  # of a cache, which the next `svb index` makes again
+        return {**held, "scan": str(error)}
+    told = (
+        "rows",
+        "exact_seconds",
+        "budget_seconds",
+        "nlist",
+        "nprobe",
+        "seconds",
+        "recall",
+        "recall_videos",
+        "reason",
+    )
+    return {**held, "scan": decision and {name: decision[name] for name in told if name in decision}}
 
 
 def _verify_store(path: Path) -> list[str]:

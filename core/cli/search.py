@@ -31,7 +31,7 @@ THUMBNAILS = ("auto", "kitty", "iterm", "blocks", "none")
 @click.option("--queries", metavar="FILE", help="Search with each line of a file, or of stdin (-).")
 @search_fields
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: docs/answer.schema.json; with --queries a list.")
-@click.option("--csv", "as_csv", is_flag=True, help="Print CSV, a row a moment.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print CSV, a row a moment; captions are not in it.")
 @click.option("--paths", "as_paths", is_flag=True, help="Print the files' paths, one a line.")
 @click.option("--paths0", "as_paths0", is_flag=True, help="Print the paths, a NUL after each, for xargs -0.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write a page with pictures to this file.")
@@ -201,7 +201,7 @@ def _write(answers: Sequence[Answer], html: Path | None, cut: Path | None, index
 
         wanted = sum(len(result.moments) for answer in answers for result in answer.results)
         clips = cut_moments(answers, cut, say)
-        say(f"{cut} holds {len(clips)} of {wanted} clips")
+        say(f"{cut} holds {len(clips)} of {wanted} clips" if wanted else "nothing was found that could be cut")
         if wanted and not clips:
             raise InputError(f"none of the {wanted} moments could be cut - the lines above say why")
 

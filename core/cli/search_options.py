@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from svb.data.text import storable_text
-from svb.errors import InputError
+from svb.errors import InputError, UsageError
 from svb.retrieve.answer import CONFIDENCES, NORMALISE, RANKED_BY, SearchRequest
 
 CLOCK = r"(?:(?:(\d+):)?(\d+):)?(\d+(?:\.\d+)?)"
@@ -29,10 +29,11 @@ def search_fields(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command an option for each field of SearchRequest but the query itself; they are named alike."""
     defaults = SearchRequest(text="")
     choices: Callable[[Sequence[str]], click.Choice[str]] = click.Choice
+    at_least_1 = click.IntRange(min=1)
     options = (
         click.option("--plus", multiple=True, metavar="TEXT", help="What it must fit as well; may be repeated."),
         click.option("--not", "without", multiple=True, metavar="TEXT", help="What it must not fit; likewise."),
-        click.option("-k", default=defaults.k, show_default=True, help="How many videos."),
+        click.option("-k", default=defaults.k, type=at_least_1, show_default=True, help="How many videos."),
         click.option(
             "--by",
             type=choices(RANKED_BY),
@@ -70,12 +71,18 @@ def search_fields(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option("--exact", is_flag=True, help="Compare every row, even with an approximate index at hand."),
         click.option(
-            "--moments", "num_moments", default=defaults.num_moments, show_default=True, help="Moments a video."
+            "--moments",
+            "num_moments",
+            default=defaults.num_moments,
+            type=at_least_1,
+            show_default=True,
+            help="Moments a video.",
         ),
         click.option(
             "--captions",
             "num_captions",
             default=defaults.num_captions,
+            type=click.IntRange(min=0),
             show_default=True,
             help="Captions that answer an image or a video.",
         ),
@@ -91,6 +98,11 @@ def part_of_file(video: str | None) -> tuple[str | None, tuple[float, float] | N
         return video, None
     match = re.fullmatch(rf"(.+)@{CLOCK}-{CLOCK}", video, re.DOTALL)
     if match is None:
+        file, at, part = video.rpartition("@")
+        if at and Path(file).exists():
+            raise UsageError(
+                f"--video got {part!r} after {file}@ - expected the part's begin and end, such as {file}@0:05-0:12"
+            )
         return video, None
     return match[1], (_seconds(match.groups()[1:4]), _seconds(match.groups()[4:7]))
 

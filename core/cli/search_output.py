@@ -71,7 +71,8 @@ def say_what_was_compared(answers: Sequence[Answer], server: str | None) -> None
         f"compared {last.num_videos:,} videos ({last.num_moments:,} moments) {how}, QB-Norm "
         f"{'on' if last.normalised else 'off'}, {seconds:.2f} s{f', by the server at {server}' if server else ''}"
     )
-    for note in dict.fromkeys(note for answer in answers for note in answer.notes):
+    # Why nothing could be compared is said at the end, as the reason of the exit status.
+    for note in dict.fromkeys(note for answer in answers if answer.num_videos for note in answer.notes):
         say(f"note: {note}")
     files = {result.source_path: result for answer in answers for result in answer.results}
     problems = {path: problem for path, result in files.items() if (problem := problem_of(result)) is not None}

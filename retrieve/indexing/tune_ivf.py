@@ -68,7 +68,7 @@ def keep_within_budget(
         measured = _measure_scan(exact, segments, queries, budget_seconds)
         decision = {**measured, "file": None, "reason": "", "queries": kind}
         if measured["exact_seconds"] > budget_seconds:
-            on_message(f"{describe(decision)}: making an approximate index")
+            on_message(f"{describe(decision)}: trying an approximate index")
             decision |= _try_ivf(folder / "cache", exact, segments, queries, decision)
     if not _is_written(folder, decision):
         publish_description(folder / "cache" / DECISION, decision)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,9 @@ from starlette.types import Message, Receive
 FORM_BYTES = 1 << 18
 # A client that sends a byte a second would keep its place for years.
 RECEIVE_SECONDS = 600.0
+PREFIX = "svb-upload-"
+# What is older was left by a server that was killed: none looks at an upload for so long.
+LEFTOVER_SECONDS = 24 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Uploads:
     """
 
     def __init__(self, max_bytes: int, at_once: int) -> None:
+        _remove_leftovers()
         self._max_bytes, self._free = max_bytes, at_once
         self._at_once = at_once
 
@@ -66,7 +72,7 @@ class Uploads:
         self._free -= 1
         try:
             async with self._form(request) as form:
-                with tempfile.TemporaryDirectory(prefix="svb-upload-") as folder:
+                with tempfile.TemporaryDirectory(prefix=PREFIX) as folder:
                     yield await _save(form, Path(folder))
         finally:
             self._free += 1
@@ -110,6 +116,14 @@ class Uploads:
                 "larger --max-upload",
                 {"Connection": "close"},
             )
+
+
+def _remove_leftovers() -> None:
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):
+            stat = folder.lstat()
+            if stat.st_uid == os.getuid() and stat.st_mtime < time.time() - LEFTOVER_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 async def _save(form: FormData, folder: Path) -> Upload:
