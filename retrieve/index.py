@@ -199,12 +199,11 @@ class _Job:
         writer.merge()
         if not parts.are_finished:
             parts.finish(writer.segments)
-            parts.mirror(self._on_progress)
             parts.note_finished()
-        committed = writer.commit()
+        parts.mirror(self._on_progress)
+        writer.commit()
         keep_scan_within_budget(out, writer.draft, writer.segments, self._on_message)
-        if committed:
-            parts.remove_gone()
+        parts.remove_gone()
         self._on_message(_summary(out, writer.draft))
 
     def _require_fitting(

@@ -15,11 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 import segments as made
+import synthetic
+from indexes import files_of, remove
 from numpy.typing import NDArray
 
 from svb.errors import MismatchError, ModelUnavailableError, StoreError, UsageError
 from svb.retrieve.answer import SearchRequest
 from svb.retrieve.columns import StringColumn
+from svb.retrieve.index import index
+from svb.retrieve.indexing.index_parts import IndexParts
 from svb.retrieve.indexing.milvus_mirror import mirror, remove_gone
 from svb.retrieve.manifest import commit, publish_part
 from svb.retrieve.search import Searcher
@@ -73,6 +77,12 @@ def both(out: Path, manifest: dict[str, Any], uri: str) -> tuple[SegmentVectors,
     manifest = {**manifest, "vectors": mirror(out, manifest, uri)}
     remove_gone(out, manifest)
     return SegmentVectors(open_segments(out, manifest)), MilvusVectors.open(out, manifest)
+
+
+def copy_of(remote: MilvusVectors, cache: Path) -> MilvusVectors:
+    """Return the same vectors, not connected yet and with another cache."""
+    how = (remote._catalog, remote._keys, remote._target, remote._made_with, None, cache)
+    return MilvusVectors(*how, remote._fresh, remote._is_fresh)
 
 
 def queries(number: int, seed: int = 5) -> NDArray[np.float32]:
@@ -186,9 +196,7 @@ class TestAnswers:
         local, remote = mirrored
 
         def opened() -> MilvusVectors:
-            return MilvusVectors(
-                remote._catalog, remote._keys, remote._target, remote._made_with, None, tmp_path / "cache"
-            )
+            return copy_of(remote, tmp_path / "cache")
 
         for by in ("moment", "video"):
             np.testing.assert_array_equal(opened().background(by), local.background(by))
@@ -359,6 +367,28 @@ class TestMirror:
         assert self.held(uri, "moment") and not self.held(uri, "video")
         local, _ = both(tmp_path, publish(tmp_path, made.random_segment(4, size=SIZE, seed=2, first=9)), uri)
         assert len(self.held(uri, "moment")) == local.num_moments
+
+    @pytest.mark.parametrize("by", ["moment", "video"])
+    def test_segments_that_were_not_sent_yet_are_compared_here(self, tmp_path: Path, uri: str, by: str) -> None:
+        first = made.random_segment(20, size=SIZE, seed=1, deleted=[4])
+        second = made.random_segment(5, size=SIZE, seed=2, first=20, deleted=[0])
+        third = made.random_segment(10, size=SIZE, seed=3, first=40)
+        where = mirror(tmp_path, publish(tmp_path, first, third), uri)
+        manifest = {**publish(tmp_path, first, second, third), "vectors": where}
+        # Of those a run that was killed has sent some.
+        server = connect(Target.parse(uri))
+        kept = server.client.query("svb_videos", filter="id >= 0", output_fields=["id"], limit=1000)
+        half = mirror(tmp_path, publish(tmp_path, first, second, third), uri)
+        assert len(half["segments"]) == 3 and len(where["segments"]) == 2
+        for held in (where, half):
+            local, remote = SegmentVectors(open_segments(tmp_path, manifest)), None
+            remote = MilvusVectors.open(tmp_path, {**manifest, "vectors": held})
+            for allowed in (None, np.arange(35) % 2 == 0):
+                assert_nearest_agree(local, remote, 10, by, allowed)
+                assert_nearest_agree(local, remote, 1000, by, allowed)
+            rows = np.random.default_rng(0).permutation(np.flatnonzero(local.alive))
+            np.testing.assert_array_equal(remote.embeddings(rows, by="video"), local.embeddings(rows, by="video"))
+        assert len(kept) == 29
 
     def test_an_approximate_collection_is_measured(self, tmp_path: Path, uri: str) -> None:
         manifest = publish(tmp_path, made.random_segment(120, size=SIZE))
@@ -533,6 +563,48 @@ class TestUris:
         assert asked["token"] == "root:Milvus"
 
 
+class TestIndex:
+    """`svb index --to`: whatever became of the collections, the next run fills them."""
+
+    @pytest.fixture(autouse=True)
+    def text_encoder(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        encoder = synthetic.make_text_encoder()
+        monkeypatch.setattr("svb.retrieve.embedder.load_matching_text_encoder", lambda settings, device: encoder)
+
+    def test_what_a_server_has_lost_is_sent_again(
+        self, indexed_run: Path, indexed_store: Path, own_index: Path, uri: str, said: list[str]
+    ) -> None:
+        index(indexed_run, own_index, store=indexed_store, to=uri)
+        before, server = files_of(own_index), connect(Target.parse(uri))
+        index(indexed_run, own_index, store=indexed_store, on_message=said.append)
+        assert files_of(own_index) == before and any("+0 =80 videos" in line for line in said)
+        for by in ("moment", "video"):
+            server.client.drop_collection(server.target.name_of(by))
+        index(indexed_run, own_index, store=indexed_store, on_message=said.append)
+        assert any("+80 =0 videos" in line for line in said) and files_of(own_index) == before
+        keys = [row["id"] for row in server.client.query("svb_videos", filter="id >= 0", output_fields=["id"])]
+        server.client.delete("svb_videos", filter=f"id in {keys[:7]}")
+        index(indexed_run, own_index, store=indexed_store, on_message=said.append)
+        assert any("+7 =73 videos" in line for line in said)
+
+    def test_what_a_kill_left_on_the_server_goes_with_the_next_run(
+        self, indexed_run: Path, indexed_store: Path, own_index: Path, uri: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        index(indexed_run, own_index, store=indexed_store, to=uri)
+        remove(indexed_store, "clip000", "clip079")
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(IndexParts, "remove_gone", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+            index(indexed_run, own_index, store=indexed_store, prune=True)
+        server = connect(Target.parse(uri))
+
+        def num_held() -> int:
+            return len(server.client.query("svb_videos", filter="id >= 0", output_fields=["id"], limit=1000))
+
+        assert num_held() == 80
+        index(indexed_run, own_index, store=indexed_store)
+        assert num_held() == 78
+
+
 def splitmix64(state: int) -> int:
     """As in Steele, Lea and Flood, "Fast splittable pseudorandom number generators", figure 13."""
     state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
@@ -555,7 +627,7 @@ def test_ids_are_stable_and_distinct() -> None:
 
 def test_threads_share_a_connection(mirrored: Pair) -> None:
     local, remote = mirrored
-    fresh = MilvusVectors(remote._catalog, remote._keys, remote._target, remote._made_with, None, Path("/nowhere"))
+    fresh = copy_of(remote, Path("/nowhere"))
     asked = queries(24)
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda query: fresh.nearest(query, 5, by="moment", allowed=None), asked))

@@ -1,7 +1,7 @@
 """Searching through Milvus: vectors lie on a server, what is said of videos and moments in the index's folder.
 
 What a collection holds and this generation of the index does not know is passed over, so it may be searched while
-it is being filled.
+it is being filled. Segments that were committed and not sent yet are compared here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from svb.errors import StoreError
 from svb.retrieve.searching.milvus_ids import made_with, moment_ids, video_keys
 from svb.retrieve.searching.milvus_server import Server, Target, connect
 from svb.retrieve.searching.vectors import FileState, Nearest, SegmentVectors
-from svb.retrieve.segment import open_segments
+from svb.retrieve.segment import open_segment, open_segments
 
 # What a filter names at most: 200 kB of it.
 MAX_KEYS = 10_000
@@ -41,6 +41,8 @@ class MilvusVectors:
         made_with: As `made_with` gives it.
         recall: Measured, of an approximate collection; None where it is exact.
         cache: A folder for what can be fetched again.
+        fresh: The segments that the collections do not hold yet, with their embeddings.
+        fresh_videos: `(V,)`, whether a video of `catalog` lies in one of those.
     """
 
     def __init__(
@@ -51,6 +53,8 @@ class MilvusVectors:
         made_with: Mapping[str, str],
         recall: float | None,
         cache: Path,
+        fresh: SegmentVectors,
+        fresh_videos: NDArray[np.bool_],
     ) -> None:
         self._catalog = catalog
         self._keys = keys
@@ -59,6 +63,7 @@ class MilvusVectors:
         self.recall = recall
         self.exact = recall is None
         self._cache = cache
+        self._fresh, self._is_fresh = fresh, fresh_videos
         self._lock = threading.Lock()
         self._server: Server | None = None
         self._backgrounds: dict[str, NDArray[np.float32]] = {}
@@ -72,14 +77,18 @@ class MilvusVectors:
         """
         segments = open_segments(folder, manifest, with_vectors=False)
         where = manifest["vectors"]
-        target = Target.parse(where["uri"])
+        sent = where.get("segments", [segment.key for segment in segments])
+        entries = [entry for entry in manifest["segments"] if entry["key"] not in sent]
+        is_fresh = [np.full(segment.num_videos, segment.key not in sent) for segment in segments]
         return cls(
             SegmentVectors(segments),
             video_keys(segments),
-            target,
+            Target.parse(where["uri"]),
             made_with(manifest),
             where["recall"],
             folder / "cache",
+            SegmentVectors([open_segment(folder, entry, int(manifest["embedding_size"])) for entry in entries]),
+            np.concatenate([np.empty(0, np.bool_), *is_fresh]),
         )
 
     @property
@@ -158,7 +167,24 @@ class MilvusVectors:
         A filter names the videos that pass, or those that do not, whichever are fewer. Where both are many the
         first rows of all are looked through, and after that it takes a search for every `MAX_KEYS` videos.
         """
-        passing = self.alive if allowed is None else self.alive & allowed
+        counted = self.alive if allowed is None else self.alive & allowed
+        fresh = self._nearest_fresh(embedding, k, by, counted)
+        return _best([fresh, self._nearest_sent(embedding, k, by, counted & ~self._is_fresh)], k)
+
+    def _nearest_fresh(
+        self, embedding: NDArray[np.float32], k: int, by: str, passing: NDArray[np.bool_]
+    ) -> Nearest:
+        if not self._fresh.num_videos:
+            return _best([], k)
+        scores, rows = self._fresh.nearest(embedding, k, by=by, allowed=passing[self._is_fresh])
+        return scores, self._fresh_rows(by)[rows]
+
+    def _fresh_rows(self, by: str) -> NDArray[np.int64]:
+        """Return where each row of `fresh` stands among all."""
+        is_fresh = self._is_fresh if by == "video" else np.repeat(self._is_fresh, self.moment_counts)
+        return np.flatnonzero(is_fresh)
+
+    def _nearest_sent(self, embedding: NDArray[np.float32], k: int, by: str, passing: NDArray[np.bool_]) -> Nearest:
         wanted, others = self._keys[passing], self._keys[self.alive & ~passing]
         if not len(wanted):
             return _best([], k)
@@ -184,6 +210,12 @@ class MilvusVectors:
             StoreError: The collection lacks some of them, or the server does not answer.
         """
         found, held = self._fetch(rows, by)
+        if self._fresh.num_videos:
+            fresh_rows = self._fresh_rows(by)
+            places = np.searchsorted(fresh_rows, rows)
+            is_fresh = fresh_rows[np.minimum(places, len(fresh_rows) - 1)] == rows
+            found[is_fresh] = self._fresh.embeddings(places[is_fresh], by=by)
+            held |= is_fresh
         if not held.all():
             raise StoreError(
                 f"{self._target.name_of(by)} lacks {int((~held).sum())} of {len(rows)} vectors of this index - "
