@@ -140,6 +140,7 @@ class Metadata:
 
     def _split(self, condition: str) -> tuple[str, str, str]:
         """Return column, operator and value; a column's own name may hold an operator."""
+        condition = condition.strip()
         for name in sorted(self.columns, key=len, reverse=True):
             if condition.startswith(name):
                 rest = condition[len(name) :].lstrip()

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from svb.errors import InputError, StoreError, UsageError
-from svb.retrieve.answer import Answer, CaptionResult, Curve, SearchRequest
+from svb.retrieve.answer import Answer, CaptionResult, SearchRequest
 from svb.retrieve.manifest import read_manifest, read_whole
 from svb.retrieve.searching.filters import allowed_videos
 from svb.retrieve.searching.hubs import Hubs
 from svb.retrieve.searching.opened import Opened, open_index
 from svb.retrieve.searching.query import Wish, require_cosines
 from svb.retrieve.searching.rank import Found, rank_videos
-from svb.retrieve.searching.results import VideoInfo, build_results, curve_of_video, info_of, video_key
+from svb.retrieve.searching.results import VideoInfo, build_results, info_of, video_key
 from svb.retrieve.searching.vectors import Vectors
+
+T = TypeVar("T")
 
 
 class Searcher:
@@ -76,13 +78,7 @@ class Searcher:
             StoreError: The index is damaged.
         """
         started = time.perf_counter()
-        try:
-            return self._answer(request, self._wish(request), started)
-        except StoreError:
-            if not self.is_stale():
-                raise
-        # A file that is read at its first need has gone with a commit: the next generation has the answer.
-        return Searcher(self.path, self._device).search(request)
+        return self._ask(lambda searcher: searcher._answer(request, searcher._wish(request), started))
 
     def search_embedding(self, embedding: NDArray[np.float32], request: SearchRequest) -> Answer:
         """Answer a request whose main query is embedded already, as `(D,)`; errors as `search`."""
@@ -94,20 +90,11 @@ class Searcher:
         if not 0 < length < np.inf:  # False of NaN as well
             raise UsageError(f"the embedding has the length {length} - expected finite numbers, not all of them 0")
         unit = (embedding / length).astype(np.float32)
-        return self._answer(request, self._wish(request, unit), started)
-
-    def curve(self, video_id: str, request: SearchRequest) -> Curve:
-        """Return the score of a request over a video's time.
-
-        Raises:
-            InputError: The index has no such video, or as `search`.
-        """
-        query = self._wish(request).query(self.vectors, "moment")
-        return curve_of_video(self.vectors, self._row_of(video_id), query)
+        return self._ask(lambda searcher: searcher._answer(request, searcher._wish(request, unit), started))
 
     def embed_text(self, text: str) -> NDArray[np.float32]:
         """Return the `(D,)` embedding of a text; errors as `search`."""
-        return self._opened.embedder.embed_text(text)
+        return self._ask(lambda searcher: searcher._opened.embedder.embed_text(text))
 
     def video(self, key: str) -> VideoInfo | None:
         """Return what the index knows of a video by its `video_key`; None where it has none."""
@@ -128,6 +115,15 @@ class Searcher:
         self._seen = seen
         return False
 
+    def _ask(self, question: Callable[[Searcher], T]) -> T:
+        """Return the answer of this generation, or of the next where a commit took a file before its first need."""
+        try:
+            return question(self)
+        except StoreError:
+            if not self.is_stale():
+                raise
+        return Searcher(self.path, self._device)._ask(question)
+
     def _wish(self, request: SearchRequest, main: NDArray[np.float32] | None = None) -> Wish:
         """Embed all that is asked for; `main` stands for the main query where it is given."""
         embed_text = self._opened.embedder.embed_text
@@ -139,7 +135,7 @@ class Searcher:
 
     def _embed_main(self, request: SearchRequest) -> NDArray[np.float32]:
         if request.text is not None:
-            return self.embed_text(request.text)
+            return self._opened.embedder.embed_text(request.text)
         if request.like is None:
             return self._opened.embedder.embed_media(request)
         row = np.array([self._row_of(request.like)])

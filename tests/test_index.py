@@ -31,7 +31,7 @@ from indexes import (
 )
 
 from svb.data.description import publish_description
-from svb.data.feature_store import FeatureStore
+from svb.data.feature_store import FeatureStore, FrameFeatures
 from svb.data.publish import FolderLock
 from svb.errors import InputError, MismatchError, StoreError, UsageError
 from svb.retrieve import manifest as manifest_module
@@ -319,6 +319,44 @@ class TestSegments:
         sizes = [100, 100, 5, 100, 1, 2]
         assert merge.choose_merges([of_size(size) for size in sizes], 100) == [(4, 6)]
         assert merge.choose_merges([], 100) == []
+
+
+def moments_of(times: Sequence[float], duration: float, seconds: float, stride: float) -> list[tuple[float, float]]:
+    """Return the moments that `svb index` makes of frames at some times."""
+    loaded = FrameFeatures(
+        ["a"], np.zeros((len(times), 2), np.float16), np.array(times, np.float64), np.array([0, len(times)])
+    )
+    rows, offsets, found = embed_segment._moments(loaded, [duration], embed_segment.MomentWindows(seconds, stride))
+    assert offsets.tolist() == [0, len(rows)]
+    for (first, number), (begin, _) in zip(rows.tolist(), found.tolist(), strict=True):
+        inside = [place for place, time in enumerate(times) if begin - 1e-6 <= time < begin + seconds - 1e-6]
+        assert inside == list(range(first, first + number))
+    return [(begin, end) for begin, end in found.tolist()]
+
+
+def test_every_window_that_has_a_frame_is_a_moment() -> None:
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        stride = float(random.uniform(0.2, 3))
+        seconds = stride * float(random.uniform(1, 4))
+        times = np.sort(random.uniform(5, 5 + random.uniform(1, 40), random.integers(1, 12))).round(2)
+        end = embed_segment._end_seconds(times, 0.0)
+        begins = [times[0] + n * stride for n in range(200)]
+        # The last window is the first that reaches the end.
+        last = next(n for n, begin in enumerate(begins) if begin + seconds >= end - 1e-9)
+        expected = [
+            begin
+            for begin in begins[: last + 1]
+            if any(begin - 1e-6 <= time < begin + seconds - 1e-6 for time in times)
+        ]
+        found = moments_of(times.tolist(), 0.0, seconds, stride)
+        assert [begin for begin, _ in found] == pytest.approx(expected)
+
+
+def test_times_that_are_far_off_or_all_the_same_make_moments_too() -> None:
+    assert moments_of([0, 1, 1e10], 0.0, 4, 2)[0] == (0, 4) and len(moments_of([0, 1, 1e10], 0.0, 4, 2)) < 5
+    for times in ([0.0], [0.0, 0.0], [7.5, 7.5, 7.5]):
+        assert moments_of(times, 0.0, 4, 2) == [(times[0], times[0] + embed_segment.SHORTEST_SECONDS)]
 
 
 def of_size(num_moments: int, deleted: int = 0) -> Segment:

@@ -17,8 +17,9 @@ from conftest import RunSvb
 from indexes import files_of, touch
 
 from svb.data.caption_features import read_caption_features, write_caption_features
-from svb.errors import InputError, Interrupted
+from svb.errors import InputError, Interrupted, ModelUnavailableError
 from svb.retrieve.index import index
+from svb.retrieve.indexing.sidecar_watch import SidecarWatch
 from svb.retrieve.indexing.verify_index import verify_index
 from svb.retrieve.manifest import read_manifest
 from svb.retrieve.pools import open_pool
@@ -139,6 +140,34 @@ class TestParts:
         with pytest.raises(Interrupted):
             index(indexed_run, own_index, store=indexed_store, watch_seconds=0.05, on_message=on_message)
         assert seen == [[], ["a dog barks"], ["a cat"]]
+
+    def test_other_files_beside_the_videos_are_not_watched(self, indexed_store: Path, tmp_path: Path) -> None:
+        folder = tmp_path / "videos"
+        folder.mkdir()
+        touch(indexed_store, "clip000", source_path=str(folder / "clip000.mp4"))
+        watch = SidecarWatch(indexed_store)
+        (folder / "recorder.txt").write_text("a line")
+        before = watch.states()
+        (folder / "recorder.txt").write_text("a line more")
+        assert watch.states() == before
+        (folder / "clip000.de.vtt").write_text("WEBVTT")
+        assert watch.states() != before
+
+    def test_a_text_encoder_that_was_away_makes_the_tower_when_it_is_back(
+        self, own_index: Path, indexed_run: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def away(settings: object, device: object) -> None:
+            raise ModelUnavailableError("the hub is away")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("svb.retrieve.embedder.load_matching_text_encoder", away)
+            for _ in range(2):
+                index(indexed_run, own_index, text_precision="int8", on_message=said.append)
+        assert [line for line in said if "tower" in line] == ["no text tower: the hub is away"] * 2
+        said.clear()
+        for _ in range(2):
+            index(indexed_run, own_index, on_message=said.append)
+        assert len([line for line in said if "was not exported" in line]) == 1
 
     def test_a_rebuild_goes_on_with_the_settings(
         self, indexed_run: Path, indexed_store: Path, own_index: Path, tmp_path: Path, run_svb: RunSvb

@@ -22,7 +22,7 @@ import synthetic
 import torch
 from indexes import MOMENTS, add, content, edit_store, frames_of, remove, rename, touch
 
-from svb.errors import InputError, Interrupted, MismatchError, StoreError
+from svb.errors import InputError, Interrupted, MismatchError, StoreError, UsageError
 from svb.retrieve.index import index
 from svb.retrieve.indexing import embed_segment
 from svb.retrieve.indexing.verify_index import verify_index
@@ -240,7 +240,9 @@ class TestWatch:
             shutil.copytree(held, trained.parent / "features")
         assert verify_index(tmp_path / "index") == []
 
-    @pytest.mark.parametrize("error", [StoreError("a shard is damaged"), OSError("the disk is full")])
+    @pytest.mark.parametrize(
+        "error", [StoreError("a shard is damaged"), OSError("the disk is full"), InputError("the table is empty")]
+    )
     def test_what_may_pass_is_told_and_tried_again(self, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("svb.retrieve.indexing.watch.RETRY_SECONDS", 0.1)
         state, runs, said = [0], list[str](), list[str]()
@@ -261,7 +263,7 @@ class TestWatch:
         assert len(runs) == 3
         assert said[1] == f"{error} - trying again when something changes, or in 0.1 s"
 
-    @pytest.mark.parametrize("error", [InputError("no such file"), MismatchError("another model")])
+    @pytest.mark.parametrize("error", [UsageError("means nothing"), MismatchError("another model")])
     def test_what_the_user_must_decide_ends_it(self, error: Exception) -> None:
         states = iter(range(100))
 
@@ -271,6 +273,21 @@ class TestWatch:
 
         with pytest.raises(type(error), match=str(error)):
             watch(work, lambda: next(states), 0.01)
+
+    def test_what_cannot_be_looked_at_for_a_while_is_told_once(self) -> None:
+        looks, said = [0], list[str]()
+
+        def watched() -> int:
+            looks[0] += 1
+            if 1 < looks[0] < 6:
+                raise OSError("the folder is away")
+            if looks[0] == 8:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return 0
+
+        with pytest.raises(Interrupted):
+            watch(lambda: None, watched, 0.01, said.append)
+        assert [line.partition(" - ")[0] for line in said[1:]] == ["the folder is away"]
 
     def test_what_fails_at_once_has_failed(self) -> None:
         def work() -> None:

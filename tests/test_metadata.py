@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import operator
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ class TestWhere:
             ("date<2024", "b/c"),
             ("when<5=x", "a d"),
             ("when<5!=x", "b/c e"),
+            ("  views = 10 ", "a"),
         ],
     )
     def test_operators(self, opened: Metadata, where: str, expected: str) -> None:
@@ -171,14 +173,24 @@ class TestTables:
         assert metadata.of("7") == {"a": 1} and metadata.of("x") == {"b": "t"}
 
     @pytest.mark.parametrize(
-        "values", [["1", "two"], ["1_0"], ["nan"], ["inf"], ["1e999"], ["12345678901234567890"]]
+        "values",
+        [
+            ["1", "two"],
+            ["1_0"],
+            ["nan"],
+            ["inf"],
+            ["1e999"],
+            ["12345678901234567890"],
+            ["9007199254740992"],
+            ["007"],
+        ],
     )
     def test_what_is_no_number_is_text(self, values: list[str], tmp_path: Path) -> None:
         rows = [f"v{number},{value}" for number, value in enumerate(values)]
         metadata = Metadata.open(tmp_path / "index", publish(tmp_path, "\n".join(["video_id,n", *rows])))
         assert metadata.columns == {"n": "text"} and metadata.of("v0") == {"n": values[0]}
         if len(values) == 1:
-            number = values[0] if values[0][0].isdigit() and "_" not in values[0] else f'"{values[0]}"'
+            number = values[0] if re.fullmatch(r"[1-9]\d*(e\d+)?", values[0]) else f'"{values[0]}"'
             lines = f'{{"video_id": "v0", "n": {number}}}'
             metadata = Metadata.open(tmp_path / "index", publish(tmp_path, lines, "t.jsonl"))
             assert metadata.columns == {"n": "text"}

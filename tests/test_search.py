@@ -20,10 +20,13 @@ from svb.errors import InputError, StoreError, UsageError
 from svb.retrieve.answer import Answer, SearchRequest
 from svb.retrieve.indexing.make_hubs import index_hubs
 from svb.retrieve.indexing.make_metadata import publish_metadata
-from svb.retrieve.normalise import QB_NORM_SCALE, qb_norm, query_bank
+from svb.retrieve.normalise import QB_NORM_SCALE, QueryBank, qb_norm, query_bank
 from svb.retrieve.search import Searcher, video_key
 from svb.retrieve.searching import rank
+from svb.retrieve.searching.hubs import Hubs
+from svb.retrieve.searching.query import Query
 from svb.retrieve.searching.query_embedder import QueryEmbedder
+from svb.retrieve.searching.vectors import SegmentVectors
 from svb.retrieve.segment import Segment
 
 SIZE = 32
@@ -145,7 +148,6 @@ def test_moments_and_curves_are_of_the_video(
         assert result.curve is not None
         assert result.curve.scores == pytest.approx(scores.tolist(), abs=1e-6)
         assert result.curve.times_seconds == tuple(segment.moment_seconds[own].mean(axis=1).tolist())
-        assert result.curve == searcher.curve(result.video_id, TEXT)
         assert 1 <= len(result.moments) <= 2
         assert result.moments[0].score == pytest.approx(float(scores.max()), abs=1e-6)
         for moment in result.moments:
@@ -166,8 +168,6 @@ def test_the_like_of_a_video_is_not_itself(world: tuple[Path, list[Segment]], se
     for gone in ("v7", "nobody"):
         with pytest.raises(InputError, match=rf"the index has no video '{gone}'"):
             searcher.search(SearchRequest(like=gone))
-        with pytest.raises(InputError, match=rf"the index has no video '{gone}'"):
-            searcher.curve(gone, TEXT)
 
 
 def test_videos_are_known_by_their_keys(world: tuple[Path, list[Segment]], searcher: Searcher) -> None:
@@ -453,10 +453,16 @@ def test_a_file_that_went_with_a_commit_is_no_error(tmp_path: Path, monkeypatch:
         return text_vector(text)
 
     monkeypatch.setattr(QueryEmbedder, "embed_text", lost)
-    with pytest.raises(StoreError, match="is missing"):  # nothing was committed: it is lost
-        old.search(TEXT)
+
+    def embedded() -> Answer:
+        return old.search_embedding(text_vector("a boat"), replace(TEXT, plus=("a dog",)))
+
+    for question in (lambda: old.search(TEXT), embedded, lambda: old.embed_text("a dog")):
+        with pytest.raises(StoreError, match="is missing"):  # nothing was committed: it is lost
+            question()
     write_index(folder, [random_segment(5, seed=9)], generation=2)
-    assert old.search(TEXT).generation == 2
+    assert old.search(TEXT).generation == embedded().generation == 2
+    np.testing.assert_array_equal(old.embed_text("a dog"), text_vector("a dog"))
 
 
 def test_an_empty_index_says_so(tmp_path: Path) -> None:
@@ -494,6 +500,46 @@ def test_a_flipped_byte_that_makes_a_wrong_row_the_best_is_found(tmp_path: Path,
     np.save(path, rows)
     with pytest.raises(StoreError, match=r"a damaged embedding, of length \d\.\d+ instead of 1 - .* `svb verify`"):
         Searcher(folder).search(SearchRequest(text="a dog", by=by))
+
+
+@pytest.mark.parametrize("by", BY)
+@pytest.mark.parametrize("k", [9, 10, 10**9])
+def test_all_videos_are_found_in_one_scan(tmp_path: Path, by: str, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    segments = [make_segment([clustered(400, SIZE, seed) for seed in range(9)])]
+    searcher = Searcher(write_index(tmp_path, segments)[0])
+    nearest, asked = searcher.vectors.nearest, list[int]()
+
+    def counted(embedding: NDArray[np.float32], num_rows: int, **options: Any) -> Any:
+        asked.append(num_rows)
+        return nearest(embedding, num_rows, **options)
+
+    monkeypatch.setattr(searcher.vectors, "nearest", counted)
+    answer = searcher.search(SearchRequest(text="a dog", by=by, k=k, fold=False))
+    assert found(answer) == best_first(naive_scores(segments, by, [text_vector("a dog")]))
+    assert max(asked) <= 3601 and sum(asked) < 3 * 3601
+
+
+def test_a_video_whose_best_looking_moment_is_unwanted_is_not_passed_over() -> None:
+    """Of a video that is no hub another moment, which the first scan did not come to, is the best."""
+    e = np.eye(16, dtype=np.float32)
+
+    def row(wanted: float, unwanted: float, rest: int) -> NDArray[np.float32]:
+        return wanted * e[0] + unwanted * e[1] + np.sqrt(1 - wanted**2 - unwanted**2) * e[rest]
+
+    videos = [np.stack([row(0.8, 0.55, 2), row(0.5, 0, 3)])]
+    videos += [row(0.7 - 0.0003 * number, 0, 4 + number % 10)[None] for number in range(300)]
+    videos += [row(0.45 - 0.001 * number, 0, 4 + number % 10)[None] for number in range(100)]
+    segment = make_segment(videos)
+    bank = QueryBank(np.array([4.0, *[10.0] * 400]), np.arange(401) == 1, QB_NORM_SCALE)
+    hubs = Hubs.__new__(Hubs)
+    hubs._bank = lambda by: bank  # type: ignore[method-assign]
+    query = Query(e[0], e[1][None], np.zeros(1, np.float32))
+    ranked, _ = rank.rank_videos(
+        SegmentVectors([segment]), query, 3, by="moment", allowed=None, folded=False, hubs=hubs
+    )
+    scores = query.scores(segment.moment_embeddings.astype(np.float32))
+    keys = qb_norm(np.maximum.reduceat(scores, segment.moment_offsets[:-1])[None], bank)[0]
+    assert [each.row for each in ranked] == np.argsort(-keys, kind="stable")[:3].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("by", BY)

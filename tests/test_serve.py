@@ -156,6 +156,22 @@ def test_the_next_request_sees_a_new_generation(served: Serving, videos: dict[st
     assert served.client.get(f"/api/videos/{key_of('deep/old')}").status_code == 404
 
 
+def test_an_approximate_index_that_comes_after_its_commit_is_served(index: Path) -> None:
+    opened: list[FakeSearcher] = []
+
+    def open_searcher(previous: FakeSearcher | None) -> FakeSearcher:
+        opened.append(FakeSearcher(index))
+        return opened[-1]
+
+    with s.serving(index, open_searcher=open_searcher) as served:
+        ask(served)
+        assert len(opened) == 1
+        (index / "cache" / "ivf.json").write_text("{}")
+        for _ in range(3):
+            ask(served)
+        assert len(opened) == 2 and served.service.snapshots.current is opened[1]
+
+
 def test_a_snapshot_is_opened_with_the_one_before(index: Path, videos: dict[str, Path]) -> None:
     generations = []
 

@@ -245,9 +245,21 @@ class TestInt8:
         monkeypatch.setattr("svb.retrieve.indexing.export_tower.MAX_CHECKED", 10)
         assert measure(int8_tower.tower, self.check(int8_tower, distract=False))["captions"] == 10
 
+    def test_one_that_is_far_from_float32_is_not_chosen(
+        self, bert_tower: Exported, int8_tower: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("svb.retrieve.indexing.export_tower.MIN_COSINE", 0.9999999)
+        made = judged(bert_tower, tmp_path / "tower", self.check(int8_tower, distract=False))
+        assert made.entry["precision"] == "float32" and made.entry["val"]["t2v/R@1"]["int8"] == 100
+
     @pytest.mark.slow
-    def test_the_whole_way(self, bert: TextEncoder, int8_tower: Exported, tmp_path: Path) -> None:
-        check, folders = self.check(int8_tower, distract=False), (tmp_path / name / "t" for name in "abc")
+    def test_the_whole_way(
+        self, bert: TextEncoder, int8_tower: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        check, folders = self.check(int8_tower, distract=False), (tmp_path / name / "t" for name in "abcd")
+        unsure = export(next(folders), bert, with_heads(bert), check=check)
+        assert unsure.entry["precision"] == "float32"  # by two dozen captions nothing is judged
+        monkeypatch.setattr("svb.retrieve.indexing.export_tower.MIN_CHECKED", 24)
         chosen = export(next(folders), bert, with_heads(bert), check=check)
         assert chosen.entry["precision"] == "int8"
         said = "in int8, without torch (val t2v R@1 100.0 in int8, 100.0 in float32)"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import faiss
 import numpy as np
@@ -197,10 +199,39 @@ def test_a_gpu_scans_what_it_can(by: str, fake_gpu: list[FakeGpuIndex]) -> None:
     assert len(vectors.nearest(query, 51, by=by, allowed=None)[1]) == 51
     assert vectors.nearest(query, 9, by=by, allowed=everything)[1].tolist() == expected[1].tolist()
     assert fake_gpu[0].searched == 3
+    # What was deleted is found, and left out.
     deleted = SegmentVectors(some_segments(deleted=True))
+    expected = deleted.nearest(query, 9, by=by, allowed=everything)
     for _ in range(4):
-        assert deleted.alive[owners(segments, by)[deleted.nearest(query, 9, by=by, allowed=None)[1]]].all()
-    assert len(fake_gpu) == 1
+        scores, rows = deleted.nearest(query, 9, by=by, allowed=None)
+        assert rows.tolist() == expected[1].tolist() and len(rows) == 9
+        np.testing.assert_allclose(scores, expected[0], atol=1e-6)
+    assert [index.searched for index in fake_gpu] == [3, 2]
+
+
+def test_nobody_waits_while_a_gpu_is_filled(fake_gpu: list[FakeGpuIndex], monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors, query = SegmentVectors(some_segments()), make_query(0)
+    filling, go_on = threading.Event(), threading.Event()
+    copy = gpu_scan.GpuScan._copy
+
+    def slow(self: gpu_scan.GpuScan) -> Any:
+        filling.set()
+        assert go_on.wait(20)
+        return copy(self)
+
+    monkeypatch.setattr(gpu_scan.GpuScan, "_copy", slow)
+    expected = vectors.nearest(query, 5, by="moment", allowed=None)[1].tolist()
+    vectors.nearest(query, 5, by="moment", allowed=None)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(vectors.nearest, query, 5, by="moment", allowed=None)
+        assert filling.wait(20)
+        for _ in range(3):
+            assert vectors.nearest(query, 5, by="moment", allowed=None)[1].tolist() == expected
+        assert not first.done() and not fake_gpu
+        go_on.set()
+        assert first.result()[1].tolist() == expected
+    assert vectors.nearest(query, 5, by="moment", allowed=None)[1].tolist() == expected
+    assert [index.searched for index in fake_gpu] == [2]
 
 
 def test_a_gpu_without_enough_memory_is_done_without(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -107,7 +108,10 @@ def _moments(
         times = loaded.times_seconds[first:last]
         end = _end_seconds(times, duration)
         num_windows = max(1, int(np.ceil((end - times[0] - windows.seconds) / windows.stride_seconds)) + 1)
-        for window in range(num_windows):
+        # Those that frames lie in: a time that is far off would have an endless number of empty ones before it.
+        near = np.floor((times - times[0]) / windows.stride_seconds).astype(np.int64)[:, None] + 1
+        near = np.unique(near - np.arange(math.ceil(windows.seconds / windows.stride_seconds) + 2))
+        for window in near[(near >= 0) & (near < num_windows)].tolist():
             begin = times[0] + window * windows.stride_seconds
             low, high = np.searchsorted(times, [begin - 1e-6, begin + windows.seconds - 1e-6])
             if high > low:
@@ -123,4 +127,5 @@ def _end_seconds(times_seconds: NDArray[np.float64], duration_seconds: float) ->
     ends = [last + (last - first) / (len(times_seconds) - 1)] if len(times_seconds) > 1 else []
     if first + duration_seconds > last + 1e-3:  # False where the container promised nothing, or too little
         ends.append(first + duration_seconds)
-    return min(ends, default=last + SHORTEST_SECONDS)
+    end = min(ends, default=last)
+    return end if end > last else last + SHORTEST_SECONDS  # times that are all the same are a still, shown briefly

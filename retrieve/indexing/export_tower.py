@@ -32,6 +32,9 @@ from svb.train.metrics import t2v_ranks
 MAX_LOSS = 0.3
 # Val captions that int8 embeds: 12 s of one core for MiniLM, 30 s for ViT-B/32; the loss is known to 0.2 points.
 MAX_CHECKED = 5_000
+# Of fewer, a loss says nothing. And an int8 farther than this from float32, in mean cosine, is another model.
+MIN_CHECKED = 100
+MIN_COSINE = 0.95
 # The most that float32 may differ from torch, in cosine.
 MAX_DISTANCE = 1e-4
 # Smaller weights stay in the graph's own file.
@@ -92,7 +95,7 @@ def export_tower(
         folder: Where to; it stays empty where the encoder cannot be exported.
         embedder: Its text head comes after the encoder.
         text_encoder: The encoder.
-        check: Val captions; without any, `auto` stays with float32.
+        check: Val captions; with fewer than `MIN_CHECKED`, `auto` stays with float32.
         precision: `auto`, `float32` or `int8`.
         on_message: Called with a line that the user should see.
 
@@ -138,7 +141,7 @@ def _export(
     distance = _distance(TextTower(aside, entry), expected)
     if not distance <= MAX_DISTANCE:
         raise _NotExportedError(f"its graph differs from torch by a cosine of {distance:.1g}")
-    if precision == "int8" or (precision == "auto" and check is not None and len(check.captions)):
+    if precision == "int8" or (precision == "auto" and check is not None and len(check.captions) >= MIN_CHECKED):
         entry |= judge_int8(aside, entry, check, forced=precision == "int8")
     return entry, [aside / TOKENIZER, *(aside / f"{entry['precision']}.{suffix}" for suffix in ("onnx", "bin"))]
 
@@ -250,7 +253,8 @@ def judge_int8(folder: Path, entry: dict[str, Any], check: ValCheck | None, *, f
             raise _NotExportedError(f"its network cannot be had in int8: {_one_line(error)}") from error
         return {"int8_refused": _one_line(error)}
     loses = measured is not None and measured["t2v/R@1"]["float32"] - measured["t2v/R@1"]["int8"] > MAX_LOSS
-    return {"precision": "int8" if forced or not loses else "float32", "val": measured}
+    differs = measured is not None and measured["cosine"] < MIN_COSINE
+    return {"precision": "int8" if forced or not (loses or differs) else "float32", "val": measured}
 
 
 def measure(tower: TextTower, check: ValCheck) -> dict[str, Any]:

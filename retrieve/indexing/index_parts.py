@@ -43,6 +43,7 @@ class IndexParts:
     ) -> None:
         self._out, self._draft, self._model = out, draft, model
         self._options, self._on_message = options, on_message
+        self._lacks_tower = False
 
     def drop_damaged(self) -> bool:
         """Take parts out of the draft whose files are missing or cut short, as sizes tell; returns whether any was.
@@ -76,7 +77,7 @@ class IndexParts:
 
     def note_finished(self) -> None:
         """Have the next run know that there is nothing to finish: one that is killed before leaves that undone."""
-        self._draft["finished"] = self._finished()
+        self._draft["finished"] = None if self._lacks_tower else self._finished()
 
     def _finished(self) -> str:
         return fingerprint({part: self._draft[part] for part in ("inputs", "segments")})
@@ -210,7 +211,8 @@ class IndexParts:
             encoder = self._model.text_encoder
         except SvbError as error:  # a search by text would meet it too; one by video would not
             self._on_message(f"no text tower: {error}")
-            self._draft["text"] = []
+            self._draft["text"], self._draft["text_made_for"] = [], None
+            self._lacks_tower = True  # the next run may have an encoder
             return
 
         def write(folder: Path) -> None:

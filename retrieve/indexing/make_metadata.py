@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import re
 from collections.abc import Callable, Collection, Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -21,7 +22,7 @@ from svb.retrieve.metadata import NUMBER, shown
 Value = float | str | None
 
 _KIND = TableKind("metadata table", ("video_id",), "video_id and columns of your own")
-# Beyond it float64 takes different integers for one: such a column holds names, not numbers.
+# From it on float64 takes different integers for one: such a column holds names, not numbers.
 _EXACT = 2.0**53
 # The column that makes a table one of captions.
 CAPTION = "caption"
@@ -103,7 +104,7 @@ def _value(place: str, value: Any) -> Value:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (int, float, Decimal)):
-        return float(value) if abs(float(value)) <= _EXACT else str(value)
+        return float(value) if abs(float(value)) < _EXACT else str(value)
     if isinstance(value, (datetime.date, datetime.time)):
         return value.isoformat()
     if not isinstance(value, str):
@@ -121,7 +122,8 @@ def _as_column(values: Sequence[Value]) -> StringColumn | NDArray[np.float64]:
 
 def _is_number(value: float | str) -> bool:
     if isinstance(value, str):
-        return bool(NUMBER.fullmatch(value)) and abs(float(value)) <= _EXACT
+        # What begins with 0 as no number does is a name, of which 007 is another than 7.
+        return bool(NUMBER.fullmatch(value) and not re.match(r"[+-]?0\d", value)) and abs(float(value)) < _EXACT
     return math.isfinite(value)
 
 

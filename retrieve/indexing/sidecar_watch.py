@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from svb.data.feature_store import FeatureStore, shard_names
 from svb.errors import SvbError
 from svb.retrieve.indexing.index_source import state_of
-from svb.retrieve.indexing.sidecars import sidecars_in
+from svb.retrieve.indexing.sidecars import find_sidecars
 
 # A file that comes within a clock's tick of a listing leaves the folder's time as the listing saw it.
 SETTLED_SECONDS = 2.0
@@ -26,7 +25,7 @@ class SidecarWatch:
     def __init__(self, store: Path) -> None:
         self._store = store
         self._shards: list[str] | None = None
-        self._folders: list[Path] = []
+        self._videos: dict[Path, list[Path]] = {}
         self._listed: dict[Path, tuple[int, list[Path]]] = {}
 
     def states(self) -> list[Any]:
@@ -36,12 +35,14 @@ class SidecarWatch:
             try:
                 records = FeatureStore(self._store).records.values()
             except (SvbError, OSError):  # whoever reads it next tells; the folders are those it had
-                return self._states_in(self._folders)
-            self._shards, self._folders = shards, sorted({Path(record.source_path).parent for record in records})
-        return self._states_in(self._folders)
+                return self._states()
+            self._shards, self._videos, self._listed = shards, {}, {}
+            for path in sorted({Path(record.source_path) for record in records}):
+                self._videos.setdefault(path.parent, []).append(path)
+        return self._states()
 
-    def _states_in(self, folders: Iterable[Path]) -> list[Any]:
-        return [state_of(sidecar) for folder in folders for sidecar in self._sidecars_in(folder)]
+    def _states(self) -> list[Any]:
+        return [state_of(sidecar) for folder in self._videos for sidecar in self._sidecars_in(folder)]
 
     def _sidecars_in(self, folder: Path) -> list[Path]:
         try:
@@ -51,7 +52,8 @@ class SidecarWatch:
         known_ns, sidecars = self._listed.get(folder, (-1, []))
         if mtime_ns == known_ns:
             return sidecars
-        sidecars = sidecars_in(folder)
+        found = find_sidecars(self._videos[folder])
+        sidecars = sorted({sidecar for of_video in found.values() for sidecar in of_video})
         if time.time() - mtime_ns / 1e9 > SETTLED_SECONDS:
             self._listed[folder] = (mtime_ns, sidecars)
         return sidecars

@@ -55,19 +55,11 @@ def find_sidecars(videos: Iterable[Path]) -> dict[Path, list[Path]]:
     for video in videos:
         by_folder[video.parent][video.stem].append(video)
     for folder, by_stem in by_folder.items():
-        for sidecar in sidecars_in(folder):
+        for sidecar in _candidates(folder):
             stem = sidecar.stem if sidecar.stem in by_stem else _LANGUAGE.sub("", sidecar.stem)
             for video in by_stem.get(stem, ()):
                 found.setdefault(video, []).append(sidecar)
     return found
-
-
-def sidecars_in(folder: Path) -> list[Path]:
-    """Return the files of a folder that may be sidecars, sorted; a folder that is gone has none."""
-    try:
-        return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
-    except OSError:
-        return []
 
 
 def read_sidecar(
@@ -95,6 +87,13 @@ def read_sidecar(
             f"{path}: {num_broken} of {num_broken + len(cues)} cues have no readable times and were left out"
         )
     return _without_repeats(cues)
+
+
+def _candidates(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    except OSError:
+        return []  # a folder that is gone has no sidecars
 
 
 def _read_text(path: Path, on_message: Callable[[str], None], max_bytes: int) -> str:

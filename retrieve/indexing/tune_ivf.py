@@ -160,8 +160,8 @@ def _try_ivf(
         truth = find_truth(exact, segments, queries)
         tuned = _tune({**decision, **made}, read_ivf(cache, {**decision, **made}), exact, segments, truth)
         return {**made, **tuned} if "nprobe" in tuned else tuned
-    except (OSError, RuntimeError) as error:  # FAISS's own of a full disk is a RuntimeError
-        return {"reason": f"an approximate index could not be written ({error})"}
+    except (OSError, RuntimeError, MemoryError) as error:  # FAISS's own of a full disk is a RuntimeError
+        return {"reason": f"an approximate index could not be made ({error})"}
 
 
 def _make(cache: Path, exact: SegmentVectors, segments: Sequence[Segment]) -> dict[str, Any]:

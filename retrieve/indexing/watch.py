@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from svb.errors import Interrupted, StoreError
+from svb.errors import InputError, Interrupted, StoreError
 from svb.interrupts import deferred_interrupts
 
 # After a failure that may pass, such as a full disk, work is tried again though nothing has changed.
@@ -22,9 +22,9 @@ def watch(
 ) -> None:
     """Do work, and do it again after every change, until SIGINT or SIGTERM.
 
-    What fails the first time has failed. Later a damaged file, a full disk or another writer is told of, and the
-    work is tried again with the next change or after a minute; what the user must decide upon, such as another
-    model than before, ends it.
+    What fails the first time has failed. Later a damaged or missing file, a full disk or another writer is told of,
+    and the work is tried again with the next change or after a minute; what the user must decide upon, such as
+    another model than before, ends it.
 
     Args:
         work: What to do.
@@ -41,13 +41,15 @@ def watch(
     with deferred_interrupts() as interrupted:
         on_message(f"watching: looking for changes every {seconds:g} s")
         while _wait(seconds, interrupted):
-            now = watched()
-            if now == seen and (retry_at is None or time.monotonic() < retry_at):
-                continue
-            seen, retry_at = now, None
             try:
+                now = watched()
+                if now == seen and (retry_at is None or time.monotonic() < retry_at):
+                    continue
+                seen, retry_at = now, None
                 work()
-            except (StoreError, OSError) as error:
+            except (StoreError, InputError, OSError) as error:
+                if retry_at is not None and time.monotonic() < retry_at:
+                    continue  # said already
                 retry_at = time.monotonic() + RETRY_SECONDS
                 on_message(f"{error} - trying again when something changes, or in {RETRY_SECONDS:g} s")
         raise Interrupted(interrupted(), "told to stop watching; run the same command again to go on")

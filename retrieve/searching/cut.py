@@ -120,7 +120,9 @@ def _named(answers: Sequence[Answer]) -> Iterator[tuple[str, VideoResult, Moment
     for number, answer in enumerate(answers, start=1):
         query = f"q{number}-" if len(answers) > 1 else ""
         for result in answer.results:
-            video = re.sub(r"[^\w.-]+", "_", result.video_id).strip("._-")[-NAME_LETTERS:] or result.key
+            video = re.sub(r"[^\w.-]+", "_", result.video_id).strip("._-")[-NAME_LETTERS:]
+            if video != result.video_id.replace("/", "_"):  # another video's may come to the same
+                video = f"{video}-{result.key[:6]}".lstrip("-")
             for moment in result.moments:
                 times = f"{moment.begin_seconds:.1f}-{moment.end_seconds:.1f}"
                 yield f"{query}{result.rank:02}-{video}-{times}.mp4", result, moment

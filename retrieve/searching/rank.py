@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,9 +69,14 @@ def rank_videos(
         folded: Whether near-duplicates count as one.
         hubs: What reorders the candidates; None where nothing shall.
     """
-    num_rows = max(FIRST_ROWS, 4 * k)
+    num_counted = int((vectors.alive if allowed is None else vectors.alive & allowed).sum())
+    # One more than there are: a scan that finds fewer than it was asked for has found all.
+    all_rows = 1 + (vectors.num_videos if by == "video" else vectors.num_moments)
+    num_rows = min(max(FIRST_ROWS, 4 * k), all_rows)
     while True:
         candidates = _candidates(vectors, query, num_rows, by, allowed)
+        if not len(query.negatives) and len(candidates.videos) == num_counted:
+            candidates = replace(candidates, bound=-np.inf)  # of each the best row, which comes first
         keys = candidates.scores.astype(np.float64)
         finds_hub = hubs is not None and hubs.finds_hub(candidates.scores, candidates.videos, by)
         if hubs is not None and finds_hub:
@@ -90,7 +95,7 @@ def rank_videos(
                 is_sure = is_sure and not _rivals(hubs, candidates, last, by, allowed)
             if is_sure:
                 return found, finds_hub
-        num_rows *= GROWTH
+        num_rows = min(GROWTH * num_rows, all_rows)
 
 
 def _candidates(
@@ -117,7 +122,8 @@ def _candidates(
 def _rivals(hubs: Hubs, candidates: Candidates, last: float, by: str, allowed: NDArray[np.bool_] | None) -> bool:
     """Tell whether a video that was not seen could still come before the last that was found."""
     rivals = hubs.rivals(candidates.bound, last, by)
-    rivals[candidates.videos] = False
+    # Of one that what is unwanted has lowered, a row that was not seen may score more.
+    rivals[candidates.videos[candidates.scores >= candidates.bound]] = False
     return bool((rivals if allowed is None else rivals & allowed).any())
 
 

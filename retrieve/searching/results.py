@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from svb.retrieve.answer import CONFIDENCES, Curve, SearchRequest, VideoResult, at_least
+from svb.retrieve.answer import CONFIDENCES, SearchRequest, VideoResult, at_least
 from svb.retrieve.searching.confidence import Spread, independent_rows
 from svb.retrieve.searching.opened import Opened
 from svb.retrieve.searching.peaks import curve_of, find_moments
@@ -117,11 +117,6 @@ def build_results(
             )
         )
     return _ranked(results, request, keep_order), spread.confidence(max(result.score for result in results))
-
-
-def curve_of_video(vectors: Vectors, row: int, query: Query) -> Curve:
-    """Return the score of a query over a video's time."""
-    return curve_of(*_scores_over_time(vectors, row, query))
 
 
 def _scores_over_time(vectors: Vectors, row: int, query: Query) -> tuple[NDArray[np.float64], NDArray[np.float32]]:

@@ -139,14 +139,27 @@ class SegmentVectors:
         self, embedding: NDArray[np.float32], k: int, *, by: str, allowed: NDArray[np.bool_] | None
     ) -> Nearest:
         """As `Vectors.nearest`."""
+        if allowed is None and (found := self._nearest_by_gpu(embedding, k, by)) is not None:
+            return found
         if self._any_deleted:
             allowed = self.alive if allowed is None else self.alive & allowed
-        if allowed is None and (found := self._gpu_scans[by].nearest(embedding, k)) is not None:
-            return found
         if by == "moment":
             selected = None if allowed is None else np.repeat(allowed, self.moment_counts)
             return scan(self._moment_pieces, embedding, k, selected)
         return scan(self._video_pieces, embedding, k, allowed)
+
+    def _nearest_by_gpu(self, embedding: NDArray[np.float32], k: int, by: str) -> Nearest | None:
+        """Return what a GPU finds, which knows nothing of what was deleted: so many rows more are asked for."""
+        if not self._any_deleted or not self._gpu_scans[by].is_usable:
+            return self._gpu_scans[by].nearest(embedding, k)
+        of_moments = by == "moment"
+        num_gone = int(self.moment_counts[~self.alive].sum() if of_moments else (~self.alive).sum())
+        found = self._gpu_scans[by].nearest(embedding, k + num_gone)
+        if found is None:
+            return None
+        scores, rows = found
+        kept = self.alive[self.videos_of(rows) if of_moments else rows]
+        return scores[kept][:k], rows[kept][:k]
 
     def videos_of(self, moment_rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """As `Vectors.videos_of`."""

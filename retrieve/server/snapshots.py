@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from svb.retrieve.manifest import read_manifest
+from svb.retrieve.searching.ivf import DECISION
 
 if TYPE_CHECKING:
     from svb.retrieve.search import Searcher
@@ -20,14 +21,16 @@ RETRY_SECONDS = 1.0
 PATIENCE_SECONDS = 2.0
 
 _log = logging.getLogger("svb.server")
-_Signature = tuple[int, int, int]
+# Of the manifest, and of the decision how moments are searched.
+_Signature = tuple[tuple[int, int, int], tuple[int, int, int]]
 
 
 class Snapshots:
     """Gives out the newest whole snapshot; for one event loop.
 
-    A new index is noticed by its manifest's inode, size and time: with every request, for it costs less than
-    that request's head. A request under way keeps the snapshot that it has.
+    A new index, or an approximate one that was made for it, is noticed by inode, size and time of the file that
+    tells of it: with every request, for it costs less than that request's head. A request under way keeps the
+    snapshot that it has.
 
     Args:
         open_searcher: Opens the index as it is on disk; called with the snapshot before, if there is one, whose
@@ -42,7 +45,7 @@ class Snapshots:
     def __init__(self, open_searcher: Callable[[Searcher | None], Searcher], index: Path) -> None:
         self._open, self._index = open_searcher, index
         self._thread = ThreadPoolExecutor(1, "svb-open")
-        self._seen = self._signature()
+        self._seen = self._opened = self._signature()
         self._tried_at = time.monotonic()
         self._opening: asyncio.Task[None] | None = None
         self.problem: str | None = None
@@ -70,7 +73,7 @@ class Snapshots:
     async def _refresh(self) -> None:
         seen = self._signature()
         try:
-            opened = await asyncio.get_running_loop().run_in_executor(self._thread, self._open_if_changed)
+            opened = await asyncio.get_running_loop().run_in_executor(self._thread, self._open_if_changed, seen)
         except Exception as error:  # whatever is wrong with the new files, the old ones are whole
             problem = f"{type(error).__name__}: {error}"
             if problem != self.problem:
@@ -79,19 +82,23 @@ class Snapshots:
         else:
             if opened is not None:
                 _log.info("generation %d is served, after %d", opened.generation, self.current.generation)
-                self.current = opened
+                self.current, self._opened = opened, seen
             self.problem = None
         finally:
             self._seen, self._opening = seen, None
 
-    def _open_if_changed(self) -> Searcher | None:
-        if read_manifest(self._index) == self.current.manifest:
+    def _open_if_changed(self, seen: _Signature) -> Searcher | None:
+        if seen[1] == self._opened[1] and read_manifest(self._index) == self.current.manifest:
             return None
         return self._open(self.current)
 
     def _signature(self) -> _Signature:
-        try:
-            stat = (self._index / "manifest.json").stat()
-        except OSError:
-            return (0, 0, 0)
-        return (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        return _signature_of(self._index / "manifest.json"), _signature_of(self._index / "cache" / DECISION)
+
+
+def _signature_of(path: Path) -> tuple[int, int, int]:
+    try:
+        stat = path.stat()
+    except OSError:
+        return (0, 0, 0)
+    return (stat.st_ino, stat.st_size, stat.st_mtime_ns)
