@@ -405,6 +405,16 @@ def test_pictures_of_any_mode(tmp_path: Path, mode: str) -> None:
     assert picture[0, 0].mean() == pytest.approx({"1": 255, "I;16": 156, "I": 156}.get(mode, 200), abs=5)
 
 
+@pytest.mark.parametrize(("highest", "expected"), [(200, 200), (60_000, 234), (2**31 - 1, 255)])
+def test_grey_of_many_bits_is_seen_as_it_is_meant(tmp_path: Path, highest: int, expected: int) -> None:
+    values = np.array([[0, highest]], np.int32)
+    Image.fromarray(values).save(tmp_path / "x.tiff")
+    assert read_picture(tmp_path / "x.tiff")[0, :, 0].tolist() == [0, expected]
+    if highest < 2**16:
+        Image.frombytes("I;16B", (2, 1), values.astype(">u2").tobytes()).save(tmp_path / "b.tiff")
+        assert read_picture(tmp_path / "b.tiff")[0, :, 0].tolist() == [0, highest >> 8]
+
+
 @pytest.mark.parametrize("mode", ["RGB", "P", "1", "I;16", "LA"])
 def test_a_huge_picture_is_scaled_down_before_it_is_copied_about(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str

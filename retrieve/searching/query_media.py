@@ -131,13 +131,22 @@ def read_picture(file: Path) -> NDArray[np.uint8]:
 
 def _rgba(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I"):
-        # 16 bits a pixel: PIL would cut the high ones off.
-        picture = picture.point(lambda value: value / 256).convert("L")
+        picture = _of_8_bits(picture)
     times = math.ceil(math.sqrt(picture.width * picture.height / MAX_PICTURE_PIXELS))
     if times > 1:
         # Numbers of a palette have no mean.
         picture = (picture.convert("RGBA") if picture.mode in {"1", "P", "PA"} else picture).reduce(times)
     return picture.convert("RGBA")
+
+
+def _of_8_bits(picture: Image.Image) -> Image.Image:
+    """Return a grey picture of 16 or 32 bits a pixel by the high ones, which PIL cuts off; of 32 those in use."""
+    from PIL import Image
+
+    values = np.asarray(picture)
+    highest = int(values.max(initial=0))
+    bits = 16 if picture.mode != "I" or 255 < highest < 2**16 else max(8, highest.bit_length())
+    return Image.fromarray((values.clip(0) >> (bits - 8)).astype(np.uint8))
 
 
 def _scaled(frame: NDArray[np.uint8], resize_px: int) -> NDArray[np.uint8]:
