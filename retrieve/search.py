@@ -147,6 +147,11 @@ class Searcher:
     def _answer(self, request: SearchRequest, wish: Wish, started: float) -> Answer:
         embedded = time.perf_counter()
         vectors = self._opened.exact_vectors if request.exact else self.vectors
+        if request.exact and not vectors.exact:
+            raise StoreError(
+                f"an exact search compares all vectors, which do not lie in {self.path} - ask where `svb index` "
+                "made it, or have the server search by FLAT"
+            )
         hubs, about_hubs = self._hubs_for(request)
         allowed, about_filters = self._allowed(request)
         compared = vectors.alive if allowed is None else allowed & vectors.alive

@@ -389,6 +389,15 @@ class TestMirror:
             rows = np.random.default_rng(0).permutation(np.flatnonzero(local.alive))
             np.testing.assert_array_equal(remote.embeddings(rows, by="video"), local.embeddings(rows, by="video"))
         assert len(kept) == 29
+        # Where embeddings do not lie, what was not sent is not found yet, and that is said.
+        remove_gone(tmp_path, {**publish(tmp_path, first, third), "vectors": where})
+        for path in tmp_path.glob("segments/*/*_embeddings.npy"):
+            path.unlink()
+        remote = MilvusVectors.open(tmp_path, {**manifest, "vectors": where})
+        assert remote.num_missing == 5
+        sent = np.flatnonzero(local.alive & ((np.arange(35) < 20) | (np.arange(35) >= 25)))
+        rows = remote.nearest(queries(1)[0], 1000, by=by, allowed=None)[1]
+        assert set(remote.videos_of(rows) if by == "moment" else rows) == set(sent)
 
     def test_an_approximate_collection_is_measured(self, tmp_path: Path, uri: str) -> None:
         manifest = publish(tmp_path, made.random_segment(120, size=SIZE))
@@ -409,6 +418,15 @@ class TestMirror:
         expected = Searcher(tmp_path).search_embedding(query, asked)
         assert exact.exact and exact.recall is None
         assert [(r.video_id, r.score) for r in exact.results] == [(r.video_id, r.score) for r in expected.results]
+        commit(tmp_path, {**manifest, **fields, "vectors": where})
+        for path in tmp_path.glob("segments/*/*_embeddings.npy"):
+            path.rename(path.with_suffix(".away"))
+        elsewhere = Searcher(tmp_path)
+        assert elsewhere.search_embedding(query, asked).results
+        with pytest.raises(StoreError, match="an exact search compares all vectors, which do not lie in"):
+            elsewhere.search_embedding(query, replace(asked, exact=True))
+        for path in tmp_path.glob("segments/*/*_embeddings.away"):
+            path.rename(path.with_suffix(".npy"))
         with pytest.raises(MismatchError, match=r"are searched by HNSW, not FLAT - name another collection"):
             mirror(tmp_path, manifest, f"{uri}?index=FLAT")
 

@@ -43,6 +43,9 @@ class MilvusVectors:
         cache: A folder for what can be fetched again.
         fresh: The segments that the collections do not hold yet, with their embeddings.
         fresh_videos: `(V,)`, whether a video of `catalog` lies in one of those.
+
+    Attributes:
+        num_missing: How many videos neither the collections nor this machine have the vectors of.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class MilvusVectors:
         self.exact = recall is None
         self._cache = cache
         self._fresh, self._is_fresh = fresh, fresh_videos
+        self.num_missing = 0
         self._lock = threading.Lock()
         self._server: Server | None = None
         self._backgrounds: dict[str, NDArray[np.float32]] = {}
@@ -79,17 +83,26 @@ class MilvusVectors:
         where = manifest["vectors"]
         sent = where.get("segments", [segment.key for segment in segments])
         entries = [entry for entry in manifest["segments"] if entry["key"] not in sent]
+        fresh, num_missing = SegmentVectors([]), 0
+        try:
+            size = int(manifest["embedding_size"])
+            fresh = SegmentVectors([open_segment(folder, entry, size) for entry in entries])
+        except StoreError:  # embeddings need not lie here: these videos are found once they were sent
+            num_missing = sum(entry["videos"] for entry in entries)
+            sent = [segment.key for segment in segments]
         is_fresh = [np.full(segment.num_videos, segment.key not in sent) for segment in segments]
-        return cls(
+        opened = cls(
             SegmentVectors(segments),
             video_keys(segments),
             Target.parse(where["uri"]),
             made_with(manifest),
             where["recall"],
             folder / "cache",
-            SegmentVectors([open_segment(folder, entry, int(manifest["embedding_size"])) for entry in entries]),
+            fresh,
             np.concatenate([np.empty(0, np.bool_), *is_fresh]),
         )
+        opened.num_missing = num_missing
+        return opened
 
     @property
     def num_videos(self) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from svb.errors import StoreError
 from svb.retrieve.metadata import Metadata
 from svb.retrieve.pools import CaptionPools
 from svb.retrieve.searching.hubs import Hubs
@@ -21,7 +23,7 @@ class Opened:
     Attributes:
         manifest: Of this generation.
         vectors: What is searched: all rows, or an approximate index over them.
-        exact_vectors: All rows.
+        exact_vectors: All rows; what is searched where they do not lie here.
         note: What the user should know of how it is searched; None where nothing.
     """
 
@@ -55,9 +57,13 @@ def open_index(
     if manifest["vectors"] is not None:
         from svb.retrieve.searching.milvus import MilvusVectors
 
-        exact = MilvusVectors.open(folder, manifest)
-        if not exact.exact:  # of its approximate answers; all rows lie here as well
-            approximate, exact = exact, SegmentVectors(open_segments(folder, manifest))
+        exact = remote = MilvusVectors.open(folder, manifest)
+        if remote.num_missing:
+            note = f"{remote.num_missing} videos are not on the server yet: `svb index` has not come to its end"
+        if not remote.exact:
+            approximate = remote
+            with contextlib.suppress(StoreError):  # the embeddings need not lie here
+                exact = SegmentVectors(open_segments(folder, manifest))
     else:
         from svb.retrieve.searching.ivf import open_ivf
 
