@@ -10,7 +10,7 @@ import numpy as np
 
 from svb.config import fingerprint
 from svb.data.publish import hash_file
-from svb.errors import InputError, SvbError
+from svb.errors import InputError, ModelUnavailableError, SvbError
 from svb.retrieve.indexing.index_model import IndexModel
 from svb.retrieve.indexing.index_options import LOCAL, PartOptions
 from svb.retrieve.indexing.index_plan import live_videos
@@ -212,7 +212,7 @@ class IndexParts:
         except SvbError as error:  # a search by text would meet it too; one by video would not
             self._on_message(f"no text tower: {error}")
             self._draft["text"], self._draft["text_made_for"] = [], None
-            self._lacks_tower = True  # the next run may have an encoder
+            self._lacks_tower = isinstance(error, ModelUnavailableError)  # which the next run may have
             return
 
         def write(folder: Path) -> None:
