@@ -96,6 +96,21 @@ def assert_same(out: Path, alone: Path) -> None:
     assert sorted(recorded) == sorted(set(recorded)), "recorded twice"
 
 
+def started(mark: str, start: Callable[[], Any]) -> Any:
+    """Start a node; Ray gives it half a minute, which may be too little while another test has all the cores."""
+    before = processes(mark, "/ray/")
+    for tries_left in (2, 1, 0):
+        try:
+            return start()
+        except Exception as error:
+            if not tries_left or "timed out during startup" not in str(error):
+                raise
+            for process_id in {*processes(mark, "/ray/")} - {*before, os.getpid()}:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process_id, signal.SIGKILL)
+    raise AssertionError("not reached")
+
+
 def processes(mark: str, words: str) -> list[int]:
     """Return the processes of these tests whose command line has these words."""
     found = []
@@ -154,8 +169,8 @@ class TestOnTwoNodes:
     def cluster(self, mark: str) -> Iterator[Any]:
         from ray.cluster_utils import Cluster
 
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-        cluster.add_node(num_cpus=1)
+        cluster = started(mark, lambda: Cluster(initialize_head=True, head_node_args={"num_cpus": 1}))
+        started(mark, lambda: cluster.add_node(num_cpus=1))
         yield cluster
         cluster.shutdown()
 
@@ -182,7 +197,7 @@ class TestOnTwoNodes:
 def address(mark: str) -> Iterator[str]:
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    cluster = started(mark, lambda: Cluster(initialize_head=True, head_node_args={"num_cpus": 2}))
     yield cluster.address
     cluster.shutdown()
 
