@@ -159,17 +159,8 @@ def _describe_index(path: Path) -> dict[str, Any]:
         decision = read_decision(path) if held["vectors"] is None else None
     except StoreError as error:  # of a cache, which the next `svb index` makes again
         return {**held, "scan": str(error)}
-    told = (
-        "rows",
-        "exact_seconds",
-        "budget_seconds",
-        "nlist",
-        "nprobe",
-        "seconds",
-        "recall",
-        "recall_videos",
-        "reason",
-    )
+    told = ["rows", "exact_seconds", "budget_seconds", "reason"]
+    told += ["nlist", "nprobe", "seconds", "recall", "recall_videos"]  # of an approximate index
     return {**held, "scan": decision and {name: decision[name] for name in told if name in decision}}
 
 

@@ -93,7 +93,11 @@ def search_fields(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def part_of_file(video: str | None) -> tuple[str | None, tuple[float, float] | None]:
-    """Return a file and the part of it that `FILE@START-END` asks for; a file of that very name is taken whole."""
+    """Return a file and the part of it that `FILE@START-END` asks for; a file of that very name is taken whole.
+
+    Raises:
+        UsageError: What follows a file's name and `@` is no begin and end.
+    """
     if video is None or Path(video).exists():
         return video, None
     match = re.fullmatch(rf"(.+)@{CLOCK}-{CLOCK}", video, re.DOTALL)

@@ -81,7 +81,8 @@ class Snapshots:
             self.problem = problem
         else:
             if opened is not None:
-                _log.info("generation %d is served, after %d", opened.generation, self.current.generation)
+                if opened.generation != self.current.generation:
+                    _log.info("generation %d is served, after %d", opened.generation, self.current.generation)
                 self.current, self._opened = opened, seen
             self.problem = None
         finally:
