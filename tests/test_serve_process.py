@@ -214,17 +214,30 @@ def test_a_client_that_hangs_up_leaves_no_trace(served: Server, request_bytes: b
     assert post(served, "a dog")["results"]
 
 
-def test_a_preview_that_nobody_waits_for_leaves_no_process(served: Server) -> None:
-    request = f"GET /media/{key_of('clip000')}/preview HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", served.port)) as connection:
-        connection.sendall(request.encode())
-        wait_until(lambda: any("ffmpeg" in _command(pid) for pid in served.children()))
-    wait_until(lambda: not any("ffmpeg" in _command(pid) for pid in served.children()))
+@pytest.fixture
+def slow_ffmpeg(tmp_path: Path) -> dict[str, str]:
+    """Return an environment in which ffmpeg takes a minute: the real one may be done before anybody looks."""
+    script = tmp_path / "ffmpeg"
+    script.write_text("#!/bin/sh\nsleep 60\n")
+    script.chmod(0o755)
+    return {"IMAGEIO_FFMPEG_EXE": str(script)}
 
 
-def test_a_server_that_is_busy_ends_when_it_is_told_to(copied: Path) -> None:
+def test_a_preview_that_nobody_waits_for_leaves_no_process(copied: Path, slow_ffmpeg: dict[str, str]) -> None:
     request = f"GET /media/{key_of('clip000')}/preview HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    with running(copied) as server, socket.create_connection(("127.0.0.1", server.port)) as connection:
+    with running(copied, env=slow_ffmpeg) as server:
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(request.encode())
+            wait_until(lambda: any("ffmpeg" in _command(pid) for pid in server.children()))
+        wait_until(lambda: not any("ffmpeg" in _command(pid) for pid in server.children()))
+
+
+def test_a_server_that_is_busy_ends_when_it_is_told_to(copied: Path, slow_ffmpeg: dict[str, str]) -> None:
+    request = f"GET /media/{key_of('clip000')}/preview HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with (
+        running(copied, env=slow_ffmpeg) as server,
+        socket.create_connection(("127.0.0.1", server.port)) as connection,
+    ):
         connection.sendall(request.encode())
         wait_until(lambda: any("ffmpeg" in _command(pid) for pid in server.children()))
         children = server.children()
