@@ -79,8 +79,11 @@ def names(page: Any) -> list[str]:
 
 def wait_for_seek(page: Any, seconds: float) -> None:
     """Wait until the player shows a time, with the picture there."""
-    w.until(page, f"seeks.length && Math.abs(seeks.at(-1) - {seconds}) < 0.5")
-    assert page.evaluate("document.querySelector('video').readyState") >= 2
+    w.until(
+        page,
+        f"seeks.length && Math.abs(seeks.at(-1) - {seconds}) < 0.5"
+        " && document.querySelector('video')?.readyState >= 2",
+    )
 
 
 def test_a_search_is_answered_and_a_peak_is_played(page: Any) -> None:
@@ -194,6 +197,52 @@ def test_a_newer_answer_is_never_overwritten(page: Any) -> None:
     assert names(page)[0] == "tall"
     page.go_back()
     w.until(page, "document.querySelector('.card h3').textContent === 'harbour/boat'")
+
+
+def ask_slowly(page: Any) -> None:
+    """Ask for what is not answered before `SLOW` is set."""
+    SLOW.clear()
+    page.get_by_label("What to look for").fill("slow onion")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("body.busy")
+
+
+@pytest.mark.slow
+def test_whoever_goes_back_before_the_answer_stays_there(page: Any) -> None:
+    page.goto(f"?q=boat#v={BOAT_KEY}&t=4.00")
+    wait_for_seek(page, 4)
+    ask_slowly(page)
+    page.evaluate("window.seeks = []")
+    page.go_back()
+    wait_for_seek(page, 4)
+    SLOW.set()
+    page.wait_for_timeout(500)
+    assert names(page)[0] == "harbour/boat" and page.locator(".player").count() == 1
+    assert page.url.endswith(f"?q=boat#v={BOAT_KEY}&t=4.00")
+    assert page.locator("body.busy").count() == 0
+    assert "of 45 videos" in page.inner_text("#summary")
+
+
+@pytest.mark.slow
+def test_a_moment_opened_while_a_question_waits_closes_with_its_answer(page: Any) -> None:
+    page.goto("?q=boat")
+    page.wait_for_selector(".card")
+    ask_slowly(page)
+    page.locator(".peak.best").first.click()
+    wait_for_seek(page, 13.5)
+    page.evaluate("window.player = document.querySelector('video')")
+    SLOW.set()
+    w.until(page, "document.querySelector('.card h3').textContent === 'tall'")
+    assert page.evaluate(
+        "[player.paused, player.hasAttribute('src'), document.querySelectorAll('video').length]"
+    ) == [
+        True,
+        False,
+        0,
+    ]
+    assert page.url.endswith("?q=slow+onion")
+    page.locator(".peak.best").first.click()
+    page.wait_for_selector(".player")
 
 
 @pytest.mark.slow
