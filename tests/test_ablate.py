@@ -270,6 +270,7 @@ class TestInputs:
     def test_a_carved_val_is_the_same_for_all(self, tmp_path: Path) -> None:
         task = Task(tmp_path, has_split=False)
         task.write()
+        task.run_here()
         report = ablate(task.config, task.out)
         assert not report.failed and len(set(report.queries.video_ids)) == len(report.queries.video_ids) > 1
 
