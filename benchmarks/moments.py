@@ -186,22 +186,24 @@ def measure(held: Set, folder: Path, options: argparse.Namespace) -> dict[str, d
 def whole_video(searcher: Searcher, caption: str, embedding: Embedding, video_id: str | None) -> Found:
     vectors = searcher.vectors
     row = (
-        vectors.row_of(video_id) if video_id else int(vectors.nearest(embedding, 1, by="video", allowed=None)[1][0])
+        vectors.catalog.row_of(video_id)
+        if video_id
+        else int(vectors.nearest(embedding, 1, by="video", allowed=None)[1][0])
     )
-    seconds = vectors.moment_seconds(np.arange(*vectors.moment_range(row)))
+    seconds = vectors.catalog.moment_seconds(np.arange(*vectors.catalog.moment_range(row)))
     begin, end = float(seconds[:, 0].min()), float(seconds[:, 1].max())
-    return Found(vectors.video_id(row), begin, end, (begin + end) / 2)
+    return Found(vectors.catalog.video_id(row), begin, end, (begin + end) / 2)
 
 
 def best_chunk(searcher: Searcher, caption: str, embedding: Embedding, video_id: str | None) -> Found:
     vectors = searcher.vectors
     allowed = None
     if video_id:
-        allowed = np.zeros(vectors.num_videos, np.bool_)
-        allowed[vectors.row_of(video_id)] = True
+        allowed = np.zeros(vectors.catalog.num_videos, np.bool_)
+        allowed[vectors.catalog.row_of(video_id)] = True
     rows = vectors.nearest(embedding, 1, by="moment", allowed=allowed)[1]
-    begin, end = vectors.moment_seconds(rows)[0].tolist()
-    return Found(vectors.video_id(int(vectors.videos_of(rows)[0])), begin, end, (begin + end) / 2)
+    begin, end = vectors.catalog.moment_seconds(rows)[0].tolist()
+    return Found(vectors.catalog.video_id(int(vectors.catalog.videos_of(rows)[0])), begin, end, (begin + end) / 2)
 
 
 def best_moment(searcher: Searcher, caption: str, embedding: Embedding, video_id: str | None) -> Found:

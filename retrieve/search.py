@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from svb.errors import InputError, StoreError, UsageError
 from svb.retrieve.answer import Answer, CaptionResult, SearchRequest
 from svb.retrieve.manifest import read_manifest, read_whole
+from svb.retrieve.searching.catalog import Catalog
 from svb.retrieve.searching.filters import allowed_videos
 from svb.retrieve.searching.hubs import Hubs
 from svb.retrieve.searching.opened import Opened, open_index
@@ -62,6 +63,11 @@ class Searcher:
     def vectors(self) -> Vectors:
         """Return what is searched."""
         return self._opened.vectors
+
+    @property
+    def catalog(self) -> Catalog:
+        """Return what the index knows of its videos."""
+        return self._opened.catalog
 
     def __len__(self) -> int:
         """Return the number of videos."""
@@ -154,7 +160,7 @@ class Searcher:
             )
         hubs, about_hubs = self._hubs_for(request)
         allowed, about_filters = self._allowed(request)
-        compared = vectors.alive if allowed is None else allowed & vectors.alive
+        compared = self.catalog.counted(allowed)
         found: list[Found] = []
         normalised = False
         if compared.any():
@@ -162,7 +168,7 @@ class Searcher:
             found, normalised = rank_videos(
                 vectors, query, request.k, by=request.ranked_by, allowed=allowed, folded=request.fold, hubs=hubs
             )
-        num_videos, num_moments = int(compared.sum()), int(vectors.moment_counts[compared].sum())
+        num_videos, num_moments = int(compared.sum()), int(self.catalog.moment_counts[compared].sum())
         results, confidence = build_results(self._opened, request, wish, found, keep_order=normalised)
         scanned = time.perf_counter()
         return Answer(
@@ -186,11 +192,11 @@ class Searcher:
 
     def _allowed(self, request: SearchRequest) -> tuple[NDArray[np.bool_] | None, str | None]:
         """Return which videos count, and why none does."""
-        if not self.vectors.alive.any():
+        if not self.catalog.alive.any():
             return None, "the index holds no videos - add some with `svb index`"
-        allowed, nothing = allowed_videos(self.vectors, request, self._opened.metadata)
+        allowed, nothing = allowed_videos(self.catalog, request, self._opened.metadata)
         if request.like is not None:
-            allowed = self.vectors.alive.copy() if allowed is None else allowed
+            allowed = self.catalog.alive.copy() if allowed is None else allowed
             allowed[self._row_of(request.like)] = False
         return allowed, nothing
 
@@ -211,12 +217,12 @@ class Searcher:
         return self._opened.pools.nearest(wish.main, request.num_captions)
 
     def _row_of(self, video_id: str) -> int:
-        row = self.vectors.row_of(video_id)
+        row = self.catalog.row_of(video_id)
         if row is None:
             raise InputError(f"the index has no video {video_id!r} - name one as `svb search` prints it")
         return row
 
     @cached_property
     def _rows_of_keys(self) -> dict[str, int]:
-        vectors = self.vectors
-        return {video_key(vectors.video_ids[row]): row for row in np.flatnonzero(vectors.alive).tolist()}
+        video_ids = self.catalog.video_ids
+        return {video_key(video_ids[row]): row for row in np.flatnonzero(self.catalog.alive).tolist()}

@@ -66,7 +66,7 @@ class FakeSearcher:
         held = self.manifest["held"]
         self._ids = sorted(held)
         self._held = held
-        self.vectors = SimpleNamespace(num_videos=len(held), video_id=self._ids.__getitem__)
+        self.catalog = SimpleNamespace(num_videos=len(held), video_id=self._ids.__getitem__)
 
     def video(self, key: str) -> Any:
         for video_id in self._ids:

@@ -62,10 +62,10 @@ def test_equal_scores_say_nothing() -> None:
 
 
 def test_moments_of_a_scene_are_one_piece_of_evidence() -> None:
-    def vectors(moments: int) -> Any:
+    def catalog(moments: int) -> Any:
         alive = np.array([*[True] * 100, False])
         return SimpleNamespace(alive=alive, moment_counts=np.array([*[moments] * 100, 10_000]))
 
-    assert independent_rows(vectors(3), "moment") == 100
-    assert independent_rows(vectors(800), "moment") == 10_000
-    assert independent_rows(vectors(800), "video") == 100
+    assert independent_rows(catalog(3), "moment") == 100
+    assert independent_rows(catalog(800), "moment") == 10_000
+    assert independent_rows(catalog(800), "video") == 100

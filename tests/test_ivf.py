@@ -30,7 +30,7 @@ def without_a_clock() -> Iterator[None]:
     """Have a search of the lists take 1 ms and one of all rows a microsecond each, on any machine."""
 
     def seconds(vectors: Any, queries: NDArray[np.float32]) -> float:
-        return 0.001 if isinstance(vectors, IvfVectors) else 1e-6 * vectors.num_moments
+        return 0.001 if isinstance(vectors, IvfVectors) else 1e-6 * vectors.catalog.num_moments
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tune_ivf, "seconds_a_query", seconds)
@@ -165,10 +165,10 @@ def test_the_truth_is_a_brute_force_scan(segments: list[Segment], monkeypatch: p
         scores, rows = brute_force(some, query, 10**6)
         np.testing.assert_allclose(truth.moment_scores[row], scores[:10], atol=1e-6)
         videos: dict[int, float] = {}
-        for score, video in zip(scores, exact.videos_of(rows), strict=True):
+        for score, video in zip(scores, exact.catalog.videos_of(rows), strict=True):
             videos.setdefault(int(video), float(score))
         np.testing.assert_allclose(truth.video_scores[row], [*videos.values()][:10], atol=1e-6)
-        assert exact.videos_of(truth.video_rows[row]).tolist() == [*videos][:10]
+        assert exact.catalog.videos_of(truth.video_rows[row]).tolist() == [*videos][:10]
 
 
 def test_with_every_list_probed_it_is_an_exact_scan(built: Path, segments: list[Segment]) -> None:
@@ -188,7 +188,7 @@ def test_what_was_deleted_or_filtered_out_never_comes(built: Path, segments: lis
     vectors = every_list(opened(built, thinned))
     assert_is_exact(vectors, thinned, 50)
     for share in (0.9, 0.3, 0.01, 0.0):
-        assert_is_exact(vectors, thinned, 50, random.random(vectors.num_videos) < share)
+        assert_is_exact(vectors, thinned, 50, random.random(vectors.catalog.num_videos) < share)
 
 
 def test_a_filter_keeps_the_recall(built: Path, segments: list[Segment]) -> None:
@@ -196,7 +196,7 @@ def test_a_filter_keeps_the_recall(built: Path, segments: list[Segment]) -> None
     random, found = np.random.default_rng(4), []
     vectors._rows_in_budget = 0.0
     for query in clustered(200, SIZE, seed=6):
-        allowed = random.random(vectors.num_videos) < 0.25
+        allowed = random.random(vectors.catalog.num_videos) < 0.25
         expected = brute_force(segments, query, 10, allowed)[1]
         rows = vectors.nearest(query, 10, by="moment", allowed=allowed)[1]
         found.append(len({*rows.tolist()} & {*expected.tolist()}))
@@ -208,8 +208,8 @@ def test_few_enough_rows_are_scanned_exactly(
 ) -> None:
     vectors = opened(built, segments)  # with a budget of 4,000 rows
     monkeypatch.setattr(vectors, "_proposed", lambda *arguments: pytest.fail("the lists were searched"))
-    allowed = np.arange(vectors.num_videos) < 700  # of about 5 moments each
-    assert 2500 < vectors.moment_counts[allowed].sum() < 4000
+    allowed = np.arange(vectors.catalog.num_videos) < 700  # of about 5 moments each
+    assert 2500 < vectors.catalog.moment_counts[allowed].sum() < 4000
     assert_is_exact(vectors, segments, 10, allowed)
 
 
@@ -235,7 +235,7 @@ def test_segments_that_come_go_and_change_places(built: Path, segments: list[Seg
     ):
         vectors = every_list(opened(built, now))
         assert_is_exact(vectors, now, 40)
-        assert_is_exact(vectors, now, 40, np.arange(vectors.num_videos) % 3 > 0)
+        assert_is_exact(vectors, now, 40, np.arange(vectors.catalog.num_videos) % 3 > 0)
     vectors, note = open_ivf(built, SegmentVectors([new]), [new])
     assert vectors is None and note is not None and "other segments" in note
 
@@ -356,7 +356,7 @@ def test_damaged_lists_make_no_wrong_row(built: Path, segments: list[Segment], n
     now = [replace(segments[0], deleted=np.arange(0, 1500, 2)), segments[1]]
     vectors = opened(built, now)
     vectors._rows_in_budget = 0.0
-    for allowed in (None, np.arange(vectors.num_videos) % 3 > 0):
+    for allowed in (None, np.arange(vectors.catalog.num_videos) % 3 > 0):
         for query in clustered(20, SIZE, seed=3):
             scores, rows = vectors.nearest(query, 10, by="moment", allowed=allowed)
             all_scores, all_rows = brute_force(now, query, 10**6, allowed)
@@ -367,7 +367,7 @@ def test_damaged_lists_make_no_wrong_row(built: Path, segments: list[Segment], n
 
 def test_threads_share_it(built: Path, segments: list[Segment]) -> None:
     vectors, queries = opened(built, segments), clustered(40, SIZE, seed=3)
-    filters = [None, np.arange(vectors.num_videos) % 2 > 0]
+    filters = [None, np.arange(vectors.catalog.num_videos) % 2 > 0]
     alone = [vectors.nearest(q, 10, by="moment", allowed=a)[1].tolist() for q in queries for a in filters]
     together: dict[int, list[list[int]]] = {}
 

@@ -81,7 +81,7 @@ def both(out: Path, manifest: dict[str, Any], uri: str) -> tuple[SegmentVectors,
 
 def copy_of(remote: MilvusVectors, cache: Path) -> MilvusVectors:
     """Return the same vectors, not connected yet and with another cache."""
-    how = (remote._catalog, remote._keys, remote._target, remote._made_with, None, cache)
+    how = (remote.catalog, remote._keys, remote._target, remote._made_with, None, cache)
     return MilvusVectors(*how, remote._fresh, remote._is_fresh)
 
 
@@ -169,20 +169,12 @@ class TestAnswers:
 
     def test_everything_else(self, mirrored: Pair) -> None:
         local, remote = mirrored
-        for name in ("num_videos", "num_moments", "embedding_size", "exact", "recall"):
-            assert getattr(remote, name) == getattr(local, name), name
-        for name in ("alive", "moment_counts", "durations", "mtime_ns", "video_ids", "source_paths"):
-            np.testing.assert_array_equal(getattr(remote, name), getattr(local, name), err_msg=name)
+        assert (remote.exact, remote.recall) == (local.exact, local.recall)
+        assert remote.catalog.num_moments == local.catalog.num_moments
+        np.testing.assert_array_equal(remote.catalog.alive, local.catalog.alive)
         rows = np.array([5, 0, 77, 5])
         np.testing.assert_array_equal(remote.embeddings(rows, by="moment"), local.embeddings(rows, by="moment"))
         np.testing.assert_array_equal(remote.embeddings(rows, by="video"), local.embeddings(rows, by="video"))
-        np.testing.assert_array_equal(remote.moment_seconds(rows), local.moment_seconds(rows))
-        np.testing.assert_array_equal(remote.videos_of(rows), local.videos_of(rows))
-        assert remote.row_of("v5") == local.row_of("v5") and remote.row_of("v3") is None
-        assert remote.video_id(70) == local.video_id(70) and remote.moment_range(70) == local.moment_range(70)
-        assert remote.source_path(70) == local.source_path(70)
-        assert remote.duration_seconds(70) == local.duration_seconds(70)
-        assert remote.file_state(70) == local.file_state(70)
 
     def test_vectors_that_a_collection_lacks_are_said(self, mirrored: Pair) -> None:
         with pytest.raises(
@@ -272,10 +264,10 @@ class TestMirror:
         assert self.sent(tmp_path, manifest, uri) == ["+5 =10 videos, searched by FLAT", "-2 videos"]
         vectors = SegmentVectors(segments := open_segments(tmp_path, manifest))
         keys = video_keys(segments)
-        assert self.held(uri, "video") == sorted(keys[vectors.alive].tolist())
-        videos = np.repeat(np.arange(17), vectors.moment_counts)
-        numbers = np.concatenate([np.arange(count) for count in vectors.moment_counts])
-        live = vectors.alive[videos]
+        assert self.held(uri, "video") == sorted(keys[vectors.catalog.alive].tolist())
+        videos = np.repeat(np.arange(17), vectors.catalog.moment_counts)
+        numbers = np.concatenate([np.arange(count) for count in vectors.catalog.moment_counts])
+        live = vectors.catalog.alive[videos]
         assert self.held(uri, "moment") == sorted(moment_ids(keys[videos], numbers)[live].tolist())
         assert_nearest_agree(*both(tmp_path, manifest, uri), 20, "moment", None)
 
@@ -348,13 +340,13 @@ class TestMirror:
         query = queries(1)[0]
         scores, rows = half.nearest(query, 1000, by="moment", allowed=None)
         np.testing.assert_allclose(scores, local.embeddings(rows, by="moment") @ query, atol=2e-6)
-        assert local.alive[local.videos_of(rows)].all()
+        assert local.catalog.alive[local.catalog.videos_of(rows)].all()
         # A video that came only half comes whole, one that goes again leaves nothing.
         local, remote = both(tmp_path, manifest, uri)
         for by in ("moment", "video"):
             assert_nearest_agree(local, remote, 1000, by, None)
-        assert len(self.held(uri, "video")) == local.alive.sum()
-        assert len(self.held(uri, "moment")) == local.moment_counts[local.alive].sum()
+        assert len(self.held(uri, "video")) == local.catalog.alive.sum()
+        assert len(self.held(uri, "moment")) == local.catalog.moment_counts[local.catalog.alive].sum()
 
     def test_half_a_video_that_is_not_wanted_any_more_is_removed(
         self, tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
@@ -366,7 +358,7 @@ class TestMirror:
             mirror(tmp_path, publish(tmp_path, made.random_segment(3, size=SIZE, seed=1)), uri)
         assert self.held(uri, "moment") and not self.held(uri, "video")
         local, _ = both(tmp_path, publish(tmp_path, made.random_segment(4, size=SIZE, seed=2, first=9)), uri)
-        assert len(self.held(uri, "moment")) == local.num_moments
+        assert len(self.held(uri, "moment")) == local.catalog.num_moments
 
     @pytest.mark.parametrize("by", ["moment", "video"])
     def test_segments_that_were_not_sent_yet_are_compared_here(self, tmp_path: Path, uri: str, by: str) -> None:
@@ -386,7 +378,7 @@ class TestMirror:
             for allowed in (None, np.arange(35) % 2 == 0):
                 assert_nearest_agree(local, remote, 10, by, allowed)
                 assert_nearest_agree(local, remote, 1000, by, allowed)
-            rows = np.random.default_rng(0).permutation(np.flatnonzero(local.alive))
+            rows = np.random.default_rng(0).permutation(np.flatnonzero(local.catalog.alive))
             np.testing.assert_array_equal(remote.embeddings(rows, by="video"), local.embeddings(rows, by="video"))
         assert len(kept) == 29
         # Where embeddings do not lie, what was not sent is not found yet, and that is said.
@@ -395,9 +387,9 @@ class TestMirror:
             path.unlink()
         remote = MilvusVectors.open(tmp_path, {**manifest, "vectors": where})
         assert remote.num_missing == 5
-        sent = np.flatnonzero(local.alive & ((np.arange(35) < 20) | (np.arange(35) >= 25)))
+        sent = np.flatnonzero(local.catalog.alive & ((np.arange(35) < 20) | (np.arange(35) >= 25)))
         rows = remote.nearest(queries(1)[0], 1000, by=by, allowed=None)[1]
-        assert set(remote.videos_of(rows) if by == "moment" else rows) == set(sent)
+        assert set(remote.catalog.videos_of(rows) if by == "moment" else rows) == set(sent)
 
     def test_an_approximate_collection_is_measured(self, tmp_path: Path, uri: str) -> None:
         manifest = publish(tmp_path, made.random_segment(120, size=SIZE))

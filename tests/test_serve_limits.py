@@ -221,9 +221,9 @@ def test_the_end_waits_for_no_queue(tmp_path: Path, clip: Path) -> None:
 
 def test_folders_are_told_without_holding_up_searches() -> None:
     video_ids = ["a", "/root", *(f"deep/{n % 40}/day {n % 97}/{n}" for n in range(100_000)), "few/b"]
-    vectors = SimpleNamespace(num_videos=len(video_ids), video_id=video_ids.__getitem__)
+    catalog = SimpleNamespace(num_videos=len(video_ids), video_id=video_ids.__getitem__)
     began = time.thread_time()
-    folders = search_routes._folders(SimpleNamespace(vectors=vectors))  # type: ignore[arg-type]
+    folders = search_routes._folders(SimpleNamespace(catalog=catalog))  # type: ignore[arg-type]
     assert time.thread_time() - began < 0.4
     assert len(folders) == 200 and folders[:2] == ["deep", "deep/0"] and "few" not in folders
 

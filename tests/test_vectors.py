@@ -15,9 +15,10 @@ import pytest
 from numpy.typing import NDArray
 from segments import random_segment, units
 
+from svb.retrieve.searching import catalog as catalog_module
 from svb.retrieve.searching import gpu_scan
 from svb.retrieve.searching import scan as scan_module
-from svb.retrieve.searching import vectors as vectors_module
+from svb.retrieve.searching.catalog import Catalog
 from svb.retrieve.searching.vectors import SegmentVectors
 from svb.retrieve.segment import Segment
 
@@ -64,7 +65,7 @@ def test_the_nearest_rows_are_found_exactly(
         query = make_query(seed)
         allowed = None if share is None else random.random(66) < share
         scores = all_rows(segments, by) @ query
-        counts = vectors.alive if allowed is None else vectors.alive & allowed
+        counts = vectors.catalog.counted(allowed)
         rows = np.flatnonzero(counts[owners(segments, by)])
         expected = rows[np.argsort(-scores[rows])][:k]
         found_scores, found = vectors.nearest(query, k, by=by, allowed=allowed)
@@ -95,39 +96,40 @@ def test_rows_are_scanned_where_they_lie() -> None:
 def test_rows_are_numbered_through_all_segments() -> None:
     segments = some_segments(deleted=True)
     vectors = SegmentVectors(segments)
-    assert (vectors.num_videos, vectors.embedding_size) == (66, SIZE)
-    assert vectors.num_moments == len(all_rows(segments, "moment"))
-    rows = np.random.default_rng(0).permutation(vectors.num_moments)
+    catalog = vectors.catalog
+    assert (catalog.num_videos, catalog.embedding_size) == (66, SIZE)
+    assert catalog.num_moments == len(all_rows(segments, "moment"))
+    rows = np.random.default_rng(0).permutation(catalog.num_moments)
     np.testing.assert_array_equal(vectors.embeddings(rows, by="moment"), all_rows(segments, "moment")[rows])
-    np.testing.assert_array_equal(vectors.videos_of(rows), owners(segments, "moment")[rows])
+    np.testing.assert_array_equal(catalog.videos_of(rows), owners(segments, "moment")[rows])
     seconds = np.concatenate([s.moment_seconds for s in segments])
-    np.testing.assert_array_equal(vectors.moment_seconds(rows), seconds[rows])
+    np.testing.assert_array_equal(catalog.moment_seconds(rows), seconds[rows])
     for video in (0, 39, 40, 41, 65):
         mine = np.flatnonzero(owners(segments, "moment") == video)
-        assert vectors.moment_range(video) == (mine[0], mine[-1] + 1)
-        assert vectors.video_id(video) == vectors.video_ids[video] == f"v{video}"
-        assert vectors.source_path(video) == vectors.source_paths[video] == f"/videos/v{video}.mp4"
-        assert vectors.duration_seconds(video) == vectors.durations[video] == 2.0 * len(mine) + 2
-        assert vectors.file_state(video) == (1, 1, f"hash of v{video}")
-    assert np.flatnonzero(~vectors.alive).tolist() == [0, 7, 8, 39, 40]
-    assert (vectors.row_of("v41"), vectors.row_of("v7"), vectors.row_of("nobody")) == (41, None, None)
-    assert vectors.moment_counts.sum() == vectors.num_moments and len(vectors.mtime_ns) == 66
+        assert catalog.moment_range(video) == (mine[0], mine[-1] + 1)
+        assert catalog.video_id(video) == catalog.video_ids[video] == f"v{video}"
+        assert catalog.source_path(video) == catalog.source_paths[video] == f"/videos/v{video}.mp4"
+        assert catalog.duration_seconds(video) == catalog.durations[video] == 2.0 * len(mine) + 2
+        assert catalog.file_state(video) == (1, 1, f"hash of v{video}")
+    assert np.flatnonzero(~catalog.alive).tolist() == [0, 7, 8, 39, 40]
+    assert (catalog.row_of("v41"), catalog.row_of("v7"), catalog.row_of("nobody")) == (41, None, None)
+    assert catalog.moment_counts.sum() == catalog.num_moments and len(catalog.mtime_ns) == 66
 
 
 def test_a_duration_that_is_not_known_is_none() -> None:
     segment = random_segment(2)
     segment.duration_seconds[1] = np.nan
-    vectors = SegmentVectors([segment])
-    assert vectors.duration_seconds(0) is not None and vectors.duration_seconds(1) is None
+    catalog = Catalog([segment])
+    assert catalog.duration_seconds(0) is not None and catalog.duration_seconds(1) is None
 
 
 @pytest.mark.parametrize("by", BY)
 def test_the_background_is_of_live_rows_and_always_the_same(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
     segments = some_segments(deleted=True)
     vectors = SegmentVectors(segments)
-    live = all_rows(segments, by)[vectors.alive[owners(segments, by)]]
+    live = all_rows(segments, by)[vectors.catalog.alive[owners(segments, by)]]
     np.testing.assert_array_equal(vectors.background(by), live)
-    monkeypatch.setattr(vectors_module, "BACKGROUND_ROWS", 20)
+    monkeypatch.setattr(catalog_module, "SAMPLE_ROWS", 20)
     sample = SegmentVectors(segments).background(by)
     assert len(np.unique(sample, axis=0)) == 20
     assert {row.tobytes() for row in sample} <= {row.tobytes() for row in live}
@@ -137,8 +139,8 @@ def test_the_background_is_of_live_rows_and_always_the_same(by: str, monkeypatch
 def test_no_segments_have_no_rows() -> None:
     vectors = SegmentVectors([])
     scores, rows = vectors.nearest(make_query(0), 5, by="moment", allowed=None)
-    assert (len(scores), len(rows), vectors.num_videos) == (0, 0, 0)
-    assert vectors.row_of("v0") is None and not vectors.alive.any()
+    assert (len(scores), len(rows), vectors.catalog.num_videos) == (0, 0, 0)
+    assert vectors.catalog.row_of("v0") is None and not vectors.catalog.alive.any()
 
 
 def test_a_forked_process_scans_too() -> None:

@@ -63,7 +63,7 @@ def find_truth(exact: SegmentVectors, segments: Sequence[Segment], queries: NDAr
     """Compare all queries with all live moments, block by block."""
     best_scores = np.full((len(queries), NUM_MOMENTS), -np.inf, np.float32)
     best_rows = np.full((len(queries), NUM_MOMENTS), -1, np.int64)
-    live = np.repeat(exact.alive, exact.moment_counts)
+    live = np.repeat(exact.catalog.alive, exact.catalog.moment_counts)
     first = 0
     for segment in segments:
         for begin in range(0, segment.num_moments, BLOCK):
@@ -91,7 +91,7 @@ def best_of_videos(
     vectors: Vectors, scores: NDArray[np.float32], rows: NDArray[np.int64]
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Return `(10,)` scores and rows of the best moments of the ten best videos among moments, best first."""
-    _, first = np.unique(vectors.videos_of(rows), return_index=True)
+    _, first = np.unique(vectors.catalog.videos_of(rows), return_index=True)
     chosen = np.sort(first)[:K]
     best_scores, best_rows = np.full(K, -np.inf, np.float32), np.full(K, -1, np.int64)
     best_scores[: len(chosen)], best_rows[: len(chosen)] = scores[chosen], rows[chosen]

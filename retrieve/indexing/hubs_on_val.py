@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from svb.retrieve.indexing.video_scores import all_video_scores
 from svb.retrieve.measure.paired import RESAMPLES, percentile_interval, resampled_ratios
 from svb.retrieve.normalise import QueryBank, qb_norm
+from svb.retrieve.searching.catalog import Catalog
 from svb.retrieve.segment import Segment
 from svb.train.metrics import t2v_ranks
 
@@ -35,18 +36,6 @@ class Val:
     video_ids: list[str]
 
 
-def live_videos(segments: Sequence[Segment]) -> dict[str, int]:
-    """Return each live video's row, all segments' videos numbered through."""
-    rows: dict[str, int] = {}
-    first = 0
-    for segment in segments:
-        gone = {*segment.deleted.tolist()}
-        ids = segment.video_ids.tolist()
-        rows |= {video_id: first + row for row, video_id in enumerate(ids) if row not in gone}
-        first += segment.num_videos
-    return rows
-
-
 def measure_on_val(segments: Sequence[Segment], banks: Mapping[str, QueryBank], val: Val | None) -> dict[str, Any]:
     """Return `helps`, `candidates` and `by`, as the manifest holds them.
 
@@ -55,7 +44,7 @@ def measure_on_val(segments: Sequence[Segment], banks: Mapping[str, QueryBank], 
         banks: What the bank says of all their videos, for each way of ranking.
         val: None where no caption of val is of a live video.
     """
-    rows = live_videos(segments)
+    rows = Catalog(segments).live_rows
     alive = np.array([*rows.values()], np.int64)  # (L,), ascending
     own = np.searchsorted(alive, [rows[video_id] for video_id in val.video_ids] if val else [])
     measured: dict[str, Any] = {}

@@ -27,10 +27,11 @@ from svb.config import fingerprint
 from svb.data.caption_table import CaptionTable
 from svb.errors import StoreError
 from svb.retrieve.answer import RANKED_BY
-from svb.retrieve.indexing.hubs_on_val import Val, describe, live_videos, measure_on_val
+from svb.retrieve.indexing.hubs_on_val import Val, describe, measure_on_val
 from svb.retrieve.indexing.video_scores import chunks, video_scores
 from svb.retrieve.manifest import publish_part
 from svb.retrieve.normalise import BLOCK, QB_NORM_SCALE, query_bank
+from svb.retrieve.searching.catalog import Catalog
 from svb.retrieve.searching.hubs import LOWEST, SegmentHubs, combine, read_hubs
 from svb.retrieve.segment import Segment
 
@@ -99,7 +100,7 @@ def index_hubs(
     known = {entry["segment"]: entry for entry in previous if entry["bank"] == key}
     entries = [_publish(out, segment, bank, known.get(segment.key)) for segment in segments]
     banks = {by: combine([read_hubs(out, entry, by) for entry in entries], QB_NORM_SCALE) for by in RANKED_BY}
-    live = live_videos(segments)
+    live = Catalog(segments).live_rows
     of_live = [position for position in splits["val"] if table.video_ids[position] in live]
     asked = _sample(table, of_live, VAL_CAPTIONS)
     val = Val(embed(asked), [table.video_ids[position] for position in asked]) if asked else None

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from svb.errors import MismatchError
 from svb.retrieve.indexing.held_out import draw_queries, find_truth, measure_recall
 from svb.retrieve.pools import open_pool
+from svb.retrieve.searching.catalog import Catalog
 from svb.retrieve.searching.milvus import MilvusVectors
 from svb.retrieve.searching.milvus_ids import made_with, moment_ids, video_keys
 from svb.retrieve.searching.milvus_server import BYTES_A_CALL, CALL_SECONDS, MAX_ROWS, Server, Target, connect
@@ -73,10 +74,10 @@ def mirror(
         )
     segments = open_segments(folder, manifest)
     vectors, keys = SegmentVectors(segments), video_keys(segments)
-    new = np.flatnonzero(vectors.alive & ~np.isin(keys, _held(server, "video", "id >= 0", "id")))
+    new = np.flatnonzero(vectors.catalog.alive & ~np.isin(keys, _held(server, "video", "id >= 0", "id")))
     hashes = [content_hash for segment in segments for content_hash in segment.content_hashes]
     done = 0
-    for rows in _batches(new, vectors.moment_counts, max(1, BYTES_A_CALL // (4 * size))):
+    for rows in _batches(new, vectors.catalog.moment_counts, max(1, BYTES_A_CALL // (4 * size))):
         on_progress(done, len(new))
         _send_moments(server, vectors, keys, rows)
         _send_videos(server, vectors, keys, rows, hashes)
@@ -84,7 +85,9 @@ def mirror(
     if len(new):
         on_progress(done, len(new))
         _flush(server)
-    on_message(f"{target.uri}: +{len(new):,} ={vectors.alive.sum() - len(new):,} videos, searched by {index_type}")
+    on_message(
+        f"{target.uri}: +{len(new):,} ={vectors.catalog.alive.sum() - len(new):,} videos, searched by {index_type}"
+    )
     where: dict[str, Any] = {"kind": "milvus", "uri": target.uri, "index": index_type, "recall": None}
     where["segments"] = sorted(segment.key for segment in segments)
     if index_type != "FLAT":
@@ -112,7 +115,7 @@ def remove_gone(folder: Path, manifest: Mapping[str, Any], on_message: OnMessage
     server = connect(target := Target.parse(manifest["vectors"]["uri"]))
     server.require(int(manifest["embedding_size"]), made_with(manifest))
     segments = open_segments(folder, manifest, with_vectors=False)
-    wanted = video_keys(segments)[SegmentVectors(segments).alive]
+    wanted = video_keys(segments)[Catalog(segments).alive]
     videos = np.setdiff1d(_held(server, "video", "id >= 0", "id"), wanted)
     _delete(server, "video", "id", videos)
     # Every video that has moments there has a first one, even where a run was killed.
@@ -133,12 +136,12 @@ def _batches(
 def _send_moments(
     server: Server, vectors: SegmentVectors, keys: NDArray[np.int64], videos: NDArray[np.int64]
 ) -> None:
-    ranges = [np.arange(*vectors.moment_range(video)) for video in videos.tolist()]
+    ranges = [np.arange(*vectors.catalog.moment_range(video)) for video in videos.tolist()]
     rows, numbers = np.concatenate(ranges), np.concatenate([each - each[:1] for each in ranges])
-    of_video = np.repeat(keys[videos], vectors.moment_counts[videos])
-    columns = (moment_ids(of_video, numbers), of_video, numbers, *vectors.moment_seconds(rows).T)
+    of_video = np.repeat(keys[videos], vectors.catalog.moment_counts[videos])
+    columns = (moment_ids(of_video, numbers), of_video, numbers, *vectors.catalog.moment_seconds(rows).T)
     names = ("id", "video", "moment", "begin_seconds", "end_seconds")
-    portion = max(1, BYTES_A_CALL // (4 * vectors.embedding_size))
+    portion = max(1, BYTES_A_CALL // (4 * vectors.catalog.embedding_size))
     for begin in range(0, len(rows), portion):
         part = slice(begin, begin + portion)
         values = zip(*(column[part].tolist() for column in columns), strict=True)
@@ -150,7 +153,7 @@ def _send_videos(
     server: Server, vectors: SegmentVectors, keys: NDArray[np.int64], rows: NDArray[np.int64], hashes: Sequence[str]
 ) -> None:
     entities = [
-        {"id": int(keys[row]), "video_id": vectors.video_id(row), "content_hash": hashes[row]}
+        {"id": int(keys[row]), "video_id": vectors.catalog.video_id(row), "content_hash": hashes[row]}
         for row in rows.tolist()
     ]
     _upsert(server, "video", entities, vectors.embeddings(rows, by="video"))

@@ -111,12 +111,12 @@ def _still_good(
         before = read_decision(folder)
     except SvbError:
         return None
-    if before is None or before["embedding_size"] != exact.embedding_size or not before["rows"]:
+    if before is None or before["embedding_size"] != exact.catalog.embedding_size or not before["rows"]:
         return None
     now, then = ({s.key: s.num_moments for s in segments}, {s["key"]: s["moments"] for s in before["segments"]})
     come, gone = ({key: a[key] for key in a if key not in b} for a, b in ((now, then), (then, now)))
     seconds_a_row = before["exact_seconds"] / before["rows"]
-    slow = seconds_a_row * exact.num_moments > budget_seconds
+    slow = seconds_a_row * exact.catalog.num_moments > budget_seconds
     little_changed = sum(come.values()) + sum(gone.values()) <= MAX_CHANGED * before["rows"]
     if before["file"] is None:
         kept = not (slow or come or gone)
@@ -133,12 +133,12 @@ def _measure_scan(
     exact: SegmentVectors, segments: Sequence[Segment], queries: NDArray[np.float32], budget_seconds: float
 ) -> dict[str, Any]:
     seconds = seconds_a_query(exact, queries[:1]) if len(queries) else 0.0
-    scanned = exact.num_moments * exact.embedding_size * np.dtype(np.float16).itemsize
+    scanned = exact.catalog.num_moments * exact.catalog.embedding_size * np.dtype(np.float16).itemsize
     return {
         "format": "svb approximate index",
-        "embedding_size": exact.embedding_size,
+        "embedding_size": exact.catalog.embedding_size,
         "segments": [{"key": segment.key, "moments": segment.num_moments} for segment in segments],
-        "rows": exact.num_moments,
+        "rows": exact.catalog.num_moments,
         "budget_seconds": budget_seconds,
         "exact_seconds": seconds,
         "bytes_per_second": scanned / seconds if seconds else 0.0,
@@ -153,7 +153,7 @@ def _try_ivf(
     decision: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the decision's fields of an approximate index, or the reason why there is none."""
-    if exact.num_moments < MIN_ROWS:
+    if exact.catalog.num_moments < MIN_ROWS:
         return {"reason": f"an approximate index of fewer than {MIN_ROWS:,} moments would be no faster"}
     try:
         made = _make(cache, exact, segments)
@@ -190,7 +190,7 @@ def _make(cache: Path, exact: SegmentVectors, segments: Sequence[Segment]) -> di
 
 def _train(exact: SegmentVectors) -> faiss.IndexIVFScalarQuantizer:
     """Return an index without rows whose lists were drawn from a sample."""
-    D, M = exact.embedding_size, exact.num_moments
+    D, M = exact.catalog.embedding_size, exact.catalog.num_moments
     nlist = min(MAX_LISTS, 2 ** round(math.log2(2 * math.sqrt(M))), 2 ** int(math.log2(M / TRAINED_ON)))
     rows = np.random.default_rng(0).choice(M, min(M, TRAINED_ON * nlist), replace=False)
     quantizer = faiss.IndexFlatIP(D)

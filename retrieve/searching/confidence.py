@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from svb.retrieve.searching.vectors import Vectors
+from svb.retrieve.searching.catalog import Catalog
 
 FAIR = 0.9
 # Of fewer rows the best one's lead is not so small: of a single row every one would be strong.
@@ -63,7 +63,7 @@ class Spread:
         return "strong" if above >= self.chance * self.deviation else "fair"
 
 
-def independent_rows(vectors: Vectors, by: str) -> float:
+def independent_rows(catalog: Catalog, by: str) -> float:
     """Return how many rows of an index count as independent of each other."""
-    num_videos, num_moments = int(vectors.alive.sum()), int(vectors.moment_counts[vectors.alive].sum())
+    num_videos, num_moments = int(catalog.alive.sum()), int(catalog.moment_counts[catalog.alive].sum())
     return num_videos if by == "video" else max(num_videos, num_moments / MOMENTS_A_SCENE)

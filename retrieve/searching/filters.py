@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from svb.errors import UsageError
 from svb.retrieve.answer import SearchRequest
-from svb.retrieve.searching.vectors import Vectors
+from svb.retrieve.searching.catalog import Catalog
 
 
 class Conditions(Protocol):
@@ -23,7 +23,7 @@ class Conditions(Protocol):
 
 
 def allowed_videos(
-    vectors: Vectors, request: SearchRequest, metadata: Conditions
+    catalog: Catalog, request: SearchRequest, metadata: Conditions
 ) -> tuple[NDArray[np.bool_] | None, str | None]:
     """Return which videos pass a request's filters, and which filter has left none.
 
@@ -36,44 +36,44 @@ def allowed_videos(
         InputError: A condition is about a column that the index does not have.
     """
     allowed = None
-    for name, passing in _filters(vectors, request, metadata):
-        before = vectors.alive if allowed is None else allowed
+    for name, passing in _filters(catalog, request, metadata):
+        before = catalog.alive if allowed is None else allowed
         allowed = before & passing
         if before.any() and not allowed.any():
-            rest = "videos" if allowed is None or before is vectors.alive else "videos that the others leave"
+            rest = "videos" if before is catalog.alive else "videos that the others leave"
             return allowed, f"{name} leaves nothing: none of the {np.count_nonzero(before):,} {rest} passes"
     return allowed, None
 
 
 def _filters(
-    vectors: Vectors, request: SearchRequest, metadata: Conditions
+    catalog: Catalog, request: SearchRequest, metadata: Conditions
 ) -> Iterator[tuple[str, NDArray[np.bool_]]]:
     """Yield each filter that is asked for, as the user may read it, and which videos pass it."""
     if request.folders:
-        yield f"the folder {' or '.join(map(repr, request.folders))}", _below(vectors, request.folders)
+        yield f"the folder {' or '.join(map(repr, request.folders))}", _below(catalog, request.folders)
     if (least := request.min_duration_seconds) is not None:
-        yield f"the duration of at least {least:g} s", vectors.durations >= least  # False where not known
+        yield f"the duration of at least {least:g} s", catalog.durations >= least  # False where not known
     if (most := request.max_duration_seconds) is not None:
-        yield f"the duration of at most {most:g} s", vectors.durations <= most
+        yield f"the duration of at most {most:g} s", catalog.durations <= most
     if request.after is not None:
-        yield f"the date after {request.after}", vectors.mtime_ns >= _nanoseconds("after", request.after)
+        yield f"the date after {request.after}", catalog.mtime_ns >= _nanoseconds("after", request.after)
     if request.before is not None:
-        yield f"the date before {request.before}", vectors.mtime_ns < _nanoseconds("before", request.before)
+        yield f"the date before {request.before}", catalog.mtime_ns < _nanoseconds("before", request.before)
     for condition in request.where:
-        yield f"the condition {condition!r}", metadata.matches([condition], vectors.video_ids)
+        yield f"the condition {condition!r}", metadata.matches([condition], catalog.video_ids)
 
 
-def _below(vectors: Vectors, folders: Sequence[str]) -> NDArray[np.bool_]:
+def _below(catalog: Catalog, folders: Sequence[str]) -> NDArray[np.bool_]:
     """Return which videos lie below a folder, or are what it names; `a/bc` is not below `a/b`."""
     for folder in folders:
         if not folder.strip():
             raise UsageError("a folder is empty - name one, or leave the filter out")
     below = tuple(_as_prefix(folder) for folder in folders)
-    pairs = zip(vectors.video_ids, vectors.source_paths, strict=True)
+    pairs = zip(catalog.video_ids, catalog.source_paths, strict=True)
     return np.fromiter(
         (f"{video_id}/".startswith(below) or f"{path}/".startswith(below) for video_id, path in pairs),
         np.bool_,
-        vectors.num_videos,
+        catalog.num_videos,
     )
 
 

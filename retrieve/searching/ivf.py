@@ -128,24 +128,11 @@ class IvfVectors:
         index: faiss.IndexIVFScalarQuantizer,
         decision: Mapping[str, Any],
     ) -> None:
-        if index.d != exact.embedding_size:
-            raise ValueError(f"embeddings of {index.d} values, not {exact.embedding_size}")
-        self.exact_vectors = exact
+        if index.d != exact.catalog.embedding_size:
+            raise ValueError(f"embeddings of {index.d} values, not {exact.catalog.embedding_size}")
+        self.exact_vectors, self.catalog = exact, exact.catalog
+        self.embeddings, self.background = exact.embeddings, exact.background
         self.recall: float | None = min(decision["recall"], decision["recall_videos"])
-        self.num_videos, self.num_moments = exact.num_videos, exact.num_moments
-        self.embedding_size = exact.embedding_size
-        self.videos_of, self.moment_range, self.row_of = exact.videos_of, exact.moment_range, exact.row_of
-        self.embeddings, self.moment_seconds, self.background = (
-            exact.embeddings,
-            exact.moment_seconds,
-            exact.background,
-        )
-        self.video_id, self.source_path, self.duration_seconds, self.file_state = (
-            exact.video_id,
-            exact.source_path,
-            exact.duration_seconds,
-            exact.file_state,
-        )
         self._index, self._nprobe = index, int(decision["nprobe"])
         # How many rows a scan compares within the budget: where a filter leaves no more, none need be missed.
         self._rows_in_budget = decision["rows"] * decision["budget_seconds"] / decision["exact_seconds"]
@@ -156,7 +143,7 @@ class IvfVectors:
         videos = np.cumsum([0, *(segment.num_videos for segment in segments)])
         moments = np.cumsum([0, *(segment.num_moments for segment in segments)])
         number = {segment.key: place for place, segment in enumerate(segments)}
-        self._fresh: NDArray[np.bool_] = np.ones(self.num_videos, np.bool_)
+        self._fresh: NDArray[np.bool_] = np.ones(self.catalog.num_videos, np.bool_)
         self._ends = np.cumsum([entry["moments"] for entry in covered])
         self._begins: list[int | None] = []  # a global row each; None where the segment is gone
         for entry in covered:
@@ -169,31 +156,7 @@ class IvfVectors:
         self._shifts = np.array([begin or 0 for begin in self._begins]) - np.concatenate([[0], self._ends[:-1]])
         self._here = np.array([begin is not None for begin in self._begins])
         self._any_fresh = bool(self._fresh.any())
-        self._any_lost = not self._here.all() or any(len(segment.deleted) for segment in segments)
-
-    @property
-    def alive(self) -> NDArray[np.bool_]:
-        return self.exact_vectors.alive
-
-    @property
-    def moment_counts(self) -> NDArray[np.int64]:
-        return self.exact_vectors.moment_counts
-
-    @property
-    def durations(self) -> NDArray[np.float64]:
-        return self.exact_vectors.durations
-
-    @property
-    def mtime_ns(self) -> NDArray[np.int64]:
-        return self.exact_vectors.mtime_ns
-
-    @property
-    def video_ids(self) -> Sequence[str]:
-        return self.exact_vectors.video_ids
-
-    @property
-    def source_paths(self) -> Sequence[str]:
-        return self.exact_vectors.source_paths
+        self._any_lost = not self._here.all() or self.catalog.any_deleted
 
     def nearest(
         self, embedding: NDArray[np.float32], k: int, *, by: str, allowed: NDArray[np.bool_] | None
@@ -201,13 +164,13 @@ class IvfVectors:
         """As `Vectors.nearest`; whole videos are compared exactly, being few."""
         if by == "video":
             return self.exact_vectors.nearest(embedding, k, by=by, allowed=allowed)
-        share, bitmap, counted = 1.0, self._live_bitmap if self._any_lost else None, self.alive
+        share, bitmap, counted = 1.0, self._live_bitmap if self._any_lost else None, self.catalog.alive
         if allowed is not None:
-            counted = allowed & self.alive
-            rows = int(self.moment_counts[counted].sum())
+            counted = self.catalog.counted(allowed)
+            rows = int(self.catalog.moment_counts[counted].sum())
             if rows <= self._rows_in_budget:
                 return self.exact_vectors.nearest(embedding, k, by=by, allowed=allowed)
-            share, bitmap = rows / self.num_moments, self._bitmap(counted)
+            share, bitmap = rows / self.catalog.num_moments, self._bitmap(counted)
         # Where a filter leaves a third of the rows, the ten nearest of them lie in three times as many lists.
         nprobe = math.ceil(max(self._nprobe, 2 * k * self._index.nlist / self._index.ntotal) / share)
         proposed = self._proposed(embedding, k, nprobe, bitmap, counted)
@@ -236,15 +199,15 @@ class IvfVectors:
         place = np.searchsorted(self._ends, ids, side="right")
         rows = np.unique((ids + self._shifts[place])[self._here[place]])
         # A flipped bit may have made another row of a row's number: of one that counts, or it goes.
-        return rows[counted[self.videos_of(rows)]]
+        return rows[counted[self.catalog.videos_of(rows)]]
 
     @cached_property
     def _live_bitmap(self) -> NDArray[np.uint8]:
-        return self._bitmap(self.alive)
+        return self._bitmap(self.catalog.alive)
 
     def _bitmap(self, videos: NDArray[np.bool_]) -> NDArray[np.uint8]:
         """Return which rows of the lists belong to some `(V,)` videos, a bit a row."""
-        moments = np.repeat(videos, self.moment_counts)
+        moments = np.repeat(videos, self.catalog.moment_counts)
         sizes = np.diff(self._ends, prepend=0)
         covered = [
             np.zeros(size, np.bool_) if begin is None else moments[begin : begin + size]

@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from svb.config import canonical_json
 from svb.data.publish import published_file
 from svb.errors import StoreError
+from svb.retrieve.searching.catalog import Catalog
 from svb.retrieve.searching.milvus_ids import made_with, moment_ids, video_keys
 from svb.retrieve.searching.milvus_server import Server, Target, connect
-from svb.retrieve.searching.vectors import FileState, Nearest, SegmentVectors
+from svb.retrieve.searching.vectors import Nearest, SegmentVectors
 from svb.retrieve.segment import open_segment, open_segments
 
 # What a filter names at most: 200 kB of it.
@@ -35,7 +36,7 @@ class MilvusVectors:
     """`Vectors` that a Milvus server searches; it is connected to with the first question. Threads may share it.
 
     Args:
-        catalog: The same index's videos and moments; its embeddings are not looked at.
+        catalog: The index's videos and moments.
         keys: `(V,)`, as `video_keys` gives them.
         target: Where the vectors lie.
         made_with: As `made_with` gives it.
@@ -50,7 +51,7 @@ class MilvusVectors:
 
     def __init__(
         self,
-        catalog: SegmentVectors,
+        catalog: Catalog,
         keys: NDArray[np.int64],
         target: Target,
         made_with: Mapping[str, str],
@@ -59,7 +60,7 @@ class MilvusVectors:
         fresh: SegmentVectors,
         fresh_videos: NDArray[np.bool_],
     ) -> None:
-        self._catalog = catalog
+        self.catalog = catalog
         self._keys = keys
         self._target = target
         self._made_with = dict(made_with)
@@ -92,7 +93,7 @@ class MilvusVectors:
             sent = [segment.key for segment in segments]
         is_fresh = [np.full(segment.num_videos, segment.key not in sent) for segment in segments]
         opened = cls(
-            SegmentVectors(segments),
+            Catalog(segments),
             video_keys(segments),
             Target.parse(where["uri"]),
             made_with(manifest),
@@ -104,74 +105,6 @@ class MilvusVectors:
         opened.num_missing = num_missing
         return opened
 
-    @property
-    def num_videos(self) -> int:
-        return self._catalog.num_videos
-
-    @property
-    def num_moments(self) -> int:
-        return self._catalog.num_moments
-
-    @property
-    def embedding_size(self) -> int:
-        return self._catalog.embedding_size
-
-    @property
-    def alive(self) -> NDArray[np.bool_]:
-        return self._catalog.alive
-
-    @property
-    def moment_counts(self) -> NDArray[np.int64]:
-        return self._catalog.moment_counts
-
-    @property
-    def durations(self) -> NDArray[np.float64]:
-        return self._catalog.durations
-
-    @property
-    def mtime_ns(self) -> NDArray[np.int64]:
-        return self._catalog.mtime_ns
-
-    @property
-    def video_ids(self) -> Sequence[str]:
-        return self._catalog.video_ids
-
-    @property
-    def source_paths(self) -> Sequence[str]:
-        return self._catalog.source_paths
-
-    def videos_of(self, moment_rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """As `Vectors.videos_of`."""
-        return self._catalog.videos_of(moment_rows)
-
-    def moment_range(self, video_row: int) -> tuple[int, int]:
-        """As `Vectors.moment_range`."""
-        return self._catalog.moment_range(video_row)
-
-    def moment_seconds(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        """As `Vectors.moment_seconds`."""
-        return self._catalog.moment_seconds(rows)
-
-    def video_id(self, row: int) -> str:
-        """As `Vectors.video_id`."""
-        return self._catalog.video_id(row)
-
-    def source_path(self, row: int) -> str:
-        """As `Vectors.source_path`."""
-        return self._catalog.source_path(row)
-
-    def duration_seconds(self, row: int) -> float | None:
-        """As `Vectors.duration_seconds`."""
-        return self._catalog.duration_seconds(row)
-
-    def file_state(self, row: int) -> FileState:
-        """As `Vectors.file_state`."""
-        return self._catalog.file_state(row)
-
-    def row_of(self, video_id: str) -> int | None:
-        """As `Vectors.row_of`."""
-        return self._catalog.row_of(video_id)
-
     def nearest(
         self, embedding: NDArray[np.float32], k: int, *, by: str, allowed: NDArray[np.bool_] | None
     ) -> Nearest:
@@ -180,25 +113,25 @@ class MilvusVectors:
         A filter names the videos that pass, or those that do not, whichever are fewer. Where both are many the
         first rows of all are looked through, and after that it takes a search for every `MAX_KEYS` videos.
         """
-        counted = self.alive if allowed is None else self.alive & allowed
+        counted = self.catalog.counted(allowed)
         fresh = self._nearest_fresh(embedding, k, by, counted)
         return _best([fresh, self._nearest_sent(embedding, k, by, counted & ~self._is_fresh)], k)
 
     def _nearest_fresh(
         self, embedding: NDArray[np.float32], k: int, by: str, passing: NDArray[np.bool_]
     ) -> Nearest:
-        if not self._fresh.num_videos:
+        if not self._fresh.catalog.num_videos:
             return _best([], k)
         scores, rows = self._fresh.nearest(embedding, k, by=by, allowed=passing[self._is_fresh])
         return scores, self._fresh_rows(by)[rows]
 
     def _fresh_rows(self, by: str) -> NDArray[np.int64]:
         """Return where each row of `fresh` stands among all."""
-        is_fresh = self._is_fresh if by == "video" else np.repeat(self._is_fresh, self.moment_counts)
+        is_fresh = self._is_fresh if by == "video" else np.repeat(self._is_fresh, self.catalog.moment_counts)
         return np.flatnonzero(is_fresh)
 
     def _nearest_sent(self, embedding: NDArray[np.float32], k: int, by: str, passing: NDArray[np.bool_]) -> Nearest:
-        wanted, others = self._keys[passing], self._keys[self.alive & ~passing]
+        wanted, others = self._keys[passing], self._keys[self.catalog.alive & ~passing]
         if not len(wanted):
             return _best([], k)
         field = "video" if by == "moment" else "id"
@@ -223,7 +156,7 @@ class MilvusVectors:
             StoreError: The collection lacks some of them, or the server does not answer.
         """
         found, held = self._fetch(rows, by)
-        if self._fresh.num_videos:
+        if self._fresh.catalog.num_videos:
             fresh_rows = self._fresh_rows(by)
             places = np.searchsorted(fresh_rows, rows)
             is_fresh = fresh_rows[np.minimum(places, len(fresh_rows) - 1)] == rows
@@ -241,10 +174,10 @@ class MilvusVectors:
         with self._lock:
             if by in self._backgrounds:
                 return self._backgrounds[by]
-        rows = self._catalog.background_rows(by)
+        rows = self.catalog.sample_rows(by)
         ids = hashlib.sha256(self._ids(rows, by).tobytes() + canonical_json(self._made_with).encode())
         path = self._cache / f"milvus-{by}s-{ids.hexdigest()[:16]}.npy"
-        background = _read_background(path, (len(rows), self.embedding_size))
+        background = _read_background(path, (len(rows), self.catalog.embedding_size))
         if background is None:
             background, held = self._fetch(rows, by)
             background = background[held]
@@ -264,7 +197,7 @@ class MilvusVectors:
                         f"no collection {' and no collection '.join(missing)} at {self._target.address} - fill "
                         f"it with `svb index --to {self._target.uri}`"
                     )
-                server.require(self.embedding_size, self._made_with)
+                server.require(self.catalog.embedding_size, self._made_with)
                 self._server = server
             return self._server
 
@@ -283,7 +216,7 @@ class MilvusVectors:
     def _passing(self, hits: Sequence[Mapping[str, Any]], by: str, passing: NDArray[np.bool_]) -> Nearest:
         """Return the scores and rows of hits of videos that pass."""
         scores, rows = self._known(hits, by)
-        kept = passing[self.videos_of(rows) if by == "moment" else rows]
+        kept = passing[self.catalog.videos_of(rows) if by == "moment" else rows]
         return scores[kept], rows[kept]
 
     def _known(self, hits: Sequence[Mapping[str, Any]], by: str) -> Nearest:
@@ -306,25 +239,25 @@ class MilvusVectors:
 
     @cached_property
     def _by_key(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        live = np.flatnonzero(self.alive)
+        live = np.flatnonzero(self.catalog.alive)
         order = np.argsort(self._keys[live])
         return self._keys[live][order], live[order]
 
     @cached_property
     def _begins(self) -> NDArray[np.int64]:
-        return np.concatenate([[0], np.cumsum(self.moment_counts)]).astype(np.int64)
+        return np.concatenate([[0], np.cumsum(self.catalog.moment_counts)]).astype(np.int64)
 
     def _ids(self, rows: NDArray[np.int64], by: str) -> NDArray[np.int64]:
         if by == "video":
             return self._keys[rows]
-        videos = self.videos_of(rows)
+        videos = self.catalog.videos_of(rows)
         return moment_ids(self._keys[videos], rows - self._begins[videos])
 
     def _fetch(self, rows: NDArray[np.int64], by: str) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Return `(n, D)` and which of them the collection holds."""
         ids = self._ids(rows, by)
-        vectors = self._connected().fetch(by, np.unique(ids).tolist(), self.embedding_size)
-        found, held = np.zeros((len(rows), self.embedding_size), np.float32), np.zeros(len(rows), np.bool_)
+        vectors = self._connected().fetch(by, np.unique(ids).tolist(), self.catalog.embedding_size)
+        found, held = np.zeros((len(rows), self.catalog.embedding_size), np.float32), np.zeros(len(rows), np.bool_)
         for place, of_row in enumerate(ids.tolist()):
             if of_row in vectors:
                 found[place], held[place] = vectors[of_row], True

@@ -10,6 +10,7 @@ from typing import Any
 from svb.errors import StoreError
 from svb.retrieve.metadata import Metadata
 from svb.retrieve.pools import CaptionPools
+from svb.retrieve.searching.catalog import Catalog
 from svb.retrieve.searching.hubs import Hubs
 from svb.retrieve.searching.query_embedder import QueryEmbedder
 from svb.retrieve.searching.vectors import SegmentVectors, Vectors
@@ -35,6 +36,11 @@ class Opened:
     pools: CaptionPools
     metadata: Metadata
     embedder: QueryEmbedder
+
+    @property
+    def catalog(self) -> Catalog:
+        """Return what the index knows of its videos."""
+        return self.vectors.catalog
 
 
 def open_index(

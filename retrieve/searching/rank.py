@@ -69,9 +69,9 @@ def rank_videos(
         folded: Whether near-duplicates count as one.
         hubs: What reorders the candidates; None where nothing shall.
     """
-    num_counted = int((vectors.alive if allowed is None else vectors.alive & allowed).sum())
+    num_counted = int(vectors.catalog.counted(allowed).sum())
     # One more than there are: a scan that finds fewer than it was asked for has found all.
-    all_rows = 1 + (vectors.num_videos if by == "video" else vectors.num_moments)
+    all_rows = 1 + (vectors.catalog.num_videos if by == "video" else vectors.catalog.num_moments)
     num_rows = min(max(FIRST_ROWS, 4 * k), all_rows)
     while True:
         candidates = _candidates(vectors, query, num_rows, by, allowed)
@@ -112,7 +112,7 @@ def _candidates(
                 for begin in range(0, len(rows), BLOCK)
             ]
         )
-    videos = vectors.videos_of(rows) if by == "moment" else rows
+    videos = vectors.catalog.videos_of(rows) if by == "moment" else rows
     order = np.lexsort((videos, -scores))
     _, first = np.unique(videos[order], return_index=True)
     best = order[np.sort(first)]
@@ -131,5 +131,7 @@ def _keep(vectors: Vectors, videos: NDArray[np.int64], k: int, folded: bool) -> 
     """Return the first K videos, each with the near-duplicates that are folded under it."""
     if not folded:
         return [videos[position : position + 1] for position in range(min(k, len(videos)))]
-    kept = fold(lambda positions: vectors.embeddings(videos[positions], by="video"), vectors.durations[videos], k)
+    kept = fold(
+        lambda positions: vectors.embeddings(videos[positions], by="video"), vectors.catalog.durations[videos], k
+    )
     return [videos[positions] for positions in kept]

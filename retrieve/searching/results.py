@@ -51,14 +51,14 @@ def video_key(video_id: str) -> str:
 
 def info_of(opened: Opened, row: int) -> VideoInfo:
     """Return what an index knows of the video in a row."""
-    video_id = opened.vectors.video_id(row)
+    video_id = opened.catalog.video_id(row)
     return VideoInfo(
         video_key(video_id),
         video_id,
-        opened.vectors.source_path(row),
-        opened.vectors.duration_seconds(row),
+        opened.catalog.source_path(row),
+        opened.catalog.duration_seconds(row),
         opened.metadata.of(video_id),
-        *opened.vectors.file_state(row),
+        *opened.catalog.file_state(row),
     )
 
 
@@ -85,7 +85,7 @@ def build_results(
     moments = wish.query(vectors, "moment")
     ranked = moments if request.ranked_by == "moment" else wish.query(vectors, request.ranked_by)
     # Of the whole index, as the background is, whatever a filter leaves: a video's score means the same with it.
-    independent = independent_rows(vectors, request.ranked_by)
+    independent = independent_rows(opened.catalog, request.ranked_by)
     spread = Spread.of(ranked.scores(vectors.background(request.ranked_by)), independent)
     deviation = spread.deviation
     if request.ranked_by != "moment":
@@ -109,7 +109,7 @@ def build_results(
                 source_path=info.source_path,
                 duration_seconds=info.duration_seconds,
                 moments=tuple(find_moments(seconds, scores, deviation, request.num_moments)),
-                duplicates=tuple(vectors.video_id(row) for row in video.duplicates),
+                duplicates=tuple(opened.catalog.video_id(row) for row in video.duplicates),
                 metadata=info.metadata,
                 curve=curve_of(seconds, scores) if request.with_curves else None,
                 size_bytes=info.size_bytes,
@@ -121,10 +121,10 @@ def build_results(
 
 def _scores_over_time(vectors: Vectors, row: int, query: Query) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
     """Return the `(M, 2)` seconds and `(M,)` scores of a video's moments."""
-    rows = np.arange(*vectors.moment_range(row))
+    rows = np.arange(*vectors.catalog.moment_range(row))
     embeddings = vectors.embeddings(rows, by="moment")
     require_unit_length(embeddings)  # a byte may have flipped and made a wrong row the best
-    return vectors.moment_seconds(rows), query.scores(embeddings)
+    return vectors.catalog.moment_seconds(rows), query.scores(embeddings)
 
 
 def _ranked(results: list[VideoResult], request: SearchRequest, keep_order: bool) -> list[VideoResult]:

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from svb._version import __version__
 from svb.errors import InputError, StoreError, UsageError
 from svb.retrieve.answer import Answer, SearchRequest
-from svb.retrieve.searching.vectors import FileState
+from svb.retrieve.searching.catalog import FileState
 from svb.retrieve.server.http import json_response, parse_object, read_json, until_hung_up
 from svb.retrieve.server.media import find_file, find_video
 from svb.retrieve.server.service import Service
@@ -167,11 +167,11 @@ def _describe(searcher: Searcher) -> dict[str, Any]:
 
 def _folders(searcher: Searcher) -> list[str]:
     """Return the folders that video_ids name, those with the most videos where there are too many."""
-    vectors = searcher.vectors
-    rows = range(min(vectors.num_videos, VIDEOS_LOOKED_AT))
+    catalog = searcher.catalog
+    rows = range(min(catalog.num_videos, VIDEOS_LOOKED_AT))
     counts: Counter[str] = Counter()
     # Each folder is taken apart once, not with each of its videos: that would hold up searches for seconds.
-    for folder, number in Counter(vectors.video_id(row).rpartition("/")[0] for row in rows).items():
+    for folder, number in Counter(catalog.video_id(row).rpartition("/")[0] for row in rows).items():
         for path in (Path(folder), *Path(folder).parents):
             if path.name:
                 counts[str(path)] += number

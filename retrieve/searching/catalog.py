@@ -1,0 +1,171 @@
+"""What an index knows of its videos and moments besides their vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svb.retrieve.segment import Segment
+
+# Rows that show how scores of a query are spread: enough for its tail, and read in a few milliseconds.
+SAMPLE_ROWS = 8192
+
+
+class FileState(NamedTuple):
+    """A video's file when it was extracted; where its state is not known, as of some imports, 0 and empty."""
+
+    size_bytes: int
+    mtime_ns: int
+    content_hash: str
+
+
+class Catalog:
+    """The videos and moments of segments; both are numbered through, videos that were deleted included.
+
+    Nothing is read until it is asked for. Threads may share it.
+
+    Args:
+        segments: In the order of the manifest; their embeddings are not looked at.
+
+    Attributes:
+        segments: Those.
+        num_videos: V, with deleted ones.
+        num_moments: M, likewise.
+        embedding_size: D.
+        any_deleted: Whether a video was.
+        video_begins: `(S + 1,)`, the first video of each of S segments, and V.
+        moment_begins: `(S + 1,)`, the first moment of each, and M.
+    """
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        self.segments = list(segments)
+        self.embedding_size = self.segments[0].embedding_size if self.segments else 0
+        self.video_begins = _begins([segment.num_videos for segment in segments])
+        self.moment_begins = _begins([segment.num_moments for segment in segments])
+        self.num_videos, self.num_moments = int(self.video_begins[-1]), int(self.moment_begins[-1])
+        self.any_deleted = any(len(segment.deleted) for segment in segments)
+
+    def videos_of(self, moment_rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the video that each moment is of."""
+        return np.searchsorted(self._moment_offsets, moment_rows, side="right").astype(np.int64) - 1
+
+    def moment_range(self, video_row: int) -> tuple[int, int]:
+        """Return the half-open interval of a video's moments."""
+        begin, end = self._moment_offsets[video_row : video_row + 2].tolist()
+        return begin, end
+
+    def moment_seconds(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return `(n, 2)`, each moment's half-open interval."""
+        found = np.empty((len(rows), 2), np.float64)
+        for segment, mine, local in self.in_segments(rows, by="moment"):
+            found[mine] = segment.moment_seconds[local]
+        return found
+
+    def sample_rows(self, by: str) -> NDArray[np.int64]:
+        """Return live rows, always the same: all, or 8,192 by chance where there are more."""
+        live = np.arange(self.num_moments if by == "moment" else self.num_videos)
+        if self.any_deleted:
+            live = np.flatnonzero(np.repeat(self.alive, self.moment_counts) if by == "moment" else self.alive)
+        if len(live) > SAMPLE_ROWS:  # in the order of the file, for its pages
+            live = np.sort(live[np.random.default_rng(0).choice(len(live), SAMPLE_ROWS, replace=False)])
+        return live
+
+    def video_id(self, row: int) -> str:
+        """Return what a video is called."""
+        segment, local = self._place(row)
+        return segment.video_ids[local]
+
+    def source_path(self, row: int) -> str:
+        """Return where a video's file lay."""
+        segment, local = self._place(row)
+        return segment.source_paths[local]
+
+    def duration_seconds(self, row: int) -> float | None:
+        """Return how long a video is; None where that is not known."""
+        segment, local = self._place(row)
+        duration = float(segment.duration_seconds[local])
+        return None if np.isnan(duration) else duration
+
+    def file_state(self, row: int) -> FileState:
+        """Return what a video's file was."""
+        segment, local = self._place(row)
+        return FileState(
+            int(segment.size_bytes[local]), int(segment.mtime_ns[local]), segment.content_hashes[local]
+        )
+
+    def counted(self, allowed: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
+        """Return `(V,)`, which live videos a filter lets pass; None lets all."""
+        return self.alive if allowed is None else self.alive & allowed
+
+    def row_of(self, video_id: str) -> int | None:
+        """Return a live video's row; None where there is none."""
+        return self.live_rows.get(video_id)
+
+    @cached_property
+    def alive(self) -> NDArray[np.bool_]:
+        """`(V,)`, False on videos that were deleted: no search finds them."""
+        alive = np.ones(self.num_videos, np.bool_)
+        for segment, begin in zip(self.segments, self.video_begins[:-1], strict=True):
+            alive[begin + segment.deleted] = False
+        return alive
+
+    @cached_property
+    def moment_counts(self) -> NDArray[np.int64]:
+        """`(V,)`, how many moments each video has."""
+        return np.diff(self._moment_offsets)
+
+    @cached_property
+    def durations(self) -> NDArray[np.float64]:
+        """`(V,)` seconds, NaN where not known."""
+        return np.concatenate([np.empty(0), *(segment.duration_seconds for segment in self.segments)])
+
+    @cached_property
+    def mtime_ns(self) -> NDArray[np.int64]:
+        """`(V,)`, when each video's file had changed last."""
+        return np.concatenate([np.empty(0, np.int64), *(segment.mtime_ns for segment in self.segments)])
+
+    @cached_property
+    def video_ids(self) -> Sequence[str]:
+        """V of them."""
+        return [video_id for segment in self.segments for video_id in segment.video_ids.tolist()]
+
+    @cached_property
+    def source_paths(self) -> Sequence[str]:
+        """V of them, where each video's file lay."""
+        return [path for segment in self.segments for path in segment.source_paths.tolist()]
+
+    def in_segments(
+        self, rows: NDArray[np.int64], *, by: str
+    ) -> list[tuple[Segment, NDArray[np.int64] | slice, NDArray[np.int64]]]:
+        """Return the segments that rows lie in: for each, where in `rows` its own are, and their numbers in it."""
+        if len(self.segments) == 1:
+            return [(self.segments[0], slice(None), rows)]
+        begins = self.moment_begins if by == "moment" else self.video_begins
+        numbers = np.searchsorted(begins, rows, side="right") - 1
+        return [
+            (self.segments[number], mine := np.flatnonzero(numbers == number), rows[mine] - begins[number])
+            for number in np.unique(numbers).tolist()
+        ]
+
+    @cached_property
+    def live_rows(self) -> dict[str, int]:
+        """The row of each live video by its video_id, ascending."""
+        return {self.video_ids[row]: row for row in np.flatnonzero(self.alive).tolist()}
+
+    @cached_property
+    def _moment_offsets(self) -> NDArray[np.int64]:
+        begins = self.moment_begins[:-1]
+        ends = [s.moment_offsets[1:] + b for s, b in zip(self.segments, begins, strict=True)]
+        return np.concatenate([np.zeros(1, np.int64), *ends])
+
+    def _place(self, row: int) -> tuple[Segment, int]:
+        number = int(np.searchsorted(self.video_begins, row, side="right")) - 1
+        return self.segments[number], row - int(self.video_begins[number])
+
+
+def _begins(counts: Sequence[int]) -> NDArray[np.int64]:
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
