@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import time
@@ -105,7 +106,8 @@ def pin_to(num_cores: int) -> bool:
         return False
     allowed = sorted(ALL_CORES)[:num_cores]
     for thread in Path("/proc/self/task").iterdir():  # a thread that runs already keeps its own cores
-        os.sched_setaffinity(int(thread.name), allowed)
+        with contextlib.suppress(ProcessLookupError):  # it has ended since
+            os.sched_setaffinity(int(thread.name), allowed)
     return True
 
 

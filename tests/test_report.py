@@ -202,3 +202,21 @@ def test_a_report_with_one_answer_has_no_list(chromium: Any, clip: Path, tmp_pat
     assert page.locator("#queries *").count() == 0 and page.inner_text("#asked") == "like clip"
     assert "approximate, recall@10 0.994" in page.inner_text("#summary")
     page.close()
+
+
+@pytest.mark.slow
+def test_many_questions_leave_room_for_their_answers(chromium: Any, clip: Path, tmp_path: Path) -> None:
+    answers = [answer_of(SearchRequest(text=f"question {n}"), result_of(clip)) for n in range(60)]
+    out = write_report(answers, tmp_path / "report.html", tmp_path / ("a" * 70))
+    for width in (360, 1200):
+        page = chromium.new_page(viewport={"width": width, "height": 900})
+        page.goto(out.as_uri())
+        page.locator(".card h3").wait_for()
+        assert page.evaluate("document.querySelector('.card').getBoundingClientRect().top") < 700
+        page.locator(".card").scroll_into_view_if_needed()
+        page.locator(".peak.best").click(timeout=5000)  # which fails where something lies over it
+        page.locator("#queries button").nth(1).focus()
+        page.keyboard.press("Enter")
+        w.until(page, "document.activeElement.textContent.startsWith('question 1')")
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        page.close()

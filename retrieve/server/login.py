@@ -36,6 +36,7 @@ p { margin: 0; }
 <button>Go on</button>
 <p role="alert">@problem@</p>
 </form>
+<script nonce="@nonce@">document.forms[0].action += location.hash;</script>
 </html>
 """
 
