@@ -557,6 +557,7 @@ GIVE = """([kind, names, text]) => {
 def test_what_cannot_be_searched_with_takes_nothing_away(page: Any) -> None:
     page.goto("?q=boat")
     page.wait_for_selector(".card")
+    assert not page.locator("#toast").is_visible()
     page.evaluate(GIVE, ["drop", ["notes.txt"], ""])
     assert "notes.txt is neither" in page.inner_text("#toast")
     page.evaluate(GIVE, ["paste", ["image.png"], "a cell"])
