@@ -541,6 +541,19 @@ def test_going_back_from_a_moment_keeps_what_is_being_typed(page: Any) -> None:
     assert page.get_by_label("What to look for").input_value() == "half a qu"
 
 
+@pytest.mark.slow
+def test_a_link_to_a_moment_is_no_trap(page: Any) -> None:
+    page.goto(f"?q=boat#v={BOAT_KEY}&t=4.00")
+    page.locator(".player").wait_for()
+    page.locator(".peak.best").first.click()
+    page.keyboard.press("Escape")
+    page.locator(".poster:not([hidden])").nth(1).click()
+    page.locator(".player").wait_for()
+    page.go_back()
+    w.until(page, "!document.querySelector('.player')")
+    assert page.url.endswith("?q=boat") and names(page)[0] == "harbour/boat"
+
+
 GIVE = """([kind, names, text]) => {
     const held = new DataTransfer();
     for (const name of names) {
