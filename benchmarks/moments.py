@@ -184,26 +184,22 @@ def measure(held: Set, folder: Path, options: argparse.Namespace) -> dict[str, d
 
 
 def whole_video(searcher: Searcher, caption: str, embedding: Embedding, video_id: str | None) -> Found:
-    vectors = searcher.vectors
-    row = (
-        vectors.catalog.row_of(video_id)
-        if video_id
-        else int(vectors.nearest(embedding, 1, by="video", allowed=None)[1][0])
-    )
-    seconds = vectors.catalog.moment_seconds(np.arange(*vectors.catalog.moment_range(row)))
+    catalog = searcher.catalog
+    nearest = searcher.vectors.nearest(embedding, 1, by="video", allowed=None)[1]
+    row = catalog.row_of(video_id) if video_id else int(nearest[0])
+    seconds = catalog.moment_seconds(np.arange(*catalog.moment_range(row)))
     begin, end = float(seconds[:, 0].min()), float(seconds[:, 1].max())
-    return Found(vectors.catalog.video_id(row), begin, end, (begin + end) / 2)
+    return Found(catalog.video_id(row), begin, end, (begin + end) / 2)
 
 
 def best_chunk(searcher: Searcher, caption: str, embedding: Embedding, video_id: str | None) -> Found:
-    vectors = searcher.vectors
-    allowed = None
+    catalog, allowed = searcher.catalog, None
     if video_id:
-        allowed = np.zeros(vectors.catalog.num_videos, np.bool_)
-        allowed[vectors.catalog.row_of(video_id)] = True
-    rows = vectors.nearest(embedding, 1, by="moment", allowed=allowed)[1]
-    begin, end = vectors.catalog.moment_seconds(rows)[0].tolist()
-    return Found(vectors.catalog.video_id(int(vectors.catalog.videos_of(rows)[0])), begin, end, (begin + end) / 2)
+        allowed = np.zeros(catalog.num_videos, np.bool_)
+        allowed[catalog.row_of(video_id)] = True
+    rows = searcher.vectors.nearest(embedding, 1, by="moment", allowed=allowed)[1]
+    begin, end = catalog.moment_seconds(rows)[0].tolist()
+    return Found(catalog.video_id(int(catalog.videos_of(rows)[0])), begin, end, (begin + end) / 2)
 
 
 def best_moment(searcher: Searcher, caption: str, embedding: Embedding, video_id: str | None) -> Found:

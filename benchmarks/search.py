@@ -119,7 +119,7 @@ def make_first(folder: Path, num_rows: int) -> tuple[Path, Path]:
     store = write_store(folder / "features", name, backbone.settings(), num_rows)
     built = index(store, folder / "index", moment_seconds=1, moment_stride_seconds=1)
     searcher = Searcher(built)
-    rows = searcher.vectors.embeddings(np.arange(searcher.vectors.catalog.num_moments), by="moment")
+    rows = searcher.vectors.embeddings(np.arange(searcher.catalog.num_moments), by="moment")
     make_ways(folder / "ways", rows, searcher.embed_text(TEXT), weights)
     return built, folder / "ways"
 

@@ -25,7 +25,7 @@ def main() -> None:
     before = resident_mib()
     opening_ms = [1000 * seconds(lambda: Searcher(index)) for _ in range(rounds)]
     searcher = Searcher(index)
-    size = searcher.vectors.catalog.embedding_size
+    size = searcher.catalog.embedding_size
     queries = np.random.default_rng(1).standard_normal((QUERIES, size)).astype(np.float32)
     request = SearchRequest(text="(given as a vector)")
     for query in queries:  # the first reads the vectors into memory
@@ -39,7 +39,7 @@ def main() -> None:
         query_ms.append(1000 * seconds(ask))
         reading_ms.append(1000 * seconds(lambda: read(arrays)))
     measured = {
-        "moments": searcher.vectors.catalog.num_moments,
+        "moments": searcher.catalog.num_moments,
         "vectors_mib": sum(array.nbytes for array in arrays) / 2**20,
         "opening_ms": opening_ms,
         "memory_mib": memory_mib,
