@@ -1,7 +1,7 @@
 # The two commands that do all the set-up on a fresh machine are `make demo` and `make test`.
 PYTHON ?= python3
 VENV := .venv
-SOURCES := setup.cfg pyproject.toml $(shell find core data extract train retrieve -name '*.py')
+SOURCES := setup.cfg pyproject.toml $(shell find core data extract train retrieve -type f -not -path '*/__pycache__/*')
 
 .PHONY: demo test test-all check format clean
 
