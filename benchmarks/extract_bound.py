@@ -36,11 +36,11 @@ from numpy.typing import NDArray
 from svb.device import choose_device, choose_precision
 from svb.extract.backbones import load_backbone
 from svb.extract.backbones.backbone import Backbone
-from svb.extract.decode import FrameChunk
-from svb.extract.decode_options import DecodeOptions
+from svb.extract.compute.transform import to_squares
+from svb.extract.decode.decoder import FrameChunk
+from svb.extract.decode.options import DecodeOptions
 from svb.extract.plan import PlannedVideo
-from svb.extract.pool import DecodePool
-from svb.extract.transform import to_squares
+from svb.extract.pool.decode_pool import DecodePool
 
 # Frames of a long video are held up to this much, and the held ones repeated.
 HELD_BYTES = 256 * 2**20

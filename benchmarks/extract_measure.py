@@ -18,8 +18,8 @@ from svb.data.feature_store import FeatureStore
 from svb.device import choose_device, choose_precision
 from svb.errors import SvbError
 from svb.extract.backbones import FAMILIES
+from svb.extract.decode.sampling import Sampling
 from svb.extract.run import extract
-from svb.extract.sampling import Sampling
 
 BATCH_SIZE = 32
 SAMPLING = Sampling(fps=1.0)

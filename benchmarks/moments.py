@@ -99,7 +99,7 @@ def sets(folder: Path, options: argparse.Namespace) -> list[Set]:
 
 
 def generated(folder: Path, options: argparse.Namespace) -> Set:
-    from svb.data.demo_clips import FPS, make_demo_clips
+    from svb.cli.demo_clips import FPS, make_demo_clips
 
     captions = make_demo_clips(folder, num_videos=options.videos)
     run = trained(folder, folder / "videos", captions, 2.0, options)
@@ -117,8 +117,8 @@ def msrvtt(folder: Path, options: argparse.Namespace) -> Set:
 def trained(folder: Path, videos: Path, captions: Path, fps: float, options: argparse.Namespace) -> Path:
     """Return a run on the train split."""
     from svb.extract.captions import captions as encode
+    from svb.extract.decode.sampling import Sampling
     from svb.extract.run import extract
-    from svb.extract.sampling import Sampling
     from svb.train.config import TrainConfig
     from svb.train.run import train
 
@@ -140,8 +140,8 @@ def clips_of(captions: Path, path_of: Callable[[str], Path]) -> list[Clip]:
 
 
 def spliced(name: str, folder: Path, run: Path, clips: list[Clip], frame_rate: int, fps: float) -> Set:
+    from svb.extract.decode.sampling import Sampling
     from svb.extract.run import extract
-    from svb.extract.sampling import Sampling
 
     if not (folder / "needles.csv").exists():
         needles = splice(

@@ -202,8 +202,8 @@ def growth(folder: Path, options: argparse.Namespace) -> tuple[list[dict[str, fl
 def approximate(folder: Path, options: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     """Return what `svb index --latency-budget` decides, by how closely vectors lie about their topics."""
     from svb.retrieve.indexing.tune_ivf import keep_within_budget
-    from svb.retrieve.manifest import read_manifest
-    from svb.retrieve.segment import open_segments
+    from svb.retrieve.stored.manifest import read_manifest
+    from svb.retrieve.stored.segment import open_segments
 
     rows = []
     for noise in NOISES:
@@ -235,8 +235,8 @@ def write_index(path: Path, num_moments: int, noise: float | None = None) -> Pat
 
     With `noise` they are those of topics, a video's moments of one, with so much noise as long as the topic's.
     """
-    from svb.retrieve.manifest import commit, publish_part
-    from svb.retrieve.segment import write_segment
+    from svb.retrieve.stored.manifest import commit, publish_part
+    from svb.retrieve.stored.segment import write_segment
 
     entries: list[dict[str, Any]] = []
     for first in range(0, num_moments, 1_000_000):
@@ -256,8 +256,8 @@ def write_index(path: Path, num_moments: int, noise: float | None = None) -> Pat
 
 
 def random_segment(first: int, num_moments: int, noise: float | None) -> Any:
-    from svb.retrieve.columns import StringColumn
-    from svb.retrieve.segment import Segment
+    from svb.retrieve.stored.columns import StringColumn
+    from svb.retrieve.stored.segment import Segment
 
     random = np.random.default_rng(first)
     num_videos = num_moments // ROWS_A_VIDEO

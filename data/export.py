@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import h5py
@@ -27,6 +28,8 @@ from svb.data.feature_store_writer import export_store
 from svb.data.publish import published_file, published_folder
 from svb.data.shard import VideoRows
 from svb.errors import InputError, UsageError
+
+logger = logging.getLogger(__name__)
 
 # Of a video_id that is to be a path: file systems take 255 bytes a part, of which `.npz` needs four.
 MAX_PART_BYTES = 200
@@ -41,7 +44,6 @@ def export(
     *,
     layout: str = "h5",
     backbone: str | None = None,
-    on_message: Callable[[str], None] = lambda message: None,
 ) -> Path:
     """Write a store's features in a layout that other tools read; whole or not at all.
 
@@ -50,7 +52,6 @@ def export(
         out: The file, or of `npz` the folder, to make.
         layout: One of `LAYOUTS`.
         backbone: Whose features, which may be fused; needed where the store holds several. Not with `h5`.
-        on_message: Called with a line that the user should see.
 
     Returns:
         `out`.
@@ -71,16 +72,16 @@ def export(
     backbone = store.only_backbone(backbone)
     if not store.video_ids:
         raise InputError(f"no video of {store.path} has features - `svb info {store.path} --failures` says why")
-    _WRITERS[layout](store, backbone, out, on_message)
+    _WRITERS[layout](store, backbone, out)
     left_out = len(store.records) - len(store.video_ids)
     if left_out:
-        on_message(
+        logger.info(
             f"{left_out} videos without features are left out - `svb info {store.path} --failures` lists them"
         )
     return out
 
 
-def _write_h5_per_video(store: FeatureStore, backbone: str, out: Path, on_message: Callable[[str], None]) -> None:
+def _write_h5_per_video(store: FeatureStore, backbone: str, out: Path) -> None:
     names = dataset_names(store.video_ids)
     # HDF5 1.8 is the first whose attributes may pass 64 KiB, which the times of three hours do.
     with published_file(out) as aside, h5py.File(aside, "w", libver=("v108", "latest")) as file:
@@ -88,20 +89,20 @@ def _write_h5_per_video(store: FeatureStore, backbone: str, out: Path, on_messag
         for video_id, rows in _videos(store, backbone):
             dataset = file.create_dataset(names[video_id], data=rows.features)
             dataset.attrs["video_id"], dataset.attrs["times_seconds"] = video_id, rows.times_seconds
-    _say_renamed(names, {video_id: video_id.replace("/", "@") for video_id in names}, on_message)
+    _say_renamed(names, {video_id: video_id.replace("/", "@") for video_id in names})
 
 
-def _write_npz(store: FeatureStore, backbone: str, out: Path, on_message: Callable[[str], None]) -> None:
+def _write_npz(store: FeatureStore, backbone: str, out: Path) -> None:
     names = file_names(store.video_ids)
     with published_folder(out) as filling:
         for video_id, rows in _videos(store, backbone):
             path = filling / f"{names[video_id]}.npz"
             path.parent.mkdir(parents=True, exist_ok=True)
             np.savez(path, features=rows.features, times_seconds=rows.times_seconds, video_id=np.array(video_id))
-    _say_renamed(names, {video_id: video_id for video_id in names}, on_message)
+    _say_renamed(names, {video_id: video_id for video_id in names})
 
 
-def _write_parquet(store: FeatureStore, backbone: str, out: Path, on_message: Callable[[str], None]) -> None:
+def _write_parquet(store: FeatureStore, backbone: str, out: Path) -> None:
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
@@ -208,10 +209,10 @@ def _is_hashed(name: str) -> bool:
     return re.search(r"~[0-9a-f]{16}$", name, re.IGNORECASE) is not None
 
 
-def _say_renamed(names: dict[str, str], expected: dict[str, str], on_message: Callable[[str], None]) -> None:
+def _say_renamed(names: dict[str, str], expected: dict[str, str]) -> None:
     renamed = [video_id for video_id, name in names.items() if name != expected[video_id]]
     if renamed:
-        on_message(
+        logger.info(
             f"{len(renamed)} videos could not be called by their ids, first {renamed[0]!r}, which is called "
             f"{names[renamed[0]]!r}: each holds its own as `video_id`"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from svb.extract.names import absolute_name
 from svb.extract.text_encoders import DEFAULT_TEXT_ENCODER, load_text_encoder
 from svb.extract.text_encoders.text_encoder import TextEncoder
 
+logger = logging.getLogger(__name__)
+
 # Captions in a block: what a killed run loses at most.
 BLOCK = 4096
 
@@ -38,7 +41,6 @@ def captions(
     splits: Collection[str] = (),
     store: Path | str | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-    on_message: Callable[[str], None] = lambda message: None,
 ) -> Path:
     """Encode the captions of a table; a caption that stands there several times is encoded once.
 
@@ -56,7 +58,6 @@ def captions(
         splits: Which of the protocol's splits; all where none is given.
         store: A feature store whose names of the data set's videos are taken.
         on_progress: Called with the distinct captions done, and all of them.
-        on_message: Called with a line that the user should see.
 
     Returns:
         `out`.
@@ -68,7 +69,7 @@ def captions(
         ModelUnavailableError: The text encoder's weights cannot be had.
     """
     table, out, text_encoder = Path(table), Path(out), absolute_name(text_encoder)
-    read, contents = _read(table, drop_empty, dataset, protocol, splits, store, on_message)
+    read, contents = _read(table, drop_empty, dataset, protocol, splits, store)
     if out.is_dir():
         raise InputError(f"{out} is a folder - name the file to write with -o, such as {out / 'captions.h5'}")
     existing = read_caption_features(out) if out.exists() else None
@@ -84,14 +85,14 @@ def captions(
             what=f"{out}",
             do_next="Write to another file with -o, or remove this one.",
         )
-        on_message(f"nothing to do: {out} holds these {len(read)} captions")
+        logger.info(f"nothing to do: {out} holds these {len(read)} captions")
         return out
     encoder = load_text_encoder(text_encoder, choose_device(device))
     distinct = list(dict.fromkeys(read.captions))
     features = _encode_in_blocks(encoder, distinct, out, on_progress)
     cut = [caption for caption in distinct if encoder.num_tokens(caption) > encoder.max_tokens]
     if cut:
-        on_message(
+        logger.info(
             f"{len(cut)} captions are longer than the {encoder.max_tokens} tokens that {text_encoder} reads; "
             f"the rest of each was not seen, first of {cut[0][:60]!r}"
         )
@@ -112,7 +113,6 @@ def _read(
     protocol: str | None,
     splits: Collection[str],
     store: Path | str | None,
-    on_message: Callable[[str], None],
 ) -> tuple[CaptionTable, dict[str, Any]]:
     """Return the captions, and what of them belongs into the settings."""
     if dataset is None:
@@ -123,9 +123,9 @@ def _read(
         return read, {"table_hash": _hash_table(read), "splits": split_contents(read)}
     if drop_empty:
         raise UsageError("--drop-empty goes with a table - a data set has no empty captions; leave it away")
-    official = read_dataset(dataset, table, protocol=protocol, splits=splits, on_message=on_message)
+    official = read_dataset(dataset, table, protocol=protocol, splits=splits)
     if store is not None:
-        official = with_names_of(official, FeatureStore(Path(store)).records, on_message=on_message)
+        official = with_names_of(official, FeatureStore(Path(store)).records)
     return official.table, {
         "table_hash": _hash_table(official.table),
         "dataset": {"name": dataset, "protocol": official.protocol},

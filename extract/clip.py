@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from svb.data.pretrained import hub
+from svb.data.weights import OFFLINE_HINT, load_state, unavailable
 from svb.errors import InputError, UsageError
-from svb.extract.weights import OFFLINE_HINT, load_state, unavailable
 
 
 @dataclass(frozen=True)

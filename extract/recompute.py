@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +17,14 @@ from svb.extract.plan import is_done
 from svb.extract.request import decoder_settings, stored_decode_options
 from svb.extract.run import extract_file
 
+logger = logging.getLogger(__name__)
+
 
 def recompute(
     path: Path,
     num_videos: int,
     *,
     device: str = "auto",
-    on_message: Callable[[str], None] = lambda message: None,
 ) -> list[str]:
     """Extract some videos of a store again, chosen by a hash of what it holds, and compare.
 
@@ -31,7 +32,6 @@ def recompute(
         path: The store.
         num_videos: How many.
         device: Where to compute; another one than the store's may give other last bits.
-        on_message: Called with what was compared.
 
     Returns:
         What differs by more than float16's last bit, a line each.
@@ -49,7 +49,7 @@ def recompute(
     options = stored_decode_options(store.settings)
     here, stored = decoder_settings(options), store.settings["decoder"]
     if here != stored:
-        on_message(f"the decoder here is {here['version']}, the store's {stored['version']}: frames may differ")
+        logger.info(f"the decoder here is {here['version']}, the store's {stored['version']}: frames may differ")
     unchanged = [v for v in store.video_ids if is_done(record := store.records[v], Path(record.source_path))]
     at_hand = [v for v in unchanged if Path(store.records[v].source_path).exists()]
     if not at_hand:
@@ -74,7 +74,7 @@ def recompute(
             if difference:
                 problems.append(f"{path}, {backbone.name}: video {video_id!r} differs: {difference}")
     num_compared = len(chosen) * len(backbones)
-    on_message(
+    logger.info(
         f"recomputed {len(chosen)} of {len(store.video_ids)} videos: {num_same} of {num_compared} comparisons are "
         f"the same to the bit, {num_compared - num_same - len(problems)} within float16's last bit, "
         f"{len(problems)} differ"

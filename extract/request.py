@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from svb.config import require_same
 from svb.errors import InputError, UsageError
-from svb.extract.decode_options import DecodeOptions, Limits
+from svb.extract.decode.options import DecodeOptions, Limits
+from svb.extract.decode.sampling import Sampling
 from svb.extract.names import absolute_name
-from svb.extract.sampling import Sampling
 
 if TYPE_CHECKING:
     from svb.extract.backbones.backbone import Backbone
-    from svb.extract.times_table import TimesTable
+    from svb.extract.decode.times_table import TimesTable
 
 DECODERS = ("pyav", "ffmpeg")
 RESIZES = ("device", "decoder")
@@ -110,11 +110,11 @@ def make_request(
         )
     table = None
     if times is not None:
-        from svb.extract.times_table import read_times
+        from svb.extract.decode.times_table import read_times
 
         table = read_times(Path(times))
     if hwaccel is not None:
-        from svb.extract.hwaccel import require_hwaccel
+        from svb.extract.decode.hwaccel import require_hwaccel
 
         require_hwaccel(hwaccel)
     options = DecodeOptions(

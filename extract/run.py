@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import os
 import socket
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -20,17 +21,23 @@ from svb.data.feature_store_writer import FeatureStoreWriter
 from svb.data.shard import FAILURES, USABLE, VideoRecord
 from svb.device import choose_device, choose_precision
 from svb.errors import InputError, Interrupted, UsageError
-from svb.extract.decode import FrameChunk
-from svb.extract.decode_options import DecodeOptions, Limits
-from svb.extract.leases import Leases, start_at, units
+from svb.extract.decode.decoder import FrameChunk
+from svb.extract.decode.options import DecodeOptions, Limits
+from svb.extract.decode.sampling import Sampling
 from svb.extract.names import DEFAULT_BACKBONE
 from svb.extract.plan import Plan, PlannedVideo, is_done, plan_videos
-from svb.extract.pool import DEFAULT_STALL_SECONDS, DEFAULT_TIME_LIMIT_SECONDS, NOBODY, DecodePool, Listed
+from svb.extract.pool.decode_pool import (
+    DEFAULT_STALL_SECONDS,
+    DEFAULT_TIME_LIMIT_SECONDS,
+    NOBODY,
+    DecodePool,
+    Listed,
+)
+from svb.extract.pool.worker import Finished, Started
 from svb.extract.progress import ExtractProgress, RunLog, what_limited
-from svb.extract.ranks import UNIT_VIDEOS, LeasedVideos
 from svb.extract.request import Request, make_request
-from svb.extract.sampling import Sampling
-from svb.extract.worker import Finished, Started
+from svb.extract.together.leases import Leases, start_at, units
+from svb.extract.together.ranks import UNIT_VIDEOS, LeasedVideos
 from svb.interrupts import deferred_interrupts
 from svb.memory import keep_freed_memory
 
@@ -38,7 +45,9 @@ if TYPE_CHECKING:
     import torch
 
     from svb.extract.backbones.backbone import Backbone
-    from svb.extract.pipeline import Contents, Counts, Pipeline
+    from svb.extract.compute.pipeline import Contents, Counts, Pipeline
+
+logger = logging.getLogger(__name__)
 
 MAX_BATCH_SIZE = 4096
 
@@ -68,7 +77,6 @@ def extract(
     rank: tuple[int, int] | None = None,
     ray: str | None = None,
     on_progress: Callable[[ExtractProgress], None] = lambda progress: None,
-    on_message: Callable[[str], None] = lambda message: None,
 ) -> Path:
     """Extract frozen features of videos into a store; continue where an earlier run stopped.
 
@@ -80,7 +88,7 @@ def extract(
         out: The store's folder; made where there is none.
         backbones: Names, `family:model[/weights]`; one decode feeds all of them.
         sampling: Which frames; 1 a second where not given.
-        times: Instead of `sampling`: a table of times for each video, see `svb.extract.times_table`.
+        times: Instead of `sampling`: a table of times for each video, see `svb.extract.decode.times_table`.
         decoder: `pyav`, which hands over to ffmpeg what it cannot read, or `ffmpeg`.
         fast_decode: Skip frames that no other frame refers to; picked frames may move by a few.
         hwaccel: A hardware decoder of ffmpeg's, such as `cuda`.
@@ -98,9 +106,8 @@ def extract(
         prune: Take videos out of the store whose files are gone.
         rank: This process's rank and the number of processes that fill the store together; they share a file
             system and may be fewer or more than said.
-        ray: A Ray cluster to decode and compute on, see `svb.extract.ray_run`; its CPUs take `num_workers`' place.
+        ray: A Ray cluster to decode and compute on, see `together.ray_run`; its CPUs take `num_workers`' place.
         on_progress: Called often.
-        on_message: Called with a line that the user should see.
 
     Returns:
         `out`.
@@ -130,15 +137,15 @@ def extract(
     )
     plan = _plan(videos, out, request, precision, retry)
     for line in plan.messages:
-        on_message(line)
+        logger.info(line)
     if not plan.todo:
-        return _without_work(plan, out, prune, on_message)
+        return _without_work(plan, out, prune)
 
     if ray is not None:
         job = request, device, precision, compile, keep_partial, stall_seconds, time_limit_seconds
-        return _on_ray(ray, job, plan, out, prune, on_progress, on_message)
+        return _on_ray(ray, job, plan, out, prune, on_progress)
 
-    from svb.extract.pipeline import Pipeline  # and with it torch
+    from svb.extract.compute.pipeline import Pipeline  # and with it torch
 
     torch_device = choose_device(_own_device(device, rank))
     dtype = choose_precision(torch_device, precision)
@@ -172,7 +179,6 @@ def extract(
             contents=contents,
             executor=executor,
             ahead=ahead,
-            on_message=on_message,
         )
         report = _Report(plan, source, pool, pipeline, str(torch_device), num_workers)
         signal_number = _drive(pool, source, pipeline, writer, report, log, on_progress)
@@ -188,9 +194,9 @@ def extract(
         _remove(vanished if prune else (), writer)
         writer.compact()
         log.add_end(progress, "done", sentence)
-    _tell_of_known(pipeline.counts, on_message)
-    _tell_of_vanished(vanished, prune, on_message)
-    on_message(sentence)
+    _tell_of_known(pipeline.counts)
+    _tell_of_vanished(vanished, prune)
+    logger.info(sentence)
     return out
 
 
@@ -268,9 +274,9 @@ def extract_file(
     Raises:
         InputError: The file gives no frame.
     """
-    from svb.extract.packing import Packer
-    from svb.extract.pipeline import run_packers
-    from svb.extract.upload import Uploader
+    from svb.extract.compute.packing import Packer
+    from svb.extract.compute.pipeline import run_packers
+    from svb.extract.compute.upload import Uploader
 
     device = backbones[0].device
     uploader = Uploader(device)
@@ -367,7 +373,7 @@ def cores(device: torch.device, compile: bool) -> Iterator[tuple[Executor | None
 def _known_contents(
     store: FeatureStore, plan: Plan, retry: Collection[str], writer: FeatureStoreWriter
 ) -> Contents:
-    from svb.extract.pipeline import Contents
+    from svb.extract.compute.pipeline import Contents
 
     changing = {video.video_id for video in plan.todo} | {record.video_id for record in plan.vanished}
     usable = [record for record in store.records.values() if record.usable and record.status not in retry]
@@ -403,13 +409,13 @@ def _leased_videos(
     return LeasedVideos(start_at(units(plan.asked, UNIT_VIDEOS), *rank), leases, undone, plan.todo)
 
 
-def _without_work(plan: Plan, out: Path, prune: bool, on_message: Callable[[str], None]) -> Path:
+def _without_work(plan: Plan, out: Path, prune: bool) -> Path:
     if prune and plan.vanished:
         with FeatureStoreWriter(out, FeatureStore(out).settings, {}) as writer:
             _remove(plan.vanished, writer)
             writer.compact()
-    _tell_of_vanished(plan.vanished, prune, on_message)
-    on_message(f"nothing to do: all {len(plan.asked)} videos are in {out}, unchanged")
+    _tell_of_vanished(plan.vanished, prune)
+    logger.info(f"nothing to do: all {len(plan.asked)} videos are in {out}, unchanged")
     return out
 
 
@@ -420,10 +426,9 @@ def _on_ray(
     out: Path,
     prune: bool,
     on_progress: Callable[[ExtractProgress], None],
-    on_message: Callable[[str], None],
 ) -> Path:
-    from svb.extract.ray_actor import Job
-    from svb.extract.ray_run import extract_on_ray
+    from svb.extract.together.ray_actor import Job
+    from svb.extract.together.ray_run import extract_on_ray
 
     sentence = extract_on_ray(
         address,
@@ -433,10 +438,9 @@ def _on_ray(
         prune=prune,
         versions=_versions(),
         on_progress=on_progress,
-        on_message=on_message,
     )
-    _tell_of_vanished(plan.vanished, prune, on_message)
-    on_message(sentence)
+    _tell_of_vanished(plan.vanished, prune)
+    logger.info(sentence)
     return out
 
 
@@ -446,17 +450,17 @@ def _remove(vanished: Sequence[VideoRecord], writer: FeatureStoreWriter) -> None
     writer.publish()
 
 
-def _tell_of_known(counts: Counts, on_message: Callable[[str], None]) -> None:
+def _tell_of_known(counts: Counts) -> None:
     if counts.renamed or counts.duplicates:
-        on_message(
+        logger.info(
             f"not decoded, because their content is known: {counts.renamed} renamed, {counts.duplicates} duplicates"
         )
 
 
-def _tell_of_vanished(vanished: Sequence[VideoRecord], prune: bool, on_message: Callable[[str], None]) -> None:
+def _tell_of_vanished(vanished: Sequence[VideoRecord], prune: bool) -> None:
     if vanished:
         done = "taken out of the store" if prune else "their features are kept; --prune takes them out of the store"
-        on_message(f"{len(vanished)} files are gone, first {vanished[0].source_path}: {done}")
+        logger.info(f"{len(vanished)} files are gone, first {vanished[0].source_path}: {done}")
 
 
 def _own_device(name: str, rank: tuple[int, int] | None) -> str:

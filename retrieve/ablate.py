@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from svb.data.publish import lock_folder, published_file, remove_leftovers
@@ -14,6 +14,8 @@ from svb.retrieve.measure.ablation_plan import PlannedRun, plan
 from svb.retrieve.measure.ablation_plot import plot
 from svb.retrieve.measure.ablation_report import Report, cells_csv, gather, markdown, runs_csv
 
+logger = logging.getLogger(__name__)
+
 TABLE, CELLS, RUNS, PLOT = "ablation.md", "cells.csv", "runs.csv", "ablation.png"
 
 
@@ -23,7 +25,6 @@ def ablate(
     *,
     jobs: int | None = None,
     device: str = "auto",
-    on_message: Callable[[str], None] = lambda message: None,
 ) -> Report:
     """Train and evaluate every cell of a config file with every seed, and compare them with the baseline.
 
@@ -34,7 +35,6 @@ def ablate(
         out: Folder for `runs/<cell>/seed-<seed>/`, the tables and the plot; made where there is none.
         jobs: Runs at a time, each with its share of the threads; as the config file says where not given.
         device: `auto`, `cpu`, `cuda:0`, ...
-        on_message: Called with a line that the user should see.
 
     Returns:
         What is written to `out`. Where some runs failed it is of the others.
@@ -49,17 +49,17 @@ def ablate(
     jobs = ablation.jobs if jobs is None else jobs
     if jobs < 1:
         raise UsageError(f"jobs is {jobs} - expected at least 1")
-    planned, queries = plan(ablation, out, on_message)
+    planned, queries = plan(ablation, out)
     out.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(out)
     try:
         remove_leftovers(out)
         waiting = [run for run in planned if not run.is_finished]
-        on_message(
+        logger.info(
             f"{len(planned)} runs: {len(ablation.cells)} cells, {len(ablation.seeds)} seeds; "
             f"{len(planned) - len(waiting)} are finished already"
         )
-        failed = run_all(waiting, ablation, out / "logs", jobs=jobs, device=device, on_message=on_message)
+        failed = run_all(waiting, ablation, out / "logs", jobs=jobs, device=device)
         finished = [run for run in planned if run.name not in failed]
         if not finished:
             raise InputError(f"all {len(planned)} runs failed, the first with: {next(iter(failed.values()))}")
@@ -73,7 +73,7 @@ def ablate(
 def dry_run(config: Path | str, out: Path | str) -> tuple[Ablation, list[PlannedRun]]:
     """Return what `ablate` would do; nothing is written. Errors as `ablate`."""
     ablation = read_ablation(Path(config))
-    return ablation, plan(ablation, Path(out), lambda message: None)[0]
+    return ablation, plan(ablation, Path(out), quiet=True)[0]
 
 
 def _write(report: Report) -> None:

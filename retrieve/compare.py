@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from svb.errors import InputError, MismatchError
-from svb.retrieve.embedder import run_embedder
 from svb.retrieve.measure.paired import Difference, paired_differences
 from svb.retrieve.measure.ranks import FILE, Ranks, read_ranks
+from svb.retrieve.model.embedder import run_embedder
 from svb.train.run import read_run
 
 

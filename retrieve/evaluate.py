@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,8 @@ from numpy.typing import NDArray
 from svb.data.publish import published_file
 from svb.device import choose_device
 from svb.errors import InputError, UsageError
-from svb.retrieve.embedder import Embedder
-from svb.retrieve.inputs import Inputs, open_inputs
 from svb.retrieve.measure.evaluation import Evaluation, Missing, Normalised
-from svb.retrieve.normalise import (
+from svb.retrieve.measure.normalise import (
     CLIP_LOGIT_SCALE,
     METHODS,
     NEEDS_ALL_QUERIES,
@@ -26,6 +24,8 @@ from svb.retrieve.normalise import (
     Embeddings,
     normalise,
 )
+from svb.retrieve.model.embedder import Embedder
+from svb.retrieve.model.inputs import Inputs, open_inputs
 from svb.train.metrics import TIE_RULE, V2T_CONVENTIONS, ranks_metrics, t2v_ranks, v2t_ranks
 from svb.train.run import split_contents
 from svb.train.training_data import SplitData, load_split, positions_of_splits
@@ -44,7 +44,6 @@ def evaluate(
     allow_missing: bool = False,
     ranks: Path | None = None,
     device: str = "auto",
-    on_message: Callable[[str], None] = lambda message: None,
 ) -> Evaluation:
     """Measure t2v and v2t retrieval of a split.
 
@@ -56,11 +55,10 @@ def evaluate(
         split: `train`, `val` or `test`.
         checkpoint: `best` or `last` of a run; best where not given.
         v2t_convention: `set` or `best`; see `svb.train.metrics.V2T_CONVENTIONS`.
-        normalise_by: Also measure similarities normalised by these `svb.retrieve.normalise.METHODS`.
+        normalise_by: Also measure similarities normalised by these `svb.retrieve.measure.normalise.METHODS`.
         allow_missing: Leave out captions whose videos have no features rather than refuse.
         ranks: Where to write each query's rank (.npz); `ranks.npz` in a run where not given.
         device: `auto`, `cpu`, `cuda:0`, ...
-        on_message: Called with a line that the user should see.
 
     Returns:
         The metrics and how they came about.
@@ -87,7 +85,6 @@ def evaluate(
     positions = positions_of_splits(
         caption_features,
         val_fraction=inputs.config.put_aside,
-        on_message=on_message,
     )
     if not positions[split]:
         raise InputError(f"the captions have no {split} split - choose another with --split")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +15,9 @@ from svb.data.feature_store import FeatureStore
 from svb.data.publish import hash_file
 from svb.device import choose_device
 from svb.errors import InputError, UsageError
-from svb.retrieve.embedder import embed_file, load_matching_text_encoder
-from svb.retrieve.inputs import Inputs, open_inputs
 from svb.retrieve.measure.explain_page import Explanation, SupportVideo, write_page
+from svb.retrieve.model.embedder import embed_file, load_matching_text_encoder
+from svb.retrieve.model.inputs import Inputs, open_inputs
 from svb.train.checkpoint import load_checkpoint, load_weights
 from svb.train.config import VARIANTS, selection_note
 from svb.train.decoders import EmbeddingDecoder
@@ -43,7 +43,6 @@ def explain(
     captions: Path | str | None = None,
     checkpoint: str = "best",
     device: str = "auto",
-    on_message: Callable[[str], None] = lambda message: None,
 ) -> Path:
     """Show what a run would rebuild a caption, or what a video shows, from.
 
@@ -62,7 +61,6 @@ def explain(
         captions: The caption features file, likewise.
         checkpoint: `best` or `last`.
         device: `auto`, `cpu`, `cuda:0`, ...
-        on_message: Called with a line that the user should see.
 
     Returns:
         The page, `out/index.html`; the same as one picture is beside it, `explain.png`.
@@ -85,7 +83,7 @@ def explain(
     inputs = open_inputs(run, device=torch_device, store=store, captions=captions, checkpoint=checkpoint)
     assert inputs.captions is not None
     model, epoch = _load_model(run, checkpoint, torch_device)
-    positions = positions_of_splits(inputs.captions, val_fraction=inputs.config.put_aside, on_message=on_message)
+    positions = positions_of_splits(inputs.captions, val_fraction=inputs.config.put_aside)
     split = _load(inputs, positions["train"], torch_device)
     if split.num_videos < 2:
         raise InputError(
@@ -125,7 +123,7 @@ def explain(
             matrices=matrices,
             matrix_captions=matrix_captions,
         )
-    return write_page(explanation, out or run / "explain", inputs.store, on_message)
+    return write_page(explanation, out or run / "explain", inputs.store)
 
 
 def _load_model(run: Path, checkpoint: str, device: torch.device) -> tuple[RetrievalModel, int]:

@@ -1,7 +1,7 @@
 """`svb index`: a run or a store -> embeddings of every video and moment -> an index folder.
 
-manifest.json     the commit point, written last, see `svb.retrieve.manifest`
-segments/<key>/   embeddings, see `svb.retrieve.segment`; tombstones/<key>/ lists their deleted videos
+manifest.json     the commit point, written last, see `svb.retrieve.stored.manifest`
+segments/<key>/   embeddings, see `svb.retrieve.stored.segment`; tombstones/<key>/ lists their deleted videos
 captions/<key>/   pools of captions, which answer a video or an image
 heads/<key>/      heads.safetensors: of a run, or a classifier's last layer with its class names' embeddings
 text/<key>/       the text tower as ONNX, which a text search reads queries with
@@ -15,6 +15,7 @@ each committed by itself; then merge small segments, and make the parts that dep
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -33,7 +34,9 @@ from svb.retrieve.indexing.index_writer import IndexWriter, writing
 from svb.retrieve.indexing.merge import copy_videos
 from svb.retrieve.indexing.sidecar_watch import SidecarWatch
 from svb.retrieve.indexing.watch import watch
-from svb.retrieve.segment import MomentWindows
+from svb.retrieve.stored.segment import MomentWindows
+
+logger = logging.getLogger(__name__)
 
 # How often a run begins again because shards that it was about to read were merged by `svb extract`.
 MAX_TRIES = 5
@@ -62,7 +65,6 @@ def index(
     rebuild: bool = False,
     watch_seconds: float | None = None,
     device: str = "auto",
-    on_message: Callable[[str], None] = lambda message: None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
     """Bring an index to where it holds every video and moment of a store, embedded by a run's heads or zero-shot.
@@ -92,7 +94,6 @@ def index(
         watch_seconds: Then look for changes of the store and the sidecars every so often and go on, until SIGINT or
             SIGTERM.
         device: `auto`, `cpu`, `cuda:0`, ...
-        on_message: Called with a line that the user should see.
         on_progress: Called with how many videos were embedded, and how many are to be.
 
     Returns:
@@ -121,11 +122,11 @@ def index(
     if watch_seconds is not None:
         require_positive("watch_seconds", watch_seconds)
     asked = IndexOptions(Path(out), moment_seconds, moment_stride_seconds, parts, prune, rebuild)
-    job = _Job(asked, IndexModel(where, device), on_message, on_progress)
+    job = _Job(asked, IndexModel(where, device), on_progress)
     if watch_seconds is None:
         job.run()
     else:
-        watch(job.run, job.watched, watch_seconds, on_message)
+        watch(job.run, job.watched, watch_seconds)
     return job.asked.out
 
 
@@ -136,11 +137,10 @@ class _Job:
         self,
         asked: IndexOptions,
         model: IndexModel,
-        on_message: Callable[[str], None],
         on_progress: Callable[[int, int], None],
     ) -> None:
         self.asked, self.model = asked, model
-        self._on_message, self._on_progress = on_message, on_progress
+        self._on_progress = on_progress
 
     def watched(self) -> list[Any]:
         """Return what is another when there may be something to do."""
@@ -174,7 +174,7 @@ class _Job:
 
     def _update(self, store: FeatureStore) -> None:
         out = self.asked.out
-        writer = IndexWriter(out, rebuild=self.asked.rebuild, on_message=self._on_message)
+        writer = IndexWriter(out, rebuild=self.asked.rebuild)
         plan = plan_index(store.records, writer.segments, by_content="times" not in store.settings["sampling"])
         windows = self.asked.windows(writer.before.get("moments"))
         if not writer.is_new:
@@ -182,13 +182,11 @@ class _Job:
         inputs = self.asked.parts.inputs(self.model.source.identity(store), writer.before.get("inputs", {}))
         remake = inputs != writer.draft.get("inputs")
         self._require_fitting(writer, store, windows, inputs)
-        self._on_message(str(plan))
+        logger.info(str(plan))
         if plan.gone and not self.asked.prune:
-            self._on_message(
-                f"{len(plan.gone):,} videos that the store does not have stay - take them out with --prune"
-            )
+            logger.info(f"{len(plan.gone):,} videos that the store does not have stay - take them out with --prune")
         writer.draft |= {"store": str(store.path.absolute()), "inputs": inputs}
-        parts = IndexParts(out, writer.draft, self.model, self.asked.parts, self._on_message)
+        parts = IndexParts(out, writer.draft, self.model, self.asked.parts)
         if parts.drop_damaged() or remake:
             parts.start()
         self._copy(plan, store, writer)
@@ -202,9 +200,9 @@ class _Job:
             parts.note_finished()
         parts.mirror(self._on_progress)
         writer.commit()
-        keep_scan_within_budget(out, writer.draft, writer.segments, self._on_message)
+        keep_scan_within_budget(out, writer.draft, writer.segments)
         parts.remove_gone()
-        self._on_message(_summary(out, writer.draft))
+        logger.info(_summary(out, writer.draft))
 
     def _require_fitting(
         self, writer: IndexWriter, store: FeatureStore, windows: MomentWindows, inputs: dict[str, Any]

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from svb.errors import InputError, StoreError, UsageError
 from svb.retrieve.answer import Answer, CaptionResult, SearchRequest
-from svb.retrieve.manifest import read_manifest, read_whole
 from svb.retrieve.searching.catalog import Catalog
 from svb.retrieve.searching.filters import allowed_videos
 from svb.retrieve.searching.hubs import Hubs
@@ -22,6 +21,7 @@ from svb.retrieve.searching.query import Wish, require_cosines
 from svb.retrieve.searching.rank import Found, rank_videos
 from svb.retrieve.searching.results import VideoInfo, build_results, info_of, video_key
 from svb.retrieve.searching.vectors import Vectors
+from svb.retrieve.stored.manifest import read_manifest, read_whole
 
 T = TypeVar("T")
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import clips
 import pytest
+from messages import heard, stop_hearing
 
 from svb.cli import run
 
@@ -30,6 +31,13 @@ def without_curves() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_run, "draw_curves", lambda run: run / "curves.png")
         yield
+
+
+@pytest.fixture(autouse=True)
+def hearing_ends() -> Iterator[None]:
+    """What a test hears ends with it."""
+    yield
+    stop_hearing()
 
 
 @pytest.fixture
@@ -115,8 +123,8 @@ def indexed_store(indexed_run: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def said() -> list[str]:
-    """Return a list to be told messages."""
-    return []
+    """Return a list that gets every message of the library in the test."""
+    return heard()
 
 
 @pytest.fixture

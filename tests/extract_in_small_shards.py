@@ -45,10 +45,10 @@ def slowed(step: Callable[..., Any]) -> Callable[..., Any]:
 def run(videos: str, out: str, rank: tuple[int, int] | None = None) -> None:
     from svb.data import feature_store_writer
     from svb.data.feature_store_writer import FeatureStoreWriter
-    from svb.extract import ranks
     from svb.extract import run as run_module
     from svb.extract.backbones import FAMILIES
-    from svb.extract.leases import Leases
+    from svb.extract.together import ranks
+    from svb.extract.together.leases import Leases
 
     compact = FeatureStoreWriter.compact
 

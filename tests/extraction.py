@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from messages import heard
 from numpy.typing import NDArray
 
 from svb.data.feature_store import FeatureStore
@@ -15,13 +16,12 @@ FRAMES, WIDE, CLIPS = "toy:frames", "toy:wide", "toy:clips"
 
 def run(videos: Path | list[Path], out: Path, *backbones: str, **options: object) -> list[str]:
     """Extract with toy backbones; returns the messages."""
-    messages: list[str] = []
+    messages = heard()
     settings: dict[str, object] = {"num_workers": 1, "batch_size": 4, "precision": "float32", **options}
     extract(
         videos if isinstance(videos, list) else [videos],
         out,
         backbones=backbones or (FRAMES,),
-        on_message=messages.append,
         **settings,  # type: ignore[arg-type]
     )
     return messages

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import clips
+from messages import heard
 
 NUM_FILES = 300
 
@@ -298,7 +299,7 @@ def main() -> None:
 
     from svb.extract import run as run_module
     from svb.extract.backbones import FAMILIES
-    from svb.extract.pool import DecodePool
+    from svb.extract.pool.decode_pool import DecodePool
     from svb.extract.progress import ExtractProgress
 
     # Replaced that often, workers show what each one costs.
@@ -307,7 +308,7 @@ def main() -> None:
     options = json.loads(sys.argv[2])
     open_before = clips.open_files()
     open_files: list[int] = []
-    messages: list[str] = []
+    messages = heard()
 
     def on_progress(progress: ExtractProgress) -> None:
         open_files.append(clips.open_files())
@@ -320,7 +321,6 @@ def main() -> None:
         num_workers=2,
         batch_size=4,
         on_progress=on_progress,
-        on_message=messages.append,
         **options,
     )
     gc.collect()

@@ -17,8 +17,8 @@ from svb.config import fingerprint
 from svb.data.feature_store import FeatureStore
 from svb.data.feature_store_writer import FeatureStoreWriter
 from svb.retrieve.indexing.index_plan import live_videos
-from svb.retrieve.manifest import read_manifest, read_whole
-from svb.retrieve.segment import Segment, open_segments
+from svb.retrieve.stored.manifest import read_manifest, read_whole
+from svb.retrieve.stored.segment import Segment, open_segments
 from svb.train.config import TrainConfig
 
 # Tensors this small are slower on two threads than on one.

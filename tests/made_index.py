@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from segments import publish_segment, units
 
-from svb.retrieve.manifest import commit, publish_part
-from svb.retrieve.searching.query_embedder import QueryEmbedder
-from svb.retrieve.segment import Segment
+from svb.retrieve.model.query_embedder import QueryEmbedder
+from svb.retrieve.stored.manifest import commit, publish_part
+from svb.retrieve.stored.segment import Segment
 
 MODEL = {"kind": "run", "text": {"text_encoder": {"name": "synthetic:words", "weights_hash": "of words"}}}
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from svb.retrieve.columns import StringColumn
-from svb.retrieve.manifest import publish_part
-from svb.retrieve.segment import Segment, write_segment
+from svb.retrieve.stored.columns import StringColumn
+from svb.retrieve.stored.manifest import publish_part
+from svb.retrieve.stored.segment import Segment, write_segment
 
 
 def units(rows: NDArray[np.floating]) -> NDArray[np.float32]:

@@ -20,12 +20,12 @@ from starlette.testclient import TestClient
 
 from svb.data.description import publish_description
 from svb.retrieve.answer import Answer, Moment, SearchRequest, VideoResult
-from svb.retrieve.manifest import FORMAT_VERSION, read_manifest
 from svb.retrieve.searching.results import VideoInfo
 from svb.retrieve.server.access import Access
 from svb.retrieve.server.app import make_app
 from svb.retrieve.server.options import ServeOptions
 from svb.retrieve.server.service import Service
+from svb.retrieve.stored.manifest import FORMAT_VERSION, read_manifest
 
 BASE_URL = "http://localhost:8765"
 

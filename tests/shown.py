@@ -17,18 +17,18 @@ from clips import make_clip
 from numpy.typing import NDArray
 from watching import EVIL
 
-from svb.retrieve.columns import StringColumn
 from svb.retrieve.indexing.index_writer import IndexWriter, writing
 from svb.retrieve.indexing.make_metadata import publish_metadata
-from svb.retrieve.pools import Pool, publish_pool
+from svb.retrieve.model.query_embedder import QueryEmbedder
 from svb.retrieve.search import Searcher
-from svb.retrieve.searching.query_embedder import QueryEmbedder
-from svb.retrieve.segment import Segment
 from svb.retrieve.server.access import Access
 from svb.retrieve.server.app import make_app
 from svb.retrieve.server.crew import Crew
 from svb.retrieve.server.options import ServeOptions
 from svb.retrieve.server.service import Service
+from svb.retrieve.stored.columns import StringColumn
+from svb.retrieve.stored.pools import Pool, publish_pool
+from svb.retrieve.stored.segment import Segment
 
 TOPICS = ("boat", "onion", "gull", "film")
 NOISE = 12

@@ -22,6 +22,7 @@ import pytest
 import synthetic
 import torch
 from conftest import Ran, RunSvb
+from messages import heard
 
 from svb.cli import cli
 from svb.data.description import publish_description
@@ -78,13 +79,13 @@ class Task:
     def run_here(self) -> None:
         """Do in this process what `ablate` does in many: a process each takes seconds to start."""
         ablation = read_ablation(self.config)
-        for run in plan(ablation, self.out, lambda message: None)[0]:
+        for run in plan(ablation, self.out)[0]:
             if not run.is_finished:
                 run_task(_task(run, ablation, "cpu"))
 
     def finished(self) -> dict[str, Path]:
         """Return the folders of finished runs by their names."""
-        planned, _ = plan(read_ablation(self.config), self.out, lambda message: None)
+        planned, _ = plan(read_ablation(self.config), self.out)
         return {run.name: run.folder for run in planned if run.is_finished}
 
 
@@ -385,7 +386,7 @@ class TestReport:
         task.write(
             '[[cells]]\nlearn_logit_scale = false\nlearn_support_temperature = true\nbackbone = "synthetic:frames"'
         )
-        [run, *_] = plan(read_ablation(task.config), task.out, lambda message: None)[0]
+        [run, *_] = plan(read_ablation(task.config), task.out)[0]
         command = command_of(run)
         assert "--backbone synthetic:frames" in command
         assert "--no-learn-logit-scale" in command and "--learn-support-temperature" in command
@@ -430,8 +431,8 @@ class TestKept:
 
     def test_runs_with_other_settings_are_kept_beside(self, own: Task) -> None:
         own.write(common=COMMON.replace("epochs = 4", "epochs = 5"), top="seeds = [0]")
-        messages: list[str] = []
-        planned, _ = plan(read_ablation(own.config), own.out, messages.append)
+        messages = heard()
+        planned, _ = plan(read_ablation(own.config), own.out)
         assert not any(run.is_finished for run in planned)
         assert [run.folder.parent.name.rpartition("-")[0] for run in planned] == ["variant=none", "variant=cross"]
         assert "holds a run with other settings, which is kept: this one goes to" in messages[0]
@@ -505,7 +506,7 @@ class TestKept:
             ),
             top="seeds = [0]",
         )
-        planned, _ = plan(read_ablation(task.config), task.out, lambda message: None)
+        planned, _ = plan(read_ablation(task.config), task.out)
         folders = [run.folder for run in planned]
         assert len(set(folders)) == len(folders)
         for folder in folders:

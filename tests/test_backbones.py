@@ -21,15 +21,15 @@ from safetensors.torch import save_file
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, resize
 
+from svb.data.weights import hash_weights, load_state
 from svb.errors import InputError, ModelUnavailableError, SvbError, UsageError
 from svb.extract.backbones import FAMILIES, load_backbone, load_classifier
 from svb.extract.backbones.backbone import Backbone, cut_classifier
 from svb.extract.backbones.torchvision import CLIP_FRAMES
+from svb.extract.compute.transform import to_squares
 from svb.extract.names import split_name
 from svb.extract.text_encoders import FAMILIES as TEXT_FAMILIES
 from svb.extract.text_encoders import load_text_encoder
-from svb.extract.transform import to_squares
-from svb.extract.weights import hash_weights, load_state
 
 CPU = torch.device("cpu")
 OFFLINE = "offline:efficientnet-lite0"

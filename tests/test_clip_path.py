@@ -64,7 +64,7 @@ def test_from_videos_to_answers(run_svb: RunSvb, tmp_path: Path, monkeypatch: py
         found = json.loads(run_svb(*asked).stdout)
         assert sorted(result["video_id"] for result in found["results"]) == ["v0", "v1", "v2", "v3"]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("svb.retrieve.embedder.load_text_encoder", None)  # a clip needs none
+            patch.setattr("svb.retrieve.model.embedder.load_text_encoder", None)  # a clip needs none
             same = run_svb("search", "--video", "v1.mp4", *asked[2:])
         assert json.loads(same.stdout)["results"][0]["video_id"] == "v1"
     # What is found is what CLIP itself says: the best frame mean for the text.

@@ -13,7 +13,7 @@ from extraction import FRAMES, features, run, statuses
 
 from svb.data.feature_store import FeatureStore, verify_store
 from svb.data.shard import FAILURES, VideoRecord
-from svb.extract.pipeline import Contents
+from svb.extract.compute.pipeline import Contents
 from svb.extract.plan import PlannedVideo
 
 pytestmark = pytest.mark.usefixtures("toy_backbones")

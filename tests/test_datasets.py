@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import RunSvb
+from messages import heard
 from synthetic import make_store
 from torch import nn
 
@@ -256,8 +257,8 @@ class TestOfficialForms:
                 rows += [f"{youtube_id},{begin},{end},1,clean,2,German,ein Satz"]
         rows += ["eyhzdC936uk,15,27,1,clean,2,English,", "elsewhere,1,2,1,clean,2,English,a clip of no split"]
         (made / "MSR Video Description Corpus.csv").write_text("\r\n".join(rows), "utf-8")
-        messages: list[str] = []
-        assert read("msvd", made, on_message=messages.append) == in_order(SMALL["msvd"])
+        messages = heard()
+        assert read("msvd", made) == in_order(SMALL["msvd"])
         assert [message for message in messages if "left out 1 rows without a description" in message]
 
     def test_msvd_json_and_mapping(self, folder: Folder) -> None:
@@ -298,9 +299,7 @@ class TestTestIsNeverVal:
     def test_val_is_carved_from_train(self, folder: Folder, name: str) -> None:
         table = read_dataset(name, folder(name)).table
         features = np.zeros((len(table), 1), np.float16)
-        positions = positions_of_splits(
-            CaptionFeatures(table, features, {}), val_fraction=0.5, on_message=lambda _: None
-        )
+        positions = positions_of_splits(CaptionFeatures(table, features, {}), val_fraction=0.5)
         held = {split: {table.video_ids[p] for p in found} for split, found in positions.items()}
         assert held["test"] == set(SMALL[name]["test"])
         assert held["val"] and not held["val"] & (held["test"] | held["train"])
@@ -427,13 +426,13 @@ class TestBadFiles:
         self.refused("msrvtt", made, "MSR-VTT 1k-A train: 4 captions, but the official files have 5", "again")
 
     def test_other_words(self, folder: Folder) -> None:
-        made, messages = folder("msrvtt"), list[str]()
-        read("msrvtt", made, on_message=messages.append)
+        made, messages = folder("msrvtt"), heard()
+        read("msrvtt", made)
         assert not [message for message in messages if "word for word" in message]
         # To train on other words is one's own affair; to be tested on them is not.
         text = (made / "test_videodatainfo.json").read_text()
         (made / "test_videodatainfo.json").write_text(text.replace("a bird sings", "a bird cries"))
-        read("msrvtt", made, on_message=messages.append)
+        read("msrvtt", made)
         (told,) = [message for message in messages if "word for word" in message]
         assert "MSR-VTT 1k-A train: the videos are the official ones" in told
         text = (made / "MSRVTT_JSFUSION_test.csv").read_text()
@@ -525,8 +524,8 @@ class TestNamesOfAStore:
         ],
     )
     def test_every_data_sets(self, folder: Folder, name: str, video_id: str, stored: str) -> None:
-        before, messages = read_dataset(name, folder(name)), list[str]()
-        after = with_names_of(before, [stored, "something else"], on_message=messages.append)
+        before, messages = read_dataset(name, folder(name)), heard()
+        after = with_names_of(before, [stored, "something else"])
         assert [v for v in after.table.video_ids if v not in before.table.video_ids] == [stored] * len(
             SMALL[name]["test"][video_id]
         )
@@ -641,8 +640,8 @@ def test_every_data_set_protocol_count_and_file_is_documented() -> None:
 def test_the_real_files(
     name: str, protocol: str, splits: list[str], counts: list[int], caption: tuple[str, str]
 ) -> None:
-    messages: list[str] = []
-    official = read_dataset(name, ANNOTATIONS / name, protocol=protocol, splits=splits, on_message=messages.append)
+    messages = heard()
+    official = read_dataset(name, ANNOTATIONS / name, protocol=protocol, splits=splits)
     assert [split["captions"] for split in official.splits.values()] == counts
     assert not [message for message in messages if "word for word" in message]
     table = official.table

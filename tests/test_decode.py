@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from svb.extract import decode as decode_module
-from svb.extract import decode_ffmpeg, decode_pyav
-from svb.extract.decode import (
+from svb.extract.decode import decoder as decode_module
+from svb.extract.decode import ffmpeg_decoder, pyav_decoder
+from svb.extract.decode.decoder import (
     DecodeEnd,
     DecodeError,
     Decoder,
@@ -26,10 +26,10 @@ from svb.extract.decode import (
     judge_end,
     resized,
 )
-from svb.extract.decode_options import DecodeOptions
-from svb.extract.sampling import Sampling
+from svb.extract.decode.options import DecodeOptions
+from svb.extract.decode.sampling import Sampling
 
-DECODERS: dict[str, Decoder] = {"pyav": decode_pyav.decode, "ffmpeg": decode_ffmpeg.decode}
+DECODERS: dict[str, Decoder] = {"pyav": pyav_decoder.decode, "ffmpeg": ffmpeg_decoder.decode}
 EVERY_FRAME = Sampling(fps=1000)
 SAMPLINGS = {
     "fps": Sampling(fps=2),
@@ -330,8 +330,8 @@ class TestEachDecoder:
 
 def test_animated_webp_needs_ffmpeg(tmp_path: Path) -> None:
     path = clips.make_animated_webp(tmp_path / "a.webp")
-    assert failure(decode_pyav.decode, path) in {"unreadable", "zero_frames"}
-    decoded = run(decode_ffmpeg.decode, path, EVERY_FRAME)
+    assert failure(pyav_decoder.decode, path) in {"unreadable", "zero_frames"}
+    decoded = run(ffmpeg_decoder.decode, path, EVERY_FRAME)
     np.testing.assert_allclose(decoded.times_seconds, np.arange(10) / 5, atol=1e-9)
 
 
@@ -346,19 +346,19 @@ def test_what_is_transparent_is_seen_on_white(decoder: Decoder, tmp_path: Path) 
 
 def test_transparent_webp_is_seen_on_white(tmp_path: Path) -> None:
     codec = ("-c:v", "libwebp_anim", "-lossless", "1", "-pix_fmt", "bgra")
-    decoded = run(decode_ffmpeg.decode, clips.make_transparent_clip(tmp_path / "a.webp", codec), EVERY_FRAME)
+    decoded = run(ffmpeg_decoder.decode, clips.make_transparent_clip(tmp_path / "a.webp", codec), EVERY_FRAME)
     assert len(decoded.times_seconds) > 1
     assert (decoded.frames[:, :, :32] == 255).all() and (decoded.frames[:, :, 32:] < 255).any()
 
 
 def test_selecting_thousands_of_positions_fits_into_an_argument() -> None:
     positions = range(0, 10_000_000, 2000)
-    expression = decode_ffmpeg._select_expression(Sampling(frames=5000), decode_ffmpeg._Choice(positions))
+    expression = ffmpeg_decoder._select_expression(Sampling(frames=5000), ffmpeg_decoder._Choice(positions))
     assert len(positions) == 5000
     assert len(expression) < 120_000
-    targets = decode_ffmpeg._Choice(targets_seconds=[number / 29.97 for number in range(100_000, 102_000)])
-    assert len(decode_ffmpeg._select_expression(Sampling(frames=2000), targets)) < 120_000
-    assert decode_ffmpeg._select_expression(Sampling(frames=5001), decode_ffmpeg._Choice(range(5001))) == "1"
+    targets = ffmpeg_decoder._Choice(targets_seconds=[number / 29.97 for number in range(100_000, 102_000)])
+    assert len(ffmpeg_decoder._select_expression(Sampling(frames=2000), targets)) < 120_000
+    assert ffmpeg_decoder._select_expression(Sampling(frames=5001), ffmpeg_decoder._Choice(range(5001))) == "1"
 
 
 def test_a_clock_that_jumps_back_gives_no_frame_twice() -> None:

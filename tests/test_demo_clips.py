@@ -8,8 +8,8 @@ from pathlib import Path
 import av
 import pytest
 
-from svb.data import demo_clips
-from svb.data.demo_clips import make_demo_clips, plan_demo_clips
+from svb.cli import demo_clips
+from svb.cli.demo_clips import make_demo_clips, plan_demo_clips
 from svb.errors import MismatchError, SvbError, UsageError
 
 

@@ -11,11 +11,11 @@ from efficientnet_lite_pytorch import EfficientNet
 
 from svb.extract.backbones import load_backbone, load_classifier
 from svb.extract.backbones.offline import MODELS
-from svb.extract.decode import FrameChunk
-from svb.extract.decode_options import DecodeOptions
-from svb.extract.decode_pyav import decode
-from svb.extract.sampling import Sampling
-from svb.extract.transform import to_squares
+from svb.extract.compute.transform import to_squares
+from svb.extract.decode.decoder import FrameChunk
+from svb.extract.decode.options import DecodeOptions
+from svb.extract.decode.pyav_decoder import decode
+from svb.extract.decode.sampling import Sampling
 
 ZOO = Path(__file__).resolve().parents[2] / "shared" / "video-zoo"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from svb.retrieve.embedder import heads_embedder
+from svb.retrieve.model.embedder import heads_embedder
 from svb.train.config import TrainConfig
 from svb.train.run import build_model
 

@@ -10,15 +10,16 @@ import pytest
 import synthetic
 import torch
 from click.testing import CliRunner
+from messages import heard
 
 from svb.cli import cli, run
 from svb.data.caption_features import read_caption_features
 from svb.data.feature_store import FeatureStore
 from svb.errors import InputError, MismatchError, StoreError, UsageError
-from svb.retrieve.embedder import run_embedder
 from svb.retrieve.evaluate import evaluate
 from svb.retrieve.measure.evaluation import Missing
-from svb.retrieve.normalise import METHODS
+from svb.retrieve.measure.normalise import METHODS
+from svb.retrieve.model.embedder import run_embedder
 from svb.train.config import TrainConfig
 from svb.train.embed import split_metrics
 from svb.train.metrics import V2T_CONVENTIONS
@@ -251,8 +252,8 @@ def test_a_bank_must_be_another_split_and_there(trained: Path, tmp_path: Path) -
 def test_a_carved_val_split_is_the_one_training_put_aside(tmp_path: Path) -> None:
     store, captions = synthetic.make_task(tmp_path, num_train=30, num_val=0, has_split=False)
     folder = train(store, captions, tmp_path / "run", CONFIG)
-    messages: list[str] = []
-    evaluation = evaluate(folder, on_message=messages.append)
+    messages = heard()
+    evaluation = evaluate(folder)
     assert evaluation.num_videos == 3
     assert messages == ["the captions have no val split: put 3 of 30 training videos aside as val"]
     last_line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
@@ -279,9 +280,9 @@ def test_a_store_needs_captions_and_a_known_kind_of_backbone(
     trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = synthetic.make_text_encoder()
-    monkeypatch.setattr("svb.retrieve.inputs.load_matching_text_encoder", lambda settings, device: encoder)
-    monkeypatch.setattr("svb.retrieve.inputs.load_text_encoder", lambda name, device: encoder)
-    monkeypatch.setattr("svb.retrieve.embedder.load_classifier", lambda name: None)
+    monkeypatch.setattr("svb.retrieve.model.inputs.load_matching_text_encoder", lambda settings, device: encoder)
+    monkeypatch.setattr("svb.retrieve.model.inputs.load_text_encoder", lambda name, device: encoder)
+    monkeypatch.setattr("svb.retrieve.model.embedder.load_classifier", lambda name: None)
     with pytest.raises(InputError, match="cannot be searched without training"):
         evaluate(trained.parent / "features", captions=trained.parent / "captions.h5")
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from svb.retrieve.normalise import CLIP_LOGIT_SCALE, METHODS, QB_NORM_SCALE
+from svb.retrieve.measure.normalise import CLIP_LOGIT_SCALE, METHODS, QB_NORM_SCALE
 from svb.train.metrics import RECALL_AT, TIE_RULE, V2T_CONVENTIONS
 
 ROOT = Path(__file__).resolve().parents[1]

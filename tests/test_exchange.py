@@ -19,16 +19,17 @@ import pytest
 import synthetic
 import torch
 from conftest import RunSvb
+from messages import heard
 from numpy.typing import NDArray
 from runs import tiny, tiny_task
 
 from svb.data import export as export_module
-from svb.data import import_parquet
 from svb.data.caption_features import read_caption_features
 from svb.data.export import LAYOUTS, dataset_names, export, file_names
 from svb.data.feature_store import FeatureStore, verify_store
-from svb.data.import_ import import_features
-from svb.data.import_layouts import LAYOUTS as IMPORT_LAYOUTS
+from svb.data.importing import parquet as import_parquet
+from svb.data.importing.import_features import import_features
+from svb.data.importing.layouts import LAYOUTS as IMPORT_LAYOUTS
 from svb.data.shard import VideoRows
 from svb.errors import InputError, MismatchError, UsageError
 from svb.retrieve.answer import SearchRequest
@@ -77,8 +78,8 @@ def imported(source: Path, out: Path, **options: Any) -> Path:
 
 
 def said(source: Path, out: Path, **options: Any) -> str:
-    lines: list[str] = []
-    imported(source, out, on_message=lines.append, **options)
+    lines = heard()
+    imported(source, out, **options)
     return "\n".join(lines)
 
 
@@ -112,10 +113,8 @@ class TestRoundTrip:
     @pytest.mark.parametrize("backbone", ["synthetic:frames", "toy:wide", "synthetic:frames+toy:wide"])
     def test_the_same_numbers_come_back(self, layout: str, backbone: str, store: Path, tmp_path: Path) -> None:
         assert len(FeatureStore(store).shards) > 1
-        messages: list[str] = []
-        out = export(
-            FeatureStore(store), tmp_path / "out", layout=layout, backbone=backbone, on_message=messages.append
-        )
+        messages = heard()
+        out = export(FeatureStore(store), tmp_path / "out", layout=layout, backbone=backbone)
         assert messages == [f"1 videos without features are left out - `svb info {store} --failures` lists them"]
         if layout == "parquet":  # told by its name alone
             out = out.rename(tmp_path / "out.parquet")
@@ -719,7 +718,9 @@ class TestInUse:
         self, run: Path, tmp_path: Path, run_svb: RunSvb, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         encoder = synthetic.make_text_encoder(8)
-        monkeypatch.setattr("svb.retrieve.embedder.load_matching_text_encoder", lambda settings, device: encoder)
+        monkeypatch.setattr(
+            "svb.retrieve.model.embedder.load_matching_text_encoder", lambda settings, device: encoder
+        )
         assert run_svb("evaluate", run).exit_code == 0
         built = index(run, tmp_path / "index")
         found = Searcher(built).search(SearchRequest(text="a dog", k=3, fold=False)).results

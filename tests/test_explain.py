@@ -21,6 +21,7 @@ import pytest
 import synthetic
 import torch
 from conftest import RunSvb
+from messages import heard
 from numpy.typing import NDArray
 from PIL import Image
 from runs import tiny
@@ -31,9 +32,9 @@ from svb.errors import InputError
 from svb.extract.backbones import FAMILIES as BACKBONES
 from svb.extract.run import extract
 from svb.retrieve import explain as explain_module
-from svb.retrieve.embedder import run_embedder
 from svb.retrieve.explain import explain
 from svb.retrieve.measure.explain_page import Explanation, summary
+from svb.retrieve.model.embedder import run_embedder
 from svb.train.checkpoint import load_checkpoint
 from svb.train.run import build_model, read_run, read_vocabulary, train
 from svb.train.training_data import FrameTable
@@ -345,10 +346,8 @@ def assert_stands_alone(page: Path) -> Page:
 
 
 def test_a_page_of_odd_captions(world: World, tmp_path: Path) -> None:
-    messages: list[str] = []
-    page = explain(
-        world.run("tokens"), video="v1", out=tmp_path / "out", support_size=0, k=7, on_message=messages.append
-    )
+    messages = heard()
+    page = explain(world.run("tokens"), video="v1", out=tmp_path / "out", support_size=0, k=7)
     assert page == tmp_path / "out" / "index.html"
     gone = world.videos / "gone.mp4"
     assert len(messages) == 1 and f"no frames of {gone} can be shown (missing)" in messages[0]
@@ -407,10 +406,10 @@ def test_twice_the_same_bytes(world: World, tmp_path: Path) -> None:
 
 
 def test_letters_that_the_font_of_the_pictures_lacks(world: World, tmp_path: Path) -> None:
-    messages: list[str] = []
+    messages = heard()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        page = explain(world.run("tokens"), "弾くギター", out=tmp_path, k=1, on_message=messages.append)
+        page = explain(world.run("tokens"), "弾くギター", out=tmp_path, k=1)
     assert any("boxes for letters that their font lacks" in message for message in messages)
     assert "弾くギター" in Page(page).text
 

@@ -22,18 +22,18 @@ from extraction import CLIPS, FRAMES, WIDE, features, run, shards, statuses, tim
 from svb.data.feature_store import FeatureStore, verify_store
 from svb.data.shard import FAILURES, VideoRecord
 from svb.errors import InputError, MismatchError, UsageError
-from svb.extract import decode_pyav
 from svb.extract import run as run_module
 from svb.extract.backbones import load_backbone
-from svb.extract.decode import DecodeError, FrameChunk
-from svb.extract.decode_options import DecodeOptions
-from svb.extract.packing import Packer, to_rows
+from svb.extract.compute.packing import Packer, to_rows
+from svb.extract.compute.transform import to_squares
+from svb.extract.decode import pyav_decoder
+from svb.extract.decode.decoder import DecodeError, FrameChunk
+from svb.extract.decode.options import DecodeOptions
+from svb.extract.decode.sampling import Sampling
 from svb.extract.plan import plan_videos
-from svb.extract.pool import DecodePool, WorkSource
+from svb.extract.pool.decode_pool import DecodePool, WorkSource
+from svb.extract.pool.worker import Finished, Message, Started, decode_file
 from svb.extract.run import extract_file
-from svb.extract.sampling import Sampling
-from svb.extract.transform import to_squares
-from svb.extract.worker import Finished, Message, Started, decode_file
 
 pytestmark = pytest.mark.usefixtures("toy_backbones")
 
@@ -64,7 +64,7 @@ class TestPipeline:
         run(clips_folder, tmp_path / "out", FRAMES)
         backbone = load_backbone(FRAMES, torch.device("cpu"), torch.float32)
         sampling = Sampling(fps=1)
-        _, *chunks, _ = decode_pyav.decode(clips_folder / "deep" / "d.avi", DecodeOptions(sampling))
+        _, *chunks, _ = pyav_decoder.decode(clips_folder / "deep" / "d.avi", DecodeOptions(sampling))
         frames = np.concatenate([chunk.frames for chunk in chunks])  # type: ignore[union-attr]
         expected = backbone(to_squares(torch.from_numpy(frames), backbone.image_size)).numpy()
         np.testing.assert_allclose(features(tmp_path / "out")["deep/d"], expected, atol=2e-3)
@@ -398,7 +398,7 @@ def test_an_unexpected_error_keeps_its_words(clips_folder: Path, monkeypatch: py
     def fail(path: Path, options: DecodeOptions) -> Iterator[object]:
         raise ZeroDivisionError("a header says 0 frames a second")
 
-    monkeypatch.setattr(decode_pyav, "decode", fail)
+    monkeypatch.setattr(pyav_decoder, "decode", fail)
     (finished,) = decode_file(clips_folder / "a.mp4", DecodeOptions(Sampling(fps=1)))
     assert isinstance(finished, Finished)
     assert (finished.status, finished.error) == (
@@ -423,8 +423,8 @@ def test_both_decoders_failing_keeps_the_first_ones_words(
 
         return decode
 
-    monkeypatch.setattr(decode_pyav, "decode", fail("first"))
-    monkeypatch.setattr("svb.extract.decode_ffmpeg.decode", fail("second"))
+    monkeypatch.setattr(pyav_decoder, "decode", fail("first"))
+    monkeypatch.setattr("svb.extract.decode.ffmpeg_decoder.decode", fail("second"))
     (finished,) = decode_file(clips_folder / "a.mp4", DecodeOptions(Sampling(fps=1)))
     assert isinstance(finished, Finished)
     assert (finished.status, finished.error, finished.decoder) == ("unreadable", "first", "ffmpeg")
@@ -539,7 +539,7 @@ class TestNothingGoodIsLost:
     def test_a_strip_is_scaled_in_little_memory(self) -> None:
         frames = torch.randint(0, 256, (5, 16, 1024, 3), dtype=torch.uint8)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("svb.extract.transform.SCALED_BYTES", 1)
+            patch.setattr("svb.extract.compute.transform.SCALED_BYTES", 1)
             one_by_one = to_squares(frames, 32)
         assert torch.equal(one_by_one, to_squares(frames, 32))
         assert one_by_one.untyped_storage().nbytes() == 5 * 3 * 32 * 32

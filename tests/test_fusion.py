@@ -21,15 +21,15 @@ from svb.data.feature_store import FeatureStore, FrameFeatures
 from svb.data.fusion import fuse, nearest_rows, parts_of, shared_part, split_name
 from svb.data.shard import VideoRows
 from svb.errors import InputError, MismatchError, StoreError
-from svb.extract.pool import DecodePool, WorkSource
-from svb.extract.worker import Message, Started
+from svb.extract.pool.decode_pool import DecodePool, WorkSource
+from svb.extract.pool.worker import Message, Started
 from svb.retrieve.answer import SearchRequest
-from svb.retrieve.embedder import embed_file, index_embedder, run_embedder
 from svb.retrieve.evaluate import evaluate
 from svb.retrieve.index import index
-from svb.retrieve.manifest import read_manifest
+from svb.retrieve.model.embedder import embed_file, index_embedder, run_embedder
 from svb.retrieve.search import Searcher
-from svb.retrieve.segment import open_segments
+from svb.retrieve.stored.manifest import read_manifest
+from svb.retrieve.stored.segment import open_segments
 from svb.train.checkpoint import load_checkpoint, save_checkpoint
 from svb.train.config import TrainConfig
 from svb.train.heads import mean_of_frames
@@ -279,7 +279,7 @@ def test_from_videos_to_a_search_by_video(
     monkeypatch.chdir(tmp_path)
     encoder = synthetic.make_text_encoder()
     monkeypatch.setattr("svb.extract.captions.load_text_encoder", lambda name, device: encoder)
-    monkeypatch.setattr("svb.retrieve.embedder.load_matching_text_encoder", lambda settings, device: encoder)
+    monkeypatch.setattr("svb.retrieve.model.embedder.load_matching_text_encoder", lambda settings, device: encoder)
     (tmp_path / "videos").mkdir()
     rows = ["video_id,caption,split"]
     for number, source in enumerate(("testsrc2", "smptebars", "testsrc", "rgbtestsrc")):

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from messages import heard
 from numpy.typing import NDArray
 from segments import clustered, make_segment, publish_segment, random_segment, units
 
@@ -17,9 +18,9 @@ from svb.errors import StoreError
 from svb.retrieve.indexing import make_hubs, video_scores
 from svb.retrieve.indexing.hubs_on_val import Val, describe, measure_on_val
 from svb.retrieve.indexing.make_hubs import Bank, index_hubs, segment_hubs, without_deleted
-from svb.retrieve.normalise import QB_NORM_SCALE, QueryBank, qb_norm, query_bank
+from svb.retrieve.measure.normalise import QB_NORM_SCALE, QueryBank, qb_norm, query_bank
 from svb.retrieve.searching.hubs import Hubs, combine
-from svb.retrieve.segment import Segment
+from svb.retrieve.stored.segment import Segment
 
 SIZE = 16
 BY = ("moment", "video")
@@ -257,8 +258,8 @@ def test_an_index_whose_hubs_are_not_of_every_segment_has_none(tmp_path: Path) -
 
 
 def test_without_a_val_split_nothing_tells_whether_it_helps(tmp_path: Path) -> None:
-    lines: list[str] = []
-    manifest = make_index(tmp_path, some_segments(), captions_of(50), on_message=lines.append)
+    lines = heard()
+    manifest = make_index(tmp_path, some_segments(), captions_of(50))
     normalise = manifest["normalise"]
     assert normalise["helps"] is False and normalise["by"]["moment"] == {"helps": False, "val": None}
     assert (normalise["bank"], normalise["candidates"], normalise["scale"]) == (50, 51, 20.0)

@@ -34,13 +34,13 @@ from svb.data.description import publish_description
 from svb.data.feature_store import FeatureStore, FrameFeatures
 from svb.data.publish import FolderLock
 from svb.errors import InputError, MismatchError, StoreError, UsageError
-from svb.retrieve import manifest as manifest_module
-from svb.retrieve.columns import StringColumn
 from svb.retrieve.index import index
 from svb.retrieve.indexing import embed_segment, index_writer, merge
 from svb.retrieve.indexing.verify_index import verify_index
-from svb.retrieve.manifest import read_manifest, read_whole
-from svb.retrieve.segment import Segment, open_segments
+from svb.retrieve.stored import manifest as manifest_module
+from svb.retrieve.stored.columns import StringColumn
+from svb.retrieve.stored.manifest import read_manifest, read_whole
+from svb.retrieve.stored.segment import Segment, open_segments
 from svb.train.run import train
 
 # Tensors this small are slower on two threads than on one.
@@ -125,8 +125,9 @@ class TestContent:
 
     def test_nothing_heavy_is_imported_to_open_it(self, built_index: Path) -> None:
         program = (
-            "import sys; from pathlib import Path; from svb.retrieve.manifest import read_manifest, read_whole;"
-            "from svb.retrieve.segment import open_segments; folder = Path(sys.argv[1]);"
+            "import sys; from pathlib import Path\n"
+            "from svb.retrieve.stored.manifest import read_manifest, read_whole\n"
+            "from svb.retrieve.stored.segment import open_segments; folder = Path(sys.argv[1]);"
             "print(read_whole(folder, lambda manifest: open_segments(folder, manifest))[0].num_videos);"
             "print([name for name in ('torch', 'h5py', 'pandas', 'scipy', 'faiss') if name in sys.modules])"
         )
@@ -441,7 +442,7 @@ class TestCommits:
             path.write_bytes(path.read_bytes()[:-1])
         else:
             shutil.rmtree(path.parent)
-        index(indexed_run, own_index, store=indexed_store, on_message=said.append)
+        index(indexed_run, own_index, store=indexed_store)
         assert content(own_index) == before and verify_index(own_index) == []
         assert read_manifest(own_index)["segments"] == [first, second]
         assert any(f"segments/{second['key']} is damaged" in line and "its 1 videos" in line for line in said)
@@ -454,7 +455,7 @@ class TestCommits:
             raise PermissionError(13, "Permission denied")
 
         before = read_manifest(own_index)
-        monkeypatch.setattr("svb.retrieve.segment.require_sizes", refuse)
+        monkeypatch.setattr("svb.retrieve.stored.segment.require_sizes", refuse)
         with pytest.raises(StoreError, match="Permission denied"):
             index(indexed_run, own_index)
         assert read_manifest(own_index) == before

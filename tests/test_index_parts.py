@@ -15,14 +15,15 @@ import synthetic
 import torch
 from conftest import RunSvb
 from indexes import files_of, touch
+from messages import heard
 
 from svb.data.caption_features import read_caption_features, write_caption_features
 from svb.errors import InputError, Interrupted, ModelUnavailableError
 from svb.retrieve.index import index
 from svb.retrieve.indexing.sidecar_watch import SidecarWatch
 from svb.retrieve.indexing.verify_index import verify_index
-from svb.retrieve.manifest import read_manifest
-from svb.retrieve.pools import open_pool
+from svb.retrieve.stored.manifest import read_manifest
+from svb.retrieve.stored.pools import open_pool
 
 # Tensors this small are slower on two threads than on one.
 torch.set_num_threads(1)
@@ -34,7 +35,9 @@ class TestParts:
     @pytest.fixture(autouse=True)
     def text_encoder(self, monkeypatch: pytest.MonkeyPatch) -> None:
         encoder = synthetic.make_text_encoder()
-        monkeypatch.setattr("svb.retrieve.embedder.load_matching_text_encoder", lambda settings, device: encoder)
+        monkeypatch.setattr(
+            "svb.retrieve.model.embedder.load_matching_text_encoder", lambda settings, device: encoder
+        )
 
     def pools(self, folder: Path) -> dict[str, int]:
         return {entry["name"]: entry["captions"] for entry in read_manifest(folder)["captions"]}
@@ -56,7 +59,7 @@ class TestParts:
             file.unlink()
         else:
             file.write_bytes(file.read_bytes()[:-1])
-        index(indexed_run, own_index, on_message=said.append)
+        index(indexed_run, own_index)
         assert any("is damaged" in line and "is made again" in line for line in said)
         assert verify_index(own_index) == []
         assert set(files_of(own_index)) == set(before)
@@ -88,7 +91,7 @@ class TestParts:
         index(indexed_run, own_index)
         assert self.pools(own_index)["mine.txt"] == 3
         mine.unlink()
-        index(indexed_run, own_index, on_message=said.append)
+        index(indexed_run, own_index)
         assert self.pools(own_index)["mine.txt"] == 3
         assert f"{mine} has gone: what was read of it before stays a pool" in said
         index(indexed_run, own_index, pools=[other])
@@ -127,6 +130,7 @@ class TestParts:
         touch(indexed_store, "clip000", source_path=str(folder / "clip000.mp4"))
         srt, seen = folder / "clip000.srt", list[list[str]]()
 
+        @heard
         def on_message(line: str) -> None:
             if " moments of " not in line:  # else a run has ended
                 return
@@ -138,7 +142,7 @@ class TestParts:
                 srt.write_text(f"1\n00:00:01,000 --> 00:00:02,000\n{words[len(seen) - 1]}\n")
 
         with pytest.raises(Interrupted):
-            index(indexed_run, own_index, store=indexed_store, watch_seconds=0.05, on_message=on_message)
+            index(indexed_run, own_index, store=indexed_store, watch_seconds=0.05)
         assert seen == [[], ["a dog barks"], ["a cat"]]
 
     def test_other_files_beside_the_videos_are_not_watched(self, indexed_store: Path, tmp_path: Path) -> None:
@@ -160,13 +164,13 @@ class TestParts:
             raise ModelUnavailableError("the hub is away")
 
         with monkeypatch.context() as patch:
-            patch.setattr("svb.retrieve.embedder.load_matching_text_encoder", away)
+            patch.setattr("svb.retrieve.model.embedder.load_matching_text_encoder", away)
             for _ in range(2):
-                index(indexed_run, own_index, text_precision="int8", on_message=said.append)
+                index(indexed_run, own_index, text_precision="int8")
         assert [line for line in said if "tower" in line] == ["no text tower: the hub is away"] * 2
         said.clear()
         for _ in range(2):
-            index(indexed_run, own_index, on_message=said.append)
+            index(indexed_run, own_index)
         assert len([line for line in said if "was not exported" in line]) == 1
 
     def test_a_rebuild_goes_on_with_the_settings(
@@ -237,7 +241,7 @@ class TestParts:
         assert "within the budget of 250 ms" in ran.stderr and (own_index / "cache" / "ivf.json").is_file()
 
     def test_captions_of_an_index_are_distinct(self, built_index: Path) -> None:
-        from svb.retrieve.pools import open_pool
+        from svb.retrieve.stored.pools import open_pool
 
         pool = open_pool(built_index, read_manifest(built_index)["captions"][0])
         assert len(pool) == len(set(pool.captions)) == len(pool.embeddings) > 0

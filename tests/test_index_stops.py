@@ -21,13 +21,14 @@ import pytest
 import synthetic
 import torch
 from indexes import MOMENTS, add, content, edit_store, frames_of, remove, rename, touch
+from messages import heard
 
 from svb.errors import InputError, Interrupted, MismatchError, StoreError, UsageError
 from svb.retrieve.index import index
 from svb.retrieve.indexing import embed_segment
 from svb.retrieve.indexing.verify_index import verify_index
 from svb.retrieve.indexing.watch import watch
-from svb.retrieve.manifest import read_manifest
+from svb.retrieve.stored.manifest import read_manifest
 from svb.train.config import TrainConfig
 from svb.train.run import train
 
@@ -188,17 +189,17 @@ class TestWatch:
 
     def test_it_goes_on_when_the_store_has_changed(self, trained: Path, tmp_path: Path) -> None:
         store = Path(shutil.copytree(trained.parent / "features", tmp_path / "features"))
-        out, said = tmp_path / "index", list[str]()
+        out, said = tmp_path / "index", heard()
 
+        @heard
         def on_message(line: str) -> None:
-            said.append(line)
             if line.startswith("watching"):
                 add(store, {"new": frames_of(1)})
             if line.startswith("+1 new"):
                 os.kill(os.getpid(), signal.SIGTERM)
 
         with pytest.raises(Interrupted) as caught:
-            index(trained, out, store=store, watch_seconds=0.05, on_message=on_message)
+            index(trained, out, store=store, watch_seconds=0.05)
         assert caught.value.exit_code == 75
         assert len(content(out)) == 25 and verify_index(out) == []
         assert [line for line in said if " same" in line] == [
@@ -208,22 +209,23 @@ class TestWatch:
 
     def test_a_rebuild_is_made_once(self, trained: Path, tmp_path: Path) -> None:
         store = Path(shutil.copytree(trained.parent / "features", tmp_path / "features"))
-        out, said = index(trained, tmp_path / "index", store=store), list[str]()
+        out, said = index(trained, tmp_path / "index", store=store), heard()
 
+        @heard
         def on_message(line: str) -> None:
-            said.append(line)
             if line.startswith("watching"):
                 add(store, {"new": frames_of(1)})
             if line.startswith("+1 new"):
                 os.kill(os.getpid(), signal.SIGINT)
 
         with pytest.raises(Interrupted):
-            index(trained, out, store=store, rebuild=True, watch_seconds=0.05, on_message=on_message)
+            index(trained, out, store=store, rebuild=True, watch_seconds=0.05)
         assert "+1 new ~0 changed >0 renamed -0 gone =24 same" in said
 
     def test_a_run_that_is_trained_again_ends_it(self, trained: Path, tmp_path: Path) -> None:
         run = Path(shutil.copytree(trained, tmp_path / "run"))
 
+        @heard
         def on_message(line: str) -> None:
             if line.startswith("watching"):
                 shutil.rmtree(run)
@@ -234,7 +236,7 @@ class TestWatch:
         held = shutil.copytree(trained.parent / "features", tmp_path / "held")
         try:
             with pytest.raises(MismatchError, match=r"model\.weights: stored"):
-                index(run, tmp_path / "index", watch_seconds=0.05, on_message=on_message)
+                index(run, tmp_path / "index", watch_seconds=0.05)
         finally:
             shutil.rmtree(trained.parent / "features")
             shutil.copytree(held, trained.parent / "features")
@@ -245,7 +247,7 @@ class TestWatch:
     )
     def test_what_may_pass_is_told_and_tried_again(self, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("svb.retrieve.indexing.watch.RETRY_SECONDS", 0.1)
-        state, runs, said = [0], list[str](), list[str]()
+        state, runs, said = [0], list[str](), heard()
 
         def work() -> None:
             runs.append("run")
@@ -254,12 +256,12 @@ class TestWatch:
             if len(runs) == 3:
                 os.kill(os.getpid(), signal.SIGINT)
 
+        @heard
         def on_message(line: str) -> None:
-            said.append(line)
             state[0] += 1  # something has changed, once for each message
 
         with pytest.raises(Interrupted, match="told to stop watching"):
-            watch(work, lambda: min(state[0], 1), 0.01, on_message)
+            watch(work, lambda: min(state[0], 1), 0.01)
         assert len(runs) == 3
         assert said[1] == f"{error} - trying again when something changes, or in 0.1 s"
 
@@ -275,7 +277,7 @@ class TestWatch:
             watch(work, lambda: next(states), 0.01)
 
     def test_what_cannot_be_looked_at_for_a_while_is_told_once(self) -> None:
-        looks, said = [0], list[str]()
+        looks, said = [0], heard()
 
         def watched() -> int:
             looks[0] += 1
@@ -286,7 +288,7 @@ class TestWatch:
             return 0
 
         with pytest.raises(Interrupted):
-            watch(lambda: None, watched, 0.01, said.append)
+            watch(lambda: None, watched, 0.01)
         assert [line.partition(" - ")[0] for line in said[1:]] == ["the folder is away"]
 
     def test_what_fails_at_once_has_failed(self) -> None:

@@ -24,7 +24,7 @@ from svb.data.shard import VideoRows
 from svb.errors import InputError
 from svb.retrieve.index import index
 from svb.retrieve.indexing.verify_index import verify_index
-from svb.retrieve.manifest import read_manifest
+from svb.retrieve.stored.manifest import read_manifest
 
 # Tensors this small are slower on two threads than on one.
 torch.set_num_threads(1)
@@ -36,7 +36,7 @@ class TestKeepingUp:
     def update(self, indexed_run: Path, indexed_store: Path, out: Path, said: list[str], **options: Any) -> str:
         """Run again, and return the line that says what there was to do."""
         begin = len(said)
-        index(indexed_run, out, store=indexed_store, on_message=said.append, **options)
+        index(indexed_run, out, store=indexed_store, **options)
         assert verify_index(out) == []
         return said[begin]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from messages import heard
 from numpy.typing import NDArray
 from segments import clustered, make_segment, random_segment, units
 
@@ -19,7 +20,7 @@ from svb.retrieve.indexing.tune_ivf import describe, keep_within_budget
 from svb.retrieve.searching import ivf
 from svb.retrieve.searching.ivf import IvfVectors, open_ivf, read_decision, verify_ivf
 from svb.retrieve.searching.vectors import SegmentVectors
-from svb.retrieve.segment import Segment
+from svb.retrieve.stored.segment import Segment
 
 SIZE = 32
 NOTHING_FITS = 1e-9
@@ -108,8 +109,8 @@ def test_within_the_budget_search_stays_exact_and_says_so(
     tmp_path: Path, segments: list[Segment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tune_ivf, "seconds_a_query", scan_speed.seconds_a_query)  # by the real clock
-    lines: list[str] = []
-    decision = build(tmp_path, segments, 10.0, on_message=lines.append)
+    lines = heard()
+    decision = build(tmp_path, segments, 10.0)
     assert decision["file"] is None and not lines
     rows = sum(segment.num_moments for segment in segments)
     assert describe(decision).startswith(f"exact search: {rows:,} moments scanned in ")
@@ -125,8 +126,8 @@ def test_a_missed_budget_makes_an_index_with_the_recall_that_it_claims(
     tmp_path: Path, segments: list[Segment], with_captions: bool
 ) -> None:
     captions = clustered(600, SIZE, seed=5).astype(np.float16) if with_captions else None
-    lines: list[str] = []
-    decision = build(tmp_path, segments, captions=captions, on_message=lines.append)
+    lines = heard()
+    decision = build(tmp_path, segments, captions=captions)
     assert len(lines) == 1 and lines[0].endswith(": trying an approximate index")
     assert decision["queries"] == ("captions" if with_captions else "moments")
     assert decision["measured_queries"] == (300 if with_captions else 500)

@@ -19,8 +19,9 @@ from typing import IO
 import pytest
 
 from svb.errors import StoreError, UsageError
-from svb.extract import leases as leases_module
-from svb.extract.leases import (
+from svb.extract.plan import PlannedVideo
+from svb.extract.together import leases as leases_module
+from svb.extract.together.leases import (
     RANK_VARIABLES,
     Leases,
     Unit,
@@ -29,7 +30,6 @@ from svb.extract.leases import (
     start_at,
     units,
 )
-from svb.extract.plan import PlannedVideo
 
 # A noisy machine may not run a thread for tenths of a second: where a live holder must keep its lease, it has
 # STALE of them; where one is to become stale, its file is dated back instead of waiting.

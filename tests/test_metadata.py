@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from messages import heard
 
 from svb.errors import InputError, StoreError
 from svb.retrieve.indexing.make_metadata import publish_metadata
-from svb.retrieve.metadata import Metadata
+from svb.retrieve.stored.metadata import Metadata
 
 VIDEO_IDS = ["a", "b/c", "d", "e"]
 TABLE = """video_id,views,title,date,when<5
@@ -197,8 +198,8 @@ class TestTables:
 
     def test_videos_that_the_index_does_not_hold_are_said_and_kept(self, tmp_path: Path) -> None:
         (tmp_path / "t.csv").write_text(TABLE)
-        messages: list[str] = []
-        publish_metadata(tmp_path / "index", tmp_path / "t.csv", VIDEO_IDS, messages.append)
+        messages = heard()
+        publish_metadata(tmp_path / "index", tmp_path / "t.csv", VIDEO_IDS)
         assert messages == [
             f"{tmp_path}/t.csv: 1 of 4 videos are not in the index, first 'elsewhere'; what is said of them is "
             "kept for when they are"
@@ -211,8 +212,8 @@ class TestTables:
     def test_of_a_table_of_captions_what_is_said_of_the_video_is_taken(self, tmp_path: Path) -> None:
         text = "video_id,caption,n,take,split\na,a dog,1,1,val\na,a puppy,1,2,val\nb,a cat,2,1,train\n"
         (tmp_path / "t.csv").write_text(text)
-        messages: list[str] = []
-        entry = publish_metadata(tmp_path / "index", tmp_path / "t.csv", ["a", "b"], messages.append)
+        messages = heard()
+        entry = publish_metadata(tmp_path / "index", tmp_path / "t.csv", ["a", "b"])
         assert entry["columns"] == {"n": "number", "split": "text"}
         metadata = Metadata.open(tmp_path / "index", {"metadata": [entry]})
         assert metadata.of("a") == {"n": 1, "split": "val"}
@@ -261,8 +262,7 @@ def test_metadata_import_nothing_heavy() -> None:
     import subprocess
     import sys
 
-    code = (
-        "import sys, svb.retrieve.metadata; print(sorted({'torch', 'h5py', 'pandas', 'pyarrow'} & {*sys.modules}))"
-    )
+    code = "import sys, svb.retrieve.stored.metadata; "
+    code += "print(sorted({'torch', 'h5py', 'pandas', 'pyarrow'} & {*sys.modules}))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"

@@ -17,24 +17,26 @@ import pytest
 import segments as made
 import synthetic
 from indexes import files_of, remove
+from messages import heard
 from numpy.typing import NDArray
 
 from svb.errors import MismatchError, ModelUnavailableError, StoreError, UsageError
 from svb.retrieve.answer import SearchRequest
-from svb.retrieve.columns import StringColumn
 from svb.retrieve.index import index
 from svb.retrieve.indexing.index_parts import IndexParts
-from svb.retrieve.indexing.milvus_mirror import mirror, remove_gone
-from svb.retrieve.manifest import commit, publish_part
+from svb.retrieve.milvus import milvus_server
+from svb.retrieve.milvus import milvus_vectors as milvus
+from svb.retrieve.milvus.milvus_ids import moment_ids, video_keys
+from svb.retrieve.milvus.milvus_mirror import mirror, remove_gone
+from svb.retrieve.milvus.milvus_server import Target, connect
+from svb.retrieve.milvus.milvus_vectors import MilvusVectors
 from svb.retrieve.search import Searcher
-from svb.retrieve.searching import milvus, milvus_server
-from svb.retrieve.searching.milvus import MilvusVectors
-from svb.retrieve.searching.milvus_ids import moment_ids, video_keys
-from svb.retrieve.searching.milvus_server import Target, connect
 from svb.retrieve.searching.query import Query
 from svb.retrieve.searching.rank import rank_videos
 from svb.retrieve.searching.vectors import SegmentVectors
-from svb.retrieve.segment import Segment, open_segments
+from svb.retrieve.stored.columns import StringColumn
+from svb.retrieve.stored.manifest import commit, publish_part
+from svb.retrieve.stored.segment import Segment, open_segments
 
 milvus_lite = pytest.importorskip(
     "milvus_lite", reason="pip install svb[milvus]: Milvus Lite stands for the server"
@@ -243,13 +245,11 @@ class TestMirror:
             return sorted(each["id"] for each in client.query(f"svb_{by}s", filter="id >= 0", output_fields=["id"]))
 
     def sent(self, out: Path, manifest: dict[str, Any], uri: str) -> list[str]:
-        messages: list[str] = []
+        messages = heard()
         progress: list[tuple[int, int]] = []
-        where = mirror(
-            out, manifest, uri, on_message=messages.append, on_progress=lambda *now: progress.append(now)
-        )
+        where = mirror(out, manifest, uri, on_progress=lambda *now: progress.append(now))
         assert not progress or progress[-1][0] == progress[-1][1] > 0
-        remove_gone(out, {**manifest, "vectors": where}, messages.append)
+        remove_gone(out, {**manifest, "vectors": where})
         return [message.removeprefix(f"{uri}: ") for message in messages]
 
     def test_only_what_has_changed_is_sent(self, tmp_path: Path, uri: str) -> None:
@@ -306,7 +306,7 @@ class TestMirror:
     ) -> None:
         from pymilvus import MilvusClient
 
-        from svb.retrieve.indexing import milvus_mirror
+        from svb.retrieve.milvus import milvus_mirror
 
         class Killed(Exception):  # noqa: N818
             pass
@@ -351,7 +351,7 @@ class TestMirror:
     def test_half_a_video_that_is_not_wanted_any_more_is_removed(
         self, tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from svb.retrieve.indexing import milvus_mirror
+        from svb.retrieve.milvus import milvus_mirror
 
         with monkeypatch.context() as patch, pytest.raises(RuntimeError):
             patch.setattr(milvus_mirror, "_send_videos", lambda *args: (_ for _ in ()).throw(RuntimeError))
@@ -393,8 +393,8 @@ class TestMirror:
 
     def test_an_approximate_collection_is_measured(self, tmp_path: Path, uri: str) -> None:
         manifest = publish(tmp_path, made.random_segment(120, size=SIZE))
-        messages: list[str] = []
-        where = mirror(tmp_path, manifest, f"{uri}?index=hnsw", on_message=messages.append)
+        messages = heard()
+        where = mirror(tmp_path, manifest, f"{uri}?index=hnsw")
         assert where["index"] == "HNSW" and 0.5 < where["recall"] <= 1
         assert messages[-1] == f"{uri}?index=hnsw: recall@10 {where['recall']:.3f} against exact search"
         opened = MilvusVectors.open(tmp_path, {**manifest, "vectors": where})
@@ -477,7 +477,7 @@ class TestRefusals:
 
     def test_a_file_that_another_process_has_open(self, tmp_path: Path, uri: str) -> None:
         held = f"""
-from svb.retrieve.searching.milvus_server import Target, connect
+from svb.retrieve.milvus.milvus_server import Target, connect
 connect(Target.parse({uri!r}), create=True)
 print("open", flush=True)
 input()
@@ -512,7 +512,7 @@ input()
         code = f"""
 import json, pathlib
 from svb.errors import MismatchError
-from svb.retrieve.indexing.milvus_mirror import mirror, remove_gone
+from svb.retrieve.milvus.milvus_mirror import mirror, remove_gone
 folder = pathlib.Path({str(tmp_path)!r})
 manifest = json.loads((folder / "manifest.json").read_text())
 mirror(folder, manifest, {uri!r})
@@ -579,22 +579,24 @@ class TestIndex:
     @pytest.fixture(autouse=True)
     def text_encoder(self, monkeypatch: pytest.MonkeyPatch) -> None:
         encoder = synthetic.make_text_encoder()
-        monkeypatch.setattr("svb.retrieve.embedder.load_matching_text_encoder", lambda settings, device: encoder)
+        monkeypatch.setattr(
+            "svb.retrieve.model.embedder.load_matching_text_encoder", lambda settings, device: encoder
+        )
 
     def test_what_a_server_has_lost_is_sent_again(
         self, indexed_run: Path, indexed_store: Path, own_index: Path, uri: str, said: list[str]
     ) -> None:
         index(indexed_run, own_index, store=indexed_store, to=uri)
         before, server = files_of(own_index), connect(Target.parse(uri))
-        index(indexed_run, own_index, store=indexed_store, on_message=said.append)
+        index(indexed_run, own_index, store=indexed_store)
         assert files_of(own_index) == before and any("+0 =80 videos" in line for line in said)
         for by in ("moment", "video"):
             server.client.drop_collection(server.target.name_of(by))
-        index(indexed_run, own_index, store=indexed_store, on_message=said.append)
+        index(indexed_run, own_index, store=indexed_store)
         assert any("+80 =0 videos" in line for line in said) and files_of(own_index) == before
         keys = [row["id"] for row in server.client.query("svb_videos", filter="id >= 0", output_fields=["id"])]
         server.client.delete("svb_videos", filter=f"id in {keys[:7]}")
-        index(indexed_run, own_index, store=indexed_store, on_message=said.append)
+        index(indexed_run, own_index, store=indexed_store)
         assert any("+7 =73 videos" in line for line in said)
 
     def test_what_a_kill_left_on_the_server_goes_with_the_next_run(

@@ -6,8 +6,8 @@ import pytest
 from numpy.typing import NDArray
 
 from svb.errors import InputError
-from svb.retrieve import normalise as module
-from svb.retrieve.normalise import METHODS, Embeddings, dual_softmax, normalise, qb_norm, query_bank
+from svb.retrieve.measure import normalise as module
+from svb.retrieve.measure.normalise import METHODS, Embeddings, dual_softmax, normalise, qb_norm, query_bank
 from svb.train.metrics import t2v_ranks, v2t_ranks
 
 

@@ -16,21 +16,22 @@ import clips
 import numpy as np
 import pytest
 import torch
+from messages import heard
 from numpy.typing import NDArray
 from PIL import Image
 
 from svb.errors import InputError
-from svb.extract.decode import FrameChunk
-from svb.extract.decode_options import DecodeOptions
-from svb.extract.decode_pyav import decode
+from svb.extract.decode.decoder import FrameChunk
+from svb.extract.decode.options import DecodeOptions
+from svb.extract.decode.pyav_decoder import decode
+from svb.extract.decode.sampling import Sampling
 from svb.extract.run import extract
-from svb.extract.sampling import Sampling
 from svb.retrieve.answer import Answer, Moment, SearchRequest, VideoResult
-from svb.retrieve.embedder import Embedder, embed_file
+from svb.retrieve.model.embedder import Embedder, embed_file
+from svb.retrieve.model.query_media import embed_image, embed_video, read_picture
 from svb.retrieve.searching import cut, pictures
 from svb.retrieve.searching.cut import cut_clip, cut_moments
 from svb.retrieve.searching.pictures import begin_seconds, duration_seconds, frame_at, frames_at, strip
-from svb.retrieve.searching.query_media import embed_image, embed_video, read_picture
 from svb.train.heads import mean_of_frames
 
 torch.set_num_threads(1)
@@ -168,7 +169,8 @@ def test_duration(clips_folder: Path) -> None:
 
 
 def test_pictures_import_no_torch() -> None:
-    code = "from svb.retrieve.searching import cut, pictures, query_media; import sys; print(*sys.modules)"
+    code = "from svb.retrieve.searching import cut, pictures; from svb.retrieve.model import query_media;"
+    code += "import sys; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not set(done.stdout.split()) & {"torch", "pandas", "scipy", "h5py"}
 
@@ -227,9 +229,9 @@ def test_clips_are_named_after_what_was_found(tmp_path: Path, clips_folder: Path
         seconds = {"embed": 0.0, "scan": 0.0, "total": 0.0}
         return Answer(SearchRequest(text="a"), (found,), (), "fair", 1, 2, True, None, False, 1, seconds)
 
-    said: list[str] = []
+    said = heard()
     answers = [answer("../../etc/ü b", clips_folder / "a.mp4"), answer("...", clips_folder / "a.mp4")]
-    made = cut_moments(answers, tmp_path / "out", said.append)
+    made = cut_moments(answers, tmp_path / "out")
     assert said == [] and sorted(made) == sorted((tmp_path / "out").iterdir())
     assert [path.name for path in made] == [
         "q1-01-etc_ü_b-012345-0.0-0.5.mp4",
@@ -248,17 +250,17 @@ def test_what_is_not_what_was_indexed_is_not_cut(tmp_path: Path, clips_folder: P
     result = VideoResult(1, 0.4, "fair", "a", "0123456789abcdef", str(source), 1.0, moments, **state)
     seconds = {"embed": 0.0, "scan": 0.0, "total": 0.0}
     answer = Answer(SearchRequest(text="a"), (result,), (), "fair", 1, 2, True, None, False, 1, seconds)
-    said: list[str] = []
+    said = heard()
     source.write_bytes(source.read_bytes() + b"more")
     os.utime(source, ns=(state["mtime_ns"], state["mtime_ns"]))
-    assert cut_moments([answer], tmp_path / "out", said.append) == []
+    assert cut_moments([answer], tmp_path / "out") == []
     other = f"{source.stat().st_size:,} bytes, then {state['size_bytes']:,}"
     assert f"not cut: {source} has changed since it was indexed ({other}) - " in said[0]
     source.unlink()
-    assert cut_moments([answer], tmp_path / "out", said.append) == []
+    assert cut_moments([answer], tmp_path / "out") == []
     assert f"not cut: {source} is no longer there" in said[1]
     shutil.copy2(clips_folder / "a.mp4", source)
-    assert len(cut_moments([answer], tmp_path / "out", said.append)) == 1 and len(said) == 2
+    assert len(cut_moments([answer], tmp_path / "out")) == 1 and len(said) == 2
 
 
 # --- a picture or a video as a query
@@ -327,7 +329,7 @@ def test_a_part_past_the_end_names_the_duration(toy: Path, clips_folder: Path, b
 def test_only_the_frames_of_a_part_are_computed(
     toy: Path, clips_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from svb.retrieve.searching import query_media
+    from svb.retrieve.model import query_media
 
     seen: list[int] = []
     real = query_media._within
@@ -419,7 +421,7 @@ def test_grey_of_many_bits_is_seen_as_it_is_meant(tmp_path: Path, highest: int, 
 def test_a_huge_picture_is_scaled_down_before_it_is_copied_about(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    monkeypatch.setattr("svb.retrieve.searching.query_media.MAX_PICTURE_PIXELS", 1000)
+    monkeypatch.setattr("svb.retrieve.model.query_media.MAX_PICTURE_PIXELS", 1000)
     halves = Image.new("L", (90, 60), 0)
     halves.paste(255, (0, 0, 90, 30))
     if mode == "I;16":

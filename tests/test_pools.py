@@ -14,13 +14,14 @@ import pandas as pd
 import pytest
 import synthetic
 import torch
+from messages import heard
 from numpy.typing import NDArray
 
 from svb.data.caption_features import read_caption_features
 from svb.errors import InputError, StoreError
-from svb.retrieve.embedder import Embedder
 from svb.retrieve.indexing.make_pools import caption_embedder, file_pool, sidecar_pool, training_pool
-from svb.retrieve.pools import CaptionPools, Pool, open_pool, publish_pool
+from svb.retrieve.model.embedder import Embedder
+from svb.retrieve.stored.pools import CaptionPools, Pool, open_pool, publish_pool
 
 SRT = "1\n00:00:01,000 --> 00:00:02,000\na dog\n\n2\n00:00:04,000 --> 00:00:05,500\na cat\n"
 
@@ -82,8 +83,8 @@ class TestFilePools:
         frame.to_json(tmp_path / "t.jsonl", orient="records", lines=True)
         frame.to_parquet(tmp_path / "t.parquet")
         for name in ("t.csv", "t.jsonl", "t.parquet"):
-            messages: list[str] = []
-            pool = file_pool(tmp_path / name, words, messages.append)
+            messages = heard()
+            pool = file_pool(tmp_path / name, words)
             assert list(zip(pool.captions, pool.video_ids, strict=True)) == [
                 ("a dog", "v0"),
                 ("a cat", ""),
@@ -136,12 +137,12 @@ class TestSidecarPools:
     def test_only_what_is_new_is_embedded(self, tmp_path: Path, words: Words) -> None:
         put(tmp_path / "v/a.srt", SRT)
         bad = put(tmp_path / "v/b.txt", "x\0")
-        messages: list[str] = []
-        first = sidecar_pool(self.videos(tmp_path), words, on_message=messages.append)
+        messages = heard()
+        first = sidecar_pool(self.videos(tmp_path), words)
         assert first is not None
         assert [message.partition(": ")[0] for message in messages] == [f"{bad} is no text"]
         previous = open_pool(tmp_path, publish_pool(tmp_path, first))
-        assert sidecar_pool(self.videos(tmp_path)[::-1], words, previous, on_message=messages.append) is previous
+        assert sidecar_pool(self.videos(tmp_path)[::-1], words, previous) is previous
         assert len(messages) == 1
 
         bad.write_text("a cat\nan ox\n")
@@ -196,14 +197,14 @@ def test_training_captions_are_distinct_and_keep_their_first_video(tmp_path: Pat
 
 
 def test_captions_too_long_for_the_encoder_are_said() -> None:
-    loaded, messages = [], list[str]()
+    loaded, messages = [], heard()
     embedder = Embedder({}, None, lambda batch: torch.nn.functional.normalize(batch, dim=-1), {})  # type: ignore[arg-type]
 
     def load() -> Any:
         loaded.append(True)
         return synthetic.make_text_encoder()
 
-    embed_captions = caption_embedder(embedder, load, messages.append)
+    embed_captions = caption_embedder(embedder, load)
     assert not loaded
     assert embed_captions(["a dog", " ".join("abcdefghijk")]).shape == (2, 20)
     assert messages == [
@@ -317,6 +318,7 @@ def test_pools_import_nothing_heavy() -> None:
     import subprocess
     import sys
 
-    code = "import sys, svb.retrieve.pools; print(sorted({'torch', 'h5py', 'pandas', 'scipy'} & {*sys.modules}))"
+    code = "import sys, svb.retrieve.stored.pools; "
+    code += "print(sorted({'torch', 'h5py', 'pandas', 'scipy'} & {*sys.modules}))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"

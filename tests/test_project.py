@@ -52,9 +52,9 @@ def test_every_commands_help_imports_nothing_heavy() -> None:
 
 
 def test_decode_workers_stay_small() -> None:
-    loaded = modules_loaded("import svb.extract.decode_pyav, svb.extract.decode_ffmpeg")
+    loaded = modules_loaded("import svb.extract.decode.pyav_decoder, svb.extract.decode.ffmpeg_decoder")
     assert not loaded & {"torch", "h5py", "pandas"}
-    assert not modules_loaded("import svb.extract.worker") & {"torch", "h5py", "pandas"}
+    assert not modules_loaded("import svb.extract.pool.worker") & {"torch", "h5py", "pandas"}
     assert "torch" not in modules_loaded("import svb.extract.run")
 
 

@@ -20,12 +20,13 @@ import pytest
 import timm
 import torch
 from conftest import RunSvb
+from messages import heard
 
 from svb.data.feature_store import FeatureStore, verify_store
 from svb.errors import InputError, Interrupted, UsageError
+from svb.extract.decode.sampling import Sampling
 from svb.extract.progress import ExtractProgress
 from svb.extract.run import extract
-from svb.extract.sampling import Sampling
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'svb[ray]'")
 
@@ -177,7 +178,7 @@ class TestOnTwoNodes:
     def test_a_node_that_dies_halfway(
         self, videos: Path, alone: Path, backbone: str, tmp_path: Path, cluster: Any, mark: str
     ) -> None:
-        messages: list[str] = []
+        messages = heard()
         done: list[int] = []
 
         def watch(progress: ExtractProgress) -> None:
@@ -186,7 +187,7 @@ class TestOnTwoNodes:
             if progress.videos_done >= 4 and len(actors) == 2 and not loading and cluster.worker_nodes:
                 power_off(cluster, next(iter(cluster.worker_nodes)))
 
-        run(videos, tmp_path / "out", backbone, cluster.address, on_progress=watch, on_message=messages.append)
+        run(videos, tmp_path / "out", backbone, cluster.address, on_progress=watch)
         assert messages[0] == "Ray: backbone actors: 2 (one a node), decoders: 2 (one a CPU)"
         assert not cluster.worker_nodes and done[-1] == 30
         # Whether its actor had videos just then is chance; an actor that surely has some is killed below.
@@ -224,9 +225,9 @@ class TestProcessesThatDie:
     def test_a_backbone_actor_costs_none(
         self, videos: Path, alone: Path, backbone: str, tmp_path: Path, address: str, kill: Any
     ) -> None:
-        messages: list[str] = []
+        messages = heard()
         kill("ray::BackboneActor.run")
-        out = run(videos, tmp_path / "out", backbone, address, on_message=messages.append)
+        out = run(videos, tmp_path / "out", backbone, address)
         assert any("was lost" in message for message in messages)
         assert_same(out, alone)
 

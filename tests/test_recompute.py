@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import RunSvb
 from extraction import CLIPS, FRAMES, run
+from messages import heard
 
 from svb.data.feature_store import FeatureStore
 from svb.data.shard import hash_array
@@ -63,9 +64,9 @@ def test_other_frames_are_a_difference(store: Path, folder: Path) -> None:
     record = FeatureStore(store).records["a"]
     shutil.move(folder / "a.mp4", folder / "kept")
     clips.make_clip(folder / "a.mp4", seconds=3)
-    said: list[str] = []
+    said = heard()
     # A file that changed is none to compare with.
-    assert recompute(store, 10, on_message=said.append) == []
+    assert recompute(store, 10) == []
     assert said[-1].startswith("recomputed 3 of 4 videos")
     assert record.source_path == str(folder / "a.mp4")
 

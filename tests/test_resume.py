@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import RunSvb
+from messages import heard, stop_hearing
 from runs import TINY, Killed, Task, contents, kill_after, lines, tiny, tiny_task
 
 from svb.errors import StoreError
@@ -130,7 +131,7 @@ def test_killed_after_every_single_save(
     kind: str, task: Task, whole_runs: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
-    real, killed, messages = save_checkpoint, set(), []
+    real, killed, messages = save_checkpoint, set(), heard()
     out, config = tmp_path / "run", tiny(**KINDS[kind])
 
     def killing(folder: Path, checkpoint: Checkpoint, previous: Path | None = None) -> None:
@@ -143,7 +144,7 @@ def test_killed_after_every_single_save(
     monkeypatch.setattr(loop, "save_checkpoint", killing)
     for _ in range(20):
         try:
-            train(*task, out, config, on_message=messages.append)
+            train(*task, out, config)
         except Killed:
             continue
         break
@@ -303,15 +304,16 @@ def test_a_thread_may_train_though_it_gets_no_signals(task: Task, whole_run: Pat
 
 def messages_at_start(task: Task, out: Path) -> list[str]:
     """Take a run up, and kill it when it has said where it goes on from."""
-    messages: list[str] = []
+    messages = heard()
 
     def killing(message: str) -> None:
-        messages.append(message)
         if message.startswith("resuming"):
             raise Killed
 
+    heard(killing)
     with pytest.raises(Killed):
-        train(*task, out, TINY, on_message=killing)
+        train(*task, out, TINY)
+    stop_hearing()
     return messages
 
 
@@ -333,8 +335,8 @@ def test_a_checkpoint_truncated_at_every_kilobyte(task: Task, whole_run: Path, o
 def test_a_checkpoint_that_lacks_a_file_or_all(task: Task, whole_run: Path, own_run: Path, missing: str) -> None:
     path = own_run / "last" / missing
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    messages: list[str] = []
-    train(*task, own_run, TINY, on_message=messages.append)
+    messages = heard()
+    train(*task, own_run, TINY)
     assert f"going on from the one before it, {own_run / 'previous'}" in messages[0]
     assert contents(own_run) == contents(whole_run)
 
@@ -359,8 +361,8 @@ def test_a_finished_run_with_a_damaged_end_does_its_last_step_again(
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     run = train(*task, tmp_path / "run", TINY)
     damage(run / "last")
-    messages: list[str] = []
-    train(*task, run, TINY, on_message=messages.append)
+    messages = heard()
+    train(*task, run, TINY)
     assert messages[1] == f"resuming {run} after epoch 1 of 2 and 2 of 3 steps"
     assert contents(run) == contents(whole_run)
 
@@ -387,8 +389,8 @@ def test_a_run_whose_checkpoints_were_removed_starts_again(task: Task, whole_run
 def test_a_damaged_best_checkpoint_is_said_and_replaced(task: Task, own_run: Path) -> None:
     path = own_run / "best" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    messages: list[str] = []
-    train(*task, own_run, TINY, on_message=messages.append)
+    messages = heard()
+    train(*task, own_run, TINY)
     assert len(messages) == 2 and str(path) in messages[1]
     assert messages[1].endswith("; the best of the evaluations from here on will take its place")
     assert load_checkpoint(own_run / "best").epoch == 2

@@ -14,16 +14,16 @@ import pandas as pd
 import pytest
 
 from svb.errors import InputError, UsageError
-from svb.extract import decode as decode_module
-from svb.extract import decode_ffmpeg, decode_pyav, hwaccel
-from svb.extract.decode import DecodeEnd, DecodeError, Decoder, FrameChunk, VideoProperties, resized
-from svb.extract.decode_options import DecodeOptions
-from svb.extract.hwaccel import require_hwaccel
-from svb.extract.sampling import Sampling, shown_at
-from svb.extract.skip_plan import StretchList
-from svb.extract.times_table import read_times
+from svb.extract.decode import decoder as decode_module
+from svb.extract.decode import ffmpeg_decoder, hwaccel, pyav_decoder
+from svb.extract.decode.decoder import DecodeEnd, DecodeError, Decoder, FrameChunk, VideoProperties, resized
+from svb.extract.decode.hwaccel import require_hwaccel
+from svb.extract.decode.options import DecodeOptions
+from svb.extract.decode.sampling import Sampling, shown_at
+from svb.extract.decode.skip_plan import StretchList
+from svb.extract.decode.times_table import read_times
 
-DECODERS: dict[str, Decoder] = {"pyav": decode_pyav.decode, "ffmpeg": decode_ffmpeg.decode}
+DECODERS: dict[str, Decoder] = {"pyav": pyav_decoder.decode, "ffmpeg": ffmpeg_decoder.decode}
 KINDS: dict[str, dict[str, Any]] = {
     "fps": {"fps": 2.0},
     "frames": {"frames": 4},
@@ -293,14 +293,14 @@ class TestSkippedStretches:
         path = clips.make_clip(tmp_path / "a.mp4", seconds=12, codec=X264, extra=("-movflags", "+faststart"))
         path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
         for sampling in SPARSE.values():
-            *_, end = decode_pyav.decode(path, DecodeOptions(sampling))
+            *_, end = pyav_decoder.decode(path, DecodeOptions(sampling))
             assert isinstance(end, DecodeEnd) and end.status == "partial"
 
     def test_what_does_not_come_out_as_listed_is_decoded_whole(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         path = clips.make_clip(tmp_path / "a.mp4", seconds=12, codec=X264)
-        expected = times_of(decode_pyav.decode, path, SPARSE["frames"])
+        expected = times_of(pyav_decoder.decode, path, SPARSE["frames"])
         plan = StretchList.plan
 
         def wrong_plan(stretches: StretchList, times_seconds: list[float]) -> object:
@@ -310,13 +310,13 @@ class TestSkippedStretches:
 
         monkeypatch.setattr(StretchList, "plan", wrong_plan)
         monkeypatch.setattr(decode_module, "CHUNK_BYTES", 1)
-        assert times_of(decode_pyav.decode, path, SPARSE["frames"]) == expected
+        assert times_of(pyav_decoder.decode, path, SPARSE["frames"]) == expected
 
     @staticmethod
     def decoded(path: Path, sampling: Sampling, monkeypatch: pytest.MonkeyPatch) -> tuple[list[object], int]:
         """Return all that is decoded, and of how many packets."""
         packets = 0
-        decode_packet = decode_pyav._decode_packet
+        decode_packet = pyav_decoder._decode_packet
 
         def count(*arguments: Any) -> Any:
             nonlocal packets
@@ -324,8 +324,8 @@ class TestSkippedStretches:
             return decode_packet(*arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(decode_pyav, "_decode_packet", count)
-            return list(decode_pyav.decode(path, DecodeOptions(sampling))), packets
+            patch.setattr(pyav_decoder, "_decode_packet", count)
+            return list(pyav_decoder.decode(path, DecodeOptions(sampling))), packets
 
 
 class TestResize:
@@ -404,8 +404,8 @@ class TestHardware:
 
     def test_the_arguments(self) -> None:
         options = DecodeOptions(Sampling(fps=1), decoder="ffmpeg", hwaccel="cuda", fast=True)
-        source = decode_ffmpeg._Source(Path("a.mp4"), 7, options)
-        arguments = decode_ffmpeg._decode_arguments(source, decode_ffmpeg._Choice(), 8, is_turned=False)
+        source = ffmpeg_decoder._Source(Path("a.mp4"), 7, options)
+        arguments = ffmpeg_decoder._decode_arguments(source, ffmpeg_decoder._Choice(), 8, is_turned=False)
         before_input = arguments[: arguments.index("-i")]
         for option, value in (("-hwaccel", "cuda"), ("-skip_frame", "noref"), ("-threads", "1")):
             assert before_input[before_input.index(option) + 1] == value

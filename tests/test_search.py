@@ -20,14 +20,14 @@ from svb.errors import InputError, StoreError, UsageError
 from svb.retrieve.answer import Answer, SearchRequest
 from svb.retrieve.indexing.make_hubs import index_hubs
 from svb.retrieve.indexing.make_metadata import publish_metadata
-from svb.retrieve.normalise import QB_NORM_SCALE, QueryBank, qb_norm, query_bank
+from svb.retrieve.measure.normalise import QB_NORM_SCALE, QueryBank, qb_norm, query_bank
+from svb.retrieve.model.query_embedder import QueryEmbedder
 from svb.retrieve.search import Searcher, video_key
 from svb.retrieve.searching import rank
 from svb.retrieve.searching.hubs import Hubs
 from svb.retrieve.searching.query import Query
-from svb.retrieve.searching.query_embedder import QueryEmbedder
 from svb.retrieve.searching.vectors import SegmentVectors
-from svb.retrieve.segment import Segment
+from svb.retrieve.stored.segment import Segment
 
 SIZE = 32
 BY = ("moment", "video")

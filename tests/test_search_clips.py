@@ -22,13 +22,13 @@ from svb.extract.backbones.backbone import Classifier
 from svb.extract.captions import captions
 from svb.extract.run import extract
 from svb.extract.text_encoders.text_encoder import TextEncoder
-from svb.retrieve import conse, embedder
 from svb.retrieve.answer import Answer, SearchRequest
 from svb.retrieve.evaluate import evaluate
 from svb.retrieve.index import index
 from svb.retrieve.indexing.verify_index import verify_index
-from svb.retrieve.manifest import read_manifest
+from svb.retrieve.model import conse, embedder
 from svb.retrieve.search import Searcher
+from svb.retrieve.stored.manifest import read_manifest
 
 torch.set_num_threads(1)  # two test processes with two threads each get into each other's way
 SOURCES = ("testsrc2", "mandelbrot", "life=mold=10:ratio=0.2", "smptebars")

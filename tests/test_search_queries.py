@@ -17,10 +17,10 @@ import torch
 from svb.config import fingerprint
 from svb.errors import InputError, MismatchError, StoreError
 from svb.retrieve.answer import SearchRequest
-from svb.retrieve.embedder import run_embedder
 from svb.retrieve.index import index
-from svb.retrieve.manifest import read_manifest
+from svb.retrieve.model.embedder import run_embedder
 from svb.retrieve.search import Searcher
+from svb.retrieve.stored.manifest import read_manifest
 from svb.train.config import TrainConfig
 from svb.train.run import train
 
@@ -57,7 +57,7 @@ def text_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def use_encoder(patch: pytest.MonkeyPatch) -> None:
     encoder = synthetic.make_text_encoder()
-    patch.setattr("svb.retrieve.embedder.load_matching_text_encoder", lambda settings, device: encoder)
+    patch.setattr("svb.retrieve.model.embedder.load_matching_text_encoder", lambda settings, device: encoder)
 
 
 def edit_manifest(folder: Path, **changes: Any) -> None:
@@ -81,7 +81,7 @@ def test_a_query_is_embedded_once(copied: Path, monkeypatch: pytest.MonkeyPatch)
     def fail(*arguments: Any) -> Any:
         raise AssertionError("the text encoder was loaded")
 
-    monkeypatch.setattr("svb.retrieve.embedder.load_matching_text_encoder", fail)
+    monkeypatch.setattr("svb.retrieve.model.embedder.load_matching_text_encoder", fail)
     assert Searcher(copied).search(TEXT).results == expected
     with pytest.raises(AssertionError, match="was loaded"):
         Searcher(copied).search(SearchRequest(text="a cat"))
@@ -94,7 +94,7 @@ def test_the_next_generation_goes_on_with_what_is_loaded(copied: Path, monkeypat
         loaded.append(settings["name"])
         return synthetic.make_text_encoder()
 
-    monkeypatch.setattr("svb.retrieve.embedder.load_matching_text_encoder", load)
+    monkeypatch.setattr("svb.retrieve.model.embedder.load_matching_text_encoder", load)
     edit_manifest(copied, text=[])
     first = Searcher(copied)
     expected = first.search(TEXT).results
@@ -158,7 +158,7 @@ def test_another_text_encoder_is_refused_naming_both(copied: Path, monkeypatch: 
     monkeypatch.undo()
     encoder = synthetic.make_text_encoder()
     encoder.weights_hash = "others"
-    monkeypatch.setattr("svb.retrieve.embedder.load_text_encoder", lambda name, device: encoder)
+    monkeypatch.setattr("svb.retrieve.model.embedder.load_text_encoder", lambda name, device: encoder)
     edit_manifest(copied, text=[])
     with pytest.raises(MismatchError, match="synthetic:words has weights others here, but of synthetic:words when"):
         Searcher(copied).search(TEXT)
@@ -166,7 +166,9 @@ def test_another_text_encoder_is_refused_naming_both(copied: Path, monkeypatch: 
 
 def test_a_model_that_gives_no_numbers_is_refused(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     edit_manifest(copied, text=[])
-    monkeypatch.setattr("svb.retrieve.embedder.TorchTower.embed", lambda self, texts: np.full((1, 16), np.nan))
+    monkeypatch.setattr(
+        "svb.retrieve.model.embedder.TorchTower.embed", lambda self, texts: np.full((1, 16), np.nan)
+    )
     with pytest.raises(StoreError, match="the embedding of 'a dog' is not finite"):
         Searcher(copied).search(TEXT)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import synthetic
 from conftest import RunSvb
+from messages import heard
 
 from svb.data.caption_features import read_caption_features
 from svb.errors import InputError
@@ -35,9 +36,9 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
 
 @pytest.fixture(scope="module")
 def forced(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    messages: list[str] = []
+    messages = heard()
     config = replace(CONFIG, select_on="test")
-    run = train(*task, tmp_path_factory.mktemp("runs") / "forced", config, on_message=messages.append)
+    run = train(*task, tmp_path_factory.mktemp("runs") / "forced", config)
     assert messages[0] == selection_note("test")
     return run
 

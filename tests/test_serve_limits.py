@@ -17,6 +17,7 @@ import pytest
 import serving as s
 import uvicorn
 from clips import make_clip
+from messages import heard
 from serving import FakeSearcher, Serving
 from starlette.types import Message
 
@@ -149,7 +150,8 @@ def test_a_body_must_come_in_time(served: Serving, monkeypatch: pytest.MonkeyPat
     assert b"was not there after 0.2 s" in sent[1]["body"]
 
 
-def test_a_client_that_hangs_up_is_no_mistake_of_ours(served: Serving, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_client_that_hangs_up_is_no_mistake_of_ours(served: Serving) -> None:
+    messages = heard()
     app = make_app(served.service, served.access)
     body = b'{"text": "slow"}'
 
@@ -173,7 +175,7 @@ def test_a_client_that_hangs_up_is_no_mistake_of_ours(served: Serving, caplog: p
         served.client.portal.call(hang_up, parts)
     counts = [line for line in served.client.get("/metrics").text.splitlines() if '"/api/search",status=' in line]
     assert counts == ['svb_requests_total{method="POST",route="/api/search",status="499"} 2']
-    assert not caplog.records
+    assert not messages
 
 
 def test_work_that_nobody_waits_for_does_not_keep_its_helper(

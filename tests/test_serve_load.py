@@ -28,9 +28,9 @@ from serving import Server, running
 
 from svb.retrieve.index import index
 from svb.retrieve.indexing import index_writer
-from svb.retrieve.manifest import read_manifest
 from svb.retrieve.search import Searcher
-from svb.retrieve.segment import open_segments
+from svb.retrieve.stored.manifest import read_manifest
+from svb.retrieve.stored.segment import open_segments
 from svb.train.config import TrainConfig
 from svb.train.run import train
 
@@ -80,7 +80,7 @@ def _state(folder: Path, manifest: dict[str, Any], embeddings: dict[str, NDArray
 def world(tmp_path: Path) -> Iterator[World]:
     with pytest.MonkeyPatch.context() as patch:
         encoder = synthetic.make_text_encoder()
-        patch.setattr("svb.retrieve.embedder.load_matching_text_encoder", lambda settings, device: encoder)
+        patch.setattr("svb.retrieve.model.embedder.load_matching_text_encoder", lambda settings, device: encoder)
         store, captions = synthetic.make_task(tmp_path, num_train=50, num_val=14)
         config = TrainConfig(embedding_size=16, variant="none", batch_size=16, epochs=1, learning_rate=2e-3)
         run = train(store, captions, tmp_path / "run", config)

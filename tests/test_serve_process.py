@@ -35,7 +35,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     config = TrainConfig(embedding_size=16, variant="none", batch_size=16, epochs=1, learning_rate=2e-3)
     with pytest.MonkeyPatch.context() as patch:
         encoder = synthetic.make_text_encoder()
-        patch.setattr("svb.retrieve.embedder.load_matching_text_encoder", lambda settings, device: encoder)
+        patch.setattr("svb.retrieve.model.embedder.load_matching_text_encoder", lambda settings, device: encoder)
         real, clip = synthetic.make_record, make_clip(folder / "clip000.mp4", seconds=60, size="640x480", fps=25)
 
         def record(video_id: str, **options: Any) -> Any:

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from messages import heard
 
 from svb.errors import InputError
 from svb.retrieve.indexing.sidecars import Cue, find_sidecars, read_sidecar
@@ -46,9 +47,9 @@ _
 
 
 def read(folder: Path, content: str | bytes, name: str = "a.srt") -> tuple[list[Cue], list[str]]:
-    messages: list[str] = []
+    messages = heard()
     (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    return read_sidecar(folder / name, messages.append), messages
+    return read_sidecar(folder / name), messages
 
 
 class TestCues:

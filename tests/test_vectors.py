@@ -17,10 +17,10 @@ from segments import random_segment, units
 
 from svb.retrieve.searching import catalog as catalog_module
 from svb.retrieve.searching import gpu_scan
-from svb.retrieve.searching import scan as scan_module
 from svb.retrieve.searching.catalog import Catalog
 from svb.retrieve.searching.vectors import SegmentVectors
-from svb.retrieve.segment import Segment
+from svb.retrieve.stored import scan as scan_module
+from svb.retrieve.stored.segment import Segment
 
 SIZE = 32
 BY = ("moment", "video")

@@ -21,12 +21,12 @@ from svb.data.feature_store import FeatureStore
 from svb.data.feature_store_writer import FeatureStoreWriter
 from svb.data.shard import VideoRows
 from svb.errors import InputError, StoreError, UsageError
-from svb.retrieve import manifest as manifest_module
 from svb.retrieve.index import index
 from svb.retrieve.indexing import embed_segment
 from svb.retrieve.indexing.verify_index import recompute_index, verify_index
-from svb.retrieve.manifest import read_manifest
-from svb.retrieve.segment import Segment
+from svb.retrieve.stored import manifest as manifest_module
+from svb.retrieve.stored.manifest import read_manifest
+from svb.retrieve.stored.segment import Segment
 
 # Tensors this small are slower on two threads than on one.
 torch.set_num_threads(1)
@@ -135,7 +135,7 @@ class TestVerify:
         self, indexed_run: Path, own_index: Path, said: list[str], run_svb: RunSvb, tmp_path: Path
     ) -> None:
         store = indexed_run.parent / "features"
-        assert recompute_index(own_index, 5, on_message=said.append) == []
+        assert recompute_index(own_index, 5) == []
         assert said == [f"embedded 5 of 80 videos again from {store}: 5 are the same but for rounding, 0 differ"]
         assert run_svb("verify", own_index, "--recompute", 2).stdout == f"{own_index}: a whole index\n"
         with pytest.raises(UsageError, match="cannot recompute 0 videos"):

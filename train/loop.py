@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from svb.train.model import RetrievalModel
 from svb.train.objective import Objective
 from svb.train.processes import Processes
 from svb.train.training_data import SplitData, epoch_batches
+
+logger = logging.getLogger(__name__)
 
 # Seconds of work that a kill may cost; steps are far shorter than it takes to write a checkpoint.
 CHECKPOINT_SECONDS = 20.0
@@ -201,9 +204,9 @@ class Loop:
         checkpoint = Checkpoint(self.epoch, metrics, self._model.state_dict(), training or {})
         save_checkpoint(self._out / name, checkpoint, previous=previous)
 
-    def resume(self, on_message: Callable[[str], None]) -> None:
+    def resume(self) -> None:
         """Take up the state of last/, or of previous/ where that is damaged, and drop the metrics after it."""
-        found = self._newest_whole(on_message)
+        found = self._newest_whole()
         if found is not None:
             folder, checkpoint = found
             load_weights(self._model, checkpoint.model, folder)
@@ -215,13 +218,13 @@ class Loop:
                 self._objective.bank.load_state_dict(training["memory_bank"])
             if self.epoch < self._config.epochs:
                 within = f" and {self._step} of {self._steps_per_epoch} steps" if self._step else ""
-                on_message(f"resuming {self._out} after epoch {self.epoch} of {self._config.epochs}{within}")
+                logger.info(f"resuming {self._out} after epoch {self.epoch} of {self._config.epochs}{within}")
         if self._best > -math.inf:
-            self._require_best(on_message)
+            self._require_best()
         if self._processes.is_first:
             _keep_lines(self._out / "metrics.jsonl", self.epoch)
 
-    def _newest_whole(self, on_message: Callable[[str], None]) -> tuple[Path, Checkpoint] | None:
+    def _newest_whole(self) -> tuple[Path, Checkpoint] | None:
         last, previous = self._out / "last", self._out / "previous"
         try:
             return last, load_checkpoint(last)
@@ -233,17 +236,17 @@ class Loop:
             if isinstance(damage, InputError) and isinstance(error, InputError):
                 return None  # nothing was saved yet
             raise (damage if isinstance(damage, StoreError) else error) from None
-        on_message(f"{damage}; going on from the one before it, {previous}")
+        logger.info(f"{damage}; going on from the one before it, {previous}")
         self._is_last_whole = False
         return previous, checkpoint
 
-    def _require_best(self, on_message: Callable[[str], None]) -> None:
+    def _require_best(self) -> None:
         try:
             load_checkpoint(self._out / "best")
         except (InputError, StoreError) as damage:
             if self.epoch == self._config.epochs:
                 raise
-            on_message(f"{damage}; the best of the evaluations from here on will take its place")
+            logger.info(f"{damage}; the best of the evaluations from here on will take its place")
             self._best = -math.inf
 
     def _batches_of(self, epoch: int) -> list[NDArray[np.int64]]:

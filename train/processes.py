@@ -8,6 +8,7 @@ batch, which a loss over each process's own share alone is not.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,6 +38,18 @@ class Processes:
     def is_first(self) -> bool:
         """Whether this is the process that writes files and says things."""
         return self.rank == 0
+
+    @contextlib.contextmanager
+    def only_the_first_speaks(self) -> Iterator[None]:
+        """Keep the messages of the other processes to themselves: all would say the same."""
+        trainer = logging.getLogger("svb.train")
+        level = trainer.level
+        if not self.is_first:
+            trainer.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            trainer.setLevel(level)
 
     def share(self, total: int) -> slice:
         """Return the rows of a batch of `total` that are this process's: shares differ by one at most."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -30,6 +31,8 @@ from svb.train.processes import Processes, joined_processes
 from svb.train.training_data import SplitData, draw_captions, load_split, positions_of_splits
 from svb.train.vocabulary import SPECIAL, Vocabulary
 
+logger = logging.getLogger(__name__)
+
 
 def train(
     store: Path | str,
@@ -40,7 +43,6 @@ def train(
     backbone: str | None = None,
     device: str = "auto",
     on_epoch: Callable[[dict[str, float]], None] = lambda metrics: None,
-    on_message: Callable[[str], None] = lambda message: None,
 ) -> Path:
     """Train heads on cached features; continue where an earlier run stopped.
 
@@ -59,7 +61,6 @@ def train(
         backbone: Whose features, where the store holds several.
         device: `auto`, `cpu`, `cuda:0`, ...; of several processes each takes a GPU of its own.
         on_epoch: Called after every epoch with its line of metrics.jsonl.
-        on_message: Called with a line that the user should see.
 
     Returns:
         `out`.
@@ -70,7 +71,7 @@ def train(
         MismatchError: `out` holds a run with other options.
         StoreError: A file is damaged, or another process is training this run.
     """
-    with joined_processes(device) as (processes, own_device):
+    with joined_processes(device) as (processes, own_device), processes.only_the_first_speaks():
         return _train(
             Path(store),
             Path(captions),
@@ -80,7 +81,6 @@ def train(
             device=choose_device(own_device),
             processes=processes,
             on_epoch=on_epoch if processes.is_first else lambda metrics: None,
-            on_message=on_message if processes.is_first else lambda message: None,
         )
 
 
@@ -94,16 +94,13 @@ def _train(
     device: torch.device,
     processes: Processes,
     on_epoch: Callable[[dict[str, float]], None],
-    on_message: Callable[[str], None],
 ) -> Path:
     config = replace(config, decoder=absolute_decoder(config.decoder))
     feature_store, caption_features = FeatureStore(store), read_caption_features(captions)
     backbone = feature_store.only_backbone(backbone)
     if selection_note(config.select_on):
-        on_message(selection_note(config.select_on))
-    train_split, choosing_split = _load_splits(
-        feature_store, backbone, caption_features, config, device, on_message
-    )
+        logger.info(selection_note(config.select_on))
+    train_split, choosing_split = _load_splits(feature_store, backbone, caption_features, config, device)
     description = _describe(config, feature_store, backbone, caption_features)
     description["decoder_precision"] = precision_name(_decoder_dtype(device))
     description["data"] = {
@@ -136,10 +133,10 @@ def _train(
             lock = lock_folder(out)
             _open_run(out, description, vocabulary, feature_store.path, captions)
         processes.wait()
-        loop.resume(on_message)
+        loop.resume()
         processes.wait()
         if loop.epoch == config.epochs:
-            on_message(f"nothing to do: {out} has had its {config.epochs} epochs")
+            logger.info(f"nothing to do: {out} has had its {config.epochs} epochs")
         if loop.epoch < config.epochs:
             _run(loop, config, out, processes, on_epoch)
         processes.wait()
@@ -254,10 +251,9 @@ def _load_splits(
     captions: CaptionFeatures,
     config: TrainConfig,
     device: torch.device,
-    on_message: Callable[[str], None],
 ) -> tuple[SplitData, SplitData | None]:
-    _say_what_is_left_out(store, captions, on_message)
-    positions = positions_of_splits(captions, val_fraction=config.put_aside, on_message=on_message)
+    _say_what_is_left_out(store, captions)
+    positions = positions_of_splits(captions, val_fraction=config.put_aside)
     usable, choosing = set(store.video_ids), config.select_on
     if not any(captions.table.video_ids[position] in usable for position in positions[choosing]):
         if choosing == "test":
@@ -266,7 +262,7 @@ def _load_splits(
                 "look at the caption table's video_id and split columns, or leave the option out"
             )
         if positions[choosing]:
-            on_message("no video of the val split has features: the checkpoint of the last epoch will be best/")
+            logger.info("no video of the val split has features: the checkpoint of the last epoch will be best/")
         positions[choosing] = []
     if config.captions_per_video:
         positions["train"] = draw_captions(captions, positions["train"], config.captions_per_video, config.seed)
@@ -282,19 +278,17 @@ def _load_splits(
         )
     in_epoch = loaded["train"].num_videos if config.caption_sampling == "one" else len(loaded["train"].captions)
     if in_epoch < config.batch_size:
-        on_message(
+        logger.info(
             f"a batch of {config.batch_size} is more than there are: every one holds all {in_epoch} captions"
         )
     return loaded["train"], loaded.get(choosing)
 
 
-def _say_what_is_left_out(
-    store: FeatureStore, captions: CaptionFeatures, on_message: Callable[[str], None]
-) -> None:
+def _say_what_is_left_out(store: FeatureStore, captions: CaptionFeatures) -> None:
     held, captioned = set(store.video_ids), set(captions.table.video_ids)
     for missing, what in (
         (sorted(captioned - held), "videos of the caption table have no features"),
         (sorted(held - captioned), "videos of the store have no captions"),
     ):
         if missing:
-            on_message(f"{len(missing)} {what} and are left out, first {missing[0]!r}")
+            logger.info(f"{len(missing)} {what} and are left out, first {missing[0]!r}")

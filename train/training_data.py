@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 from svb.data.caption_features import CaptionFeatures
 from svb.data.feature_store import FeatureStore, FrameFeatures
 from svb.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -122,11 +125,12 @@ def load_split(
 
 
 def positions_of_splits(
-    captions: CaptionFeatures, *, val_fraction: float, on_message: Callable[[str], None]
+    captions: CaptionFeatures, *, val_fraction: float, quiet: bool = False
 ) -> dict[str, list[int]]:
     """Return the positions of each split's captions; a val split is carved from train where there is none.
 
     Whole videos are carved, and the same ones whatever the seed of a training, so that seeds can be compared.
+    The log says so, unless `quiet`.
     """
     splits = np.array(captions.table.splits)
     positions = {split: np.flatnonzero(splits == split).tolist() for split in ("train", "val", "test")}
@@ -139,7 +143,10 @@ def positions_of_splits(
     train = positions["train"]
     positions["val"] = [position for position in train if captions.table.video_ids[position] in val_ids]
     positions["train"] = [position for position in train if captions.table.video_ids[position] not in val_ids]
-    on_message(f"the captions have no val split: put {num_val} of {len(video_ids)} training videos aside as val")
+    if not quiet:
+        logger.info(
+            f"the captions have no val split: put {num_val} of {len(video_ids)} training videos aside as val"
+        )
     return positions
 
 

@@ -7,6 +7,7 @@ interrupted. Nothing ever prompts, and nothing heavy is imported before a comman
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -94,6 +95,7 @@ def cli() -> None:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status; errors are one line on stderr, never a traceback."""
+    _print_what_the_library_says()
     try:
         cli.main(args=None if arguments is None else list(arguments), prog_name="svb", standalone_mode=False)
     except SvbError as error:
@@ -116,6 +118,21 @@ def run(arguments: Sequence[str] | None = None) -> int:
         click.echo(f"svb: cannot use{place} ({reason}) - mend that and run the same command again", err=True)
         return 1
     return 0
+
+
+class _ToStderr(logging.Handler):
+    """Prints a message of the library as a line on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(record.getMessage(), err=True)
+
+
+def _print_what_the_library_says() -> None:
+    logger = logging.getLogger("svb")
+    if not any(isinstance(handler, _ToStderr) for handler in logger.handlers):
+        logger.addHandler(_ToStderr())
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
 
 
 def main() -> None:

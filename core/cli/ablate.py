@@ -59,7 +59,7 @@ def ablate(config: Path, out: Path | None, jobs: int | None, device: str, dry_ru
             click.echo(f"{row['cell']} seed {row['seed']}: {'finished' if row['finished'] else row['command']}")
         return
     say(f"training {config} to {out}")
-    report = library.ablate(config, out, jobs=jobs, device=device, on_message=say)
+    report = library.ablate(config, out, jobs=jobs, device=device)
     if as_json:
         print_json(report_as_json(report))
     else:

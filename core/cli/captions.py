@@ -74,7 +74,6 @@ def captions(
             splits=splits,
             store=store,
             on_progress=meter.update,
-            on_message=say,
         )
     finally:
         meter.close()

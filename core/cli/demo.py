@@ -32,7 +32,7 @@ def demo(ctx: click.Context, out: Path, videos: int, epochs: int, seed: int) -> 
     \b
     svb demo
     """
-    from svb.data.demo_clips import make_demo_clips
+    from svb.cli.demo_clips import make_demo_clips
 
     began = time.monotonic()
     say(f"making {videos} clips in {out / 'videos'}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from svb.cli.output import print_json, print_table, say
+from svb.cli.output import print_json, print_table
 from svb.config import newest_run
 
 if TYPE_CHECKING:
@@ -84,7 +84,6 @@ def evaluate(
         allow_missing=allow_missing,
         ranks=ranks,
         device=device,
-        on_message=say,
     )
     if as_json:
         print_json(evaluation.as_json())

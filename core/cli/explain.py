@@ -6,8 +6,6 @@ from pathlib import Path
 
 import click
 
-from svb.cli.output import say
-
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
@@ -59,6 +57,5 @@ def explain(
         captions=captions,
         checkpoint=checkpoint,
         device=device,
-        on_message=say,
     )
     click.echo(page)

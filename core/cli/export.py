@@ -6,8 +6,6 @@ from pathlib import Path
 
 import click
 
-from svb.cli.output import say
-
 
 @click.command()
 @click.argument("store", type=click.Path(path_type=Path))
@@ -32,4 +30,4 @@ def export(store: Path, out: Path, layout: str, backbone: str | None) -> None:
     from svb.data.export import export as export_features
     from svb.data.feature_store import FeatureStore
 
-    click.echo(export_features(FeatureStore(store), out, layout=layout, backbone=backbone, on_message=say))
+    click.echo(export_features(FeatureStore(store), out, layout=layout, backbone=backbone))

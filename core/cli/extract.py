@@ -152,9 +152,9 @@ def extract(
     """
     from svb.data.feature_store import FeatureStore
     from svb.extract import run
-    from svb.extract.decode_options import Limits
+    from svb.extract.decode.options import Limits
+    from svb.extract.decode.sampling import Sampling
     from svb.extract.names import DEFAULT_BACKBONE
-    from svb.extract.sampling import Sampling
 
     asked: dict[str, Any] = {
         "fps": fps,
@@ -200,7 +200,6 @@ def extract(
             rank=place,
             ray=ray,
             on_progress=lambda progress: _show(meter, progress),
-            on_message=say,
         )
     finally:
         meter.close()
@@ -250,7 +249,7 @@ def _codes(retry_failed: str | None) -> tuple[str, ...]:
 
 
 def _rank(rank: int | None, world_size: int | None) -> tuple[int, int] | None:
-    from svb.extract.leases import rank_and_world
+    from svb.extract.together.leases import rank_and_world
 
     if rank is None and world_size is None:
         return rank_and_world()

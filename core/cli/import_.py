@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from svb.cli.output import Meter, say
+from svb.cli.output import Meter
 from svb.config import default_path
 
 
@@ -35,7 +35,7 @@ def import_(
     \b
     svb import s3d/ -o features/ --backbone s3d:howto100m --fps 1.5
     """
-    from svb.data.import_ import import_features
+    from svb.data.importing.import_features import import_features
 
     meter = Meter("videos")
     try:
@@ -47,7 +47,6 @@ def import_(
             array=array,
             fps=fps,
             on_progress=meter.update,
-            on_message=say,
         )
     finally:
         meter.close()

@@ -144,7 +144,6 @@ def index(
             rebuild=rebuild,
             watch_seconds=watch_seconds,
             device=device,
-            on_message=say,
             on_progress=meter.update,
         )
     finally:

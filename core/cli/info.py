@@ -151,8 +151,8 @@ def _describe_run(path: Path) -> dict[str, Any]:
 
 def _describe_index(path: Path) -> dict[str, Any]:
     from svb.errors import StoreError
-    from svb.retrieve.manifest import describe_index
     from svb.retrieve.searching.ivf import read_decision
+    from svb.retrieve.stored.manifest import describe_index
 
     held = describe_index(path)
     try:
@@ -191,13 +191,13 @@ def _verify_index(path: Path) -> list[str]:
 def _extract_again(path: Path, num_videos: int, device: str) -> list[str]:
     from svb.extract.recompute import recompute
 
-    return recompute(path, num_videos, device=device, on_message=say)
+    return recompute(path, num_videos, device=device)
 
 
 def _embed_again(path: Path, num_videos: int, device: str) -> list[str]:
     from svb.retrieve.indexing.verify_index import recompute_index
 
-    return recompute_index(path, num_videos, device=device, on_message=say)
+    return recompute_index(path, num_videos, device=device)
 
 
 _DESCRIBE = {

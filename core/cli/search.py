@@ -200,7 +200,7 @@ def _write(answers: Sequence[Answer], html: Path | None, cut: Path | None, index
         from svb.retrieve.searching.cut import cut_moments
 
         wanted = sum(len(result.moments) for answer in answers for result in answer.results)
-        clips = cut_moments(answers, cut, say)
+        clips = cut_moments(answers, cut)
         say(f"{cut} holds {len(clips)} of {wanted} clips" if wanted else "nothing was found that could be cut")
         if wanted and not clips:
             raise InputError(f"none of the {wanted} moments could be cut - the lines above say why")

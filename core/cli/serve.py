@@ -7,7 +7,6 @@ from pathlib import Path
 
 import click
 
-from svb.cli.output import say
 from svb.config import default_path
 from svb.errors import UsageError
 
@@ -54,6 +53,7 @@ def serve(
 
     # uvicorn's lines about its own start say nothing that ours do not.
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("svb.server").parent = logging.getLogger()  # what happens while it runs has a time
     options = ServeOptions(
         host=host,
         port=port,
@@ -63,7 +63,7 @@ def serve(
         max_upload_seconds=max_upload_seconds,
         max_searches=max_searches,
     )
-    run(index_path or default_path("SVB_INDEX", "index"), options, on_message=say)
+    run(index_path or default_path("SVB_INDEX", "index"), options)
 
 
 def _num_bytes(text: str) -> int:

@@ -89,7 +89,6 @@ def train(
         backbone=backbone,
         device=device,
         on_epoch=show,
-        on_message=say,
     )
     if is_first:
         click.echo(out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,8 @@ from svb.data.datasets import activitynet, msrvtt, msvd, vatex
 from svb.data.datasets.naming import match_names
 from svb.data.datasets.official import Annotations, KnownSplit
 from svb.errors import InputError, UsageError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,6 @@ def read_dataset(
     *,
     protocol: str | None = None,
     splits: Collection[str] = (),
-    on_message: Callable[[str], None] = lambda message: None,
 ) -> OfficialCaptions:
     """Read a data set's official annotation files.
 
@@ -71,7 +73,6 @@ def read_dataset(
         folder: Holds the annotation files under their official names, as they are or in zip files.
         protocol: Of the data set; its first where not given.
         splits: Which to read; all that the protocol has where none is given.
-        on_message: Called with a line that the user should see.
 
     Raises:
         InputError: A file is missing, damaged, or not the official one; names the file.
@@ -95,7 +96,7 @@ def read_dataset(
             f"{folder} is not a folder - expected the one that holds {dataset.title}'s annotation files"
         )
     chosen = [split for split in SPLITS if split in known and (not splits or split in splits)]
-    captions = dataset.read(Annotations(f"{dataset.title} {protocol}", folder, on_message), protocol, chosen)
+    captions = dataset.read(Annotations(f"{dataset.title} {protocol}", folder), protocol, chosen)
     rows = [
         (f"{video_id}#{number}", video_id, caption.strip(), split)
         for split in chosen
@@ -108,12 +109,14 @@ def read_dataset(
     table = make_caption_table(rows, has_split=True, source=str(folder))
     contents = split_contents(table)
     for split in chosen:
-        _check(f"{dataset.title} {protocol}", split, known[split], contents[split], on_message)
+        _check(f"{dataset.title} {protocol}", split, known[split], contents[split])
     return OfficialCaptions(table, name, protocol, contents)
 
 
-def _check(title: str, split: str, known: KnownSplit, found: Mapping[str, Any], say: Callable[[str], None]) -> None:
-    say(f"{title} {split}: {found['videos']} videos, {found['captions']} captions, ids {found['video_ids_hash']}")
+def _check(title: str, split: str, known: KnownSplit, found: Mapping[str, Any]) -> None:
+    logger.info(
+        f"{title} {split}: {found['videos']} videos, {found['captions']} captions, ids {found['video_ids_hash']}"
+    )
     if known.num_captions not in (None, found["captions"]):
         raise InputError(
             f"{title} {split}: {found['captions']} captions, but the official files have {known.num_captions} - a "
@@ -130,12 +133,10 @@ def _check(title: str, split: str, known: KnownSplit, found: Mapping[str, Any], 
             f"{what}: results would not compare with others' - get the files again, or give captions of your own "
             "as a table, without --dataset"
         )
-    say(what)
+    logger.info(what)
 
 
-def with_names_of(
-    official: OfficialCaptions, stored: Collection[str], *, on_message: Callable[[str], None] = lambda message: None
-) -> OfficialCaptions:
+def with_names_of(official: OfficialCaptions, stored: Collection[str]) -> OfficialCaptions:
     """Return the captions with the video_ids that a store has for the data set's videos.
 
     Videos that the store does not have keep the data set's own.
@@ -143,7 +144,6 @@ def with_names_of(
     Args:
         official: With the data set's own video_ids.
         stored: The store's video_ids.
-        on_message: Called with a line a split that says how many were found.
 
     Raises:
         InputError: None was found.
@@ -165,7 +165,7 @@ def with_names_of(
     for split, video_ids in ids_of.items():
         held = [video_id for video_id in video_ids if video_id in name_of]
         renamed = sum(name_of[video_id] != video_id for video_id in held)
-        on_message(
+        logger.info(
             f"{split}: the store has {len(held)} of {len(video_ids)} videos"
             + (f", {renamed} under another name" if renamed else "")
         )

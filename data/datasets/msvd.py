@@ -6,9 +6,12 @@ the order of their names. Every sentence is a query.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from svb.data.datasets.official import Annotations, Document, KnownSplit, OfficialFile, select
+
+logger = logging.getLogger(__name__)
 
 CAPTIONS = OfficialFile(
     ("AllVideoDescriptions.txt", "MSR Video Description Corpus.csv", "video_corpus.csv", "captions_msvd.json"),
@@ -43,7 +46,7 @@ def read(annotations: Annotations, protocol: str, splits: Sequence[str]) -> dict
     document = annotations.get(CAPTIONS)
     captions, num_empty = _without_empty(_READERS[document.name](document))
     if num_empty:
-        annotations.on_message(f"{document.place}: left out {num_empty} rows without a description")
+        logger.info(f"{document.place}: left out {num_empty} rows without a description")
     return {split: select(video_ids, captions, [document]) for split, video_ids in lists.items()}
 
 

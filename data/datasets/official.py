@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import zipfile
 import zlib
 from collections import Counter
@@ -17,6 +18,8 @@ from typing import Any
 
 from svb.data.caption_table import hash_lines
 from svb.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -104,13 +107,11 @@ class Annotations:
     Attributes:
         title: The data set, for messages.
         folder: Where they lie, as they are or in zip files.
-        on_message: Called with a line that the user should see.
         opened: What was read already, by place.
     """
 
     title: str
     folder: Path
-    on_message: Callable[[str], None]
     opened: dict[str, Document] = field(default_factory=dict)
 
     def get(self, file: OfficialFile) -> Document:
@@ -153,7 +154,7 @@ class Annotations:
             raise Document(file, name, place, "").error(
                 f"line {line}: byte {data[error.start]:#04x} is not UTF-8"
             ) from error
-        self.on_message(f"reading {place}")
+        logger.info(f"reading {place}")
         self.opened[place] = Document(file, name, place, text)
         return self.opened[place]
 

@@ -9,12 +9,12 @@ from typing import Any, cast
 
 import torch
 
+from svb.data.weights import hash_weights
 from svb.device import choose_precision
 from svb.errors import MismatchError, UsageError
 from svb.extract.backbones.backbone import Backbone, Classifier
 from svb.extract.backbones.fold import fold_batch_norms
 from svb.extract.names import split_name
-from svb.extract.weights import hash_weights
 
 FAMILIES = {
     "offline": "svb.extract.backbones.offline",

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import timm
 
+from svb.data.weights import load_state
 from svb.errors import ModelUnavailableError, UsageError
 from svb.extract.backbones.backbone import Backbone, cut_classifier, imagenet_class_names
-from svb.extract.weights import load_state
 
 # Each model's input size in pixels. Lite0's weights come with svb, the others' packages with its extra `offline`.
 MODELS = {"efficientnet-lite0": 224, "efficientnet-lite1": 240, "efficientnet-lite2": 260}

@@ -7,9 +7,9 @@ from typing import cast
 import torch
 from torch import nn
 
+from svb.data.weights import hash_weights
 from svb.extract.backbones.backbone import Backbone
 from svb.extract.clip import load_clip
-from svb.extract.weights import hash_weights
 
 
 class _ImageTower(nn.Module):

@@ -9,9 +9,9 @@ import timm
 from timm.data.config import resolve_model_data_config
 
 from svb.data.pretrained import hub
+from svb.data.weights import load_state, unavailable
 from svb.errors import InputError, UsageError
 from svb.extract.backbones.backbone import Backbone, Classifier, imagenet_class_names
-from svb.extract.weights import load_state, unavailable
 
 
 def load(name: str, model: str, weights: str) -> Backbone:

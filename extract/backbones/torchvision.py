@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torchvision
 
+from svb.data.weights import load_into, unavailable
 from svb.errors import UsageError
 from svb.extract.backbones.backbone import Backbone, cut_classifier
-from svb.extract.weights import load_into, unavailable
 
 # The number of frames that the video classifiers were trained on. torchvision tells it in prose alone, and
 # S3D's not at all: that is its training script's and its paper's, which evaluate on more.

@@ -7,10 +7,10 @@ from typing import cast
 
 import torch
 
+from svb.data.weights import hash_weights
 from svb.errors import UsageError
 from svb.extract.names import split_name
 from svb.extract.text_encoders.text_encoder import TextEncoder
-from svb.extract.weights import hash_weights
 
 FAMILIES = {
     "offline": "svb.extract.text_encoders.offline",

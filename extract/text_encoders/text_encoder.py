@@ -23,7 +23,7 @@ class TokenNetwork:
         tokenizer: A cleaned text to its tokens, those that the network wants around it included, as JSON of the
             `tokenizers` library; it neither cuts nor pads.
         token_ids: A text to the tokens that the encoder itself gives its network, cut but not padded.
-        cleaning: What is done to a text first, a name in `svb.retrieve.searching.text_tower.CLEANINGS`.
+        cleaning: What is done to a text first, a name in `svb.retrieve.model.text_tower.CLEANINGS`.
         padded_to: L of every text where padding changes the features; None where any L will do.
         padding: The token to pad with.
     """

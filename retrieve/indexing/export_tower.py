@@ -24,9 +24,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from svb.extract.text_encoders.text_encoder import TextEncoder, TokenNetwork
-from svb.retrieve.embedder import Embedder, heads_embedder
-from svb.retrieve.searching.text_tower import FORMAT, INPUT, OUTPUT, TOKENIZER, TextTower
+from svb.retrieve.model.embedder import Embedder, heads_embedder
+from svb.retrieve.model.text_tower import FORMAT, INPUT, OUTPUT, TOKENIZER, TextTower
 from svb.train.metrics import t2v_ranks
+
+logger = logging.getLogger(__name__)
 
 # Points of t2v R@1 that int8 may lose.
 MAX_LOSS = 0.3
@@ -87,9 +89,8 @@ def export_tower(
     check: ValCheck | None,
     *,
     precision: str = "auto",
-    on_message: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any] | None:
-    """Write the files of a text tower; see `svb.retrieve.searching.text_tower`.
+    """Write the files of a text tower; see `svb.retrieve.model.text_tower`.
 
     Args:
         folder: Where to; it stays empty where the encoder cannot be exported.
@@ -97,7 +98,6 @@ def export_tower(
         text_encoder: The encoder.
         check: Val captions; with fewer than `MIN_CHECKED`, `auto` stays with float32.
         precision: `auto`, `float32` or `int8`.
-        on_message: Called with a line that the user should see.
 
     Returns:
         What its entry in the manifest says of it, or None where it cannot be exported: text search will load torch.
@@ -109,13 +109,13 @@ def export_tower(
         try:
             entry, files = _export(Path(aside), embedder, text_encoder, check, precision)
         except _NotExportedError as error:
-            on_message(
+            logger.info(
                 f"text searches of this index will load torch: {text_encoder.name} was not exported ({error})"
             )
             return None
         for file in files:
             file.rename(folder / file.name)
-    on_message(_described(entry))
+    logger.info(_described(entry))
     return entry
 
 

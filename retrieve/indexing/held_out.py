@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svb.retrieve.searching.vectors import SegmentVectors, Vectors
-from svb.retrieve.segment import Segment
+from svb.retrieve.stored.segment import Segment
 
 K = 10
 # The ten best videos are sought among so many moments, as neighbouring moments of one video are alike.

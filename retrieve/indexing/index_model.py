@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import torch
 
     from svb.extract.text_encoders.text_encoder import TextEncoder
-    from svb.retrieve.embedder import Embedder
-    from svb.retrieve.inputs import Inputs
+    from svb.retrieve.model.embedder import Embedder
+    from svb.retrieve.model.inputs import Inputs
 
 
 class IndexModel:
@@ -60,8 +60,8 @@ class IndexModel:
 
     @cached_property
     def inputs(self) -> Inputs:
-        """Return embedder, store and captions; errors as `svb.retrieve.inputs.open_inputs`."""
-        from svb.retrieve.inputs import open_inputs
+        """Return embedder, store and captions; errors as `svb.retrieve.model.inputs.open_inputs`."""
+        from svb.retrieve.model.inputs import open_inputs
 
         source = self.source
         return open_inputs(
@@ -86,7 +86,7 @@ class IndexModel:
         Raises:
             MismatchError: The weights here are others than the captions were encoded with.
         """
-        from svb.retrieve.embedder import load_matching_text_encoder
+        from svb.retrieve.model.embedder import load_matching_text_encoder
 
         settings: dict[str, Any] = self.embedder.model["text"]["text_encoder"]
         return load_matching_text_encoder(settings, self.device)
@@ -94,7 +94,7 @@ class IndexModel:
     def _made_before(self, model: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
         """Return the weights that the index holds of a model; none where it is of another, or they are damaged."""
         from svb.config import fingerprint
-        from svb.retrieve.embedder import load_heads
+        from svb.retrieve.model.embedder import load_heads
 
         if self._index is None or self._index[1].get("model_fingerprint") != fingerprint(model):
             return {}

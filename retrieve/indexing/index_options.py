@@ -11,7 +11,7 @@ from typing import Any, Literal
 from svb.config import fingerprint
 from svb.errors import UsageError
 from svb.retrieve.indexing.index_source import state_of
-from svb.retrieve.segment import MomentWindows
+from svb.retrieve.stored.segment import MomentWindows
 
 DEFAULT_MOMENT_SECONDS = 4.0
 # A frame is hardly shown shorter; a stride of next to nothing would make moments without end.
@@ -48,7 +48,7 @@ class PartOptions:
         if self.latency_budget_seconds is not None:
             require_positive("latency_budget_seconds", self.latency_budget_seconds)
         if self.to not in (None, LOCAL):
-            from svb.retrieve.searching.milvus_server import Target
+            from svb.retrieve.milvus.milvus_server import Target
 
             Target.parse(self.to)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,15 +15,16 @@ from svb.errors import InputError, ModelUnavailableError, SvbError
 from svb.retrieve.indexing.index_model import IndexModel
 from svb.retrieve.indexing.index_options import LOCAL, PartOptions
 from svb.retrieve.indexing.index_plan import live_videos
-from svb.retrieve.manifest import part_folder, publish_part
-from svb.retrieve.pools import open_pool, publish_pool
-from svb.retrieve.segment import Segment, require_sizes
+from svb.retrieve.stored.manifest import part_folder, publish_part
+from svb.retrieve.stored.pools import open_pool, publish_pool
+from svb.retrieve.stored.segment import Segment, require_sizes
 
 if TYPE_CHECKING:
     from svb.data.caption_features import CaptionFeatures
     from svb.retrieve.indexing.export_tower import ValCheck
 
-OnMessage = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 # Sidecars' captions that are embedded before what was done is saved.
 SAVED_CAPTIONS = 32_768
 
@@ -35,14 +37,11 @@ class IndexParts:
         draft: The next manifest, with `inputs`.
         model: Loaded only where something must be embedded.
         options: What was asked for just now.
-        on_message: Called with a line that the user should see.
     """
 
-    def __init__(
-        self, out: Path, draft: dict[str, Any], model: IndexModel, options: PartOptions, on_message: OnMessage
-    ) -> None:
+    def __init__(self, out: Path, draft: dict[str, Any], model: IndexModel, options: PartOptions) -> None:
         self._out, self._draft, self._model = out, draft, model
-        self._options, self._on_message = options, on_message
+        self._options = options
         self._lacks_tower = False
 
     def drop_damaged(self) -> bool:
@@ -57,7 +56,7 @@ class IndexParts:
                 try:
                     require_sizes(folder, entry["sizes"])
                 except (OSError, ValueError) as error:
-                    self._on_message(f"{folder} is damaged ({error}): it is made again")
+                    logger.info(f"{folder} is damaged ({error}): it is made again")
                     self._draft[part].remove(entry)
                     self._draft["finished"] = None
                     if part == "text":
@@ -101,7 +100,7 @@ class IndexParts:
         entries = self._pools("sidecar")
         held = open_pool(self._out, entries[0]) if entries else None
         while True:
-            pool = sidecar_pool(videos, self._embed, held, max_captions=SAVED_CAPTIONS, on_message=self._on_message)
+            pool = sidecar_pool(videos, self._embed, held, max_captions=SAVED_CAPTIONS)
             if pool is held:
                 return
             found = [] if pool is None else [publish_pool(self._out, pool)]
@@ -117,23 +116,21 @@ class IndexParts:
         if uri == LOCAL:
             self._draft["vectors"] = None
             return
-        from svb.retrieve.indexing.milvus_mirror import mirror
+        from svb.retrieve.milvus.milvus_mirror import mirror
 
-        self._draft["vectors"] = mirror(
-            self._out, self._draft, uri, on_message=self._on_message, on_progress=on_progress
-        )
+        self._draft["vectors"] = mirror(self._out, self._draft, uri, on_progress=on_progress)
 
     def remove_gone(self) -> None:
         """Have a server give up what the index, as it was committed, does not hold any more."""
         if self._draft["vectors"] is not None:
-            from svb.retrieve.indexing.milvus_mirror import remove_gone
+            from svb.retrieve.milvus.milvus_mirror import remove_gone
 
-            remove_gone(self._out, self._draft, self._on_message)
+            remove_gone(self._out, self._draft)
 
     def _update_heads(self) -> None:
         from safetensors.torch import save_file
 
-        from svb.retrieve.embedder import HEADS
+        from svb.retrieve.model.embedder import HEADS
 
         weights = self._model.embedder.weights
         if weights:
@@ -161,20 +158,20 @@ class IndexParts:
         entries = []
         for path, *_ in self._draft["inputs"]["pools"]:
             if self._options.pools is None and path in held and not Path(path).is_file():
-                self._on_message(f"{path} has gone: what was read of it before stays a pool")
+                logger.info(f"{path} has gone: what was read of it before stays a pool")
                 entries.append(held[path])
             elif path in held and Path(path).is_file() and hash_file(Path(path)).startswith(held[path]["source"]):
                 entries.append(held[path])
             else:
                 self._require_there(path, self._options.pools is not None, "--pool", "--no-pools")
-                pool = file_pool(Path(path), self._embed, self._on_message)
+                pool = file_pool(Path(path), self._embed)
                 entries.append({**publish_pool(self._out, pool), "path": path})
         return entries
 
     def _embed(self, captions: Sequence[str]) -> Any:
         from svb.retrieve.indexing.make_pools import caption_embedder
 
-        embed = caption_embedder(self._model.embedder, lambda: self._model.text_encoder, self._on_message)
+        embed = caption_embedder(self._model.embedder, lambda: self._model.text_encoder)
         return embed(captions)
 
     def _update_metadata(self, segments: Sequence[Segment]) -> None:
@@ -184,11 +181,11 @@ class IndexParts:
             self._draft["metadata"] = []
         for path, *_ in self._draft["inputs"]["metadata"]:
             if self._options.metadata is None and self._draft["metadata"] and not Path(path).is_file():
-                self._on_message(f"{path} has gone: what was read of it before stays")
+                logger.info(f"{path} has gone: what was read of it before stays")
             else:
                 self._require_there(path, self._options.metadata is not None, "--metadata", "--no-metadata")
                 video_ids = {video_id for video_id, _ in live_videos(segments)}
-                self._draft["metadata"] = [publish_metadata(self._out, Path(path), video_ids, self._on_message)]
+                self._draft["metadata"] = [publish_metadata(self._out, Path(path), video_ids)]
 
     def _require_there(self, path: str, is_asked: bool, option: str, without: str) -> None:
         """Refuse to lose in silence what an index was made with before; what is asked for now says so itself."""
@@ -210,14 +207,14 @@ class IndexParts:
         try:
             encoder = self._model.text_encoder
         except SvbError as error:  # a search by text would meet it too; one by video would not
-            self._on_message(f"no text tower: {error}")
+            logger.info(f"no text tower: {error}")
             self._draft["text"], self._draft["text_made_for"] = [], None
             self._lacks_tower = isinstance(error, ModelUnavailableError)  # which the next run may have
             return
 
         def write(folder: Path) -> None:
             check = self._val_check(segments)
-            entry = export_tower(folder, embedder, encoder, check, precision=precision, on_message=self._on_message)
+            entry = export_tower(folder, embedder, encoder, check, precision=precision)
             described.append(entry)
 
         part = publish_part(self._out, "text", write)
@@ -251,7 +248,7 @@ class IndexParts:
         from svb.train.training_data import positions_of_splits
 
         fraction = self._model.inputs.config.put_aside
-        return positions_of_splits(captions, val_fraction=fraction, on_message=_say_nothing)
+        return positions_of_splits(captions, val_fraction=fraction, quiet=True)
 
     def _update_hubs(self, segments: Sequence[Segment]) -> None:
         import torch
@@ -271,13 +268,10 @@ class IndexParts:
             splits=self._splits(captions),
             embed=lambda positions: embedder.embed_captions(torch.from_numpy(captions.features[positions])),
             model_fingerprint=embedder.fingerprint,
-            on_message=self._on_message,
         )
 
 
-def keep_scan_within_budget(
-    out: Path, manifest: Mapping[str, Any], segments: Sequence[Segment], on_message: OnMessage
-) -> None:
+def keep_scan_within_budget(out: Path, manifest: Mapping[str, Any], segments: Sequence[Segment]) -> None:
     """Have a committed index searched exactly, or approximately where the exact scan would take too long."""
     if manifest["vectors"] is not None:
         return  # a server searches it
@@ -289,10 +283,5 @@ def keep_scan_within_budget(
         segments,
         budget_seconds=manifest["inputs"]["latency_budget_seconds"],
         captions=open_pool(out, training[0]).embeddings if training else None,
-        on_message=on_message,
     )
-    on_message(describe(decision))
-
-
-def _say_nothing(message: str) -> None:
-    pass
+    logger.info(describe(decision))

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from svb.data.shard import VideoRecord
-from svb.retrieve.indexing.record_rows import content_of, is_untouched
-from svb.retrieve.segment import Segment
+from svb.retrieve.stored.record_rows import content_of, is_untouched
+from svb.retrieve.stored.segment import Segment
 
 # The number of a segment, and a video's row in it.
 Place = tuple[int, int]

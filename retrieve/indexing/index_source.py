@@ -14,7 +14,7 @@ from svb.data.feature_store import FeatureStore, shard_names
 
 @dataclass(frozen=True)
 class IndexSource:
-    """A run or a store, and the options that say how it is read; see `svb.retrieve.inputs.open_inputs`."""
+    """A run or a store, and the options that say how it is read; see `svb.retrieve.model.inputs.open_inputs`."""
 
     path: Path
     store: Path | None = None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from svb.data.publish import FolderLock
 from svb.errors import MismatchError, StoreError
 from svb.retrieve.indexing.index_plan import Place
 from svb.retrieve.indexing.merge import choose_merges, live_moments, write_merged
-from svb.retrieve.manifest import commit, publish_part, read_manifest, remove_unnamed
-from svb.retrieve.segment import Segment, open_segment, write_segment
+from svb.retrieve.stored.manifest import commit, publish_part, read_manifest, remove_unnamed
+from svb.retrieve.stored.segment import Segment, open_segment, write_segment
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -43,8 +46,6 @@ class IndexWriter:
     Args:
         out: The index's folder.
         rebuild: Begin with nothing, and let what is there alone until the first commit.
-        on_message: Called with a line for each segment that is damaged, as far as sizes tell: the draft does not
-            have it, so that its videos are embedded again.
 
     Attributes:
         before: The manifest that is there, whose settings go on; empty where there is none that can be read.
@@ -55,9 +56,7 @@ class IndexWriter:
         StoreError: The manifest that is there is damaged.
     """
 
-    def __init__(
-        self, out: Path, *, rebuild: bool = False, on_message: Callable[[str], None] = lambda message: None
-    ) -> None:
+    def __init__(self, out: Path, *, rebuild: bool = False) -> None:
         self._out = out
         self.before: dict[str, Any] = {}
         if (out / "manifest.json").exists():
@@ -66,7 +65,7 @@ class IndexWriter:
             except StoreError as error:
                 if not rebuild:
                     raise
-                on_message(
+                logger.info(
                     f"{error}; nothing of how it was made is known, so what is not said now is as by default"
                 )
         self._generation = int(self.before.get("generation", 0))
@@ -74,7 +73,7 @@ class IndexWriter:
         self.draft: dict[str, Any] = _empty() if self._committed is None else copy.deepcopy(self._committed)
         self.segments: list[Segment] = []
         if self._committed is not None:
-            self._open_segments(on_message)
+            self._open_segments()
             remove_unnamed(out, self._committed)  # what a run left that was killed
 
     @property
@@ -144,14 +143,14 @@ class IndexWriter:
         self._committed = copy.deepcopy(self.draft)
         return True
 
-    def _open_segments(self, on_message: Callable[[str], None]) -> None:
+    def _open_segments(self) -> None:
         for entry in list(self.draft["segments"]):
             try:
                 self.segments.append(self._open(entry))
             except StoreError as error:
                 if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
                     raise  # what cannot be read now may be whole
-                on_message(
+                logger.info(
                     f"segments/{entry['key']} is damaged ({error.__cause__ or error}): its {entry['videos']:,} "
                     "videos are embedded again, as far as the store has them"
                 )

@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,11 +30,13 @@ from svb.errors import StoreError
 from svb.retrieve.answer import RANKED_BY
 from svb.retrieve.indexing.hubs_on_val import Val, describe, measure_on_val
 from svb.retrieve.indexing.video_scores import chunks, video_scores
-from svb.retrieve.manifest import publish_part
-from svb.retrieve.normalise import BLOCK, QB_NORM_SCALE, query_bank
+from svb.retrieve.measure.normalise import BLOCK, QB_NORM_SCALE, query_bank
 from svb.retrieve.searching.catalog import Catalog
 from svb.retrieve.searching.hubs import LOWEST, SegmentHubs, combine, read_hubs
-from svb.retrieve.segment import Segment
+from svb.retrieve.stored.manifest import publish_part
+from svb.retrieve.stored.segment import Segment
+
+logger = logging.getLogger(__name__)
 
 BANK_CAPTIONS = 10_000
 VAL_CAPTIONS = 2_000
@@ -74,7 +77,6 @@ def index_hubs(
     splits: Mapping[str, list[int]],
     embed: Embed,
     model_fingerprint: str,
-    on_message: Callable[[str], None] = lambda message: None,
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     """Publish the hubs of every segment that has none yet, and measure on val whether they help.
 
@@ -86,7 +88,6 @@ def index_hubs(
         splits: Positions in the table of the captions of `train`, the bank, and of `val`.
         embed: Returns `(n, D)` embeddings of the captions at some positions.
         model_fingerprint: Of the model that embeds them and has embedded the videos.
-        on_message: Called with a line that the user should see.
 
     Returns:
         The manifest's `hubs` and `normalise`; none without a train split.
@@ -105,7 +106,7 @@ def index_hubs(
     asked = _sample(table, of_live, VAL_CAPTIONS)
     val = Val(embed(asked), [table.video_ids[position] for position in asked]) if asked else None
     normalise = {**measure_on_val(segments, banks, val), "scale": QB_NORM_SCALE, "bank": len(bank)}
-    on_message(describe(normalise))
+    logger.info(describe(normalise))
     return entries, normalise
 
 

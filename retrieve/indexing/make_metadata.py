@@ -1,11 +1,12 @@
-"""`svb index --metadata FILE`: a table of a user's own -> columns of an index, see `svb.retrieve.metadata`."""
+"""`svb index --metadata FILE`: a table of a user's own -> columns of an index, see `stored.metadata`."""
 
 from __future__ import annotations
 
 import datetime
+import logging
 import math
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from numpy.typing import NDArray
 
 from svb.data.tables import TableKind, is_storable, read_table
 from svb.errors import InputError
-from svb.retrieve.columns import StringColumn
-from svb.retrieve.manifest import publish_part
-from svb.retrieve.metadata import NUMBER, shown
+from svb.retrieve.stored.columns import StringColumn
+from svb.retrieve.stored.manifest import publish_part
+from svb.retrieve.stored.metadata import NUMBER, shown
+
+logger = logging.getLogger(__name__)
 
 Value = float | str | None
 
@@ -28,9 +31,7 @@ _EXACT = 2.0**53
 CAPTION = "caption"
 
 
-def publish_metadata(
-    out: Path, table: Path, video_ids: Collection[str], on_message: Callable[[str], None] = lambda message: None
-) -> dict[str, Any]:
+def publish_metadata(out: Path, table: Path, video_ids: Collection[str]) -> dict[str, Any]:
     """Write a table's values into an index and return its entry for the manifest, under `metadata`.
 
     A column whose every value is a number is one of numbers; any other is text.
@@ -40,16 +41,14 @@ def publish_metadata(
         table: CSV, JSON lines or Parquet with `video_id` and any columns. In a table of captions, which has a
             column `caption` and a row for each, what is the same in all of a video's rows is said of the video.
         video_ids: Of the index.
-        on_message: Called with a line on the videos that the index does not hold, and on columns of a table of
-            captions that are left out.
 
     Raises:
         InputError: The table cannot be read, has no other column or no row, or says two things of one video.
     """
-    rows = _read(table, on_message)
+    rows = _read(table)
     unknown = sorted({*rows} - {*video_ids})
     if unknown:
-        on_message(
+        logger.info(
             f"{table}: {len(unknown)} of {len(rows)} videos are not in the index, first {unknown[0]!r}; what "
             "is said of them is kept for when they are"
         )
@@ -71,7 +70,7 @@ def publish_metadata(
     return {**publish_part(out, "metadata", write), "columns": kinds}
 
 
-def _read(table: Path, on_message: Callable[[str], None]) -> dict[str, dict[str, Value]]:
+def _read(table: Path) -> dict[str, dict[str, Value]]:
     """Return the values of every video, by video_id."""
     rows: dict[str, dict[str, Value]] = {}
     differing: dict[str, str] = {}
@@ -90,7 +89,9 @@ def _read(table: Path, on_message: Callable[[str], None]) -> dict[str, dict[str,
     if not rows:
         raise InputError(f"{table} holds no rows - expected rows with video_id and columns of your own")
     for name, video_id in differing.items():
-        on_message(f"{table}: {name} is not the same in all rows of a video, first of {video_id!r}; it is left out")
+        logger.info(
+            f"{table}: {name} is not the same in all rows of a video, first of {video_id!r}; it is left out"
+        )
     return {
         video_id: {name: value for name, value in values.items() if name not in differing}
         for video_id, values in rows.items()

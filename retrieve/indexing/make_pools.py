@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -15,18 +16,19 @@ from numpy.typing import NDArray
 from svb.config import fingerprint
 from svb.data.tables import TableKind, is_storable, read_table, text_of
 from svb.errors import InputError
-from svb.retrieve.columns import StringColumn
 from svb.retrieve.indexing.sidecars import SUFFIXES, Cue, find_sidecars, read_sidecar
-from svb.retrieve.pools import Pool, SidecarRows
+from svb.retrieve.stored.columns import StringColumn
+from svb.retrieve.stored.pools import Pool, SidecarRows
 
 if TYPE_CHECKING:
     from svb.data.caption_features import CaptionFeatures
     from svb.extract.text_encoders.text_encoder import TextEncoder
-    from svb.retrieve.embedder import Embedder
+    from svb.retrieve.model.embedder import Embedder
+
+logger = logging.getLogger(__name__)
 
 # Captions to `(C, D)` float32, L2-normalised.
 EmbedCaptions = Callable[[Sequence[str]], NDArray[np.float32]]
-OnMessage = Callable[[str], None]
 # A file's size in bytes and mtime_ns.
 State = tuple[int, int]
 # Of a user's own captions: ten million of them.
@@ -37,15 +39,12 @@ _KIND = TableKind(
 )
 
 
-def caption_embedder(
-    embedder: Embedder, load: Callable[[], TextEncoder], on_message: OnMessage = lambda message: None
-) -> EmbedCaptions:
+def caption_embedder(embedder: Embedder, load: Callable[[], TextEncoder]) -> EmbedCaptions:
     """Return what embeds captions; the text encoder is loaded when there are any.
 
     Args:
         embedder: Of the index.
         load: Returns the text encoder that belongs to it.
-        on_message: Called with a line when captions are longer than the encoder reads.
     """
 
     def embed(captions: Sequence[str]) -> NDArray[np.float32]:
@@ -54,7 +53,7 @@ def caption_embedder(
         encoder = load()
         cut = [caption for caption in captions if encoder.num_tokens(caption) > encoder.max_tokens]
         if cut:
-            on_message(
+            logger.info(
                 f"{len(cut)} captions are longer than the {encoder.max_tokens} tokens that {encoder.name} reads; "
                 f"the rest of each was not seen, first of {cut[0][:60]!r}"
             )
@@ -75,13 +74,12 @@ def training_pool(captions: CaptionFeatures, embedder: Embedder) -> Pool:
     return _pool("training", "training", captions.fingerprint, rows, embeddings)
 
 
-def file_pool(path: Path, embed: EmbedCaptions, on_message: OnMessage = lambda message: None) -> Pool:
+def file_pool(path: Path, embed: EmbedCaptions) -> Pool:
     """Return the captions of a user's file.
 
     Args:
         path: A text file with a caption a line, subtitles, or a table with `caption` and optionally `video_id`.
         embed: Of the index's model.
-        on_message: Called with a line on what was left out.
 
     Raises:
         InputError: It cannot be read, or holds no caption.
@@ -89,9 +87,9 @@ def file_pool(path: Path, embed: EmbedCaptions, on_message: OnMessage = lambda m
     if path.suffix.lower() in SUFFIXES:
         if not path.is_file():
             raise InputError(f"no caption pool at {path} - expected a file with a caption a line")
-        rows = [(cue, "") for cue in read_sidecar(path, on_message, MAX_FILE_BYTES)]
+        rows = [(cue, "") for cue in read_sidecar(path, MAX_FILE_BYTES)]
     else:
-        rows = _table_rows(path, on_message)
+        rows = _table_rows(path)
     rows = list(dict.fromkeys(rows))
     if not rows:
         raise InputError(f"{path} holds no captions - expected one a line, or a table with a column caption")
@@ -105,7 +103,6 @@ def sidecar_pool(
     previous: Pool | None = None,
     *,
     max_captions: int | None = None,
-    on_message: OnMessage = lambda message: None,
 ) -> Pool | None:
     """Return the captions of all sidecars; what is known of unchanged ones is not made again.
 
@@ -115,7 +112,6 @@ def sidecar_pool(
         previous: The pool that was made with the same model before.
         max_captions: About how many to embed at most, so that a long work can be saved in between: call it again
             with what it returned, until that is what it returns.
-        on_message: Called with a line on every file that cannot be read as it is.
 
     Returns:
         `previous` itself where nothing has changed; None where no sidecar holds a caption.
@@ -126,7 +122,7 @@ def sidecar_pool(
     for key, state in sorted(_states(videos).items()):
         cues = known.get((key[0], state))
         if cues is None and (max_captions is None or num_new < max_captions):
-            cues = _read(Path(key[0]), on_message)
+            cues = _read(Path(key[0]))
             num_new += len(cues)
         if cues is not None:  # one without words is remembered too, so that what is wrong with it is said once
             kept.append((key, state, cues))
@@ -173,15 +169,15 @@ def _known(previous: Pool | None) -> dict[tuple[str, State], list[Cue]]:
     }
 
 
-def _read(path: Path, on_message: OnMessage) -> list[Cue]:
+def _read(path: Path) -> list[Cue]:
     try:
-        return read_sidecar(path, on_message)
+        return read_sidecar(path)
     except InputError as error:
-        on_message(f"{error}; it was left out")
+        logger.info(f"{error}; it was left out")
         return []
 
 
-def _table_rows(path: Path, on_message: OnMessage) -> list[tuple[Cue, str]]:
+def _table_rows(path: Path) -> list[tuple[Cue, str]]:
     rows, num_empty = list[tuple[Cue, str]](), 0
     for place, row in read_table(path, _KIND):
         caption, video_id = text_of(row["caption"]).strip(), text_of(row.get("video_id"))
@@ -191,7 +187,7 @@ def _table_rows(path: Path, on_message: OnMessage) -> list[tuple[Cue, str]]:
         if caption:
             rows.append((Cue(caption), video_id))
     if num_empty:
-        on_message(f"{path}: {num_empty} rows have no caption and were left out")
+        logger.info(f"{path}: {num_empty} rows have no caption and were left out")
     return rows
 
 

@@ -23,9 +23,9 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
 from svb.data.shard import VideoRecord
-from svb.retrieve.columns import StringColumn
-from svb.retrieve.indexing.record_rows import segment_of
-from svb.retrieve.segment import COLUMNS, DTYPES, Segment
+from svb.retrieve.stored.columns import StringColumn
+from svb.retrieve.stored.record_rows import segment_of
+from svb.retrieve.stored.segment import COLUMNS, DTYPES, Segment
 
 # A gigabyte of embeddings of 512 numbers.
 FULL_MOMENTS = 2**20

@@ -8,14 +8,17 @@ to be told the encoding. Hence an own reader, of SubRip and WebVTT alike.
 from __future__ import annotations
 
 import html
+import logging
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 from svb.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 SUFFIXES = (".srt", ".vtt", ".txt")
 # The words of a day of talking are a quarter of this.
@@ -62,28 +65,25 @@ def find_sidecars(videos: Iterable[Path]) -> dict[Path, list[Path]]:
     return found
 
 
-def read_sidecar(
-    path: Path, on_message: Callable[[str], None] = lambda message: None, max_bytes: int = MAX_BYTES
-) -> list[Cue]:
+def read_sidecar(path: Path, max_bytes: int = MAX_BYTES) -> list[Cue]:
     """Read a sidecar's cues, in order of time; of a `.txt` file its lines, which have no times.
 
     Tags and positions are left out. Words that the next cue repeats, as rolling subtitles do, are one cue.
 
     Args:
         path: The file; its suffix tells the format.
-        on_message: Called with a line for a file that is not UTF-8, or that has broken cues.
         max_bytes: A larger file is none that someone wrote to go with a video.
 
     Raises:
         InputError: The file cannot be read, is too large, or holds no text.
     """
-    text = _read_text(path, on_message, max_bytes)
+    text = _read_text(path, max_bytes)
     if path.suffix.lower() == ".txt":
         lines = (_clean(line) for line in text.split("\n"))
         return [Cue(line) for line in lines if line]
     cues, num_broken = _parse(text)
     if num_broken:
-        on_message(
+        logger.info(
             f"{path}: {num_broken} of {num_broken + len(cues)} cues have no readable times and were left out"
         )
     return _without_repeats(cues)
@@ -96,7 +96,7 @@ def _candidates(folder: Path) -> list[Path]:
         return []  # a folder that is gone has no sidecars
 
 
-def _read_text(path: Path, on_message: Callable[[str], None], max_bytes: int) -> str:
+def _read_text(path: Path, max_bytes: int) -> str:
     try:
         with path.open("rb") as file:
             data = file.read(max_bytes + 1)
@@ -106,19 +106,19 @@ def _read_text(path: Path, on_message: Callable[[str], None], max_bytes: int) ->
         raise InputError(
             f"{path} has more than {max_bytes / 2**20:g} MiB, which no captions take - cut it, or move it away"
         )
-    text = _decode(path, data, on_message)
+    text = _decode(path, data)
     if "\0" in text:
         raise InputError(f"{path} is no text: it holds a NUL - save it as UTF-8, or move it away")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _decode(path: Path, data: bytes, on_message: Callable[[str], None]) -> str:
+def _decode(path: Path, data: bytes) -> str:
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         return data.decode("utf-16", "replace")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
-        on_message(f"{path} is not UTF-8: it is read as Windows-1252 - save it as UTF-8 if letters come out wrong")
+        logger.info(f"{path} is not UTF-8: it is read as Windows-1252 - save it as UTF-8 if letters come out wrong")
         return data.decode("cp1252", "replace")
 
 

@@ -4,15 +4,16 @@
 
     segments = open_segments(out, manifest)
     decision = keep_within_budget(out, segments, budget_seconds=0.1, captions=(C, D) training captions or None)
-    on_message(describe(decision))
+    logger.info(describe(decision))
 
 `cache/ivf.json` holds the decision for searches and for `svb info`, see `svb.retrieve.searching.ivf`.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ from svb.retrieve.indexing.held_out import Truth, draw_queries, find_truth, meas
 from svb.retrieve.indexing.scan_speed import seconds_a_query
 from svb.retrieve.searching.ivf import DECISION, IvfVectors, checksum_head, open_ivf, read_decision, read_ivf
 from svb.retrieve.searching.vectors import SegmentVectors
-from svb.retrieve.segment import Segment
+from svb.retrieve.stored.segment import Segment
+
+logger = logging.getLogger(__name__)
 
 RECALL = 0.99
 # Fewer rows than this are compared faster than a list of lists is gone through.
@@ -47,7 +50,6 @@ def keep_within_budget(
     *,
     budget_seconds: float,
     captions: NDArray[np.floating] | None = None,
-    on_message: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
     """Decide how moments are searched, and make the approximate index where that is needed.
 
@@ -56,7 +58,6 @@ def keep_within_budget(
         segments: All of the index, in the manifest's order.
         budget_seconds: What the search of one query's nearest moments may take.
         captions: `(C, D)` of the kind that is searched for, to tune with; moments stand in for them.
-        on_message: Called with a line before something that takes long.
 
     Returns:
         The decision, as it is written to `cache/ivf.json`; `describe` tells it in words.
@@ -68,7 +69,7 @@ def keep_within_budget(
         measured = _measure_scan(exact, segments, queries, budget_seconds)
         decision = {**measured, "file": None, "reason": "", "queries": kind}
         if measured["exact_seconds"] > budget_seconds:
-            on_message(f"{describe(decision)}: trying an approximate index")
+            logger.info(f"{describe(decision)}: trying an approximate index")
             decision |= _try_ivf(folder / "cache", exact, segments, queries, decision)
     if not _is_written(folder, decision):
         publish_description(folder / "cache" / DECISION, decision)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +15,17 @@ from numpy.typing import NDArray
 from svb.config import require_same
 from svb.data.publish import hash_file
 from svb.errors import InputError, StoreError, UsageError
-from svb.retrieve.columns import StringColumn
 from svb.retrieve.indexing.index_plan import Place, live_videos
-from svb.retrieve.indexing.record_rows import content_of
-from svb.retrieve.manifest import named_parts, part_folder, read_manifest
 from svb.retrieve.searching.ivf import verify_ivf
-from svb.retrieve.segment import COLUMNS, MomentWindows, Segment, open_segment
+from svb.retrieve.stored.columns import StringColumn
+from svb.retrieve.stored.manifest import named_parts, part_folder, read_manifest
+from svb.retrieve.stored.record_rows import content_of
+from svb.retrieve.stored.segment import COLUMNS, MomentWindows, Segment, open_segment
 
 if TYPE_CHECKING:
     from svb.data.feature_store import FeatureStore
+
+logger = logging.getLogger(__name__)
 
 # float16 rounds each number by at most 2^-11 of it, and so the length of a vector; the rest is to spare.
 NORM_TOLERANCE = 2.0**-10
@@ -133,7 +136,6 @@ def recompute_index(
     num_videos: int,
     *,
     device: str = "auto",
-    on_message: Callable[[str], None] = lambda message: None,
 ) -> list[str]:
     """Embed some videos of an index again from the features in its store, chosen by a hash, and compare.
 
@@ -141,7 +143,6 @@ def recompute_index(
         folder: The index's.
         num_videos: How many.
         device: Where to compute.
-        on_message: Called with what was compared.
 
     Returns:
         What differs by more than rounding, a line each.
@@ -154,8 +155,8 @@ def recompute_index(
     """
     from svb.data.feature_store import FeatureStore
     from svb.device import choose_device
-    from svb.retrieve.embedder import index_embedder
     from svb.retrieve.indexing.embed_segment import embed_segment
+    from svb.retrieve.model.embedder import index_embedder
 
     if num_videos < 1:
         raise UsageError(f"cannot recompute {num_videos} videos - give a positive number")
@@ -177,7 +178,7 @@ def recompute_index(
         difference = _difference(segments, chosen[video_id], again, row)
         if difference:
             problems.append(f"{folder}: video {video_id!r} differs: {difference}")
-    on_message(
+    logger.info(
         f"embedded {len(chosen)} of {manifest['videos']} videos again from {store.path}: "
         f"{len(chosen) - len(problems)} are the same but for rounding, {len(problems)} differ"
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from svb.retrieve.segment import Segment
+from svb.retrieve.stored.segment import Segment
 
 # So many embeddings are held in float32 at once.
 ROWS = 16_384

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 
 from svb.errors import InputError, Interrupted, StoreError
 from svb.interrupts import deferred_interrupts
+
+logger = logging.getLogger(__name__)
 
 # After a failure that may pass, such as a full disk, work is tried again though nothing has changed.
 RETRY_SECONDS = 60.0
@@ -18,7 +21,6 @@ def watch(
     work: Callable[[], None],
     watched: Callable[[], object],
     seconds: float,
-    on_message: Callable[[str], None] = lambda message: None,
 ) -> None:
     """Do work, and do it again after every change, until SIGINT or SIGTERM.
 
@@ -30,7 +32,6 @@ def watch(
         work: What to do.
         watched: Returns something that is another after a change.
         seconds: How long to wait between two looks.
-        on_message: Called with a line that the user should see.
 
     Raises:
         Interrupted: It was told to stop, which is how it ends; nothing is left half-done.
@@ -39,7 +40,7 @@ def watch(
     work()
     retry_at: float | None = None
     with deferred_interrupts() as interrupted:
-        on_message(f"watching: looking for changes every {seconds:g} s")
+        logger.info(f"watching: looking for changes every {seconds:g} s")
         while _wait(seconds, interrupted):
             try:
                 now = watched()
@@ -51,7 +52,7 @@ def watch(
                 if retry_at is not None and time.monotonic() < retry_at:
                     continue  # said already
                 retry_at = time.monotonic() + RETRY_SECONDS
-                on_message(f"{error} - trying again when something changes, or in {RETRY_SECONDS:g} s")
+                logger.info(f"{error} - trying again when something changes, or in {RETRY_SECONDS:g} s")
         raise Interrupted(interrupted(), "told to stop watching; run the same command again to go on")
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from typing import Any
 from svb.retrieve.measure.ablation_config import Ablation
 from svb.retrieve.measure.ablation_plan import PlannedRun
 from svb.retrieve.measure.ablation_run import Task
+
+logger = logging.getLogger(__name__)
 
 # How long a process may take to save what it has, when it is asked to end.
 END_SECONDS = 30.0
@@ -31,7 +34,6 @@ def run_all(
     *,
     jobs: int,
     device: str,
-    on_message: Callable[[str], None],
 ) -> dict[str, str]:
     """Train and evaluate runs, `jobs` at a time; one that fails does not keep the others from running.
 
@@ -41,7 +43,6 @@ def run_all(
         logs: Folder for what the processes of failed runs wrote to stderr.
         jobs: Runs at a time.
         device: `auto`, `cpu`, `cuda:0`, ...
-        on_message: Called with a line that the user should see.
 
     Returns:
         Errors of the runs that failed, by their name.
@@ -50,9 +51,7 @@ def run_all(
     failed: dict[str, str] = {}
     with ThreadPoolExecutor(jobs) as pool:
         futures = {
-            pool.submit(
-                processes.run, run, _task(run, ablation, device), logs, max(1, threads() // jobs), on_message
-            ): run
+            pool.submit(processes.run, run, _task(run, ablation, device), logs, max(1, threads() // jobs)): run
             for run in runs
         }
         try:
@@ -61,9 +60,9 @@ def run_all(
                 done = f"({number} of {len(runs)} done)"
                 if metrics is None:
                     failed[run.name] = error
-                    on_message(f"{run.name}: FAILED: {error} {done}")
+                    logger.info(f"{run.name}: FAILED: {error} {done}")
                 else:
-                    on_message(f"{run.name}: t2v R@1 {metrics['t2v/R@1']:.1f} {done}")
+                    logger.info(f"{run.name}: t2v R@1 {metrics['t2v/R@1']:.1f} {done}")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             processes.end()
@@ -101,9 +100,7 @@ class _Processes:
         self._lock, self._ended = threading.Lock(), False
         self._running: set[subprocess.Popen[bytes]] = set()
 
-    def run(
-        self, run: PlannedRun, task: Task, logs: Path, num_threads: int, on_message: Callable[[str], None]
-    ) -> tuple[dict[str, float] | None, str]:
+    def run(self, run: PlannedRun, task: Task, logs: Path, num_threads: int) -> tuple[dict[str, float] | None, str]:
         """Return a run's metrics, or None and why there are none."""
         logs.mkdir(parents=True, exist_ok=True)
         log = logs / f"{run.folder.parent.name},{run.folder.name}.log"
@@ -127,7 +124,7 @@ class _Processes:
                 event = _event(line)
                 last = event or last
                 if event and "message" in event:
-                    on_message(f"{run.name}: {event['message']}")
+                    logger.info(f"{run.name}: {event['message']}")
         with self._lock:
             self._running.discard(process)
         if "metrics" in last:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,16 @@ from svb.config import fingerprint
 from svb.data.caption_features import CaptionFeatures, read_caption_features
 from svb.data.feature_store import FeatureStore
 from svb.errors import InputError, SvbError
-from svb.retrieve.embedder import run_embedder
 from svb.retrieve.measure.ablation_config import Ablation, Cell
 from svb.retrieve.measure.ranks import FILE, Queries, read_ranks, require_same_queries
+from svb.retrieve.model.embedder import run_embedder
 from svb.train.checkpoint import load_checkpoint
 from svb.train.config import TrainConfig
 from svb.train.decoders import absolute_decoder
 from svb.train.run import read_run
 from svb.train.training_data import draw_captions, positions_of_splits
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Inputs:
     queries: Queries
 
 
-def plan(ablation: Ablation, out: Path, on_message: Callable[[str], None]) -> tuple[list[PlannedRun], Queries]:
+def plan(ablation: Ablation, out: Path, *, quiet: bool = False) -> tuple[list[PlannedRun], Queries]:
     """Find or choose a folder for each cell and seed.
 
     A run that is held already is found by what it was trained on and with, not by its name: it is kept when
@@ -82,6 +85,7 @@ def plan(ablation: Ablation, out: Path, on_message: Callable[[str], None]) -> tu
         InputError: A store, captions or the split's videos are missing.
         MismatchError: Cells would be asked different queries.
     """
+    tell = logger.debug if quiet else logger.info
     inputs = _open_inputs(ablation)
     queries = inputs[_key(ablation.baseline)].queries
     held: dict[str, Path] = {}
@@ -99,7 +103,7 @@ def plan(ablation: Ablation, out: Path, on_message: Callable[[str], None]) -> tu
                 if (folder / "config.json").exists() or folder in asked:
                     other = folder
                     folder = out / "runs" / f"{_slug(cell.name)}-{cell.identity[:6]}" / f"seed-{seed}"
-                    on_message(f"{other} holds a run with other settings, which is kept: this one goes to {folder}")
+                    tell(f"{other} holds a run with other settings, which is kept: this one goes to {folder}")
             asked.add(folder)
             run = PlannedRun(cell, seed, folder)
             is_trained = identity in held and _is_trained(run)
@@ -107,7 +111,7 @@ def plan(ablation: Ablation, out: Path, on_message: Callable[[str], None]) -> tu
             planned.append(dataclasses.replace(run, is_trained=is_trained, is_finished=is_finished))
     left = [folder for folder in held.values() if folder not in asked]
     if left:
-        on_message(f"{len(left)} runs in {out / 'runs'} are not asked for and are kept, first {left[0]}")
+        tell(f"{len(left)} runs in {out / 'runs'} are not asked for and are kept, first {left[0]}")
     return planned, queries
 
 
@@ -126,9 +130,7 @@ def _open_inputs(ablation: Ablation) -> dict[tuple[Path, Path, str | None, float
 
 def _queries_of_split(ablation: Ablation, store: FeatureStore, captions: CaptionFeatures, cell: Cell) -> Queries:
     splits = set(captions.table.splits)
-    positions = positions_of_splits(captions, val_fraction=cell.config.put_aside, on_message=lambda message: None)[
-        ablation.split
-    ]
+    positions = positions_of_splits(captions, val_fraction=cell.config.put_aside, quiet=True)[ablation.split]
     if not positions:
         raise InputError(
             f"{cell.captions} has no {ablation.split} split - expected one of {', '.join(sorted(splits))}"
@@ -156,9 +158,7 @@ def _queries(store: FeatureStore, captions: CaptionFeatures, positions: Sequence
 def _identity(cell: Cell, seed: int, inputs: Inputs) -> str:
     config = cell.with_seed(seed)
     config = dataclasses.replace(config, decoder=absolute_decoder(config.decoder))  # as a run remembers it
-    positions = positions_of_splits(
-        inputs.captions, val_fraction=config.put_aside, on_message=lambda message: None
-    )["train"]
+    positions = positions_of_splits(inputs.captions, val_fraction=config.put_aside, quiet=True)["train"]
     if config.captions_per_video:
         positions = draw_captions(inputs.captions, positions, config.captions_per_video, seed)
     trained_on = _queries(inputs.store, inputs.captions, positions, "train")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import sys
 import threading
@@ -85,8 +86,14 @@ def _train(task: Task, out: Path) -> None:
         backbone=task.backbone,
         device=task.device,
         on_epoch=on_epoch,
-        on_message=lambda message: _emit({"message": message}),
     )
+
+
+class _Messages(logging.Handler):
+    """Sends what the user should hear to the process that started this one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _emit({"message": record.getMessage()})
 
 
 class _Clock:
@@ -143,4 +150,7 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
+    logger = logging.getLogger("svb")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(_Messages())
     _main()

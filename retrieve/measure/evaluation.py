@@ -59,7 +59,7 @@ class Evaluation:
         selected_on_split: The checkpoint was chosen by this very split, so its numbers flatter it.
         selected_on: The split by which the run chose its best checkpoint; empty for a store.
         metrics: `t2v/R@1` and so on, in percent where they are recalls; of the plain similarities.
-        normalised: The same by each method of `svb.retrieve.normalise` that was asked for.
+        normalised: The same by each method of `svb.retrieve.measure.normalise` that was asked for.
     """
 
     source: str

@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 import html
 import io
+import logging
 import math
 import textwrap
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,15 +18,17 @@ from numpy.typing import NDArray
 
 from svb.data.feature_store import FeatureStore
 from svb.data.publish import published_file
-from svb.extract.decode import FrameChunk
-from svb.extract.decode_options import DecodeOptions
+from svb.extract.decode.decoder import FrameChunk
+from svb.extract.decode.options import DecodeOptions
+from svb.extract.decode.sampling import Sampling
 from svb.extract.plan import PlannedVideo
-from svb.extract.pool import DecodePool
-from svb.extract.sampling import Sampling
-from svb.extract.worker import Finished
+from svb.extract.pool.decode_pool import DecodePool
+from svb.extract.pool.worker import Finished
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
+
+logger = logging.getLogger(__name__)
 
 STRIP_FRAMES = 6
 FRAME_HEIGHT_PX = 96
@@ -89,19 +91,18 @@ class Explanation:
     matrix_captions: list[str]
 
 
-def write_page(explanation: Explanation, out: Path, store: FeatureStore, on_message: Callable[[str], None]) -> Path:
+def write_page(explanation: Explanation, out: Path, store: FeatureStore) -> Path:
     """Write `index.html` and `explain.png`.
 
     Args:
         explanation: What to show.
         out: The folder; made where there is none.
         store: Says how its videos were decoded.
-        on_message: Called with what cannot be shown.
 
     Returns:
         The page; it needs no other file.
     """
-    strips = _frame_strips(explanation.videos, store.settings["decoder"]["name"], on_message)
+    strips = _frame_strips(explanation.videos, store.settings["decoder"]["name"])
     out.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -110,7 +111,9 @@ def write_page(explanation: Explanation, out: Path, store: FeatureStore, on_mess
         with published_file(out / "index.html") as aside:
             aside.write_text(_html(explanation, strips), "utf-8")
     if any("missing from font" in str(warning.message) for warning in caught):
-        on_message("the pictures have boxes for letters that their font lacks; the text of index.html has them all")
+        logger.info(
+            "the pictures have boxes for letters that their font lacks; the text of index.html has them all"
+        )
     return out / "index.html"
 
 
@@ -136,9 +139,7 @@ def rebuilt(explanation: Explanation) -> list[str]:
     return ["trained without cross-captioning: there is no decoder to rebuild anything"]
 
 
-def _frame_strips(
-    videos: list[SupportVideo], decoder: str, on_message: Callable[[str], None]
-) -> list[list[NDArray[np.uint8]]]:
+def _frame_strips(videos: list[SupportVideo], decoder: str) -> list[list[NDArray[np.uint8]]]:
     """Return a few small frames of each video; none of one that cannot be decoded any more."""
     strips: list[list[NDArray[np.uint8]]] = [[] for _ in videos]
     planned = [PlannedVideo(video.video_id, video.file) for video in videos]
@@ -146,7 +147,7 @@ def _frame_strips(
         if isinstance(message, FrameChunk):
             strips[position] += [_small(frame) for frame in message.frames]
         elif isinstance(message, Finished) and not strips[position]:
-            on_message(f"no frames of {videos[position].file} can be shown ({message.status}): {message.error}")
+            logger.info(f"no frames of {videos[position].file} can be shown ({message.status}): {message.error}")
     return strips
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from svb.retrieve.segment import Segment
+from svb.retrieve.stored.segment import Segment
 
 # Rows that show how scores of a query are spread: enough for its tail, and read in a few milliseconds.
 SAMPLE_ROWS = 8192

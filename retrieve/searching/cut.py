@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import errno
+import logging
 import math
 import os
 import re
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import imageio_ffmpeg
 
 from svb.data.publish import published_file
 from svb.errors import InputError
-from svb.extract.decode import DecodeError, check_file, max_pixels
-from svb.extract.decode_options import Limits
+from svb.extract.decode.decoder import DecodeError, check_file, max_pixels
+from svb.extract.decode.options import Limits
 from svb.retrieve.answer import Answer, Moment, VideoResult
 from svb.retrieve.searching.source_file import problem_of
+
+logger = logging.getLogger(__name__)
 
 # Encoding takes a fraction of the clip's length; a long way from the last key frame, or a hang, takes more.
 TIME_LIMIT_SECONDS = 60.0
@@ -29,9 +32,7 @@ MAX_LATE_SECONDS = 0.1
 NAME_LETTERS = 48  # of up to 4 bytes each: a file's name may have 255
 
 
-def cut_moments(
-    answers: Sequence[Answer], folder: Path, on_message: Callable[[str], None] = lambda message: None
-) -> list[Path]:
+def cut_moments(answers: Sequence[Answer], folder: Path) -> list[Path]:
     """Cut every moment of some answers out of its video.
 
     A clip is named `<rank>-<video>-<start>-<end>.mp4`, in seconds; with several answers `q<number>-` comes first. A
@@ -41,7 +42,6 @@ def cut_moments(
     Args:
         answers: What was found.
         folder: Where the clips go; made where it is not there.
-        on_message: Called with a line for each clip that was not cut.
 
     Returns:
         The clips that are there now, cut or kept.
@@ -53,17 +53,17 @@ def cut_moments(
     for name, result, moment in _named(answers):
         target = folder / name
         if target.exists():
-            on_message(f"{target} is there already and is kept - remove it to have it cut again")
+            logger.info(f"{target} is there already and is kept - remove it to have it cut again")
             clips.append(target)
             continue
         problem = problem_of(result)
         if problem is not None:
-            on_message(f"not cut: {problem} - `svb extract` and `svb index` its folder again")
+            logger.info(f"not cut: {problem} - `svb extract` and `svb index` its folder again")
             continue
         try:
             clips.append(cut_clip(Path(result.source_path), moment.begin_seconds, moment.end_seconds, target))
         except InputError as error:
-            on_message(f"not cut: {error}")
+            logger.info(f"not cut: {error}")
     return clips
 
 
@@ -189,7 +189,7 @@ def _run(arguments: list[str], video_fd: int, files: tuple[Path, Path], time_lim
 
 def _first_frame_seconds(clip: Path) -> float:
     """Return when the first frame of a clip is shown; infinity where it has none."""
-    from svb.extract.decode_pyav import opened
+    from svb.extract.decode.pyav_decoder import opened
 
     try:
         with opened(clip, Limits()) as (container, stream):

@@ -15,7 +15,7 @@ from svb.retrieve.searching.catalog import Catalog
 
 
 class Conditions(Protocol):
-    """What `svb.retrieve.metadata.Metadata` answers."""
+    """What `svb.retrieve.stored.metadata.Metadata` answers."""
 
     def matches(self, where: Sequence[str], video_ids: Sequence[str]) -> NDArray[np.bool_]:
         """Return `(V,)`, which videos fit all conditions."""

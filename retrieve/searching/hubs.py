@@ -29,8 +29,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svb.errors import StoreError
-from svb.retrieve.normalise import QueryBank, qb_norm
-from svb.retrieve.segment import require_sizes
+from svb.retrieve.measure.normalise import QueryBank, qb_norm
+from svb.retrieve.stored.segment import require_sizes
 
 # The least that a cosine can be: what a caption of the bank counts for with its own video.
 LOWEST = -1.0

@@ -27,7 +27,7 @@ from svb.data.description import read_description
 from svb.data.publish import hash_file
 from svb.errors import SvbError
 from svb.retrieve.searching.vectors import Nearest, SegmentVectors
-from svb.retrieve.segment import Segment
+from svb.retrieve.stored.segment import Segment
 
 DECISION = "ivf.json"
 

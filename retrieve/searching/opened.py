@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from svb.errors import StoreError
-from svb.retrieve.metadata import Metadata
-from svb.retrieve.pools import CaptionPools
+from svb.retrieve.model.query_embedder import QueryEmbedder
 from svb.retrieve.searching.catalog import Catalog
 from svb.retrieve.searching.hubs import Hubs
-from svb.retrieve.searching.query_embedder import QueryEmbedder
 from svb.retrieve.searching.vectors import SegmentVectors, Vectors
-from svb.retrieve.segment import open_segments
+from svb.retrieve.stored.metadata import Metadata
+from svb.retrieve.stored.pools import CaptionPools
+from svb.retrieve.stored.segment import open_segments
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def open_index(
     approximate: Vectors | None = None
     note: str | None = None
     if manifest["vectors"] is not None:
-        from svb.retrieve.searching.milvus import MilvusVectors
+        from svb.retrieve.milvus.milvus_vectors import MilvusVectors
 
         exact = remote = MilvusVectors.open(folder, manifest)
         if remote.num_missing:

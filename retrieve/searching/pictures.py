@@ -1,6 +1,6 @@
 """Pictures of a video at given times: a poster, a strip of frames; upright, square pixels, as they are displayed.
 
-Only PyAV and PIL are imported. The file is opened as `svb.extract.decode_pyav` opens it: the demuxer may read this
+Only PyAV and PIL are imported. The file is opened as `pyav_decoder` opens it: the demuxer may read this
 file and nothing else, within limits. A damaged container can still hang a decoder inside the library, which no
 Python code can end: whoever serves the files of strangers runs these functions in a process with a time limit.
 """
@@ -20,11 +20,11 @@ from av.video.stream import VideoStream
 from PIL import Image
 
 from svb.errors import InputError
-from svb.extract.decode import DecodeError, check_file, origin_seconds
-from svb.extract.decode_options import Limits
-from svb.extract.decode_pyav import FrameClock, opened, promised_seconds
-from svb.extract.pyav_pictures import Converter
-from svb.extract.sampling import TIME_TOLERANCE_SECONDS
+from svb.extract.decode.decoder import DecodeError, check_file, origin_seconds
+from svb.extract.decode.options import Limits
+from svb.extract.decode.pyav_decoder import FrameClock, opened, promised_seconds
+from svb.extract.decode.pyav_pictures import Converter
+from svb.extract.decode.sampling import TIME_TOLERANCE_SECONDS
 
 # A decoder that gets on, but slowly, or through hours without a key frame, is given up after this.
 TIME_LIMIT_SECONDS = 20.0

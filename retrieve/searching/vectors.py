@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from svb.retrieve.searching.catalog import Catalog
 from svb.retrieve.searching.gpu_scan import GpuScan
-from svb.retrieve.searching.scan import Piece, cut_into_pieces, scan
-from svb.retrieve.segment import Segment
+from svb.retrieve.stored.scan import Piece, cut_into_pieces, scan
+from svb.retrieve.stored.segment import Segment
 
 Nearest = tuple[NDArray[np.float32], NDArray[np.int64]]
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from svb.errors import InputError, SvbError, UsageError
 
 if TYPE_CHECKING:
-    from svb.retrieve.searching.query_embedder import QueryEmbedder
+    from svb.retrieve.model.query_embedder import QueryEmbedder
 
 
 def poster(source: str, seconds: float, height: int, out: str) -> None:
@@ -44,7 +44,7 @@ def probe(source: str) -> dict[str, Any]:
 def embed(index: str, request: dict[str, Any], device: str, max_seconds: float) -> dict[str, Any]:
     """Return the `(D,)` embedding of a request's image or video, and the fingerprint of the model that made it."""
     from svb.retrieve.answer import SearchRequest
-    from svb.retrieve.manifest import read_manifest
+    from svb.retrieve.stored.manifest import read_manifest
 
     wanted = SearchRequest.from_json(request)
     if wanted.video is not None:
@@ -60,8 +60,8 @@ TASKS: dict[str, Callable[..., Any]] = {"poster": poster, "strip": strip, "probe
 @functools.lru_cache(maxsize=1)
 def _embedder(index: str, fingerprint: str, device: str) -> QueryEmbedder:
     """Return what embeds files; it is kept as long as the index is of the same model."""
-    from svb.retrieve.manifest import read_manifest
-    from svb.retrieve.searching.query_embedder import QueryEmbedder
+    from svb.retrieve.model.query_embedder import QueryEmbedder
+    from svb.retrieve.stored.manifest import read_manifest
 
     return QueryEmbedder(Path(index), read_manifest(Path(index)), device)
 

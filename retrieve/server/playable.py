@@ -51,9 +51,9 @@ def streams_of(path: Path) -> dict[str, Any]:
     Raises:
         InputError: It is no video.
     """
-    from svb.extract.decode import DecodeError, check_file
-    from svb.extract.decode_options import Limits
-    from svb.extract.decode_pyav import opened
+    from svb.extract.decode.decoder import DecodeError, check_file
+    from svb.extract.decode.options import Limits
+    from svb.extract.decode.pyav_decoder import opened
     from svb.retrieve.searching.pictures import begins_at
 
     try:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import uvicorn
@@ -22,6 +23,8 @@ from svb.retrieve.server.options import ServeOptions
 from svb.retrieve.server.service import Service
 from svb.retrieve.server.timed_protocol import TimedProtocol
 
+logger = logging.getLogger(__name__)
+
 # How long answers under way may take when the server is told to stop; a film that is played would take hours.
 LAST_SECONDS = 3
 BACKLOG = 2048
@@ -30,15 +33,12 @@ BACKLOG = 2048
 def serve(
     index: Path | str,
     options: ServeOptions | None = None,
-    *,
-    on_message: Callable[[str], None] = lambda message: None,
 ) -> Path:
     """Serve an index until SIGINT or SIGTERM.
 
     Args:
         index: The index's folder.
         options: See `ServeOptions`.
-        on_message: Called with lines that the user should see: the address first.
 
     Returns:
         The index's folder, when the server was told to stop.
@@ -64,7 +64,7 @@ def serve(
             access = Access(token, is_loopback=is_loopback(options.host), port=port)
             server = uvicorn.Server(_config(make_app(service, access)))
             for line in _greeting(url, index, token, is_new=is_new, options=options):
-                on_message(line)
+                logger.info(line)
             with announced(cache.path, url, token):
                 if not interrupted():
                     asyncio.run(_run(server, listener, service))

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from svb.retrieve.manifest import read_manifest
 from svb.retrieve.searching.ivf import DECISION
+from svb.retrieve.stored.manifest import read_manifest
 
 if TYPE_CHECKING:
     from svb.retrieve.search import Searcher

@@ -1,0 +1,1 @@
+"""Features that other tools made -> a feature store."""

@@ -1,0 +1,1 @@
+"""Frames -> batches -> frozen backbones -> rows."""

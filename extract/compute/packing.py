@@ -1,0 +1,217 @@
+"""Batches of one fixed shape, packed across videos.
+
+A row comes out bitwise the same whatever its neighbours in a batch of the same shape, so every batch is
+run full and the last one padded: a resumed run repeats to the byte, and short videos cost no more than
+long ones.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from svb.data.shard import VideoRows
+from svb.errors import SvbError
+from svb.extract.backbones.backbone import Backbone
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Open:
+    """A video whose rows are still coming: its rows so far, and for a clip backbone its latest frames."""
+
+    times_seconds: list[float] = field(default_factory=list)
+    rows: list[NDArray[np.float32]] = field(default_factory=list)
+    latest: deque[tuple[torch.Tensor, float]] = field(default_factory=deque)
+    since_window: int = 0
+
+
+@dataclass
+class _Started:
+    """A batch under way: whose images it holds, how many run at once, and what waits for their features."""
+
+    owners: list[_Open]
+    batch: torch.Tensor
+    at_once: int
+    fetch: Callable[[], torch.Tensor]
+
+
+class Packer:
+    """Collects the images of many videos for one backbone and runs it on full batches.
+
+    Up to `ahead` batches are under way while the next is filled: a GPU never waits for one to be copied back,
+    and a CPU's cores each have a batch of their own.
+
+    Args:
+        backbone: What to run.
+        batch_size: B, of every batch.
+        executor: Runs batches on the CPU's cores; without one the backbone starts them itself.
+        ahead: How many batches may be under way.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        batch_size: int,
+        *,
+        executor: Executor | None = None,
+        ahead: int = 1,
+    ) -> None:
+        self.backbone = backbone
+        self._batch_size = self._at_once = batch_size
+        self._executor, self._ahead = executor, ahead
+        self._batch: torch.Tensor | None = None
+        self._owners: list[_Open] = []
+        self._started: deque[_Started] = deque()
+        self._open: dict[int, _Open] = {}
+
+    def add(self, video: int, squares: torch.Tensor, times_seconds: NDArray[np.float64]) -> None:
+        """Take the next frames of a video: `(T, 3, S, S)` uint8 and `(T,)`."""
+        state = self._open.setdefault(video, _Open())
+        if self.backbone.clip_frames == 1:
+            self._push(state, squares, times_seconds.tolist())
+            return
+        for square, time_seconds in zip(squares, times_seconds.tolist(), strict=True):
+            self._add_to_window(state, square, time_seconds)
+
+    def end(self, video: int) -> None:
+        """Say that a video has no more frames: a clip backbone's last window is closed.
+
+        Windows follow each other without overlap; the last one ends at the last frame and overlaps the
+        one before, and a video shorter than a window repeats its last frame.
+        """
+        state = self._open[video]
+        if state.since_window and state.latest:
+            while len(state.latest) < self.backbone.clip_frames:
+                state.latest.append((state.latest[-1][0], state.latest[-1][1]))
+            self._push_window(state)
+
+    def is_complete(self, video: int) -> bool:
+        """Tell whether every image added for a video has been run."""
+        state = self._open[video]
+        return len(state.rows) == len(state.times_seconds)
+
+    def take(self, video: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+        """Return a complete video's `(T, F)` float32 features and `(T,)` times, and forget it."""
+        state = self._open.pop(video)
+        return np.stack(state.rows), np.array(state.times_seconds, np.float64)
+
+    def forget(self, video: int) -> None:
+        """Drop a video that failed; its images still waiting in the batch are run for nothing."""
+        self._open.pop(video, None)
+
+    def flush(self) -> None:
+        """Run what is waiting, padded to a full batch, and fetch all features."""
+        if self._owners:
+            self._start()
+        self.fetch()
+
+    def fetch(self) -> None:
+        """Wait for the batches that are under way."""
+        while self._started:
+            self._fetch_oldest()
+
+    def _start(self) -> None:
+        assert self._batch is not None
+        self._started.append(_Started(self._owners, self._batch, self._at_once, self._begin(self._batch)))
+        self._owners, self._batch = [], None
+        while len(self._started) > self._ahead:
+            self._fetch_oldest()
+
+    def _fetch_oldest(self) -> None:
+        started = self._started.popleft()
+        while True:
+            try:
+                features = started.fetch()
+                break
+            except RuntimeError as error:  # torch.OutOfMemoryError is one
+                if not _is_out_of_memory(error):
+                    raise
+                if started.at_once == self._at_once:  # else one that was begun before it has been halved already
+                    self._halve(error)
+                started.at_once, started.fetch = self._at_once, self._begin(started.batch)
+        for owner, row in zip(started.owners, features[: len(started.owners)].numpy(), strict=True):
+            owner.rows.append(row)
+
+    def _begin(self, batch: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Start a batch, whole or in parts that fit; what goes wrong is raised when it is fetched."""
+        parts = batch.split(self._at_once)
+        if self._executor is not None:
+            return _joined([self._executor.submit(self.backbone, part).result for part in parts])
+        try:
+            return _joined([self.backbone.start(part) for part in parts])
+        except RuntimeError as error:
+            return _raising(error)
+
+    def _halve(self, error: RuntimeError) -> None:
+        """Have batches run in smaller parts from now on."""
+        if self._at_once == 1:
+            raise SvbError(
+                f"{self.backbone.device} has too little memory for {self.backbone.name} even with one input at a "
+                "time - free it, or choose another --device or a smaller backbone"
+            ) from error
+        self._at_once = max(1, self._at_once // 2)
+        if self.backbone.device.type == "cuda":
+            torch.cuda.empty_cache()
+        logger.info(
+            f"{self.backbone.name}: out of memory on {self.backbone.device}, going on with {self._at_once} inputs "
+            f"at a time instead of {self._batch_size}; last bits of features may differ"
+        )
+
+    def _push(self, state: _Open, images: torch.Tensor, times_seconds: list[float]) -> None:
+        """Put images of one video into batches, each of which is started once it is full."""
+        state.times_seconds += times_seconds
+        while len(images):
+            if self._batch is None:
+                shape = (self._batch_size, *images.shape[1:])
+                self._batch = torch.zeros(shape, dtype=torch.uint8, device=images.device)
+            filled = len(self._owners)
+            part, images = images[: self._batch_size - filled], images[self._batch_size - filled :]
+            self._batch[filled : filled + len(part)] = part
+            self._owners += [state] * len(part)
+            if len(self._owners) == self._batch_size:
+                self._start()
+
+    def _add_to_window(self, state: _Open, square: torch.Tensor, time_seconds: float) -> None:
+        if len(state.latest) == self.backbone.clip_frames:
+            state.latest.popleft()
+        # Not a view of a whole chunk, nor of memory that will be written to again.
+        state.latest.append((square.clone(), time_seconds))
+        state.since_window += 1
+        if state.since_window == self.backbone.clip_frames:
+            self._push_window(state)
+
+    def _push_window(self, state: _Open) -> None:
+        clip = torch.stack([square for square, _ in state.latest], dim=1)  # (3, clip_frames, S, S)
+        self._push(state, clip[None], [(state.latest[0][1] + state.latest[-1][1]) / 2])
+        state.since_window = 0
+
+
+def _raising(error: Exception) -> Callable[[], torch.Tensor]:
+    def fetch() -> torch.Tensor:
+        raise error
+
+    return fetch
+
+
+def _joined(parts: list[Callable[[], torch.Tensor]]) -> Callable[[], torch.Tensor]:
+    return parts[0] if len(parts) == 1 else lambda: torch.cat([part() for part in parts])
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def to_rows(features: NDArray[np.float32], times_seconds: NDArray[np.float64]) -> VideoRows | None:
+    """Return rows as they are stored, or None if a value is not finite or too large for float16."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        stored = features.astype(np.float16)
+    return VideoRows(stored, times_seconds) if np.isfinite(stored).all() else None

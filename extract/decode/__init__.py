@@ -1,0 +1,1 @@
+"""A video file -> its chosen frames and their times."""

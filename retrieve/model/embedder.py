@@ -1,0 +1,330 @@
+"""Videos and captions into one space: by a trained run, or zero-shot by a store's backbone alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from svb.config import fingerprint
+from svb.data.feature_store import FrameFeatures
+from svb.data.fusion import fuse, parts_of, shared_part
+from svb.data.pretrained import hash_tensors
+from svb.data.publish import hash_file
+from svb.errors import InputError, MismatchError, StoreError
+from svb.extract.backbones import load_classifier, load_matching_backbone
+from svb.extract.request import stored_decode_options
+from svb.extract.run import extract_file
+from svb.extract.text_encoders import load_text_encoder
+from svb.extract.text_encoders.text_encoder import TextEncoder
+from svb.retrieve.model.conse import Conse, embed_class_names
+from svb.retrieve.stored.manifest import part_folder
+from svb.train.checkpoint import load_checkpoint, load_weights
+from svb.train.embed import embed_in_batches
+from svb.train.heads import mean_of_frames
+from svb.train.run import build_model, read_run
+from svb.train.training_data import FrameTable
+
+# Zero-shot embeddings are means, for which any number of frames would do; this bounds a batch's memory.
+ZERO_SHOT_MAX_FRAMES = 256
+# The file of `Embedder.weights` in an index.
+HEADS = "heads.safetensors"
+# Weights of a run that only its losses read.
+SCALES = ("log_logit_scale", "log_support_temperature")
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """What turns features of both sides into embeddings.
+
+    Attributes:
+        model: What it is, as stored in an index: `kind`, `video` and `text` settings, weights.
+        video_head: `(B, T, F)` float32, `(B, T)` bool -> `(B, D)`, L2-normalised.
+        text_head: `(B, F)` float32, on any device -> `(B, D)`, L2-normalised.
+        weights: Of the heads, by name, or what a classifier's frames are placed by; empty where nothing is needed
+            besides the backbone and the text encoder.
+    """
+
+    model: dict[str, Any]
+    video_head: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    text_head: Callable[[torch.Tensor], torch.Tensor]
+    weights: dict[str, torch.Tensor]
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.model)
+
+    @property
+    def backbone(self) -> str:
+        name: str = self.model["video"]["backbone"]
+        return name
+
+    @property
+    def text_encoder(self) -> str:
+        name: str = self.model["text"]["text_encoder"]["name"]
+        return name
+
+    @property
+    def max_frames(self) -> int:
+        frames: int = self.model["max_frames"]
+        return frames
+
+    def embed_videos(self, frames: FrameTable) -> NDArray[np.float32]:
+        """Return `(V, D)` float32, L2-normalised."""
+
+        def embed(rows: torch.Tensor) -> torch.Tensor:
+            return self.video_head(*frames.gather(rows))
+
+        return embed_in_batches(embed, torch.arange(len(frames.begins), device=frames.begins.device))
+
+    def embed_captions(self, caption_features: torch.Tensor) -> NDArray[np.float32]:
+        """Return `(C, D)` float32, L2-normalised, of `(C, F)` features."""
+        return embed_in_batches(lambda batch: self.text_head(batch.float()), caption_features)
+
+
+class TorchTower:
+    """A text encoder with its text head, where no text tower was exported; it loads in seconds."""
+
+    def __init__(self, text_encoder: TextEncoder, embedder: Embedder) -> None:
+        self._encoder = text_encoder
+        self._embedder = embedder
+
+    @property
+    def max_tokens(self) -> int:
+        return self._encoder.max_tokens
+
+    def num_tokens(self, text: str) -> int:
+        """Return how many tokens a text has, those that the encoder adds included."""
+        return self._encoder.num_tokens(text)
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return `(n, D)` float32, L2-normalised."""
+        return self._embedder.embed_captions(torch.from_numpy(self._encoder.encode(list(texts))))
+
+
+def run_embedder(run: Path, checkpoint: str, device: torch.device) -> Embedder:
+    """Load a run's heads from one of its checkpoints, `best` or `last`.
+
+    Raises:
+        InputError: The folder is no run, or has no such checkpoint.
+        StoreError: A file is damaged, or the weights are of another model.
+    """
+    description = read_run(run)
+    loaded = load_checkpoint(run / checkpoint)
+    heads = {name: value for name, value in loaded.model.items() if not name.startswith("decoder.")}
+    model = {
+        "kind": "run",
+        "checkpoint": checkpoint,
+        "epoch": loaded.epoch,
+        "max_frames": description["config"]["max_frames"],
+        **{key: description[key] for key in ("config", "shared_space", "video", "text")},
+    }
+    return heads_embedder(model, heads, run / checkpoint, device)
+
+
+def heads_embedder(
+    model: dict[str, Any], weights: Mapping[str, torch.Tensor], source: Path, device: torch.device
+) -> Embedder:
+    """Return the embedder of trained heads, from their description and weights."""
+    module = build_model(model)
+    # Scales serve training alone, and not every version's runs hold the same.
+    heads = torch.nn.ModuleDict({"video_head": module.video_head, "text_head": module.text_head})
+    load_weights(heads, {name: value for name, value in weights.items() if name not in SCALES}, source)
+    module.eval().requires_grad_(False).to(device)
+    return Embedder(
+        {**model, "weights": hash_tensors(weights)},
+        lambda features, mask: module.video_head(features, mask).video_embeddings,
+        lambda features: module.text_head(features.to(device)),
+        dict(weights),
+    )
+
+
+def index_embedder(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    device: torch.device,
+    text_encoder: Callable[[], TextEncoder] | None = None,
+) -> Embedder:
+    """Return the embedder that an index was made with; neither backbone nor text encoder is loaded for it.
+
+    Only an index that was made without its class names' embeddings needs the text encoder.
+
+    Args:
+        folder: The index's.
+        manifest: As `svb.retrieve.stored.manifest.read_manifest` gives it.
+        device: Where to compute.
+        text_encoder: Returns the queries' encoder, where it may be loaded already.
+
+    Raises:
+        StoreError: The heads' file is damaged.
+        MismatchError: Weights here are others than those the index was made with.
+    """
+    model = manifest["model"]
+    weights = load_heads(folder, manifest)
+    if model["kind"] == "run":
+        path = part_folder(folder, "heads", manifest["heads"][0]) / HEADS
+        embedder = heads_embedder(model, weights, path, device)
+    elif model["kind"] == "zero-shot CLIP":
+        embedder = Embedder(model, mean_of_frames, _normalise, {})
+    elif weights:
+        embedder = _conse_embedder(model, weights, device)
+    else:
+        settings = model["text"]["text_encoder"]
+        encoder = text_encoder() if text_encoder else load_matching_text_encoder(settings, device)
+        embedder = zero_shot_embedder(model["video"], encoder, device)
+    if embedder.fingerprint != manifest["model_fingerprint"]:
+        raise MismatchError(
+            f"{folder} was made with model {manifest['model_fingerprint']}, here it is {embedder.fingerprint} - "
+            "install the package versions of then, or make the index again with `svb index --rebuild`"
+        )
+    return embedder
+
+
+def load_heads(folder: Path, manifest: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Return `Embedder.weights` as an index keeps them, by name; none where it keeps none.
+
+    Raises:
+        StoreError: Their file is damaged: its hash is not that of the manifest.
+    """
+    for entry in manifest["heads"]:
+        path = part_folder(folder, "heads", entry) / HEADS
+        try:
+            if hash_file(path) != entry["files"][HEADS]:
+                raise StoreError(
+                    f"{path} is damaged (it is not what was written) - restore it, or make the index again with "
+                    "`svb index --rebuild`"
+                )
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise StoreError(
+                f"{path} is damaged ({error}) - restore it, or make the index again with `svb index --rebuild`"
+            ) from error
+    return {}
+
+
+def zero_shot_embedder(
+    video: Mapping[str, Any],
+    text_encoder: TextEncoder,
+    device: torch.device,
+    made_before: Callable[[Mapping[str, Any]], Mapping[str, torch.Tensor]] = lambda model: {},
+) -> Embedder:
+    """Return the embedder of a backbone without any training.
+
+    A CLIP backbone with its own text tower averages its frames; a classifier with any text encoder places
+    its frames among its class names (ConSE).
+
+    Args:
+        video: The backbone and what shaped its rows, as `FeatureStore.video_settings` gives it.
+        text_encoder: The queries' encoder.
+        device: Where to compute.
+        made_before: Returns the weights of an embedder of the same model, so that a thousand class names need not
+            be embedded again; empty where there is none.
+
+    Raises:
+        InputError: The backbone is neither, or fused of several, or its features were imported.
+    """
+    require_zero_shot(video)
+    backbone: str = video["backbone"]
+    model = {
+        "max_frames": ZERO_SHOT_MAX_FRAMES,
+        "video": dict(video),
+        "text": {"text_encoder": text_encoder.settings()},
+    }
+    if shared_part(video, text_encoder.settings()) is not None:
+        return Embedder({"kind": "zero-shot CLIP", **model}, mean_of_frames, _normalise, {})
+    model = {"kind": "zero-shot ConSE", **model}
+    if weights := made_before(model):
+        return _conse_embedder(model, weights, device)
+    classifier = load_classifier(backbone)
+    if classifier is None:
+        raise InputError(
+            f"{backbone} with {text_encoder.name} cannot be searched without training: they share no space and "
+            "the backbone has no named classes - train heads with `svb train`, or use a CLIP backbone with its "
+            "own text tower"
+        )
+    weights = {
+        "weight": torch.from_numpy(classifier.weight),
+        "bias": torch.from_numpy(classifier.bias),
+        "class_embeddings": embed_class_names(classifier, text_encoder),
+    }
+    return _conse_embedder(model, weights, device)
+
+
+def _conse_embedder(model: dict[str, Any], weights: Mapping[str, torch.Tensor], device: torch.device) -> Embedder:
+    held = {name: weights[name].contiguous() for name in ("weight", "bias", "class_embeddings")}
+    return Embedder(model, Conse(**held).to(device), _normalise, held)
+
+
+def require_zero_shot(video: Mapping[str, Any]) -> None:
+    """Refuse what only trained heads can place in one space with captions: fused backbones and imported features.
+
+    Raises:
+        InputError: It is such.
+    """
+    parts = parts_of(video)
+    if _imported(video):
+        raise InputError(
+            f"the features of {video['backbone']} were imported, and which weights made them is not known: they "
+            "cannot be searched without training - train heads with `svb train`, or extract with `svb extract`"
+        )
+    if len(parts) > 1:
+        raise InputError(
+            f"{video['backbone']} is fused of several backbones and cannot be searched without training - train "
+            f"heads with `svb train`, or name one of {', '.join(parts)}"
+        )
+
+
+def load_matching_text_encoder(settings: Mapping[str, Any], device: torch.device) -> TextEncoder:
+    """Load the text encoder that made some features.
+
+    Raises:
+        MismatchError: The weights found under its name are others.
+    """
+    encoder = load_text_encoder(settings["name"], device)
+    if encoder.weights_hash != settings["weights_hash"]:
+        raise MismatchError(
+            f"{settings['name']} has weights {encoder.weights_hash} here, but {settings['weights_hash']} when the "
+            "features were made - install the package versions of then, or make captions and index again"
+        )
+    return encoder
+
+
+def embed_file(file: Path, embedder: Embedder, device: torch.device) -> NDArray[np.float32]:
+    """Return the `(D,)` embedding of a video file, decoded and computed as the embedder's features were.
+
+    Raises:
+        InputError: The file gives no frame, or the embedder's features were imported.
+        MismatchError: A backbone's weights here are not those of the features.
+    """
+    video = embedder.model["video"]
+    if _imported(video):
+        raise InputError(
+            f"the features of {video['backbone']} were imported and cannot be computed of {file} here - search "
+            "with a text, or train on features that `svb extract` made"
+        )
+    backbones = [load_matching_backbone(name, held, device) for name, held in parts_of(video).items()]
+    extracted = extract_file(file, backbones, stored_decode_options(video), video["batch_size"])
+    loaded = fuse(
+        [
+            FrameFeatures([str(file)], features.astype(np.float16), times_seconds, np.array([0, len(features)]))
+            for features, times_seconds in extracted
+        ]
+    )
+    embedding: NDArray[np.float32] = embedder.embed_videos(FrameTable.of(loaded, embedder.max_frames, device))[0]
+    return embedding
+
+
+def _imported(video: Mapping[str, Any]) -> bool:
+    return any(settings.get("imported", False) for settings in parts_of(video).values())
+
+
+def _normalise(features: torch.Tensor) -> torch.Tensor:
+    return F.normalize(features, dim=-1)

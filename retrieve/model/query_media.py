@@ -1,0 +1,290 @@
+"""A picture or a video file as a query: decoded and computed as the rows of the index were.
+
+torch is imported inside the functions: this module may be imported by a search that needs none of it.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svb.data.fusion import parts_of
+from svb.errors import InputError
+from svb.extract.decode.decoder import FrameChunk, VideoProperties, on_white, resized
+from svb.extract.decode.sampling import TIME_TOLERANCE_SECONDS
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from svb.data.feature_store import FrameFeatures
+    from svb.extract.backbones.backbone import Backbone
+    from svb.extract.decode.options import DecodeOptions
+    from svb.retrieve.model.embedder import Embedder
+
+# What PIL reads by itself: some of its formats, such as EPS, are handed to other programs.
+PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+MAX_PICTURE_BYTES = 256 * 2**20
+# Backbones look at a few hundred thousand; what is far beyond is scaled down before it is copied about.
+MAX_PICTURE_PIXELS = 12_000_000
+
+
+def embed_image(file: Path, embedder: Embedder, device: torch.device) -> NDArray[np.float32]:
+    """Return the `(D,)` embedding of a picture: that of a video of one frame.
+
+    Args:
+        file: JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF.
+        embedder: What made the index.
+        device: Where to compute.
+
+    Raises:
+        InputError: The file is no picture, or too large a one; or the index is made of what moves, or of features
+            that cannot be computed here.
+        MismatchError: A backbone's weights here are not those of the index.
+    """
+    video = embedder.model["video"]
+    _require_computable(video, file)
+    moving = [name for name, held in parts_of(video).items() if held["clip_frames"] > 1]
+    if moving:
+        raise InputError(
+            f"{moving[0]} looks at {parts_of(video)[moving[0]]['clip_frames']} frames at a time and cannot tell "
+            f"what {file} shows - search with a text or a video, or index a backbone of single frames"
+        )
+    frame = read_picture(file)
+    resize_px = video["decoder"].get("resize_px")
+    if resize_px is not None:
+        frame = _scaled(frame, resize_px)
+    chunk = FrameChunk(frame[None], np.zeros(1))
+    return _embed(_rows(_backbones(video, device), [chunk], video["batch_size"], file), embedder, device)
+
+
+def embed_video(
+    file: Path, span_seconds: tuple[float, float] | None, embedder: Embedder, device: torch.device
+) -> NDArray[np.float32]:
+    """Return the `(D,)` embedding of a video file, or of a part of it.
+
+    Args:
+        file: The video.
+        span_seconds: `[begin, end)` on the file's own clock, as moments are; None for all of it. Where no sampled
+            frame lies in it, the nearest one stands for it.
+        embedder: What made the index.
+        device: Where to compute.
+
+    Raises:
+        InputError: The file gives no frame, or ends before the span; or the index is of features that cannot be
+            computed here.
+        MismatchError: A backbone's weights here are not those of the index.
+    """
+    from svb.extract.request import stored_decode_options
+
+    video = embedder.model["video"]
+    _require_computable(video, file)
+    backbones = _backbones(video, device)
+    decoded = _Decoded(file, stored_decode_options(video))
+    chunks: Iterable[FrameChunk] = decoded.chunks()
+    single = all(backbone.clip_frames == 1 for backbone in backbones)
+    if span_seconds is not None and single:
+        # Frames outside it need not be looked at by the backbones, which are what takes time.
+        chunks = _within(chunks, span_seconds)
+    rows = _rows(backbones, chunks, video["batch_size"], file)
+    if span_seconds is not None:
+        decoded.require_reaches(span_seconds[0])
+        rows = rows if single else _cut(rows, span_seconds)
+    return _embed(rows, embedder, device)
+
+
+def read_picture(file: Path) -> NDArray[np.uint8]:
+    """Return a picture `(H, W, 3)` uint8 RGB, upright, transparent parts on white; scaled down where it is huge.
+
+    Raises:
+        InputError: The file is no picture, or too large a one.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        size = file.stat().st_size
+        if size > MAX_PICTURE_BYTES:
+            raise InputError(f"{file} has {size} bytes - expected a picture of at most {MAX_PICTURE_BYTES}")
+        with warnings.catch_warnings():
+            # PIL warns of a picture that is too large, and refuses one that is twice as large: here both are.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file, formats=PICTURE_FORMATS) as picture:
+                return on_white(np.array(_rgba(ImageOps.exif_transpose(picture))))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise InputError(f"{file} is too large a picture ({error}) - make it smaller") from error
+    except InputError:
+        raise
+    except FileNotFoundError as error:
+        raise InputError(f"{file} does not exist - expected a picture; check the path") from error
+    except Exception as error:  # what the many readers of PIL raise on damage has no common root
+        raise InputError(
+            f"{file} cannot be used as a picture ({error}) - expected one of {', '.join(PICTURE_FORMATS)}"
+        ) from error
+
+
+def _rgba(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I"):
+        picture = _of_8_bits(picture)
+    times = math.ceil(math.sqrt(picture.width * picture.height / MAX_PICTURE_PIXELS))
+    if times > 1:
+        # Numbers of a palette have no mean.
+        picture = (picture.convert("RGBA") if picture.mode in {"1", "P", "PA"} else picture).reduce(times)
+    return picture.convert("RGBA")
+
+
+def _of_8_bits(picture: Image.Image) -> Image.Image:
+    """Return a grey picture of 16 or 32 bits a pixel by the high ones, which PIL cuts off; of 32 those in use."""
+    from PIL import Image
+
+    values = np.asarray(picture)
+    highest = int(values.max(initial=0))
+    bits = 16 if picture.mode != "I" or 255 < highest < 2**16 else max(8, highest.bit_length())
+    return Image.fromarray((values.clip(0) >> (bits - 8)).astype(np.uint8))
+
+
+def _scaled(frame: NDArray[np.uint8], resize_px: int) -> NDArray[np.uint8]:
+    """Return a frame as the decoder would have made it, whose own bicubic differs from PIL's by tenths."""
+    from PIL import Image
+
+    size = resized(frame.shape[1], frame.shape[0], resize_px)
+    return np.array(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC))
+
+
+def _require_computable(video: dict[str, Any], file: Path) -> None:
+    if any(settings.get("imported", False) for settings in parts_of(video).values()):
+        raise InputError(
+            f"the features of {video['backbone']} were imported and cannot be computed of {file} here - search "
+            "with a text, or train on features that `svb extract` made"
+        )
+
+
+def _backbones(video: dict[str, Any], device: torch.device) -> list[Backbone]:
+    from svb.extract.backbones import load_matching_backbone
+
+    return [load_matching_backbone(name, held, device) for name, held in parts_of(video).items()]
+
+
+def _rows(
+    backbones: Sequence[Backbone], chunks: Iterable[FrameChunk], batch_size: int, file: Path
+) -> FrameFeatures:
+    """Return the features of frames as those of one video, of several backbones side by side."""
+    from svb.data.feature_store import FrameFeatures
+    from svb.data.fusion import fuse
+    from svb.extract.compute.packing import Packer
+    from svb.extract.compute.pipeline import run_packers
+    from svb.extract.compute.upload import Uploader
+    from svb.extract.run import cores
+
+    device = backbones[0].device
+    uploader = Uploader(device)
+    with cores(device, compile=False) as (executor, ahead):
+        packers = [Packer(backbone, batch_size, executor=executor, ahead=ahead) for backbone in backbones]
+        for chunk in chunks:
+            run_packers(packers, uploader, 0, chunk)
+        for packer in packers:
+            packer.end(0)
+            packer.flush()
+        taken = [packer.take(0) for packer in packers]
+    return fuse(
+        [
+            FrameFeatures([str(file)], features.astype(np.float16), times, np.array([0, len(features)]))
+            for features, times in taken
+        ]
+    )
+
+
+def _embed(rows: FrameFeatures, embedder: Embedder, device: torch.device) -> NDArray[np.float32]:
+    from svb.train.training_data import FrameTable
+
+    embedding: NDArray[np.float32] = embedder.embed_videos(FrameTable.of(rows, embedder.max_frames, device))[0]
+    return embedding
+
+
+class _Decoded:
+    """A file as a decode worker gives it."""
+
+    def __init__(self, file: Path, options: DecodeOptions) -> None:
+        self._file = file
+        self._options = options
+        self._first_seconds = self._last_seconds = self._promised_seconds = math.nan
+
+    def chunks(self) -> Iterator[FrameChunk]:
+        """Yield its sampled frames.
+
+        Raises:
+            InputError: There are none.
+        """
+        from svb.data.shard import USABLE
+        from svb.extract.plan import PlannedVideo
+        from svb.extract.pool.decode_pool import DecodePool
+        from svb.extract.pool.worker import Finished
+
+        for _, message in DecodePool(1, self._options).run([PlannedVideo(str(self._file), self._file)]):
+            if isinstance(message, VideoProperties):
+                self._promised_seconds = message.duration_seconds
+            elif isinstance(message, FrameChunk):
+                if math.isnan(self._first_seconds):
+                    self._first_seconds = float(message.frame_times_seconds[0])
+                self._last_seconds = float(message.frame_times_seconds[-1])
+                yield message
+            elif isinstance(message, Finished) and message.status not in USABLE:
+                raise InputError(f"{self._file} cannot be used as a video ({message.status}): {message.error}")
+
+    def require_reaches(self, seconds: float) -> None:
+        """Refuse a time at or after the end, once all of it was decoded; the last frame's time is within.
+
+        Raises:
+            InputError: It is such.
+        """
+        end = self._last_seconds
+        if self._promised_seconds > 0:
+            end = max(end, self._first_seconds + self._promised_seconds)
+        if seconds >= end and seconds > self._last_seconds:
+            raise InputError(
+                f"the part begins at {seconds:g} s, and {self._file} lasts until {end:.1f} s - expected a part "
+                "that begins before the end"
+            )
+
+
+def _within(chunks: Iterable[FrameChunk], span_seconds: tuple[float, float]) -> Iterator[FrameChunk]:
+    """Yield the frames of a span, or the one that is nearest to it."""
+    nearest: tuple[float, FrameChunk | None] = math.inf, None
+    has_any = False
+    for chunk in chunks:
+        away = _seconds_away(chunk.frame_times_seconds, span_seconds)
+        inside = away == 0
+        if inside.any():
+            has_any = True
+            yield FrameChunk(chunk.frames[inside], chunk.frame_times_seconds[inside])
+        elif away.min() < nearest[0]:
+            row = slice(int(away.argmin()), int(away.argmin()) + 1)
+            # A copy: the chunk's memory is written to again.
+            nearest = float(away.min()), FrameChunk(chunk.frames[row].copy(), chunk.frame_times_seconds[row])
+    if not has_any and nearest[1] is not None:
+        yield nearest[1]
+
+
+def _cut(rows: FrameFeatures, span_seconds: tuple[float, float]) -> FrameFeatures:
+    """Return the rows of a span, or the one that is nearest to it."""
+    away = _seconds_away(rows.times_seconds, span_seconds)
+    kept = np.flatnonzero(away == away.min())
+    kept = kept if away[kept[0]] == 0 else kept[:1]
+    return replace(
+        rows, features=rows.features[kept], times_seconds=rows.times_seconds[kept], offsets=np.array([0, len(kept)])
+    )
+
+
+def _seconds_away(times_seconds: NDArray[np.float64], span_seconds: tuple[float, float]) -> NDArray[np.float64]:
+    """Return how far each time is from a half-open span, 0 within it."""
+    begin, end = span_seconds
+    # A container that counts in milliseconds may put a frame a little before the second it belongs to.
+    begin, end = begin - TIME_TOLERANCE_SECONDS, end - TIME_TOLERANCE_SECONDS
+    away: NDArray[np.float64] = np.maximum(begin - times_seconds, times_seconds - np.nextafter(end, begin)).clip(0)
+    return away

@@ -1,0 +1,183 @@
+"""What a user's table says of videos: shown beside results, and what searches are narrowed by.
+
+A part of an index, `metadata/<key>/`, for the R videos that the table names, sorted by video_id:
+
+video_id                   column of R strings, see `svb.retrieve.stored.columns`
+column<i>.npy              (R,) float64 of the i-th column where it holds numbers, NaN where one is missing
+column<i>                  column of R strings where it holds text, empty where one is missing
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svb.errors import InputError, StoreError
+from svb.retrieve.stored.columns import StringColumn, open_array
+from svb.retrieve.stored.manifest import part_folder
+from svb.retrieve.stored.segment import require_sizes
+
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+# The longer ones first, or `<=` would be `<` and a value.
+_COMPARE: dict[str, Callable[[Any, Any], Any]] = {
+    "!=": operator.ne,
+    "<=": operator.le,
+    ">=": operator.ge,
+    "=": operator.eq,
+    "<": operator.lt,
+    ">": operator.gt,
+}
+OPERATORS = (*_COMPARE, "~")
+
+
+class Metadata:
+    """What an index knows of its videos beside what they show. Threads may share it.
+
+    Attributes:
+        columns: By name, whether it holds `number` or `text`.
+    """
+
+    def __init__(self, columns: Mapping[str, str], video_ids: StringColumn, values: Sequence[Any]) -> None:
+        self.columns = dict(columns)
+        self._video_ids = video_ids
+        self._values = dict(zip(columns, values, strict=True))
+        self._last: tuple[Sequence[str], NDArray[np.int64]] | None = None
+
+    @classmethod
+    def open(cls, folder: Path, manifest: Mapping[str, Any]) -> Metadata:
+        """Map an index's metadata; without columns where it has none.
+
+        Raises:
+            StoreError: A file is missing, or is not what was written as far as its size and header tell.
+        """
+        if not manifest["metadata"]:
+            return cls({}, StringColumn.of([]), [])
+        entry = manifest["metadata"][0]
+        path = part_folder(folder, "metadata", entry)
+        try:
+            require_sizes(path, entry["sizes"])
+            video_ids = StringColumn.open(path, "video_id")
+            values = [
+                StringColumn.open(path, f"column{number}")
+                if kind == "text"
+                else open_array(path / f"column{number}.npy")
+                for number, kind in enumerate(entry["columns"].values())
+            ]
+            if {len(column) for column in values} != {len(video_ids)}:
+                raise ValueError(
+                    f"columns of {sorted({len(column) for column in values})} rows, not {len(video_ids)}"
+                )
+        except (OSError, ValueError, EOFError) as error:
+            raise StoreError(
+                f"{path} is damaged ({error}) - restore it, or give the table again with "
+                "`svb index --metadata FILE`"
+            ) from error
+        return cls(entry["columns"], video_ids, values)
+
+    def of(self, video_id: str) -> dict[str, float | int | str]:
+        """Return what is known of a video, by column."""
+        row = self._row_of.get(video_id)
+        if row is None:
+            return {}
+        found = {name: shown(column[row]) for name, column in self._values.items()}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def matches(self, where: Sequence[str], video_ids: Sequence[str]) -> NDArray[np.bool_]:
+        """Return `(V,)`, whether each video fits all conditions.
+
+        A condition is `column OP value` with one of `OPERATORS`: numbers compare as numbers, texts letter by
+        letter, and `~` finds a part of a text, in any case. What is missing fits nothing but `!=`.
+
+        Args:
+            where: Conditions.
+            video_ids: V of them.
+
+        Raises:
+            InputError: A condition names no column or no operator, or compares a column of numbers with a text.
+        """
+        conditions = [self._parse(condition) for condition in where]
+        rows = self._rows_of(video_ids)
+        fits = np.ones(len(rows), np.bool_)
+        for name, symbol, value in conditions:
+            # A last row for the videos that no row is about.
+            of_rows = np.append(self._fits(name, symbol, value), symbol == "!=")
+            fits &= of_rows[rows]
+        return fits
+
+    @cached_property
+    def _row_of(self) -> dict[str, int]:
+        return {video_id: row for row, video_id in enumerate(self._video_ids)}
+
+    def _rows_of(self, video_ids: Sequence[str]) -> NDArray[np.int64]:
+        """Return each video's row, -1 where there is none; looked up once for the same list."""
+        last = self._last
+        if last is None or last[0] is not video_ids:
+            rows = np.fromiter((self._row_of.get(video_id, -1) for video_id in video_ids), np.int64)
+            last = self._last = (video_ids, rows)
+        return last[1]
+
+    def _parse(self, condition: str) -> tuple[str, str, str | float]:
+        name, symbol, value = self._split(condition)
+        if self.columns[name] == "text":
+            return name, symbol, value
+        if symbol == "~":
+            raise InputError(
+                f"{condition!r}: {name} holds numbers, in which ~ finds nothing - use = != < <= > or >="
+            )
+        if not NUMBER.fullmatch(value):
+            raise InputError(
+                f"{condition!r}: {name} holds numbers and {value!r} is none - expected such as {name}>=10"
+            )
+        return name, symbol, float(value)
+
+    def _split(self, condition: str) -> tuple[str, str, str]:
+        """Return column, operator and value; a column's own name may hold an operator."""
+        condition = condition.strip()
+        for name in sorted(self.columns, key=len, reverse=True):
+            if condition.startswith(name):
+                rest = condition[len(name) :].lstrip()
+                symbol = next((symbol for symbol in OPERATORS if rest.startswith(symbol)), None)
+                if symbol is not None:
+                    return name, symbol, rest[len(symbol) :].strip()
+        named = re.split(r"[!<>=~]", condition)[0].strip()
+        if not self.columns:
+            raise InputError(
+                f"{condition!r}: the index has no metadata - give it a table with `svb index --metadata FILE`"
+            )
+        if named in self.columns:
+            raise InputError(f"{condition!r} has no operator - expected one of {' '.join(OPERATORS)} after {named}")
+        raise InputError(f"{condition!r}: no column {named!r} - expected one of {', '.join(self.columns)}")
+
+    def _fits(self, name: str, symbol: str, value: str | float) -> NDArray[np.bool_]:
+        """Return `(R,)`, whether each row of the table fits a condition."""
+        column = self._values[name]
+        if not isinstance(column, StringColumn):
+            with np.errstate(invalid="ignore"):
+                fits: NDArray[np.bool_] = _COMPARE[symbol](
+                    column, value
+                )  # NaN differs from all, and is else no match
+            return fits
+        texts = column.tolist()
+        if symbol == "~":
+            part = str(value).casefold()
+            return np.fromiter((part in text.casefold() and text != "" for text in texts), np.bool_, len(texts))
+        compare = _COMPARE[symbol]
+        missing = symbol == "!="
+        return np.fromiter((compare(text, value) if text else missing for text in texts), np.bool_, len(texts))
+
+
+def shown(value: Any) -> float | int | str | None:
+    """Return a stored value as it is shown: 3 rather than 3.0, and None where it is missing."""
+    if isinstance(value, str):
+        return value or None
+    if math.isnan(value):
+        return None
+    return int(value) if float(value).is_integer() else float(value)

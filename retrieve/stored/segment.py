@@ -1,0 +1,213 @@
+"""A segment of an index: the embeddings of some videos and their moments, as plain immutable arrays.
+
+video_embeddings.npy     (V, D) float16, L2-normalised before rounding
+moment_embeddings.npy    (M, D) float16, moments of one video next to each other
+moment_offsets.npy       (V + 1,) int64, video v owns moments offsets[v]:offsets[v + 1]
+moment_seconds.npy       (M, 2) float64, each moment's half-open interval [begin, end)
+duration_seconds.npy     (V,) float64, NaN where it is not known
+size_bytes.npy, mtime_ns.npy    (V,) int64, of the file that was extracted
+video_id, source_path, content_hash    columns of V strings, see `svb.retrieve.stored.columns`
+
+A video that has gone or has changed stays in its segment: its row is listed in the segment's tombstones,
+`tombstones/<key>/videos.npy`, until the segment is merged with others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svb.errors import StoreError
+from svb.retrieve.stored.columns import StringColumn, open_array
+
+DTYPES = {
+    "video_embeddings": np.float16,
+    "moment_embeddings": np.float16,
+    "moment_offsets": np.int64,
+    "moment_seconds": np.float64,
+    "duration_seconds": np.float64,
+    "size_bytes": np.int64,
+    "mtime_ns": np.int64,
+}
+COLUMNS = {"video_id": "video_ids", "source_path": "source_paths", "content_hash": "content_hashes"}
+
+
+@dataclass(frozen=True)
+class MomentWindows:
+    """A sliding window over a video's time.
+
+    Attributes:
+        seconds: Length of a moment.
+        stride_seconds: From the begin of one moment to the next.
+    """
+
+    seconds: float
+    stride_seconds: float
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A segment in memory or mapped from its files; see the layout above.
+
+    Attributes:
+        key: Its folder's name; empty before it is written.
+        deleted: The rows of videos that no longer count, ascending.
+    """
+
+    key: str
+    video_embeddings: NDArray[np.float16]
+    moment_embeddings: NDArray[np.float16]
+    moment_offsets: NDArray[np.int64]
+    moment_seconds: NDArray[np.float64]
+    duration_seconds: NDArray[np.float64]
+    size_bytes: NDArray[np.int64]
+    mtime_ns: NDArray[np.int64]
+    video_ids: StringColumn
+    source_paths: StringColumn
+    content_hashes: StringColumn
+    deleted: NDArray[np.int64]
+
+    @property
+    def num_videos(self) -> int:
+        """Return V, with videos that were deleted."""
+        return len(self.video_embeddings)
+
+    @property
+    def num_moments(self) -> int:
+        """Return M, with those of videos that were deleted."""
+        return len(self.moment_embeddings)
+
+    @property
+    def embedding_size(self) -> int:
+        """Return D."""
+        return int(self.video_embeddings.shape[1])
+
+
+def write_segment(folder: Path, segment: Segment) -> None:
+    """Write a segment's files into a folder; its tombstones are not among them.
+
+    Raises:
+        StoreError: An embedding is not finite: it would be nearest to every query, or to none.
+    """
+    require_finite(segment)
+    for name, dtype in DTYPES.items():
+        np.save(folder / f"{name}.npy", np.asarray(getattr(segment, name), dtype))
+    for name, attribute in COLUMNS.items():
+        getattr(segment, attribute).write(folder, name)
+
+
+def require_finite(segment: Segment) -> None:
+    """Refuse NaN and infinity, naming the first bad video.
+
+    Raises:
+        StoreError: There is one.
+    """
+    for name in ("video_embeddings", "moment_embeddings"):
+        bad = non_finite_rows(getattr(segment, name))
+        if bad.size:
+            row = int(bad[0])
+            if name == "moment_embeddings":
+                row = int(np.searchsorted(segment.moment_offsets, row, side="right")) - 1
+            raise StoreError(
+                f"video {segment.video_ids[row]!r} has an embedding that is not finite - a search could not rank "
+                "it: look into its features with `svb verify`, or into the run that was trained"
+            )
+
+
+def non_finite_rows(embeddings: NDArray[np.float16], block: int = 65536) -> NDArray[np.int64]:
+    """Return the rows of `(N, D)` that hold NaN or infinity."""
+    # A row's sum in float32 is finite exactly when its float16 values are, without a mask of their size.
+    bad = [
+        begin + np.flatnonzero(~np.isfinite(embeddings[begin : begin + block].sum(axis=1, dtype=np.float32)))
+        for begin in range(0, len(embeddings), block)
+    ]
+    return np.concatenate(bad).astype(np.int64) if bad else np.empty(0, np.int64)
+
+
+def open_segments(folder: Path, manifest: Mapping[str, Any], *, with_vectors: bool = True) -> list[Segment]:
+    """Map an index's segments: no vector is read.
+
+    Args:
+        folder: The index's.
+        manifest: As `svb.retrieve.stored.manifest.read_manifest` gives it.
+        with_vectors: Whether embeddings are here; zeros that take no memory stand for those that are elsewhere.
+
+    Raises:
+        StoreError: A file is missing, or is not what was written as far as its size and header tell.
+    """
+    size = int(manifest["embedding_size"])
+    return [open_segment(folder, entry, size, with_vectors=with_vectors) for entry in manifest["segments"]]
+
+
+def open_segment(
+    folder: Path, entry: Mapping[str, Any], embedding_size: int, *, with_vectors: bool = True
+) -> Segment:
+    """Map one segment; see `open_segments`."""
+    path = folder / "segments" / entry["key"]
+    elsewhere = {} if with_vectors else {"video_embeddings": entry["videos"], "moment_embeddings": entry["moments"]}
+    try:
+        require_sizes(path, {name: size for name, size in entry["sizes"].items() if name[:-4] not in elsewhere})
+        parts: dict[str, Any] = {name: open_array(path / f"{name}.npy") for name in DTYPES if name not in elsewhere}
+        for name, rows in elsewhere.items():
+            parts[name] = np.broadcast_to(np.float16(0), (rows, embedding_size))
+        parts |= {attribute: StringColumn.open(path, name) for name, attribute in COLUMNS.items()}
+        segment = Segment(key=entry["key"], deleted=_open_deleted(folder, entry), **parts)
+        _require_fitting(segment, entry, embedding_size)
+    except (OSError, ValueError, EOFError) as error:
+        raise StoreError(f"{path} is damaged ({error}) - restore it, or make it again with `svb index`") from error
+    return segment
+
+
+def require_sizes(folder: Path, sizes: Mapping[str, int]) -> None:
+    """Check files' sizes, which costs no reading.
+
+    Raises:
+        OSError: A file is missing.
+        ValueError: One has another size.
+    """
+    for name, expected in sizes.items():
+        size = (folder / name).stat().st_size
+        if size != expected:
+            raise ValueError(f"{name} has {size} bytes, not {expected}")
+
+
+def _open_deleted(folder: Path, entry: Mapping[str, Any]) -> NDArray[np.int64]:
+    if entry["deleted"] is None:
+        return np.empty(0, np.int64)
+    path = folder / "tombstones" / entry["deleted"]["key"]
+    require_sizes(path, entry["deleted"]["sizes"])
+    rows: NDArray[np.int64] = np.load(
+        path / "videos.npy", allow_pickle=False
+    )  # read, being small, and needed by every search
+    if rows.dtype != np.int64 or rows.ndim != 1 or (np.diff(rows, prepend=-1) <= 0).any():
+        raise ValueError(f"the tombstones in {path} are no ascending rows")
+    if len(rows) and rows[-1] >= entry["videos"]:
+        raise ValueError(f"the tombstones in {path} lead beyond {entry['videos']} videos")
+    return rows
+
+
+def _require_fitting(segment: Segment, entry: Mapping[str, Any], embedding_size: int) -> None:
+    V, M = int(entry["videos"]), int(entry["moments"])
+    shapes = {
+        "video_embeddings": (V, embedding_size),
+        "moment_embeddings": (M, embedding_size),
+        "moment_offsets": (V + 1,),
+        "moment_seconds": (M, 2),
+        "duration_seconds": (V,),
+        "size_bytes": (V,),
+        "mtime_ns": (V,),
+    }
+    for name, shape in shapes.items():
+        array = getattr(segment, name)
+        if array.shape != shape or array.dtype != DTYPES[name]:
+            raise ValueError(f"{name} is {array.shape} of {array.dtype}, not {shape} of {np.dtype(DTYPES[name])}")
+    if segment.moment_offsets[0] != 0 or segment.moment_offsets[-1] != M:
+        raise ValueError(f"moment_offsets do not lead through {M} moments")
+    for attribute in COLUMNS.values():
+        if len(getattr(segment, attribute)) != V:
+            raise ValueError(f"there are {len(getattr(segment, attribute))} {attribute} of {V} videos")
