@@ -1,14 +1,39 @@
-"""Fingerprints of settings, and where stores, runs and indexes lie when no path is given."""
+"""Options of config dataclasses, fingerprints of settings, and the default paths of stores, runs and indexes."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from svb.errors import InputError, MismatchError
+
+
+def option(
+    default: Any,
+    *,
+    flag: str | None = None,
+    choices: Sequence[str] = (),
+    metavar: str | None = None,
+    read: Callable[[str], Any] | None = None,
+    **more: Any,
+) -> Any:
+    """Return a dataclass field with what the command line needs beside its name, type, default and documentation.
+
+    Args:
+        default: The field's default.
+        flag: The option's name, where it is not the field's.
+        choices: The values that are allowed.
+        metavar: What the help shows in place of the value.
+        read: Makes the value from the text on the command line.
+        more: `hidden=True` for a field that is no option; `both=True` for a switch that also has a `--no-` form;
+            `alone=VALUE` for the value that the option has when it is given without one.
+    """
+    said = {"flag": flag, "choices": tuple(choices), "metavar": metavar, "read": read, **more}
+    return dataclasses.field(default=default, metadata=said)
 
 
 def canonical_json(value: Any) -> str:

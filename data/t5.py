@@ -93,7 +93,7 @@ def _load_tokenizer(name: str, instead: str, vocabulary_size: int, source: dict[
             raise
         raise ModelUnavailableError(
             f"the tokenizer of t5:{name} is a sentencepiece model, and {' and '.join(lacking)} is not installed - "
-            f"pip install 'svb[t5]', or choose {instead}"
+            f"pip install '.[t5]' in svb's folder, or choose {instead}"
         ) from error
     # Where transformers finds no vocabulary it makes one up, of special tokens and a space.
     words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)

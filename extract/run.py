@@ -307,7 +307,9 @@ def _check_ray(address: str | None, rank: tuple[int, int] | None, device: str, h
     if address is None:
         return
     if importlib.util.find_spec("ray") is None:
-        raise UsageError(f"--ray {address} needs Ray, which is not installed - pip install 'svb[ray]'")
+        raise UsageError(
+            f"--ray {address} needs Ray, which is not installed - run pip install '.[ray]' in svb's folder"
+        )
     if rank is not None:
         raise UsageError("got a rank and a Ray cluster, which shares the work out itself - give one of the two")
     if device not in ("auto", "cpu", "cuda"):
@@ -476,7 +478,7 @@ def _own_device(name: str, rank: tuple[int, int] | None) -> str:
 
 def _versions() -> dict[str, str]:
     names = (
-        "svb",
+        "svb-video",
         "torch",
         "torchvision",
         "timm",

@@ -39,7 +39,7 @@ from svb.retrieve.stored.manifest import commit, publish_part
 from svb.retrieve.stored.segment import Segment, open_segments
 
 milvus_lite = pytest.importorskip(
-    "milvus_lite", reason="pip install svb[milvus]: Milvus Lite stands for the server"
+    "milvus_lite", reason="pip install '.[milvus]': Milvus Lite stands for the server"
 )
 server_manager_instance = milvus_lite.server_manager_instance
 
@@ -503,7 +503,7 @@ input()
 
     def test_without_the_client(self, tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "pymilvus", None)
-        with pytest.raises(ModelUnavailableError, match=r"install it with `pip install svb\[milvus\]`"):
+        with pytest.raises(ModelUnavailableError, match=r"run `pip install '.\[milvus\]'`"):
             mirror(tmp_path, publish(tmp_path, made.random_segment(5, size=SIZE)), uri)
 
     def test_nothing_is_printed(self, tmp_path: Path, uri: str) -> None:

@@ -220,3 +220,15 @@ def test_errors_are_one_tree() -> None:
     classes = [value for value in vars(errors).values() if isinstance(value, type) and issubclass(value, SvbError)]
     assert len(classes) >= 6 and {error.exit_code for error in classes} == {1, 2, 130}
     assert not [v for v in vars(errors).values() if isinstance(v, type) and not issubclass(v, SvbError)]
+
+
+def test_no_text_installs_the_package_of_somebody_else() -> None:
+    """A package `svb` on the package index is not ours: the checkout's `.[extra]` is."""
+    wrong = re.compile(r"svb\[[a-z]|pip install '?svb(?!-video)\b")
+    found = [
+        f"{path.relative_to(ROOT)}: {m.group()}"
+        for path in tracked_files()
+        if path.suffix in {".py", ".md", ".cfg", ".html", ".js"} and path != Path(__file__).resolve()
+        for m in wrong.finditer(path.read_text("utf-8"))
+    ]
+    assert found == []

@@ -28,7 +28,7 @@ from svb.extract.decode.sampling import Sampling
 from svb.extract.progress import ExtractProgress
 from svb.extract.run import extract
 
-pytest.importorskip("ray", reason="Ray is not installed: pip install 'svb[ray]'")
+pytest.importorskip("ray", reason="Ray is not installed: run pip install '.[ray]' in svb's folder")
 
 MARK = "SVB_TEST_RAY"
 
@@ -299,7 +299,7 @@ class TestMistakes:
         ran = run_svb("extract", clips_folder, "-o", tmp_path / "out", "--ray", "auto")
         assert ran.exit_code == 2
         assert ran.stderr.splitlines()[-1] == (
-            "svb: --ray auto needs Ray, which is not installed - pip install 'svb[ray]'"
+            "svb: --ray auto needs Ray, which is not installed - run pip install '.[ray]' in svb's folder"
         )
 
     @pytest.mark.parametrize(

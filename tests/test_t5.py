@@ -418,7 +418,7 @@ class TestErrors:
     def test_without_sentencepiece(self, tied: Path, untied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "sentencepiece", None)
         with pytest.raises(
-            ModelUnavailableError, match=r"sentencepiece is not installed - pip install 'svb\[t5\]'"
+            ModelUnavailableError, match=r"sentencepiece is not installed - pip install '\.\[t5\]' in svb's folder"
         ):
             load_text_encoder(f"t5:{tied}", CPU)
         load_text_encoder(f"t5:{untied}", CPU)  # a tokenizer.json needs none
@@ -430,7 +430,7 @@ class TestErrors:
         monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fail)
         monkeypatch.setitem(sys.modules, "google.protobuf", None)
         with pytest.raises(
-            ModelUnavailableError, match=r"google.protobuf is not installed - pip install 'svb\[t5\]'"
+            ModelUnavailableError, match=r"google.protobuf is not installed - pip install '\.\[t5\]' in svb's folder"
         ):
             load_text_encoder(f"t5:{tied}", CPU)
 

@@ -25,7 +25,7 @@ from svb.errors import InputError, MismatchError, StoreError, UsageError
 from svb.train import loop, objective
 from svb.train import run as train_run
 from svb.train.checkpoint import load_checkpoint
-from svb.train.config import CAPTION_SAMPLING, CHOICES, LOSSES, REBUILD, VARIANTS, TrainConfig
+from svb.train.config import CAPTION_SAMPLING, LOSSES, REBUILD, VARIANTS, TrainConfig
 from svb.train.run import read_run, train
 from svb.train.training_data import draw_captions, epoch_batches, positions_of_splits
 
@@ -447,8 +447,8 @@ OTHER_VALUE = {
 def other_value(field: dataclasses.Field[Any]) -> Any:
     if field.name in OTHER_VALUE:
         return OTHER_VALUE[field.name]
-    if field.name in CHOICES:
-        return next(choice for choice in CHOICES[field.name] if choice != field.default)
+    if choices := field.metadata.get("choices"):
+        return next(choice for choice in choices if choice != field.default)
     return not field.default if isinstance(field.default, bool) else type(field.default)(field.default + 1)
 
 

@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import dataclass, fields
 
+from svb.config import option
 from svb.errors import UsageError
 
 LOSSES = ("info_nce", "max_margin")
@@ -16,16 +17,6 @@ SUPPORT_VALUES = ("frames", "pooled")
 CAPTION_SAMPLING = ("one", "all")
 POOLING = ("mean", "attention")
 SELECT_ON = ("val", "test")
-CHOICES = {
-    "loss": LOSSES,
-    "negatives": NEGATIVES,
-    "variant": VARIANTS,
-    "support_values": SUPPORT_VALUES,
-    "rebuild": REBUILD,
-    "caption_sampling": CAPTION_SAMPLING,
-    "pooling": POOLING,
-    "select_on": SELECT_ON,
-}
 MAX_LOGIT_SCALE = 100.0
 _ABOVE_ZERO = ("support_temperature", "logit_scale", "learning_rate")
 _MAY_BE_ZERO = {"convolution", "layers", "seed", "memory_bank", "captions_per_video"}
@@ -88,30 +79,30 @@ class TrainConfig:
     embedding_size: int = 512
     convolution: int = 0
     layers: int = 0
-    pooling: str = "mean"
+    pooling: str = option("mean", choices=POOLING)
     dropout: float = 0.5
     max_frames: int = 32
-    loss: str = "info_nce"
+    loss: str = option("info_nce", choices=LOSSES)
     margin: float = 0.2
-    negatives: str = "hardest"
+    negatives: str = option("hardest", choices=NEGATIVES)
     negatives_warmup: float = 0.3
     intra_modal_weight: float = 0.0
     logit_scale: float = 20.0
     learn_logit_scale: bool = True
-    variant: str = "cross"
+    variant: str = option("cross", choices=VARIANTS)
     cross_captioning_weight: float = 0.1
     support_temperature: float = 0.1
-    learn_support_temperature: bool = False
-    support_values: str = "frames"
+    learn_support_temperature: bool = option(False, both=True)
+    support_values: str = option("frames", choices=SUPPORT_VALUES)
     memory_bank: int = 0
-    rebuild: str = "embedding"
+    rebuild: str = option("embedding", choices=REBUILD)
     decoder: str = "transformer"
     decoder_size: int = 256
     decoder_layers: int = 1
     decode_fraction: float = 1.0
     min_word_count: int = 2
     captions_per_video: int = 0
-    caption_sampling: str = "one"
+    caption_sampling: str = option("one", choices=CAPTION_SAMPLING)
     batch_size: int = 128
     epochs: int = 30
     learning_rate: float = 2.5e-4
@@ -119,7 +110,7 @@ class TrainConfig:
     warmup: float = 0.1
     evaluate_every: int = 5
     val_fraction: float = 0.1
-    select_on: str = "val"
+    select_on: str = option("val", choices=SELECT_ON)
     seed: int = 0
 
     @property
@@ -128,10 +119,10 @@ class TrainConfig:
         return self.val_fraction if self.select_on == "val" else 0.0
 
     def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
-            _require_choice(name, getattr(self, name), choices)
         for field in fields(self):
             value = getattr(self, field.name)
+            if field.metadata.get("choices"):
+                _require_choice(field.name, value, field.metadata["choices"])
             if isinstance(value, float) and not (math.isfinite(value) and value >= 0):
                 above = "more than" if field.name in _ABOVE_ZERO else "at least"
                 raise UsageError(f"{field.name} is {value} - expected a number of {above} 0")

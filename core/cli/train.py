@@ -2,39 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import os
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from svb.cli.options import config_options
 from svb.cli.output import say
 from svb.config import default_path
-from svb.train.config import CHOICES, TrainConfig
-
-
-def _config_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command an option for every field of TrainConfig, with the help that its docstring has."""
-    for field in reversed(dataclasses.fields(TrainConfig)):
-        choices, name = CHOICES.get(field.name), f"--{field.name.replace('_', '-')}"
-        command = click.option(
-            f"{name}/--no-{name[2:]}" if isinstance(field.default, bool) else name,
-            type=click.Choice(choices) if choices else type(field.default),
-            default=field.default,
-            show_default=True,
-            help=_help_of(field.name),
-        )(command)
-    return command
-
-
-def _help_of(name: str) -> str:
-    document = inspect.getdoc(TrainConfig) or ""
-    found = re.search(rf"^ +{name}: (.*?)(?=^ +\w+: |^$)", document, re.MULTILINE | re.DOTALL)
-    return " ".join(found.group(1).replace("`", "").split()) if found else ""
+from svb.train.config import TrainConfig
 
 
 @click.command()
@@ -43,7 +20,7 @@ def _help_of(name: str) -> str:
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="The run. [default: the next ./runs/NNN]")
 @click.option("--backbone", help="Whose features, where the store holds several; A+B fuses those of A and B.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:0, ...")
-@_config_options
+@config_options(TrainConfig)
 def train(
     store: Path | None,
     captions: Path | None,

@@ -82,7 +82,7 @@ def import_features(
     provenance = {
         "source": str(source.absolute()),
         "layout": layout,
-        "versions": {name: version(name) for name in ("svb", "h5py", "numpy")},
+        "versions": {name: version(name) for name in ("svb-video", "h5py", "numpy")},
     }
     intake = _Intake(source, {} if stored is None else stored.records, feature_size, fps)
     with FeatureStoreWriter(out, settings, provenance) as writer:

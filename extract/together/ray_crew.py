@@ -149,6 +149,6 @@ def _explained(error: RayTaskError) -> BaseException:
     if isinstance(cause, ImportError):
         return InputError(
             f"a node of the Ray cluster cannot import what it needs ({cause}) - install the driver's svb on every "
-            f"node: pip install 'svb[ray]=={__version__}'"
+            f"node: run pip install '.[ray]' in the folder of svb {__version__}"
         )
     return cause if isinstance(cause, SvbError) else error

@@ -256,7 +256,7 @@ def connect(target: Target, *, create: bool = False) -> Server:
         from pymilvus import MilvusClient, MilvusException
     except ImportError as error:
         raise ModelUnavailableError(
-            f"{target.uri} needs the client of Milvus ({error}) - install it with `pip install svb[milvus]`"
+            f"{target.uri} needs the client of Milvus ({error}) - run `pip install '.[milvus]'` in svb's folder"
         ) from error
     for name in ("pymilvus", "milvus_lite", "grpc._server"):  # they log what they raise as well
         logging.getLogger(name).setLevel(logging.CRITICAL)
