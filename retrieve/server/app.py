@@ -13,7 +13,7 @@ from starlette.types import ASGIApp
 
 from svb._version import __version__
 from svb.errors import SvbError
-from svb.retrieve.page.report import render_page
+from svb.retrieve.page.page import page_with_nonce
 from svb.retrieve.server.access import Access
 from svb.retrieve.server.gate import HUNG_UP, Gate
 from svb.retrieve.server.http import error_response, json_response, response_to
@@ -41,7 +41,7 @@ def _add_page(app: FastAPI) -> None:
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
         nonce = secrets.token_urlsafe(16)
-        return HTMLResponse(render_page(nonce), headers={"content-security-policy": content_security_policy(nonce)})
+        return HTMLResponse(page_with_nonce(nonce), headers={"content-security-policy": content_security_policy(nonce)})
 
 
 def _add_health(app: FastAPI, service: Service) -> None:
