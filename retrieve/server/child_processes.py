@@ -22,6 +22,8 @@ os.getppid() == int(sys.argv[1]) or sys.exit(1)
 os.execvp(sys.argv[2], sys.argv[2:])
 """
 
+# What Python runs as a worker.
+WORKER: tuple[str, ...] = ("-m", "svb.retrieve.server.worker")
 # An answer is a line of JSON: an embedding of some thousand numbers fits, a runaway answer does not.
 MAX_ANSWER_BYTES = 1 << 20
 # Work that nobody waits for may go on this long: killing a worker costs the next one the loading of a model.
@@ -55,7 +57,7 @@ async def kill_child(process: Process) -> None:
 
 
 class WorkerPool:
-    """A few processes of `svb.retrieve.server.worker`, started when they are needed and kept for the next task.
+    """A few worker processes, started when they are needed and kept for the next task.
 
     Args:
         num_workers: How many work at once.
@@ -142,8 +144,7 @@ class WorkerPool:
             if process.returncode is None:
                 return process
             await self._end(process)
-        command = (sys.executable, "-m", "svb.retrieve.server.worker")
-        process = await start_child(*command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL)
+        process = await start_child(sys.executable, *WORKER, stdin=PIPE, stdout=PIPE, stderr=DEVNULL)
         self._started.add(process)
         return process
 
