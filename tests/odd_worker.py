@@ -1,6 +1,6 @@
-"""A worker of the server for tests: it embeds files without a model, and hangs or dies where a file says so.
+"""A worker of the server for tests: it embeds without a model, and hangs or dies where a file says so.
 
-It adds the name of each task to the file `ODD_WORKER_LOG`, and holds a file of `hold` until that file has a `release`.
+It adds the name of each task to the file `ODD_WORKER_LOG`; it embeds a file of `hold` when that says `release`.
 """
 
 from __future__ import annotations

@@ -290,15 +290,15 @@ def test_a_part_of_a_clip_is_searched_with(page: Any) -> None:
     page.evaluate(drop, "no video, but nobody looks")
     page.wait_for_selector("body:not(.busy) .card")
     assert page.evaluate("answer.request.video") == "my clip.mkv"
-    page.get_by_label("The clip counts from").fill("0:02")
-    page.get_by_label("The clip counts to").fill("4.5")
+    page.get_by_label("Use the clip from").fill("0:02")
+    page.get_by_label("Use the clip to").fill("4.5")
     page.keyboard.press("Tab")
     w.until(page, "String(answer.request.span_seconds) === '2,4.5'")
     command = page.evaluate("toCommand(question)")
     assert command.startswith("svb search --video 'my clip.mkv@2-4.5' --index ")
     page.reload()
     page.wait_for_selector("[role=alert]")
-    assert "drop it here once more" in page.locator("[role=alert]").inner_text()
+    assert "drop it here again" in page.locator("[role=alert]").inner_text()
 
 
 @pytest.mark.slow
@@ -447,14 +447,14 @@ def test_a_token_stays_out_of_the_address(chromium: Any, url: str, index: Path) 
         opened(chromium, guarded, expected="status of 40[14]") as page,
     ):
         page.goto("?q=boat")
-        page.get_by_label("This server asks for its token").fill("0123456789abcdef")
+        page.get_by_label("This server needs its token").fill("0123456789abcdef")
         page.keyboard.press("Enter")
         page.wait_for_selector(".card")
         assert page.url == f"{guarded}?q=boat"
         page.context.clear_cookies()
         page.get_by_label("What to look for").fill("onion")
         page.keyboard.press("Enter")
-        page.get_by_label("This server asks for its token").wait_for()
+        page.get_by_label("This server needs its token").wait_for()
         assert page.url == f"{guarded}?q=onion"
 
 
@@ -465,7 +465,7 @@ def test_a_token_that_is_asked_for_keeps_the_moment_of_a_link(chromium: Any, ind
         opened(chromium, guarded, expected="status of 40[14]") as page,
     ):
         page.goto(f"?q=boat#v={BOAT_KEY}&t=4.00")
-        page.get_by_label("This server asks for its token").fill("0123456789abcdef")
+        page.get_by_label("This server needs its token").fill("0123456789abcdef")
         page.keyboard.press("Enter")
         page.wait_for_selector(".player")
         wait_for_seek(page, 4)

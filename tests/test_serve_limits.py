@@ -109,10 +109,10 @@ def test_a_head_must_come_in_time_and_a_slow_answer_may_not(monkeypatch: pytest.
         assert whole.recv(1000) == b""
 
 
-def ask(
-    served: Serving, path: str, *parts: Message, then: Callable[[], object], method: str = "POST", kind: str = "application/json"
-) -> list[Message]:  # fmt: skip
-    """Send a request in parts, hang up when `then` returns, and return what the server sent."""
+def post(
+    served: Serving, path: str, *parts: Message, then: Callable[[], object], kind: str = "application/json"
+) -> list[Message]:
+    """Post a request in parts, hang up when `then` returns, and return what the server sent."""
     sent: list[Message] = []
     waiting = [*parts]
 
@@ -126,7 +126,7 @@ def ask(
         sent.append(message)
 
     scope = {
-        **{"type": "http", "method": method, "path": path, "raw_path": path.encode(), "root_path": ""},
+        **{"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "root_path": ""},
         **{"query_string": b"", "scheme": "http", "client": ("127.0.0.1", 1), "server": ("localhost", 8765)},
         "headers": [(b"host", b"localhost"), (b"content-type", kind.encode())],
     }
@@ -142,7 +142,7 @@ def body(content: bytes, *, more: bool = False) -> Message:
 def test_a_body_must_come_in_time(served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("svb.retrieve.server.http.RECEIVE_SECONDS", 0.2)
     enough = threading.Event()
-    sent = ask(served, "/api/search", body(b"{", more=True), then=lambda: enough.wait(60))
+    sent = post(served, "/api/search", body(b"{", more=True), then=lambda: enough.wait(60))
     enough.set()
     assert sent[0]["status"] == 408 and (b"connection", b"close") in sent[0]["headers"]
     assert b"did not arrive within 0.2 s" in sent[1]["body"]
@@ -150,8 +150,8 @@ def test_a_body_must_come_in_time(served: Serving, monkeypatch: pytest.MonkeyPat
 
 def test_a_client_that_hangs_up_is_no_error_of_ours(served: Serving) -> None:
     messages = heard()
-    ask(served, "/api/search", body(b'{"text": "slow"}'), then=lambda: FakeSearcher.started.acquire(timeout=60))
-    ask(served, "/api/search", then=lambda: None)
+    post(served, "/api/search", body(b'{"text": "slow"}'), then=lambda: FakeSearcher.started.acquire(timeout=60))
+    post(served, "/api/search", then=lambda: None)
     counts = [line for line in served.client.get("/metrics").text.splitlines() if '"/api/search",status=' in line]
     assert counts == ['svb_requests_total{method="POST",route="/api/search",status="499"} 2']
     assert not messages
@@ -164,7 +164,7 @@ def test_work_that_nobody_waits_for_does_not_keep_its_worker(
     form = b'--b\r\nContent-Disposition: form-data; name="kind"\r\n\r\nimage\r\n--b\r\n'
     form += b'Content-Disposition: form-data; name="file"; filename="a.png"\r\n\r\nhang\r\n--b--\r\n'
     kind = "multipart/form-data; boundary=b"
-    ask(served, "/api/search/file", body(form), then=lambda: s.until(lambda: worked.read_text()), kind=kind)
+    post(served, "/api/search/file", body(form), then=lambda: s.until(lambda: worked.read_text()), kind=kind)
     # There is one worker that embeds: it must have been replaced.
     files = {"file": ("a.png", b"pixels")}
     response = served.client.post("/api/search/file", data={"kind": "image"}, files=files)

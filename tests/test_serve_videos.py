@@ -1,4 +1,4 @@
-"""The videos over HTTP: found by key, sent in ranges, shown as pictures and previews, kept in a cache with a limit."""
+"""The videos over HTTP: found by key, sent in ranges, shown as pictures and previews that a cache keeps."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def worked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the log of an ffmpeg, found by its name, that adds a line for each run, and waits for a `release` file."""
+    """Return the log of an ffmpeg, found by its name, that logs each run and waits for a file `release`."""
     log, ffmpeg = tmp_path / "ffmpeg.log", tmp_path / "bin" / "slow-ffmpeg"
     ffmpeg.parent.mkdir()
     wait = f"while [ ! -e {tmp_path}/release ]; do sleep 0.05; done"

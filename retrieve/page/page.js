@@ -1,11 +1,11 @@
 "use strict";
-// Names and captions come from strangers' files: whatever is shown goes in as text, never as markup.
+// Names and captions come from strangers' files: everything is shown as text, never as markup.
 const $ = (selector, within = document) => within.querySelector(selector);
 const $$ = (selector, within = document) => [...within.querySelectorAll(selector)];
 const embedded = JSON.parse($("#embedded").textContent); // null behind a server; {answers, pictures, files} in a report
 const form = $("#form");
 
-// A field of the question: its name in `SearchRequest`, in the address, on the command line, and what it holds.
+// The fields of a question: name in `SearchRequest`, name in the address, option of the command line, kind.
 const FIELDS = [
   ["text", "q", "", "text"], ["like", "like", "--like", "text"],
   ["plus", "plus", "--plus", "list"], ["without", "not", "--not", "list"],
@@ -21,14 +21,14 @@ const LISTS = FIELDS.filter(field => field[3] === "list").map(field => field[0])
 const SAID = {plus: "and", without: "not", folders: "in", where: ""};
 const DEFAULTS = {normalise: "auto", k: 10};
 
-let lists = {};        // of the form's fields, those that are shown as chips
-let subject = null;    // what is asked with instead of a text: {like} or {id, file, kind, span}
-let question = null;   // what `answer` answers: {fields, subject}
+let lists = {};        // the form's fields that are shown as chips
+let subject = null;    // searched with in place of a text: {like} or {id, file, kind, span}
+let question = null;   // the question of `answer`: {fields, subject}
 let answer = null;
 let asking = null;     // the AbortController of the request under way
-let info = {};         // of /api/index
+let info = {};         // from /api/index
 let opened = null;     // {card, result, video}
-const files = new Map(); // files asked with, by the number that the history keeps
+const files = new Map(); // files searched with, by the number that the history keeps
 
 // Small things
 
@@ -84,10 +84,10 @@ function hush() {
 }
 
 async function copy(text) {
-  // Without https a browser may refuse: then it is there to be copied by hand.
+  // Without https a browser may refuse: then the user copies it by hand.
   const done = await navigator.clipboard?.writeText(text).then(() => true, () => false);
   if (done) return toast("Copied", make("code", {}, text));
-  toast("Copy it from here:", button("close", "Close", hush), make("code", {}, text));
+  toast("Copy this:", button("close", "Close", hush), make("code", {}, text));
   clearTimeout(toasted);
 }
 
@@ -97,15 +97,15 @@ async function ask(path, options = {}) {
     response = await fetch(path, options);
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Error("The server does not answer - see whether svb serve still runs.");
+    throw new Error("The server does not answer - check that svb serve is still running.");
   }
   const held = await response.json().catch(() => ({}));
-  if (response.status === 401) location.reload(); // the session is over: the server asks for its token
-  if (!response.ok) throw new Error(held.error ?? `The server says ${response.status} ${response.statusText}`);
+  if (response.status === 401) location.reload(); // the session has ended: the server asks for its token
+  if (!response.ok) throw new Error(held.error ?? `The server answered ${response.status} ${response.statusText}`);
   return held;
 }
 
-// Pictures and files: from the server, or from what the report holds
+// Pictures and files: from the server, or from the report itself
 
 const source = embedded ? {
   poster: (result, seconds) => embedded.pictures[result.key].posters.find(([at]) => at === seconds)?.[1],
@@ -187,11 +187,11 @@ function toCommand({fields, subject}) {
   const {text} = fields, index = embedded ? embedded.index_path : info.index;
   if (index !== undefined) options.push("--index", quote(index));
   if (text === undefined) return ["svb search", ...options].join(" ");
-  // A text that looks like an option has to come after what ends the options.
+  // A text that looks like an option must come after `--`.
   return ["svb search", ...text.startsWith("-") ? [...options, "--", quote(text)] : [quote(text), ...options]].join(" ");
 }
 
-// Chips: what narrows the search, each with its way out
+// Chips: the filters in use, each with a button that removes it
 
 function drawChips() {
   const chips = [];
@@ -208,7 +208,7 @@ function drawChips() {
   $("#chips").hidden = !chips.length;
   const inPanel = Object.keys(readForm()).filter(name => !["text", "like", ...LISTS].includes(name)).length;
   $("#filters-count").textContent = inPanel ? `Filters (${inPanel})` : "Filters";
-  form.elements.text.placeholder = subject ? "or say what happens in the video" : "What happens in the video?";
+  form.elements.text.placeholder = subject ? "or describe what happens in the video" : "What happens in the video?";
 }
 
 function chip(word, value, remove, kind = "") {
@@ -219,7 +219,7 @@ function chip(word, value, remove, kind = "") {
 function fileChip() {
   const element = chip(subject.kind === "image" ? "image" : "clip", subject.file.name, dropSubject);
   if (subject.kind === "image") {
-    // A canvas needs nothing of the content security policy, where a blob's address would.
+    // The content security policy allows a canvas; a blob's address would need an exception.
     createImageBitmap(subject.file).then(bitmap => {
       const canvas = make("canvas", {width: Math.round(52 * bitmap.width / bitmap.height), height: 52, "aria-hidden": "true"});
       canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
@@ -228,7 +228,7 @@ function fileChip() {
     return element;
   }
   const inputs = ["from", "to"].map((word, place) => {
-    const input = make("input", {class: "clock", placeholder: word, "aria-label": `The clip counts ${word} (seconds or m:ss)`});
+    const input = make("input", {class: "clock", placeholder: word, "aria-label": `Use the clip ${word} (seconds or m:ss)`});
     input.value = subject.typed?.[place] ?? (subject.span ? clock(subject.span[place], true) : "");
     return input;
   });
@@ -236,7 +236,7 @@ function fileChip() {
     if (saysNoTime(input)) return;
     const typed = inputs.map(each => each.value), [begin, end] = typed.map(unclock);
     subject = {...subject, typed, span: end === null ? null : [begin ?? 0, end]};
-    if (end !== null || begin === null) submit(); // else half of a span
+    if (end !== null || begin === null) submit(); // otherwise only half of a span is known
   });
   element.lastChild.before(...inputs);
   return element;
@@ -244,7 +244,7 @@ function fileChip() {
 
 function saysNoTime(input) {
   const isNone = input.value.trim() !== "" && unclock(input.value) === null;
-  if (isNone) toast(`${input.value} is no time - expected seconds or m:ss`);
+  if (isNone) toast(`${input.value} is not a time - expected seconds or m:ss`);
   return isNone;
 }
 
@@ -265,7 +265,7 @@ function addTo(name) {
   return true;
 }
 
-// Browsers have no type for many of them.
+// Browsers know no type for many video files.
 const hasVideoSuffix = name => $("#file").accept.split(",").some(each => each.startsWith(".") && name.toLowerCase().endsWith(each));
 
 function takeFile(file) {
@@ -285,7 +285,7 @@ function submit() {
   drawChips();
   const fields = readForm();
   if (!fields.text && !subject) {
-    // What narrows the search waits for something to search for.
+    // Filters alone do not start a search.
     form.elements.text.focus();
     return;
   }
@@ -293,10 +293,10 @@ function submit() {
   search({fields, subject}, true);
 }
 
-const MOST = 1000; // videos that a server answers with
+const MOST = 1000; // the most videos that a server answers with
 const SHOWN = {with_curves: true, num_moments: 5};
 
-// Whether what is shown now is what this search found: it is not where a newer question overtook it.
+// Returns whether the page shows what this search found; a newer question may have overtaken it.
 async function search(asked, push) {
   asking?.abort();
   const mine = asking = new AbortController();
@@ -315,7 +315,7 @@ async function search(asked, push) {
       const nearest = await post(asked, mine.signal, {...SHOWN, k: 1, min_confidence: undefined});
       found = {...nearest, isUnsure: true};
     }
-    if (!found.results) throw new Error("The answer did not arrive whole - ask again.");
+    if (!found.results) throw new Error("The answer arrived incomplete - search again.");
     if (mine !== asking) return false;
     show(found, asked);
   } catch (error) {
@@ -327,13 +327,13 @@ async function search(asked, push) {
   return true;
 }
 
-// Something was asked, whatever came of it.
+// Whether a question was asked, with or without an answer.
 const isAsked = () => $("#hero").hidden;
 
-// Of what is asked with, what the history keeps: a file fits no address.
+// What the history keeps of a subject: a file does not fit into an address.
 const keptOf = asked => asked?.file ? {id: asked.id, kind: asked.kind, span: asked.span} : null;
 
-// Whether the address and the history are a question's.
+// Whether the address and the history belong to a question.
 function isAt({fields, subject}) {
   return location.search === toAddress(fields) && JSON.stringify(history.state?.file ?? null) === JSON.stringify(keptOf(subject));
 }
@@ -371,7 +371,7 @@ async function loadIndex() {
 // The answer
 
 function show(found, asked) {
-  if (opened) leave(); // a moment of the answer before, opened while this one was on its way
+  if (opened) leave(); // a moment of the previous answer, opened while this one was loading
   answer = found;
   question = asked;
   document.title = `${asked.fields.text ?? asked.fields.like ?? asked.subject?.file?.name ?? "svb"} - svb`;
@@ -398,11 +398,11 @@ function summarise(found) {
 function noticesOf(found) {
   const notices = [];
   if (!found.results.length && found.num_videos && found.request.min_confidence) {
-    notices.push(notice("No confident match", [`Nothing is as sure as ${found.request.min_confidence}: without that, the nearest are shown.`, ...found.notes]));
-  } else if (!found.results.length) notices.push(notice("Nothing found", found.notes.length ? found.notes : ["Nothing is left to compare with: take a filter away."]));
+    notices.push(notice("No confident match", [`No video reaches the confidence ${found.request.min_confidence} - remove that filter to see the nearest videos.`, ...found.notes]));
+  } else if (!found.results.length) notices.push(notice("Nothing found", found.notes.length ? found.notes : ["The filters exclude every video - remove one."]));
   else if (found.isUnsure || found.confidence === "weak") notices.push(notice("No confident match; nearest:", found.notes));
   else if (found.notes.length) notices.push(notice(null, found.notes));
-  if (found.captions.length) notices.push(make("section", {class: "notice"}, make("h4", {}, "Captions that fit best"), captionsOf(found.captions)));
+  if (found.captions.length) notices.push(make("section", {class: "notice"}, make("h4", {}, "Best matching captions"), captionsOf(found.captions)));
   return notices;
 }
 
@@ -419,7 +419,7 @@ function showError(error) {
   $("#summary").textContent = "";
   $("#results").replaceChildren();
   $("#more").hidden = true;
-  const panel = notice("That did not work", [error.message], "bad");
+  const panel = notice("Search failed", [error.message], "bad");
   panel.setAttribute("role", "alert");
   $("#notices").replaceChildren(panel);
 }
@@ -428,7 +428,7 @@ function captionsOf(captions) {
   return make("ul", {class: "captions"}, ...captions.map(caption => {
     const says = make(embedded ? "span" : "button", {class: "says"}, caption.caption);
     if (!embedded) {
-      says.title = "Search with these words";
+      says.title = "Search with this caption";
       says.onclick = () => { subject = null; fillForm({text: caption.caption}); submit(); };
     }
     const at = caption.begin_seconds === null ? "" : ` ${clock(caption.begin_seconds)}`;
@@ -438,14 +438,14 @@ function captionsOf(captions) {
 }
 
 function scaleOf(results) {
-  // One scale for all, so that a flat curve below means what it looks like.
+  // One scale for all results: a curve that looks flat is flat.
   const scores = results.flatMap(result => [...result.curve?.scores ?? [], ...result.moments.map(moment => moment.score)]);
   const [low, high] = scores.reduce(([least, most], score) => [Math.min(least, score), Math.max(most, score)], [Infinity, -Infinity]);
   const span = Math.max(high - low, 0.02);
   return score => 94 - 84 * (score - low) / span;
 }
 
-// Moments are on the file's own clock, on which a video may begin late: its duration counts from there.
+// Moments are on the file's own clock. A video may begin late on it; its duration counts from there.
 function durationOf(result, begin = 0) {
   const last = Math.max(...result.moments.map(moment => moment.end_seconds), result.curve?.times_seconds.at(-1) ?? 0);
   return result.duration_seconds ?? last - begin;
@@ -464,7 +464,7 @@ function cardOf(result, scale) {
   $(".rank", card).textContent = result.rank;
   $(".badge", card).textContent = result.confidence;
   $(".badge", card).classList.add(result.confidence);
-  $(".badge", card).title = `${result.confidence}: how far its score stands out from those of all the other videos`;
+  $(".badge", card).title = `${result.confidence}: how far the score stands out from the scores of all other videos`;
   $(".score", card).textContent = result.score.toFixed(3);
   const image = $(".poster img", card);
   image.onload = () => image.classList.toggle("tall", image.naturalHeight > image.naturalWidth);
@@ -487,7 +487,7 @@ function cardOf(result, scale) {
   return card;
 }
 
-// A card asks for its strip and its file's state once it comes into view.
+// A card loads its strip and the state of its file when it comes into view.
 const seen = new IntersectionObserver(entries => {
   for (const {target: card} of entries.filter(entry => entry.isIntersecting)) {
     seen.unobserve(card);
@@ -503,7 +503,7 @@ const seen = new IntersectionObserver(entries => {
 
 function detailsOf(card) {
   card.details ??= source.details(card.result);
-  card.details.catch(() => { card.details = null; }); // it may answer the next time
+  card.details.catch(() => { card.details = null; }); // try again the next time
   return card.details;
 }
 
@@ -512,7 +512,7 @@ function drawStrip(strip, url, frames) {
   const sprite = new Image();
   sprite.onload = () => {
     const width = sprite.naturalWidth / frames, height = sprite.naturalHeight;
-    // Each frame fills its part of the time, cropped to it: the box of an SVG does both and follows the width.
+    // Each frame fills its part of the time and is cropped to it; an SVG does both, at any width.
     strip.replaceChildren(...Array.from({length: frames}, (_, frame) => draw(
       "svg", {viewBox: `${frame * width} 0 ${width} ${height}`, preserveAspectRatio: "xMidYMid slice", "aria-hidden": "true"},
       draw("image", {href: url, width: sprite.naturalWidth, height}))));
@@ -556,7 +556,7 @@ function drawTimeline(card) {
 }
 
 function drawCurve({times_seconds: times, scores}, begin, duration, scale) {
-  // The first and the last score hold to the video's ends, for the middles of moments do not reach them.
+  // The middles of moments do not reach the ends of the video: the first and last score are drawn out to them.
   const points = [[begin, scores[0]], ...times.map((seconds, i) => [seconds, scores[i]]), [begin + duration, scores.at(-1)]];
   const line = points.map(([seconds, score]) => `${(1000 * (seconds - begin) / duration).toFixed(1)} ${scale(score).toFixed(1)}`).join("L");
   return draw("svg", {viewBox: "0 0 1000 100", preserveAspectRatio: "none", "aria-hidden": "true"},
@@ -622,7 +622,7 @@ function wireActions(card) {
     command: () => copy(toCommand(question)),
     link: () => copy(new URL(location.pathname + toAddress(question.fields) + momentHash(result, secondsAt(card)), location).href),
     details: pressed => toggleMore(card, pressed, () => detailsPanel(card)),
-    duplicates: pressed => toggleMore(card, pressed, () => make("section", {}, make("h4", {}, "Near-duplicates, folded under it"),
+    duplicates: pressed => toggleMore(card, pressed, () => make("section", {}, make("h4", {}, "Near-duplicates, folded into this result"),
       make("ul", {class: "duplicates"}, ...result.duplicates.map(duplicate => make("li", {}, duplicate))))),
   };
   const hidden = {
@@ -636,7 +636,7 @@ function wireActions(card) {
   $("[data-do=duplicates]", card).textContent = `+${count(result.duplicates.length, "near-duplicate")}`;
 }
 
-// Where a card's player is, or would begin.
+// The time at which a card's player is, or would begin.
 function secondsAt(card) {
   if (opened?.card !== card) return card.result.moments[0].best_seconds;
   return opened.video.readyState > 0 ? opened.video.currentTime + opened.offset : opened.seconds;
@@ -654,15 +654,15 @@ async function toggleMore(card, pressed, build) {
 
 async function captionPanel(result) {
   const {captions} = await post({fields: {like: result.video_id}}, undefined, {k: 1, num_captions: 10});
-  if (!captions.length) return make("p", {class: "quiet"}, "The index knows no captions.");
-  return make("section", {}, make("h4", {}, "Captions that fit it best"), captionsOf(captions));
+  if (!captions.length) return make("p", {class: "quiet"}, "The index has no captions.");
+  return make("section", {}, make("h4", {}, "Best matching captions"), captionsOf(captions));
 }
 
 async function detailsPanel(card) {
   const {result} = card, details = await detailsOf(card).catch(() => ({}));
   const rows = [
     ["video_id", result.video_id], ["file", result.source_path],
-    ["lasts", result.duration_seconds === null ? "unknown" : `${clock(result.duration_seconds, true)} (${result.duration_seconds.toFixed(2)} s)`],
+    ["duration", result.duration_seconds === null ? "unknown" : `${clock(result.duration_seconds, true)} (${result.duration_seconds.toFixed(2)} s)`],
     ...Object.entries({...result.metadata, ...details.metadata}),
   ];
   return make("dl", {}, ...rows.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, String(value ?? ""))]));
@@ -670,11 +670,11 @@ async function detailsPanel(card) {
 
 // Playing
 
-// A report has the number of its answer in the hash as well.
+// In a report the hash also has the number of the answer.
 const answerHash = () => embedded?.answers.length > 1 ? `#a=${embedded.answers.indexOf(answer)}` : "";
 const momentHash = (result, seconds) => `${answerHash() || "#"}${answerHash() && "&"}v=${result.key}&t=${seconds.toFixed(2)}`;
 
-// One entry of the history is the open moment's, whichever it is: going back closes the player.
+// The open moment has one entry in the history, whichever moment it is: going back closes the player.
 async function play(card, seconds, push = true) {
   if (push) {
     const {state} = history, hash = momentHash(card.result, seconds);
@@ -689,11 +689,11 @@ async function play(card, seconds, push = true) {
   opened.seconds = seconds;
   if (opened.failed) load(opened);
   if (video.readyState > 0) seek();
-  if (video.src) video.play().catch(() => {}); // without a click before it, a browser does not start by itself
+  if (video.src) video.play().catch(() => {}); // a browser does not start to play without a click
 }
 
-// A preview begins at 0, a file is played on its own clock. Of one that begins late Chromium first takes the length for
-// the end, and seeks no further: it learns better when it has read some of it.
+// A preview begins at 0; a file plays on its own clock. Chromium first takes the length of a file that begins late for
+// its end and seeks no further; after it has read some of the file it knows the end.
 function seek() {
   const {card, video, seconds, offset, isPreview} = opened;
   const at = clamp(seconds - offset, 0, (isPreview ? 0 : card.begin) + video.duration - 0.05);
@@ -733,7 +733,7 @@ async function load(mine) {
     if (mine !== opened) return;
     beginAt(mine.card, details.begin_seconds ?? 0);
     if (!details.available) {
-      mine.card.details = null; // it may be back the next time
+      mine.card.details = null; // the file may be back the next time
       throw new Error(details.problem ?? `${mine.result.source_path} is no longer there.`);
     }
     start(mine, details, !details.playable && !embedded);
@@ -753,14 +753,14 @@ function start(mine, details, preview) {
 
 async function fail(mine, details) {
   const {video, isPreview} = mine;
-  if (embedded) return mine.say(`This browser does not play ${mine.result.source_path} from here.`);
-  // The element keeps to itself why the server refused.
+  if (embedded) return mine.say(`This browser cannot play ${mine.result.source_path}.`);
+  // The video element does not tell why the server refused.
   const refusal = await ask(source.media(details, isPreview), {headers: {Range: "bytes=0-0"}}).then(() => null, error => error.message);
   if (mine !== opened) return;
   const isBroken = video.error?.code === MediaError.MEDIA_ERR_NETWORK;
   if (refusal === null && !isBroken && !isPreview) return start(mine, details, true);
   mine.failed = true;
-  mine.say(refusal ?? (isBroken ? "The connection broke off: play it again." : "This browser cannot play it."));
+  mine.say(refusal ?? (isBroken ? "The connection was lost - play it again." : "This browser cannot play the video."));
 }
 
 function close() {
@@ -784,13 +784,13 @@ function leave() {
   card.focus({preventScroll: true});
 }
 
-// The address: what is asked, and in the hash the moment that is open
+// The address: the question, and in the hash the open moment
 
 async function restore() {
   if (embedded) return showReport();
   if (answer && isAt(question)) {
     if (asking) {
-      // Back at what is shown before the answer to the next question came.
+      // The user went back to this answer before the next one came.
       stopAsking();
       subject = question.subject;
       fillForm(question.fields);
@@ -803,9 +803,9 @@ async function restore() {
   const file = state?.file ? files.get(state.file.id) : null;
   subject = file ? {...state.file, file} : fields.like ? {like: fields.like} : null;
   fillForm(fields);
-  // What is no part of the question goes out of the address, whatever it was.
+  // Parameters that are not part of the question are removed from the address.
   history.replaceState(state, "", location.pathname + toAddress(readForm()) + location.hash);
-  if (state?.file && !file) return showError(new Error("A page that was loaded again no longer has the file: drop it here once more."));
+  if (state?.file && !file) return showError(new Error("The page was reloaded and no longer has the file - drop it here again."));
   if (!fields.text && !subject) return showStart();
   if (await search({fields: readForm(), subject}, false)) openFromHash();
 }
@@ -908,10 +908,10 @@ const CARD_KEYS = {
 document.addEventListener("keydown", event => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing || $("#help").open) return;
   const {target, key} = event, empty = target === form.elements.text && !target.value;
-  // In an empty box, which has the focus at first, these two are keys as anywhere.
+  // The empty box has the focus at first: these two keys work in it too.
   const types = target.matches("input, select, textarea") && !(empty && (key === "/" || key === "?"));
   if (key === "Escape") {
-    event.preventDefault(); // which would empty the box
+    event.preventDefault(); // it would empty the box
     if (opened) leave();
     else if (!$("#filters").hidden) KEYS.f();
     else if (types) target.blur();
@@ -919,7 +919,7 @@ document.addEventListener("keydown", event => {
   }
   if (types || (embedded && (key === "/" || key === "f"))) return;
   const card = target.closest(".card") ?? (target === document.body ? opened?.card : null);
-  // Enter and Space belong to the button or the video that has the focus.
+  // A button or a video with the focus takes Enter and Space.
   const act = card && CARD_KEYS[key] && (key.length > 1 || key === " " ? target === card || target === document.body : true)
     ? () => CARD_KEYS[key](card) : key.startsWith("Arrow") && target.matches("video") ? null : KEYS[key];
   if (!act || (key.startsWith("Arrow") && !answer)) return;
@@ -934,7 +934,7 @@ form.onsubmit = event => {
 };
 form.addEventListener("change", event => {
   if (!event.target.closest("#filters") || event.target.dataset.list || !event.target.name) return;
-  if (event.target.type === "date" && !event.target.validity.valid) return; // a year that is being typed, digit by digit
+  if (event.target.type === "date" && !event.target.validity.valid) return; // a year that is being typed
   if (event.target.inputMode === "numeric" && saysNoTime(event.target)) return;
   drawChips();
   if (isAsked()) submit();
@@ -953,7 +953,7 @@ $("#file").onchange = event => {
   event.target.value = "";
 };
 $("#more").onclick = () => {
-  // Of the question that was answered, whatever is in the form by now.
+  // The question that was answered, even if the form has changed since.
   subject = question.subject;
   fillForm({...question.fields, k: Math.min(answer.results.length + 20, MOST)});
   search({fields: readForm(), subject}, true);
@@ -977,7 +977,7 @@ addEventListener("drop", event => {
 });
 addEventListener("paste", event => {
   const {files: pasted, types} = event.clipboardData;
-  // A spreadsheet's cell comes as a text and as a picture of it.
+  // A spreadsheet pastes a cell as text and as a picture.
   const isText = event.target.matches?.("input") && types.includes("text/plain");
   if (!embedded && !$("#help").open && pasted.length && !isText) takeFile(pasted[0]);
 });
@@ -987,5 +987,5 @@ new ResizeObserver(([{target}]) => {
   document.documentElement.style.setProperty("--header", `${isSticky ? target.offsetHeight : 0}px`);
 }).observe($("header"));
 
-if (!embedded) loadIndex().catch(() => {}); // what a search says when the server is gone says it better
+if (!embedded) loadIndex().catch(() => {}); // when the server is gone, a search explains it better
 restore();
