@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import threading
 import time
@@ -107,6 +108,22 @@ def test_a_head_must_come_in_time_and_a_slow_answer_may_not(monkeypatch: pytest.
             assert part, answer
         whole.sendall(head)  # a second one on the same connection, and then no more of it
         assert whole.recv(1000) == b""
+
+
+def test_a_file_cut_while_it_is_sent_ends_the_connection(index: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.mp4"
+    with file.open("wb") as out:
+        out.truncate(60_000_000)
+    s.commit(index, 1, {"a": file})
+    with s.serving(index) as served, running(served.app) as connect, connect() as client:
+        client.sendall(f"GET /media/{key_of('a')} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        assert client.recv(100).startswith(b"HTTP/1.1 200")
+        os.truncate(file, 1000)
+        received = 100
+        with contextlib.suppress(ConnectionError):
+            while part := client.recv(1 << 20):
+                received += len(part)
+        assert received < 60_000_000
 
 
 def post(

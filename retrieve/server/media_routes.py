@@ -12,7 +12,7 @@ from pathlib import Path
 from fastapi import APIRouter, HTTPException, Request
 from starlette.datastructures import Headers
 from starlette.responses import FileResponse, Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from svb.errors import InputError
 from svb.retrieve.server.http import until_hung_up
@@ -108,6 +108,13 @@ class OpenFileResponse(FileResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a GET or HEAD."""
         headers = Headers(scope=scope)
+
+        async def send_while_whole(message: Message) -> None:
+            if os.fstat(self._descriptor).st_size < self._known.st_size:
+                # Closing the connection is the only way left to tell the client.
+                raise ConnectionAbortedError(f"{self._name} became shorter while it was sent")
+            await send(message)
+
         try:
             if self._etag in re.split(r"\s*,\s*", headers.get("if-none-match", "")):
                 del self.headers["content-length"]
@@ -116,12 +123,7 @@ class OpenFileResponse(FileResponse):
             else:
                 if not _is_one_range(headers.get("range", "")):
                     scope = {**scope, "headers": [pair for pair in scope["headers"] if pair[0] != b"range"]}
-                await super().__call__(scope, receive, send)
-        except Exception as error:
-            if os.fstat(self._descriptor).st_size >= self._known.st_size:
-                raise
-            # Closing the connection is the only way left to tell the client.
-            raise ConnectionAbortedError(f"{self._name} became shorter while it was sent") from error
+                await super().__call__(scope, receive, send_while_whole)
         finally:
             os.close(self._descriptor)
 
