@@ -181,7 +181,7 @@ def test_work_that_nobody_waits_for_does_not_keep_its_worker(
     form = b'--b\r\nContent-Disposition: form-data; name="kind"\r\n\r\nimage\r\n--b\r\n'
     form += b'Content-Disposition: form-data; name="file"; filename="a.png"\r\n\r\nhang\r\n--b--\r\n'
     kind = "multipart/form-data; boundary=b"
-    post(served, "/api/search/file", body(form), then=lambda: s.until(lambda: worked.read_text()), kind=kind)
+    post(served, "/api/search/file", body(form), then=lambda: s.until(worked.read_text), kind=kind)
     # There is one worker that embeds: it must have been replaced.
     files = {"file": ("a.png", b"pixels")}
     response = served.client.post("/api/search/file", data={"kind": "image"}, files=files)

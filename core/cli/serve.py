@@ -31,5 +31,9 @@ def serve(index_path: Path | None, **options: Any) -> None:
     # uvicorn's own lines about its start repeat ours.
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     # Lines about what happens while it runs need a time.
-    logging.getLogger("svb.retrieve.server").parent = logging.getLogger()
-    run(index_path or default_path("SVB_INDEX", "index"), chosen)
+    server_logger = logging.getLogger("svb.retrieve.server")
+    parent, server_logger.parent = server_logger.parent, logging.getLogger()
+    try:
+        run(index_path or default_path("SVB_INDEX", "index"), chosen)
+    finally:
+        server_logger.parent = parent
