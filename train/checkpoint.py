@@ -3,7 +3,7 @@
 model.safetensors   the model's weights
 training.pt         optimizer, memory bank and place in the epoch, loadable with weights_only=True (only in
                     last/ and previous/)
-checkpoint.json     epoch, metrics, the hash of every other file, and a fingerprint of all that
+checkpoint.json     epoch, metrics, the hash of every other file, and a fingerprint of these
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Checkpoint:
     """What a checkpoint holds.
 
     Attributes:
-        epoch: Epochs finished.
-        metrics: Of val at that epoch; empty where it was not evaluated.
+        epoch: Number of finished epochs.
+        metrics: Metrics on val at that epoch; empty if it was not evaluated.
         model: Weights by name.
-        training: Optimizer state and what the loop carries on; empty in best/.
+        training: State of the optimizer and the loop; empty in best/.
     """
 
     epoch: int
@@ -40,9 +40,9 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, previous: Path | None = None) -> None:
-    """Write a checkpoint in the place of an older one: at every moment one of the two can be read.
+    """Replace a checkpoint by a newer one; at every moment one of the two can be read.
 
-    The older one is kept as `previous` where that is given.
+    If `previous` is given, the older one is kept there.
     """
     with published_folder(folder, previous) as aside:
         model = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.model.items()}
@@ -58,7 +58,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint.
 
     Raises:
-        InputError: There is none.
+        InputError: There is no checkpoint.
         StoreError: A file is missing, damaged, or not what was written.
     """
     folder = _whole_folder(folder)
@@ -83,19 +83,19 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _whole_folder(folder: Path) -> Path:
-    """Return the folder to read: after a kill between a checkpoint's two renames, where the whole one lies.
+    """Return the folder that holds the whole checkpoint, which a kill between two renames leaves beside `folder`.
 
-    Nothing is renamed here: a run may be read while its training goes on, and that alone may tidy it up.
+    This renames nothing: a run may be read while it trains, and only the training may tidy it up.
     """
     beside = (folder.parent / f".{folder.name}.{role}" for role in ("new", "old"))
     return next((path for path in (folder, *beside) if path.is_dir()), folder)
 
 
 def load_weights(module: torch.nn.Module, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """Load a checkpoint's weights into a model; the decoder's are left out where the model has none.
+    """Load a checkpoint's weights into a model; a model without a decoder ignores the decoder's weights.
 
     Raises:
-        StoreError: The checkpoint is of a model of other sizes.
+        StoreError: The checkpoint belongs to a model of other sizes.
     """
     wanted = module.state_dict()
     extra = [name for name in weights if name not in wanted and not name.startswith("decoder.")]
@@ -107,7 +107,7 @@ def load_weights(module: torch.nn.Module, weights: Mapping[str, torch.Tensor], f
     if wrong or extra:
         what = "; ".join([*wrong, *(f"{name} unknown" for name in extra)][:3])
         raise StoreError(
-            f"the checkpoint {folder} does not fit its run's config.json ({what}) - it is of another model: "
+            f"the checkpoint {folder} does not fit its run's config.json ({what}) - it belongs to another model: "
             "restore the folder, or remove it and train again"
         )
     module.load_state_dict({name: weights[name] for name in wanted})

@@ -1,10 +1,12 @@
-"""All options of a training, as they are stored in the run."""
+"""The options of a training, which a run stores in its config.json."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from svb.config import option
 from svb.errors import UsageError
@@ -24,53 +26,49 @@ _MAY_BE_ZERO = {"convolution", "layers", "seed", "memory_bank", "captions_per_vi
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Options of heads, losses, support set and loop.
+    """Options of heads, losses, support set and training loop.
 
     Attributes:
-        embedding_size: D; ignored where backbone and text encoder share a space, whose size it is then.
-        convolution: Width in frames, an odd number, of a convolution along a video's frames; 0 leaves it out.
-        layers: Transformer layers over a video's frames; 0 leaves them out.
-        pooling: How frames become one embedding: by their `mean`, or by `attention`, weighted by a learned query.
-        dropout: In heads and decoder; a T5 comes with its own.
-        max_frames: A longer video is thinned evenly to this many frames.
-        loss: The contrastive loss, `info_nce` or `max_margin`.
-        margin: Of `max_margin`.
-        negatives: Which ones `max_margin` counts: the `hardest` of the batch, the hardest of those farther than
-            the positive (`semi_hard`), or the `mean` of all.
-        negatives_warmup: Share of all steps in which the mean is taken whatever `negatives` says; a model that
-            starts on the hardest collapses.
-        intra_modal_weight: Of the same loss with captions as captions' negatives and videos as videos'; 0 leaves
-            it out.
-        logit_scale: Of `info_nce` at the start.
-        learn_logit_scale: Learn it; otherwise it stays.
-        variant: What a caption is rebuilt from: `cross` the other videos of the batch, `identity` its own,
-            `full` both, `hybrid` the mean of identity and full; `none` leaves cross-captioning out.
-        cross_captioning_weight: Of the cross-captioning loss beside the contrastive one.
-        support_temperature: Of the softmax over the support set.
-        learn_support_temperature: Learn it, from there on.
-        support_values: What is averaged over the support set: `frames`, sequences of frames time step by time
-            step, or `pooled`, one vector a video.
-        memory_bank: Videos of earlier batches in the support set beside those of the batch; 0 for none.
-        rebuild: What a caption is rebuilt as: its `tokens`, or its frozen `embedding` (cosine), at a fraction
-            of the cost.
-        decoder: Of tokens: `transformer`, a small one that knows the training captions' words alone, or `t5:MODEL`,
-            the pretrained decoder of a T5 on a model hub or in a folder, trained on.
-        decoder_size: Width of the small transformer.
-        decoder_layers: Of the small transformer.
-        decode_fraction: Share of a batch's captions that are rebuilt, drawn anew each step.
-        min_word_count: Words rarer than this in the training captions are left out of the vocabulary.
-        captions_per_video: Train on this many captions a video, drawn once; 0 for all.
-        caption_sampling: `one` caption a video an epoch, drawn anew each time, or `all` of them.
-        batch_size: B, captions in a batch.
-        epochs: Passes over the training videos (or captions, with `all`).
-        learning_rate: AdamW's at its peak.
-        weight_decay: AdamW's, on matrices alone.
-        warmup: Share of all steps in which the learning rate rises; after it a cosine falls to zero.
-        evaluate_every: Epochs between evaluations on val.
-        val_fraction: Share of videos put aside as val where the caption table has no val split.
-        select_on: Which split chooses the best checkpoint: `val`, or `test`, to repeat numbers that were chosen
-            so; then no val is put aside, and every output says it.
-        seed: Of everything drawn at random.
+        embedding_size: Embedding size D; ignored where backbone and text encoder share a space.
+        convolution: Width in frames of a temporal convolution, an odd number; 0 omits it.
+        layers: Number of transformer layers over a video's frames; 0 omits them.
+        pooling: Pool a video's frames by their `mean`, or by `attention` with a learned query.
+        dropout: Dropout probability in heads and decoder; a T5 keeps its own.
+        max_frames: Thin longer videos evenly to this many frames.
+        loss: Contrastive loss to minimise.
+        margin: Margin of the `max_margin` loss.
+        negatives: Negatives that `max_margin` counts: the `hardest`, the hardest farther than the positive
+            (`semi_hard`), or the `mean` of all.
+        negatives_warmup: Share of all steps that start with `mean` negatives; starting on the hardest collapses.
+        intra_modal_weight: Weight of the same loss among captions and among videos; 0 omits it.
+        logit_scale: Scale of the similarities that `info_nce` starts with.
+        learn_logit_scale: Learn the logit scale, or keep it fixed.
+        variant: Videos to rebuild a caption from: `cross` the others of the batch, `identity` its own, `full` both,
+            `hybrid` the mean of identity and full; `none` turns cross-captioning off.
+        cross_captioning_weight: Weight of the cross-captioning loss beside the contrastive loss.
+        support_temperature: Temperature of the softmax over the support set.
+        learn_support_temperature: Learn the support temperature, or keep it fixed.
+        support_values: Average the support set's `frames` time step by time step, or `pooled` videos.
+        memory_bank: Number of earlier batches' videos to keep in the support set; 0 keeps none.
+        rebuild: Rebuild a caption's `tokens`, or its frozen `embedding`, which costs much less.
+        caption_decoder: Decoder that rebuilds tokens: `transformer`, a small one that knows the training words, or
+            `t5:MODEL`, a pretrained T5 from a model hub or a folder.
+        decoder_size: Width of the small transformer decoder.
+        decoder_layers: Number of layers in the small transformer decoder.
+        decode_fraction: Share of a batch's captions to rebuild, drawn anew each step.
+        min_word_count: Leave words rarer than this in training out of the vocabulary.
+        captions_per_video: Train on this many captions per video, drawn once; 0 takes all.
+        caption_sampling: Draw `one` caption per video in each epoch, or take `all`.
+        batch_size: Number of captions in a batch (B).
+        epochs: Number of passes over the training videos, or over captions with `all`.
+        learning_rate: Peak learning rate of AdamW.
+        weight_decay: Weight decay of AdamW, applied to matrices only.
+        warmup: Share of all steps that raise the learning rate; a cosine lowers it afterwards.
+        evaluate_every: Number of epochs between evaluations on val.
+        val_fraction: Share of training videos to hold out where captions name no val split.
+        select_on: Split that chooses the best checkpoint; `test` repeats numbers published that way, and every
+            output says so.
+        seed: Seed of all random numbers.
 
     Raises:
         UsageError: A value is out of its range.
@@ -96,7 +94,7 @@ class TrainConfig:
     support_values: str = option("frames", choices=SUPPORT_VALUES)
     memory_bank: int = 0
     rebuild: str = option("embedding", choices=REBUILD)
-    decoder: str = "transformer"
+    caption_decoder: str = "transformer"
     decoder_size: int = 256
     decoder_layers: int = 1
     decode_fraction: float = 1.0
@@ -115,7 +113,7 @@ class TrainConfig:
 
     @property
     def put_aside(self) -> float:
-        """Share of the training videos that are val where the caption table has none."""
+        """The share of training videos to hold out as val where the caption table names no val split."""
         return self.val_fraction if self.select_on == "val" else 0.0
 
     def __post_init__(self) -> None:
@@ -130,7 +128,7 @@ class TrainConfig:
             if isinstance(value, int) and not isinstance(value, bool) and value < at_least:
                 raise UsageError(f"{field.name} is {value} - expected at least {at_least}")
         _require_odd_or_zero("convolution", self.convolution)
-        _require_decoder(self.decoder, self.rebuild)
+        _require_decoder(self.caption_decoder, self.rebuild)
         if self.batch_size < 2:
             raise UsageError("batch_size is 1 - expected at least 2: a contrastive loss needs negatives")
         for name in ("dropout", "val_fraction", "warmup", "negatives_warmup"):
@@ -148,6 +146,18 @@ class TrainConfig:
             raise UsageError(f"seed is {self.seed} - expected less than {2**32}")
 
 
+def stored_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options in a run's config.json under the names that they have today."""
+    return {"caption_decoder" if name == "decoder" else name: value for name, value in config.items()}
+
+
+def selection_note(select_on: str) -> str:
+    """Return the line for every output of a run whose best checkpoint test chose; else an empty string."""
+    if select_on != "test":
+        return ""
+    return "SELECTED ON TEST: the test split chose the best checkpoint, so its numbers there are too good"
+
+
 def _require_learnable(is_learned: bool, support_temperature: float) -> None:
     lowest = 1 / MAX_LOGIT_SCALE
     if is_learned and support_temperature < lowest:
@@ -161,13 +171,6 @@ def _require_odd_or_zero(name: str, value: int) -> None:
         raise UsageError(f"{name} is {value} - expected an odd number of frames, or 0 for none")
 
 
-def selection_note(select_on: str) -> str:
-    """Return the line with which every output of a run is stamped that was selected on test; else nothing."""
-    if select_on != "test":
-        return ""
-    return "SELECTED ON TEST: the best checkpoint was chosen by the test split, so its numbers there flatter it"
-
-
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UsageError(f"{name} is {value!r} - expected one of {', '.join(choices)}")
@@ -177,8 +180,8 @@ def _require_decoder(decoder: str, rebuild: str) -> None:
     if decoder == "transformer":
         return
     if not re.fullmatch("t5:.+", decoder):
-        raise UsageError(f"decoder is {decoder!r} - expected transformer, t5:MODEL or t5:FOLDER")
+        raise UsageError(f"caption_decoder is {decoder!r} - expected transformer, t5:MODEL or t5:FOLDER")
     if rebuild != "tokens":
         raise UsageError(
-            f"decoder is {decoder}, which rebuilds tokens, and rebuild {rebuild} - add --rebuild tokens"
+            f"caption_decoder is {decoder}, which rebuilds tokens, but rebuild is {rebuild} - add --rebuild tokens"
         )

@@ -1,4 +1,4 @@
-"""A training's curves: to TensorBoard while it runs, and to curves.png in the run."""
+"""The curves of a training: in TensorBoard while it runs, and in the run's curves.png."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from svb.data.publish import published_file
 
-# A panel a line: its title, and which of an epoch's metrics it shows.
+# One panel per line: its title, and the metrics of an epoch that it shows.
 PANELS = {
     "losses": ("loss", "contrastive", "cross_captioning"),
     "t2v, %": ("val/t2v/R@1", "val/t2v/R@5", "val/t2v/R@10", "test/t2v/R@1", "test/t2v/R@5", "test/t2v/R@10"),
@@ -23,8 +23,8 @@ class TensorBoard:
     """Writes every epoch's metrics as scalars under `tensorboard/` in the run.
 
     Args:
-        run: The run.
-        epoch: How many epochs it has had: what a killed training wrote after them is hidden.
+        run: The run's folder.
+        epoch: The number of finished epochs; what a killed training wrote after them is hidden.
     """
 
     def __init__(self, run: Path, epoch: int) -> None:
@@ -43,21 +43,14 @@ class TensorBoard:
 
 
 def draw_curves(run: Path) -> Path:
-    """Draw what metrics.jsonl holds.
-
-    Args:
-        run: The run.
-
-    Returns:
-        Its `curves.png`; drawn anew, or not at all before the first epoch has ended.
-    """
+    """Draw a run's metrics.jsonl and return its `curves.png`; before the end of the first epoch, draw nothing."""
     path = run / "curves.png"
     if not (run / "metrics.jsonl").exists():
         return path
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
     if not lines:
         return path
-    # The object interface, which touches no global state and needs no screen.
+    # Matplotlib's object interface touches no global state and needs no screen.
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 

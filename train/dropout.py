@@ -1,4 +1,4 @@
-"""Dropout that draws a byte an element: on a CPU, drawing a float an element is a sixth of a training step."""
+"""Dropout that draws one byte per element; on a CPU, drawing floats would take a sixth of a training step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Dropout(nn.Module):
     """Zero elements at random and scale up the others, while training (Srivastava et al. 2014).
 
     Args:
-        probability: Of an element to be zeroed; on the CPU to the nearest 256th.
+        probability: Probability that an element is zeroed, on the CPU rounded to the nearest 256th.
 
     Shape:
         Any -> the same.

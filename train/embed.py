@@ -1,4 +1,4 @@
-"""Embeddings of whole splits, in batches, without gradient."""
+"""Embeddings of whole splits, in batches and without gradients."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from svb.train.metrics import require_finite, retrieval_metrics
 from svb.train.model import RetrievalModel
+from svb.train.retrieval_metrics import require_finite, retrieval_metrics
 from svb.train.training_data import SplitData
 
 BATCH = 512
@@ -17,16 +17,16 @@ BATCH = 512
 
 @torch.inference_mode()
 def embed_in_batches(embed: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor) -> NDArray[np.float32]:
-    """Return `embed` of all `rows`, a batch at a time: `(N, ...)` -> `(N, D)` float32 on the CPU."""
+    """Apply `embed` to `rows` in batches: `(N, ...)` -> `(N, D)` float32 on the CPU."""
     embeddings: NDArray[np.float32] = torch.cat([embed(batch) for batch in rows.split(BATCH)]).cpu().numpy()
     return embeddings
 
 
 def split_metrics(model: RetrievalModel, split: SplitData) -> dict[str, float]:
-    """Return the metrics of a split; the model's mode is kept.
+    """Return the metrics of a split, and leave the model in the mode that it was in.
 
     Raises:
-        InputError: The model gives something that is no number; names the first bad video.
+        InputError: An embedding is not finite; the error names the first bad video.
     """
     was_training = model.training
     model.eval()

@@ -1,7 +1,7 @@
 """The trained projections: frame features to video embeddings, caption features to caption embeddings.
 
-Where backbone and text encoder already share a space (a CLIP model's two towers), heads are residuals of
-zero: before the first step the model is the zero-shot model.
+If backbone and text encoder already share a space, as the two towers of CLIP do, the heads are residuals that start
+at zero: before the first step the model is the zero-shot model.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from svb.train.temporal import AttentionPooling, TemporalConvolution, TemporalLa
 
 
 class VideoOutput(NamedTuple):
-    """What a video head gives.
+    """The output of a video head.
 
     Attributes:
         video_embeddings: `(B, D)`, L2-normalised.
-        frame_sequences: `(B, T, D)`, what a caption decoder reads; its rows beyond the mask mean nothing.
+        frame_sequences: `(B, T, D)`, the input of a caption decoder; rows beyond the mask are meaningless.
     """
 
     video_embeddings: torch.Tensor
@@ -34,15 +34,15 @@ class VideoHead(nn.Module):
     """Frame features -> projection -> convolution -> temporal transformer -> pooling -> projection.
 
     Args:
-        feature_sizes: F of each fused backbone, one alone as a rule. Each part of a row is normalised by
-            itself: backbones differ in scale, and the larger one would drown the other.
+        feature_sizes: F of each fused backbone, usually of one. Each backbone's part of a row is normalised by
+            itself, because the one with the larger scale would drown the other.
         embedding_size: D; equals F of the residual part.
-        convolution: Width in frames of the temporal convolution; 0 leaves it out.
-        layers: Of the temporal transformer; 0 leaves it out.
-        pooling: `mean` of the frames, or `attention`: frames weighted by a learned query.
-        dropout: In all of them and before.
-        residual_part: Add to the normalised mean of the normalised frames of this part, starting from zero;
-            None where no part shares a space with the captions.
+        convolution: Width in frames of the temporal convolution; 0 omits it.
+        layers: Number of temporal transformer layers; 0 omits them.
+        pooling: `mean` of the frames, or `attention`, which weights frames by a learned query.
+        dropout: Dropout probability in all of these.
+        residual_part: The part that shares a space with the captions. The head adds to the normalised mean of its
+            normalised frames, starting from zero. None if no part does.
 
     Shape:
         frame_features `(B, T, F)`, frame_mask `(B, T)` bool, at least one True a row.
@@ -73,8 +73,8 @@ class VideoHead(nn.Module):
             nn.init.zeros_(self.project_out.bias)
 
     def forward(self, frame_features: torch.Tensor, frame_mask: torch.Tensor) -> VideoOutput:
-        # Clips differ in length, so most of a padded batch is padding: all but attention runs on the N
-        # real frames alone, 3.6 times fewer on MSR-VTT's clips at one frame a second.
+        # Clips differ in length, so most of a padded batch is padding. All but attention runs on the N real
+        # frames only, 3.6 times fewer on MSR-VTT's clips at one frame per second.
         real = frame_mask.flatten().nonzero().squeeze(1)  # (N,)
         flat = self.project_in(frame_features.flatten(0, 1).index_select(0, real))  # (N, F) -> (N, D)
         if self.convolution is not None:
@@ -93,10 +93,10 @@ class VideoHead(nn.Module):
 
 
 class PartNorm(nn.Module):
-    """Layer normalisation of each part of a row by itself; of one part it is `nn.LayerNorm`.
+    """Layer normalisation of each part of a row by itself; for one part it equals `nn.LayerNorm`.
 
     Args:
-        sizes: Of the parts, in order.
+        sizes: The sizes of the parts, in order.
 
     Shape:
         `(N, F)` -> `(N, F)`, F the sum of sizes.
@@ -123,7 +123,7 @@ class TextHead(nn.Module):
     Args:
         feature_size: F of the text encoder.
         embedding_size: D; equals F for a residual head.
-        dropout: In the hidden layer.
+        dropout: Dropout probability in the hidden layer.
         residual: Add to the normalised caption features, starting from zero.
 
     Shape:
@@ -159,7 +159,7 @@ def masked_mean(frames: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
 
 
 def mean_of_frames(frame_features: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
-    """Return the zero-shot video embeddings of a CLIP model: frames normalised, averaged, normalised.
+    """Return a CLIP model's zero-shot video embeddings: frames normalised, averaged and normalised again.
 
     Shape:
         `(B, T, F)`, `(B, T)` bool -> `(B, F)`.

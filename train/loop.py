@@ -1,4 +1,4 @@
-"""The training loop, and all of its state."""
+"""The training loop and all of its state."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ from svb.train.config import TrainConfig
 from svb.train.decoders import EmbeddingDecoder
 from svb.train.embed import split_metrics
 from svb.train.memory_bank import MemoryBank
-from svb.train.metrics import recall_sum
 from svb.train.model import RetrievalModel
 from svb.train.objective import Objective
 from svb.train.processes import Processes
+from svb.train.retrieval_metrics import recall_sum
 from svb.train.training_data import SplitData, epoch_batches
 
 logger = logging.getLogger(__name__)
 
-# Seconds of work that a kill may cost; steps are far shorter than it takes to write a checkpoint.
+# A kill may cost this many seconds of work; writing a checkpoint takes far longer than a step.
 CHECKPOINT_SECONDS = 20.0
 _WATCHED = ("loss", "contrastive", "cross_captioning", "support_entropy", "gradient_norm")
 
 
 class Loop:
-    """Trains step by step, from wherever it stands.
+    """Trains step by step, from wherever the run stands.
 
-    What is drawn at random depends on the seed, the epoch and the step alone, so a resumed run draws the same.
+    Random draws depend only on the seed, the epoch and the step, so a resumed run draws the same.
 
     Args:
-        model: On its device.
-        train_split: What to learn from.
-        choosing_split: What to choose the best checkpoint by, `config.select_on`; None without.
-        config: Options.
-        out: The run.
-        processes: Who trains together.
-        decoder_dtype: Of the caption decoder's products.
+        model: The model, on its device.
+        train_split: The data to learn from.
+        choosing_split: The split `config.select_on`, which chooses the best checkpoint; None without one.
+        config: The options.
+        out: The run's folder.
+        processes: The processes that train together.
+        decoder_dtype: The type of the caption decoder's matrix products.
     """
 
     def __init__(
@@ -69,10 +69,10 @@ class Loop:
         if min(map(len, self._batches)) < processes.world:
             raise UsageError(
                 f"batches of {min(map(len, self._batches))} captions for {processes.world} processes - expected at "
-                "least a caption each: start fewer processes, or raise --batch-size"
+                "least one caption per process: start fewer processes, or raise --batch-size"
             )
         self._steps_per_epoch = len(self._batches)
-        # Fused: a sixth less of a step's time.
+        # The fused optimizer saves a sixth of a step's time.
         self._optimizer = torch.optim.AdamW(
             _parameter_groups(model, config.weight_decay), lr=config.learning_rate, fused=True
         )
@@ -91,10 +91,10 @@ class Loop:
         """Train to the end of the epoch, evaluate and save what is due; return its line of metrics.
 
         Args:
-            interrupted: Asked after every step; once it says so, what was learned is saved.
+            interrupted: Asked after every step; at a true answer the state is saved and the training ends.
 
         Raises:
-            KeyboardInterrupt: It was.
+            KeyboardInterrupt: `interrupted` gave a true answer.
             InputError: The loss is no longer finite.
         """
         self._batches = self._batches_of(self.epoch)
@@ -113,7 +113,7 @@ class Loop:
         metrics["logit_scale"] = float(self._model.logit_scale.detach())
         metrics["support_temperature"] = float(self._model.support_temperature.detach())
         metrics = self._evaluate_and_save({"epoch": self.epoch, **metrics})
-        # Not asked again: processes that stopped at different steps would wait for each other.
+        # Asking again could stop processes at different steps, which would wait for each other.
         if is_interrupted and self.epoch < self._config.epochs:
             self._save_last()
             raise KeyboardInterrupt
@@ -150,7 +150,7 @@ class Loop:
             raise InputError(
                 f"the loss is {float(values[0])}, its gradient {float(values[-1])} in epoch {self.epoch + 1} - "
                 "lower --learning-rate, or look for odd values in the features with `svb verify`; best/ and last/ "
-                "hold the state before"
+                "hold the state before it"
             )
         self._optimizer.step()
         self._model.limit_scales()
@@ -185,7 +185,7 @@ class Loop:
         training = {
             "optimizer": self._optimizer.state_dict(),
             "best": self._best,
-            # A name that the optimizer's state has too would be pickled in fewer bytes, until a resume.
+            # A name that also occurs in the optimizer's state would be pickled in fewer bytes before a resume.
             "steps": self._step,
             "totals": self._totals,
             "memory_bank": bank.state_dict() if bank is not None else {},
@@ -205,7 +205,7 @@ class Loop:
         save_checkpoint(self._out / name, checkpoint, previous=previous)
 
     def resume(self) -> None:
-        """Take up the state of last/, or of previous/ where that is damaged, and drop the metrics after it."""
+        """Load the state of last/, or of previous/ if last/ is damaged, and drop the metrics after it."""
         found = self._newest_whole()
         if found is not None:
             folder, checkpoint = found
@@ -234,9 +234,9 @@ class Loop:
             checkpoint = load_checkpoint(previous)
         except (InputError, StoreError) as error:
             if isinstance(damage, InputError) and isinstance(error, InputError):
-                return None  # nothing was saved yet
+                return None  # nothing has been saved yet
             raise (damage if isinstance(damage, StoreError) else error) from None
-        logger.info(f"{damage}; going on from the one before it, {previous}")
+        logger.info(f"{damage}; continuing from the checkpoint before it, {previous}")
         self._is_last_whole = False
         return previous, checkpoint
 
@@ -246,7 +246,7 @@ class Loop:
         except (InputError, StoreError) as damage:
             if self.epoch == self._config.epochs:
                 raise
-            logger.info(f"{damage}; the best of the evaluations from here on will take its place")
+            logger.info(f"{damage}; the best evaluation from here on will replace it")
             self._best = -math.inf
 
     def _batches_of(self, epoch: int) -> list[NDArray[np.int64]]:
@@ -282,23 +282,23 @@ def _make_bank(config: TrainConfig, model: RetrievalModel, split: SplitData) -> 
     device = split.caption_video.device
     try:
         return MemoryBank(config.memory_bank, frames, model.embedding_size).to(device)
-    except RuntimeError as error:  # torch knows no narrower one for memory on the CPU
+    except RuntimeError as error:  # torch has no narrower error for a lack of memory on the CPU
         gigabytes = 4 * config.memory_bank * (frames + 1) * model.embedding_size / 1e9
         raise UsageError(
-            f"memory_bank is {config.memory_bank}, {gigabytes:.0f} GB - expected what fits into the memory of "
-            f"{device}: lower it, or try --support-values pooled"
+            f"memory_bank is {config.memory_bank}, which takes {gigabytes:.0f} GB - expected a bank that fits into "
+            f"the memory of {device}: lower it, or try --support-values pooled"
         ) from error
 
 
 def _draw(total: int, fraction: float, random: np.random.Generator) -> NDArray[np.bool_]:
-    """Return `(total,)` bool, True on a random `fraction` of them, on one at least."""
+    """Return `(total,)` bool that is True on a random `fraction`, at least one."""
     drawn = np.zeros(total, dtype=bool)
     drawn[random.permutation(total)[: max(1, round(fraction * total))]] = True
     return drawn
 
 
 def _parameter_groups(model: RetrievalModel, weight_decay: float) -> list[dict[str, Any]]:
-    # Decay shrinks matrices; gains, biases and scales are left alone.
+    # Weight decay shrinks matrices only, not gains, biases and scales.
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in learned if parameter.ndim >= 2]
     others = [parameter for parameter in learned if parameter.ndim < 2]
@@ -318,7 +318,7 @@ def _keep_lines(path: Path, epochs: int) -> None:
         try:
             if json.loads(line)["epoch"] <= epochs:
                 kept.append(line + "\n")
-        except ValueError:  # a line that a kill cut short
+        except ValueError:  # a kill cut this line short
             continue
     with published_file(path) as aside:
         aside.write_text("".join(kept), "utf-8")

@@ -1,4 +1,4 @@
-"""The memory bank: videos of earlier batches that captions may be rebuilt from, first in, first out."""
+"""The memory bank: videos of earlier batches from which captions may be rebuilt, first in, first out."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import nn
 
 
 class MemoryBank(nn.Module):
-    """Embeddings and values of the videos seen last.
+    """Embeddings and frame sequences of the latest videos.
 
-    It starts empty, so that no caption is ever rebuilt from made-up rows, and all of its state is buffers.
+    It starts empty, so no caption is ever rebuilt from made-up rows. All of its state is in buffers.
 
     Args:
-        rows: How many videos it holds when it is full.
-        frames: T, the longest frame sequence it takes.
+        rows: The number of videos that it holds when full.
+        frames: T, the longest frame sequence that it takes.
         size: D.
     """
 
@@ -33,7 +33,7 @@ class MemoryBank(nn.Module):
         self.register_buffer("num_valid", torch.zeros((), dtype=torch.int64))
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the N valid rows: embeddings `(N, D)`, `(N, T, D)`, `(N, T)` bool, video rows `(N,)`."""
+        """Return the N valid rows: `(N, D)` embeddings, `(N, T, D)`, `(N, T)` bool, and `(N,)` video rows."""
         valid = slice(0, int(self.num_valid))
         return self.embeddings[valid], self.frame_sequences[valid], self.frame_mask[valid], self.video[valid]
 
@@ -45,7 +45,7 @@ class MemoryBank(nn.Module):
         frame_mask: torch.Tensor,
         video: torch.Tensor,
     ) -> None:
-        """Put the rows of a batch in the place of the oldest; of a batch larger than the bank, its end.
+        """Replace the oldest rows by those of a batch; of a batch larger than the bank, keep the end.
 
         Shape:
             `(B, D)`, `(B, T, D)`, `(B, T)` bool, `(B,)`; T may be shorter than the bank's.

@@ -1,4 +1,4 @@
-"""The trained model: two heads, two scales, and while it trains a caption decoder."""
+"""The trained model: two heads, two scales and, during training, a caption decoder."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from svb.train.vocabulary import Vocabulary
 
 
 class RetrievalModel(nn.Module):
-    """Heads of both sides.
+    """The heads of both sides.
 
     Args:
         config: Sizes and dropout.
-        video_feature_sizes: F of each fused backbone, one alone as a rule.
+        video_feature_sizes: F of each fused backbone, usually of one.
         text_feature_size: F of the text encoder.
-        shared_part: Which backbone is one model with the text encoder, so that heads are residuals of zero in
-            their space; None where none is.
+        shared_part: The backbone that forms one model with the text encoder, so that heads start as residuals of
+            zero in their common space; None if there is none.
         with_decoder: Also make the caption decoder that the config asks for.
-        vocabulary: Of the caption decoder, where it needs one.
+        vocabulary: The words of the caption decoder, if it needs them.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class RetrievalModel(nn.Module):
 
     @torch.no_grad()
     def limit_scales(self) -> None:
-        """Keep scales that are learned in their bounds; a limit in the graph would hold them there."""
+        """Keep learned scales within their bounds. A limit inside the graph would stop their gradient there."""
         if self.log_logit_scale.requires_grad:
             self.log_logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
         if self.log_support_temperature.requires_grad:

@@ -1,7 +1,7 @@
-"""What one step minimises: the contrastive loss, and the rebuilding of captions from the support set.
+"""What one step minimises: the contrastive loss, and the loss of rebuilding captions from the support set.
 
-The whole method, from the embeddings of a batch to its loss. Every process has its share of the batch (b of B
-captions, each with its video) and compares it with everyone's.
+This is the whole method, from the embeddings of a batch to its loss. Every process takes its share of the batch
+(b of B captions, each with its video) and compares it with the shares of all.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from svb.train.training_data import SplitData
 
 @dataclass
 class StepLosses:
-    """This process's part of the losses of a step; their averages over processes are the batch's.
+    """This process's part of the losses of a step; averaged over processes they are the losses of the batch.
 
     Attributes:
-        loss: What is minimised.
+        loss: The sum that is minimised.
         contrastive: Its first part.
-        cross_captioning: Its second part, before its weight.
-        support_entropy: How widely the support weights are spread, nats.
+        cross_captioning: Its second part, not yet weighted.
+        support_entropy: Entropy of the support weights in nats, which says how widely they spread.
     """
 
     loss: torch.Tensor
@@ -51,10 +51,10 @@ class Objective:
         config: Losses, support set and their weights.
         model: Heads, scales and decoder.
         split: The training data.
-        tokens: Of every caption, where a decoder of words rebuilds them.
-        bank: Videos of earlier batches; None without.
-        processes: Who shares the batch.
-        decoder_dtype: Of the decoder's products.
+        tokens: The tokens of every caption; empty unless the decoder rebuilds words.
+        bank: Videos of earlier batches; None without a memory bank.
+        processes: The processes that share the batch.
+        decoder_dtype: The type of the decoder's matrix products.
     """
 
     config: TrainConfig
@@ -70,13 +70,13 @@ class Objective:
 
         Args:
             batch: `(B,)` positions of the captions of all processes.
-            is_decoded: `(B,)` bool, which of them are rebuilt.
+            is_decoded: `(B,)` bool, True on captions to rebuild.
             progress: Share of all steps that are done.
         """
         share, total = self.processes.share(len(batch)), len(batch)
         all_rows = self.split.caption_video[batch]  # (B,)
         rows = all_rows[share]  # (b,)
-        # As long as the longest of the whole batch, so that processes can exchange frames.
+        # T is that of the longest video in the whole batch, so that processes can exchange frames.
         frame_features, frame_mask = self.split.frames.gather(rows, like=all_rows)  # (b, T, F), (b, T)
         video_embeddings, frame_sequences = self.model.video_head(frame_features, frame_mask)  # (b, D), (b, T, D)
         caption_embeddings = self.model.text_head(self.split.caption_features[batch[share]].float())  # (b, D)
@@ -94,7 +94,7 @@ class Objective:
             return StepLosses(contrastive, contrastive, nothing, nothing)
         values, _ = support_values(frame_sequences, frame_mask, self.config.support_values)
         all_sequences = self.processes.gather(values, total)  # (B, T, D), T is 1 for pooled values
-        # Every process knows the lengths of all videos: masks need no exchange.
+        # Every process knows the lengths of all videos, so masks need no exchange.
         all_masks = self.split.frames.mask(all_rows)[:, : all_sequences.shape[1]]  # (B, T)
         support = (all_videos, all_sequences, all_masks, all_rows)
         rebuilding, spread = self._rebuild(caption_embeddings, batch, is_decoded, support)
@@ -151,7 +151,7 @@ class Objective:
             older = own.clone()
             older[:, :in_batch] = False
         if self.config.variant == "cross":
-            # Where the support set holds one video alone there is no other to rebuild its captions from.
+            # A support set of one video has no other to rebuild its captions from.
             is_decoded = is_decoded & (~own).any(dim=1)
         total = int(is_decoded.sum())
         share = self.processes.share(len(batch))
@@ -174,7 +174,7 @@ class Objective:
         assert decoder is not None
         num_words = sum(len(self.tokens[position]) - 1 for position in batch[is_decoded].tolist())
         if not len(kept):
-            # Not a zero of its own: what was gathered waits in its backward for every process.
+            # A plain zero would not do: the backward pass of the gathered tensors waits for every process.
             return mixtures.sum(), spread
         tokens = pad([self.tokens[position] for position in batch[share][kept].tolist()], decoder.padding)
         tokens = tokens.to(rows.device)  # (n, L)
@@ -188,6 +188,6 @@ class Objective:
 
 
 def _lengthen(values: torch.Tensor, frames: int) -> torch.Tensor:
-    """Return `(S, T, ...)` with zeros, or False, after the last time step, up to `frames`."""
+    """Pad `(S, T, ...)` with zeros, or False, to `frames` time steps."""
     missing = values.new_zeros(len(values), frames - values.shape[1], *values.shape[2:])
     return torch.cat([values, missing], dim=1)

@@ -1,8 +1,8 @@
-"""The processes that train one model together, as torchrun starts them; one alone anywhere else.
+"""The processes that train one model together when torchrun starts them; otherwise just this one.
 
-Every process holds the whole model and all of the data. Of each batch it takes its share, compares that with
-what all the others embedded, and the gradients are averaged: the result is that of one process with the whole
-batch, which a loss over each process's own share alone is not.
+Every process holds the whole model and all of the data. It takes its share of each batch, compares it with the
+embeddings of all processes, and the gradients are averaged. The result equals that of one process with the whole
+batch, which a loss over each process's own share would not.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from svb.errors import SvbError, UsageError
 
 @dataclass(frozen=True)
 class Processes:
-    """Which process this is, of how many.
+    """Which process this is, and how many there are.
 
     Attributes:
-        rank: This process, from 0.
-        world: How many there are.
+        rank: The number of this process, from 0.
+        world: The number of processes.
     """
 
     rank: int = 0
@@ -36,12 +36,12 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes files and says things."""
+        """Whether this process writes the files and the messages."""
         return self.rank == 0
 
     @contextlib.contextmanager
     def only_the_first_speaks(self) -> Iterator[None]:
-        """Keep the messages of the other processes to themselves: all would say the same."""
+        """Silence the other processes, whose messages would all be the same."""
         trainer = logging.getLogger("svb.train")
         level = trainer.level
         if not self.is_first:
@@ -52,12 +52,12 @@ class Processes:
             trainer.setLevel(level)
 
     def share(self, total: int) -> slice:
-        """Return the rows of a batch of `total` that are this process's: shares differ by one at most."""
+        """Return this process's rows of a batch of `total`; shares differ by at most one row."""
         bounds = _bounds(total, self.world)
         return slice(bounds[self.rank], bounds[self.rank + 1])
 
     def gather(self, mine: torch.Tensor, total: int) -> torch.Tensor:
-        """Return the rows of all processes in order, with gradient: `(b, ...)` -> `(B, ...)`, B is `total`."""
+        """Return the rows of all processes in order, with gradients: `(b, ...)` -> `(B, ...)`, B is `total`."""
         if self.world == 1:
             return mine
         gathered: torch.Tensor = _Gather.apply(mine, _bounds(total, self.world), self.rank)
@@ -66,7 +66,7 @@ class Processes:
     def mean(self, values: torch.Tensor, total: int) -> torch.Tensor:
         """Return this process's part of the mean of `total` values, of which it holds `(n,)`.
 
-        The parts' average over processes, which `average` takes, is the mean.
+        The average of the parts over processes, which `average` takes, is the mean.
         """
         return values.sum() * (self.world / total)
 
@@ -83,7 +83,7 @@ class Processes:
             tensor.copy_(part.view_as(tensor))
 
     def wait(self) -> None:
-        """Return when all processes have come here."""
+        """Wait until all processes have called this."""
         if self.world > 1:
             with _the_others():
                 dist.barrier()
@@ -91,13 +91,13 @@ class Processes:
 
 @contextlib.contextmanager
 def joined_processes(device: str) -> Iterator[tuple[Processes, str]]:
-    """Join the processes that torchrun has started, if it has; yield them, and the device of this one.
+    """Join the processes that torchrun started, if it did; yield them and the device of this one.
 
     Args:
-        device: As the user named it; with `auto` every process takes the GPU of its number.
+        device: The device that the user named; with `auto` every process takes the GPU of its own number.
 
     Raises:
-        UsageError: One GPU is named for several processes, or WORLD_SIZE is set and what belongs to it is not.
+        UsageError: One GPU is named for several processes, or WORLD_SIZE is set without the variables it needs.
     """
     world = os.environ.get("WORLD_SIZE", "1")
     if world == "1":
@@ -106,19 +106,19 @@ def joined_processes(device: str) -> Iterator[tuple[Processes, str]]:
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UsageError(
-            f"WORLD_SIZE is {world} and {', '.join(missing)} not set - start several processes "
-            "with torchrun, or unset WORLD_SIZE for one"
+            f"WORLD_SIZE is {world}, but {', '.join(missing)} not set - start several processes with torchrun, or "
+            "unset WORLD_SIZE to start one"
         )
     if device == "auto" and torch.cuda.is_available():
         number, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if number >= gpus:
             raise UsageError(
-                f"process {number + 1} of this machine finds {gpus} GPUs - start at most {gpus} processes, or add "
+                f"process {number + 1} on this machine finds {gpus} GPUs - start at most {gpus} processes, or add "
                 "--device cpu"
             )
         device = f"cuda:{number}"
     elif device.startswith("cuda"):
-        raise UsageError(f"--device {device} with {world} processes - leave it out: each takes a GPU of its own")
+        raise UsageError(f"--device {device} with {world} processes - leave it out: each takes its own GPU")
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
@@ -129,13 +129,13 @@ def joined_processes(device: str) -> Iterator[tuple[Processes, str]]:
 
 
 class _Gather(torch.autograd.Function):
-    """All-gather of shares that may differ by a row, whose backward sums the gradients of all processes."""
+    """All-gather of shares that may differ by a row; its backward pass sums the gradients of all processes."""
 
     @staticmethod
     def forward(ctx: Any, mine: torch.Tensor, bounds: list[int], rank: int) -> torch.Tensor:
         ctx.bounds, ctx.rank = bounds, rank
         sizes = np.diff(bounds)
-        # A collective wants equal shapes: the shorter shares get a row that is dropped again.
+        # A collective needs equal shapes, so shorter shares get a row that is dropped afterwards.
         padded = mine.new_zeros(int(sizes.max()), *mine.shape[1:])
         padded[: len(mine)] = mine
         shares = [torch.empty_like(padded) for _ in sizes]
@@ -153,13 +153,13 @@ class _Gather(torch.autograd.Function):
 
 @contextlib.contextmanager
 def _the_others() -> Iterator[None]:
-    """Say of a message that did not come through that another process has ended, which has said why."""
+    """Turn a failed exchange into the error that another process has ended, which itself said why."""
     try:
         yield
     except RuntimeError as error:
         raise SvbError(
-            f"another process of this training has ended ({str(error).splitlines()[0]}) - mend what it says, and "
-            "run the same command again to go on"
+            f"another process of this training has ended ({str(error).splitlines()[0]}) - fix what it reports, then "
+            "run the same command again to continue"
         ) from error
 
 

@@ -21,7 +21,8 @@ from svb.data.publish import lock_folder, recover_folder, remove_leftovers
 from svb.device import choose_device, choose_precision, precision_name
 from svb.errors import InputError
 from svb.interrupts import deferred_interrupts
-from svb.train.config import TrainConfig, selection_note
+from svb.train.config import TrainConfig, selection_note, stored_options
+from svb.train.cost import EpochClock
 from svb.train.curves import TensorBoard, draw_curves
 from svb.train.decoders import absolute_decoder, needs_vocabulary
 from svb.train.decoders.t5 import T5Decoder
@@ -44,29 +45,29 @@ def train(
     device: str = "auto",
     on_epoch: Callable[[dict[str, float]], None] = lambda metrics: None,
 ) -> Path:
-    """Train heads on cached features; continue where an earlier run stopped.
+    """Train heads on cached features, or continue where an earlier training of this run stopped.
 
-    On the CPU, with the same number of threads, a run that was killed and taken up again ends with bitwise the
-    same weights as one that was not. SIGINT and SIGTERM end a run after the step it is in, which is saved.
+    On the CPU, with the same number of threads, a killed and resumed run ends with bitwise the same weights as an
+    uninterrupted one. SIGINT and SIGTERM end a run after the current step, which is saved.
 
-    Started by torchrun, the processes train together on batches of the size that the config names, and end with
-    the weights that one process alone would have (but for dropout, which each draws for itself); the first of
-    them writes the run.
+    Processes that torchrun started train together on batches of the size that the config names. They end with the
+    weights that one process would reach, except for dropout, which each draws for itself. The first one writes the
+    run.
 
     Args:
         store: A feature store.
         captions: A caption features file.
-        out: The run's folder; made where there is none.
-        config: Options; the defaults where not given.
-        backbone: Whose features, where the store holds several.
-        device: `auto`, `cpu`, `cuda:0`, ...; of several processes each takes a GPU of its own.
+        out: The run's folder; created if it does not exist.
+        config: The options, by default those of `TrainConfig()`.
+        backbone: The backbone to train on, if the store holds several.
+        device: `auto`, `cpu`, `cuda:0`, ...; each of several processes takes its own GPU.
         on_epoch: Called after every epoch with its line of metrics.jsonl.
 
     Returns:
         `out`.
 
     Raises:
-        KeyboardInterrupt: SIGINT or SIGTERM came.
+        KeyboardInterrupt: SIGINT or SIGTERM arrived.
         InputError: Store and captions have too little in common, or one is missing.
         MismatchError: `out` holds a run with other options.
         StoreError: A file is damaged, or another process is training this run.
@@ -95,7 +96,8 @@ def _train(
     processes: Processes,
     on_epoch: Callable[[dict[str, float]], None],
 ) -> Path:
-    config = replace(config, decoder=absolute_decoder(config.decoder))
+    clock = EpochClock(out)
+    config = replace(config, caption_decoder=absolute_decoder(config.caption_decoder))
     feature_store, caption_features = FeatureStore(store), read_caption_features(captions)
     backbone = feature_store.only_backbone(backbone)
     if selection_note(config.select_on):
@@ -103,10 +105,7 @@ def _train(
     train_split, choosing_split = _load_splits(feature_store, backbone, caption_features, config, device)
     description = _describe(config, feature_store, backbone, caption_features)
     description["decoder_precision"] = precision_name(_decoder_dtype(device))
-    description["data"] = {
-        "train": split_contents(train_split),
-        "val": None,
-    }
+    description["data"] = {"train": split_contents(train_split), "val": None}
     if choosing_split is not None:
         description["data"][config.select_on] = split_contents(choosing_split)
     vocabulary = None
@@ -128,7 +127,7 @@ def _train(
     lock = None
     try:
         if processes.is_first:
-            # Only now, so that options which make no model leave no run behind.
+            # Not earlier, so that options that make no model leave no run behind.
             out.mkdir(parents=True, exist_ok=True)
             lock = lock_folder(out)
             _open_run(out, description, vocabulary, feature_store.path, captions)
@@ -136,9 +135,9 @@ def _train(
         loop.resume()
         processes.wait()
         if loop.epoch == config.epochs:
-            logger.info(f"nothing to do: {out} has had its {config.epochs} epochs")
+            logger.info(f"nothing to do: {out} is already trained for {config.epochs} epochs")
         if loop.epoch < config.epochs:
-            _run(loop, config, out, processes, on_epoch)
+            _run_epochs(loop, config, out, processes, clock, on_epoch)
         processes.wait()
     finally:
         if lock is not None:
@@ -146,8 +145,13 @@ def _train(
     return out
 
 
-def _run(
-    loop: Loop, config: TrainConfig, out: Path, processes: Processes, on_epoch: Callable[[dict[str, float]], None]
+def _run_epochs(
+    loop: Loop,
+    config: TrainConfig,
+    out: Path,
+    processes: Processes,
+    clock: EpochClock,
+    on_epoch: Callable[[dict[str, float]], None],
 ) -> None:
     board = TensorBoard(out, loop.epoch) if processes.is_first else None
     try:
@@ -156,10 +160,11 @@ def _run(
                 metrics = loop.run_epoch(interrupted)
                 if board is not None:
                     board.add(metrics)
+                    clock.stamp(loop.epoch)
                 on_epoch(metrics)
     except BaseException:
         if board is not None:
-            # What ended the training is what the user must hear of, whatever the picture meets.
+            # The user must hear what ended the training, not what went wrong with the picture.
             with contextlib.suppress(OSError, ValueError):
                 draw_curves(out)
         raise
@@ -173,9 +178,9 @@ def _run(
 def build_model(
     description: dict[str, Any], *, with_decoder: bool = False, vocabulary: Vocabulary | None = None
 ) -> RetrievalModel:
-    """Return the untrained model that a run's config.json describes, with its caption decoder if asked for."""
+    """Return the untrained model that a run's config.json describes, with its caption decoder on request."""
     return RetrievalModel(
-        TrainConfig(**description["config"]),
+        TrainConfig(**stored_options(description["config"])),
         [settings["feature_size"] for settings in parts_of(description["video"]).values()],
         description["text"]["text_encoder"]["feature_size"],
         shared_part=shared_part(description["video"], description["text"]["text_encoder"]),
@@ -185,7 +190,7 @@ def build_model(
 
 
 def _decoder_dtype(device: torch.device) -> torch.dtype:
-    # The decoder is nearly all of the cost; float16 would need its loss scaled.
+    # The decoder costs nearly all of the time; float16 would need a scaled loss.
     dtype = choose_precision(device)
     return dtype if dtype == torch.bfloat16 else torch.float32
 
@@ -209,13 +214,13 @@ def read_run(run: Path) -> dict[str, Any]:
 
 
 def split_contents(split: SplitData) -> dict[str, Any]:
-    """Return how much a split holds, and a key of its videos and captions."""
+    """Return the size of a split, and a key of its videos and captions."""
     key = fingerprint({"videos": split.frames.video_ids, "captions": split.caption_ids})
     return {"videos": split.num_videos, "captions": len(split.captions), "ids": key}
 
 
 def read_vocabulary(run: Path) -> Vocabulary | None:
-    """Return the words that a run's caption decoder knows; None where it has no decoder that needs them."""
+    """Return the words that a run's caption decoder knows; None if it has no decoder that needs them."""
     if not (run / "vocabulary.json").exists():
         return None
     stored = read_description(run / "vocabulary.json", kind="a vocabulary", make=f"svb train -o {run}")
@@ -228,17 +233,18 @@ def _open_run(
     if not (out / "config.json").exists():
         if vocabulary is not None:
             publish_description(out / "vocabulary.json", {"words": vocabulary.words[len(SPECIAL) :]})
-        # Where the inputs lay is no setting: a run whose inputs were moved can still be resumed.
+        # Paths are no settings: a run whose inputs were moved can still be resumed.
         paths = {"store": str(store.absolute()), "captions": str(captions.absolute())}
         publish_description(out / "config.json", {**description, "paths": paths})
         return
     stored = read_run(out)
     del stored["paths"], stored["format_version"]
+    stored["config"] = stored_options(stored["config"])
     require_same(
         stored,
         description,
         what=f"the run {out}",
-        do_next="Give the options it was made with to resume it, or write to another folder with -o.",
+        do_next="Repeat the options it was made with to resume it, or choose another folder with -o.",
     )
     remove_leftovers(out)
     for name in ("last", "previous", "best"):
@@ -258,11 +264,11 @@ def _load_splits(
     if not any(captions.table.video_ids[position] in usable for position in positions[choosing]):
         if choosing == "test":
             raise InputError(
-                "no video of a test split has both features and captions - expected some with --select-on test; "
-                "look at the caption table's video_id and split columns, or leave the option out"
+                "no video of a test split has both features and captions - --select-on test needs some; check the "
+                "caption table's video_id and split columns, or leave the option out"
             )
         if positions[choosing]:
-            logger.info("no video of the val split has features: the checkpoint of the last epoch will be best/")
+            logger.info("no video of the val split has features: best/ will hold the checkpoint of the last epoch")
         positions[choosing] = []
     if config.captions_per_video:
         positions["train"] = draw_captions(captions, positions["train"], config.captions_per_video, config.seed)
@@ -274,12 +280,12 @@ def _load_splits(
     if "train" not in loaded or loaded["train"].num_videos < 2:
         raise InputError(
             f"{loaded['train'].num_videos if 'train' in loaded else 0} training videos have both features and "
-            "captions - expected at least 2; look at the caption table's video_id and split columns"
+            "captions - expected at least 2; check the caption table's video_id and split columns"
         )
     in_epoch = loaded["train"].num_videos if config.caption_sampling == "one" else len(loaded["train"].captions)
     if in_epoch < config.batch_size:
         logger.info(
-            f"a batch of {config.batch_size} is more than there are: every one holds all {in_epoch} captions"
+            f"the batch size {config.batch_size} exceeds the data: every batch holds all {in_epoch} captions"
         )
     return loaded["train"], loaded.get(choosing)
 

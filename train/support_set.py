@@ -1,4 +1,4 @@
-"""The support set: which videos a caption may be rebuilt from, with what weights (Patrick et al. 2021, 3.2)."""
+"""The support set: the videos from which a caption is rebuilt, and their weights (Patrick et al. 2021, 3.2)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import torch
 from svb.errors import InputError
 from svb.train.heads import masked_mean
 
-# Of the weight of one mixture: less than this going on at a time step is nothing, since dividing by it would
-# turn rounding into content, and its gradient into infinity.
+# The least share of a mixture's weight that counts at a time step: dividing by less would turn rounding errors into
+# content, and the gradient into infinity.
 SMALLEST_SHARE = 1e-9
 
 
 def own_mask(caption_video: torch.Tensor, support_video: torch.Tensor) -> torch.Tensor:
-    """Return `(B, S)` bool, True where a support video is the caption's own: `(B,)` and `(S,)` video rows."""
+    """Return `(B, S)` bool, True on the caption's own video, from `(B,)` and `(S,)` video rows."""
     return caption_video[:, None] == support_video[None, :]
 
 
@@ -26,11 +26,10 @@ def support_weights(
     temperature: torch.Tensor | float,
     older: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return what share of each support video a caption is rebuilt from.
+    """Return the weight of each support video in the mixture that a caption is rebuilt from.
 
-    `cross` is a softmax of the cosine similarities over the videos that are not the caption's own, `full`
-    the same over all of them; `identity` is the own video alone, and `hybrid` the mean of identity and
-    full.
+    `cross` is a softmax of the cosine similarities over all videos but the caption's own, and `full` the same
+    over all of them. `identity` takes only the own video, and `hybrid` is the mean of identity and full.
 
     Args:
         caption_embeddings: `(B, D)`, L2-normalised.
@@ -38,14 +37,14 @@ def support_weights(
         own: `(B, S)` bool, True on the caption's own video.
         variant: `identity`, `full`, `hybrid` or `cross`.
         temperature: Divides the similarities.
-        older: `(B, S)` bool, True on an older state of the caption's own video, as a memory bank holds it; no
-            variant rebuilds from that.
+        older: `(B, S)` bool, True on an older state of the caption's own video in a memory bank, which no variant
+            uses.
 
     Returns:
         `(B, S)`, rows sum to 1.
 
     Raises:
-        InputError: A caption has no video to be rebuilt from.
+        InputError: A caption has no video from which to rebuild it.
     """
     if older is not None:
         own = own & ~older
@@ -67,7 +66,7 @@ def support_weights(
 def support_values(
     frame_sequences: torch.Tensor, frame_mask: torch.Tensor, kind: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what is averaged over the support set: the `frames` as they are, or the `pooled` mean as one frame.
+    """Return the values to average over the support set: the `frames`, or their `pooled` mean as one frame.
 
     Shape:
         `(S, T, D)`, `(S, T)` bool -> the same, T being 1 for `pooled`.
@@ -82,7 +81,7 @@ def mix(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Average the support videos' frame sequences time step by time step.
 
-    A video that has ended by a time step takes no part in it; the others' weights are scaled up.
+    A video that has ended before a time step takes no part in it; the weights of the others are scaled up.
 
     Args:
         weights: `(B, S)`.
@@ -90,7 +89,7 @@ def mix(
         frame_mask: `(S, T)` bool.
 
     Returns:
-        The mixtures `(B, T, D)`, and `(B, T)` bool: True where some video of weight still goes on.
+        The mixtures `(B, T, D)`, and `(B, T)` bool that is True where a video with weight still goes on.
     """
     present = frame_mask.to(weights.dtype)
     total = weights @ present  # (B, S) x (S, T) -> (B, T)
@@ -99,7 +98,7 @@ def mix(
 
 
 def entropy(weights: torch.Tensor) -> torch.Tensor:
-    """Return how widely each caption's weights are spread: `(B, S)` -> `(B,)` nats, 0 on one video alone."""
+    """Return the entropy of each caption's weights: `(B, S)` -> `(B,)` nats, 0 if one video has all."""
     return -torch.xlogy(weights, weights).sum(dim=1)
 
 
@@ -112,6 +111,6 @@ def _require_allowed(allowed: torch.Tensor, why: str) -> None:
     lonely = (~allowed.any(dim=1)).nonzero()
     if lonely.numel():
         raise InputError(
-            f"caption {int(lonely[0])} of the batch has no video to be rebuilt from: {why} - use a larger batch, "
-            "more videos, or another variant"
+            f"caption {int(lonely[0])} of the batch has no video from which to rebuild it: {why} - use a larger "
+            "batch, more videos, or another variant"
         )

@@ -1,7 +1,7 @@
-"""What looks along a video's frames: a convolution, transformer layers, and a pooling that weighs frames.
+"""Layers that look along a video's frames: a convolution, a transformer, and a pooling that weighs frames.
 
-All of them take the N real frames of a batch in one piece, and give each video what it would get alone:
-neither padding nor neighbours reach it.
+All of them take the N real frames of a batch in one tensor, and give each video the same as it would get alone:
+neither padding nor other videos change it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from svb.train.dropout import Dropout
 class TemporalConvolution(nn.Module):
     """A pre-norm residual branch: one convolution along time, from D to D channels.
 
-    Residual, since clips are short: beyond a video's ends there are zeros, so of a video of one frame all
-    taps but the middle one see nothing, and a plain convolution would leave it little of itself.
+    It is residual because clips are short. Beyond a video's ends there are zeros, so all taps but the middle one
+    see nothing of a video with one frame, and a plain convolution would keep little of it.
 
     Args:
         size: D.
-        width: Frames that a tap reaches over; odd, so that it is centred.
-        dropout: On the branch.
+        width: Width in frames; odd, so that the convolution is centred.
+        dropout: Dropout probability on the branch.
 
     Shape:
         As `TemporalLayer`.
@@ -37,7 +37,7 @@ class TemporalConvolution(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, flat: torch.Tensor, real: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
-        # As a product with the real frames' windows rather than by conv1d, which would compute all padding.
+        # A product with the windows of real frames: conv1d would compute all the padding too.
         reach = self.width // 2
         padded = F.pad(unpack(self.norm(flat), real, frame_mask), (0, 0, reach, reach))  # (B, T + width - 1, D)
         windows = padded.unfold(1, self.width, 1).flatten(0, 1).index_select(0, real)  # (N, D, width)
@@ -50,7 +50,7 @@ class TemporalLayer(nn.Module):
 
     Args:
         size: D.
-        dropout: On both branches.
+        dropout: Dropout probability on both branches.
 
     Shape:
         flat `(N, D)`, the real frames of all videos; real `(N,)`, their places in the flattened batch;
@@ -79,13 +79,13 @@ class TemporalLayer(nn.Module):
 
 
 class AttentionPooling(nn.Module):
-    """A learned query a head attends to a video's frames; it starts as their mean.
+    """Attention of one learned query per head to a video's frames, which starts as their mean.
 
-    With one fixed query, its product with the keys is linear in the frame, so query and keys are one
-    `(heads, D)` matrix. It starts at zero: all frames weigh the same.
+    The product of a fixed query with the keys is linear in the frame, so query and keys are one `(heads, D)`
+    matrix. It starts at zero, where all frames weigh the same.
 
     Args:
-        size: D, of which each head pools its own part.
+        size: D; each head pools its own part of it.
 
     Shape:
         frames `(B, T, D)`, frame_mask `(B, T)` bool -> `(B, D)`.
@@ -104,18 +104,18 @@ class AttentionPooling(nn.Module):
 
 
 def num_heads(size: int) -> int:
-    """Return how many attention heads of 64 a size makes.
+    """Return the number of attention heads of 64 in a size.
 
     Raises:
-        UsageError: It cannot be divided so.
+        UsageError: The size is no multiple of 64.
     """
     heads = max(1, size // 64)
     if size % heads:
-        raise UsageError(f"embedding size {size} - expected a multiple of 64, for heads of 64")
+        raise UsageError(f"embedding size {size} - expected a multiple of 64, the size of an attention head")
     return heads
 
 
 def unpack(flat: torch.Tensor, real: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
-    """Put the real frames into their places, zeros elsewhere: `(N, D)`, `(N,)`, `(B, T)` -> `(B, T, D)`."""
+    """Put real frames in their places and zeros elsewhere: `(N, D)`, `(N,)`, `(B, T)` -> `(B, T, D)`."""
     padded = flat.new_zeros(frame_mask.numel(), flat.shape[1]).index_copy(0, real, flat)
     return padded.view(*frame_mask.shape, flat.shape[1])

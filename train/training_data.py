@@ -1,4 +1,4 @@
-"""Everything a training reads, in memory once: frame features, caption features, who belongs to whom."""
+"""All that a training reads, loaded once: frame features, caption features, and which caption has which video."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FrameTable:
-    """Frame features of V videos as tensors, batches of which are gathered by row.
+    """Frame features of V videos as tensors, from which `gather` makes batches.
 
     Attributes:
         video_ids: V ids.
         features: `(N, F)` float16.
-        begins: `(V,)` int64, a video's first row.
-        lengths: `(V,)` int64, how many rows it has, at least one.
-        max_frames: A longer video is thinned evenly to this many frames.
+        begins: `(V,)` int64, the first row of each video.
+        lengths: `(V,)` int64, the number of its rows, at least one.
+        max_frames: Longer videos are thinned evenly to this many frames.
     """
 
     video_ids: list[str]
@@ -51,8 +51,8 @@ class FrameTable:
         """Return the frame features of some videos.
 
         Args:
-            rows: `(B,)` of the videos.
-            like: Rows among whose videos is the longest that T is to hold; `rows` where not given.
+            rows: `(B,)` rows of the videos.
+            like: Rows of the videos whose longest sets T; by default `rows`.
 
         Returns:
             `(B, T, F)` float32 and `(B, T)` bool, True on a real frame.
@@ -60,7 +60,7 @@ class FrameTable:
         begin, length = self.begins[rows], self.lengths[rows]
         frame_mask = self.mask(rows, like)
         kept, step = frame_mask.sum(dim=1), torch.arange(frame_mask.shape[1], device=rows.device)
-        # The middle of each of `kept` equal parts; all frames, in order, where none is left out.
+        # The middle of each of `kept` equal parts, or all frames in order if none is left out.
         position = (2 * step[None, :] + 1) * length[:, None] // (2 * kept[:, None])
         index = begin[:, None] + torch.minimum(position, length[:, None] - 1)
         frames = self.features[index.flatten()].view(*index.shape, -1).float()
@@ -69,12 +69,12 @@ class FrameTable:
 
 @dataclass(frozen=True)
 class SplitData:
-    """One split: videos that have both features and captions.
+    """One split: the videos that have both features and captions.
 
     Attributes:
         frames: Features of V videos.
         caption_features: `(C, F)` float16, captions of one video next to each other.
-        caption_video: `(C,)` int64 row of each caption's video, ascending.
+        caption_video: `(C,)` int64, the row of each caption's video, ascending.
         captions: C sentences.
         caption_ids: C ids.
     """
@@ -99,7 +99,7 @@ def load_split(
     max_frames: int,
     device: torch.device,
 ) -> SplitData:
-    """Load the captions at `positions` of the table whose videos are in the store, and those videos.
+    """Load those captions at `positions` of the table whose videos are in the store, and these videos.
 
     Raises:
         InputError: None of the captions' videos has features.
@@ -108,7 +108,7 @@ def load_split(
     held = [position for position in positions if captions.table.video_ids[position] in usable]
     if not held:
         raise InputError(
-            f"no caption is about a video in {store.path} - the video_ids of the caption table must be those "
+            f"no caption belongs to a video in {store.path} - the video_ids of the caption table must be those "
             f"of the store, such as {next(iter(store.records), 'none: it is empty')!r}"
         )
     video_ids = sorted({captions.table.video_ids[position] for position in held})
@@ -127,10 +127,10 @@ def load_split(
 def positions_of_splits(
     captions: CaptionFeatures, *, val_fraction: float, quiet: bool = False
 ) -> dict[str, list[int]]:
-    """Return the positions of each split's captions; a val split is carved from train where there is none.
+    """Return the positions of each split's captions; a missing val split is held out from train.
 
-    Whole videos are carved, and the same ones whatever the seed of a training, so that seeds can be compared.
-    The log says so, unless `quiet`.
+    Whole videos are held out, the same ones for every seed of a training, so that seeds can be compared. The log
+    says so unless `quiet`.
     """
     splits = np.array(captions.table.splits)
     positions = {split: np.flatnonzero(splits == split).tolist() for split in ("train", "val", "test")}
@@ -145,13 +145,13 @@ def positions_of_splits(
     positions["train"] = [position for position in train if captions.table.video_ids[position] not in val_ids]
     if not quiet:
         logger.info(
-            f"the captions have no val split: put {num_val} of {len(video_ids)} training videos aside as val"
+            f"the captions have no val split: holding out {num_val} of {len(video_ids)} training videos as val"
         )
     return positions
 
 
 def draw_captions(captions: CaptionFeatures, positions: Sequence[int], number: int, seed: int) -> list[int]:
-    """Return at most `number` of each video's captions, drawn at random, of those at `positions`."""
+    """Draw at most `number` captions of each video from those at `positions`."""
     taken: Counter[str] = Counter()
     drawn = []
     for choice in np.random.default_rng([seed, 3]).permutation(len(positions)).tolist():
@@ -165,14 +165,15 @@ def draw_captions(captions: CaptionFeatures, positions: Sequence[int], number: i
 def epoch_batches(
     caption_video: NDArray[np.int64], *, caption_sampling: str, batch_size: int, seed: int, epoch: int
 ) -> list[NDArray[np.int64]]:
-    """Return the captions of every batch of an epoch: a pure function of its arguments.
+    """Return the captions of every batch of an epoch, a pure function of its arguments.
 
     Args:
         caption_video: `(C,)` ascending video rows.
         caption_sampling: `one` draws a caption of each video, `all` takes every caption.
-        batch_size: B at most (one more where a caption would be left alone); equally large within one.
-        seed: Of the run.
-        epoch: Counted from 0.
+        batch_size: Largest batch size (exceeded by one if a caption would be left alone); sizes differ by at most
+            one.
+        seed: The seed of the run.
+        epoch: The epoch, from 0.
     """
     random = np.random.default_rng([seed, 0, epoch])
     if caption_sampling == "one":
@@ -182,6 +183,6 @@ def epoch_batches(
     else:
         chosen = np.arange(len(caption_video))
     chosen = random.permutation(chosen)
-    # At least two captions a batch: one alone has no negative and no other video to be rebuilt from.
+    # A batch needs two captions: a single one has no negative, and no other video from which to rebuild it.
     num_batches = max(1, min(-(-len(chosen) // batch_size), len(chosen) // 2))
     return np.array_split(chosen, num_batches)

@@ -1,4 +1,4 @@
-"""The decoder's vocabulary: the words of the training captions and nothing else."""
+"""The vocabulary of the small caption decoder: the words of the training captions."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from svb.errors import InputError
 
 PADDING, START, END, UNKNOWN = range(4)
 SPECIAL = ("<padding>", "<start>", "<end>", "<unknown>")
-# Longer captions are rare, and the longest of a batch sets its cost.
+# Longer captions are rare, and the longest caption of a batch sets its cost.
 MAX_WORDS = 24
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
 
 class Vocabulary:
-    """Words to tokens.
+    """Translates words to tokens.
 
     Args:
-        words: In token order, without the special ones.
+        words: The words in token order, without the special ones.
     """
 
     def __init__(self, words: Sequence[str]) -> None:
@@ -28,7 +28,7 @@ class Vocabulary:
 
     @classmethod
     def of(cls, captions: Iterable[str], min_count: int) -> Vocabulary:
-        """Build the vocabulary of captions: words that stand in them at least `min_count` times.
+        """Build a vocabulary of the words that occur in captions at least `min_count` times.
 
         Raises:
             InputError: No word does.
@@ -37,7 +37,7 @@ class Vocabulary:
         words = sorted(word for word, count in counts.items() if count >= min_count)
         if not words:
             raise InputError(
-                f"no word stands {min_count} times in the training captions - lower --min-word-count, or train "
+                f"no word occurs {min_count} times in the training captions - lower --min-word-count, or train "
                 "with --variant none"
             )
         return cls(words)
@@ -46,12 +46,12 @@ class Vocabulary:
         return len(self.words)
 
     def encode(self, caption: str) -> list[int]:
-        """Return a caption's tokens from start to end; words beyond the 24th are left out."""
+        """Return a caption's tokens from start to end, without words beyond the 24th."""
         words = split_words(caption)[:MAX_WORDS]
         return [START, *(self._token.get(word, UNKNOWN) for word in words), END]
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """Return the words of a caption's tokens, the special ones left out."""
+        """Return the words of a caption's tokens, without the special ones."""
         return " ".join(self.words[token] for token in tokens if token >= len(SPECIAL))
 
 

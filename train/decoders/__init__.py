@@ -1,6 +1,6 @@
-"""Caption decoders: what rebuilds a caption from a mixture of other videos' frames.
+"""Caption decoders, which rebuild a caption from a mixture of other videos' frames.
 
-To add a decoder of words: write a module with the methods of `WordDecoder` and give it a line in `make_decoder`.
+To add a decoder of words, write a module with the methods of `WordDecoder` and add a line to `make_decoder`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class WordDecoder(Protocol):
     """Rebuilds a caption word by word.
 
     Attributes:
-        padding: The token that fills short captions up.
+        padding: The token that pads short captions.
     """
 
     padding: int
 
     @property
     def output_weight(self) -> torch.Tensor:
-        """`(vocabulary, H)`: `hidden` times this are the logits of the next token."""
+        """`(vocabulary, H)`: the product of `hidden` with this gives the logits of the next token."""
         ...
 
     def encode(self, captions: Sequence[str]) -> list[list[int]]:
@@ -41,7 +41,7 @@ class WordDecoder(Protocol):
     def hidden(
         self, tokens: torch.Tensor, frame_sequences: torch.Tensor, frame_mask: torch.Tensor, wanted: torch.Tensor
     ) -> torch.Tensor:
-        """Return what the wanted positions hold.
+        """Return the decoder's state at the wanted positions.
 
         Shape:
             tokens `(B, L)` int64, frame_sequences `(B, T, D)`, frame_mask `(B, T)` bool, wanted `(B, L)` bool,
@@ -50,7 +50,7 @@ class WordDecoder(Protocol):
         ...
 
     def write(self, frame_sequences: torch.Tensor, frame_mask: torch.Tensor) -> list[str]:
-        """Return the caption that is likeliest word by word, of each of `(B, T, D)`, `(B, T)` bool."""
+        """Return the B captions that are likeliest word by word, from `(B, T, D)` and `(B, T)` bool."""
         ...
 
 
@@ -60,17 +60,17 @@ def make_decoder(
     """Return the untrained decoder that a config asks for.
 
     Args:
-        config: Its `rebuild`, `decoder` and sizes.
+        config: Its `rebuild`, `caption_decoder` and sizes count.
         memory_size: D of the frame sequences.
         text_feature_size: F of the text encoder.
-        vocabulary: Of the small transformer; the others need none.
+        vocabulary: The words of the small transformer; the others need none.
 
     Raises:
         As `svb.data.t5.load_t5_with_decoder`.
     """
     if config.rebuild == "embedding":
         return EmbeddingDecoder(memory_size, text_feature_size, dropout=config.dropout)
-    family, _, name = config.decoder.partition(":")
+    family, _, name = config.caption_decoder.partition(":")
     if family == "t5":
         return T5Decoder(name, memory_size)
     assert vocabulary is not None
@@ -80,14 +80,14 @@ def make_decoder(
 
 
 def absolute_decoder(decoder: str) -> str:
-    """Return a config's `decoder` with a local folder in it made absolute, so that it holds everywhere."""
+    """Return a config's `caption_decoder` with a local folder made absolute, so that it is valid everywhere."""
     family, _, name = decoder.partition(":")
     return f"t5:{absolute_t5_name(name)}" if family == "t5" else decoder
 
 
 def needs_vocabulary(config: TrainConfig) -> bool:
-    """Tell whether a config's decoder speaks the words of the training captions."""
-    return config.variant != "none" and config.rebuild == "tokens" and config.decoder == "transformer"
+    """Tell whether a config's decoder is limited to the words of the training captions."""
+    return config.variant != "none" and config.rebuild == "tokens" and config.caption_decoder == "transformer"
 
 
 def pad(encoded: Sequence[Sequence[int]], padding: int) -> torch.Tensor:

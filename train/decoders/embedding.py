@@ -1,4 +1,4 @@
-"""The embedding decoder: rebuilds a caption's frozen embedding and not its words, at a fraction of the cost."""
+"""The embedding decoder, which rebuilds a caption's frozen embedding: far cheaper than its words."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class EmbeddingDecoder(nn.Module):
     Args:
         memory_size: D of the frame sequences.
         text_feature_size: F of the text encoder.
-        dropout: In the hidden layer.
+        dropout: Dropout probability in the hidden layer.
     """
 
     def __init__(self, memory_size: int, text_feature_size: int, *, dropout: float) -> None:

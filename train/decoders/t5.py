@@ -1,4 +1,4 @@
-"""A pretrained T5 decoder that rebuilds a caption from a sequence of frames: `--decoder t5:<name or folder>`."""
+"""A pretrained T5 decoder that rebuilds a caption from frames: `--caption-decoder t5:<name or folder>`."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from torch import nn
 from svb.data.pretrained import hash_tensors
 from svb.data.t5 import load_t5_with_decoder
 
-# Longer captions are rare, and the longest of a batch sets its cost.
+# Longer captions are rare, and the longest caption of a batch sets its cost.
 MAX_TOKENS = 32
 
 
 class T5Decoder(nn.Module):
     """Predicts each token from the tokens before it and a mixture of frame sequences.
 
-    Patrick et al. (2021) rebuild captions with T5. Here its pretrained decoder attends to the mixture of the
-    support set's frame sequences, through one linear projection, where its encoder's output would be; the encoder
-    itself is not kept. How the paper joins the two could not be established: the projection is svb's own choice.
-    T5's decoder sees no positions in what it attends to, so time counts only as far as the video head put it there.
+    Patrick et al. (2021) rebuild captions with T5. Here T5's pretrained decoder attends to the mixture of the
+    support set's frame sequences in place of its encoder's output, through one linear projection; the encoder is
+    dropped. We could not establish how the paper joins the two: the projection is our own choice. T5's decoder
+    sees no positions in what it attends to, so time counts only as far as the video head encodes it.
 
-    All of it is trained, with the dropout that T5 comes with. Not for float16, in which T5 overflows.
+    All weights are trained, with T5's own dropout. It must not run in float16, in which T5 overflows.
 
     Args:
         name: A folder that transformers saved, or a model on a hub, such as `google/t5-v1_1-base`.
         memory_size: D of the frame sequences.
 
     Attributes:
-        padding: The token that fills short captions up. T5's start token is the same.
-        weights_hash: Of the pretrained weights.
+        padding: The token that pads short captions; it is also T5's start token.
+        weights_hash: Hash of the pretrained weights.
 
     Raises:
         As `svb.data.t5.load_t5_with_decoder`.
@@ -42,11 +42,11 @@ class T5Decoder(nn.Module):
         t5 = load_t5_with_decoder(name)
         config, network = t5.network.config, t5.network
         self.decoder, self._tokenizer = network.decoder, t5.tokenizer
-        # T5 v1.0 says its tokens through its embeddings, v1.1 through weights of their own; only where they are its
-        # own are they held beside the decoder, since a checkpoint takes no tensor twice.
+        # T5 v1.0 uses its embeddings as output weights, v1.1 has separate ones. Only separate ones are held
+        # beside the decoder, since a checkpoint takes no tensor twice.
         is_tied = network.lm_head.weight is network.shared.weight
         self.output = None if is_tied else network.lm_head
-        # transformers 4 says by one field whether weights are tied and whether the output is scaled.
+        # transformers 4 has one field that says whether weights are tied and whether the output is scaled.
         is_scaled = getattr(config, "scale_decoder_outputs", config.tie_word_embeddings)
         self._scale = config.d_model**-0.5 if is_scaled else 1.0
         self.weights_hash = hash_tensors(self.state_dict())
@@ -58,12 +58,12 @@ class T5Decoder(nn.Module):
 
     @property
     def output_weight(self) -> torch.Tensor:
-        """`(vocabulary, d_model)`: `hidden` times this are the logits of the next token."""
+        """`(vocabulary, d_model)`: the product of `hidden` with this gives the logits of the next token."""
         weight: torch.Tensor = (self.decoder.embed_tokens if self.output is None else self.output).weight
         return weight
 
     def encode(self, captions: Sequence[str]) -> list[list[int]]:
-        """Return each caption's tokens from the start token to the end token, `MAX_TOKENS` at most."""
+        """Return each caption's tokens from the start token to the end token, at most `MAX_TOKENS`."""
         encoded = self._tokenizer(
             list(captions), add_special_tokens=False, truncation=True, max_length=MAX_TOKENS - 2, padding=False
         )
@@ -72,9 +72,9 @@ class T5Decoder(nn.Module):
     def hidden(
         self, tokens: torch.Tensor, frame_sequences: torch.Tensor, frame_mask: torch.Tensor, wanted: torch.Tensor
     ) -> torch.Tensor:
-        """Return what the wanted positions hold.
+        """Return the decoder's state at the wanted positions.
 
-        Padding after a caption is not masked: no earlier position attends to it.
+        Padding after a caption needs no mask, because no earlier position attends to it.
 
         Shape:
             tokens `(B, L)` int64, frame_sequences `(B, T, D)`, frame_mask `(B, T)` bool, wanted `(B, L)` bool,
@@ -86,7 +86,7 @@ class T5Decoder(nn.Module):
 
     @torch.inference_mode()
     def write(self, frame_sequences: torch.Tensor, frame_mask: torch.Tensor) -> list[str]:
-        """Return the caption that is likeliest token by token: `(B, T, D)`, `(B, T)` bool -> B captions."""
+        """Return the B captions that are likeliest token by token, from `(B, T, D)` and `(B, T)` bool."""
         was_training = self.training
         self.eval()
         memory, cache = self.project_memory(frame_sequences), None

@@ -19,14 +19,14 @@ class CaptionDecoder(nn.Module):
     The output layer shares its weights with the word embeddings.
 
     Args:
-        vocabulary: What it can say.
+        vocabulary: The words that it can say.
         memory_size: D of the frame sequences.
         size: Width.
         layers: Transformer layers.
-        dropout: In the layers.
+        dropout: Dropout probability in the layers.
 
     Raises:
-        UsageError: The width cannot be divided among the attention heads.
+        UsageError: The attention heads do not divide the width.
     """
 
     padding = PADDING
@@ -35,7 +35,7 @@ class CaptionDecoder(nn.Module):
         super().__init__()
         heads = max(1, size // 64)
         if size % heads:
-            raise UsageError(f"decoder size {size} - expected a multiple of 64, for heads of 64")
+            raise UsageError(f"decoder size {size} - expected a multiple of 64, the size of an attention head")
         self.embedding = nn.Embedding(len(vocabulary), size)
         nn.init.normal_(self.embedding.weight, std=size**-0.5)
         self.project_memory = nn.Linear(memory_size, size)
@@ -61,10 +61,10 @@ class CaptionDecoder(nn.Module):
     def hidden(
         self, tokens: torch.Tensor, frame_sequences: torch.Tensor, frame_mask: torch.Tensor, wanted: torch.Tensor
     ) -> torch.Tensor:
-        """Return what the wanted positions hold.
+        """Return the decoder's state at the wanted positions.
 
-        Most of the cost is the product with the vocabulary, and most positions of a padded batch are padding:
-        naming the N positions that have a next token saves more than half of it.
+        The product with the vocabulary is most of the cost, and most positions of a padded batch are padding:
+        taking only the N positions that have a next token saves more than half of it.
 
         Shape:
             tokens `(B, L)` int64, frame_sequences `(B, T, D)`, frame_mask `(B, T)` bool, wanted `(B, L)` bool,

@@ -1,4 +1,4 @@
-"""The losses; one file each."""
+"""The losses, one file each."""
 
 from __future__ import annotations
 

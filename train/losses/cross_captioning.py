@@ -7,23 +7,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-# Logits at a time: 16 MB in float32, whatever the vocabulary and the number of words.
+# Logits per chunk: 16 MB in float32, whatever the vocabulary and the number of words.
 CHUNK_LOGITS = 2**22
 
 
 def cross_captioning(
     hidden: torch.Tensor, output_weight: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Return the negative log-likelihood of words, summed.
+    """Return the summed negative log-likelihood of words.
 
-    The logits of all words together would be the largest tensor of a training by far. They are made a chunk at
-    a time, and their gradient at once with them, so that nothing is computed twice either.
+    The logits of all words together would be by far the largest tensor of a training. They are computed in chunks,
+    each with its gradient, so that nothing is computed twice.
 
     Args:
-        hidden: `(N, H)`, what the decoder has at the N places that a word follows.
+        hidden: `(N, H)`, the decoder's state at the N places that a word follows.
         output_weight: `(vocabulary, H)`.
         targets: `(N,)` int64, the words.
-        dtype: Of the products; sums and softmax are float32 at least.
+        dtype: The type of the matrix products; sums and softmax use at least float32.
 
     Returns:
         Scalar.
@@ -33,7 +33,7 @@ def cross_captioning(
 
 
 def embedding_distance(predicted: torch.Tensor, caption_features: torch.Tensor) -> torch.Tensor:
-    """Return how far each caption's rebuilt embedding is from its frozen one.
+    """Return the distance of each caption's rebuilt embedding from its frozen one.
 
     Shape:
         `(B, F)` and `(B, F)` -> `(B,)`: 1 minus their cosine.
@@ -56,7 +56,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             log_likelihood = (chunk @ cast.T).to(total.dtype).log_softmax(dim=1)  # (chunk, vocabulary)
             total -= log_likelihood.gather(1, words).sum()
             if needs_gradient:
-                # d total / d logits is the softmax, less one at the word itself.
+                # d total / d logits is the softmax minus one at the word itself.
                 gradient = log_likelihood.exp_().scatter_add_(1, words, -torch.ones_like(words, dtype=total.dtype))
                 gradient = gradient.to(dtype)
                 hidden_gradient[begin : begin + rows] = gradient @ cast

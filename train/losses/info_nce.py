@@ -1,4 +1,4 @@
-"""InfoNCE of anchors against their candidates."""
+"""InfoNCE loss of anchors against their candidates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def info_nce(
     Args:
         positive: `(A,)` cosine similarity of each anchor and its positive.
         similarity: `(A, C)` of anchors and candidates.
-        is_negative: `(A, C)` bool; what belongs to the anchor's own video is no negative.
+        is_negative: `(A, C)` bool; False on all that belongs to the anchor's own video.
         logit_scale: Scalar that multiplies the similarities.
 
     Returns:

@@ -13,15 +13,15 @@ def max_margin(
 ) -> torch.Tensor:
     """Return the hinge loss of each anchor.
 
-    `hardest` counts the negative nearest to the anchor alone (Faghri et al. 2018, equation 6), `semi_hard` the
-    nearest of those farther than the positive (Schroff et al. 2015, section 3.2), `mean` all of them alike. An
-    anchor without such negatives costs nothing.
+    `hardest` counts only the negative nearest to the anchor (Faghri et al. 2018, equation 6), `semi_hard` the
+    nearest of those farther than the positive (Schroff et al. 2015, section 3.2), and `mean` all of them equally.
+    An anchor without such negatives costs nothing.
 
     Args:
         positive: `(A,)` cosine similarity of each anchor and its positive.
         similarity: `(A, C)` of anchors and candidates.
-        is_negative: `(A, C)` bool; what belongs to the anchor's own video is no negative.
-        margin: By which the positive is to beat a negative.
+        is_negative: `(A, C)` bool; False on all that belongs to the anchor's own video.
+        margin: The similarity by which the positive should beat a negative.
         negatives: One of `svb.train.config.NEGATIVES`.
 
     Returns:

@@ -1,7 +1,7 @@
-"""Retrieval metrics by ranks: ties counted by their average, NaN refused.
+"""Retrieval metrics by ranks. Ties count by their average, and NaN is refused.
 
-A rank is 1 plus the number of better candidates plus half the number of equal ones. So a collapsed model,
-whose similarities are all equal, scores chance, and no order of the rows changes a number.
+A rank is 1 plus the number of better candidates plus half the number of equal ones. A collapsed model, whose
+similarities are all equal, therefore scores chance, and the order of the rows changes no number.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def t2v_ranks(similarity: NDArray[np.floating], caption_video: NDArray[np.intege
         caption_video: `(C,)` column of each caption's own video.
 
     Returns:
-        `(C,)` ranks from 1; a half where ties are averaged.
+        `(C,)` ranks from 1; averaged ties give halves.
 
     Raises:
         InputError: A similarity is NaN or infinite, or the shapes disagree.
@@ -45,7 +45,7 @@ def t2v_ranks(similarity: NDArray[np.floating], caption_video: NDArray[np.intege
 def v2t_ranks(
     similarity: NDArray[np.floating], caption_video: NDArray[np.integer], convention: str = "set"
 ) -> NDArray[np.float64]:
-    """Rank each video's own captions, by one of `V2T_CONVENTIONS`.
+    """Rank each video's own captions by one of `V2T_CONVENTIONS`.
 
     Args:
         similarity: `(C, V)`, finite; every video has at least one caption.
@@ -56,7 +56,7 @@ def v2t_ranks(
         `(V,)` ranks from 1.
 
     Raises:
-        InputError: As `t2v_ranks`; a video has no caption; or the convention is unknown.
+        InputError: As `t2v_ranks`, or a video has no caption, or the convention is unknown.
     """
     _check(similarity, caption_video)
     num_videos = similarity.shape[1]
@@ -91,7 +91,7 @@ def retrieval_metrics(
 
 
 def ranks_metrics(t2v: NDArray[np.float64], v2t: NDArray[np.float64]) -> dict[str, float]:
-    """Return `summarise` of both directions' ranks under keys such as `t2v/R@1`."""
+    """Return the `summarise` of both directions under keys such as `t2v/R@1`."""
     return {
         f"{direction}/{name}": value
         for direction, ranks in (("t2v", t2v), ("v2t", v2t))
@@ -100,14 +100,14 @@ def ranks_metrics(t2v: NDArray[np.float64], v2t: NDArray[np.float64]) -> dict[st
 
 
 def recall_sum(metrics: dict[str, float]) -> float:
-    """Return the sum of R@1, R@5 and R@10 of both directions: what the best checkpoint is chosen by."""
+    """Return the sum of R@1, R@5 and R@10 in both directions, which chooses the best checkpoint."""
     return sum(metrics[f"{direction}/R@{k}"] for direction in ("t2v", "v2t") for k in (1, 5, 10))
 
 
 def require_finite(
     similarity: NDArray[np.floating], caption_ids: Sequence[object], video_ids: Sequence[object]
 ) -> None:
-    """Refuse similarities that are no numbers, naming the first bad video.
+    """Refuse `(C, V)` similarities that are not finite.
 
     Args:
         similarity: `(C, V)`.
@@ -115,7 +115,7 @@ def require_finite(
         video_ids: V names of its columns.
 
     Raises:
-        InputError: One is NaN or infinite; names the first such column and the first such row in it.
+        InputError: A value is NaN or infinite; the error names the first such column, and the first such row in it.
     """
     is_bad = ~np.isfinite(similarity)
     if not is_bad.any():
@@ -126,11 +126,11 @@ def require_finite(
     if bad_videos.all() and bad_captions.all():
         do_next = "the model has diverged: train again with a lower learning rate"
     elif is_bad[:, video].all():
-        do_next = "the video's embedding is no number: extract it again, or leave its captions out of the table"
+        do_next = "the video's embedding is not finite: extract it again, or leave its captions out of the table"
     elif is_bad[caption].all():
-        do_next = "the caption's embedding is no number: encode the captions again, or leave it out of the table"
+        do_next = "the caption's embedding is not finite: encode the captions again, or leave it out of the table"
     else:
-        do_next = "expected finite numbers alone"
+        do_next = "expected only finite numbers"
     raise InputError(
         f"similarity of video {video_ids[video]!r} and caption {caption_ids[caption]!r} is "
         f"{similarity[caption, video]}, and such values are in {bad_videos.sum()} of {len(bad_videos)} videos and "
