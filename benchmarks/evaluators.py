@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from svb.train.metrics import summarise, t2v_ranks, v2t_ranks
+from svb.train.retrieval_metrics import summarise, t2v_ranks, v2t_ranks
 
 Matrix = NDArray[np.floating]
 Owners = NDArray[np.integer]

@@ -1,4 +1,4 @@
-"""`svb compare`: is one run better than another, from the ranks that `svb evaluate` saved."""
+"""`svb compare`: is one run better than another, according to the ranks that `svb evaluate` saved?"""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 
 from svb.errors import InputError, MismatchError
 from svb.retrieve.measure.paired import Difference, paired_differences
-from svb.retrieve.measure.ranks import FILE, Ranks, read_ranks
+from svb.retrieve.measure.query_ranks import FILE, Ranks, read_ranks
 from svb.retrieve.model.embedder import run_embedder
+from svb.train.config import stored_options
 from svb.train.run import read_run
 
 
@@ -21,10 +22,10 @@ class Measured:
     """One side of a comparison.
 
     Attributes:
-        path: As the user named it.
-        seeds: Of the runs that are compared; None for a file of ranks, which names none.
-        ranks: Of each.
-        checkpoints: Of each, `best` or `last`; empty for a file.
+        path: The path that the user named.
+        seeds: The seeds of the runs; None for a file of ranks, which names none.
+        ranks: The ranks of each run.
+        checkpoints: The checkpoint of each run, `best` or `last`; empty for a file.
     """
 
     path: Path
@@ -35,12 +36,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found.
+    """The result of `compare`.
 
     Attributes:
         a: The first side.
-        b: The second.
-        differences: B - A, a line a metric.
+        b: The second side.
+        differences: B - A, one for each metric.
     """
 
     a: Measured
@@ -49,7 +50,7 @@ class Comparison:
 
     @property
     def selected_on_split(self) -> bool:
-        """Whether a checkpoint was chosen by the very split that is compared, so its numbers flatter."""
+        """Whether the compared split itself chose a checkpoint, so its numbers are too good."""
         return any(
             ranks.selected_on == ranks.queries.split and checkpoint == "best"
             for side in (self.a, self.b)
@@ -58,7 +59,7 @@ class Comparison:
 
     @property
     def selected_on_test(self) -> bool:
-        """Whether a run chose its best checkpoint by the test split."""
+        """Whether the test split chose the best checkpoint of a run."""
         return any(ranks.selected_on == "test" for side in (self.a, self.b) for ranks in side.ranks)
 
     def as_json(self) -> dict[str, Any]:
@@ -84,23 +85,25 @@ class Comparison:
 
 
 def compare(a: Path | str, b: Path | str) -> Comparison:
-    """Compare two runs, or two sets of runs that differ in their seeds.
+    """Compare two runs, or two sets of runs that differ only in their seeds.
+
+    Single runs or files are compared whatever their seeds; sets are paired by seed.
 
     Args:
-        a: A run, a folder that holds one run a seed, or a file of ranks (`svb evaluate --ranks`).
-        b: Likewise. One run or file is compared with another whatever their seeds; sets are paired by seed.
+        a: A run, a folder with one run per seed, or a file of ranks (`svb evaluate --ranks`).
+        b: The same, for the other side.
 
     Raises:
-        InputError: There are no ranks, or the sets have other seeds.
-        MismatchError: The ranks are of other queries, naming the first that differs, or not of the run's weights.
+        InputError: There are no ranks, or the sets have different seeds.
+        MismatchError: The ranks belong to different queries (the error names the first) or to other weights.
         StoreError: A file is damaged.
     """
     of_a, of_b = _measured(Path(a)), _measured(Path(b))
     is_one_pair = len(of_a.ranks) == len(of_b.ranks) == 1
     if not is_one_pair and of_a.seeds != of_b.seeds:
         raise InputError(
-            f"{a} holds {_seeds_text(of_a)}, {b} {_seeds_text(of_b)} - expected the same seeds, which are compared "
-            "pair by pair"
+            f"{a} holds {_seeds_text(of_a)}, {b} {_seeds_text(of_b)} - expected the same seeds, to compare pair by "
+            "pair"
         )
     return Comparison(of_a, of_b, paired_differences(of_a.ranks, of_b.ranks))
 
@@ -114,15 +117,15 @@ def _measured(path: Path) -> Measured:
         runs = sorted(found.parent for found in path.glob("*/config.json"))
     if not runs:
         raise InputError(
-            f"{path} is no run and holds none - expected a run, a folder of runs that differ in their seeds, or a "
-            "file of ranks written by `svb evaluate --ranks FILE`"
+            f"{path} is not a run and holds none - expected a run, a folder of runs that differ in their seeds, or "
+            "a file of ranks from `svb evaluate --ranks FILE`"
         )
     descriptions = [read_run(run) for run in runs]
     by_seed: dict[int, Path] = {}
     for run, description in zip(runs, descriptions, strict=True):
         seed = int(description["config"]["seed"])
         if seed in by_seed:
-            raise InputError(f"{by_seed[seed]} and {run} both have the seed {seed} - expected one run a seed")
+            raise InputError(f"{by_seed[seed]} and {run} both have the seed {seed} - expected one run per seed")
         by_seed[seed] = run
         _require_alike(runs[0], descriptions[0], run, description)
     seeds = tuple(sorted(by_seed))
@@ -132,7 +135,7 @@ def _measured(path: Path) -> Measured:
 
 
 def _require_alike(first: Path, held: dict[str, Any], run: Path, other: dict[str, Any]) -> None:
-    a, b = ({**description["config"], "seed": None, **description["video"]} for description in (held, other))
+    a, b = ({**stored_options(one["config"]), "seed": None, **one["video"]} for one in (held, other))
     name = next((name for name in (*a, *b) if a.get(name) != b.get(name)), None)
     if name is not None:
         raise InputError(
@@ -142,19 +145,19 @@ def _require_alike(first: Path, held: dict[str, Any], run: Path, other: dict[str
 
 
 def _checkpoint_of(run: Path, ranks: Ranks) -> str:
-    """Return which checkpoint the ranks are of.
+    """Return the checkpoint that the ranks belong to.
 
     Raises:
-        MismatchError: Of neither: the run was trained on, or the file is another's.
+        MismatchError: They belong to neither: the run was trained further, or the file is that of another run.
     """
     for checkpoint in ("last", "best"):
         try:
             if run_embedder(run, checkpoint, torch.device("cpu")).fingerprint == ranks.model:
                 return checkpoint
-        except InputError:  # there is none
+        except InputError:  # the run has no such checkpoint
             continue
     raise MismatchError(
-        f"{ranks.path} was measured on other weights than {run} holds now - measure them with `svb evaluate {run}`"
+        f"{ranks.path} belongs to other weights than {run} holds now - measure these with `svb evaluate {run}`"
     )
 
 

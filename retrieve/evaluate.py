@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,100 @@ from numpy.typing import NDArray
 from svb.data.publish import published_file
 from svb.device import choose_device
 from svb.errors import InputError, UsageError
-from svb.retrieve.measure.evaluation import Evaluation, Missing, Normalised
-from svb.retrieve.measure.normalise import (
+from svb.retrieve.measure.hub_normalisation import (
     CLIP_LOGIT_SCALE,
     METHODS,
     NEEDS_ALL_QUERIES,
     NEEDS_BANK,
     QB_NORM_SCALE,
     Embeddings,
-    normalise,
+    normalised_scores,
 )
+from svb.retrieve.measure.query_ranks import FILE
 from svb.retrieve.model.embedder import Embedder
 from svb.retrieve.model.inputs import Inputs, open_inputs
-from svb.train.metrics import TIE_RULE, V2T_CONVENTIONS, ranks_metrics, t2v_ranks, v2t_ranks
+from svb.train.retrieval_metrics import TIE_RULE, V2T_CONVENTIONS, ranks_metrics, t2v_ranks, v2t_ranks
 from svb.train.run import split_contents
 from svb.train.training_data import SplitData, load_split, positions_of_splits
+
+RanksOfBoth = tuple[NDArray[np.float64], NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Missing:
+    """How much of a split was left out because videos have no features."""
+
+    captions: int
+    of_captions: int
+    videos: int
+    of_videos: int
+
+
+@dataclass(frozen=True)
+class Normalised:
+    """Metrics of normalised similarities, and what normalised them.
+
+    Attributes:
+        description: The method and its paper.
+        needs_all_queries: The method uses all queries of the split at once, which no search can.
+        scale: The inverse temperature.
+        scale_source: Where the scale comes from, which is never the measured split.
+        bank_split: The split whose captions (t2v) and videos (v2t) were the query bank; empty without a bank.
+        bank_captions: Number of captions in the bank.
+        bank_videos: Number of videos in the bank.
+        metrics: As those of `Evaluation`.
+    """
+
+    description: str
+    needs_all_queries: bool
+    scale: float
+    scale_source: str
+    bank_split: str
+    bank_captions: int
+    bank_videos: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of `evaluate`, with all that a reader needs to repeat it.
+
+    Attributes:
+        source: The run or store.
+        model: `run`, or the kind of zero-shot model.
+        model_fingerprint: Fingerprint of all that shapes an embedding, including the weights.
+        checkpoint: `best` or `last`; empty for a store.
+        epoch: Epoch of the checkpoint; 0 for a store.
+        split: The split that was measured.
+        num_captions: Number of queries of t2v.
+        num_videos: Number of candidates of t2v.
+        missing: What was left out of the split.
+        tie_rule: How equal similarities count.
+        v2t_convention: How a video with several captions counts in v2t.
+        selected_on_split: This very split chose the checkpoint, so its numbers are too good.
+        selected_on: The split that chose the run's best checkpoint; empty for a store.
+        metrics: Metrics of the plain similarities, such as `t2v/R@1`; recalls are in percent.
+        normalised: The same for each requested method of `svb.retrieve.measure.hub_normalisation`.
+    """
+
+    source: str
+    model: str
+    model_fingerprint: str
+    checkpoint: str
+    epoch: int
+    split: str
+    num_captions: int
+    num_videos: int
+    missing: Missing
+    tie_rule: str
+    v2t_convention: str
+    selected_on_split: bool
+    selected_on: str
+    metrics: dict[str, float]
+    normalised: dict[str, Normalised]
+
+    def as_json(self) -> dict[str, object]:
+        return asdict(self)
 
 
 def evaluate(
@@ -45,77 +125,60 @@ def evaluate(
     ranks: Path | None = None,
     device: str = "auto",
 ) -> Evaluation:
-    """Measure t2v and v2t retrieval of a split.
+    """Measure t2v and v2t retrieval on a split.
 
     Args:
-        source: A run, or a feature store for zero-shot.
-        store: The feature store, where it is not where the run found it.
-        captions: The caption features file; the run's own where not given.
-        backbone: Whose features, for a store that holds several.
+        source: A run, or a feature store to measure zero-shot.
+        store: The run's feature store, if it was moved.
+        captions: The caption features file; by default the run's own.
+        backbone: The backbone to measure, if a store holds several.
         split: `train`, `val` or `test`.
-        checkpoint: `best` or `last` of a run; best where not given.
-        v2t_convention: `set` or `best`; see `svb.train.metrics.V2T_CONVENTIONS`.
-        normalise_by: Also measure similarities normalised by these `svb.retrieve.measure.normalise.METHODS`.
-        allow_missing: Leave out captions whose videos have no features rather than refuse.
-        ranks: Where to write each query's rank (.npz); `ranks.npz` in a run where not given.
+        checkpoint: `best` or `last` of a run, by default best.
+        v2t_convention: `set` or `best`; see `svb.train.retrieval_metrics.V2T_CONVENTIONS`.
+        normalise_by: Methods of `svb.retrieve.measure.hub_normalisation.METHODS` to measure too.
+        allow_missing: Leave out captions whose videos have no features instead of refusing them.
+        ranks: File for each query's rank (.npz); by default `ranks.npz` in a run, and none for a store.
         device: `auto`, `cpu`, `cuda:0`, ...
 
-    Returns:
-        The metrics and how they came about.
-
     Raises:
-        InputError: The split has no captions, videos are missing, or the model gives something that is no
-            number for one, which is named.
+        InputError: The split has no captions, videos are missing, or an embedding is not finite; the error names
+            the first such video.
         MismatchError: Store or captions were made with other settings than the run's.
         UsageError: A method is unknown, or its query bank would be the queries themselves.
     """
     _check_methods(normalise_by, split)
-    torch_device = choose_device(device)
     inputs = open_inputs(
         Path(source),
-        device=torch_device,
+        device=choose_device(device),
         store=store,
         captions=captions,
         backbone=backbone,
         checkpoint=checkpoint,
     )
-    embedder, caption_features = inputs.embedder, inputs.captions
-    if caption_features is None:
+    embedder, is_run = inputs.embedder, inputs.embedder.model["kind"] == "run"
+    if inputs.captions is None:
         raise InputError(f"{source} is a feature store - name its caption features with --captions captions.h5")
-    positions = positions_of_splits(
-        caption_features,
-        val_fraction=inputs.config.put_aside,
-    )
+    ranks = ranks or (Path(source) / FILE if is_run else None)
+    if ranks is not None and ranks.is_dir():
+        raise UsageError(f"{ranks} is a folder - expected a file name for --ranks, such as {ranks / FILE}")
+    positions = positions_of_splits(inputs.captions, val_fraction=inputs.config.put_aside)
     if not positions[split]:
         raise InputError(f"the captions have no {split} split - choose another with --split")
-    if NEEDS_BANK & {*normalise_by} and not positions["train"]:
-        raise InputError(
-            "the captions have no train split, which is the query bank of qb-norm - name captions that have one "
-            "with --captions, or leave out --normalise qb-norm"
-        )
     missing = _missing(inputs, positions[split], split, allow_missing)
-    data = _load(inputs, positions[split], torch_device)
+    data = _load(inputs, positions[split], choose_device(device))
     _require_unseen(inputs, split, data, source)
     embeddings = _embed(embedder, data)
     similarity, caption_video = embeddings.similarity(), data.caption_video.cpu().numpy()
-    plain = t2v_ranks(similarity, caption_video), v2t_ranks(similarity, caption_video, v2t_convention)
-    bank = None
-    if NEEDS_BANK & {*normalise_by}:
-        bank = _embed(embedder, _load(inputs, positions["train"], torch_device))
+    ranks_by = {"": (t2v_ranks(similarity, caption_video), v2t_ranks(similarity, caption_video, v2t_convention))}
+    bank = _bank(inputs, positions["train"], choose_device(device)) if NEEDS_BANK & {*normalise_by} else None
     normalised: dict[str, Normalised] = {}
-    ranks_by = {"": plain}
     for method in dict.fromkeys(normalise_by):
         scale, scale_source = _scale(method, embedder)
-        t2v, v2t = normalise(method, embeddings, bank, scale)
+        t2v, v2t = normalised_scores(method, embeddings, bank, scale)
         ranks_by[method] = t2v_ranks(t2v, caption_video), v2t_ranks(v2t, caption_video, v2t_convention)
         normalised[method] = _describe(method, scale, scale_source, bank, ranks_metrics(*ranks_by[method]))
-    selected_on = inputs.config.select_on if embedder.model["kind"] == "run" else ""
-    ranks = ranks or (Path(source) / "ranks.npz" if embedder.model["kind"] == "run" else None)
+    selected_on = inputs.config.select_on if is_run else ""
     if ranks is not None:
-        if ranks.is_dir():
-            raise UsageError(
-                f"{ranks} is a folder - expected the name of a file for --ranks, such as {ranks}/ranks.npz"
-            )
         how = {"split": split, "model": embedder.fingerprint, "tie_rule": TIE_RULE, "selected_on": selected_on}
         _write_ranks(ranks, ranks_by, data, {**how, "v2t_convention": v2t_convention})
     return Evaluation(
@@ -132,7 +195,7 @@ def evaluate(
         v2t_convention=f"{v2t_convention}: {V2T_CONVENTIONS[v2t_convention]}",
         selected_on_split=embedder.model.get("checkpoint") == "best" and split == selected_on,
         selected_on=selected_on,
-        metrics=ranks_metrics(*plain),
+        metrics=ranks_metrics(*ranks_by[""]),
         normalised=normalised,
     )
 
@@ -143,7 +206,7 @@ def _check_methods(methods: Sequence[str], split: str) -> None:
             raise UsageError(f"unknown method {method!r} to normalise by - expected {' or '.join(METHODS)}")
         if method in NEEDS_BANK and split == "train":
             raise UsageError(
-                f"{method} normalises with the train split, which would be measured with itself - measure another "
+                f"{method} normalises with the train split, so it cannot measure train itself - measure another "
                 "split, or leave out --normalise"
             )
 
@@ -174,7 +237,7 @@ def _describe(
 
 
 def _missing(inputs: Inputs, positions: Sequence[int], split: str, allow_missing: bool) -> Missing:
-    """Count the split's captions and videos, and those without features; refuse these unless allowed."""
+    """Count captions and videos of the split without features; refuse them unless allowed."""
     assert inputs.captions is not None
     of_split, usable = [inputs.captions.table.video_ids[p] for p in positions], {*inputs.store.video_ids}
     without = [video_id for video_id in of_split if video_id not in usable]
@@ -182,7 +245,7 @@ def _missing(inputs: Inputs, positions: Sequence[int], split: str, allow_missing
     if without and not allow_missing:
         raise InputError(
             f"{missing.videos} of {missing.of_videos} videos of the {split} split have no features, first "
-            f"{min(without)!r} - extract them, or leave out their captions with --allow-missing: the result then "
+            f"{min(without)!r} - extract them, or leave out their captions with --allow-missing; the result then "
             "says how many"
         )
     return missing
@@ -201,6 +264,15 @@ def _load(inputs: Inputs, positions: Sequence[int], device: torch.device) -> Spl
     )
 
 
+def _bank(inputs: Inputs, positions: Sequence[int], device: torch.device) -> Embeddings:
+    if not positions:
+        raise InputError(
+            "the captions have no train split, which is the query bank of qb-norm - name captions that have one "
+            "with --captions, or leave out --normalise qb-norm"
+        )
+    return _embed(inputs.embedder, _load(inputs, positions, device))
+
+
 def _embed(embedder: Embedder, data: SplitData) -> Embeddings:
     return Embeddings(
         embedder.embed_captions(data.caption_features),
@@ -212,7 +284,7 @@ def _embed(embedder: Embedder, data: SplitData) -> Embeddings:
 
 def _write_ranks(
     path: Path,
-    found: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]],
+    found: dict[str, RanksOfBoth],
     data: SplitData,
     how: dict[str, str],
 ) -> None:
@@ -232,13 +304,13 @@ def _write_ranks(
 
 
 def _require_unseen(inputs: Inputs, split: str, data: SplitData, source: Path | str) -> None:
-    """Refuse a val split that was carved now and is not the one that training put aside."""
+    """Refuse a val split that is held out now and is not the one that training held out."""
     assert inputs.captions is not None
     if inputs.data is None or split != "val" or "val" in inputs.captions.table.splits:
         return
     put_aside = (inputs.data["val"] or {}).get("ids")
     if split_contents(data)["ids"] != put_aside:
         raise InputError(
-            f"these captions name no val split, and what is carved from them is not what {source} put aside: it "
-            "was trained on some of it - name the captions it was trained on, or captions with a split"
+            f"these captions name no val split, and the videos to hold out are not those that {source} held out: "
+            "it was trained on some of them - name the captions it was trained on, or captions with a split"
         )

@@ -1,4 +1,4 @@
-"""`svb explain`: which videos a run would rebuild a caption from, with what weights, and what becomes of it."""
+"""`svb explain`: from which videos a run rebuilds a caption, with which weights, and with what result."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from svb.train.run import build_model, read_run, read_vocabulary
 from svb.train.support_set import entropy, mix, own_mask, support_values, support_weights
 from svb.train.training_data import FrameTable, SplitData, load_split, positions_of_splits
 
-# Rows of the heat maps: more cannot be told apart on a page.
+# Rows of the heat maps; a page cannot show more.
 MATRIX_SIZE = 16
 NEAREST_CAPTIONS = 5
 
@@ -44,42 +44,34 @@ def explain(
     checkpoint: str = "best",
     device: str = "auto",
 ) -> Path:
-    """Show what a run would rebuild a caption, or what a video shows, from.
+    """Show the videos from which a run rebuilds a caption, or the content of a video.
 
-    The weights are those of the cross variant: the query's own video takes no part, where it is known whose
-    caption or file the query is.
+    The weights are those of the cross variant. If the query is known to belong to a video, that video takes no
+    part.
 
     Args:
         run: A run.
-        caption: The query, or
-        video: a video file, or the video_id of one in the store.
-        out: The folder to write to; `explain/` in the run where not given.
-        k: How many support videos to show.
-        support_size: How many training videos are drawn as support set; the run's batch size where not given, 0
-            for all of them.
-        store: The feature store, where it is not where the run found it.
-        captions: The caption features file, likewise.
+        caption: The query; either this or `video` is given.
+        video: A video file, or the video_id of one in the store.
+        out: The folder to write to; by default `explain/` in the run.
+        k: Number of support videos to show.
+        support_size: Number of training videos to draw as support set; by default the run's batch size, 0 for all.
+        store: The run's feature store, if it was moved.
+        captions: The run's caption features file, if it was moved.
         checkpoint: `best` or `last`.
         device: `auto`, `cpu`, `cuda:0`, ...
 
     Returns:
-        The page, `out/index.html`; the same as one picture is beside it, `explain.png`.
+        The page, `out/index.html`.
 
     Raises:
         UsageError: Both a caption and a video are given, or neither, or a number is out of range.
-        InputError: The file is no video, or store, captions or checkpoint are missing, or there are fewer than
-            two training videos.
+        InputError: The file is not a video; store, captions or checkpoint are missing; or there are fewer than two
+            training videos.
         MismatchError: Store or captions were made with other settings than the run's.
     """
-    if (caption is None) == (video is None):
-        raise UsageError("expected either a caption or --video - give exactly one of the two")
-    if k < 1 or (support_size is not None and support_size < 0):
-        raise UsageError(f"k is {k} and support_size {support_size} - expected at least 1, and at least 0")
-    if caption is not None and not caption.strip():
-        raise UsageError("the caption is empty - expected some words")
     run, torch_device = Path(run), choose_device(device)
-    if (run / "store.json").is_file() or run.is_file():
-        raise UsageError(f"{run} is a feature store, which has no support set - name a run of `svb train`")
+    _check(run, caption, video, k, support_size)
     inputs = open_inputs(run, device=torch_device, store=store, captions=captions, checkpoint=checkpoint)
     assert inputs.captions is not None
     model, epoch = _load_model(run, checkpoint, torch_device)
@@ -126,6 +118,17 @@ def explain(
     return write_page(explanation, out or run / "explain", inputs.store)
 
 
+def _check(run: Path, caption: str | None, video: str | None, k: int, support_size: int | None) -> None:
+    if (caption is None) == (video is None):
+        raise UsageError("expected either a caption or --video - give exactly one of them")
+    if k < 1 or (support_size is not None and support_size < 0):
+        raise UsageError(f"k is {k} and support_size {support_size} - expected k of at least 1, the other of 0")
+    if caption is not None and not caption.strip():
+        raise UsageError("the caption is empty - expected some words")
+    if (run / "store.json").is_file() or run.is_file():
+        raise UsageError(f"{run} is a feature store, which has no support set - name a run of `svb train`")
+
+
 def _load_model(run: Path, checkpoint: str, device: torch.device) -> tuple[RetrievalModel, int]:
     description = read_run(run)
     loaded = load_checkpoint(run / checkpoint)
@@ -147,7 +150,7 @@ def _load(inputs: Inputs, positions: Sequence[int], device: torch.device) -> Spl
 
 
 def _batch_split(inputs: Inputs, val: Sequence[int], device: torch.device) -> SplitData | None:
-    """Return the val split; None where too few of its videos have features to rebuild one from the others."""
+    """Return the val split; None if too few of its videos have features to rebuild one from the others."""
     assert inputs.captions is not None
     with_captions = {inputs.captions.table.video_ids[position] for position in val}
     if len(with_captions & set(inputs.store.video_ids)) < 2:
@@ -158,7 +161,7 @@ def _batch_split(inputs: Inputs, val: Sequence[int], device: torch.device) -> Sp
 def _embed_query(
     inputs: Inputs, model: RetrievalModel, caption: str | None, video: str | None, device: torch.device
 ) -> tuple[torch.Tensor, str | None]:
-    """Return the query's `(D,)` embedding, and the video_id of its own video where that is known."""
+    """Return the query's `(D,)` embedding, and the video_id of its own video if that is known."""
     if caption is not None:
         assert inputs.captions is not None
         encoder = load_matching_text_encoder(inputs.captions.settings["text_encoder"], device)
@@ -171,7 +174,7 @@ def _embed_query(
         return embedding, _video_in(inputs.store, Path(video))
     if video not in inputs.store.video_ids:
         raise InputError(
-            f"{video!r} is neither a video file nor a video_id of {inputs.store.path} - give the path of a file, "
+            f"{video!r} is neither a video file nor a video_id in {inputs.store.path} - give the path of a file, "
             f"or a video_id such as {inputs.store.video_ids[0]!r}"
         )
     loaded = inputs.store.load(inputs.embedder.backbone, [video])
@@ -180,7 +183,7 @@ def _embed_query(
 
 
 def _video_of(captions: CaptionFeatures, caption: str) -> str | None:
-    """Return whose caption this is word by word, if it is one video's alone."""
+    """Return the video that has exactly this caption, if there is only one."""
     owners = {
         video_id
         for video_id, known in zip(captions.table.video_ids, captions.table.captions, strict=True)
@@ -190,13 +193,13 @@ def _video_of(captions: CaptionFeatures, caption: str) -> str | None:
 
 
 def _video_in(store: FeatureStore, file: Path) -> str | None:
-    """Return which video of the store has the content of this file, if any."""
+    """Return the video in the store that has the content of this file, if any."""
     content_hash = hash_file(file)
     return next((v for v in store.video_ids if store.records[v].content_hash == content_hash), None)
 
 
 def _draw_support(split: SplitData, size: int, own_video: str | None) -> torch.Tensor:
-    """Return `(S,)` rows of training videos, drawn by a fixed seed."""
+    """Return `(S,)` rows of training videos, drawn with a fixed seed."""
     rows = [row for row, video_id in enumerate(split.frames.video_ids) if video_id != own_video]
     drawn = np.random.default_rng(0).permutation(rows)[: size or None]
     return torch.from_numpy(np.sort(drawn)).to(split.caption_video.device)
@@ -205,7 +208,7 @@ def _draw_support(split: SplitData, size: int, own_video: str | None) -> torch.T
 def _video_side(
     model: RetrievalModel, split: SplitData, rows: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return embeddings `(S, D)`, frame sequences `(S, T, D)` and their mask of some videos."""
+    """Return embeddings `(S, D)`, frame sequences `(S, T, D)` and their mask for some videos."""
     parts = [model.video_head(*split.frames.gather(some, like=rows)) for some in rows.split(512)]
     return (
         torch.cat([part.video_embeddings for part in parts]),
@@ -245,14 +248,14 @@ def _nearest_captions(
 
 
 def _matrices(model: RetrievalModel, split: SplitData) -> tuple[dict[str, NDArray[np.float32]], list[str]]:
-    """Return the weights of all variants over one batch, a caption a video, and the captions."""
+    """Return the weights of all variants over one batch, with one caption per video, and these captions."""
     videos = np.sort(np.random.default_rng(0).permutation(split.num_videos)[:MATRIX_SIZE])
     rows = torch.from_numpy(videos).to(split.caption_video.device)
-    # Videos that are alike next to each other: what shares weight shows as blocks.
+    # With similar videos next to each other, those that share weight show as blocks.
     embeddings, _, _ = _video_side(model, split, rows)
     order = torch.from_numpy(leaves_list(linkage(embeddings.cpu().numpy(), "average")).astype(np.int64))
     rows, embeddings = rows[order.to(rows.device)], embeddings[order.to(rows.device)]
-    positions = torch.searchsorted(split.caption_video, rows)  # the first caption of each
+    positions = torch.searchsorted(split.caption_video, rows)  # the first caption of each video
     captions = model.text_head(split.caption_features[positions].float())
     matrices = {
         variant: support_weights(

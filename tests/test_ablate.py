@@ -37,7 +37,7 @@ from svb.retrieve.measure.ablation_plan import plan
 from svb.retrieve.measure.ablation_report import Report, command_of
 from svb.retrieve.measure.ablation_run import SECONDS_FILE, cpu_seconds, run_task
 from svb.retrieve.measure.paired import RECALLS, paired_differences
-from svb.retrieve.measure.ranks import read_ranks
+from svb.retrieve.measure.query_ranks import read_ranks
 from svb.train.config import TrainConfig
 from svb.train.run import read_run
 

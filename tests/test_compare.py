@@ -19,7 +19,7 @@ from svb.errors import InputError, MismatchError, StoreError
 from svb.retrieve.compare import compare
 from svb.retrieve.evaluate import evaluate
 from svb.retrieve.measure.paired import paired_differences
-from svb.retrieve.measure.ranks import read_ranks
+from svb.retrieve.measure.query_ranks import read_ranks
 from svb.train.config import TrainConfig
 from svb.train.run import train
 

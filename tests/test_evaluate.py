@@ -18,11 +18,11 @@ from svb.data.feature_store import FeatureStore
 from svb.errors import InputError, MismatchError, StoreError, UsageError
 from svb.retrieve.evaluate import evaluate
 from svb.retrieve.measure.evaluation import Missing
-from svb.retrieve.measure.normalise import METHODS
+from svb.retrieve.measure.hub_normalisation import METHODS
 from svb.retrieve.model.embedder import run_embedder
 from svb.train.config import TrainConfig
 from svb.train.embed import split_metrics
-from svb.train.metrics import V2T_CONVENTIONS
+from svb.train.retrieval_metrics import V2T_CONVENTIONS
 from svb.train.run import build_model, read_run, train
 from svb.train.training_data import SplitData, load_split
 

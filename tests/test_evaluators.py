@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from svb.retrieve.measure.normalise import CLIP_LOGIT_SCALE, METHODS, QB_NORM_SCALE
-from svb.train.metrics import RECALL_AT, TIE_RULE, V2T_CONVENTIONS
+from svb.retrieve.measure.hub_normalisation import CLIP_LOGIT_SCALE, METHODS, QB_NORM_SCALE
+from svb.train.retrieval_metrics import RECALL_AT, TIE_RULE, V2T_CONVENTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "evaluation.md").read_text("utf-8")

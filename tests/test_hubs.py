@@ -18,7 +18,7 @@ from svb.errors import StoreError
 from svb.retrieve.indexing import make_hubs, video_scores
 from svb.retrieve.indexing.hubs_on_val import Val, describe, measure_on_val
 from svb.retrieve.indexing.make_hubs import Bank, index_hubs, segment_hubs, without_deleted
-from svb.retrieve.measure.normalise import QB_NORM_SCALE, QueryBank, qb_norm, query_bank
+from svb.retrieve.measure.hub_normalisation import QB_NORM_SCALE, QueryBank, qb_norm, query_bank
 from svb.retrieve.searching.hubs import Hubs, combine
 from svb.retrieve.stored.segment import Segment
 

@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 
 from svb.errors import InputError
 from svb.retrieve.measure import normalise as module
-from svb.retrieve.measure.normalise import METHODS, Embeddings, dual_softmax, normalise, qb_norm, query_bank
-from svb.train.metrics import t2v_ranks, v2t_ranks
+from svb.retrieve.measure.hub_normalisation import METHODS, Embeddings, dual_softmax, normalise, qb_norm, query_bank
+from svb.train.retrieval_metrics import t2v_ranks, v2t_ranks
 
 
 def make_similarity(rows: int, columns: int, seed: int = 0, *, levels: int | None = None) -> NDArray[np.float32]:

@@ -16,8 +16,8 @@ from svb.retrieve.measure.paired import (
     resampled_ratios,
     t_interval,
 )
-from svb.retrieve.measure.ranks import Queries, Ranks
-from svb.train.metrics import ranks_metrics
+from svb.retrieve.measure.query_ranks import Queries, Ranks
+from svb.train.retrieval_metrics import ranks_metrics
 
 
 def make_queries(captions_a_video: list[int]) -> Queries:

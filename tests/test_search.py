@@ -20,7 +20,7 @@ from svb.errors import InputError, StoreError, UsageError
 from svb.retrieve.answer import Answer, SearchRequest
 from svb.retrieve.indexing.make_hubs import index_hubs
 from svb.retrieve.indexing.make_metadata import publish_metadata
-from svb.retrieve.measure.normalise import QB_NORM_SCALE, QueryBank, qb_norm, query_bank
+from svb.retrieve.measure.hub_normalisation import QB_NORM_SCALE, QueryBank, qb_norm, query_bank
 from svb.retrieve.model.query_embedder import QueryEmbedder
 from svb.retrieve.search import Searcher, video_key
 from svb.retrieve.searching import rank

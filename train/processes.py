@@ -158,8 +158,8 @@ def _the_others() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise SvbError(
-            f"another process of this training has ended ({str(error).splitlines()[0]}) - fix what it reports, then "
-            "run the same command again to continue"
+            f"another process of this training has ended ({str(error).splitlines()[0]}) - fix it, then run "
+            "the same command again to continue"
         ) from error
 
 

@@ -16,14 +16,14 @@ from svb.cli.output import print_json, print_table, say
 def compare(run_a: Path, run_b: Path, as_json: bool) -> None:
     """Tell whether RUN_B is better than RUN_A, query by query, from the ranks that svb evaluate wrote.
 
-    Each is a run, a folder that holds runs of several seeds, or a file of ranks (svb evaluate --ranks).
+    Each side is a run, a folder of runs that differ only in their seeds, or a file of ranks (svb evaluate --ranks).
 
     \b
     svb compare runs/none runs/cross
     svb compare ablation/runs/variant=none ablation/runs/variant=cross
     """
     from svb.retrieve.compare import compare as compare_runs
-    from svb.retrieve.measure.ablation_report import difference_texts
+    from svb.retrieve.measure.paired import difference_texts
     from svb.train.config import selection_note
 
     comparison = compare_runs(run_a, run_b)
@@ -39,7 +39,7 @@ def compare(run_a: Path, run_b: Path, as_json: bool) -> None:
     if comparison.selected_on_test:
         click.echo(selection_note("test"))
     if comparison.selected_on_split:
-        click.echo("a checkpoint was chosen on this split: measure --checkpoint last, or another split, to report")
+        click.echo("this split chose a checkpoint: to report numbers, use --checkpoint last or another split")
     print_table(
         ["", "A", "B", "B - A", "95 % over videos", "p", "95 % over seeds", "p"],
         [
@@ -48,4 +48,4 @@ def compare(run_a: Path, run_b: Path, as_json: bool) -> None:
         ],
     )
     if len(comparison.a.ranks) == 1:
-        say("one pair of runs: whether another training would show it cannot be told; compare several seeds")
+        say("one pair of runs cannot tell whether other trainings would show the difference: compare several seeds")

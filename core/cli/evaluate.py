@@ -11,39 +11,49 @@ from svb.cli.output import print_json, print_table
 from svb.config import newest_run
 
 if TYPE_CHECKING:
-    from svb.retrieve.measure.evaluation import Evaluation
+    from svb.retrieve.evaluate import Evaluation
 
 
 @click.command()
 @click.argument("source", required=False, type=click.Path(path_type=Path))
-@click.option("--captions", type=click.Path(path_type=Path), help="Caption features. [default: the run's own]")
-@click.option("--store", type=click.Path(path_type=Path), help="Feature store. [default: the run's own]")
-@click.option("--backbone", help="Whose features, for a store that holds several.")
-@click.option("--split", default="val", type=click.Choice(["train", "val", "test"]), show_default=True)
-@click.option("--checkpoint", type=click.Choice(["best", "last"]), help="Of a run. [default: best]")
+@click.option(
+    "--captions", type=click.Path(path_type=Path), help="Caption features to measure on. [default: the run's own]"
+)
+@click.option("--store", type=click.Path(path_type=Path), help="Feature store of the run, if moved.")
+@click.option("--backbone", help="Backbone to measure, if a store holds several.")
+@click.option(
+    "--split",
+    default="val",
+    type=click.Choice(["train", "val", "test"]),
+    show_default=True,
+    help="Split to measure.",
+)
+@click.option("--checkpoint", type=click.Choice(["best", "last"]), help="Checkpoint to measure. [default: best]")
 @click.option(
     "--v2t",
     default="set",
     type=click.Choice(["set", "best"]),
     show_default=True,
-    help="How a video with several captions counts: its captions as one set among the videos' sets, or its best "
-    "caption among all other videos' captions.",
+    help="Rank a video's captions as one set among the videos' sets, or its best caption among all other videos' "
+    "captions.",
 )
 @click.option(
     "--normalise",
     "normalise_by",
     multiple=True,
     type=click.Choice(["qb-norm", "dual-softmax"]),
-    help="Also measure similarities normalised against hubs, beside the plain ones; repeatable. qb-norm knows the "
-    "train split, dual-softmax needs all queries at once.",
+    help="Also measure similarities normalised against hubs. qb-norm uses the train split, dual-softmax needs all "
+    "queries at once. Repeatable.",
 )
 @click.option(
     "--allow-missing",
     is_flag=True,
-    help="Leave out captions whose videos have no features, and say how many, rather than refuse.",
+    help="Leave out captions whose videos have no features, and say how many.",
 )
-@click.option("--ranks", type=click.Path(path_type=Path), help="Write each query's rank here (.npz).")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:0, ...")
+@click.option(
+    "--ranks", type=click.Path(path_type=Path), help="File for each query's rank (.npz). [default: RUN/ranks.npz]"
+)
+@click.option("--device", default="auto", show_default=True, help="Device to compute on: auto, cpu, cuda:0, ...")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def evaluate(
     source: Path | None,
@@ -61,8 +71,7 @@ def evaluate(
 ) -> None:
     """Measure text-to-video and video-to-text retrieval of SOURCE on a split.
 
-    SOURCE is a run [default: the newest in ./runs], or a feature store with --captions, which is measured
-    zero-shot.
+    SOURCE is a run [default: the newest in ./runs], or a feature store with --captions to measure zero-shot.
 
     \b
     svb evaluate runs/cross
@@ -108,7 +117,7 @@ def _print(evaluation: Evaluation) -> None:
     if selection_note(evaluation.selected_on):
         click.echo(selection_note(evaluation.selected_on))
     if evaluation.selected_on_split:
-        click.echo("the checkpoint was chosen on this split: use another split, or --checkpoint last, to report")
+        click.echo("this split chose the checkpoint: to report numbers, use another split or --checkpoint last")
     names = ["R@1", "R@5", "R@10", "R@50", "MedR", "MeanR"]
     measured = {"": evaluation.metrics, **{f" {key}": one.metrics for key, one in evaluation.normalised.items()}}
     rows = [

@@ -10,18 +10,24 @@ import click
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("caption", required=False)
-@click.option("--video", help="Explain what this video shows: a file, or a video_id of the store.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to write to. [default: RUN/explain]")
-@click.option("-k", default=5, show_default=True, help="Support videos to show.")
+@click.option("--video", help="Video to explain: a file, or a video_id in the store.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder for the page. [default: RUN/explain]")
+@click.option("-k", default=5, show_default=True, help="Number of support videos to show.")
 @click.option(
     "--support-size",
     type=int,
-    help="Training videos drawn as support set, 0 for all. [default: the run's batch size]",
+    help="Number of training videos to draw as support set; 0 takes all. [default: the run's batch size]",
 )
-@click.option("--captions", type=click.Path(path_type=Path), help="Caption features. [default: the run's own]")
-@click.option("--store", type=click.Path(path_type=Path), help="Feature store. [default: the run's own]")
-@click.option("--checkpoint", type=click.Choice(["best", "last"]), default="best", show_default=True)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:0, ...")
+@click.option("--captions", type=click.Path(path_type=Path), help="Caption features of the run, if moved.")
+@click.option("--store", type=click.Path(path_type=Path), help="Feature store of the run, if moved.")
+@click.option(
+    "--checkpoint",
+    type=click.Choice(["best", "last"]),
+    default="best",
+    show_default=True,
+    help="Checkpoint to explain.",
+)
+@click.option("--device", default="auto", show_default=True, help="Device to compute on: auto, cpu, cuda:0, ...")
 def explain(
     run: Path,
     caption: str | None,
@@ -34,11 +40,11 @@ def explain(
     checkpoint: str,
     device: str,
 ) -> None:
-    """Show from which videos RUN would rebuild a CAPTION, with what weights, and what its decoder makes of them.
+    """Show from which videos RUN rebuilds a CAPTION, with which weights, and what its decoder makes of them.
 
-    Writes a page, index.html, and the same as a picture, explain.png: the support videos that weigh most as
-    strips of frames, what was rebuilt from their mixture, and the support weights of the four variants over one
-    batch as heat maps.
+    Writes a page, index.html, which needs no other file. It shows the support videos with the largest weights as
+    strips of frames, what the decoder rebuilds from their mixture, and the support weights of the four variants
+    over one batch as heat maps.
 
     \b
     svb explain runs/cross "a man plays a guitar"

@@ -17,9 +17,11 @@ from svb.train.config import TrainConfig
 @click.command()
 @click.argument("store", required=False, type=click.Path(path_type=Path))
 @click.argument("captions", required=False, type=click.Path(path_type=Path))
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="The run. [default: the next ./runs/NNN]")
-@click.option("--backbone", help="Whose features, where the store holds several; A+B fuses those of A and B.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:0, ...")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="Folder for the run. [default: the next ./runs/NNN]"
+)
+@click.option("--backbone", help="Backbone to train on, if the store holds several; A+B fuses A and B.")
+@click.option("--device", default="auto", show_default=True, help="Device to train on: auto, cpu, cuda:0, ...")
 @config_options(TrainConfig)
 def train(
     store: Path | None,
@@ -32,20 +34,20 @@ def train(
     """Train heads on the features in STORE and CAPTIONS.
 
     STORE is a feature store [default: ./features], CAPTIONS a caption features file [default: ./captions.h5].
-    Run it again with the same options, and -o, to go on where it stopped.
+    To continue where it stopped, repeat the command with the same options and -o.
 
     \b
     svb train features/ captions.h5 -o runs/cross
     """
     from svb.train import run
 
-    # Of the processes that torchrun starts one alone speaks.
+    # Only one of the processes that torchrun starts writes messages.
     is_first = os.environ.get("RANK", "0") == "0"
     store = store or default_path("SVB_FEATURES", "features")
     captions = captions or default_path("SVB_CAPTIONS", "captions.h5")
     chosen, out = out is None, out or _next_run()
     if is_first and chosen:
-        say(f"to go on with this run after an interruption, give the same options and -o {out}")
+        say(f"to continue this run after an interruption, repeat the same options with -o {out}")
     if is_first:
         say(f"training {out} on {store} and {captions}")
 

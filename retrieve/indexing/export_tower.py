@@ -26,7 +26,7 @@ from torch import nn
 from svb.extract.text_encoders.text_encoder import TextEncoder, TokenNetwork
 from svb.retrieve.model.embedder import Embedder, heads_embedder
 from svb.retrieve.model.text_tower import FORMAT, INPUT, OUTPUT, TOKENIZER, TextTower
-from svb.train.metrics import t2v_ranks
+from svb.train.retrieval_metrics import t2v_ranks
 
 logger = logging.getLogger(__name__)
 

@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svb.retrieve.indexing.video_scores import all_video_scores
-from svb.retrieve.measure.normalise import QueryBank, qb_norm
+from svb.retrieve.measure.hub_normalisation import QueryBank, qb_norm
 from svb.retrieve.measure.paired import RESAMPLES, percentile_interval, resampled_ratios
 from svb.retrieve.searching.catalog import Catalog
 from svb.retrieve.stored.segment import Segment
-from svb.train.metrics import t2v_ranks
+from svb.train.retrieval_metrics import t2v_ranks
 
 # So many captions are compared with all videos at once.
 BLOCK = 256

@@ -30,7 +30,7 @@ from svb.errors import StoreError
 from svb.retrieve.answer import RANKED_BY
 from svb.retrieve.indexing.hubs_on_val import Val, describe, measure_on_val
 from svb.retrieve.indexing.video_scores import chunks, video_scores
-from svb.retrieve.measure.normalise import BLOCK, QB_NORM_SCALE, query_bank
+from svb.retrieve.measure.hub_normalisation import BLOCK, QB_NORM_SCALE, query_bank
 from svb.retrieve.searching.catalog import Catalog
 from svb.retrieve.searching.hubs import LOWEST, SegmentHubs, combine, read_hubs
 from svb.retrieve.stored.manifest import publish_part

@@ -1,4 +1,4 @@
-"""The TOML file of `svb ablate`: which cells, over which seeds, against which baseline.
+"""The TOML file of `svb ablate`: its cells, its seeds and its baseline.
 
 Every field of `TrainConfig` but `seed`, and the inputs `store`, `captions` and `backbone`, can be set for all
 cells, for the baseline, in the grid and in single cells. See docs/experiments.md.
@@ -18,7 +18,7 @@ from typing import Any
 from svb.config import default_path, fingerprint
 from svb.errors import InputError, UsageError
 from svb.train.config import TrainConfig
-from svb.train.metrics import V2T_CONVENTIONS
+from svb.train.retrieval_metrics import V2T_CONVENTIONS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -39,14 +39,14 @@ _TYPE_NAMES |= {list: "an array", dict: "a table"}
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of the table: what its runs are trained on and with.
+    """One row of the table: the data and options of its runs.
 
     Attributes:
-        name: What differs, such as `variant=cross loss=max_margin`, or as the config file names it.
+        name: The options that differ, such as `variant=cross loss=max_margin`, or its name in the config file.
         store: A feature store.
         captions: Its caption features.
-        backbone: Whose features; None where the store holds one.
-        config: Options; the seed is set for each run.
+        backbone: The backbone to train on; None if the store holds only one.
+        config: The options; each run sets its seed.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Cell:
 
     @property
     def identity(self) -> str:
-        """A key of all but the name."""
+        """A key of everything but the name."""
         inputs = [str(self.store), str(self.captions), self.backbone]
         return fingerprint({"inputs": inputs, "config": dataclasses.asdict(self.config)})
 
@@ -67,17 +67,17 @@ class Cell:
 
 @dataclass(frozen=True)
 class Ablation:
-    """What a config file asks for.
+    """The content of a config file.
 
     Attributes:
-        cells: All of them, the baseline among them.
-        baseline: Whom all others are compared with.
-        seeds: Of every cell's runs.
-        split: What is measured.
-        checkpoint: What of a run is measured, `best` or `last`.
-        v2t_convention: How several captions of a video count.
+        cells: All cells, including the baseline.
+        baseline: The cell that all others are compared with.
+        seeds: The seeds of every cell's runs.
+        split: The split to measure.
+        checkpoint: The checkpoint to measure, `best` or `last`.
+        v2t_convention: One of `svb.train.retrieval_metrics.V2T_CONVENTIONS`.
         allow_missing: Leave out captions whose videos have no features.
-        jobs: Runs at a time.
+        jobs: Number of runs at a time.
     """
 
     cells: tuple[Cell, ...]
@@ -94,8 +94,8 @@ def read_ablation(path: Path) -> Ablation:
     """Read a config file and check every value of it.
 
     Raises:
-        InputError: There is no such file, it is no TOML, or holds what cannot be; names the file, and the line or
-            the table.
+        InputError: There is no such file, it is not TOML, or a value is wrong; the error names the file, and the
+            line or the table.
     """
     if not path.is_file():
         raise InputError(f"no config file at {path} - write one as docs/experiments.md shows")
@@ -103,7 +103,7 @@ def read_ablation(path: Path) -> Ablation:
         written = tomllib.loads(path.read_text("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:  # the message has the line
         raise InputError(
-            f"{path} is not TOML ({error}) - mend that line, and run the same command again"
+            f"{path} is not TOML ({error}) - correct that line, then run the same command again"
         ) from error
     try:
         return _ablation(written)
@@ -114,14 +114,14 @@ def read_ablation(path: Path) -> Ablation:
 def _ablation(written: dict[str, Any]) -> Ablation:
     for key, value in written.items():
         if key in FIELDS:
-            raise InputError(f"{key} stands at the top - options of all cells belong below [config]")
+            raise InputError(f"{key} is at the top - put options of all cells below [config]")
         _require_known(key, _TOP, "the top")
         _require_type(key, value, _TOP[key])
     common = _options(written.get("config", {}), "[config]")
     common = {**{name: written[name] for name in INPUTS if name in written}, **common}
     cells = [*_grid_cells(written.get("grid", {}), common), *_single_cells(written.get("cells", []), common)]
     if not cells:
-        raise InputError("there are no cells - give lists of values below [grid], or add [[cells]]")
+        raise InputError("there are no cells - add lists of values below [grid], or [[cells]]")
     for before, cell in itertools.combinations(cells, 2):
         if before.name == cell.name:
             raise InputError(f"two cells are named {cell.name!r} - give each a name of its own")
@@ -131,7 +131,7 @@ def _ablation(written: dict[str, Any]) -> Ablation:
     if baseline not in cells:
         cells.insert(0, baseline)
     split = _choice(written, "split", SPLITS, "val")
-    # Best is chosen on val: what was selected by a split is not reported on it.
+    # Val chooses the best checkpoint, so val must not report it.
     checkpoint = _choice(written, "checkpoint", CHECKPOINTS, "best" if split == "test" else "last")
     jobs = written.get("jobs", 1)
     if jobs < 1:
@@ -148,7 +148,7 @@ def _grid_cells(grid: Mapping[str, Any], common: Mapping[str, Any]) -> list[Cell
     for name, values in grid.items():
         _require_known(name, (*FIELDS, *INPUTS), "[grid]")
         if not isinstance(values, list) or not values:
-            raise InputError(f"[grid] {name} is {values!r} - expected a list of values, as {name} = [1, 2]")
+            raise InputError(f"[grid] {name} is {values!r} - expected a list of values, such as {name} = [1, 2]")
     rows = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     varied = [name for name in grid if len(grid[name]) > 1] or list(grid)
     cells = []
@@ -169,21 +169,21 @@ def _single_cells(tables: list[Any], common: Mapping[str, Any]) -> list[Cell]:
         if name is not None:
             _require_type(f"{place} name", name, str)
             if not name.strip() or not name.isprintable():
-                raise InputError(f"{place} is named {name!r} - expected a word or several")
+                raise InputError(f"{place} is named {name!r} - expected one or more words")
         checked = _options(options, place, more=("name",))
         cells.append(_cell(name or name_of(checked), common, checked))
     return cells
 
 
 def _baseline(written: object, cells: list[Cell], common: Mapping[str, Any]) -> Cell:
-    """Return the cell that the config file names or describes; the first where it does neither."""
+    """Return the cell that the config file names or describes, or the first cell if it does neither."""
     if written is None:
         return cells[0]
     if isinstance(written, str):
         named = {cell.name: cell for cell in cells}
         if written not in named:
             raise InputError(
-                f"the baseline {written!r} is none of the cells{_nearest(written, named)} - expected one of "
+                f"the baseline {written!r} is not a cell{_nearest(written, named)} - expected one of "
                 f"{'; '.join(named)}, or a table [baseline] of options"
             )
         return named[written]
@@ -209,7 +209,7 @@ def _cell(name: str, common: Mapping[str, Any], own: Mapping[str, Any]) -> Cell:
 
 
 def _options(written: Mapping[str, Any], place: str, more: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return options of a cell, each of its field's type."""
+    """Return the options of a cell, each in the type of its field."""
     options: dict[str, Any] = {}
     for name, value in written.items():
         _require_known(name, (*FIELDS, *INPUTS, *more), place)
@@ -221,18 +221,18 @@ def _options(written: Mapping[str, Any], place: str, more: tuple[str, ...] = ())
 
 def _seeds(seeds: list[Any]) -> tuple[int, ...]:
     if not seeds:
-        raise InputError("seeds is empty - expected whole numbers, as seeds = [0, 1, 2]")
+        raise InputError("seeds is empty - expected whole numbers, such as seeds = [0, 1, 2]")
     for seed in seeds:
         _require_type("a seed", seed, int)
         if not 0 <= seed < 2**32:
             raise InputError(f"a seed is {seed} - expected 0 to {2**32 - 1}")
         if seeds.count(seed) > 1:
-            raise InputError(f"seeds has {seed} twice - expected each once")
+            raise InputError(f"seeds lists {seed} twice - expected each seed once")
     return tuple(seeds)
 
 
 def name_of(options: Mapping[str, Any]) -> str:
-    """Return `variant=cross batch_size=64`; `plain` where nothing is set."""
+    """Return a name such as `variant=cross batch_size=64`, or `plain` if no option is set."""
     return " ".join(f"{name}={_text(value)}" for name, value in options.items()) or "plain"
 
 
@@ -256,7 +256,7 @@ def _require_type(what: str, value: object, wanted: type) -> None:
 
 def _require_known(name: str, known: Iterable[str], place: str) -> None:
     if name == "seed":
-        raise InputError(f"{place} sets the seed - every cell is run with all of seeds = [...] at the top")
+        raise InputError(f"{place} sets the seed - every cell runs with all seeds = [...] at the top")
     if name not in set(known):
         raise InputError(
             f"{place} has an unknown option {name!r}{_nearest(name, known)} - expected one of {', '.join(known)}"

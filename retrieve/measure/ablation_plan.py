@@ -1,10 +1,11 @@
-"""What an ablation has to run: a folder for each cell and seed, and which of them are finished already."""
+"""The runs of an ablation: a folder and the commands for each cell and seed, and which of them are finished."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +17,19 @@ from svb.config import fingerprint
 from svb.data.caption_features import CaptionFeatures, read_caption_features
 from svb.data.feature_store import FeatureStore
 from svb.errors import InputError, SvbError
-from svb.retrieve.measure.ablation_config import Ablation, Cell
-from svb.retrieve.measure.ranks import FILE, Queries, read_ranks, require_same_queries
+from svb.retrieve.measure.ablation_config import FIELDS, Ablation, Cell
+from svb.retrieve.measure.query_ranks import FILE, Queries, read_ranks, require_same_queries
 from svb.retrieve.model.embedder import run_embedder
 from svb.train.checkpoint import load_checkpoint
-from svb.train.config import TrainConfig
+from svb.train.config import TrainConfig, stored_options
 from svb.train.decoders import absolute_decoder
 from svb.train.run import read_run
 from svb.train.training_data import draw_captions, positions_of_splits
 
 logger = logging.getLogger(__name__)
+
+# Store, captions, backbone, and the share of training videos that is held out.
+_Key = tuple[Path, Path, str | None, float]
 
 
 @dataclass(frozen=True)
@@ -33,16 +37,20 @@ class PlannedRun:
     """One cell with one seed.
 
     Attributes:
-        cell: What is asked.
-        seed: Of the run.
-        folder: The run's; it may not exist yet.
-        is_trained: It has had all its epochs, on what is asked.
-        is_finished: And its ranks are of its weights and of the queries that are asked.
+        cell: Its data and options.
+        seed: Its seed.
+        folder: The run's folder, which may not exist yet.
+        train_command: The words of the `svb train` command that makes it.
+        evaluate_command: The words of the `svb evaluate` command that measures it.
+        is_trained: It has had all its epochs, with these options on these data.
+        is_finished: It is trained, and its ranks belong to its weights and to the planned queries.
     """
 
     cell: Cell
     seed: int
     folder: Path
+    train_command: list[str]
+    evaluate_command: list[str]
     is_trained: bool = False
     is_finished: bool = False
 
@@ -54,16 +62,21 @@ class PlannedRun:
     def config(self) -> TrainConfig:
         return self.cell.with_seed(self.seed)
 
+    @property
+    def command(self) -> str:
+        """Both commands, for a shell."""
+        return f"{shlex.join(self.train_command)} && {shlex.join(self.evaluate_command)}"
+
 
 @dataclass(frozen=True)
-class Inputs:
-    """What cells with the same store, captions and backbone share.
+class _CellData:
+    """The data that cells with the same store, captions and backbone share.
 
     Attributes:
-        store: Opened.
-        video: Settings that shaped the backbone's rows.
-        captions: With their features.
-        queries: What will be asked of every run.
+        store: The feature store.
+        video: The settings that shaped the backbone's rows.
+        captions: Captions with their features.
+        queries: The queries that every run will answer.
     """
 
     store: FeatureStore
@@ -72,22 +85,23 @@ class Inputs:
     queries: Queries
 
 
-def plan(ablation: Ablation, out: Path, *, quiet: bool = False) -> tuple[list[PlannedRun], Queries]:
+def plan_runs(
+    ablation: Ablation, out: Path, device: str = "auto", *, quiet: bool = False
+) -> tuple[list[PlannedRun], Queries]:
     """Find or choose a folder for each cell and seed.
 
-    A run that is held already is found by what it was trained on and with, not by its name: it is kept when
-    the config file changes around it.
+    A run is found by its data and options, not by its name, so it is kept when the config file changes around it.
 
     Returns:
-        The runs, those of the first seed first, and the queries they share.
+        The runs, those of the first seed first, and the queries that they share.
 
     Raises:
         InputError: A store, captions or the split's videos are missing.
-        MismatchError: Cells would be asked different queries.
+        MismatchError: The cells would answer different queries.
     """
     tell = logger.debug if quiet else logger.info
-    inputs = _open_inputs(ablation)
-    queries = inputs[_key(ablation.baseline)].queries
+    data = _open_data(ablation, quiet)
+    queries = data[_key(ablation.baseline)].queries
     held: dict[str, Path] = {}
     for path in sorted((out / "runs").glob("*/*/config.json")):
         identity = _identity_of(path.parent)
@@ -96,41 +110,67 @@ def plan(ablation: Ablation, out: Path, *, quiet: bool = False) -> tuple[list[Pl
     planned, asked = [], set()
     for seed in ablation.seeds:
         for cell in ablation.cells:
-            identity = _identity(cell, seed, inputs[_key(cell)])
+            identity = _identity(cell, seed, data[_key(cell)])
             folder = held.get(identity)
             if folder is None:
                 folder = out / "runs" / _slug(cell.name) / f"seed-{seed}"
                 if (folder / "config.json").exists() or folder in asked:
                     other = folder
                     folder = out / "runs" / f"{_slug(cell.name)}-{cell.identity[:6]}" / f"seed-{seed}"
-                    tell(f"{other} holds a run with other settings, which is kept: this one goes to {folder}")
+                    tell(f"{other} holds a run with other settings, which is kept; this run goes to {folder}")
             asked.add(folder)
-            run = PlannedRun(cell, seed, folder)
+            run = PlannedRun(
+                cell, seed, folder, _train_command(cell, seed, folder), _evaluate_command(ablation, cell, folder)
+            )
+            if device != "auto":
+                for command in (run.train_command, run.evaluate_command):
+                    command += ["--device", device]
             is_trained = identity in held and _is_trained(run)
             is_finished = is_trained and _is_measured(run, ablation, queries)
             planned.append(dataclasses.replace(run, is_trained=is_trained, is_finished=is_finished))
     left = [folder for folder in held.values() if folder not in asked]
     if left:
-        tell(f"{len(left)} runs in {out / 'runs'} are not asked for and are kept, first {left[0]}")
+        tell(f"{len(left)} other runs in {out / 'runs'} are kept, first {left[0]}")
     return planned, queries
 
 
-def _open_inputs(ablation: Ablation) -> dict[tuple[Path, Path, str | None, float], Inputs]:
-    inputs: dict[tuple[Path, Path, str | None, float], Inputs] = {}
+def _train_command(cell: Cell, seed: int, folder: Path) -> list[str]:
+    """Return the words of the command that makes a run, without options at their defaults."""
+    words = ["svb", "train", str(cell.store), str(cell.captions), "-o", str(folder)]
+    if cell.backbone is not None:
+        words += ["--backbone", cell.backbone]
+    for name, default in FIELDS.items():
+        value, option = getattr(cell.config, name), name.replace("_", "-")
+        if value != default:
+            is_switch = isinstance(value, bool)
+            words += [f"--{'' if value else 'no-'}{option}"] if is_switch else [f"--{option}", str(value)]
+    return [*words, "--seed", str(seed)]
+
+
+def _evaluate_command(ablation: Ablation, cell: Cell, folder: Path) -> list[str]:
+    words = ["svb", "evaluate", str(folder), "--store", str(cell.store), "--captions", str(cell.captions)]
+    words += ["--split", ablation.split, "--checkpoint", ablation.checkpoint, "--v2t", ablation.v2t_convention]
+    return [*words, *(["--allow-missing"] if ablation.allow_missing else [])]
+
+
+def _open_data(ablation: Ablation, quiet: bool) -> dict[_Key, _CellData]:
+    data: dict[_Key, _CellData] = {}
     for cell in ablation.cells:
-        if _key(cell) not in inputs:
+        if _key(cell) not in data:
             store, captions = FeatureStore(cell.store), read_caption_features(cell.captions)
             video = store.video_settings(store.only_backbone(cell.backbone))
-            queries = _queries_of_split(ablation, store, captions, cell)
-            inputs[_key(cell)] = Inputs(store, video, captions, queries)
-            first = next(iter(inputs))
-            require_same_queries(inputs[first].queries, queries, _named(first), _named(_key(cell)))
-    return inputs
+            queries = _queries_of_split(ablation, store, captions, cell, quiet)
+            data[_key(cell)] = _CellData(store, video, captions, queries)
+            first = next(iter(data))
+            require_same_queries(data[first].queries, queries, _named(first), _named(_key(cell)))
+    return data
 
 
-def _queries_of_split(ablation: Ablation, store: FeatureStore, captions: CaptionFeatures, cell: Cell) -> Queries:
+def _queries_of_split(
+    ablation: Ablation, store: FeatureStore, captions: CaptionFeatures, cell: Cell, quiet: bool
+) -> Queries:
     splits = set(captions.table.splits)
-    positions = positions_of_splits(captions, val_fraction=cell.config.put_aside, quiet=True)[ablation.split]
+    positions = positions_of_splits(captions, val_fraction=cell.config.put_aside, quiet=quiet)[ablation.split]
     if not positions:
         raise InputError(
             f"{cell.captions} has no {ablation.split} split - expected one of {', '.join(sorted(splits))}"
@@ -146,7 +186,7 @@ def _queries_of_split(ablation: Ablation, store: FeatureStore, captions: Caption
 
 
 def _queries(store: FeatureStore, captions: CaptionFeatures, positions: Sequence[int], split: str) -> Queries:
-    """Return what `svb.train.training_data.load_split` would load, without any feature."""
+    """Return what `svb.train.training_data.load_split` would load, without the features."""
     table, usable = captions.table, set(store.video_ids)
     rows = sorted(
         (row for row in positions if table.video_ids[row] in usable), key=lambda row: table.video_ids[row]
@@ -155,31 +195,32 @@ def _queries(store: FeatureStore, captions: CaptionFeatures, positions: Sequence
     return Queries(split, tuple(table.caption_ids[row] for row in rows), video_ids, tuple(sorted(set(video_ids))))
 
 
-def _identity(cell: Cell, seed: int, inputs: Inputs) -> str:
+def _identity(cell: Cell, seed: int, data: _CellData) -> str:
     config = cell.with_seed(seed)
-    config = dataclasses.replace(config, decoder=absolute_decoder(config.decoder))  # as a run remembers it
-    positions = positions_of_splits(inputs.captions, val_fraction=config.put_aside, quiet=True)["train"]
+    # As the run stores it.
+    config = dataclasses.replace(config, caption_decoder=absolute_decoder(config.caption_decoder))
+    positions = positions_of_splits(data.captions, val_fraction=config.put_aside, quiet=True)["train"]
     if config.captions_per_video:
-        positions = draw_captions(inputs.captions, positions, config.captions_per_video, seed)
-    trained_on = _queries(inputs.store, inputs.captions, positions, "train")
+        positions = draw_captions(data.captions, positions, config.captions_per_video, seed)
+    trained_on = _queries(data.store, data.captions, positions, "train")
     return fingerprint(
         {
             "config": dataclasses.asdict(config),
-            "video": inputs.video,
-            "captions": inputs.captions.fingerprint,
+            "video": data.video,
+            "captions": data.captions.fingerprint,
             "train": fingerprint({"videos": trained_on.video_ids, "captions": trained_on.caption_ids}),
         }
     )
 
 
 def _identity_of(run: Path) -> str | None:
-    """Return the same of a run that is held; None where it cannot be read: training it will say why."""
+    """Return the identity of an existing run; None if it cannot be read, which training it will report."""
     try:
         held = read_run(run)
         return fingerprint(
             {
-                # Options that are newer than the run have their defaults, which leave all as it was.
-                "config": dataclasses.asdict(TrainConfig(**held["config"])),
+                # Options newer than the run get their defaults, which change nothing.
+                "config": dataclasses.asdict(TrainConfig(**stored_options(held["config"]))),
                 "video": held["video"],
                 "captions": held["text"]["captions_fingerprint"],
                 "train": held["data"]["train"]["ids"],
@@ -192,7 +233,7 @@ def _identity_of(run: Path) -> str | None:
 def _is_trained(run: PlannedRun) -> bool:
     try:
         return load_checkpoint(run.folder / "last").epoch == run.config.epochs
-    except SvbError:  # whatever is missing or damaged, training says or mends it
+    except SvbError:  # training reports or repairs what is missing or damaged
         return False
 
 
@@ -206,16 +247,16 @@ def _is_measured(run: PlannedRun, ablation: Ablation, queries: Queries) -> bool:
     return ranks.model == measured and ranks.v2t_convention == ablation.v2t_convention
 
 
-def _named(key: tuple[Path, Path, str | None, float]) -> str:
+def _named(key: _Key) -> str:
     store, captions, _, put_aside = key
     return f"{store} with {captions} and val_fraction {put_aside:g}"
 
 
-def _key(cell: Cell) -> tuple[Path, Path, str | None, float]:
+def _key(cell: Cell) -> _Key:
     return cell.store, cell.captions, cell.backbone, cell.config.put_aside
 
 
 def _slug(name: str) -> str:
-    """Return a folder's name for a cell, readable and unlike that of any other."""
+    """Return a readable folder name for a cell, which no other cell has."""
     slug = re.sub(r"[^\w.,=+:-]", "_", name.replace(" ", ",")).lstrip(".-")[:100]
     return slug if slug == name.replace(" ", ",") else f"{slug}-{fingerprint({'name': name})[:6]}"

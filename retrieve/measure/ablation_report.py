@@ -1,26 +1,30 @@
-"""The tables of an ablation: means and spreads, differences to the baseline, and the command behind every row."""
+"""The tables and the plot of an ablation: means, spreads, differences to the baseline, and all commands."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
 import io
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from svb.retrieve.measure.ablation_config import FIELDS, Ablation, Cell
+from svb.retrieve.measure.ablation_config import Ablation, Cell
 from svb.retrieve.measure.ablation_plan import PlannedRun
-from svb.retrieve.measure.ablation_run import cpu_seconds
-from svb.retrieve.measure.paired import Difference, Interval, is_chance, paired_differences
-from svb.retrieve.measure.ranks import FILE, Queries, Ranks, read_ranks, require_same_queries
+from svb.retrieve.measure.paired import Difference, Interval, difference_texts, is_chance, paired_differences
+from svb.retrieve.measure.query_ranks import FILE, Queries, Ranks, read_ranks, require_same_queries
 from svb.train.config import selection_note
-from svb.train.metrics import ranks_metrics
+from svb.train.cost import read_cpu_seconds
+from svb.train.retrieval_metrics import ranks_metrics
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+PLOTTED = "t2v/R@1"
+VIDEOS_COLOUR, SEEDS_COLOUR = "#1f5fa8", "#c8641e"
 COLUMNS = ("t2v/R@1", "t2v/R@5", "t2v/R@10", "t2v/MedR", "v2t/R@1", "v2t/R@10")
 
 
@@ -29,12 +33,12 @@ class Row:
     """A cell's results over its finished runs.
 
     Attributes:
-        cell: Which.
-        runs: By seed; those that are finished.
-        metrics: A dict a run, see `svb.train.metrics.summarise`.
-        seconds: CPU-seconds of each run's training, where known.
-        num_at_chance: Runs that are no better than guessing.
-        differences: To the baseline, over the seeds that both have finished; empty for the baseline itself.
+        cell: The cell.
+        runs: Its finished runs, by seed.
+        metrics: A dict per run, see `svb.train.retrieval_metrics.summarise`.
+        seconds: CPU-seconds of each run's training, if known.
+        num_at_chance: Number of runs that are no better than guessing.
+        differences: Differences to the baseline, over the seeds that both have finished; empty for the baseline.
     """
 
     cell: Cell
@@ -48,21 +52,21 @@ class Row:
         return float(np.mean([metrics[metric] for metrics in self.metrics]))
 
     def deviation(self, metric: str) -> float | None:
-        """Return the standard deviation over seeds; None of a single one."""
+        """Return the standard deviation over seeds; None for a single seed."""
         values = [metrics[metric] for metrics in self.metrics]
         return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 @dataclass(frozen=True)
-class Report:
-    """What an ablation came to.
+class AblationReport:
+    """The result of an ablation.
 
     Attributes:
-        ablation: What was asked.
-        queries: What every run was asked.
-        rows: Of cells with a finished run, the baseline first among them where it has one.
-        failed: Errors by the runs' names.
-        folder: Where the tables and the plot lie.
+        ablation: The content of the config file.
+        queries: The queries that every run answered.
+        rows: One row per cell with a finished run, the baseline first if it has one.
+        failed: Errors by the names of the runs.
+        folder: The folder of the tables and the plot.
     """
 
     ablation: Ablation
@@ -77,13 +81,13 @@ class Report:
         return bool(self.rows) and all(row.num_at_chance == len(row.runs) for row in self.rows)
 
 
-def gather(
+def gather_report(
     ablation: Ablation, queries: Queries, finished: Sequence[PlannedRun], failed: Mapping[str, str], folder: Path
-) -> Report:
+) -> AblationReport:
     """Read the ranks of finished runs and compare every cell with the baseline.
 
     Raises:
-        MismatchError: A run was asked other queries.
+        MismatchError: A run answered other queries.
     """
     ranks: dict[str, dict[int, Ranks]] = {}
     runs: dict[str, dict[int, PlannedRun]] = {}
@@ -100,7 +104,7 @@ def gather(
             continue
         shared = [seed for seed in own if seed in base] if cell != ablation.baseline else []
         differences = paired_differences([base[s] for s in shared], [own[s] for s in shared]) if shared else []
-        seconds = [cpu_seconds(run.folder, run.config.epochs) for run in runs[cell.name].values()]
+        seconds = [read_cpu_seconds(run.folder, run.config.epochs) for run in runs[cell.name].values()]
         rows.append(
             Row(
                 cell,
@@ -111,16 +115,16 @@ def gather(
                 differences,
             )
         )
-    return Report(ablation, queries, rows, dict(failed), folder)
+    return AblationReport(ablation, queries, rows, dict(failed), folder)
 
 
-def markdown(report: Report) -> str:
-    """Return both tables, what they mean, and the commands, as Markdown."""
+def markdown(report: AblationReport) -> str:
+    """Return both tables, their meaning and the commands, as Markdown."""
     ablation, baseline = report.ablation, report.ablation.baseline.name
     lines = [
         f"{len(report.queries.caption_ids)} captions of the {report.queries.split} split against "
         f"{len(report.queries.video_ids)} videos, {ablation.checkpoint} checkpoint. Mean ± standard deviation over "
-        "seeds; recalls in percent; the cost is CPU-seconds of one training.",
+        "seeds; recalls in percent; the cost is the CPU-seconds of one training.",
         "",
         _line(["cell", "seeds", *(name.replace("/", " ") for name in COLUMNS), "CPU-seconds"]),
         _rule(len(COLUMNS) + 3),
@@ -143,22 +147,21 @@ def markdown(report: Report) -> str:
             lines.append(_line([name, difference.metric.replace("/", " "), *difference_texts(difference)]))
     lines += [
         "",
-        "Over videos: would other videos show it; over seeds: would other trainings. See docs/experiments.md.",
+        "Over videos: would other videos show the difference? Over seeds: would other trainings? See "
+        "docs/experiments.md.",
     ]
     num_compared = sum(bool(row.differences) for row in report.rows)
     if num_compared > 1:
         lines.append(
-            f"{num_compared} cells are compared: where none differs, a p below 0.05 still comes up in one of "
-            "20 comparisons."
+            f"{num_compared} cells are compared: even if none differs, one comparison in 20 has a p below 0.05."
         )
-    lines += ["", "Each run is made by", ""]
-    lines += [f"- `{command_of(run)}`" for row in report.rows for run in row.runs.values()]
-    lines += ["", f"and measured by `svb evaluate RUN {shlex.join(_evaluate_options(ablation))}`."]
+    lines += ["", "These commands make and measure each run:", ""]
+    lines += [f"- `{run.command}`" for row in report.rows for run in row.runs.values()]
     return "\n".join(lines) + "\n"
 
 
-def cells_csv(report: Report) -> str:
-    """Return a line a cell."""
+def cells_csv(report: AblationReport) -> str:
+    """Return one line per cell."""
     table: list[dict[str, Any]] = []
     for row in report.rows:
         line: dict[str, Any] = {"cell": row.cell.name, "baseline": row.cell == report.ablation.baseline}
@@ -176,19 +179,19 @@ def cells_csv(report: Report) -> str:
     return _csv(table)
 
 
-def runs_csv(report: Report) -> str:
-    """Return a line a run, with the command that makes it."""
+def runs_csv(report: AblationReport) -> str:
+    """Return one line per run, with the commands that make it."""
     table = []
     for row in report.rows:
         for metrics, (seed, run) in zip(row.metrics, row.runs.items(), strict=True):
-            seconds = cpu_seconds(run.folder, run.config.epochs)
+            seconds = read_cpu_seconds(run.folder, run.config.epochs)
             line = {"cell": row.cell.name, "seed": seed, **metrics, "cpu_seconds": seconds}
-            table.append({**line, "command": command_of(run)})
+            table.append({**line, "command": run.command})
     return _csv(table)
 
 
-def as_json(report: Report) -> dict[str, Any]:
-    """Return all of it for machines."""
+def as_json(report: AblationReport) -> dict[str, Any]:
+    """Return everything for machines."""
     return {
         "folder": str(report.folder),
         "baseline": report.ablation.baseline.name,
@@ -201,7 +204,7 @@ def as_json(report: Report) -> dict[str, Any]:
                 "name": row.cell.name,
                 "seeds": list(row.runs),
                 "runs": {str(seed): str(run.folder) for seed, run in row.runs.items()},
-                "commands": [command_of(run) for run in row.runs.values()],
+                "commands": [run.command for run in row.runs.values()],
                 "runs_at_chance": row.num_at_chance,
                 "metrics": {name: {"mean": row.mean(name), "sd": row.deviation(name)} for name in row.metrics[0]},
                 "cpu_seconds": float(np.mean(row.seconds)) if row.seconds else None,
@@ -213,55 +216,65 @@ def as_json(report: Report) -> dict[str, Any]:
     }
 
 
-def command_of(run: PlannedRun) -> str:
-    """Return the `svb train` command that makes a run; options at their defaults are left out."""
-    words = ["svb", "train", str(run.cell.store), str(run.cell.captions), "-o", str(run.folder)]
-    if run.cell.backbone is not None:
-        words += ["--backbone", run.cell.backbone]
-    for name, default in FIELDS.items():
-        value, option = getattr(run.config, name), name.replace("_", "-")
-        if value != default:
-            words += (
-                [f"--{'' if value else 'no-'}{option}"] if isinstance(value, bool) else [f"--{option}", str(value)]
-            )
-    return shlex.join([*words, "--seed", str(run.seed)])
+def draw(report: AblationReport, path: Path) -> None:
+    """Write a PNG of every cell's t2v R@1 and its difference to the baseline."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = [row.cell.name + "†" * bool(row.num_at_chance) for row in report.rows]
+    figure = Figure(figsize=(11, 1.6 + 0.45 * len(names)), layout="constrained")
+    FigureCanvasAgg(figure)
+    values, differences = figure.subplots(1, 2, sharey=True)
+    _draw_values(values, report)
+    _draw_differences(differences, report)
+    values.set_yticks(range(len(names)), names)
+    values.set_ylim(len(names) - 0.5, -0.5)
+    for axes in (values, differences):
+        axes.grid(axis="x", alpha=0.3)
+        axes.tick_params(axis="y", length=0)
+    figure.savefig(path, dpi=150, format="png")
 
 
-def difference_texts(difference: Difference) -> list[str]:
-    """Return difference, interval and p over videos, interval and p over seeds, as tables show them."""
-    return [
-        f"{difference.difference:+.2f}",
-        *_interval_texts(difference.over_videos),
-        *_interval_texts(difference.over_seeds),
-    ]
+def _draw_values(axes: Axes, report: AblationReport) -> None:
+    for y, row in enumerate(report.rows):
+        seeds = [metrics[PLOTTED] for metrics in row.metrics]
+        axes.plot(seeds, [y] * len(seeds), "o", color="0.6", markersize=4)
+        axes.errorbar(row.mean(PLOTTED), y, xerr=row.deviation(PLOTTED) or 0.0, fmt="ks", capsize=4, markersize=5)
+    axes.set_xlabel(f"{PLOTTED.replace('/', ' ')} in percent: runs, mean, ± standard deviation")
 
 
-def _interval_texts(interval: Interval | None) -> list[str]:
-    if interval is None:
-        return ["cannot be told", ""]
-    p = f"{interval.p:.3f}" if interval.p >= 0.001 else "<0.001"
-    return [f"{interval.low:+.2f} to {interval.high:+.2f}", p]
+def _draw_differences(axes: Axes, report: AblationReport) -> None:
+    axes.axvline(0.0, color="0.4", linewidth=1)
+    colours = {"over videos": VIDEOS_COLOUR, "over seeds": SEEDS_COLOUR}
+    for y, row in enumerate(report.rows):
+        for difference in row.differences:
+            if difference.metric != PLOTTED:
+                continue
+            intervals = (difference.over_videos, -0.1, "over videos"), (difference.over_seeds, 0.1, "over seeds")
+            for interval, shift, kind in intervals:
+                if interval is not None:
+                    axes.plot([interval.low, interval.high], [y + shift] * 2, color=colours[kind], linewidth=2.5)
+            axes.plot(difference.difference, y, "ks", markersize=5)
+    for label, colour in colours.items():
+        axes.plot([], [], color=colour, linewidth=2.5, label=f"95 % {label}")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.4 / len(report.rows)), ncols=2, frameon=False)
+    axes.set_xlabel(f"difference to {report.ablation.baseline.name}, percentage points")
 
 
-def _notes(report: Report) -> list[str]:
+def _notes(report: AblationReport) -> list[str]:
     lines = []
     for row in report.rows:
         if row.num_at_chance:
             lines.append(
                 f"† {row.num_at_chance} of {len(row.runs)} runs of {_cell_text(row.cell.name)} cannot be told from "
-                "guessing: they have collapsed or learned nothing."
+                "guessing: they collapsed or learned nothing."
             )
     lines += [f"{_cell_text(name)} FAILED: {_cell_text(error)}" for name, error in report.failed.items()]
     selected_on = {row.cell.config.select_on for row in report.rows}
     if report.ablation.checkpoint == "best" and report.queries.split in selected_on:
-        lines.append("The best checkpoint was chosen on this very split, so the numbers flatter.")
+        lines.append("This very split chose the best checkpoint, so the numbers are too good.")
     lines += [note for split in sorted(selected_on) if (note := selection_note(split))]
     return [part for line in lines for part in (line, "")]
-
-
-def _evaluate_options(ablation: Ablation) -> list[str]:
-    options = ["--split", ablation.split, "--checkpoint", ablation.checkpoint, "--v2t", ablation.v2t_convention]
-    return [*options, *(["--allow-missing"] if ablation.allow_missing else [])]
 
 
 def _mean_and_deviation(row: Row, metric: str) -> str:

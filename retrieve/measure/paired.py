@@ -1,11 +1,11 @@
 """Is B better than A, or could it be chance? Paired differences of recalls, with two kinds of intervals.
 
-Over videos: queries are paired, those of one video go together, and videos are drawn again with replacement
-(a bootstrap over clusters). It says how far the difference would move with other videos of the same kind, the
-trained models and the gallery's difficulty being what they are.
+Over videos: queries are paired, those of one video stay together, and videos are drawn again with replacement (a
+bootstrap over clusters). The interval says how far the difference would move with other videos of the same kind,
+for these trained models and a gallery of this difficulty.
 
-Over seeds: runs are paired by seed, and Student's t is taken of their differences. It says how far the
-difference would move with other trainings, the videos being what they are.
+Over seeds: runs are paired by seed, and Student's t applies to their differences. The interval says how far the
+difference would move with other trainings, for these videos.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from scipy.special import stdtr, stdtrit
 
 from svb.errors import UsageError
-from svb.retrieve.measure.ranks import Ranks, require_comparable
-from svb.train.metrics import ranks_metrics
+from svb.retrieve.measure.query_ranks import Ranks, require_comparable
+from svb.train.retrieval_metrics import ranks_metrics
 
 RECALLS = ("t2v/R@1", "t2v/R@5", "t2v/R@10", "v2t/R@1", "v2t/R@10")
 RESAMPLES = 10_000
@@ -29,7 +29,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """Where a difference may lie with 95 % confidence, and how often chance alone goes so far from 0.
+    """The range of a difference with 95 % confidence, and how often chance alone gets that far from 0.
 
     Attributes:
         low: In percentage points.
@@ -51,9 +51,9 @@ class Difference:
         a: Mean over A's runs, in percent.
         b: Mean over B's runs, in percent.
         difference: `b - a`, in percentage points.
-        over_videos: From resampled videos.
-        over_seeds: From the seeds' differences; None for a single pair, and where all differ by the same.
-        num_pairs: Pairs of runs.
+        over_videos: The interval from resampled videos.
+        over_seeds: The interval from the seeds' differences; None for a single pair, or if all differ equally.
+        num_pairs: Number of pairs of runs.
     """
 
     metric: str
@@ -71,17 +71,19 @@ def paired_differences(
     """Compare two sets of evaluations, paired in order.
 
     Args:
-        a: Of one model, an evaluation a seed.
-        b: Of another, on the same queries.
+        a: The evaluations of one model, one per seed.
+        b: Those of another model, on the same queries.
         resamples: How often videos are drawn again.
-        seed: Of the draws; all metrics share them.
+        seed: The seed of the draws, which all metrics share.
 
     Raises:
-        UsageError: The sets are empty or of different sizes.
-        MismatchError: Queries differ, naming the first.
+        UsageError: The sets are empty or differ in size.
+        MismatchError: Queries differ; the error names the first.
     """
     if not a or len(a) != len(b):
-        raise UsageError(f"cannot pair {len(a)} evaluations with {len(b)} - expected as many of both, at least one")
+        raise UsageError(
+            f"cannot pair {len(a)} evaluations with {len(b)} - expected the same number of both, at least one"
+        )
     for other in (*a[1:], *b):
         require_comparable(a[0], other)
     queries = a[0].queries
@@ -89,7 +91,7 @@ def paired_differences(
     sums, sizes, differences = [], [], []  # M of each: (V,), (V,), (S,)
     for metric in RECALLS:
         way, _, k = metric.partition("/R@")
-        # Whole numbers, so that a difference of nothing is exactly 0 in every resample: (S, Q) in -1, 0, 1.
+        # Whole numbers, so that no difference is exactly 0 in every resample: (S, Q) of -1, 0 and 1.
         hits = np.stack(
             [_hits(in_b, way, int(k)) - _hits(in_a, way, int(k)) for in_a, in_b in zip(a, b, strict=True)]
         )
@@ -115,13 +117,13 @@ def paired_differences(
 def resampled_ratios(
     sums: NDArray[np.float64], sizes: NDArray[np.int64], resamples: int, seed: int
 ) -> NDArray[np.float64]:
-    """Draw V clusters with replacement, many times over, and take each draw's mean.
+    """Draw V clusters with replacement, R times, and take the mean of each draw.
 
     Args:
-        sums: `(V, M)`, of what a cluster's members hold.
-        sizes: `(V, M)`, how many members it has.
+        sums: `(V, M)` sums over the members of each cluster.
+        sizes: `(V, M)` numbers of members.
         resamples: R.
-        seed: Of the draws.
+        seed: The seed of the draws.
 
     Returns:
         `(R, M)` sums of the drawn clusters divided by their sizes.
@@ -130,12 +132,12 @@ def resampled_ratios(
     random = np.random.default_rng(seed)
     both = np.concatenate([sums, sizes], axis=1)  # (V, 2 M)
     ratios = np.empty((resamples, num_columns))
-    chunk = max(1, 2_000_000 // num_clusters)  # bounds the memory to some tens of MB
+    chunk = max(1, 2_000_000 // num_clusters)  # limits the memory to some tens of MB
     for begin in range(0, resamples, chunk):
         rows = min(chunk, resamples - begin)
         drawn = random.integers(0, num_clusters, (rows, num_clusters))
         drawn += np.arange(rows)[:, None] * num_clusters
-        # How often each cluster was drawn: sums of clusters then are one product of matrices.
+        # With the number of times that each cluster was drawn, sums of clusters are one matrix product.
         counts = np.bincount(drawn.ravel(), minlength=rows * num_clusters).reshape(rows, num_clusters)
         totals = counts.astype(np.float64) @ both
         ratios[begin : begin + rows] = totals[:, :num_columns] / totals[:, num_columns:]
@@ -143,18 +145,18 @@ def resampled_ratios(
 
 
 def percentile_interval(draws: NDArray[np.float64]) -> Interval:
-    """Return the middle 95 % of `(R,)` resampled differences; p is twice the smaller share beyond 0."""
+    """Return the middle 95 % of `(R,)` resampled differences, and as p twice the smaller share beyond 0."""
     low, high = np.percentile(draws, [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)])
     beyond = min((draws <= 0).sum(), (draws >= 0).sum())
-    # One more of each: a p-value from R draws is never below 1 / R.
+    # Counting one more of each keeps a p-value from R draws above 1 / R.
     return Interval(float(low), float(high), float(min(1.0, 2 * (beyond + 1) / (len(draws) + 1))))
 
 
 def t_interval(differences: NDArray[np.float64]) -> Interval | None:
-    """Return Student's 95 % interval of the mean of `(S,)` differences, S at least 2, and p of the paired t.
+    """Return Student's 95 % interval of the mean of `(S,)` differences, S at least 2, and p of the paired t-test.
 
-    None where all seeds differ by exactly the same, but not by nothing: recalls of few queries are so coarse that
-    this says nothing about other seeds.
+    Return None if all seeds differ by exactly the same amount other than zero: recalls of few queries are so coarse
+    that this says nothing about other seeds.
     """
     count, mean = len(differences), float(differences.mean())
     error = float(differences.std(ddof=1)) / math.sqrt(count)
@@ -165,14 +167,30 @@ def t_interval(differences: NDArray[np.float64]) -> Interval | None:
 
 
 def is_chance(ranks: Ranks) -> bool:
-    """Tell whether t2v ranks are no better than a guess's: their mean is within 3 standard errors of it, or beyond.
+    """Tell whether t2v ranks are no better than guessing: their mean is worse than chance less 3 standard errors.
 
-    Captions of one video go together. A collapsed model, whose similarities are all equal, is at chance.
+    Captions of one video count together. A collapsed model, whose similarities are all equal, is at chance.
     """
     video_of, num_videos = ranks.queries.caption_video(), len(ranks.queries.video_ids)
     means = np.bincount(video_of, ranks.t2v, num_videos) / np.bincount(video_of, minlength=num_videos)  # (V,)
     error = means.std(ddof=1) / math.sqrt(num_videos) if num_videos > 1 else 0.0
     return bool(means.mean() + 3 * error >= (num_videos + 1) / 2)
+
+
+def difference_texts(difference: Difference) -> list[str]:
+    """Return the difference, then interval and p over videos and over seeds, as tables show them."""
+    intervals = (difference.over_videos, difference.over_seeds)
+    return [
+        f"{difference.difference:+.2f}",
+        *(text for interval in intervals for text in _interval_texts(interval)),
+    ]
+
+
+def _interval_texts(interval: Interval | None) -> list[str]:
+    if interval is None:
+        return ["unknown", ""]
+    p = f"{interval.p:.3f}" if interval.p >= 0.001 else "<0.001"
+    return [f"{interval.low:+.2f} to {interval.high:+.2f}", p]
 
 
 def _hits(ranks: Ranks, way: str, k: int) -> NDArray[np.int64]:

@@ -22,7 +22,7 @@ from svb.retrieve.model.embedder import (
     run_embedder,
     zero_shot_embedder,
 )
-from svb.train.config import TrainConfig
+from svb.train.config import TrainConfig, stored_options
 from svb.train.run import read_run
 
 # What a classifier's class names are read with where nothing else is asked for.
@@ -126,5 +126,9 @@ def _open_run(
         do_next=f"Name captions encoded as those that {run} was trained on with --captions.",
     )
     return Inputs(
-        embedder, feature_store, caption_features, TrainConfig(**description["config"]), description["data"]
+        embedder,
+        feature_store,
+        caption_features,
+        TrainConfig(**stored_options(description["config"])),
+        description["data"],
     )

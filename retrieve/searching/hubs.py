@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svb.errors import StoreError
-from svb.retrieve.measure.normalise import QueryBank, qb_norm
+from svb.retrieve.measure.hub_normalisation import QueryBank, qb_norm
 from svb.retrieve.stored.segment import require_sizes
 
 # The least that a cosine can be: what a caption of the bank counts for with its own video.

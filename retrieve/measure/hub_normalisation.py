@@ -1,8 +1,8 @@
-"""Similarities normalised after the model, against hubs: candidates that are near to everything.
+"""Similarities normalised against hubs, which are candidates that are near to everything.
 
-Both methods change which candidate a query finds, not the model. QB-Norm (Bogolin et al., CVPR 2022) knows
-the training split besides, and answers one query at a time; the dual softmax (Cheng et al., 2021) needs all
-queries of the split at once, which a search never has. So their numbers stand beside the plain ones.
+Both methods change the candidate that a query finds, not the model. QB-Norm (Bogolin et al., CVPR 2022) also uses
+the training split, and answers one query at a time. The dual softmax (Cheng et al., 2021) needs all queries of
+the split at once, which a search never has. So `svb evaluate` prints their numbers beside the plain ones.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from svb.train.metrics import require_finite
+from svb.train.retrieval_metrics import require_finite
 
 METHODS = {
     "qb-norm": "QB-Norm, dynamic inverted softmax (Bogolin et al. 2022)",
@@ -21,18 +21,18 @@ METHODS = {
 }
 NEEDS_BANK = frozenset({"qb-norm"})
 NEEDS_ALL_QUERIES = frozenset({"dual-softmax"})
-# The inverse temperature that the authors publish with their code, for nearly all of their models.
+# The inverse temperature that the authors publish with their code for nearly all of their models.
 QB_NORM_SCALE = 20.0
-# The authors use temperature 1 at inference, on logits: cosines that the model's learned scale has multiplied.
-# A zero-shot model has learned none; this is CLIP's, theirs.
+# The authors use temperature 1 on logits, which are cosines multiplied by the model's learned scale. A zero-shot
+# model has learned none; this is CLIP's scale, as in their work.
 CLIP_LOGIT_SCALE = 100.0
-# Queries of a bank that are compared at once: 180,000 captions need not fit in memory against a split.
+# Queries of a bank to compare at once, so that 180,000 captions against a split need not fit in memory.
 BLOCK = 1024
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """A split as the model sees it.
+    """The embeddings of a split.
 
     Attributes:
         captions: `(C, D)` float32, L2-normalised.
@@ -50,26 +50,27 @@ class Embeddings:
         """Return `(C, V)`.
 
         Raises:
-            InputError: A value is no number; names the first bad video.
+            InputError: A value is not finite; the error names the first bad video.
         """
         similarity: NDArray[np.float32] = self.captions @ self.videos.T
         require_finite(similarity, self.caption_ids, self.video_ids)
         return similarity
 
 
-def normalise(
+def normalised_scores(
     method: str, split: Embeddings, bank: Embeddings | None, scale: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return `(C, V)` scores of t2v and `(C, V)` scores of v2t by one of `METHODS`.
+    """Return the `(C, V)` scores of t2v and of v2t by one of `METHODS`.
 
     Args:
         method: `qb-norm` or `dual-softmax`.
         split: Queries and candidates.
-        bank: The training split: its captions are the bank of t2v, its videos that of v2t. For qb-norm alone.
+        bank: The training split, which only qb-norm needs: its captions are the bank of t2v, its videos that of
+            v2t.
         scale: The inverse temperature.
 
     Raises:
-        InputError: A value is no number; names the first bad video.
+        InputError: A value is not finite; the error names the first bad video.
     """
     similarity = split.similarity()
     if method == "dual-softmax":
@@ -86,8 +87,8 @@ class QueryBank:
 
     Attributes:
         log_sums: `(G,)` float64, log of the sum over the bank of `exp(scale * similarity)`.
-        is_hub: `(G,)` bool, the best candidate of at least one query of the bank (the paper's activation set,
-            k = 1); where several are equally good, each of them.
+        is_hub: `(G,)` bool, True on the best candidate of at least one query of the bank (the paper's activation
+            set, k = 1), and on all that are equally good.
         scale: The inverse temperature.
     """
 
@@ -97,7 +98,7 @@ class QueryBank:
 
 
 def query_bank(blocks: Iterable[NDArray[np.floating]], scale: float) -> QueryBank:
-    """Sum up a bank, a block of its queries at a time.
+    """Sum up a bank, one block of its queries at a time.
 
     Args:
         blocks: `(B, G)` similarities of bank queries and candidates, finite.
@@ -114,13 +115,13 @@ def query_bank(blocks: Iterable[NDArray[np.floating]], scale: float) -> QueryBan
 def qb_norm(similarity: NDArray[np.floating], bank: QueryBank) -> NDArray[np.float64]:
     """Normalise by the dynamic inverted softmax, in log space.
 
-    A query whose best candidate is a hub of the bank has each candidate's share of the bank divided out:
-    `exp(scale * similarity) / sum`; its logarithm orders candidates alike and does not overflow. The other
-    queries keep their order. Rows are comparable within themselves alone, which is all that ranks need.
+    If the best candidate of a query is a hub of the bank, each candidate's score is divided by its sum over the
+    bank: `exp(scale * similarity) / sum`. The logarithm gives the same order and does not overflow. Other queries
+    keep their order. Scores are comparable only within a row, which is enough for ranks.
 
     Args:
         similarity: `(Q, G)`, rows are queries; transpose for v2t.
-        bank: Of the same G candidates.
+        bank: A bank over the same G candidates.
 
     Returns:
         `(Q, G)` scores.
@@ -131,7 +132,7 @@ def qb_norm(similarity: NDArray[np.floating], bank: QueryBank) -> NDArray[np.flo
 
 
 def dual_softmax(similarity: NDArray[np.floating], scale: float) -> NDArray[np.float64]:
-    """Multiply each similarity with its share among all queries: softmax over rows of `scale * similarity`.
+    """Multiply each similarity by its share among all queries, the softmax over rows of `scale * similarity`.
 
     Args:
         similarity: `(Q, G)`, rows are queries; transpose for v2t.

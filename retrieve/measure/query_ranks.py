@@ -1,4 +1,4 @@
-"""ranks.npz: the rank of every query, as `svb evaluate` wrote them, and which run and checkpoint they are of."""
+"""ranks.npz: the rank of every query as `svb evaluate` wrote it, and the model that it measured."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FILE = "ranks.npz"
 
 @dataclass(frozen=True)
 class Queries:
-    """What was asked: two results can be paired where these are equal.
+    """The queries of an evaluation; two evaluations of equal queries can be paired.
 
     Attributes:
         split: `train`, `val` or `test`.
@@ -41,14 +41,14 @@ class Ranks:
     """One evaluation.
 
     Attributes:
-        path: The file they were read from.
-        queries: What was asked.
-        t2v: `(C,)` rank of each caption's own video, from 1; a half where ties are averaged.
+        path: The file that holds them.
+        queries: The queries.
+        t2v: `(C,)` rank of each caption's own video, from 1; averaged ties give halves.
         v2t: `(V,)` rank of each video's captions.
         v2t_convention: How several captions of a video count.
         tie_rule: How equal similarities count.
-        model: Fingerprint of the model that was measured.
-        selected_on: The split by which its run chose the best checkpoint; empty where it is no run.
+        model: Fingerprint of the measured model.
+        selected_on: The split that chose the run's best checkpoint; empty for a store.
     """
 
     path: Path
@@ -65,23 +65,23 @@ def read_ranks(path: Path) -> Ranks:
     """Read a file that `svb evaluate` wrote.
 
     Raises:
-        InputError: There is none, or an older svb wrote it.
-        StoreError: It is damaged.
+        InputError: There is no such file, or an older svb wrote it.
+        StoreError: The file is damaged.
     """
     if not path.is_file():
         raise InputError(
-            f"no ranks at {path} - write them with `svb evaluate {path.parent}`, or of a store with --ranks {path}"
+            f"no ranks at {path} - write them with `svb evaluate {path.parent}`, or for a store with --ranks {path}"
         )
     try:
         if not zipfile.is_zipfile(path):  # numpy would take it for a pickle
-            raise ValueError("it is no .npz, or cut short")
+            raise ValueError("it is not a .npz, or is cut short")
         with np.load(path, allow_pickle=False) as file:
             held = {name: file[name] for name in file.files}
         missing = {"caption_video_ids", "model", "tie_rule", "v2t_convention", "selected_on"} - set(held)
         if missing and {"t2v", "v2t", "caption_ids", "video_ids", "split"} <= set(held):
             raise InputError(
-                f"{path} was written by an older svb: it lacks {', '.join(sorted(missing))} - write it again "
-                "with `svb evaluate`"
+                f"an older svb wrote {path}: it lacks {', '.join(sorted(missing))} - write it again with "
+                "`svb evaluate`"
             )
         queries = Queries(
             str(held["split"]),
@@ -98,16 +98,17 @@ def read_ranks(path: Path) -> Ranks:
         queries.caption_video()
     except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise StoreError(
-            f"{path} is not a whole file of ranks ({error}) - write it again with `svb evaluate`, or name another"
+            f"{path} is not a whole file of ranks ({error}) - write it again with `svb evaluate`, or "
+            "name another file"
         ) from error
     return ranks
 
 
 def require_comparable(a: Ranks, b: Ranks) -> None:
-    """Refuse two evaluations of which not every query has its twin.
+    """Refuse two evaluations whose queries do not match.
 
     Raises:
-        MismatchError: Names the first that differs.
+        MismatchError: They differ; the error names the first difference.
     """
     require_same_queries(a.queries, b.queries, str(a.path), str(b.path))
     for what, of_a, of_b in (
@@ -116,7 +117,8 @@ def require_comparable(a: Ranks, b: Ranks) -> None:
     ):
         if of_a != of_b:
             raise MismatchError(
-                f"{a.path} was written with the {what} {of_a!r}, {b.path} with {of_b!r} - evaluate both alike"
+                f"{a.path} was written with the {what} {of_a!r}, {b.path} with {of_b!r} - "
+                "evaluate both in the same way"
             )
 
 
@@ -124,11 +126,11 @@ def require_same_queries(a: Queries, b: Queries, name_a: str, name_b: str) -> No
     """Refuse queries that are not the same in the same order.
 
     Raises:
-        MismatchError: Names the first that differs.
+        MismatchError: They differ; the error names the first difference.
     """
     do_next = "evaluate both on the same split of the same captions and videos"
     if a.split != b.split:
-        raise MismatchError(f"{name_a} is of the {a.split} split, {name_b} of {b.split} - {do_next}")
+        raise MismatchError(f"{name_a} is on the {a.split} split, {name_b} on {b.split} - {do_next}")
     for what, ids_a, ids_b in (
         ("caption", list(zip(a.caption_ids, a.caption_video_ids, strict=True)), _pairs(b)),
         ("video", list(a.video_ids), list(b.video_ids)),
@@ -143,8 +145,8 @@ def require_same_queries(a: Queries, b: Queries, name_a: str, name_b: str) -> No
                 (name_a, ids_a, len(ids_b)) if len(ids_a) > len(ids_b) else (name_b, ids_b, len(ids_a))
             )
             raise MismatchError(
-                f"{name_a} has {len(ids_a)} {what}s, {name_b} {len(ids_b)}: first more is {_shown(ids[shorter])} "
-                f"in {name} - {do_next}"
+                f"{name_a} has {len(ids_a)} {what}s, {name_b} {len(ids_b)}: the first extra one is "
+                f"{_shown(ids[shorter])} in {name} - {do_next}"
             )
 
 
