@@ -47,7 +47,7 @@ def load_t5_with_decoder(name: str) -> T5:
         ModelUnavailableError: The hub has no such model or cannot be reached, or the packages that read a
             sentencepiece vocabulary are missing.
     """
-    return _load(name, "T5ForConditionalGeneration", "--decoder transformer")
+    return _load(name, "T5ForConditionalGeneration", "--caption-decoder transformer")
 
 
 def absolute_t5_name(name: str) -> str:

@@ -15,16 +15,19 @@ import synthetic
 import torch
 from conftest import Ran, RunSvb
 
+from svb.data.description import publish_description
 from svb.errors import InputError, MismatchError, StoreError
 from svb.retrieve.compare import compare
 from svb.retrieve.evaluate import evaluate
 from svb.retrieve.measure.paired import paired_differences
 from svb.retrieve.measure.query_ranks import read_ranks
 from svb.train.config import TrainConfig
-from svb.train.run import train
+from svb.train.run import read_run, train
 
 torch.set_num_threads(1)
 
+Edit = Callable[[dict[str, Any]], object]
+DAMAGED = "is not a whole file of ranks .* - write it again with"
 SMALL = TrainConfig(
     embedding_size=16, variant="none", batch_size=16, epochs=3, evaluate_every=1, learning_rate=5e-3
 )
@@ -47,13 +50,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(whole: Path, tmp_path: Path) -> Path:
     """A copy of `whole` that the test may change."""
     return Path(shutil.copytree(whole, tmp_path / "own"))
-
-
-def change(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
-    with np.load(path) as file:
-        held = dict(file)
-    edit(held)
-    np.savez(path, **held)
 
 
 def assert_refused(ran: Ran, words: str) -> None:
@@ -112,122 +108,95 @@ def test_a_checkpoint_chosen_on_the_split_is_said(runs: Path, run_svb: RunSvb) -
     evaluate(runs / "a" / "seed-0", checkpoint="best")
     ran = run_svb("compare", runs / "a" / "seed-0", runs / "b" / "seed-0")
     is_last = "seed-0, seed 0, last checkpoint" in ran.stdout.splitlines()[0]  # it may be the best one, too
-    assert ("was chosen on this split" in ran.stdout) != is_last
+    assert ("this split chose a checkpoint" in ran.stdout) != is_last
     evaluate(runs / "a" / "seed-0", checkpoint="best", split="train")
     evaluate(runs / "b" / "seed-0", checkpoint="best", split="train")
-    assert "was chosen" not in run_svb("compare", runs / "a" / "seed-0", runs / "b" / "seed-0").stdout
+    assert "this split chose" not in run_svb("compare", runs / "a" / "seed-0", runs / "b" / "seed-0").stdout
 
 
-def test_missing_ranks_name_the_command(runs: Path, run_svb: RunSvb) -> None:
-    (runs / "a" / "seed-1" / "ranks.npz").unlink()
-    ran = run_svb("compare", runs / "a", runs / "b")
-    assert_refused(ran, f"no ranks at {runs}/a/seed-1/ranks.npz - write them with `svb evaluate {runs}/a/seed-1`")
+def set_items(**items: tuple[Any, Any]) -> Edit:
+    def edit(held: dict[str, Any]) -> None:
+        for name, (place, value) in items.items():
+            held[name][place] = value
+
+    return edit
 
 
-def test_another_split_is_refused(runs: Path, run_svb: RunSvb) -> None:
-    evaluate(runs / "b" / "seed-0", split="train")
-    ran = run_svb("compare", runs / "a" / "seed-0", runs / "b" / "seed-0")
-    assert_refused(ran, "is of the val split, ")
-    assert "of train - evaluate both on the same split" in ran.stderr
+def with_one_more_video(held: dict[str, Any]) -> None:
+    held["video_ids"], held["v2t"] = np.append(held["video_ids"], "clip099"), np.append(held["v2t"], 1.0)
 
 
 @pytest.mark.parametrize(
-    ("edit", "words"),
+    ("edit", "error", "words"),
     [
-        ({"caption_ids": (3, "99")}, "caption 4 is '63' of 'clip031' in .*a/seed-0.*, '99' of 'clip031' in"),
-        ({"caption_video_ids": (3, "clip030")}, "caption 4 is '63' of 'clip031' in .*, '63' of 'clip030' in"),
-        ({"video_ids": (19, "x"), "caption_video_ids": (slice(38, 40), "x")}, "caption 39 is '98' of 'clip049'"),
+        (set_items(caption_ids=(3, "99")), MismatchError,
+         "caption 4 is '63' of 'clip031' in .*a/seed-0.*, '99' of 'clip031' in"),
+        (set_items(caption_video_ids=(3, "clip030")), MismatchError,
+         "caption 4 is '63' of 'clip031' in .*, '63' of 'clip030' in"),
+        (set_items(video_ids=(19, "x"), caption_video_ids=(slice(38, 40), "x")), MismatchError,
+         "caption 39 is '98' of 'clip049'"),
+        (with_one_more_video, MismatchError, "has 20 videos, .* 21: the first extra one is 'clip099' in"),
+        (lambda held: held.update(v2t_convention="best"), MismatchError,
+         "with the v2t convention 'set', .* with 'best' - evaluate both in the same way"),
+        (lambda held: held.pop("caption_video_ids"), InputError,
+         "older svb wrote .*: it lacks caption_video_ids - write it again with"),
+        (lambda held: held.update(t2v=held["t2v"][:-1]), StoreError, DAMAGED),
+        (set_items(caption_video_ids=(0, "nowhere")), StoreError, DAMAGED),
+        (lambda held: held.pop("t2v"), StoreError, DAMAGED),
     ],
 )  # fmt: skip
-def test_other_queries_are_refused_naming_the_first(runs: Path, edit: dict[str, Any], words: str) -> None:
-    def apply(held: dict[str, Any]) -> None:
-        for name, (row, value) in edit.items():
-            held[name][row] = value
-
-    change(runs / "b" / "seed-0" / "ranks.npz", apply)
-    with pytest.raises(MismatchError, match=words):
+def test_ranks_that_do_not_fit_are_refused(runs: Path, edit: Edit, error: type[Exception], words: str) -> None:
+    path = runs / "b" / "seed-0" / "ranks.npz"
+    with np.load(path) as file:
+        held = dict(file)
+    edit(held)
+    np.savez(path, **held)
+    with pytest.raises(error, match=words):
         compare(runs / "a" / "seed-0", runs / "b" / "seed-0")
 
 
-def test_a_larger_gallery_is_refused(runs: Path) -> None:
-    def apply(held: dict[str, Any]) -> None:
-        held["video_ids"] = np.append(held["video_ids"], "clip099")
-        held["v2t"] = np.append(held["v2t"], 1.0)
-
-    change(runs / "b" / "seed-0" / "ranks.npz", apply)
-    with pytest.raises(MismatchError, match=r"has 20 videos, .* 21: first more is 'clip099' in .*b/seed-0"):
-        compare(runs / "a" / "seed-0", runs / "b" / "seed-0")
-
-
-def test_another_convention_is_refused(runs: Path) -> None:
-    evaluate(runs / "b" / "seed-0", checkpoint="last", v2t_convention="best")
-    with pytest.raises(MismatchError, match=r"with the v2t convention 'set', .* with 'best' - evaluate both alike"):
-        compare(runs / "a" / "seed-0", runs / "b" / "seed-0")
-
-
-def test_ranks_of_other_weights_are_refused(runs: Path) -> None:
-    shutil.copy(runs / "a" / "seed-0" / "ranks.npz", runs / "b" / "seed-0" / "ranks.npz")
-    with pytest.raises(MismatchError, match=r"was measured on other weights than .*b/seed-0 holds now"):
-        compare(runs / "a" / "seed-0", runs / "b" / "seed-0")
-
-
-def test_ranks_of_an_older_svb_are_refused(runs: Path) -> None:
-    change(runs / "b" / "seed-0" / "ranks.npz", lambda held: held.pop("caption_video_ids"))
-    with pytest.raises(InputError, match=r"by an older svb: it lacks caption_video_ids - write it again with"):
-        compare(runs / "a" / "seed-0", runs / "b" / "seed-0")
-
-
-def damage_nothing_left(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def damage_cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def damage_text(path: Path) -> None:
-    path.write_text("no ranks")
-
-
-def damage_too_few(path: Path) -> None:
-    change(path, lambda held: held.update(t2v=held["t2v"][:-1]))
-
-
-def damage_unknown_video(path: Path) -> None:
-    change(path, lambda held: held["caption_video_ids"].__setitem__(0, "nowhere"))
-
-
-def damage_no_ranks(path: Path) -> None:
-    change(path, lambda held: held.pop("t2v"))
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [damage_nothing_left, damage_cut, damage_text, damage_too_few, damage_unknown_video, damage_no_ranks],
-)
-def test_damaged_ranks_are_refused(runs: Path, run_svb: RunSvb, damage: Callable[[Path], None]) -> None:
-    damage(runs / "b" / "seed-0" / "ranks.npz")
-    with pytest.raises(StoreError, match=r"is not a whole file of ranks .* - write it again with"):
-        compare(runs / "a" / "seed-0", runs / "b" / "seed-0")
+@pytest.mark.parametrize("data", [lambda data: b"", lambda data: data[:-100], lambda data: b"no ranks"])
+def test_damaged_ranks_are_refused(runs: Path, run_svb: RunSvb, data: Callable[[bytes], bytes]) -> None:
+    path = runs / "b" / "seed-0" / "ranks.npz"
+    path.write_bytes(data(path.read_bytes()))
     assert_refused(run_svb("compare", runs / "a", runs / "b"), "is not a whole file of ranks")
 
 
-def test_what_is_no_run_is_refused(tmp_path: Path, run_svb: RunSvb) -> None:
-    assert_refused(run_svb("compare", tmp_path, tmp_path), "is no run and holds none - expected a run")
+def test_other_evaluations_are_refused(runs: Path, tmp_path: Path, run_svb: RunSvb) -> None:
+    a, b = runs / "a" / "seed-0", runs / "b" / "seed-0"
+    evaluate(b, split="train")
+    ran = run_svb("compare", a, b)
+    assert_refused(ran, "is on the val split, ")
+    assert "on train - evaluate both on the same split" in ran.stderr
+    shutil.copy(a / "ranks.npz", b / "ranks.npz")
+    with pytest.raises(MismatchError, match=r"belongs to other weights than .*b/seed-0 holds now"):
+        compare(a, b)
+    (b / "ranks.npz").unlink()
+    assert_refused(run_svb("compare", a, b), f"no ranks at {b}/ranks.npz - write them with `svb evaluate {b}`")
+    assert_refused(run_svb("compare", tmp_path / "x", a), "is not a run and holds none - expected a run")
 
 
-def test_other_seeds_are_refused(runs: Path) -> None:
-    shutil.rmtree(runs / "b" / "seed-1")
-    with pytest.raises(InputError, match=r"a holds seeds 0, 1, .*b seeds 0 - expected the same seeds"):
-        compare(runs / "a", runs / "b")
-
-
-def test_runs_of_several_settings_are_no_set(runs: Path) -> None:
-    with pytest.raises(InputError, match="both have the seed 0 - expected one run a seed"):
-        shutil.copytree(runs / "a" / "seed-0", runs / "a" / "seed-zero")
+def test_sets_that_are_no_pair_are_refused(runs: Path) -> None:
+    shutil.copytree(runs / "a" / "seed-0", runs / "a" / "seed-zero")
+    with pytest.raises(InputError, match="both have the seed 0 - expected one run per seed"):
         compare(runs / "a", runs / "b")
     shutil.rmtree(runs / "a" / "seed-zero")
+    (runs / "b" / "seed-1").rename(runs / "seed-1")
+    with pytest.raises(InputError, match=r"a holds seeds 0, 1, .*b seeds 0 - expected the same seeds"):
+        compare(runs / "a", runs / "b")
     shutil.rmtree(runs / "a" / "seed-1")
-    shutil.copytree(runs / "b" / "seed-1", runs / "a" / "seed-1")
+    (runs / "seed-1").rename(runs / "a" / "seed-1")
     with pytest.raises(InputError, match=r"differ in more than their seed \(dropout: 0\.5 and 0\.0\)"):
         compare(runs / "a", runs / "b")
+
+
+def test_a_run_of_an_older_svb_is_compared(runs: Path) -> None:
+    """One of its options had another name, which its fingerprint holds too."""
+    expected = compare(runs / "a", runs / "b").differences
+    folder = runs / "a" / "seed-0"
+    held = read_run(folder)
+    held["config"]["decoder"] = held["config"].pop("caption_decoder")
+    del held["format_version"]
+    publish_description(folder / "config.json", held)
+    evaluate(folder, checkpoint="last")
+    assert compare(runs / "a", runs / "b").differences == expected

@@ -7,9 +7,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import pytest
@@ -22,8 +20,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from svb.train import loop
 from svb.train import run as train_run
 from svb.train.curves import PANELS, draw_curves
-from svb.train.loop import Loop
-from svb.train.processes import Processes
 from svb.train.run import train
 
 # Tensors this small are slower on two threads than on one.
@@ -64,8 +60,9 @@ def assert_scalars_are_the_metrics(run: Path) -> None:
         assert [value for _, value in points] == pytest.approx([value for _, value in expected]), name
 
 
-def test_every_metric_reads_back_from_tensorboard(task: Task, tmp_path: Path) -> None:
-    run = train(*task, tmp_path / "run", tiny(epochs=4, evaluate_every=2))
+def test_a_training_has_its_curves(task: Task, tmp_path: Path) -> None:
+    config = tiny(epochs=4, evaluate_every=2)
+    run = train(*task, tmp_path / "run", config)
     assert_scalars_are_the_metrics(run)
     held = scalars(run)
     assert {name for names in PANELS.values() for name in names if not name.startswith("test/")} <= set(held)
@@ -73,25 +70,22 @@ def test_every_metric_reads_back_from_tensorboard(task: Task, tmp_path: Path) ->
     assert [epoch for epoch, _ in held["val/t2v/R@1"]] == [2, 4]
     # Batches of 4: the weights are shared among 3 videos.
     assert all(0 < value <= math.log(3) + 1e-6 for _, value in held["support_entropy"])
-
-
-def test_the_picture_shows_all_panels(task: Task, tmp_path: Path) -> None:
-    shown = picture(train(*task, tmp_path / "run", tiny()))
+    shown = picture(run)
     height, width, _ = shown.shape
     for row in np.split(shown[: height // 2 * 2], 2):
         for panel in np.split(row[:, : width // 3 * 3], 3, axis=1):
             blue = (panel.astype(int) == (31, 119, 180)).all(axis=2)  # the first colour of lines
             assert blue.sum() > 50
-
-
-@pytest.mark.parametrize("variant", ["none", "cross"])
-def test_without_val_there_are_curves(task: Task, tmp_path: Path, variant: str) -> None:
-    train(*task, tmp_path / "run", tiny(variant=variant, epochs=2, evaluate_every=2))
-    kept = [{k: v for k, v in line.items() if "val/" not in k} for line in lines(tmp_path / "run")]
-    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
-    before = picture(tmp_path / "run")
-    assert draw_curves(tmp_path / "run") == tmp_path / "run" / "curves.png"
-    assert not np.array_equal(picture(tmp_path / "run"), before)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.parent != run}
+    drawn = (run / "curves.png").stat().st_mtime_ns
+    train(*task, run, config)  # a finished run is left alone
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.parent != run} == before
+    assert (run / "curves.png").stat().st_mtime_ns == drawn
+    # Without val there are curves, too.
+    kept = [{k: v for k, v in line.items() if "val/" not in k} for line in lines(run)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    assert draw_curves(run) == run / "curves.png"
+    assert not np.array_equal(picture(run), shown)
 
 
 @pytest.mark.parametrize("has_file", [False, True])
@@ -132,41 +126,6 @@ def scalars_in_order(run: Path) -> dict[str, list[tuple[int, float]]]:
     for number, file in enumerate(files):
         file.rename(file.with_name(f"events.out.tfevents.{number:010}.test"))
     return scalars(run)
-
-
-def test_an_interrupted_training_has_its_curves(task: Task, tmp_path: Path) -> None:
-    with pytest.raises(Killed):
-        train(*task, tmp_path / "run", tiny(epochs=3), on_epoch=kill_after(2))
-    assert picture(tmp_path / "run").any()
-    assert [epoch for epoch, _ in scalars(tmp_path / "run")["loss"]] == [1, 2]
-
-
-def test_a_finished_run_is_left_alone(task: Task, tmp_path: Path) -> None:
-    run = train(*task, tmp_path / "run", tiny())
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    train(*task, run, tiny())
-    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.parent != run} == {
-        path: time for path, time in before.items() if path.parent != run
-    }
-    assert (run / "curves.png").stat().st_mtime_ns == before[run / "curves.png"]
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_of_several_processes_the_first_alone_draws(tmp_path: Path, rank: int) -> None:
-    class TwoEpochs:
-        epoch = 0
-
-        def run_epoch(self, interrupted: Callable[[], bool]) -> dict[str, float]:
-            self.epoch += 1
-            if rank == 0:
-                with (tmp_path / "metrics.jsonl").open("a") as file:
-                    file.write(json.dumps({"epoch": self.epoch, "loss": 0.5}) + "\n")
-            return {"epoch": self.epoch, "loss": 0.5}
-
-    config, processes = tiny(epochs=2), Processes(rank, world=2)
-    train_run._run(cast("Loop", TwoEpochs()), config, tmp_path, processes, lambda metrics: None)
-    expected = {"curves.png", "metrics.jsonl", "tensorboard"} if rank == 0 else set()
-    assert {path.name for path in tmp_path.iterdir()} == expected
 
 
 @pytest.mark.slow

@@ -121,8 +121,9 @@ def test_anchors_without_negatives_cost_nothing(name: str, dtype: torch.dtype) -
 
 
 @every_loss
-def test_gradients_are_the_slopes(name: str) -> None:
-    positive, similarity, is_negative = make_batch([0, 1, 1, 2, 3])
+@every_batch
+def test_gradients_are_the_slopes(name: str, owners: list[int]) -> None:
+    positive, similarity, is_negative = make_batch(owners)
     assert torch.autograd.gradcheck(
         lambda positive, similarity: LOSSES[name](positive, similarity, is_negative),
         (positive.requires_grad_(), similarity.requires_grad_()),
@@ -171,11 +172,10 @@ def make_words(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.
     return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(7, (9,), generator=random)
 
 
-every_chunk = pytest.mark.parametrize("logits", [1, 7, 2 * 7, 4 * 7 + 3, 9 * 7, 2**22])
-
-
-@every_chunk
-def test_cross_captioning_is_the_sum_over_words(logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("logits", [1, 7, 2 * 7, 4 * 7 + 3, 9 * 7, 2**22])
+def test_cross_captioning_is_the_sum_over_words_and_its_gradient_the_slope(
+    logits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(chunked, "CHUNK_LOGITS", logits)
     hidden, weight, words = make_words()
     expected = 0.0
@@ -183,12 +183,6 @@ def test_cross_captioning_is_the_sum_over_words(logits: int, monkeypatch: pytest
         exponentials = [math.exp(naive.dot(place, row)) for row in weight.tolist()]
         expected -= math.log(exponentials[word] / sum(exponentials))
     assert cross_captioning(hidden, weight, words, torch.float64).item() == pytest.approx(expected)
-
-
-@every_chunk
-def test_its_gradient_made_by_hand_is_the_slope(logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "CHUNK_LOGITS", logits)
-    hidden, weight, words = make_words()
     assert torch.autograd.gradcheck(
         lambda hidden, weight: 0.3 * cross_captioning(hidden, weight, words, torch.float64) ** 2, (hidden, weight)
     )

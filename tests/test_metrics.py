@@ -8,7 +8,14 @@ import pytest
 from numpy.typing import NDArray
 
 from svb.errors import InputError
-from svb.train.retrieval_metrics import recall_sum, require_finite, retrieval_metrics, summarise, t2v_ranks, v2t_ranks
+from svb.train.retrieval_metrics import (
+    recall_sum,
+    require_finite,
+    retrieval_metrics,
+    summarise,
+    t2v_ranks,
+    v2t_ranks,
+)
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "msrvtt_1kA_similarity.npy"
 NAIVE_V2T = {"set": naive.v2t_ranks_set, "best": naive.v2t_ranks_best}

@@ -6,8 +6,15 @@ import pytest
 from numpy.typing import NDArray
 
 from svb.errors import InputError
-from svb.retrieve.measure import normalise as module
-from svb.retrieve.measure.hub_normalisation import METHODS, Embeddings, dual_softmax, normalise, qb_norm, query_bank
+from svb.retrieve.measure import hub_normalisation as module
+from svb.retrieve.measure.hub_normalisation import (
+    METHODS,
+    Embeddings,
+    dual_softmax,
+    normalised_scores,
+    qb_norm,
+    query_bank,
+)
 from svb.train.retrieval_metrics import t2v_ranks, v2t_ranks
 
 
@@ -53,12 +60,12 @@ def test_v2t_is_t2v_with_the_sides_exchanged(monkeypatch: pytest.MonkeyPatch, bl
     split, bank = make_embeddings(14, 9, 0), make_embeddings(20, 11, 1)
     exchanged = [Embeddings(each.videos, each.video_ids, each.captions, each.caption_ids) for each in (split, bank)]
     for method in METHODS:
-        t2v, v2t = normalise(method, split, bank, 20.0)
-        other_t2v, other_v2t = normalise(method, exchanged[0], exchanged[1], 20.0)
+        t2v, v2t = normalised_scores(method, split, bank, 20.0)
+        other_t2v, other_v2t = normalised_scores(method, exchanged[0], exchanged[1], 20.0)
         np.testing.assert_allclose(t2v, other_v2t.T, atol=1e-6)
         np.testing.assert_allclose(v2t, other_t2v.T, atol=1e-6)
     similarity = split.captions @ split.videos.T
-    t2v, v2t = normalise("qb-norm", split, bank, 20.0)
+    t2v, v2t = normalised_scores("qb-norm", split, bank, 20.0)
     expected = naive.qb_norm(similarity.tolist(), (bank.captions @ split.videos.T).tolist(), 20.0)
     np.testing.assert_allclose(np.exp(t2v), expected, rtol=1e-4)
     expected = naive.qb_norm(similarity.T.tolist(), (bank.videos @ split.captions.T).tolist(), 20.0)
@@ -113,7 +120,9 @@ def test_no_order_changes_a_score() -> None:
     moved_bank = Embeddings(bank.captions[::-1], bank.caption_ids, bank.videos[::-1], bank.video_ids)
     for method in METHODS:
         for scores, moved_scores in zip(
-            normalise(method, split, bank, 20.0), normalise(method, moved, moved_bank, 20.0), strict=True
+            normalised_scores(method, split, bank, 20.0),
+            normalised_scores(method, moved, moved_bank, 20.0),
+            strict=True,
         ):
             np.testing.assert_allclose(moved_scores, scores[np.ix_(captions, videos)], rtol=1e-4, atol=1e-6)
 
@@ -122,7 +131,7 @@ def test_no_order_changes_a_score() -> None:
 def test_a_collapsed_model_still_scores_chance(method: str) -> None:
     one = np.array([0.6, 0.8], np.float32)
     split = Embeddings(np.tile(one, (40, 1)), [""] * 40, np.tile(one, (20, 1)), [""] * 20)
-    t2v, v2t = normalise(method, split, split, 100.0)
+    t2v, v2t = normalised_scores(method, split, split, 100.0)
     owners = np.arange(40) % 20
     assert (t2v_ranks(t2v, owners) == 10.5).all()
     assert (v2t_ranks(v2t, owners) == 10.5).all()
@@ -140,8 +149,8 @@ def test_a_bank_that_is_no_number_is_refused_naming_it() -> None:
     split, bank = make_embeddings(14, 9, 0), make_embeddings(20, 11, 1, name="train")
     bank.videos[4] = np.nan
     with pytest.raises(InputError, match=r"similarity of video 'train-v4' and caption 'clip-c0' is nan"):
-        normalise("qb-norm", split, bank, 20.0)
+        normalised_scores("qb-norm", split, bank, 20.0)
     bank = make_embeddings(20, 11, 1, name="train")
     bank.captions[6] = np.nan
     with pytest.raises(InputError, match=r"video 'clip-v0' and caption 'train-c6' is nan"):
-        normalise("qb-norm", split, bank, 20.0)
+        normalised_scores("qb-norm", split, bank, 20.0)

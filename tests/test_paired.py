@@ -162,7 +162,7 @@ def test_sets_that_cannot_be_paired_are_refused(num_a: int, num_b: int) -> None:
 def test_other_queries_are_refused() -> None:
     random = np.random.default_rng(0)
     a, b = (random_ranks(make_queries(counts), random) for counts in ([2] * 5, [2] * 6))
-    with pytest.raises(MismatchError, match=r"has 10 captions, .* 12: first more is '10' of 'clip0005'"):
+    with pytest.raises(MismatchError, match=r"has 10 captions, .* 12: the first extra one is '10' of 'clip0005'"):
         paired_differences([a], [b])
 
 

@@ -154,7 +154,7 @@ def test_killed_after_every_single_save(
     assert ("best", 1, None) in killed
     for epoch, within in ((0, " and 1 of 3 steps"), (1, ""), (1, " and 2 of 3 steps")):
         assert f"resuming {out} after epoch {epoch} of 2{within}" in messages
-    assert messages[-1] == f"nothing to do: {out} has had its 2 epochs"
+    assert messages[-1] == f"nothing to do: {out} is already trained for 2 epochs"
     assert contents(out) == contents(whole_runs(kind))
 
 
@@ -201,15 +201,13 @@ def test_a_line_of_metrics_cut_short_is_written_again(
 
 def arguments_of(config: TrainConfig) -> list[str]:
     """Return the command line's options of a config, where it differs from the default."""
-    given, default = dataclasses.asdict(config), dataclasses.asdict(TrainConfig())
-    options = []
-    for name, value in given.items():
-        if value != default[name]:
-            option = name.replace("_", "-")
-            options += (
-                [f"--{'' if value else 'no-'}{option}"] if isinstance(value, bool) else [f"--{option}", value]
-            )
-    return list(map(str, options))
+    options: list[str] = []
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), field.name.replace("_", "-")
+        if value != field.default:
+            is_switch = isinstance(value, bool)
+            options += [f"--{'' if value else 'no-'}{name}"] if is_switch else [f"--{name}", str(value)]
+    return options
 
 
 def interrupt_in(monkeypatch: pytest.MonkeyPatch, step: int, *numbers: int) -> None:
@@ -267,31 +265,24 @@ def test_an_interrupt_in_the_last_step_comes_too_late(
     assert contents(train(*task, tmp_path / "run", TINY)) == contents(whole_run)
 
 
-def test_an_interrupt_while_it_evaluates_is_not_lost(
-    task: Task, whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("moment", ["evaluation", "second interrupt"])
+def test_other_interrupts_are_not_lost(
+    task: Task, whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    real = loop.split_metrics
+    real, last = loop.split_metrics, tmp_path / "run" / "last"
 
     def interrupting(*arguments: Any) -> dict[str, float]:
         os.kill(os.getpid(), signal.SIGINT)
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "split_metrics", interrupting)
+        if moment == "evaluation":
+            patch.setattr(loop, "split_metrics", interrupting)
+        else:  # which stops at once
+            interrupt_in(patch, 5, signal.SIGINT, signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             train(*task, tmp_path / "run", TINY)
-    assert place(tmp_path / "run" / "last") == (1, 1)
-    assert contents(train(*task, tmp_path / "run", TINY)) == contents(whole_run)
-
-
-def test_a_second_interrupt_stops_at_once(
-    task: Task, whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        interrupt_in(patch, 5, signal.SIGINT, signal.SIGTERM)
-        with pytest.raises(KeyboardInterrupt):
-            train(*task, tmp_path / "run", TINY)
-    assert not (tmp_path / "run" / "last").exists()
+    assert place(last) == (1, 1) if moment == "evaluation" else not last.exists()
     assert contents(train(*task, tmp_path / "run", TINY)) == contents(whole_run)
 
 
@@ -325,7 +316,7 @@ def test_a_checkpoint_truncated_at_every_kilobyte(task: Task, whole_run: Path, o
         path.write_bytes(data[:size])
         said, resuming = messages_at_start(task, own_run)
         assert str(own_run / "last") in said and "restore" in said
-        assert said.endswith(f"; going on from the one before it, {own_run / 'previous'}")
+        assert said.endswith(f"; continuing from the checkpoint before it, {own_run / 'previous'}")
         assert resuming == f"resuming {own_run} after epoch 1 of 2 and 1 of 3 steps"
     train(*task, own_run, TINY)
     assert contents(own_run) == contents(whole_run)
@@ -337,7 +328,7 @@ def test_a_checkpoint_that_lacks_a_file_or_all(task: Task, whole_run: Path, own_
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     messages = heard()
     train(*task, own_run, TINY)
-    assert f"going on from the one before it, {own_run / 'previous'}" in messages[0]
+    assert f"continuing from the checkpoint before it, {own_run / 'previous'}" in messages[0]
     assert contents(own_run) == contents(whole_run)
 
 
@@ -392,7 +383,7 @@ def test_a_damaged_best_checkpoint_is_said_and_replaced(task: Task, own_run: Pat
     messages = heard()
     train(*task, own_run, TINY)
     assert len(messages) == 2 and str(path) in messages[1]
-    assert messages[1].endswith("; the best of the evaluations from here on will take its place")
+    assert messages[1].endswith("; the best evaluation from here on will replace it")
     assert load_checkpoint(own_run / "best").epoch == 2
     damage(own_run / "best", "model.safetensors")
     with pytest.raises(StoreError, match=r"/best/model\.safetensors is not what was written"):

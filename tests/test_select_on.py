@@ -47,14 +47,7 @@ def lines(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_unforced_nothing_is_seen_of_test(task: Task, tmp_path: Path) -> None:
-    run = train(*task, tmp_path / "run", CONFIG)
-    assert read_run(run)["config"]["select_on"] == "val"
-    assert {*read_run(run)["data"]} == {"train", "val"} and read_run(run)["data"]["val"]["videos"] == 6
-    assert not [name for line in lines(run) for name in line if name.startswith("test")]
-
-
-def test_what_test_holds_changes_nothing_unforced(task: Task, tmp_path: Path) -> None:
+def test_unforced_nothing_of_test_is_seen_or_stamped(task: Task, run_svb: RunSvb, tmp_path: Path) -> None:
     held = read_caption_features(task[1])
     is_test = np.array(held.table.splits) == "test"
     features = np.where(is_test[:, None], -held.features, held.features)
@@ -63,6 +56,13 @@ def test_what_test_holds_changes_nothing_unforced(task: Task, tmp_path: Path) ->
     runs = [train(task[0], captions, tmp_path / name, CONFIG) for captions, name in ((task[1], "a"), (other, "b"))]
     for file in ("best/model.safetensors", "metrics.jsonl"):
         assert (runs[0] / file).read_bytes() == (runs[1] / file).read_bytes()
+    run, description = runs[0], read_run(runs[0])
+    assert description["config"]["select_on"] == "val" and {*description["data"]} == {"train", "val"}
+    assert description["data"]["val"]["videos"] == 6
+    assert not [name for line in lines(run) for name in line if name.startswith("test")]
+    assert STAMP not in run_svb("info", run).stdout + run_svb("evaluate", run).stdout
+    measured = json.loads(run_svb("evaluate", run, "--split", "test", "--json").stdout)
+    assert (measured["selected_on"], measured["selected_on_split"]) == ("val", False)
 
 
 def test_forced_it_is_chosen_by_test(forced: Path) -> None:
@@ -89,7 +89,7 @@ def test_every_output_is_stamped(forced: Path, run_svb: RunSvb, tmp_path: Path) 
             held = json.loads(run_svb(*given, "--json").stdout)
             assert STAMP in shown and held["selected_on"] == "test"
             on_split = is_flattered and split == "test"
-            assert held["selected_on_split"] == on_split == ("was chosen on this split" in shown)
+            assert held["selected_on_split"] == on_split == ("this split chose the checkpoint" in shown)
             with np.load(tmp_path / "ranks.npz") as ranks:
                 assert ranks["selected_on"] == "test"
 
@@ -106,17 +106,10 @@ def test_the_command_stamps_and_resumes(task: Task, run_svb: RunSvb, tmp_path: P
     assert refused.exit_code == 1 and "select_on: stored 'test', wanted 'val'" in refused.stderr
 
 
-def test_unforced_runs_and_stores_have_no_stamp(task: Task, run_svb: RunSvb, tmp_path: Path) -> None:
-    run = train(*task, tmp_path / "run", CONFIG)
-    assert STAMP not in run_svb("info", run).stdout
-    ran = run_svb("evaluate", run, "--split", "test", "--json")
-    held = json.loads(ran.stdout)
-    assert (held["selected_on"], held["selected_on_split"]) == ("val", False)
-    assert STAMP not in run_svb("evaluate", run).stdout
-
-
 def test_without_a_test_split(tmp_path: Path) -> None:
     task = synthetic.make_task(tmp_path)
-    with pytest.raises(InputError, match=r"no video of a test split .* --select-on test; .* leave the option out"):
+    with pytest.raises(
+        InputError, match=r"no video of a test split .* --select-on test needs .* leave the option out"
+    ):
         train(*task, tmp_path / "run", replace(CONFIG, select_on="test"))
     assert not (tmp_path / "run").exists()

@@ -51,7 +51,9 @@ def test_cross_gives_its_own_video_nothing_and_no_gradient(owners: list[int]) ->
 
 def test_cross_without_another_video_is_an_error_and_no_row_of_nan() -> None:
     captions, videos, own = make_embeddings([0, 0, 0])
-    with pytest.raises(InputError, match=r"caption 0 of the batch has no video to be rebuilt from: every video"):
+    with pytest.raises(
+        InputError, match=r"caption 0 of the batch has no video from which to rebuild it: every video"
+    ):
         support_weights(captions, videos, own, variant="cross", temperature=0.1)
 
 

@@ -331,24 +331,12 @@ class TestTraining:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         monkeypatch.chdir(folder.parent)
-        run = tmp_path / "run"
-        call = (
-            "train",
-            *task,
-            "-o",
-            run,
-            *self.SMALL,
-            "--epochs",
-            6,
-            "--rebuild",
-            "tokens",
-            "--decoder",
-            f"t5:{folder.name}",
-        )
+        run, tokens = tmp_path / "run", ("--rebuild", "tokens", "--caption-decoder", f"t5:{folder.name}")
+        call = ("train", *task, "-o", run, *self.SMALL, "--epochs", 6, *tokens)
         ran = run_svb(*call)
         assert (ran.exit_code, ran.stdout) == (0, f"{run}\n"), ran.stderr
         described = read_run(run)
-        assert described["config"]["decoder"] == f"t5:{folder}"  # so that it can be resumed from anywhere
+        assert described["config"]["caption_decoder"] == f"t5:{folder}"  # so that it can be resumed from anywhere
         assert described["decoder_weights_hash"] == T5Decoder(str(folder), 32).weights_hash
         losses = [json.loads(line)["cross_captioning"] for line in (run / "metrics.jsonl").read_text().splitlines()]
         assert len(losses) == 6 and losses[-1] < 0.8 * losses[0]
@@ -364,7 +352,12 @@ class TestTraining:
         self, task: tuple[Path, Path], tied: Path, tmp_path: Path
     ) -> None:
         config = TrainConfig(
-            embedding_size=32, batch_size=16, epochs=3, evaluate_every=3, rebuild="tokens", decoder=f"t5:{tied}"
+            embedding_size=32,
+            batch_size=16,
+            epochs=3,
+            evaluate_every=3,
+            rebuild="tokens",
+            caption_decoder=f"t5:{tied}",
         )
         whole, cut = train(*task, tmp_path / "whole", config), tmp_path / "cut"
 
@@ -377,7 +370,9 @@ class TestTraining:
         assert (cut / "last/model.safetensors").read_bytes() == (whole / "last/model.safetensors").read_bytes()
 
     def test_another_t5_is_refused(self, task: tuple[Path, Path], damaged: Path, tmp_path: Path) -> None:
-        config = TrainConfig(embedding_size=32, batch_size=16, epochs=1, rebuild="tokens", decoder=f"t5:{damaged}")
+        config = TrainConfig(
+            embedding_size=32, batch_size=16, epochs=1, rebuild="tokens", caption_decoder=f"t5:{damaged}"
+        )
         train(*task, tmp_path / "run", config)
         network = T5ForConditionalGeneration.from_pretrained(damaged)
         with torch.no_grad():
@@ -387,12 +382,17 @@ class TestTraining:
             train(*task, tmp_path / "run", config)
 
     def test_options_that_mean_nothing(self, task: tuple[Path, Path], tmp_path: Path, run_svb: RunSvb) -> None:
-        ran = run_svb("train", *task, "-o", tmp_path / "run", "--decoder", "gru")
-        assert ran.exit_code == 2 and "decoder is 'gru' - expected transformer, t5:MODEL or t5:FOLDER" in ran.stderr
-        with pytest.raises(UsageError, match=r"decoder is t5:x, which rebuilds tokens, and rebuild embedding"):
-            TrainConfig(decoder="t5:x", rebuild="embedding")
+        ran = run_svb("train", *task, "-o", tmp_path / "run", "--caption-decoder", "gru")
+        assert (
+            ran.exit_code == 2
+            and "caption_decoder is 'gru' - expected transformer, t5:MODEL or t5:FOLDER" in ran.stderr
+        )
+        with pytest.raises(
+            UsageError, match=r"caption_decoder is t5:x, which rebuilds tokens, but rebuild is embedding"
+        ):
+            TrainConfig(caption_decoder="t5:x", rebuild="embedding")
         with pytest.raises(InputError, match=r"holds no config\.json"):
-            train(*task, tmp_path / "run", TrainConfig(rebuild="tokens", decoder=f"t5:{tmp_path}"))
+            train(*task, tmp_path / "run", TrainConfig(rebuild="tokens", caption_decoder=f"t5:{tmp_path}"))
         assert not (tmp_path / "run").exists()
 
 
@@ -404,7 +404,7 @@ class TestErrors:
             ModelUnavailableError, match=r"is no folder, .*\(t5:PATH\), or choose --text-encoder off"
         ):
             load_text_encoder(f"t5:{name}", CPU)
-        with pytest.raises(ModelUnavailableError, match="or choose --decoder transformer"):
+        with pytest.raises(ModelUnavailableError, match="or choose --caption-decoder transformer"):
             T5Decoder(name, 4)
 
     def test_the_command_says_it_in_one_line(
@@ -430,7 +430,8 @@ class TestErrors:
         monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fail)
         monkeypatch.setitem(sys.modules, "google.protobuf", None)
         with pytest.raises(
-            ModelUnavailableError, match=r"google.protobuf is not installed - pip install '\.\[t5\]' in svb's folder"
+            ModelUnavailableError,
+            match=r"google.protobuf is not installed - pip install '\.\[t5\]' in svb's folder",
         ):
             load_text_encoder(f"t5:{tied}", CPU)
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from runs import SMALL, Task, contents, lines, small
 
 from svb.cli import cli
 from svb.data.caption_features import read_caption_features
+from svb.data.description import publish_description
 from svb.data.feature_store import FeatureStore
 from svb.data.publish import lock_folder
 from svb.errors import InputError, MismatchError, StoreError, UsageError
@@ -104,26 +106,27 @@ def test_another_config_is_refused_naming_the_fields(task: Task, whole_run: Path
     assert contents(whole_run) == before
 
 
-def test_other_data_is_refused(task: Task, whole_run: Path, tmp_path: Path) -> None:
+def test_other_data_is_refused_and_moved_data_is_not(task: Task, whole_run: Path, tmp_path: Path) -> None:
     store, _ = synthetic.make_task(tmp_path, num_train=60, num_val=10)
     with pytest.raises(MismatchError, match=r"data\.val\.videos: stored 20, wanted 10"):
         train(store, task[1], whole_run, SMALL)
-
-
-def test_a_run_whose_inputs_were_moved_is_taken_up(task: Task, whole_run: Path, tmp_path: Path) -> None:
-    store, captions = tmp_path / "moved", tmp_path / "moved.h5"
-    shutil.copytree(task[0], store)
-    shutil.copy(task[1], captions)
-    messages = heard()
-    train(store, captions, whole_run, SMALL)
-    assert messages[-1].startswith("nothing to do")
-
-
-def test_a_finished_run_has_nothing_to_do(task: Task, whole_run: Path) -> None:
+    moved, captions = shutil.copytree(task[0], tmp_path / "moved"), shutil.copy(task[1], tmp_path / "moved.h5")
     before, messages = contents(whole_run), heard()
-    assert train(*task, whole_run, SMALL) == whole_run
-    assert messages == [f"nothing to do: {whole_run} has had its 6 epochs"]
+    assert train(moved, captions, whole_run, SMALL) == whole_run
+    assert messages == [f"nothing to do: {whole_run} is already trained for 6 epochs"]
     assert contents(whole_run) == before
+
+
+def test_a_run_of_an_older_svb_is_taken_up(task: Task, whole_run: Path, tmp_path: Path) -> None:
+    """Its option `caption_decoder` was called `decoder`."""
+    run = Path(shutil.copytree(whole_run, tmp_path / "run"))
+    held = read_run(run)
+    held["config"]["decoder"] = held["config"].pop("caption_decoder")
+    del held["format_version"]
+    publish_description(run / "config.json", held)
+    messages = heard()
+    train(*task, run, SMALL)
+    assert messages == [f"nothing to do: {run} is already trained for 6 epochs"]
 
 
 def test_what_has_no_counterpart_is_said_and_left_out(task: Task, tmp_path: Path) -> None:
@@ -161,7 +164,7 @@ def test_val_is_carved_from_whole_videos_whatever_the_seed(tmp_path: Path) -> No
     def carve() -> dict[str, set[str]]:
         messages = heard()
         positions = positions_of_splits(table, val_fraction=0.25)
-        assert messages == ["the captions have no val split: put 10 of 40 training videos aside as val"]
+        assert messages == ["the captions have no val split: holding out 10 of 40 training videos as val"]
         assert sorted(positions["train"] + positions["val"]) == list(range(80))
         return {split: {table.table.video_ids[p] for p in where} for split, where in positions.items()}
 
@@ -184,17 +187,14 @@ def test_without_val_the_last_epoch_is_the_best(tmp_path: Path) -> None:
     assert read_run(run)["data"]["val"] is None
 
 
-def test_one_video_is_too_few(tmp_path: Path) -> None:
-    task = synthetic.make_task(tmp_path, num_train=1, num_val=3)
+def test_too_little_in_common_is_an_error(task: Task, tmp_path: Path) -> None:
+    one = synthetic.make_task(tmp_path, num_train=1, num_val=3)
     with pytest.raises(InputError, match="1 training videos have both features and captions - expected at least 2"):
-        train(*task, tmp_path / "run", SMALL)
-    assert not (tmp_path / "run").exists()
-
-
-def test_nothing_in_common_is_an_error(task: Task, tmp_path: Path) -> None:
-    store = synthetic.make_store(tmp_path / "features", {f"other{v}": np.ones((2, 24)) for v in range(3)})
+        train(*one, tmp_path / "run", SMALL)
+    store = synthetic.make_store(tmp_path / "other", {f"other{v}": np.ones((2, 24)) for v in range(3)})
     with pytest.raises(InputError, match="must be those of the store, such as 'other0'"):
         train(store, task[1], tmp_path / "run", SMALL)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_batch_larger_than_the_data_takes_all_of_it(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_a_batch_larger_than_the_data_takes_all_of_it(tmp_path: Path) -> None:
     messages = heard()
     run = train(*task, tmp_path / "run", small(batch_size=1000, epochs=1))
     assert lines(run)[0]["epoch"] == 1
-    assert messages == ["a batch of 1000 is more than there are: every one holds all 3 captions"]
+    assert messages == ["the batch size 1000 exceeds the data: every batch holds all 3 captions"]
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -216,10 +216,8 @@ def test_batches_that_hold_one_video_alone_cost_nothing(
     options = {"variant": variant, "rebuild": rebuild, "loss": loss, "intra_modal_weight": 0.5}
     config = small(caption_sampling="all", batch_size=2, min_word_count=1, epochs=8, dropout=0.0, **options)
     run = train(*task, tmp_path / "run", config)
-    for line in lines(run):
-        assert all(math.isfinite(value) for value in line.values()), line
-    weights = load_checkpoint(run / "last").model.values()
-    assert all(tensor.isfinite().all() for tensor in weights)
+    assert all(math.isfinite(value) for line in lines(run) for value in line.values())
+    assert all(tensor.isfinite().all() for tensor in load_checkpoint(run / "last").model.values())
     # A batch of one video has no negative; where all batches of an epoch are such, the epoch costs nothing.
     costs = [line["contrastive"] for line in lines(run)]
     assert costs.count(0.0) >= 1 and max(costs) > 0
@@ -237,47 +235,48 @@ def test_captions_without_a_word_of_the_vocabulary_train(tmp_path: Path) -> None
     assert json.loads((run / "vocabulary.json").read_text())["words"] == ["a", "dog"]
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_a_loss_of_nan_is_an_error_that_keeps_the_state_before(
-    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str
+def with_nan(loss: torch.Tensor, positive: torch.Tensor) -> torch.Tensor:
+    return loss * float("nan")
+
+
+def with_a_gradient_of_nan(loss: torch.Tensor, positive: torch.Tensor) -> torch.Tensor:
+    return loss + (positive - positive).abs().sqrt()
+
+
+@pytest.mark.parametrize(
+    ("loss", "call", "spoilt", "words", "saved"),
+    [  # two calls a step, four steps an epoch
+        *((loss, 19, with_nan, r"the loss is nan, .* lower --learning-rate", (2, 1)) for loss in LOSSES),
+        ("info_nce", 8, with_a_gradient_of_nan, "its gradient nan", (0, 3)),  # the last step of the first epoch
+    ],
+)
+def test_what_is_no_number_is_an_error_that_keeps_the_state_before(
+    task: Task,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    loss: str,
+    call: int,
+    spoilt: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    words: str,
+    saved: tuple[int, int],
 ) -> None:
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     real, calls = getattr(objective, loss), 0
 
-    def diverging(*arguments: Any) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        return real(*arguments) * (float("nan") if calls == 19 else 1.0)  # two a step, four steps an epoch
-
-    monkeypatch.setattr(objective, loss, diverging)
-    with pytest.raises(InputError, match=r"the loss is nan, .* lower --learning-rate"):
-        train(*task, tmp_path / "run", small(loss=loss))
-    last = load_checkpoint(tmp_path / "run" / "last")
-    assert (last.epoch, last.training["steps"]) == (2, 1)
-    assert all(tensor.isfinite().all() for tensor in last.model.values())
-    assert [line["epoch"] for line in lines(tmp_path / "run")] == [1, 2]
-
-
-def test_a_gradient_that_is_no_number_in_the_last_step_is_an_error(
-    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
-    real, calls = objective.info_nce, 0
-
     def diverging(positive: torch.Tensor, *arguments: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        loss = real(positive, *arguments)
-        if calls == 8:  # 60 videos in batches of 15, two a step: the last step of the first epoch
-            loss = loss + (positive - positive).abs().sqrt()  # value 0, gradient NaN
-        return loss
+        cost: torch.Tensor = real(positive, *arguments)
+        return spoilt(cost, positive) if calls == call else cost
 
-    monkeypatch.setattr(objective, "info_nce", diverging)
-    with pytest.raises(InputError, match="its gradient nan"):
-        train(*task, tmp_path / "run", SMALL)
+    monkeypatch.setattr(objective, loss, diverging)
+    with pytest.raises(InputError, match=words):
+        train(*task, tmp_path / "run", small(loss=loss))
     last = load_checkpoint(tmp_path / "run" / "last")
-    assert (last.epoch, last.training["steps"]) == (0, 3)
+    assert (last.epoch, last.training["steps"]) == saved
     assert all(tensor.isfinite().all() for tensor in last.model.values())
+    if saved[0]:
+        assert [line["epoch"] for line in lines(tmp_path / "run")] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -297,56 +296,25 @@ def test_options_that_make_no_model_leave_no_run_behind(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"loss": "hinge"},
-        {"variant": "half"},
-        {"caption_sampling": "two"},
-        {"pooling": "max"},
-        {"negatives": "easy"},
-        {"rebuild": "images"},
-        {"support_values": "video"},
-        {"decoder": "lstm"},
-        {"decoder": "t5:"},
-        {"batch_size": 1},
-        {"epochs": 0},
-        {"evaluate_every": 0},
-        {"embedding_size": 0},
-        {"layers": -1},
-        {"convolution": 2},
-        {"convolution": -3},
-        {"max_frames": 0},
-        {"memory_bank": -1},
-        {"decoder_size": 0},
-        {"decoder_layers": 0},
-        {"min_word_count": 0},
-        {"captions_per_video": -1},
-        {"dropout": 1.0},
-        {"val_fraction": 1.5},
-        {"warmup": 1.0},
-        {"negatives_warmup": 1.0},
-        {"negatives_warmup": -0.1},
-        {"margin": -0.1},
-        {"margin": float("inf")},
-        {"intra_modal_weight": -1.0},
-        {"cross_captioning_weight": -1.0},
-        {"cross_captioning_weight": float("nan")},
-        {"decode_fraction": 0.0},
-        {"decode_fraction": 1.5},
-        {"decode_fraction": float("nan")},
-        {"learning_rate": 0.0},
-        {"learning_rate": float("nan")},
-        {"support_temperature": 0.0},
-        {"weight_decay": -1.0},
-        {"logit_scale": 1e30},
-        {"seed": -1},
-        {"seed": 2**70},
-    ],
-)
-def test_values_out_of_range_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match=rf"{next(iter(options))} is .* - expected"):
-        TrainConfig(**options)
+NAN, INF = float("nan"), float("inf")
+BAD_VALUES: dict[str, list[Any]] = {
+    **{name: ["other"] for name in ("loss", "variant", "caption_sampling", "pooling", "negatives", "rebuild")},
+    **{"support_values": ["video"], "select_on": ["train"], "caption_decoder": ["lstm", "t5:"]},
+    **{name: [0, -1] for name in ("epochs", "evaluate_every", "embedding_size", "max_frames", "decoder_size")},
+    **{"decoder_layers": [0], "min_word_count": [0], "batch_size": [0, 1], "convolution": [2, -3]},
+    **{"layers": [-1], "memory_bank": [-1], "captions_per_video": [-1], "seed": [-1, 2**70]},
+    **{"dropout": [1.0], "val_fraction": [1.5], "warmup": [1.0], "negatives_warmup": [1.0, -0.1]},
+    **{"margin": [-0.1, INF], "intra_modal_weight": [-1.0], "cross_captioning_weight": [-1.0, NAN]},
+    **{"decode_fraction": [0.0, 1.5, NAN], "learning_rate": [0.0, NAN], "support_temperature": [0.0]},
+    **{"weight_decay": [-1.0], "logit_scale": [0.0, 1e30]},
+}
+
+
+@pytest.mark.parametrize("name", BAD_VALUES)
+def test_values_out_of_range_are_refused(name: str) -> None:
+    for value in BAD_VALUES[name]:
+        with pytest.raises(UsageError, match=rf"{name} is .* - expected"):
+            TrainConfig(**{name: value})
 
 
 @pytest.mark.parametrize("given", [("--decode-fraction", "0"), ("--memory-bank", "-1"), ("--rebuild", "images")])
@@ -377,6 +345,12 @@ def test_a_run_trains_on_the_captions_that_were_drawn(tmp_path: Path) -> None:
     run = train(*task, tmp_path / "run", small(epochs=1, captions_per_video=1))
     assert read_run(run)["data"]["train"]["captions"] == 8
     assert read_run(run)["data"]["val"]["captions"] == 16
+
+
+def test_no_batch_has_a_single_caption() -> None:
+    for videos, batch_size in ((2, 2), (3, 2), (5, 2), (7, 3), (100, 128)):
+        batches = epoch_batches(np.arange(videos), caption_sampling="one", batch_size=batch_size, seed=0, epoch=0)
+        assert min(map(len, batches)) >= 2 and sorted(np.concatenate(batches)) == list(range(videos))
 
 
 @pytest.mark.parametrize("caption_sampling", CAPTION_SAMPLING)
@@ -440,7 +414,7 @@ OTHER_VALUE = {
     "warmup": 0.5,
     "negatives_warmup": 0.5,
     "decode_fraction": 0.5,
-    "decoder": "t5:somewhere",
+    "caption_decoder": "t5:somewhere",
 }
 
 
@@ -466,7 +440,7 @@ def test_every_option_has_help_and_changes_the_config(
     assert option in shown and help_text in shown
     value = other_value(field)
     given = [option, str(value)]
-    if field.name == "decoder":  # what it is for has to be asked for too
+    if field.name == "caption_decoder":  # what it is for has to be asked for too
         given += ["--rebuild", "tokens"]
     if isinstance(value, bool):
         given = [option if value else f"--no-{option[2:]}"]
@@ -474,7 +448,7 @@ def test_every_option_has_help_and_changes_the_config(
     monkeypatch.setattr(train_run, "train", lambda store, captions, out, config, **_: seen.append(config) or out)
     result = CliRunner().invoke(cli, ["train", "f", "c", "-o", str(tmp_path / "run"), *given])
     assert result.exit_code == 0, result.output
-    changed = {"rebuild": "tokens"} if field.name == "decoder" else {}
+    changed = {"rebuild": "tokens"} if field.name == "caption_decoder" else {}
     assert seen == [dataclasses.replace(TrainConfig(), **changed, **{field.name: value})]
     assert seen[0] != TrainConfig()
 
@@ -492,13 +466,6 @@ def test_the_command_says_what_it_chose_and_prints_the_run(
     assert "training runs/001 on features and captions.h5" in result.stderr
     assert "epoch   1  loss" in result.stderr and "t2v/R@1" in result.stderr
     assert CliRunner().invoke(cli, arguments).stdout == "runs/002\n"
-
-
-@pytest.mark.parametrize(("num_videos", "batch_size"), [(2, 2), (3, 2), (5, 2), (7, 3), (100, 128)])
-def test_no_batch_has_a_single_caption(num_videos: int, batch_size: int) -> None:
-    batches = epoch_batches(np.arange(num_videos), caption_sampling="one", batch_size=batch_size, seed=0, epoch=0)
-    assert min(map(len, batches)) >= 2
-    assert sorted(np.concatenate(batches)) == list(range(num_videos))
 
 
 def test_two_trainings_of_one_run_at_once_are_refused(task: Task, tmp_path: Path) -> None:

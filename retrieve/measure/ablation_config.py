@@ -17,7 +17,7 @@ from typing import Any
 
 from svb.config import default_path, fingerprint
 from svb.errors import InputError, UsageError
-from svb.train.config import TrainConfig
+from svb.train.config import TrainConfig, stored_options
 from svb.train.retrieval_metrics import V2T_CONVENTIONS
 
 if sys.version_info >= (3, 11):
@@ -211,7 +211,7 @@ def _cell(name: str, common: Mapping[str, Any], own: Mapping[str, Any]) -> Cell:
 def _options(written: Mapping[str, Any], place: str, more: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return the options of a cell, each in the type of its field."""
     options: dict[str, Any] = {}
-    for name, value in written.items():
+    for name, value in stored_options(written).items():
         _require_known(name, (*FIELDS, *INPUTS, *more), place)
         wanted = type(FIELDS[name]) if name in FIELDS else str
         _require_type(f"{place} {name}", value, wanted)
