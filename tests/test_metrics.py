@@ -33,20 +33,10 @@ def make_similarity(seed: int, *, levels: int | None = None) -> tuple[NDArray[np
 @pytest.mark.parametrize("seed", range(3))
 def test_ranks_are_those_of_sorting(seed: int, levels: int | None) -> None:
     similarity, caption_video = make_similarity(seed, levels=levels)
-    np.testing.assert_array_equal(
-        t2v_ranks(similarity, caption_video), naive.t2v_ranks(similarity.tolist(), caption_video.tolist())
-    )
-
-
-@pytest.mark.parametrize("convention", ["set", "best"])
-@pytest.mark.parametrize("levels", [None, 1, 2, 5])
-@pytest.mark.parametrize("seed", range(3))
-def test_both_v2t_conventions_are_their_formulas(seed: int, levels: int | None, convention: str) -> None:
-    similarity, caption_video = make_similarity(seed, levels=levels)
-    np.testing.assert_array_equal(
-        v2t_ranks(similarity, caption_video, convention),
-        NAIVE_V2T[convention](similarity.tolist(), caption_video.tolist()),
-    )
+    given = similarity.tolist(), caption_video.tolist()
+    np.testing.assert_array_equal(t2v_ranks(similarity, caption_video), naive.t2v_ranks(*given))
+    for convention, slow in NAIVE_V2T.items():
+        np.testing.assert_array_equal(v2t_ranks(similarity, caption_video, convention), slow(*given))
 
 
 def test_the_conventions_differ_where_a_video_has_several_captions() -> None:
@@ -135,20 +125,14 @@ def test_no_increasing_function_changes_a_number() -> None:
         assert retrieval_metrics(np.exp(3 * similarity) - 7, caption_video, convention) == plain
 
 
-def test_a_video_without_captions_is_refused_in_v2t() -> None:
+def test_what_cannot_be_ranked_is_refused() -> None:
+    for shape, captions in (((3, 2), 4), ((6,), 6), ((0, 3), 0)):
+        with pytest.raises(InputError, match=r"expected \(captions, videos\)"):
+            t2v_ranks(np.zeros(shape), np.zeros(captions, np.int64))
     similarity, caption_video = make_similarity(0)
     caption_video[caption_video == 4] = 5
     with pytest.raises(InputError, match="1 videos have no caption, first column 4"):
         v2t_ranks(similarity, caption_video)
-
-
-@pytest.mark.parametrize(("shape", "captions"), [((3, 2), 4), ((6,), 6), ((0, 3), 0)])
-def test_shapes_that_disagree_are_refused(shape: tuple[int, ...], captions: int) -> None:
-    with pytest.raises(InputError, match=r"expected \(captions, videos\)"):
-        t2v_ranks(np.zeros(shape), np.zeros(captions, np.int64))
-
-
-def test_an_unknown_convention_is_refused() -> None:
     with pytest.raises(InputError, match="'mean' - expected set or best"):
         v2t_ranks(np.eye(2), np.arange(2), "mean")
 
