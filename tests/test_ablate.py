@@ -181,7 +181,7 @@ class TestConfig:
             ("b", "y"),
         ]
         assert ablation.cells[0].config == TrainConfig(memory_bank=64, learn_logit_scale=False)
-        assert ablation.baseline.name == "variant=" + text.split('"')[1]
+        assert ablation.baseline.name == "plain" and ablation.checkpoint == "best"
 
     @pytest.mark.parametrize(
         ("text", "names"),
