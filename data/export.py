@@ -23,10 +23,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from svb.data.feature_store import FeatureStore, FrameFeatures
+from svb.data.feature_store import FeatureStore
 from svb.data.feature_store_writer import export_store
 from svb.data.publish import published_file, published_folder
-from svb.data.shard import VideoRows
+from svb.data.rows import FrameFeatures, VideoRows
 from svb.errors import InputError, UsageError
 
 logger = logging.getLogger(__name__)

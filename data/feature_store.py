@@ -5,34 +5,16 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from svb.data.description import read_description
 from svb.data.fusion import fuse, fused_settings, split_name
-from svb.data.shard import REMOVED, Shard, VideoRecord, VideoRows, hash_array
+from svb.data.rows import REMOVED, FrameFeatures, VideoRecord, VideoRows
+from svb.data.shard import Shard, hash_array
 from svb.errors import InputError, StoreError
-
-
-@dataclass(frozen=True)
-class FrameFeatures:
-    """Rows of many videos, one video after the other.
-
-    Attributes:
-        video_ids: V ids, the order of the rows.
-        features: `(N, F)` float16, finite.
-        times_seconds: `(N,)` float64.
-        offsets: `(V + 1,)` int64; video v owns rows `offsets[v]:offsets[v + 1]`, at least one.
-    """
-
-    video_ids: list[str]
-    features: NDArray[np.float16]
-    times_seconds: NDArray[np.float64]
-    offsets: NDArray[np.int64]
 
 
 class FeatureStore:

@@ -15,7 +15,8 @@ from svb.config import fingerprint, require_same
 from svb.data.description import publish_description
 from svb.data.feature_store import FeatureStore, live_shards, read_store_description, shard_names
 from svb.data.publish import FolderLock, remove_leftovers
-from svb.data.shard import REMOVED, Shard, VideoRecord, VideoRows, write_shard
+from svb.data.rows import REMOVED, VideoRecord, VideoRows
+from svb.data.shard import Shard, write_shard
 from svb.errors import InputError, StoreError
 
 SHARD_VIDEOS = 256

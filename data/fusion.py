@@ -9,15 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from svb.data.rows import FrameFeatures
 from svb.errors import StoreError
-
-if TYPE_CHECKING:
-    from svb.data.feature_store import FrameFeatures
 
 ALIGNMENT = "nearest in time to the rows of the first, the earlier of two"
 

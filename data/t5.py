@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from svb.data.pretrained import hub
+from svb.data.weights import hub
 from svb.errors import InputError, ModelUnavailableError
 
 

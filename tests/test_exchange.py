@@ -30,7 +30,7 @@ from svb.data.feature_store import FeatureStore, verify_store
 from svb.data.importing import parquet as import_parquet
 from svb.data.importing.import_features import import_features
 from svb.data.importing.layouts import LAYOUTS as IMPORT_LAYOUTS
-from svb.data.shard import VideoRows
+from svb.data.rows import VideoRows
 from svb.errors import InputError, MismatchError, UsageError
 from svb.retrieve.answer import SearchRequest
 from svb.retrieve.index import index

@@ -16,7 +16,7 @@ import pytest
 from svb.data.feature_store import FeatureStore, read_store_description, verify_store
 from svb.data.feature_store_writer import FeatureStoreWriter, export_store
 from svb.data.publish import ASIDE_PREFIX, published_file, published_folder, recover_folder
-from svb.data.shard import VideoRecord, VideoRows
+from svb.data.rows import VideoRecord, VideoRows
 from svb.errors import InputError, MismatchError, StoreError
 
 BACKBONE = "toy:frames/some/weights.pth"

@@ -17,9 +17,9 @@ from conftest import RunSvb
 from numpy.typing import NDArray
 
 from svb.data.description import publish_description
-from svb.data.feature_store import FeatureStore, FrameFeatures
+from svb.data.feature_store import FeatureStore
 from svb.data.fusion import fuse, nearest_rows, parts_of, shared_part, split_name
-from svb.data.shard import VideoRows
+from svb.data.rows import FrameFeatures, VideoRows
 from svb.errors import InputError, MismatchError, StoreError
 from svb.extract.pool.decode_pool import DecodePool, WorkSource
 from svb.extract.pool.worker import Message, Started

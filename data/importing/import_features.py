@@ -25,7 +25,8 @@ from svb.data.feature_store_writer import FeatureStoreWriter
 from svb.data.importing.layouts import LAYOUTS, find_videos
 from svb.data.importing.source import FoundRows, FoundVideo
 from svb.data.publish import hash_file
-from svb.data.shard import VideoRecord, VideoRows, group_name
+from svb.data.rows import VideoRecord, VideoRows
+from svb.data.shard import group_name
 from svb.data.text import storable_text
 from svb.errors import InputError, UsageError
 
