@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svb.data.tables import TABLE_SUFFIXES, TableKind, is_storable, read_table, text_of
+from svb.data.tables import TABLE_SUFFIXES, TableKind, read_table, text_of
+from svb.data.text import is_storable
 from svb.errors import InputError
 
 SPLITS = ("train", "val", "test")

@@ -382,7 +382,7 @@ class TestCaptionTables:
         refuse('{"video_id": "a", "caption": "\\ud83d"}', "half a character", name="table.jsonl")
 
     def test_kind_of_file(self, refuse: Callable[..., None], run_svb: RunSvb, tmp_path: Path) -> None:
-        refuse("text", "cannot tell the format from '.xlsx'", "expected .csv, .jsonl", name="table.xlsx")
+        refuse("text", "cannot tell the format from '.xlsx'", "expected .csv, .tsv, .jsonl", name="table.xlsx")
         refuse("text", "not readable as Parquet", name="table.parquet")
         ran = run_svb("captions", tmp_path / "nowhere.csv", "-o", tmp_path / "out.h5", *MINILM)
         assert_refused(ran, f"no caption table at {tmp_path}/nowhere.csv", "expected a .csv")

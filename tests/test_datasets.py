@@ -23,13 +23,13 @@ from svb.data.caption_table import CaptionTable, hash_lines, split_contents
 from svb.data.datasets import (
     DATASETS,
     activitynet,
+    match_names,
     msrvtt,
     msvd,
     read_dataset,
     vatex,
     with_names_of,
 )
-from svb.data.datasets.naming import match_names
 from svb.data.datasets.official import KnownSplit, OfficialFile
 from svb.errors import InputError, UsageError
 from svb.extract import captions as stage

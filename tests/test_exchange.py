@@ -27,7 +27,7 @@ from svb.data import export as export_module
 from svb.data.caption_features import read_caption_features
 from svb.data.export import LAYOUTS, dataset_names, export, file_names
 from svb.data.feature_store import FeatureStore, verify_store
-from svb.data.importing import parquet as import_parquet
+from svb.data.importing import files as import_files
 from svb.data.importing.import_features import import_features
 from svb.data.importing.layouts import LAYOUTS as IMPORT_LAYOUTS
 from svb.data.rows import VideoRows
@@ -353,7 +353,7 @@ class TestLayouts:
     def test_parquet_a_row_a_feature_row(
         self, kind: pa.DataType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(import_parquet, "BATCH_ROWS", 2)
+        monkeypatch.setattr(import_files, "BATCH_ROWS", 2)
         rows = pa.array([[np.float16(x) for x in row] for row in numbers(6)], kind)
         table = pa.table({"video_id": pa.array([3, 3, 3, 1, 1, 2]), "clip": rows, "label": list("abcdef")})
         pq.write_table(table, tmp_path / "s.pq", row_group_size=4)

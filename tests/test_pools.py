@@ -102,7 +102,7 @@ class TestFilePools:
                 "video_id,text\nv,a\n",
                 "no column caption, only video_id, text - expected the header caption",
             ),
-            ("a.csv", "caption,caption\na,b\n", "column 'caption' stands twice"),
+            ("a.csv", "caption,caption\na,b\n", "column 'caption' appears twice"),
             ("a.csv", "caption,video_id\na dog, a cat,v\n", "line 2: 3 fields where the header has 2 - quote"),
             ("a.jsonl", '{"caption": "\\ud800"}', "line 1: the caption holds a NUL or half a character"),
             ("a.jsonl", "[" * 100_000, "line 1: not JSON"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 
 from svb.data.caption_table import SPLITS, CaptionTable, make_caption_table, split_contents
 from svb.data.datasets import activitynet, msrvtt, msvd, vatex
-from svb.data.datasets.naming import match_names
 from svb.data.datasets.official import Annotations, KnownSplit
 from svb.errors import InputError, UsageError
 
@@ -171,3 +171,33 @@ def with_names_of(official: OfficialCaptions, stored: Collection[str]) -> Offici
         )
     renamed_ids = [name_of.get(video_id, video_id) for video_id in table.video_ids]
     return replace(official, table=replace(table, video_ids=renamed_ids))
+
+
+def match_names(
+    video_ids: Collection[str], other_names: Mapping[str, Sequence[str]], stored: Collection[str]
+) -> dict[str, str]:
+    """Return the stored name of every video that has exactly one, by the data set's video_id.
+
+    A stored name fits where it is the video_id, or its last part is (`TestVideo/video7010`); where none does,
+    where its last part is one of the video's other names. A name that fits two videos, and a video that two names
+    fit, are left alone: nothing tells which is meant.
+
+    Args:
+        video_ids: The data set's.
+        other_names: Other names of a video, by video_id.
+        stored: The store's video_ids.
+    """
+    names = set(stored)
+    by_last_part: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(names):
+        by_last_part[name.rsplit("/", 1)[-1]].append(name)
+    fitting: dict[str, list[str]] = {}
+    for video_id in video_ids:
+        if video_id in names:
+            fitting[video_id] = [video_id]
+        else:
+            # The first of its names that is stored at all decides.
+            candidates = [by_last_part.get(name, []) for name in (video_id, *other_names.get(video_id, ()))]
+            fitting[video_id] = next((found for found in candidates if found), [])
+    wanted = Counter(name for found in fitting.values() for name in found)
+    return {video_id: found[0] for video_id, found in fitting.items() if len(found) == 1 and wanted[found[0]] == 1}

@@ -6,23 +6,19 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import h5py
+
+from svb.data.importing.files import (
+    arrays_by_group,
+    find_h5_groups,
+    find_h5_per_video,
+    find_parquet,
+    find_torch,
+    has_group_a_video,
+)
 from svb.data.importing.folders import find_npy, find_npz, find_video_features, is_beside_features, visible_files
-from svb.data.importing.hdf5 import arrays_by_group, find_h5_groups, find_h5_per_video, has_group_a_video
 from svb.data.importing.source import Source, reading
 from svb.errors import InputError, UsageError
-
-
-def _find_parquet(path: Path, array: str | None) -> Source:
-    from svb.data.importing.parquet import find_parquet
-
-    return find_parquet(path, array)
-
-
-def _find_torch(path: Path, array: str | None) -> Source:
-    from svb.data.importing.torch_files import find_torch
-
-    return find_torch(path, array)
-
 
 Find = Callable[[Path, "str | None"], Source]
 # What lies in a folder, and what is one file; what a video is in each, for messages.
@@ -34,8 +30,8 @@ FOLDERS: dict[str, tuple[str, Find]] = {
 FILES: dict[str, tuple[str, Find]] = {
     "h5-per-video": ("an HDF5 dataset a video", find_h5_per_video),
     "h5-groups": ("an HDF5 group a video", find_h5_groups),
-    "parquet": ("a table with video_id and lists of numbers", _find_parquet),
-    "torch": ("a dict of video_id to tensor", _find_torch),
+    "parquet": ("a table with video_id and lists of numbers", find_parquet),
+    "torch": ("a dict of video_id to tensor", find_torch),
 }
 LAYOUTS = {**FOLDERS, **FILES}
 SUFFIXES = {".parquet": "parquet", ".pq": "parquet", ".pt": "torch", ".pth": "torch"}
@@ -70,12 +66,9 @@ def find_videos(source: Path, layout: str | None, array: str | None) -> tuple[st
 
 def _refuse_a_store(source: Path) -> None:
     is_store = (source / "store.json").is_file()
-    if not is_store and source.is_file():
-        import h5py
-
-        if h5py.is_hdf5(source):
-            with reading(str(source)), h5py.File(source, "r", locking=False) as file:
-                is_store = "videos" in file and "store" in file.attrs
+    if not is_store and source.is_file() and h5py.is_hdf5(source):
+        with reading(str(source)), h5py.File(source, "r", locking=False) as file:
+            is_store = "videos" in file and "store" in file.attrs
     if is_store:
         raise InputError(f"{source} is a feature store already - give it to `svb train` or any command as it is")
 
@@ -98,8 +91,6 @@ def _layout_of_folder(source: Path) -> str:
 
 
 def _layout_of_file(source: Path, array: str | None) -> str:
-    import h5py
-
     suffix = source.suffix.lower()
     if suffix in PICKLES:
         raise _pickle_error(source)

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svb.config import fingerprint
-from svb.data.tables import TableKind, is_storable, read_table, text_of
+from svb.data.tables import TableKind, read_table, text_of
+from svb.data.text import is_storable
 from svb.errors import InputError
 from svb.retrieve.indexing.sidecars import SUFFIXES, Cue, find_sidecars, read_sidecar
 from svb.retrieve.stored.columns import StringColumn
