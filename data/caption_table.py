@@ -1,4 +1,4 @@
-"""A caption table: CSV, JSON lines or Parquet with `video_id, caption` and optionally `caption_id, split`."""
+"""A caption table: `video_id, caption` and optionally `caption_id, split`, in any format of `svb.data.tables`."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class CaptionTable:
     """C captions as equally long lists.
 
     Attributes:
-        caption_ids: Unique; `<video_id>#<k>` for a video's k-th caption where the table names none.
+        caption_ids: Unique; `<video_id>#<k>` for a video's k-th caption if the table has none.
         video_ids: The video that each caption is about.
         captions: Sentences, none empty.
-        splits: `train`, `val` or `test`; all `train` where the table has no split.
+        splits: `train`, `val` or `test`; all `train` if the table has no split.
         has_split: Whether the table named splits itself.
     """
 
@@ -48,8 +48,8 @@ def read_caption_table(path: Path, *, drop_empty: bool = False) -> CaptionTable:
     """Read a caption table.
 
     Args:
-        path: The file; its suffix tells the format.
-        drop_empty: Leave out rows whose caption is empty rather than refuse the table.
+        path: A table of any format of `svb.data.tables`.
+        drop_empty: Leave out rows with an empty caption rather than refuse the table.
 
     Raises:
         InputError: The file is missing, not readable in its format or encoding, lacks a column, has no
@@ -96,11 +96,11 @@ def make_caption_table(rows: Sequence[tuple[str, str, str, str]], *, has_split: 
 
     Args:
         rows: At least one; no caption empty.
-        has_split: Whether the splits were named rather than taken for train.
-        source: What the rows were read from, for messages.
+        has_split: Whether the source named the splits.
+        source: Where the rows come from, for messages.
 
     Raises:
-        InputError: A caption_id stands twice, a video is in two splits, or a text cannot be stored.
+        InputError: A caption_id appears twice, a video is in two splits, or a text cannot be stored.
     """
     columns = [list(column) for column in zip(*rows, strict=True)]
     for caption_id, *texts in rows:
@@ -108,7 +108,7 @@ def make_caption_table(rows: Sequence[tuple[str, str, str, str]], *, has_split: 
             raise InputError(f"{source}: caption {caption_id!r} holds a NUL or half a character - remove it")
     repeated = [caption_id for caption_id, count in Counter(columns[0]).items() if count > 1]
     if repeated:
-        raise InputError(f"{source}: caption_id {repeated[0]!r} stands twice - make every caption_id unique")
+        raise InputError(f"{source}: caption_id {repeated[0]!r} appears twice - make every caption_id unique")
     _require_one_split_a_video(source, columns[1], columns[3])
     return CaptionTable(columns[0], columns[1], columns[2], columns[3], has_split)
 

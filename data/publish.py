@@ -19,7 +19,7 @@ from svb.errors import StoreError
 # What a killed process leaves behind begins with this; whoever holds the folder next removes it.
 ASIDE_PREFIX = ".aside-"
 
-# How long a writer that shares waits for one that has the folder alone for a moment.
+# How long a writer that shares waits for another that has the folder alone for a moment.
 SHARED_LOCK_SECONDS = 60.0
 
 
@@ -106,7 +106,7 @@ def lock_folder(folder: Path) -> int:
     """Make this process the folder's one writer until it closes the descriptor that is returned, or ends.
 
     Raises:
-        StoreError: Another process is, or the file system knows no locks.
+        StoreError: Another process is writing to it, or the file system has no locks.
     """
     lock = FolderLock(folder)
     lock.take()
@@ -114,10 +114,10 @@ def lock_folder(folder: Path) -> int:
 
 
 class FolderLock:
-    """The right to write to a folder, of one process alone or of several that agree to share; ends with them.
+    """The right to write to a folder: one process has it alone, or several share it; it ends with them.
 
     Attributes:
-        descriptor: Of the lock's open file; closing it gives the right back.
+        descriptor: The lock's open file; closing it gives the right back.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -128,11 +128,11 @@ class FolderLock:
         """Take the right to write; returns whether this process has it alone.
 
         Args:
-            shared_with_others: Have it alone only until `share`, or at once together with those who share. Waits
-                for one that has it alone for a moment: to create the folder's content, or to tidy it up.
+            shared_with_others: Have it alone only until `share`, or share it at once with others. Waits while
+                another process has it alone for a moment, to create the folder's content or to tidy it up.
 
         Raises:
-            StoreError: Another process has it, or the file system knows no locks.
+            StoreError: Another process has it, or the file system has no locks.
         """
         until = time.monotonic() + (SHARED_LOCK_SECONDS if shared_with_others else 0)
         while not self.take_alone():
@@ -148,15 +148,15 @@ class FolderLock:
         return True
 
     def take_alone(self) -> bool:
-        """Take the right to write alone, if nobody else has any; what is held already may be lost if not."""
+        """Take the right to write alone if nobody else holds any; a shared right may be lost if that fails."""
         return self._take(fcntl.LOCK_EX)
 
     def share(self) -> None:
-        """Let others in that share."""
+        """Let others share it from now on."""
         self._take(fcntl.LOCK_SH)
 
     def close(self) -> None:
-        """Give the right back; again is no harm."""
+        """Give the right back; a second call does nothing."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
         self.descriptor = -1

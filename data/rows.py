@@ -19,11 +19,11 @@ FAILURES = (
 
 @dataclass(frozen=True)
 class VideoRecord:
-    """What is known of one video; see the layout above. A failed video has empty or NaN properties.
+    """What is known of one video. A failed video has empty or NaN properties.
 
     `source_path` is where the file lay, `content_hash` the SHA-256 of its bytes, and `status` is `ok`,
     `partial` (decoded less than the container promises) or a failure code, explained in `error`. It was
-    decoded in `elapsed_seconds`, waiting left out, in the `tries`th try of the same file. `removed` says
+    decoded in `elapsed_seconds`, without waiting, in the `tries`th try of the same file. `removed` says
     that earlier records of this video no longer count.
     """
 

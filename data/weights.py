@@ -43,7 +43,7 @@ def hash_weights(module: nn.Module) -> str:
 def load_state(path: Path) -> dict[str, torch.Tensor]:
     """Read a state dict from a `.safetensors` or PyTorch file without running code from it.
 
-    A file that holds it under `state_dict` or `model`, as trainers write it, is taken too.
+    The state dict may be under `state_dict` or `model`, as trainers write it.
 
     Raises:
         InputError: The file is missing or holds no state dict.
@@ -80,9 +80,9 @@ def load_into(module: nn.Module, path: Path) -> None:
 
 @contextlib.contextmanager
 def hub() -> Iterator[None]:
-    """Load weights from a hub or its local cache within this block: quietly, and without waiting for nothing.
+    """Load weights from a hub or its local cache within this block, without log messages.
 
-    Where the hub's name cannot be resolved, only the cache is asked: the client would try for a minute.
+    If the hub's name cannot be resolved, only the cache is asked: the client would retry for a minute.
     """
     import huggingface_hub.constants as settings
 
@@ -91,7 +91,7 @@ def hub() -> Iterator[None]:
         socket.getaddrinfo(urlsplit(settings.ENDPOINT).hostname, 443)
     except OSError:
         settings.HF_HUB_OFFLINE = True
-    logging.disable(logging.CRITICAL)  # what goes wrong is in the exception
+    logging.disable(logging.CRITICAL)  # the exception says what went wrong
     try:
         yield
     finally:

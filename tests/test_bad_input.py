@@ -370,7 +370,7 @@ class TestCaptionTables:
         refuse("video_id,caption\na,a dog, running\n", "line 2: 3 fields where the header has 2", "quote captions")
         refuse("video_id,caption\na\n", "line 2: 1 fields where the header has 2")
         refuse("video_id,caption\n,a dog\n", "line 2: video_id is empty")
-        refuse("video_id,caption,caption_id\na,x,1\nb,y,1\n", "caption_id '1' stands twice", "make every")
+        refuse("video_id,caption,caption_id\na,x,1\nb,y,1\n", "caption_id '1' appears twice", "make every")
         refuse("video_id,caption\na,a\0dog\n", " NUL")  # Python 3.10 refuses it while reading the CSV
 
     def test_json(self, refuse: Callable[..., None]) -> None:

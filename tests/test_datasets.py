@@ -399,7 +399,7 @@ class TestBadFiles:
         (made / file).write_text("\n".join([*lines[:-1], "another"]))
         self.refused(name, made, file, "are not those of the official", "sorted ids' hash", "expected")
         (made / file).write_text("\n".join([*lines[:-1], lines[-2]]))
-        self.refused(name, made, file, f"video {lines[-2]!r} stands twice")
+        self.refused(name, made, file, f"video {lines[-2]!r} appears twice")
 
     @pytest.mark.parametrize("name", ["vatex", "activitynet"])
     def test_ids_of_the_annotations_themselves(self, folder: Folder, name: str) -> None:

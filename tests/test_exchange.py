@@ -272,7 +272,7 @@ class TestLayouts:
         ):
             imported(source, tmp_path / "out")
         text = said(source, tmp_path / "out", array="rgb", fps=3.0)
-        assert "holds times: they count, and not --fps" in text and "as video_features writes them" in text
+        assert "holds times: they are used instead of --fps" in text and "as video_features writes them" in text
         assert content(tmp_path / "out") == {"my_clip": (rgb.tolist(), [0.04, 1.0, 2.5])}
         assert FeatureStore(tmp_path / "out").records["my_clip"].frame_rate == 25.0
 
@@ -512,7 +512,7 @@ REFUSED = {
     "huge h5": (huge_h5, "{s}, dataset 'a' cannot be read ("),
     "twice": (
         repeated_h5,
-        "{s}, dataset 'b': video_id 'a' stands twice - make every video_id unique",
+        "{s}, dataset 'b': video_id 'a' appears twice - make every video_id unique",
     ),
     "cut parquet": (file("s.parquet", b"PAR1"), "{s} cannot be read ("),
     "no column": (parquet(id=["a"], features=[ROW]), "{s}: no column video_id, only id, features - add it"),
@@ -524,7 +524,7 @@ REFUSED = {
         parquet(video_id=["a", "b", "a"], features=[ROW] * 3),
         "row 3: the rows of video 'a' are not next to",
     ),
-    "row twice": (parquet(video_id=["a", "a"], features=[[ROW]] * 2), "video 'a': video_id 'a' stands twice"),
+    "row twice": (parquet(video_id=["a", "a"], features=[[ROW]] * 2), "video 'a': video_id 'a' appears twice"),
     "null id": (
         parquet(video_id=["a", None], features=[ROW] * 2),
         "row 2: video_id is missing - give every row the",
@@ -761,7 +761,7 @@ class TestInUse:
         held = json.loads(run_svb("info", path, "--json").stdout)
         assert held["backbones"][NAME]["imported"] is True and held["videos"] == {"ok": 18}
         assert held["decoder"]["name"] == "imported" and held["provenance"]["layout"] == "npz"
-        assert f"backbones.{NAME}.imported: True" in run_svb("info", path).stdout
+        assert f"backbones.{NAME}.imported: True" in run_svb("info", path, "--all").stdout
         assert run_svb("verify", path).stdout == f"{path}: a whole feature store\n"
         one = export(FeatureStore(path), path.parent / "one.h5")
         assert run_svb("verify", one).stdout == f"{one}: a whole feature store\n"

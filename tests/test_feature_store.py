@@ -313,7 +313,7 @@ class TestDamage:
         with pytest.raises(StoreError, match=rf"{shard.name} is not a whole shard .* run `svb extract` again"):
             FeatureStore(path)
 
-    def test_a_moved_shard_is_extracted_anew(self, tmp_path: Path) -> None:
+    def test_a_moved_shard_is_extracted_again(self, tmp_path: Path) -> None:
         path = write(tmp_path / "store", {"a": 1.0}, {"b": 2.0})
         shard_files(path)[1].unlink()
         assert values(path) == {"a": 1.0}
@@ -398,18 +398,18 @@ class TestVerify:
             (set_value(f"{GROUP}/features", (2, 1), np.nan), "video 'b' holds NaN or infinity"),
             (set_value(f"{GROUP}/features", (0, 0), np.inf), "video 'a' holds NaN or infinity"),
             (set_value(f"{OTHER}/times_seconds", 3, np.nan), "video 'b' holds NaN or infinity"),
-            (set_value(f"{GROUP}/offsets", 0, 1), "offsets (they do not lead 3 videos through 4 rows)"),
-            (set_value(f"{GROUP}/offsets", 1, 3), "offsets (they do not lead 3 videos through 4 rows)"),
-            (set_value(f"{GROUP}/offsets", 3, 9), "offsets (they do not lead 3 videos through 4 rows)"),
+            (set_value(f"{GROUP}/offsets", 0, 1), "offsets (they do not divide 4 rows among 3 videos)"),
+            (set_value(f"{GROUP}/offsets", 1, 3), "offsets (they do not divide 4 rows among 3 videos)"),
+            (set_value(f"{GROUP}/offsets", 3, 9), "offsets (they do not divide 4 rows among 3 videos)"),
             (set_value(f"{GROUP}/offsets", 2, 3), "'failed' is unreadable and has 1 rows"),
             (set_value("videos/status", 1, "ok"), "'failed' is ok and has 0 rows"),
             (set_value("videos/status", 2, "empty"), "'b' is empty and has 2 rows"),
-            (replaced(f"{GROUP}/offsets", np.array([0, 4])), "offsets (they do not lead 3 videos through 4 rows)"),
+            (replaced(f"{GROUP}/offsets", np.array([0, 4])), "offsets (they do not divide 4 rows among 3 videos)"),
             (
                 replaced(f"{GROUP}/features", np.zeros((4, 2), np.float16)),
                 "features of shape (4, 2), expected rows of 3",
             ),
-            (replaced(f"{GROUP}/features", np.zeros((3, 3), np.float16)), "do not lead 3 videos through 3 rows"),
+            (replaced(f"{GROUP}/features", np.zeros((3, 3), np.float16)), "do not divide 3 rows among 3 videos"),
             (replaced(f"{GROUP}/features", np.zeros(4, np.float16)), "features of shape (4,), expected rows of 3"),
             (replaced(f"{GROUP}/times_seconds", np.zeros(3)), "there are 3 for 4 rows"),
             (without(GROUP), "cannot give"),

@@ -40,7 +40,7 @@ COMMANDS = {
 
 
 class _AtFirstUse(MutableMapping[str, click.Command]):
-    """Commands by name, each imported when it is asked for: all of them take longer than a search by a server."""
+    """Commands by name, each imported when it is used: importing all takes longer than a search by a server."""
 
     def __init__(self, places: dict[str, str]) -> None:
         self._places = dict(places)

@@ -35,7 +35,7 @@ BATCH_ROWS, BATCH_VIDEOS = 4096, 16
 
 
 def find_h5_per_video(path: Path, array: str | None) -> Source:
-    """Find a dataset a video; its id is its whole name, groups and all, or its attribute `video_id`."""
+    """Find one dataset per video; its id is its whole name with its groups, or its attribute `video_id`."""
     if array is not None:
         raise UsageError("a dataset a video is one array each - leave out --array, or give --format h5-groups")
 
@@ -56,7 +56,7 @@ def find_h5_per_video(path: Path, array: str | None) -> Source:
 
 
 def find_h5_groups(path: Path, array: str | None) -> Source:
-    """Find a group a video, which holds its features and perhaps their times."""
+    """Find one group per video, which holds its features and perhaps their times."""
 
     def read(group: str, place: str) -> FoundRows:
         with reading(place), h5py.File(path, "r", locking=False) as file:
@@ -76,7 +76,7 @@ def find_h5_groups(path: Path, array: str | None) -> Source:
 
 
 def arrays_by_group(file: h5py.File) -> dict[str, list[str]]:
-    """Return the full names of all datasets by that of their group, `""` for the root; soft links are left out."""
+    """Return the full names of all datasets by their group, which is `""` for the root; soft links are left out."""
     groups: dict[str, list[str]] = {}
 
     def visit(name: str, item: h5py.Group | h5py.Dataset) -> None:
@@ -187,7 +187,7 @@ def _batches(path: Path, column: str, times_column: str | None, batch_size: int)
     import pyarrow.parquet as pq
 
     columns = ["video_id", column, *([times_column] if times_column else [])]
-    # Neither a whole row group is held, which may be the whole table, nor its pages.
+    # Neither a whole row group, which may be the whole table, nor its pages are kept in memory.
     with reading(str(path)):
         file = pq.ParquetFile(path, pre_buffer=False, buffer_size=2**20)
     with file:
@@ -245,7 +245,7 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def find_torch(path: Path, array: str | None) -> Source:
-    """Find the tensors of a dict by video_id; they stay in the file until they are read, where it can be mapped."""
+    """Find the tensors of a dict by video_id; they stay in the file until they are read if it can be mapped."""
     import torch
 
     if array is not None:
@@ -269,17 +269,17 @@ def _load_torch(path: Path) -> Any:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they ask for reports to PyTorch; what goes wrong is in the exception
+            warnings.simplefilter("ignore")  # the exception says what goes wrong
             try:
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except (RuntimeError, ValueError):  # a file of before PyTorch 1.6 cannot be mapped
+            except (RuntimeError, ValueError):  # a file older than PyTorch 1.6 cannot be mapped
                 return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{path} holds more than tensors, and loading that could run code that is hidden in it - load it where "
             "you trust it, and save a dict of video_id to tensor or a folder of .npy files"
         ) from error
-    except (*UNREADABLE, IndexError, AssertionError) as error:  # torch's unpickler trips over damage in many ways
+    except (*UNREADABLE, IndexError, AssertionError) as error:  # damage makes torch's unpickler raise many errors
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path} cannot be read as a PyTorch file ({reason}) - make it again") from error
 

@@ -1,4 +1,4 @@
-"""Which layout a source of features has, and who reads it."""
+"""Which layout a source of features has, and which function reads it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from svb.data.importing.source import Source, reading
 from svb.errors import InputError, UsageError
 
 Find = Callable[[Path, "str | None"], Source]
-# What lies in a folder, and what is one file; what a video is in each, for messages.
+# Layouts of folders and of single files: what a video is in each, for messages, and what reads them.
 FOLDERS: dict[str, tuple[str, Find]] = {
     "npy": ("a .npy file a video", find_npy),
     "video-features": ("<video_id>_<feature>.npy files as video_features writes them", find_video_features),
@@ -41,12 +41,12 @@ EXPECTED = "expected a folder of .npy or .npz files, or one HDF5, Parquet (.parq
 
 
 def find_videos(source: Path, layout: str | None, array: str | None) -> tuple[str, Source]:
-    """Return a source's layout, told from what it holds where it is not given, and its videos.
+    """Return a source's layout and its videos.
 
     Args:
         source: A folder or file.
-        layout: One of `LAYOUTS`, or None.
-        array: Which of a video's arrays are the features, where it has several.
+        layout: One of `LAYOUTS`; told from the source by default.
+        array: The name of the features, if a video has several arrays.
 
     Raises:
         InputError: There is nothing at `source`, it is not of the layout or of any that is known, or runs code.
