@@ -14,6 +14,7 @@ from svb.data.text import is_storable
 from svb.errors import InputError
 
 SPLITS = ("train", "val", "test")
+_OTHER_NAMES = {"validation": "val"}
 _KIND = TableKind(
     "caption table",
     ("video_id", "caption"),
@@ -45,7 +46,7 @@ class CaptionTable:
 
 
 def read_caption_table(path: Path, *, drop_empty: bool = False) -> CaptionTable:
-    """Read a caption table.
+    """Read a caption table; a list of captions in one row is several captions of its video.
 
     Args:
         path: A table of any format of `svb.data.tables`.
@@ -60,35 +61,41 @@ def read_caption_table(path: Path, *, drop_empty: bool = False) -> CaptionTable:
             f"{path} is a folder - expected a {TABLE_SUFFIXES} file; for the annotation files of a data set add "
             "--dataset"
         )
-    captions: list[tuple[str, str, str, str]] = []
+    rows: list[tuple[str, str, str, str]] = []
     empty: list[str] = []
     per_video: Counter[str] = Counter()
     has_split = False
     for place, row in read_table(path, _KIND):
-        video_id, caption = text_of(row.get("video_id")), text_of(row.get("caption")).strip()
+        video_id = text_of(place, "video_id", row.get("video_id"))
         if not video_id:
             raise InputError(f"{place}: video_id is empty - give every caption the id of its video")
-        for column, value in row.items():
-            if not is_storable(text_of(value)):
-                raise InputError(f"{place}: {column} holds a NUL or half a character - remove it")
-        if not caption:
-            empty.append(place)
-            continue
-        has_split = has_split or bool(text_of(row.get("split")))
-        split = text_of(row.get("split")) or "train"
-        if split not in SPLITS:
-            raise InputError(f"{place}: split is {split!r} - expected one of {', '.join(SPLITS)}")
-        caption_id = text_of(row.get("caption_id")) or f"{video_id}#{per_video[video_id]}"
-        per_video[video_id] += 1
-        captions.append((caption_id, video_id, caption, split))
+        split = _split_of(place, row.get("split"))
+        has_split = has_split or bool(split)
+        given_id = text_of(place, "caption_id", row.get("caption_id"))
+        held = row.get("caption")
+        for number, sentence in enumerate(held if isinstance(held, list) else [held]):
+            caption = text_of(place, "caption", sentence)
+            if not caption:
+                empty.append(place)
+                continue
+            caption_id = f"{given_id}#{number}" if given_id and isinstance(held, list) else given_id
+            rows.append((caption_id or f"{video_id}#{per_video[video_id]}", video_id, caption, split or "train"))
+            per_video[video_id] += 1
     if empty and not drop_empty:
         raise InputError(
             f"{empty[0]}: the caption is empty ({len(empty)} such rows) - fill them in, or leave them out "
             "with --drop-empty"
         )
-    if not captions:
+    if not rows:
         raise InputError(f"{path} holds no captions - expected rows with video_id, caption")
-    return make_caption_table(captions, has_split=has_split, source=str(path))
+    return make_caption_table(rows, has_split=has_split, source=str(path))
+
+
+def _split_of(place: str, value: object) -> str:
+    split = text_of(place, "split", value)
+    if split not in ("", *SPLITS, *_OTHER_NAMES):
+        raise InputError(f"{place}: split is {split!r} - expected one of {', '.join(SPLITS)}")
+    return _OTHER_NAMES.get(split, split)
 
 
 def make_caption_table(rows: Sequence[tuple[str, str, str, str]], *, has_split: bool, source: str) -> CaptionTable:

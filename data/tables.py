@@ -14,10 +14,12 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from svb.data.text import is_storable
 from svb.errors import InputError
 
 # Where a row is, and its values by column; a missing value is None, NaN or not there.
@@ -61,9 +63,20 @@ def read_table(path: Path, kind: TableKind) -> Iterator[Row]:
     return read(path, kind)
 
 
-def text_of(value: Any) -> str:
-    """Return a value of a row as text; empty where it is missing, for which Parquet knows None and NaN."""
-    return "" if value is None or (isinstance(value, float) and math.isnan(value)) else str(value)
+def text_of(place: str, column: str, value: Any) -> str:
+    """Return a value as text without outer spaces; empty if it is missing, which Parquet says with None or NaN.
+
+    Raises:
+        InputError: It is neither a text nor a number, or HDF5 cannot hold it.
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float, Decimal)):
+        raise InputError(f"{place}: {column} holds a {type(value).__name__} - expected a text or a number")
+    text = str(value)
+    if not is_storable(text):
+        raise InputError(f"{place}: {column} holds a NUL or half a character - remove it")
+    return text.strip()
 
 
 def encoding_error(path: Path) -> InputError:

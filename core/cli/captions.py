@@ -49,7 +49,7 @@ def captions(
 ) -> None:
     """Encode the captions of TABLE with a frozen text encoder.
 
-    TABLE is CSV, JSON lines or Parquet with the columns video_id, caption and optionally caption_id, split; with
+    TABLE is a CSV, TSV, JSON or Parquet file with the columns video_id, caption and optionally caption_id, split; with
     --dataset it is the folder that holds a data set's official annotation files, as docs/datasets.md lists them.
 
     \b
