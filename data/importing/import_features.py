@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from svb.data.importing.source import FoundRows, FoundVideo
 from svb.data.publish import hash_file
 from svb.data.rows import VideoRecord, VideoRows
 from svb.data.shard import group_name
-from svb.data.text import storable_text
+from svb.data.text import plain_name, storable_text
 from svb.errors import InputError, UsageError
 
 logger = logging.getLogger(__name__)
@@ -152,7 +153,9 @@ class _Intake:
         Raises:
             InputError: It cannot be stored, appears twice in the source, or the store has another one of that id.
         """
-        video_id, stat = storable_text(video.video_id), video.file.stat()
+        stat, video_id = video.file.stat(), storable_text(video.video_id)
+        if video_id not in self.records:  # a copy may spell its accents in another way
+            video_id = self._stored_spelling.get(plain_name(video_id), video_id)
         self._require_new(video_id, video)
         record = self.records.get(video_id)
         source_path = storable_text(str(video.file.absolute()))
@@ -200,6 +203,10 @@ class _Intake:
             ),
             rows,
         )
+
+    @cached_property
+    def _stored_spelling(self) -> dict[str, str]:
+        return {plain_name(video_id): video_id for video_id in self.records}
 
     def say_counts(self) -> None:
         """Say how many videos were imported, changed and unchanged."""
