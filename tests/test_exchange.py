@@ -454,6 +454,7 @@ REFUSED = {
     "empty folder": (files(), "{s} holds no .npy or .npz file (it holds nothing) - expected a folder"),
     "both kinds": (files(a_npy=b"", b_npz=b""), "{s} holds 1 .npy and 1 .npz files - choose with --format npy or"),
     "pickle": (file("s.pkl", pickle.dumps(RunsCode())), "{s} holds pickles, and reading one runs whatever code is"),
+    "clip-retrieval": (npy(img_emb_0=GOOD), "{s}/img_emb_0.npy has a row for each of many images, as clip"),
     "pickle as npy": (files(a_npy=pickle.dumps(RunsCode())), "{s}/a.npy cannot be read ("),
     "pickle as pt": (file("s.pt", pickle.dumps(RunsCode())), "{s} holds more than tensors, and loading that could"),
     # What a video's rows may be, whatever the file.

@@ -23,7 +23,7 @@ SUMMARIES = {
         ["svb evaluate {path}", "svb index {path} -o index/"],
     ),
     "index": (
-        ["an index", "videos 80, and 0 that were deleted", "windows 221 of 3 s, every 1 s", "embeddings 16 numbers"],
+        ["an index", "videos 80, and 0 that were deleted", "windows 221 of 3 s, every 1 s"],
         ['svb search "a dog runs" --index {path}', "svb serve --index {path}"],
     ),
 }

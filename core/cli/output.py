@@ -57,7 +57,7 @@ class Meter:
 
         tqdm.monitor_interval = 0  # its thread would only redraw a bar that stands still
         tqdm.set_lock(threading.RLock())  # its own would also be a semaphore between processes
-        is_terminal = sys.stderr.isatty()
+        is_terminal = sys.stderr is not None and sys.stderr.isatty()
         self._began = time.monotonic()
         interval = 0.2 if is_terminal else 10.0
         self._bar = tqdm(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,7 @@ FILES: dict[str, tuple[str, Find]] = {
 LAYOUTS = {**FOLDERS, **FILES}
 SUFFIXES = {".parquet": "parquet", ".pq": "parquet", ".pt": "torch", ".pth": "torch"}
 PARQUET_MAGIC = b"PAR1"
+CLIP_RETRIEVAL = re.compile(r"(img|text)_emb_\d+")
 PICKLES = (".pickle", ".pkl")
 EXPECTED = "expected a folder of .npy or .npz files, or one HDF5, Parquet (.parquet) or PyTorch (.pt, .pth) file"
 
@@ -81,6 +83,12 @@ def _layout_of_folder(source: Path) -> str:
         )
     if npz:
         return "npz"
+    if of_images := [file for file in npy if CLIP_RETRIEVAL.fullmatch(file.stem)]:
+        raise InputError(
+            f"{of_images[0]} has a row for each of many images, as clip-retrieval writes it, and does not say "
+            "which rows are of one video - save each video's rows as <video_id>.npy, or take every file for one "
+            "video with --format npy"
+        )
     if npy:
         return "video-features" if any(is_beside_features(file.stem) for file in npy) else "npy"
     others = Counter(path.suffix.lower() for path in source.rglob("*") if path.is_file())

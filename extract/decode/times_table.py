@@ -1,4 +1,4 @@
-"""A times table: CSV, JSON lines or Parquet with `video_id, time_seconds`, a row for every frame that is wanted."""
+"""A times table: CSV, TSV, JSON or Parquet with `video_id, time_seconds`, a row for every frame that is wanted."""
 
 from __future__ import annotations
 
