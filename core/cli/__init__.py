@@ -111,7 +111,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         click.echo("svb: interrupted - what was finished is kept; run the same command again to go on", err=True)
         return 130
-    except BrokenPipeError:  # the reader of our output has left, as `head` does
+    except SystemExit as end:  # click ends so when the reader of our output has left, as `head` does
+        if not isinstance(end.__context__, BrokenPipeError):
+            raise
         _discard_output()
         return 128 + signal.SIGPIPE  # as a shell reports it; 1 would say that a search found nothing
     except OSError as error:
