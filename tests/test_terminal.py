@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from svb.cli.output import Meter
+
 SVB = [sys.executable, "-m", "svb"]
 
 
@@ -78,3 +80,16 @@ class TestClosed:
             "svb: cannot use standard output (No space left on device) - make room there and run the same command "
             "again\n"
         )
+
+
+def test_progress_in_a_file_is_a_line_every_ten_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    meter = Meter("videos")
+    now_seconds = meter._bar.start_t
+    meter._bar._time = lambda: now_seconds
+    for done in range(1, 36):
+        now_seconds += 1.0
+        meter.update(done, 40, {"frames": 30 * done}, eta_seconds=100.0, notes=["queue 3"])
+    meter.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("| ")[1].split(" [")[0] for line in lines] == [f"{n}/40 videos" for n in (10, 20, 30, 35)]
+    assert all("<01:40, " in line and "frames/s, queue 3]" in line for line in lines)
