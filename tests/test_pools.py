@@ -104,7 +104,7 @@ class TestFilePools:
             ),
             ("a.csv", "caption,caption\na,b\n", "column 'caption' appears twice"),
             ("a.csv", "caption,video_id\na dog, a cat,v\n", "line 2: 3 fields where the header has 2 - quote"),
-            ("a.jsonl", '{"caption": "\\ud800"}', "line 1: the caption holds a NUL or half a character"),
+            ("a.jsonl", '{"caption": "\\ud800"}', "line 1: caption holds a NUL or half a character"),
             ("a.jsonl", "[" * 100_000, "line 1: not JSON"),
             ("a.parquet", "no", "not readable as Parquet"),
             ("a.pdf", "no", "cannot tell the format from '.pdf'"),

@@ -111,8 +111,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         click.echo("svb: interrupted - what was finished is kept; run the same command again to go on", err=True)
         return 130
-    except SystemExit as end:  # click ends so when the reader of our output has left, as `head` does
-        if not isinstance(end.__context__, BrokenPipeError):
+    except SystemExit:  # click ends so when the reader of our output has left, as `head` does
+        if not isinstance(sys.stdout, click.utils.PacifyFlushWrapper):
             raise
         _discard_output()
         return 128 + signal.SIGPIPE  # as a shell reports it; 1 would say that a search found nothing
