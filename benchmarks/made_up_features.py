@@ -10,7 +10,7 @@ import numpy as np
 from svb.data.caption_features import CaptionFeatures, write_caption_features
 from svb.data.caption_table import CaptionTable
 from svb.data.feature_store_writer import FeatureStoreWriter
-from svb.data.shard import VideoRecord, VideoRows
+from svb.data.rows import VideoRecord, VideoRows
 
 BACKBONE, TEXT_ENCODER = "made_up:frames", "made_up:captions"
 WORDS_A_CAPTION, DIFFERENT_WORDS = 9, 12_000

@@ -126,7 +126,7 @@ def make_first(folder: Path, num_rows: int) -> tuple[Path, Path]:
 
 def write_store(path: Path, name: str, settings: dict[str, Any], num_rows: int) -> Path:
     from svb.data.feature_store_writer import FeatureStoreWriter
-    from svb.data.shard import VideoRecord, VideoRows
+    from svb.data.rows import VideoRecord, VideoRows
 
     random = np.random.default_rng(0)
     times = np.arange(ROWS_A_VIDEO, dtype=np.float64)

@@ -33,8 +33,8 @@ class MismatchError(SvbError):
     """Two things that must have been made with the same settings were not; names the fields that differ."""
 
 
-class Interrupted(SvbError):  # noqa: N818 - it is no error
-    """The work was told to stop, and what was whole has been saved.
+class Interrupted(SvbError):  # noqa: N818 - it is not an error
+    """The work was told to stop, and what was finished has been saved.
 
     Attributes:
         exit_code: 130 after SIGINT; 75, which asks schedulers to try again, after SIGTERM.

@@ -10,10 +10,10 @@ import sys
 def keep_freed_memory() -> None:
     """Have glibc keep what is freed for the next request instead of giving it back to the system.
 
-    A network on the CPU frees and asks for the same hundreds of megabytes with every batch. Each time the
-    system would hand them out anew, page by page and zeroed, which takes as long as EfficientNet-lite0
-    itself. Threads that are started later share the memory: glibc's further arenas would give it back all
-    the same. Elsewhere than on glibc nothing happens.
+    A network on the CPU frees and requests the same hundreds of megabytes with every batch. The system would
+    zero them and hand them out again page by page each time, which takes as long as EfficientNet-lite0 itself.
+    Threads that start later share the memory, because glibc's other arenas would give it back. Without glibc
+    nothing happens.
     """
     if sys.platform != "linux":
         return

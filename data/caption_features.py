@@ -12,7 +12,8 @@ In the group's name every `/` of the text encoder's name is written `@`.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from svb.data.caption_table import CaptionTable
 from svb.data.description import FORMAT_VERSION
 from svb.data.publish import published_file
 from svb.data.shard import group_name, hash_array
+from svb.data.text import spelled_as
 from svb.errors import InputError, StoreError
 
 
@@ -72,8 +74,12 @@ def write_caption_features(path: Path, captions: CaptionFeatures) -> Path:
     return path
 
 
-def read_caption_features(path: Path) -> CaptionFeatures:
+def read_caption_features(path: Path, stored: Collection[str] = ()) -> CaptionFeatures:
     """Read a caption features file into memory.
+
+    Args:
+        path: The file.
+        stored: The video_ids of a feature store: an id that differs only by how accents are encoded is spelled so.
 
     Raises:
         InputError: There is no file at `path`.
@@ -105,7 +111,9 @@ def read_caption_features(path: Path) -> CaptionFeatures:
             f"{path}: features hold NaN or infinity, first for caption {table.caption_ids[bad[0]]!r} - "
             "remove it, then make it again with `svb captions`"
         )
-    return CaptionFeatures(table, features, settings)
+    spelling = spelled_as(table.video_ids, stored)
+    video_ids = [spelling.get(video_id, video_id) for video_id in table.video_ids] if spelling else table.video_ids
+    return CaptionFeatures(replace(table, video_ids=video_ids), features, settings)
 
 
 def verify_caption_features(path: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""A caption table: CSV, JSON lines or Parquet with `video_id, caption` and optionally `caption_id, split`."""
+"""A caption table: `video_id, caption` and optionally `caption_id, split`, in any format of `svb.data.tables`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svb.data.tables import TABLE_SUFFIXES, TableKind, is_storable, read_table, text_of
+from svb.data.tables import TABLE_SUFFIXES, TableKind, read_table, text_of
+from svb.data.text import is_storable
 from svb.errors import InputError
 
 SPLITS = ("train", "val", "test")
+_OTHER_NAMES = {"validation": "val"}
 _KIND = TableKind(
     "caption table",
     ("video_id", "caption"),
@@ -26,10 +28,10 @@ class CaptionTable:
     """C captions as equally long lists.
 
     Attributes:
-        caption_ids: Unique; `<video_id>#<k>` for a video's k-th caption where the table names none.
+        caption_ids: Unique; `<video_id>#<k>` for a video's k-th caption if the table has none.
         video_ids: The video that each caption is about.
         captions: Sentences, none empty.
-        splits: `train`, `val` or `test`; all `train` where the table has no split.
+        splits: `train`, `val` or `test`; all `train` if the table has no split.
         has_split: Whether the table named splits itself.
     """
 
@@ -44,11 +46,11 @@ class CaptionTable:
 
 
 def read_caption_table(path: Path, *, drop_empty: bool = False) -> CaptionTable:
-    """Read a caption table.
+    """Read a caption table; a list of captions in one row is several captions of its video.
 
     Args:
-        path: The file; its suffix tells the format.
-        drop_empty: Leave out rows whose caption is empty rather than refuse the table.
+        path: A table of any format of `svb.data.tables`.
+        drop_empty: Leave out rows with an empty caption rather than refuse the table.
 
     Raises:
         InputError: The file is missing, not readable in its format or encoding, lacks a column, has no
@@ -59,35 +61,41 @@ def read_caption_table(path: Path, *, drop_empty: bool = False) -> CaptionTable:
             f"{path} is a folder - expected a {TABLE_SUFFIXES} file; for the annotation files of a data set add "
             "--dataset"
         )
-    captions: list[tuple[str, str, str, str]] = []
+    rows: list[tuple[str, str, str, str]] = []
     empty: list[str] = []
     per_video: Counter[str] = Counter()
     has_split = False
     for place, row in read_table(path, _KIND):
-        video_id, caption = text_of(row.get("video_id")), text_of(row.get("caption")).strip()
+        video_id = text_of(place, "video_id", row.get("video_id"))
         if not video_id:
             raise InputError(f"{place}: video_id is empty - give every caption the id of its video")
-        for column, value in row.items():
-            if not is_storable(text_of(value)):
-                raise InputError(f"{place}: {column} holds a NUL or half a character - remove it")
-        if not caption:
-            empty.append(place)
-            continue
-        has_split = has_split or bool(text_of(row.get("split")))
-        split = text_of(row.get("split")) or "train"
-        if split not in SPLITS:
-            raise InputError(f"{place}: split is {split!r} - expected one of {', '.join(SPLITS)}")
-        caption_id = text_of(row.get("caption_id")) or f"{video_id}#{per_video[video_id]}"
-        per_video[video_id] += 1
-        captions.append((caption_id, video_id, caption, split))
+        split = _split_of(place, row.get("split"))
+        has_split = has_split or bool(split)
+        given_id = text_of(place, "caption_id", row.get("caption_id"))
+        held = row.get("caption")
+        for number, sentence in enumerate(held if isinstance(held, list) else [held]):
+            caption = text_of(place, "caption", sentence)
+            if not caption:
+                empty.append(place)
+                continue
+            caption_id = f"{given_id}#{number}" if given_id and isinstance(held, list) else given_id
+            rows.append((caption_id or f"{video_id}#{per_video[video_id]}", video_id, caption, split or "train"))
+            per_video[video_id] += 1
     if empty and not drop_empty:
         raise InputError(
             f"{empty[0]}: the caption is empty ({len(empty)} such rows) - fill them in, or leave them out "
             "with --drop-empty"
         )
-    if not captions:
+    if not rows:
         raise InputError(f"{path} holds no captions - expected rows with video_id, caption")
-    return make_caption_table(captions, has_split=has_split, source=str(path))
+    return make_caption_table(rows, has_split=has_split, source=str(path))
+
+
+def _split_of(place: str, value: object) -> str:
+    split = text_of(place, "split", value)
+    if split not in ("", *SPLITS, *_OTHER_NAMES):
+        raise InputError(f"{place}: split is {split!r} - expected one of {', '.join(SPLITS)}")
+    return _OTHER_NAMES.get(split, split)
 
 
 def make_caption_table(rows: Sequence[tuple[str, str, str, str]], *, has_split: bool, source: str) -> CaptionTable:
@@ -95,11 +103,11 @@ def make_caption_table(rows: Sequence[tuple[str, str, str, str]], *, has_split: 
 
     Args:
         rows: At least one; no caption empty.
-        has_split: Whether the splits were named rather than taken for train.
-        source: What the rows were read from, for messages.
+        has_split: Whether the source named the splits.
+        source: Where the rows come from, for messages.
 
     Raises:
-        InputError: A caption_id stands twice, a video is in two splits, or a text cannot be stored.
+        InputError: A caption_id appears twice, a video is in two splits, or a text cannot be stored.
     """
     columns = [list(column) for column in zip(*rows, strict=True)]
     for caption_id, *texts in rows:
@@ -107,7 +115,7 @@ def make_caption_table(rows: Sequence[tuple[str, str, str, str]], *, has_split: 
             raise InputError(f"{source}: caption {caption_id!r} holds a NUL or half a character - remove it")
     repeated = [caption_id for caption_id, count in Counter(columns[0]).items() if count > 1]
     if repeated:
-        raise InputError(f"{source}: caption_id {repeated[0]!r} stands twice - make every caption_id unique")
+        raise InputError(f"{source}: caption_id {repeated[0]!r} appears twice - make every caption_id unique")
     _require_one_split_a_video(source, columns[1], columns[3])
     return CaptionTable(columns[0], columns[1], columns[2], columns[3], has_split)
 

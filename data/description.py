@@ -14,7 +14,7 @@ from svb.config import fingerprint
 from svb.data.publish import publish_json
 from svb.errors import InputError, StoreError
 
-# Of what has no version of its own.
+# The version of every format that has none of its own.
 FORMAT_VERSION = 1
 
 
@@ -29,12 +29,12 @@ def read_description(path: Path, *, kind: str, make: str, format_version: int = 
 
     Args:
         path: The JSON file.
-        kind: What its folder is, with an article, for messages: `a run`.
+        kind: What its folder is, with an article, such as `a run`.
         make: The command that makes one.
         format_version: The newest that the caller reads.
 
     Raises:
-        InputError: There is none.
+        InputError: There is no such file.
         StoreError: It is damaged, was edited, or is of a newer format.
     """
     if not path.is_file():
@@ -50,7 +50,7 @@ def read_description(path: Path, *, kind: str, make: str, format_version: int = 
         raise StoreError(f"{path} has format {version} - this svb reads up to {format_version}; upgrade svb")
     if checksum != fingerprint(description):
         raise StoreError(
-            f"{path} was edited or damaged: it no longer gives its checksum - undo the edit, restore it, or "
+            f"{path} was edited or damaged: its checksum does not match - undo the edit, restore it, or "
             f"move {path.parent} away and make another with `{make}`"
         )
     return description

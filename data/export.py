@@ -23,18 +23,18 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from svb.data.feature_store import FeatureStore, FrameFeatures
+from svb.data.feature_store import FeatureStore
 from svb.data.feature_store_writer import export_store
 from svb.data.publish import published_file, published_folder
-from svb.data.shard import VideoRows
+from svb.data.rows import FrameFeatures, VideoRows
 from svb.errors import InputError, UsageError
 
 logger = logging.getLogger(__name__)
 
-# Of a video_id that is to be a path: file systems take 255 bytes a part, of which `.npz` needs four.
+# Limits of a video_id that becomes a path: file systems take 255 bytes a part, and `.npz` needs four.
 MAX_PART_BYTES = 200
 MAX_PATH_BYTES = 1000
-# Rows that are turned into float32 and into one row group of Parquet at a time.
+# Bytes that are turned into float32 and into one row group of Parquet at a time.
 ROW_GROUP_BYTES = 64 * 2**20
 
 
@@ -48,10 +48,10 @@ def export(
     """Write a store's features in a layout that other tools read; whole or not at all.
 
     Args:
-        store: What to write; videos without features are left out of all layouts but `h5`.
-        out: The file, or of `npz` the folder, to make.
+        store: Videos without features are left out of all layouts but `h5`.
+        out: The file to make; for `npz` the folder.
         layout: One of `LAYOUTS`.
-        backbone: Whose features, which may be fused; needed where the store holds several. Not with `h5`.
+        backbone: May be a fused one; needed if the store holds several. Not with `h5`.
 
     Returns:
         `out`.
@@ -83,7 +83,7 @@ def export(
 
 def _write_h5_per_video(store: FeatureStore, backbone: str, out: Path) -> None:
     names = dataset_names(store.video_ids)
-    # HDF5 1.8 is the first whose attributes may pass 64 KiB, which the times of three hours do.
+    # HDF5 1.8 is the first with attributes above 64 KiB, which the times of three hours need.
     with published_file(out) as aside, h5py.File(aside, "w", libver=("v108", "latest")) as file:
         file.attrs["backbone"], file.attrs["settings"] = backbone, _settings(store, backbone)
         for video_id, rows in _videos(store, backbone):
@@ -139,7 +139,7 @@ LAYOUTS = ("h5", *_WRITERS)
 
 
 def _shards(store: FeatureStore, backbone: str) -> Iterator[FrameFeatures]:
-    """Yield what counts of each shard; a shard is a store by itself."""
+    """Yield the current rows of each shard; a shard is a store by itself."""
     for s, shard in enumerate(store.shards):
         video_ids = [
             record.video_id for v, record in enumerate(shard.records) if record.usable and store.is_current(s, v)
@@ -162,7 +162,7 @@ def dataset_names(video_ids: Collection[str]) -> dict[str, str]:
     """Return for each video_id the name of its dataset at the root of an HDF5 file, all different.
 
     A `/`, which would nest groups, is written `@`. Ids that would share a name get `~` and a hash, as do those
-    that HDF5 takes for no name.
+    that are not a name for HDF5.
     """
     plain = {video_id: video_id.replace("/", "@") for video_id in video_ids}
     counts = Counter(plain.values())
@@ -191,11 +191,11 @@ def file_names(video_ids: Collection[str]) -> dict[str, str]:
 def _is_safe_path(video_id: str) -> bool:
     parts = video_id.split("/")
     return (
-        # Hidden ones are left out by whoever lists the folder, `svb import` among them.
+        # Programs that list a folder leave out hidden files, `svb import` among them.
         all(part and not part.startswith(".") and len(part.encode()) <= MAX_PART_BYTES for part in parts)
         and len(video_id.encode()) <= MAX_PATH_BYTES
         and not any(unicodedata.category(letter) == "Cc" for letter in video_id)
-        # A folder `a.npz` would stand where the file of the video `a` does.
+        # A folder `a.npz` would be where the file of the video `a` is.
         and not any(part.casefold().endswith(".npz") for part in parts[:-1])
         and not _is_hashed(video_id)
     )
@@ -213,6 +213,6 @@ def _say_renamed(names: dict[str, str], expected: dict[str, str]) -> None:
     renamed = [video_id for video_id, name in names.items() if name != expected[video_id]]
     if renamed:
         logger.info(
-            f"{len(renamed)} videos could not be called by their ids, first {renamed[0]!r}, which is called "
-            f"{names[renamed[0]]!r}: each holds its own as `video_id`"
+            f"{len(renamed)} videos could not be named after their ids, first {renamed[0]!r}, which is named "
+            f"{names[renamed[0]]!r}; each holds its id as `video_id`"
         )

@@ -5,34 +5,16 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from svb.data.description import read_description
 from svb.data.fusion import fuse, fused_settings, split_name
-from svb.data.shard import REMOVED, Shard, VideoRecord, VideoRows, hash_array
+from svb.data.rows import REMOVED, FrameFeatures, VideoRecord, VideoRows
+from svb.data.shard import Shard, hash_array
 from svb.errors import InputError, StoreError
-
-
-@dataclass(frozen=True)
-class FrameFeatures:
-    """Rows of many videos, one video after the other.
-
-    Attributes:
-        video_ids: V ids, the order of the rows.
-        features: `(N, F)` float16, finite.
-        times_seconds: `(N,)` float64.
-        offsets: `(V + 1,)` int64; video v owns rows `offsets[v]:offsets[v + 1]`, at least one.
-    """
-
-    video_ids: list[str]
-    features: NDArray[np.float16]
-    times_seconds: NDArray[np.float64]
-    offsets: NDArray[np.int64]
 
 
 class FeatureStore:
@@ -41,7 +23,7 @@ class FeatureStore:
     Attributes:
         path: The folder or single file.
         settings: What shaped every row: backbones, decoder, sampling, preprocessing.
-        fingerprint: Of `settings`.
+        fingerprint: The fingerprint of `settings`.
         records: The newest record of every video, by `video_id`, sorted; without videos that were removed.
 
     Raises:
@@ -93,7 +75,7 @@ class FeatureStore:
         return Counter(record.status for record in self.records.values())
 
     def only_backbone(self, backbone: str | None = None) -> str:
-        """Return the named backbone, which may be fused of several, or the only one there is.
+        """Return the backbone of that name, which may be a fused one, or the only one there is.
 
         Raises:
             InputError: The store does not hold it, or holds several and none was named.
@@ -114,7 +96,7 @@ class FeatureStore:
         return backbone
 
     def video_settings(self, backbone: str) -> dict[str, Any]:
-        """Return what shaped a backbone's rows, for runs and indexes to remember; see `svb.data.fusion`."""
+        """Return what shaped a backbone's rows: runs and indexes store it; see `svb.data.fusion`."""
         held = self.settings["backbones"]
         parts = {name: held[name] for name in split_name(backbone, held)}
         return {
@@ -130,7 +112,7 @@ class FeatureStore:
         return self.shards[self._place[video_id][0]].path
 
     def rows_of(self, video_id: str) -> dict[str, VideoRows]:
-        """Return a video's rows by backbone, read by themselves; an empty dict for a failed video."""
+        """Return one video's rows by backbone; an empty dict for a failed video."""
         s, v = self._place[video_id]
         return self.shards[s].rows_of(v, self.backbones)
 
@@ -138,8 +120,8 @@ class FeatureStore:
         """Read the features of many videos into memory, each shard once.
 
         Args:
-            backbone: Whose features; those of fused ones are aligned and side by side, see `svb.data.fusion`.
-            video_ids: Which videos, in which order; all usable ones, sorted, where not given.
+            backbone: A fused one is aligned in time and joined, see `svb.data.fusion`.
+            video_ids: The videos in the order wanted; all usable ones, sorted, by default.
 
         Raises:
             InputError: A video has no features in this store.
@@ -167,20 +149,20 @@ class FeatureStore:
                 source = slice(shard_offsets[s][v], shard_offsets[s][v + 1])
                 target = slice(offsets[position], offsets[position + 1])
                 features[target], times_seconds[target] = shard_features[source], shard_times[source]
-            del shard_features, shard_times  # before the next is read: of large shards two would be held
+            del shard_features, shard_times  # or two large shards would be in memory
         loaded = FrameFeatures(wanted, features, times_seconds, offsets)
         self._require_finite(loaded, backbone)
         return loaded
 
     def _require_finite(self, loaded: FrameFeatures, backbone: str) -> None:
-        # Row sums in float32 are finite exactly when all float16 values are, without a mask of the size
-        # of the features.
+        # Row sums in float32 are finite exactly when all float16 values are, and need no mask as large as the
+        # features.
         bad = np.flatnonzero(~np.isfinite(loaded.features.sum(axis=1, dtype=np.float32)))
         if bad.size:
             video_id = loaded.video_ids[int(np.searchsorted(loaded.offsets, bad[0], side="right")) - 1]
             raise StoreError(
                 f"{self.path}: features of {backbone} hold NaN or infinity, first in video {video_id!r} - move "
-                f"{self.shard_of(video_id)} away and run `svb extract` again: only its videos are extracted anew"
+                f"{self.shard_of(video_id)} away and run `svb extract` again: only its videos are extracted again"
             )
 
     def _usable_place(self, video_id: str) -> tuple[int, int]:
@@ -204,7 +186,7 @@ class GrowingRecords:
         self._read: set[str] = set()
 
     def refresh(self) -> None:
-        """Read what was published since."""
+        """Read the shards that were published since the last call."""
         for name in shard_names(self._folder):
             if name not in self._read:
                 self._read.add(name)
@@ -237,7 +219,7 @@ def live_shards(folder: Path) -> list[Shard]:
 
 
 def shard_names(folder: Path) -> list[str]:
-    """Return the names of the files in a store folder that are shards, sorted; of a folder that is none, none."""
+    """Return the names of the files in a store folder that are shards, sorted; none if it is not one."""
     shards = folder / "shards"
     names = os.listdir(shards) if shards.is_dir() else []  # noqa: PTH208 - a glob takes twenty times as long
     return sorted(name for name in names if name[0].isdigit() and name.endswith(".h5"))

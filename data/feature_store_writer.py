@@ -15,7 +15,8 @@ from svb.config import fingerprint, require_same
 from svb.data.description import publish_description
 from svb.data.feature_store import FeatureStore, live_shards, read_store_description, shard_names
 from svb.data.publish import FolderLock, remove_leftovers
-from svb.data.shard import REMOVED, Shard, VideoRecord, VideoRows, write_shard
+from svb.data.rows import REMOVED, VideoRecord, VideoRows
+from svb.data.shard import Shard, write_shard
 from svb.errors import InputError, StoreError
 
 SHARD_VIDEOS = 256
@@ -54,7 +55,7 @@ class FeatureStoreWriter:
         self.path = path
         (path / "shards").mkdir(parents=True, exist_ok=True)
         self._lock = FolderLock(path)
-        # Of two that share, the names of their shards must differ.
+        # Writers that share a store must not name a shard alike.
         self._name = f"{socket.gethostname()} {os.getpid()}" if shared else ""
         self._is_shared = shared
         self.on_published: Callable[[list[str]], None] = lambda video_ids: None
@@ -90,7 +91,7 @@ class FeatureStoreWriter:
             self._lock.close()
 
     def add(self, record: VideoRecord, rows: Mapping[str, VideoRows]) -> None:
-        """Take one finished video; `rows` by backbone, empty for a failed one."""
+        """Add one finished video; `rows` by backbone, empty for a failed one."""
         if not self._records:
             self._oldest_added = time.monotonic()
         self._records.append(record)
@@ -103,7 +104,7 @@ class FeatureStoreWriter:
         self.add(removal_of(record), {})
 
     def added(self, video_id: str) -> tuple[VideoRecord, dict[str, VideoRows]] | None:
-        """Return what this writer was given for a video, published or not; None where nothing."""
+        """Return the record and rows that this writer was given for a video, or None."""
         for record, rows in zip(reversed(self._records), reversed(self._rows), strict=True):
             if record.video_id == video_id:
                 return record, rows
@@ -114,7 +115,7 @@ class FeatureStoreWriter:
         return shard.records[v], shard.rows_of(v, list(self._feature_sizes))
 
     def publish_if_due(self) -> None:
-        """Publish what was added if it is many, large or old enough."""
+        """Publish what was added if there is enough of it, or it is old enough."""
         if self._records and (
             len(self._records) >= SHARD_VIDEOS
             or self._bytes >= SHARD_BYTES
@@ -146,12 +147,12 @@ class FeatureStoreWriter:
         """Merge neighbouring small shards and leave out superseded records.
 
         The merged shard is published before the small ones are removed, and takes the sequence number
-        of the last of them, so that at no moment a record is lost or its order changes. Where others write
-        to the store too, the last of them does it.
+        of the last of them, so that at no moment a record is lost or its order changes. If others write to the
+        store too, the last writer does it.
         """
         if self._is_shared and not self._lock.take_alone():
             return
-        remove_leftovers(self.path / "shards")  # of writers that shared and were killed
+        remove_leftovers(self.path / "shards")  # killed writers that shared the store left them
         self._places.clear()  # they name shards that will be gone
         store = FeatureStore(self.path)
         group: list[int] = []
@@ -201,7 +202,7 @@ def current_content(
 ) -> tuple[list[VideoRecord], list[dict[str, VideoRows]]]:
     """Return the records of some shards that were not superseded, and their rows by backbone.
 
-    A removal is kept only as long as a shard of `older` still holds what it removes.
+    A removal is kept only while a shard of `older` still holds what it removes.
     """
     held = {record.video_id for s in older for record in store.shards[s].records}
     records: list[VideoRecord] = []
@@ -218,7 +219,7 @@ def current_content(
 def export_store(store: FeatureStore, path: Path) -> Path:
     """Write a store as one HDF5 file of the same layout, which `FeatureStore` reads like the folder.
 
-    Everything is held in memory once. Returns `path`.
+    The whole store is in memory meanwhile. Returns `path`.
 
     Raises:
         InputError: There is a file at `path` already.

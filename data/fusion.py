@@ -1,31 +1,29 @@
-"""Fused backbones, named `a+b`: the rows of several, aligned in time and put side by side.
+"""Fused backbones, named `a+b`: the rows of several, aligned in time and joined.
 
-The rows of the backbone that is named first are kept, with their times. Beside each stands the row of every
-other backbone that is nearest in time, the earlier one of two as near: a clip backbone has one row a window,
-which so stands beside each of its frames.
+The rows of the first backbone are kept, with their times. Each is joined with the row of every other backbone that
+is nearest in time, the earlier one of two equally near. A clip backbone has one row per window, which is thus
+joined with every frame of the window.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from svb.data.rows import FrameFeatures
 from svb.errors import StoreError
-
-if TYPE_CHECKING:
-    from svb.data.feature_store import FrameFeatures
 
 ALIGNMENT = "nearest in time to the rows of the first, the earlier of two"
 
 
 def split_name(name: str, held: Collection[str]) -> list[str]:
-    """Return the parts of a backbone's name, one where it is not fused; empty where it is not made of `held`.
+    """Return the parts of a backbone's name: one if it is not fused, none if it is not made of `held`.
 
-    A held name may itself hold a `+`, as a file of weights does whose path has one. No part comes twice.
+    A held name may itself contain a `+`, such as the path of a weights file. No part is repeated.
     """
     for part in held:
         others = [other for other in held if other != part]
@@ -38,7 +36,7 @@ def split_name(name: str, held: Collection[str]) -> list[str]:
 
 
 def fused_settings(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what stands for a backbone's settings where it is fused of several."""
+    """Return the settings of a backbone that is fused of several."""
     return {
         "feature_size": sum(int(settings["feature_size"]) for settings in parts.values()),
         "alignment": ALIGNMENT,
@@ -47,26 +45,26 @@ def fused_settings(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def parts_of(video: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the settings of each backbone, in order, of what `FeatureStore.video_settings` gives."""
+    """Return the settings of each backbone, in order, from `FeatureStore.video_settings`."""
     settings = video["backbone_settings"]
     held = settings.get("parts", {video["backbone"]: settings})
     return {name: held[name] for name in split_name(video["backbone"], held)}
 
 
 def shared_part(video: Mapping[str, Any], text_encoder: Mapping[str, Any]) -> int | None:
-    """Return which backbone, of those fused, is one model with a text encoder, whose space they share; or None.
+    """Return which of the fused backbones shares its space with a text encoder, being one model with it; or None.
 
-    The hash of a tower's weights covers both towers, so it tells, whatever the two are called.
+    The hash of a tower's weights covers both towers, so it tells whatever their names are.
     """
     hashes = [settings["weights_hash"] for settings in parts_of(video).values()]
     return hashes.index(text_encoder["weights_hash"]) if text_encoder["weights_hash"] in hashes else None
 
 
 def fuse(parts: Sequence[FrameFeatures]) -> FrameFeatures:
-    """Return the rows of several backbones as those of one, `(N, F1 + F2 + ...)`; of one they stay what they are.
+    """Return the rows of several backbones as those of one, `(N, F1 + F2 + ...)`; a single part stays as it is.
 
     Args:
-        parts: The same videos in the same order, by each backbone.
+        parts: The same videos in the same order, one part per backbone.
 
     Raises:
         StoreError: A video has rows of one backbone and none of another.
@@ -90,7 +88,7 @@ def _rows_beside(first: FrameFeatures, other: FrameFeatures) -> NDArray[np.int64
         begin, end = other.offsets[video : video + 2]
         if begin == end:
             raise StoreError(
-                f"video {video_id!r} has no rows of one of the fused backbones - `svb verify` tells what is damaged"
+                f"video {video_id!r} has no rows of one of the fused backbones - `svb verify` says what is damaged"
             )
         rows[grid] = begin + nearest_rows(other.times_seconds[begin:end], first.times_seconds[grid])
     return rows
@@ -99,7 +97,7 @@ def _rows_beside(first: FrameFeatures, other: FrameFeatures) -> NDArray[np.int64
 def nearest_rows(times_seconds: NDArray[np.float64], wanted_seconds: NDArray[np.float64]) -> NDArray[np.int64]:
     """Return the position of the nearest of ascending `(T,)` times, at least one, for each wanted one.
 
-    Of two that are as near it is the earlier.
+    Of two equally near it is the earlier.
     """
     after = np.searchsorted(times_seconds, wanted_seconds).clip(max=len(times_seconds) - 1)
     before = np.maximum(after - 1, 0)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import uuid
@@ -14,13 +16,41 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from svb.errors import StoreError
+from svb.errors import StoreError, SvbError
 
 # What a killed process leaves behind begins with this; whoever holds the folder next removes it.
 ASIDE_PREFIX = ".aside-"
 
-# How long a writer that shares waits for one that has the folder alone for a moment.
+# How libraries say that a file could not be written to its end.
+_DISK_IS_FULL = re.compile(
+    r"No space left|File too large|Disk quota exceeded|requested and \d+ written|file write failed|write error|"
+    r"PytorchStreamWriter failed writing|unexpected pos"
+)
+
+# How long a writer that shares waits for another that has the folder alone for a moment.
 SHARED_LOCK_SECONDS = 60.0
+
+
+@contextlib.contextmanager
+def disk_errors_named(path: Path) -> Iterator[None]:
+    """Name `path` in the errors of a disk that takes no more: what libraries raise then names no file.
+
+    Raises:
+        OSError: The disk is full, over its quota or broken; its `filename` is `path`.
+    """
+    try:
+        yield
+    except SvbError:
+        raise
+    except Exception as error:  # torch, safetensors, h5py and FAISS have an error of their own each
+        number = error.errno if isinstance(error, OSError) else None
+        is_named = (
+            isinstance(error, OSError) and error.filename is not None and ASIDE_PREFIX not in str(error.filename)
+        )
+        if is_named or not (number or _DISK_IS_FULL.search(str(error))):
+            raise
+        number = number or errno.ENOSPC
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 @contextlib.contextmanager
@@ -33,10 +63,11 @@ def published_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.parent / f"{ASIDE_PREFIX}{uuid.uuid4().hex}{path.suffix}"
     try:
-        yield aside
-        sync(aside)
-        aside.replace(path)
-        sync(path.parent)
+        with disk_errors_named(path):
+            yield aside
+            sync(aside)
+            aside.replace(path)
+            sync(path.parent)
     finally:
         aside.unlink(missing_ok=True)
 
@@ -55,10 +86,11 @@ def published_folder(path: Path, previous: Path | None = None) -> Iterator[Path]
     filling = path.parent / f"{ASIDE_PREFIX}{uuid.uuid4().hex}"
     filling.mkdir()
     try:
-        yield filling
-        for file in filling.rglob("*"):
-            sync(file)
-        sync(filling)
+        with disk_errors_named(path):
+            yield filling
+            for file in filling.rglob("*"):
+                sync(file)
+            sync(filling)
         new, old = _beside(path, "new"), _beside(path, "old")
         filling.rename(new)
         if path.exists():
@@ -106,7 +138,7 @@ def lock_folder(folder: Path) -> int:
     """Make this process the folder's one writer until it closes the descriptor that is returned, or ends.
 
     Raises:
-        StoreError: Another process is, or the file system knows no locks.
+        StoreError: Another process is writing to it, or the file system has no locks.
     """
     lock = FolderLock(folder)
     lock.take()
@@ -114,10 +146,10 @@ def lock_folder(folder: Path) -> int:
 
 
 class FolderLock:
-    """The right to write to a folder, of one process alone or of several that agree to share; ends with them.
+    """The right to write to a folder: one process has it alone, or several share it; it ends with them.
 
     Attributes:
-        descriptor: Of the lock's open file; closing it gives the right back.
+        descriptor: The lock's open file; closing it gives the right back.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -128,11 +160,11 @@ class FolderLock:
         """Take the right to write; returns whether this process has it alone.
 
         Args:
-            shared_with_others: Have it alone only until `share`, or at once together with those who share. Waits
-                for one that has it alone for a moment: to create the folder's content, or to tidy it up.
+            shared_with_others: Have it alone only until `share`, or share it at once with others. Waits while
+                another process has it alone for a moment, to create the folder's content or to tidy it up.
 
         Raises:
-            StoreError: Another process has it, or the file system knows no locks.
+            StoreError: Another process has it, or the file system has no locks.
         """
         until = time.monotonic() + (SHARED_LOCK_SECONDS if shared_with_others else 0)
         while not self.take_alone():
@@ -148,15 +180,15 @@ class FolderLock:
         return True
 
     def take_alone(self) -> bool:
-        """Take the right to write alone, if nobody else has any; what is held already may be lost if not."""
+        """Take the right to write alone if nobody else holds any; a shared right may be lost if that fails."""
         return self._take(fcntl.LOCK_EX)
 
     def share(self) -> None:
-        """Let others in that share."""
+        """Let others share it from now on."""
         self._take(fcntl.LOCK_SH)
 
     def close(self) -> None:
-        """Give the right back; again is no harm."""
+        """Give the right back; a second call does nothing."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
         self.descriptor = -1

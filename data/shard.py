@@ -20,7 +20,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,58 +30,9 @@ from numpy.typing import NDArray
 
 from svb.data.description import FORMAT_VERSION
 from svb.data.publish import published_file
+from svb.data.rows import VideoRecord, VideoRows
 from svb.data.text import storable_text
 from svb.errors import StoreError
-
-USABLE = ("ok", "partial")
-# A record of this status takes earlier ones of its video out of the store.
-REMOVED = "removed"
-# Why a video has no features; what each means is in docs/formats.md.
-FAILURES = (
-    *("missing", "empty", "unreadable", "no_video_stream", "attached_picture", "zero_frames", "truncated"),
-    *("concealed_errors", "over_limit", "timeout", "decoder_crash", "out_of_memory", "nonfinite_features"),
-)
-
-
-@dataclass(frozen=True)
-class VideoRecord:
-    """What is known of one video; see the layout above. A failed video has empty or NaN properties.
-
-    `source_path` is where the file lay, `content_hash` the SHA-256 of its bytes, and `status` is `ok`,
-    `partial` (decoded less than the container promises) or a failure code, explained in `error`. It was
-    decoded in `elapsed_seconds`, waiting left out, in the `tries`th try of the same file. `removed` says
-    that earlier records of this video no longer count.
-    """
-
-    video_id: str
-    source_path: str
-    size_bytes: int
-    mtime_ns: int
-    content_hash: str
-    duration_seconds: float
-    frame_rate: float
-    width_px: int
-    height_px: int
-    rotation_degrees: int
-    codec: str
-    decoder: str
-    status: str
-    error: str
-    elapsed_seconds: float = 0.0
-    tries: int = 1
-
-    @property
-    def usable(self) -> bool:
-        return self.status in USABLE
-
-
-@dataclass(frozen=True)
-class VideoRows:
-    """One video's rows of one backbone: `features (T, F)` float16 and `times_seconds (T,)` float64."""
-
-    features: NDArray[np.float16]
-    times_seconds: NDArray[np.float64]
-
 
 # A shard up to this size is put together in memory before it is written.
 IN_MEMORY_BYTES = 1 << 30
@@ -115,11 +66,11 @@ def write_shard(
         replaces: Names of the shards that this one takes the place of.
     """
     size_bytes = sum(video.features.nbytes for by_backbone in rows for video in by_backbone.values())
-    with _told_of_full_disks(path), published_file(path) as aside:
+    with _disk_errors_named(path), published_file(path) as aside:
         if size_bytes > IN_MEMORY_BYTES:
             _fill(aside, store, records, rows, feature_sizes, replaces)
             return
-        # HDF5 cannot let go of a file that the disk has no room for, and complains of it until the process ends.
+        # HDF5 cannot close a file that the disk has no room for, and reports it until the process ends.
         content = io.BytesIO()
         _fill(content, store, records, rows, feature_sizes, replaces)
         aside.write_bytes(content.getbuffer())
@@ -147,14 +98,14 @@ def _fill(
 
 
 @contextlib.contextmanager
-def _told_of_full_disks(path: Path) -> Iterator[None]:
-    """Turn what the system or HDF5 says of a disk that takes no more into a StoreError; nothing is half-written."""
+def _disk_errors_named(path: Path) -> Iterator[None]:
+    """Turn the errors of a full disk, from the system or from HDF5, into a StoreError."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or " ".join(str(error).split())[:200]
         raise StoreError(
-            f"cannot write {path} ({reason}) - what was published before is whole: mend the folder or free space, "
+            f"cannot write {path} ({reason}) - what was published before is whole: make room, "
             "and run the same command again to go on"
         ) from error
 
@@ -183,10 +134,10 @@ def hash_array(array: NDArray[Any]) -> str:
 
 
 class Shard:
-    """A shard opened for reading; the file is opened for each call and never held.
+    """A shard for reading; every call opens the file and closes it again.
 
     Raises:
-        StoreError: The file is no shard, is damaged, or has a newer format.
+        StoreError: The file is not a shard, is damaged, or has a newer format.
     """
 
     def __init__(self, path: Path) -> None:
@@ -205,7 +156,7 @@ class Shard:
         except _DAMAGE as error:
             raise StoreError(
                 f"{path} is not a whole shard of a feature store ({error}) - move it away and run "
-                "`svb extract` again: only its videos are extracted anew"
+                "`svb extract` again: only its videos are extracted again"
             ) from error
 
     def offsets(self, backbone: str) -> NDArray[np.int64]:
@@ -221,7 +172,7 @@ class Shard:
         return self._read(backbone, "times_seconds")
 
     def checksum(self, backbone: str, dataset: str) -> str:
-        """Return the SHA-256 that a dataset was written with; empty where it has none."""
+        """Return the SHA-256 that a dataset was written with; empty if it has none."""
         with h5py.File(self.path, "r", locking=False) as file:
             return str(file[f"{group_name(backbone)}/{dataset}"].attrs.get("sha256", ""))
 
@@ -238,7 +189,7 @@ class Shard:
         return rows
 
     def rows_of(self, video: int, backbones: Sequence[str]) -> dict[str, VideoRows]:
-        """Return one record's rows by backbone, without reading the others'; an empty dict for a failed video."""
+        """Return one record's rows by backbone and read no others; an empty dict for a failed video."""
         if not self.records[video].usable:
             return {}
         rows: dict[str, VideoRows] = {}
@@ -257,7 +208,7 @@ class Shard:
                 self._require_fitting(dataset, array, len(group["features"]))
         except _DAMAGE as error:
             raise StoreError(
-                f"{self.path} cannot give {backbone}/{dataset} ({error}) - `svb verify` tells what is damaged"
+                f"{self.path} cannot give {backbone}/{dataset} ({error}) - `svb verify` says what is damaged"
             ) from error
         return array
 
@@ -266,14 +217,14 @@ class Shard:
             num_videos = len(self.records)
             fits = array.shape == (num_videos + 1,) and array[0] == 0 and array[-1] == num_rows
             if not fits or (np.diff(array) < 0).any():
-                raise ValueError(f"they do not lead {num_videos} videos through {num_rows} rows")
+                raise ValueError(f"they do not divide {num_rows} rows among {num_videos} videos")
         elif len(array) != num_rows:
             raise ValueError(f"there are {len(array)} for {num_rows} rows")
 
 
 def _read_column(file: h5py.File, field: Field[Any]) -> list[Any]:
     if field.name not in file["videos"] and field.default is not MISSING:
-        return [field.default] * len(file["videos/video_id"])  # written before there was such a column
+        return [field.default] * len(file["videos/video_id"])  # the shard is older than the column
     dataset = file[f"videos/{field.name}"]
     if h5py.check_string_dtype(dataset.dtype) is not None:
         return list(dataset.asstr()[...])

@@ -1,4 +1,4 @@
-"""T5 checkpoints (Raffel et al. 2020): the one loading call of the text encoder and of the caption decoder."""
+"""T5 checkpoints (Raffel et al. 2020), loaded for the text encoder and for the caption decoder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from svb.data.pretrained import hub
+from svb.data.weights import hub
 from svb.errors import InputError, ModelUnavailableError
 
 
@@ -21,8 +21,8 @@ class T5:
     """A pretrained T5 in float32, on the CPU, and its tokenizer.
 
     Attributes:
-        network: Of transformers: a `T5EncoderModel`, or a `T5ForConditionalGeneration`.
-        tokenizer: Of transformers.
+        network: A `T5EncoderModel` or `T5ForConditionalGeneration` of transformers.
+        tokenizer: The tokenizer of transformers that belongs to it.
     """
 
     network: Any
@@ -43,7 +43,7 @@ def load_t5_with_decoder(name: str) -> T5:
         name: A folder that transformers saved, or a model on a hub, such as `google/t5-v1_1-base`.
 
     Raises:
-        InputError: It is no T5, not a whole one, or damaged.
+        InputError: It is not a T5, is incomplete, or is damaged.
         ModelUnavailableError: The hub has no such model or cannot be reached, or the packages that read a
             sentencepiece vocabulary are missing.
     """
@@ -51,7 +51,7 @@ def load_t5_with_decoder(name: str) -> T5:
 
 
 def absolute_t5_name(name: str) -> str:
-    """Return the name of a T5 with a local folder made absolute, so that it holds everywhere."""
+    """Return the name of a T5; a local folder is made absolute, so that the name is valid everywhere."""
     return str(Path(name).absolute()) if Path(name).is_dir() else name
 
 
@@ -72,7 +72,7 @@ def _load(name: str, network: str, instead: str) -> T5:
         loaded, info = getattr(transformers, network).from_pretrained(
             name, config=config, dtype=torch.float32, output_loading_info=True, **source
         )
-    # transformers would start what a checkpoint lacks from random numbers.
+    # transformers would fill what a checkpoint lacks with random numbers.
     if missing := sorted(info["missing_keys"]):
         raise InputError(
             f"t5:{name} lacks {len(missing)} tensors of a {network}, first {missing[0]} - expected a whole T5; "
@@ -95,7 +95,7 @@ def _load_tokenizer(name: str, instead: str, vocabulary_size: int, source: dict[
             f"the tokenizer of t5:{name} is a sentencepiece model, and {' and '.join(lacking)} is not installed - "
             f"pip install '.[t5]' in svb's folder, or choose {instead}"
         ) from error
-    # Where transformers finds no vocabulary it makes one up, of special tokens and a space.
+    # If transformers finds no vocabulary it makes one of special tokens and a space.
     words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
     if len(words) < 2:
         raise InputError(
@@ -115,7 +115,7 @@ def _errors_named(name: str, instead: str) -> Iterator[None]:
     try:
         with hub():
             yield
-    except Exception as error:  # neither a hub client's errors nor those over damaged files have a common root
+    except Exception as error:  # the errors of hub clients and of damaged files have no common root
         reason = textwrap.shorten(str(error) or type(error).__name__, 160, placeholder=" ...")
         if Path(name).is_dir():
             raise InputError(
@@ -131,5 +131,5 @@ def _errors_named(name: str, instead: str) -> Iterator[None]:
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent is not
+    except ModuleNotFoundError:  # its parent is not installed
         return False

@@ -1,17 +1,22 @@
-"""What all frozen networks share: the hash of their weights, and loading weights safely."""
+"""Weights of pretrained networks: their hash, how a file of them is read safely, and how a hub is asked."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import logging
 import pickle
+import socket
 import textwrap
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from svb.data.pretrained import hash_tensors
 from svb.errors import InputError, ModelUnavailableError
 
 _UNREADABLE = (pickle.UnpicklingError, SafetensorError)
@@ -19,6 +24,15 @@ OFFLINE_HINT = (
     "choose --backbone offline:efficientnet-lite0 and --text-encoder offline:minilm-l6 (weights that are "
     "installed with svb), or name a local file: open_clip:ViT-B-32/PATH"
 )
+
+
+def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return the first 16 hex digits of a SHA-256 over tensors, in order, with names, types and shapes."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def hash_weights(module: nn.Module) -> str:
@@ -29,7 +43,7 @@ def hash_weights(module: nn.Module) -> str:
 def load_state(path: Path) -> dict[str, torch.Tensor]:
     """Read a state dict from a `.safetensors` or PyTorch file without running code from it.
 
-    A file that holds it under `state_dict` or `model`, as trainers write it, is taken too.
+    The state dict may be under `state_dict` or `model`, as trainers write it.
 
     Raises:
         InputError: The file is missing or holds no state dict.
@@ -62,6 +76,27 @@ def load_into(module: nn.Module, path: Path) -> None:
     except RuntimeError as error:
         first = " ".join(str(error).split())[:300]
         raise InputError(f"{path} does not fit this network ({first}) - name the model it is of") from error
+
+
+@contextlib.contextmanager
+def hub() -> Iterator[None]:
+    """Load weights from a hub or its local cache within this block, without log messages.
+
+    If the hub's name cannot be resolved, only the cache is asked: the client would retry for a minute.
+    """
+    import huggingface_hub.constants as settings
+
+    was_offline, was_disabled = settings.HF_HUB_OFFLINE, logging.root.manager.disable
+    try:
+        socket.getaddrinfo(urlsplit(settings.ENDPOINT).hostname, 443)
+    except OSError:
+        settings.HF_HUB_OFFLINE = True
+    logging.disable(logging.CRITICAL)  # the exception says what went wrong
+    try:
+        yield
+    finally:
+        settings.HF_HUB_OFFLINE = was_offline
+        logging.disable(was_disabled)
 
 
 def unavailable(name: str, error: Exception) -> ModelUnavailableError:

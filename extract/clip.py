@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from svb.data.pretrained import hub
-from svb.data.weights import OFFLINE_HINT, load_state, unavailable
+from svb.data.weights import OFFLINE_HINT, hub, load_state, unavailable
 from svb.errors import InputError, UsageError
 
 

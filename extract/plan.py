@@ -16,7 +16,7 @@ from svb.data.text import storable_text
 from svb.errors import InputError
 
 if TYPE_CHECKING:
-    from svb.data.shard import VideoRecord
+    from svb.data.rows import VideoRecord
 
 VIDEO_SUFFIXES = frozenset(
     [

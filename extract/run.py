@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from svb.data.feature_store import FeatureStore, GrowingRecords
 from svb.data.feature_store_writer import FeatureStoreWriter
-from svb.data.shard import FAILURES, USABLE, VideoRecord
+from svb.data.rows import FAILURES, USABLE, VideoRecord
 from svb.device import choose_device, choose_precision
 from svb.errors import InputError, Interrupted, UsageError
 from svb.extract.decode.decoder import FrameChunk
@@ -102,7 +102,7 @@ def extract(
         stall_seconds: A video whose decoder gives nothing for this long is recorded as `timeout`.
         time_limit_seconds: So is one that decodes for longer than this.
         keep_partial: Keep videos that decode in part; else they fail, as `truncated` or `concealed_errors`.
-        retry: Statuses of videos to take up again; `svb.data.shard.FAILURES` for all that failed.
+        retry: Statuses of videos to take up again; `svb.data.rows.FAILURES` for all that failed.
         prune: Take videos out of the store whose files are gone.
         rank: This process's rank and the number of processes that fill the store together; they share a file
             system and may be fewer or more than said.

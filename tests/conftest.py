@@ -136,7 +136,8 @@ def own_index(built_index: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def embedded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list that gets the video_ids whose features are read."""
-    from svb.data.feature_store import FeatureStore, FrameFeatures
+    from svb.data.feature_store import FeatureStore
+    from svb.data.rows import FrameFeatures
 
     read: list[str] = []
     load = FeatureStore.load

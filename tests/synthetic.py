@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from svb.data.caption_features import CaptionFeatures, write_caption_features
 from svb.data.caption_table import CaptionTable
 from svb.data.feature_store_writer import FeatureStoreWriter
-from svb.data.shard import VideoRecord, VideoRows
+from svb.data.rows import VideoRecord, VideoRows
 from svb.extract.text_encoders.text_encoder import TextEncoder
 
 BACKBONE = "synthetic:frames"

@@ -179,15 +179,6 @@ def test_splits_ids_and_order_are_kept(letters: Letters, tmp_path: Path) -> None
     assert kept.has_split
 
 
-def test_parquet_reads_like_csv(tmp_path: Path) -> None:
-    import pandas as pd
-
-    rows = {"video_id": ["a", "b"], "caption": ["a dog", "a cat"], "split": ["train", None]}
-    pd.DataFrame(rows).to_parquet(tmp_path / "t.parquet")
-    (tmp_path / "t.csv").write_text("video_id,caption,split\na,a dog,train\nb,a cat,\n")
-    assert read_caption_table(tmp_path / "t.parquet") == read_caption_table(tmp_path / "t.csv")
-
-
 class TestDamage:
     @pytest.fixture
     def made(self, letters: Letters, tmp_path: Path) -> Path:

@@ -12,7 +12,7 @@ import pytest
 from extraction import FRAMES, features, run, statuses
 
 from svb.data.feature_store import FeatureStore, verify_store
-from svb.data.shard import FAILURES, VideoRecord
+from svb.data.rows import FAILURES, VideoRecord
 from svb.extract.compute.pipeline import Contents
 from svb.extract.plan import PlannedVideo
 

@@ -19,17 +19,17 @@ from synthetic import make_store
 from torch import nn
 
 from svb.data.caption_features import CaptionFeatures, read_caption_features
-from svb.data.caption_table import CaptionTable, hash_lines, split_contents
+from svb.data.caption_table import CaptionTable, hash_lines
 from svb.data.datasets import (
     DATASETS,
     activitynet,
+    match_names,
     msrvtt,
     msvd,
     read_dataset,
     vatex,
     with_names_of,
 )
-from svb.data.datasets.naming import match_names
 from svb.data.datasets.official import KnownSplit, OfficialFile
 from svb.errors import InputError, UsageError
 from svb.extract import captions as stage
@@ -307,17 +307,13 @@ class TestTestIsNeverVal:
             v for split, videos in SMALL[name].items() if split != "test" for v in videos
         }
 
-    @pytest.mark.parametrize("name", DATASETS)
-    def test_no_protocol_shares_a_video(self, name: str) -> None:
-        for protocol in DATASETS[name].protocols.values():
-            hashes = [split.video_ids_hash for split in protocol.values()]
-            assert "test" in protocol and len(set(hashes)) == len(hashes)
-
-    def test_a_val_split_of_1k_a_is_refused(self, folder: Folder) -> None:
+    def test_a_val_split_of_1k_a_and_an_unknown_protocol_are_refused(self, folder: Folder, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match="has no protocol '1k-B' - expected one of 1k-A, 1k-A-7k, full"):
+            read("msrvtt", folder("msrvtt"), protocol="1k-B")
         with pytest.raises(
             UsageError, match="1k-A has no val split - expected one of train, test; svb train puts one"
         ):
-            read("msrvtt", folder("msrvtt"), splits=["val"])
+            read("msrvtt", tmp_path / "msrvtt", splits=["val"])
 
 
 class TestBadFiles:
@@ -399,7 +395,7 @@ class TestBadFiles:
         (made / file).write_text("\n".join([*lines[:-1], "another"]))
         self.refused(name, made, file, "are not those of the official", "sorted ids' hash", "expected")
         (made / file).write_text("\n".join([*lines[:-1], lines[-2]]))
-        self.refused(name, made, file, f"video {lines[-2]!r} stands twice")
+        self.refused(name, made, file, f"video {lines[-2]!r} appears twice")
 
     @pytest.mark.parametrize("name", ["vatex", "activitynet"])
     def test_ids_of_the_annotations_themselves(self, folder: Folder, name: str) -> None:
@@ -411,19 +407,19 @@ class TestBadFiles:
         (made / file).write_text(json.dumps(one))
         self.refused(name, made, file, "2 videos, first", "are not those of the official train split")
 
-    def test_a_video_without_captions(self, folder: Folder) -> None:
+    @pytest.mark.parametrize(
+        ("left_out", "words"),
+        [
+            ({"a bird", "a bird sings"}, ("test_videodatainfo.json: no caption of video 'video7011'", "cut short")),
+            ({"a bird sings"}, ("MSR-VTT 1k-A train: 4 captions, but the official files have 5", "again")),
+        ],
+    )
+    def test_captions_too_few(self, folder: Folder, left_out: set[str], words: tuple[str, ...]) -> None:
         made = folder("msrvtt")
         held = json.loads((made / "test_videodatainfo.json").read_text())
-        held["sentences"] = [s for s in held["sentences"] if s["video_id"] != "video7011"]
+        held["sentences"] = [s for s in held["sentences"] if s["caption"] not in left_out]
         (made / "test_videodatainfo.json").write_text(json.dumps(held))
-        self.refused("msrvtt", made, "test_videodatainfo.json: no caption of video 'video7011'", "cut short")
-
-    def test_a_caption_too_few(self, folder: Folder) -> None:
-        made = folder("msrvtt")
-        held = json.loads((made / "test_videodatainfo.json").read_text())
-        held["sentences"] = [s for s in held["sentences"] if s["caption"] != "a bird sings"]
-        (made / "test_videodatainfo.json").write_text(json.dumps(held))
-        self.refused("msrvtt", made, "MSR-VTT 1k-A train: 4 captions, but the official files have 5", "again")
+        self.refused("msrvtt", made, *words)
 
     def test_other_words(self, folder: Folder) -> None:
         made, messages = folder("msrvtt"), heard()
@@ -488,25 +484,15 @@ class TestBadFiles:
         (made / "val_1.json").write_text('{"v_uqiMw7tQ1Cc": {"sentences": ["%s"]}}' % caption)  # noqa: UP031
         self.refused("activitynet", made, "'v_uqiMw7tQ1Cc#0'", str(made))
 
-    def test_protocol(self, folder: Folder) -> None:
-        with pytest.raises(
-            UsageError, match="MSR-VTT has no protocol '1k-B' - expected one of 1k-A, 1k-A-7k, full"
-        ):
-            read("msrvtt", folder("msrvtt"), protocol="1k-B")
-
 
 class TestNamesOfAStore:
-    def test_the_data_sets_own(self) -> None:
+    def test_one_name_fits_and_of_two_none(self) -> None:
         assert match_names(["a", "b"], {}, ["a", "b", "c"]) == {"a": "a", "b": "b"}
-
-    def test_in_folders(self) -> None:
         stored = ["TestVideo/video7010", "Train/deep/video1", "xvideo2"]
         assert match_names(["video1", "video2", "video7010"], {}, stored) == {
             "video1": "Train/deep/video1",
             "video7010": "TestVideo/video7010",
         }
-
-    def test_two_names_or_two_videos_are_left_alone(self) -> None:
         assert match_names(["a"], {}, ["x/a", "y/a"]) == {}
         assert match_names(["a"], {}, ["x/a", "a"]) == {"a": "a"}
         other = {"A_1_2": ["A"], "A_5_6": ["A"], "B_1_2": ["B"]}
@@ -557,7 +543,10 @@ class TestCommand:
         ran = run_svb(*given)
         assert ran.exit_code == 0 and f"ids {hash_lines(SMALL['msrvtt']['test'])}" in ran.stderr
         held = json.loads(run_svb("info", out, "--json").stdout)
-        assert held["dataset"] == {"name": "msrvtt", "protocol": "1k-A"}
+        assert held["dataset"] == {"name": "msrvtt", "protocol": "1k-A"} and list(held["splits"]) == [
+            "train",
+            "test",
+        ]
         assert held["splits"]["test"] == {
             "videos": 1,
             "captions": 1,
@@ -599,14 +588,6 @@ def test_the_hash_is_that_of_the_shell(tmp_path: Path) -> None:
         shell=True, cwd=tmp_path, capture_output=True, text=True, check=True, env={"PATH": os.environ["PATH"]},
     )  # fmt: skip
     assert done.stdout.strip() == hash_lines(lines)
-
-
-def test_contents_of_splits() -> None:
-    table = CaptionTable(["1", "2", "3"], ["b", "a", "b"], ["x", "y", "z"], ["test", "val", "test"], True)
-    contents = split_contents(table)
-    assert list(contents) == ["val", "test"]
-    assert contents["test"]["videos"] == 1 and contents["test"]["captions"] == 2
-    assert contents["test"]["captions_hash"] == hash_lines(["b\tx", "b\tz"])
 
 
 def test_every_data_set_protocol_count_and_file_is_documented() -> None:

@@ -20,7 +20,7 @@ import torchvision
 from extraction import CLIPS, FRAMES, WIDE, features, run, shards, statuses, times
 
 from svb.data.feature_store import FeatureStore, verify_store
-from svb.data.shard import FAILURES, VideoRecord
+from svb.data.rows import FAILURES, VideoRecord
 from svb.errors import InputError, MismatchError, UsageError
 from svb.extract import run as run_module
 from svb.extract.backbones import load_backbone

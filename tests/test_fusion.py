@@ -17,9 +17,9 @@ from conftest import RunSvb
 from numpy.typing import NDArray
 
 from svb.data.description import publish_description
-from svb.data.feature_store import FeatureStore, FrameFeatures
+from svb.data.feature_store import FeatureStore
 from svb.data.fusion import fuse, nearest_rows, parts_of, shared_part, split_name
-from svb.data.shard import VideoRows
+from svb.data.rows import FrameFeatures, VideoRows
 from svb.errors import InputError, MismatchError, StoreError
 from svb.extract.pool.decode_pool import DecodePool, WorkSource
 from svb.extract.pool.worker import Message, Started
@@ -313,7 +313,7 @@ def test_from_videos_to_a_search_by_video(
     assert decodes == [4, 1, 1, 1, 1]  # one decode of a query, too, for both backbones
     ran = run_svb("search", "a picture", "--index", "index", "--by", "moment", "-k", "20", "--json")
     assert len(json.loads(ran.stdout)["results"]) == 4
-    shown = run_svb("info", "run").stdout
+    shown = run_svb("info", "run", "--all").stdout
     assert f"video.backbone: {name}\n" in shown and "parts.toy:clips.feature_size: 6\n" in shown
 
 

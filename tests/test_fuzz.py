@@ -19,7 +19,7 @@ import fuzz_corpus
 import pytest
 
 from svb.data.feature_store import FeatureStore, verify_store
-from svb.data.shard import FAILURES, USABLE, VideoRecord, VideoRows
+from svb.data.rows import FAILURES, USABLE, VideoRecord, VideoRows
 from svb.data.text import storable_text
 from svb.extract.run import extract
 

@@ -31,8 +31,9 @@ from indexes import (
 )
 
 from svb.data.description import publish_description
-from svb.data.feature_store import FeatureStore, FrameFeatures
+from svb.data.feature_store import FeatureStore
 from svb.data.publish import FolderLock
+from svb.data.rows import FrameFeatures
 from svb.errors import InputError, MismatchError, StoreError, UsageError
 from svb.retrieve.index import index
 from svb.retrieve.indexing import embed_segment, index_writer, merge

@@ -20,7 +20,7 @@ from indexes import MOMENTS, add, content, edit_store, files_of, frames_of, open
 
 from svb.data.feature_store import FeatureStore
 from svb.data.feature_store_writer import FeatureStoreWriter
-from svb.data.shard import VideoRows
+from svb.data.rows import VideoRows
 from svb.errors import InputError
 from svb.retrieve.index import index
 from svb.retrieve.indexing.verify_index import verify_index

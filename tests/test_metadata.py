@@ -230,7 +230,7 @@ class TestTables:
             ("t.csv", "video_id\na\n", "says nothing of its videos - expected columns beside video_id"),
             ("t.csv", "video_id,n\n", "holds no rows"),
             ("t.csv", "id,n\na,1\n", "no column video_id, only id, n - expected the header video_id and columns"),
-            ("t.csv", "video_id,n,n\na,1,2\n", "column 'n' stands twice"),
+            ("t.csv", "video_id,n,n\na,1,2\n", "column 'n' appears twice"),
             ("t.csv", "video_id,n\na,1,2\n", "line 2: 3 fields where the header has 2"),
             ("t.jsonl", '{"video_id": "a", "n": [1]}', "line 1, n holds list - expected numbers and texts"),
             ("t.jsonl", '{"video_id": "a", "n": "\\u0000"}', "line 1, n holds a NUL"),

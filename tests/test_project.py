@@ -129,6 +129,94 @@ def test_imports_run_back_along_the_data(path: Path) -> None:
             )
 
 
+# The rooms inside a stage, and the others of it to which each may look. A file at the stage's root is a room too;
+# those that are not listed are its verbs, which may look everywhere and to which no listed room may look.
+_MODEL = ("answer", "stored", "model")
+_SEARCHING = (*_MODEL, "searching")
+_NETWORKS = ("names", "clip", "backbones", "text_encoders")
+_PLANNED = (*_NETWORKS, "decode", "config", "plan", "progress")
+ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
+    "retrieve": {
+        "answer": (),
+        "stored": ("answer",),
+        "model": ("answer", "stored"),
+        "measure": _MODEL,
+        "searching": _MODEL,
+        "milvus": (*_SEARCHING, "measure"),
+        "indexing": (*_SEARCHING, "measure", "milvus"),
+        "page": (*_SEARCHING, "measure"),
+        "server": (*_SEARCHING, "measure", "page"),
+    },
+    "extract": {
+        "names": (),
+        "clip": ("names",),
+        "decode": (),
+        "backbones": ("names", "clip"),
+        "text_encoders": ("names", "clip"),
+        "config": (*_NETWORKS, "decode"),
+        "plan": (*_NETWORKS, "decode", "config"),
+        "progress": (*_NETWORKS, "decode", "config", "plan"),
+        "pool": _PLANNED,
+        "compute": (*_PLANNED, "pool"),
+        "one_file": (*_PLANNED, "pool", "compute"),
+        "together": (*_PLANNED, "pool", "compute"),
+    },
+}
+
+
+@pytest.mark.parametrize("stage", ROOMS)
+def test_a_room_looks_only_to_rooms_before_it(stage: str) -> None:
+    wrong = []
+    for path in sorted((ROOT / stage).rglob("*.py")):
+        room = path.relative_to(ROOT / stage).parts[0].removesuffix(".py")
+        for name in imported(path):
+            parts = name.split(".")
+            if parts[:2] != ["svb", stage] or room not in ROOMS[stage] or len(parts) < 3:
+                continue
+            if parts[2] not in (room, *ROOMS[stage][room]):
+                wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert wrong == []
+
+
+def module_name(path: Path) -> str:
+    """Return the name of a file's module in the package."""
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    parts = ["svb", *(parts[1:] if parts[0] == "core" else parts)]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_by_module() -> dict[str, set[str]]:
+    """Return which modules each imports, in functions and for types too."""
+    modules = {module_name(path): path for path in source_files()}
+    graph: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        named = (name if name in modules else name.rpartition(".")[0] for name in imported(path))
+        graph[module] = {name for name in named if name in modules and name != module}
+    return graph
+
+
+def test_no_two_modules_import_each_other_however_far_round() -> None:
+    graph = imports_by_module()
+    while leaves := [module for module, names in graph.items() if not names]:
+        for module in leaves:
+            del graph[module]
+        graph = {module: names - {*leaves} for module, names in graph.items()}
+    # What is left is in a circle, or imports one.
+    importers: dict[str, set[str]] = {module: set() for module in graph}
+    for module, names in graph.items():
+        for name in names:
+            importers[name].add(module)
+    while outside := [module for module, names in importers.items() if not names]:
+        for module in outside:
+            del importers[module]
+        importers = {module: names - {*outside} for module, names in importers.items()}
+    assert sorted(importers) == []
+
+
+def test_the_readme_is_short() -> None:
+    assert (ROOT / "README.md").stat().st_size <= 8 * 1024
+
+
 @pytest.mark.parametrize("path", list(source_files()), ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_the_library_neither_prints_nor_exits(path: Path) -> None:
     if path.is_relative_to(ROOT / "core"):

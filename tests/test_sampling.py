@@ -456,7 +456,7 @@ class TestTimesTable:
         for name, words in (
             ("latin.csv", "line 2: byte 0xe9 is not UTF-8"),
             ("text.parquet", "is not readable as Parquet"),
-            ("a.txt", "cannot tell the format from '.txt' - expected .csv, .jsonl"),
+            ("a.txt", "cannot tell the format from '.txt' - expected .csv, .tsv, .jsonl"),
             ("gap.parquet", "row 2: time_seconds is ''"),
             ("nowhere.csv", "no times table at"),
         ):

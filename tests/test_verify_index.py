@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from svb.cli import run
 from svb.data.feature_store import FeatureStore
 from svb.data.feature_store_writer import FeatureStoreWriter
-from svb.data.shard import VideoRows
+from svb.data.rows import VideoRows
 from svb.errors import InputError, StoreError, UsageError
 from svb.retrieve.index import index
 from svb.retrieve.indexing import embed_segment

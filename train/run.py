@@ -98,7 +98,8 @@ def _train(
 ) -> Path:
     clock = EpochClock(out)
     config = replace(config, caption_decoder=absolute_decoder(config.caption_decoder))
-    feature_store, caption_features = FeatureStore(store), read_caption_features(captions)
+    feature_store = FeatureStore(store)
+    caption_features = read_caption_features(captions, feature_store.records)
     backbone = feature_store.only_backbone(backbone)
     if selection_note(config.select_on):
         logger.info(selection_note(config.select_on))

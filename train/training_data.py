@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from svb.data.caption_features import CaptionFeatures
-from svb.data.feature_store import FeatureStore, FrameFeatures
+from svb.data.feature_store import FeatureStore
+from svb.data.rows import FrameFeatures
 from svb.errors import InputError
 
 logger = logging.getLogger(__name__)

@@ -6,11 +6,13 @@ interrupted. Nothing ever prompts, and nothing heavy is imported before a comman
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, MutableMapping, Sequence
 from types import FrameType
 
@@ -40,7 +42,7 @@ COMMANDS = {
 
 
 class _AtFirstUse(MutableMapping[str, click.Command]):
-    """Commands by name, each imported when it is asked for: all of them take longer than a search by a server."""
+    """Commands by name, each imported when it is used: importing all takes longer than a search by a server."""
 
     def __init__(self, places: dict[str, str]) -> None:
         self._places = dict(places)
@@ -109,15 +111,37 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         click.echo("svb: interrupted - what was finished is kept; run the same command again to go on", err=True)
         return 130
-    except BrokenPipeError:  # the reader of our output has left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except SystemExit:  # click ends so when the reader of our output has left, as `head` does
+        if not type(sys.stdout).__name__.endswith("PacifyFlushWrapper"):  # of click, which hides it
+            raise
+        _discard_output()
+        return 128 + signal.SIGPIPE  # as a shell reports it; 1 would say that a search found nothing
     except OSError as error:
-        place = f" {error.filename}" if error.filename else ""
-        reason = error.strerror or str(error)
-        click.echo(f"svb: cannot use{place} ({reason}) - mend that and run the same command again", err=True)
+        place = error.filename or _place_of_output(error)
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = "make room there" if is_full else "mend that"
+        click.echo(
+            f"svb: cannot use{place and f' {place}'} ({error.strerror or error}) - {what} and run the same command "
+            "again",
+            err=True,
+        )
         return 1
     return 0
+
+
+def _place_of_output(error: OSError) -> str:
+    """Return what to call stdout if printing raised the error, which then names no file."""
+    import traceback
+
+    if any(frame.f_code is click.echo.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
+        _discard_output()
+        return "standard output"
+    return ""
+
+
+def _discard_output() -> None:
+    """Point stdout at nothing, so that what is still held back raises no error when the process ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _ToStderr(logging.Handler):
@@ -138,7 +162,16 @@ def _print_what_the_library_says() -> None:
 def main() -> None:
     """Run `svb` with the process's arguments and exit."""
     signal.signal(signal.SIGTERM, _interrupt)
+    threading.excepthook = _thread_failed
     sys.exit(run())
+
+
+def _thread_failed(failed: threading.ExceptHookArgs) -> None:
+    """Report a disk or pipe that a library's own thread could not write to as one line."""
+    if isinstance(failed.exc_value, OSError):
+        click.echo(f"svb: a file cannot be written ({failed.exc_value.strerror or failed.exc_value})", err=True)
+    else:
+        threading.__excepthook__(failed)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -49,8 +49,8 @@ def captions(
 ) -> None:
     """Encode the captions of TABLE with a frozen text encoder.
 
-    TABLE is CSV, JSON lines or Parquet with the columns video_id, caption and optionally caption_id, split; with
-    --dataset it is the folder that holds a data set's official annotation files, as docs/datasets.md lists them.
+    TABLE is a CSV, TSV, JSON or Parquet file with the columns video_id, caption and optionally caption_id, split.
+    With --dataset it is the folder of a data set's official annotation files, which docs/datasets.md lists.
 
     \b
     svb captions captions.csv -o captions.h5 --text-encoder offline:minilm-l6

@@ -13,21 +13,28 @@ from svb.cli.output import Meter, say
 from svb.errors import SvbError
 
 BACKBONE, TEXT_ENCODER = "offline:efficientnet-lite0", "offline:minilm-l6"
-QUERIES = ("a red star", "a green heart in front of a checkerboard", "something yellow that gets bigger")
+# The first names colour, shape and background: it finds its clip with confidence.
+QUERIES = ("a green heart in front of a checkerboard", "a red star", "something yellow that gets bigger")
 
 
 @click.command()
 @click.option(
-    "-o", "--out", default=Path("demo"), type=click.Path(path_type=Path), show_default=True, help="Where to work."
+    "-o",
+    "--out",
+    default=Path("demo"),
+    type=click.Path(path_type=Path),
+    show_default=True,
+    help="Folder to work in.",
 )
-@click.option("--videos", default=300, show_default=True, help="How many clips to make.")
-@click.option("--epochs", default=30, show_default=True, help="Of training.")
-@click.option("--seed", default=0, show_default=True)
+@click.option("--videos", default=300, show_default=True, help="Number of clips to make.")
+@click.option("--epochs", default=30, show_default=True, help="Number of epochs to train.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the clips and of the training.")
 @click.pass_context
 def demo(ctx: click.Context, out: Path, videos: int, epochs: int, seed: int) -> None:
-    """Do all of it, from clips to search results, on clips that ffmpeg generates: no footage, no download.
+    """Run the whole pipeline on generated clips, from extraction to search.
 
-    Each step prints the command that does the same. A second run only does what is missing.
+    ffmpeg makes the clips, so no footage and no download are needed. Each step prints the command that does the
+    same. A second run only does what is missing.
 
     \b
     svb demo

@@ -233,7 +233,7 @@ def _describe(sampling: dict[str, Any], times: Path | None) -> str:
 
 
 def _codes(retry_failed: str | None) -> tuple[str, ...]:
-    from svb.data.shard import FAILURES
+    from svb.data.rows import FAILURES
 
     if retry_failed is None:
         return ()

@@ -12,25 +12,25 @@ from svb.config import default_path
 
 @click.command("import")
 @click.argument("source", type=click.Path(path_type=Path))
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="The feature store. [default: ./features]")
-@click.option("--backbone", required=True, help="What to call the network that made the features.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Feature store to write. [default: ./features]")
+@click.option("--backbone", required=True, help="Name of the network that made the features.")
 @click.option(
     "--format",
     "layout",
     type=click.Choice(["npy", "video-features", "npz", "h5-per-video", "h5-groups", "parquet", "torch"]),
-    help="[default: told from SOURCE]",
+    help="Layout of SOURCE. [default: told from SOURCE]",
 )
 @click.option(
-    "--array", help="The features' name, where a video has several arrays. [default: features, or the only one]"
+    "--array", help="Array that holds the features, if a video has several. [default: features, or the only one]"
 )
-@click.option("--fps", type=float, help="Rows a second, where SOURCE holds no times. [default: 1]")
+@click.option("--fps", type=float, help="Rows a second, if SOURCE holds no times. [default: 1]")
 def import_(
     source: Path, out: Path | None, backbone: str, layout: str | None, array: str | None, fps: float | None
 ) -> None:
     """Make a feature store of features that another tool made.
 
-    SOURCE is a folder with a .npy or .npz file a video, or one HDF5, Parquet or PyTorch file. Run it again to add
-    what is new. Heads can be trained on such a store; without training it cannot be searched.
+    SOURCE is a folder with one .npy or .npz file per video, or one HDF5, Parquet or PyTorch file. Run the command
+    again to add what is new. Such a store must be trained on before it can be searched.
 
     \b
     svb import s3d/ -o features/ --backbone s3d:howto100m --fps 1.5

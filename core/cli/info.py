@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,15 @@ from svb.errors import InputError, StoreError
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--failures", is_flag=True, help="List the videos of a store that did not end as ok, and why.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def info(path: Path, failures: bool, as_json: bool) -> None:
+@click.option("--all", "everything", is_flag=True, help="Print every value that is stored, one a line.")
+@click.option("--json", "as_json", is_flag=True, help="Print every value that is stored as JSON.")
+def info(path: Path, failures: bool, everything: bool, as_json: bool) -> None:
     """Say what PATH holds: a feature store, a caption features file, a run or an index.
 
     \b
     svb info features/
     svb info features/ --failures
+    svb info runs/x --json
     """
     kind = _kind(path)
     if failures:
@@ -32,9 +34,11 @@ def info(path: Path, failures: bool, as_json: bool) -> None:
     held = {"path": str(path), "kind": kind, **_DESCRIBE[kind](path)}
     if as_json:
         print_json(held)
-    else:
+    elif everything:
         for name, value in _flat(held):
             click.echo(f"{name}: {value}")
+    else:
+        _print_summary(path, kind, held)
 
 
 @click.command()
@@ -42,13 +46,13 @@ def info(path: Path, failures: bool, as_json: bool) -> None:
 @click.option(
     "--recompute",
     type=int,
-    help="Make so many videos of a feature store or an index again, and compare: extract them, or embed them.",
+    help="Extract or embed this many videos again, and compare.",
 )
-@click.option("--device", default="auto", show_default=True, help="Where to recompute: auto, cpu, cuda:0, ...")
+@click.option("--device", default="auto", show_default=True, help="Device to recompute on: auto, cpu, cuda:0, ...")
 def verify(path: Path, recompute: int | None, device: str) -> None:
     """Check that PATH is whole: a feature store, a caption features file, a run or an index.
 
-    Exits with 1 and says what is wrong where something is.
+    Exits with status 1 and prints every problem if it is not.
 
     \b
     svb verify features/
@@ -64,7 +68,7 @@ def verify(path: Path, recompute: int | None, device: str) -> None:
     for problem in problems:
         click.echo(problem)
     if problems:
-        raise StoreError(f"{path}: {len(problems)} problems - what is damaged must be restored or made again")
+        raise StoreError(f"{path} has {len(problems)} problems - restore what is damaged, or make it again")
     click.echo(f"{path}: a whole {kind}")
 
 
@@ -79,7 +83,7 @@ def _kind(path: Path) -> str:
             raise InputError(f"{path} is not HDF5 - expected something that svb wrote")
         with h5py.File(path, "r") as file:
             return "feature store" if "videos" in file else "caption features file"
-    raise InputError(f"{path} is nothing that svb wrote - expected a store, captions file, run or index")
+    raise InputError(f"{path} was not written by svb - expected a feature store, captions file, run or index")
 
 
 def _print_failures(path: Path, as_json: bool) -> None:
@@ -90,10 +94,14 @@ def _print_failures(path: Path, as_json: bool) -> None:
         print_json(
             [
                 {
-                    **{"video_id": r.video_id, "status": r.status, "error": r.error, "source_path": r.source_path},
-                    **{"tries": r.tries, "elapsed_seconds": r.elapsed_seconds},
+                    "video_id": record.video_id,
+                    "status": record.status,
+                    "error": record.error,
+                    "source_path": record.source_path,
+                    "tries": record.tries,
+                    "elapsed_seconds": record.elapsed_seconds,
                 }
-                for r in records
+                for record in records
             ]
         )
     elif records:
@@ -157,10 +165,10 @@ def _describe_index(path: Path) -> dict[str, Any]:
     held = describe_index(path)
     try:
         decision = read_decision(path) if held["vectors"] is None else None
-    except StoreError as error:  # of a cache, which the next `svb index` makes again
+    except StoreError as error:  # it is a cache, which the next `svb index` makes again
         return {**held, "scan": str(error)}
     told = ["rows", "exact_seconds", "budget_seconds", "reason"]
-    told += ["nlist", "nprobe", "seconds", "recall", "recall_videos"]  # of an approximate index
+    told += ["nlist", "nprobe", "seconds", "recall", "recall_videos"]  # these are there if it is approximate
     return {**held, "scan": decision and {name: decision[name] for name in told if name in decision}}
 
 
@@ -221,3 +229,106 @@ def _flat(held: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _print_summary(path: Path, kind: str, held: dict[str, Any]) -> None:
+    """Print what a person wants to know first, and the command to go on with."""
+    lines, next_steps = _SUMMARIES[kind](path, held)
+    click.echo(f"{path}: {'an' if kind[0] in 'aeiou' else 'a'} {kind}")
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
+        click.echo(f"  {name.ljust(width)}  {value}".rstrip())
+    click.echo()
+    for step in next_steps:
+        click.echo(f"next: {step}")
+    click.echo(f"more: svb info {path} --all")
+
+
+Summary = tuple[list[tuple[str, str]], list[str]]
+
+
+def _summary_of_store(path: Path, held: dict[str, Any]) -> Summary:
+    videos: dict[str, int] = held["videos"]
+    lines = [("videos", _counts(videos))]
+    for name, backbone in held["backbones"].items():
+        size, precision = backbone["feature_size"], backbone.get("precision", "")
+        lines.append((name, f"{held['rows'][name]} rows of {size} numbers, {precision}"))
+    lines.append(("frames", _pairs(held["sampling"])))
+    lines.append(("decoder", f"{held['decoder']['name']} {held['decoder']['version']}"))
+    lines.append(("fingerprint", held["fingerprint"]))
+    steps = [f"svb train {path} captions.h5"] if set(videos) & {"ok", "partial"} else []
+    if set(videos) - {"ok"}:
+        steps.append(f"svb info {path} --failures")
+    return lines, steps
+
+
+def _summary_of_captions(path: Path, held: dict[str, Any]) -> Summary:
+    encoder = held["text_encoder"]
+    lines = [("captions", f"{held['captions']} of {held['videos']} videos")]
+    if dataset := held.get("dataset"):
+        lines.append(("data set", f"{dataset['name']}, protocol {dataset['protocol']}"))
+    for split, count in held["splits"].items():
+        lines.append((split, _pairs(count) if isinstance(count, dict) else f"{count} captions"))
+    lines.append(("text encoder", encoder["name"]))
+    lines.append(("features", f"{encoder['feature_size']} numbers, from at most {encoder['max_tokens']} tokens"))
+    return lines, [f"svb train features/ {path}"]
+
+
+def _summary_of_run(path: Path, held: dict[str, Any]) -> Summary:
+    config, video, text = held["config"], held["video"], held["text"]
+    lines = [("note", held["note"])] if "note" in held else []
+    lines += [("videos by", video["backbone"]), ("captions by", text["text_encoder"]["name"])]
+    lines.append(
+        ("model", f"variant {config['variant']}, loss {config['loss']}, {config['embedding_size']} numbers")
+    )
+    for split, data in held["data"].items():
+        if data:
+            lines.append((split, f"{data['videos']} videos, {data['captions']} captions"))
+    for name in ("best", "last"):
+        if name in held:
+            shown = {key: value for key, value in held[name].items() if key.endswith(("R@1", "R@10", "MedR"))}
+            lines.append((name, f"epoch {held[name]['epoch']} of {config['epochs']}  {_pairs(shown)}".rstrip()))
+    lines += [(name, value) for name, value in held["paths"].items()]
+    return lines, [f"svb evaluate {path}", f"svb index {path} -o index/"]
+
+
+def _summary_of_index(path: Path, held: dict[str, Any]) -> Summary:
+    moments, model = held["moments"], held["model"]
+    lines = [("videos", f"{held['videos']}, and {held['deleted']['videos']} that were deleted")]
+    if moments:
+        every = f"{moments['seconds']:g} s, every {moments['stride_seconds']:g} s"
+        lines.append(("windows", f"{held['moments_total']} of {every}"))
+    lines.append(("embeddings", f"{held['embedding_size']} numbers, in {held['segments']} segments"))
+    epoch = f", checkpoint {model['checkpoint']}, epoch {model['epoch']}" if "checkpoint" in model else ""
+    lines.append(("model", f"{model['kind']}{epoch}"))
+    if "video" in model:
+        lines.append(("videos by", model["video"]["backbone"]))
+    if "text_encoder" in (model.get("text") or {}):
+        lines.append(("captions by", model["text"]["text_encoder"]["name"]))
+    if held["captions"]:
+        lines.append(("captions", ", ".join(f"{count} in {name}" for name, count in held["captions"].items())))
+    if held["metadata"]:
+        lines.append(("metadata", ", ".join(held["metadata"])))
+    scan = held["scan"]
+    if isinstance(scan, dict):
+        lines.append(("search", f"approximate, {scan['nlist']} lists" if "nlist" in scan else "exact"))
+    lines.append(("store", held["store"]))
+    return lines, [f'svb search "a dog runs" --index {path}', f"svb serve --index {path}"]
+
+
+_SUMMARIES: dict[str, Callable[[Path, dict[str, Any]], Summary]] = {
+    "feature store": _summary_of_store,
+    "caption features file": _summary_of_captions,
+    "run": _summary_of_run,
+    "index": _summary_of_index,
+}
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"
+
+
+def _pairs(held: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in held.items()
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -45,19 +46,30 @@ def table_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[st
 
 
 class Meter:
-    """A progress line on stderr: redrawn in a terminal, a new line every ten seconds elsewhere.
+    """A progress bar on stderr: redrawn in a terminal, a new line every ten seconds elsewhere.
 
     Args:
         unit: What is counted in `done` and `total`.
     """
 
     def __init__(self, unit: str) -> None:
-        self._unit = unit
-        self._is_terminal = sys.stderr.isatty()
+        from tqdm import tqdm
+
+        tqdm.monitor_interval = 0  # its thread would only redraw a bar that stands still
+        tqdm.set_lock(threading.RLock())  # its own would also be a semaphore between processes
+        is_terminal = sys.stderr is not None and sys.stderr.isatty()
         self._began = time.monotonic()
-        self._drawn = self._began if not self._is_terminal else 0.0
-        self._width = 0
-        self._finished = False
+        interval = 0.2 if is_terminal else 10.0
+        self._bar = tqdm(
+            total=0,
+            unit=f" {unit}",
+            file=sys.stderr if is_terminal else _Lines(),
+            dynamic_ncols=is_terminal,
+            mininterval=interval,
+            delay=interval,
+            miniters=0,
+            smoothing=0,
+        )
 
     def update(
         self,
@@ -72,38 +84,31 @@ class Meter:
 
         `eta_seconds` is reckoned from `done` where it is not given.
         """
-        now = time.monotonic()
-        if self._finished:
-            return
-        self._finished = done == total
-        if not self._finished and now - self._drawn < (0.2 if self._is_terminal else 10.0):
-            return
-        self._drawn = now
-        seconds = max(now - self._began, 1e-6)
-        if eta_seconds is None and done:
-            eta_seconds = seconds / done * (total - done)
-        filled = 20 * done // max(total, 1)
-        rates = {self._unit: done, **(more or {})}
-        parts = [
-            f"[{'#' * filled}{'.' * (20 - filled)}] {done}/{total} {self._unit}",
-            *(f"{count / seconds:.1f} {unit}/s" for unit, count in rates.items()),
-            f"ETA {'?' if eta_seconds is None else _clock(eta_seconds)}",
-            *notes,
-        ]
-        line = "  ".join(parts)
-        if self._is_terminal:
-            click.echo(f"\r{line.ljust(self._width)}", err=True, nl=False)
-            self._width = len(line)
-        else:
-            say(line)
+        bar = self._bar
+        seconds = max(time.monotonic() - self._began, 1e-6)
+        rates = [f"{count / seconds:.1f} {unit}/s" for unit, count in (more or {}).items()]
+        left = "{remaining}" if eta_seconds is None else bar.format_interval(eta_seconds)
+        bar.bar_format = "{l_bar}{bar:20}| {n_fmt}/{total_fmt}{unit} [{elapsed}<" + left + ", {rate_fmt}{postfix}]"
+        bar.set_postfix_str(", ".join([*rates, *notes]), refresh=False)
+        bar.total = total
+        bar.update(done - bar.n)
 
     def close(self) -> None:
-        """End the line."""
-        if self._is_terminal and self._width:
-            say("")
+        """Show the last state, and end the line."""
+        self._bar.close()
 
 
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+class _Lines:
+    """A file that prints every new state of a bar as a line of its own on stderr."""
+
+    def __init__(self) -> None:
+        self._last = ""
+
+    def write(self, text: str) -> None:
+        line = text.strip()
+        if line and line != self._last:
+            self._last = line
+            say(line)
+
+    def flush(self) -> None:
+        """Nothing is held back."""

@@ -174,7 +174,7 @@ def _print(answers: Sequence[Answer], chosen: str, is_list: bool, thumbnails: st
 
 def _thumbnails(asked: str) -> str:
     """Return how pictures are shown on stdout."""
-    if asked == "none" or not sys.stdout.isatty():
+    if asked == "none" or sys.stdout is None or not sys.stdout.isatty():
         return "none"
     from svb.cli.thumbnails import kind_of_terminal
 

@@ -136,6 +136,8 @@ def queries_of(file: str) -> list[str]:
     Raises:
         InputError: It cannot be read, is not UTF-8, or holds none.
     """
+    if file == "-" and sys.stdin is None:
+        raise InputError("standard input is closed - name a file, or pipe the queries in")
     try:
         text = (sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()).decode("utf-8-sig")
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 
 from svb.data.caption_table import SPLITS, CaptionTable, make_caption_table, split_contents
 from svb.data.datasets import activitynet, msrvtt, msvd, vatex
-from svb.data.datasets.naming import match_names
 from svb.data.datasets.official import Annotations, KnownSplit
 from svb.errors import InputError, UsageError
 
@@ -22,10 +22,10 @@ class Dataset:
     """A data set that `svb captions --dataset` reads.
 
     Attributes:
-        title: What it is called in prose.
-        protocols: What is known of the splits, by protocol; the first is the default.
+        title: Its name in prose.
+        protocols: The known splits by protocol; the first is the default.
         read: `read(annotations, protocol, splits) -> {split: {video_id: captions}}`; checks the ids.
-        other_names: `other_names(split, video_ids) -> {video_id: names}` that the files are called besides.
+        other_names: `other_names(split, video_ids) -> {video_id: names}` that the files may have instead.
     """
 
     title: str
@@ -47,9 +47,9 @@ class OfficialCaptions:
     """A data set's captions under a protocol.
 
     Attributes:
-        table: With the data set's own video_ids, or a store's; caption_ids always have the data set's.
+        table: Its video_ids are the data set's own or a store's; its caption_ids are the data set's.
         dataset: Its name in DATASETS.
-        protocol: Which division into splits.
+        protocol: The division into splits.
         splits: `split_contents` by the data set's own video_ids.
     """
 
@@ -71,8 +71,8 @@ def read_dataset(
     Args:
         name: In DATASETS.
         folder: Holds the annotation files under their official names, as they are or in zip files.
-        protocol: Of the data set; its first where not given.
-        splits: Which to read; all that the protocol has where none is given.
+        protocol: The data set's first one by default.
+        splits: Those to read; all that the protocol has by default.
 
     Raises:
         InputError: A file is missing, damaged, or not the official one; names the file.
@@ -142,11 +142,11 @@ def with_names_of(official: OfficialCaptions, stored: Collection[str]) -> Offici
     Videos that the store does not have keep the data set's own.
 
     Args:
-        official: With the data set's own video_ids.
+        official: Captions with the data set's own video_ids.
         stored: The store's video_ids.
 
     Raises:
-        InputError: None was found.
+        InputError: The store has none of the videos.
     """
     dataset, table = DATASETS[official.dataset], official.table
     ids_of: dict[str, list[str]] = {split: [] for split in official.splits}
@@ -171,3 +171,33 @@ def with_names_of(official: OfficialCaptions, stored: Collection[str]) -> Offici
         )
     renamed_ids = [name_of.get(video_id, video_id) for video_id in table.video_ids]
     return replace(official, table=replace(table, video_ids=renamed_ids))
+
+
+def match_names(
+    video_ids: Collection[str], other_names: Mapping[str, Sequence[str]], stored: Collection[str]
+) -> dict[str, str]:
+    """Return the stored name of every video that has exactly one, by the data set's video_id.
+
+    A stored name fits if it is the video_id or its last part is (`TestVideo/video7010`); if none does, a name fits
+    whose last part is one of the video's other names. A name that fits two videos, and a video that two names
+    fit, are left alone: nothing tells which is meant.
+
+    Args:
+        video_ids: The data set's video_ids.
+        other_names: Other names of each video, by video_id.
+        stored: The store's video_ids.
+    """
+    names = set(stored)
+    by_last_part: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(names):
+        by_last_part[name.rsplit("/", 1)[-1]].append(name)
+    fitting: dict[str, list[str]] = {}
+    for video_id in video_ids:
+        if video_id in names:
+            fitting[video_id] = [video_id]
+        else:
+            # The first of its names that is stored at all decides.
+            candidates = [by_last_part.get(name, []) for name in (video_id, *other_names.get(video_id, ()))]
+            fitting[video_id] = next((found for found in candidates if found), [])
+    wanted = Counter(name for found in fitting.values() for name in found)
+    return {video_id: found[0] for video_id, found in fitting.items() if len(found) == 1 and wanted[found[0]] == 1}

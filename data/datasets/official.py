@@ -27,8 +27,8 @@ class OfficialFile:
     """A file of a data set.
 
     Attributes:
-        names: What it is officially called, then other names and forms in which it is passed on.
-        origin: Who publishes it, and in what.
+        names: Its official name, then other names and forms in which it is passed on.
+        origin: Who publishes it, and in which archive.
     """
 
     names: tuple[str, ...]
@@ -40,10 +40,9 @@ class Document:
     """An official file that was found and read.
 
     Attributes:
-        file: What it is.
+        file: The file of the data set that it is.
         name: Which of the file's names it has.
-        place: Where it lies, for messages.
-        text: Its content.
+        place: Its path, for messages.
     """
 
     file: OfficialFile
@@ -106,8 +105,8 @@ class Annotations:
 
     Attributes:
         title: The data set, for messages.
-        folder: Where they lie, as they are or in zip files.
-        opened: What was read already, by place.
+        folder: Holds them as they are or in zip files.
+        opened: The documents that were read already, by place.
     """
 
     title: str
@@ -182,13 +181,13 @@ def _zip_errors(archive: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class KnownSplit:
-    """What is known of an official split.
+    """The facts that are known of an official split.
 
     Attributes:
-        num_videos: How many videos it has.
+        num_videos: Number of videos.
         video_ids_hash: `svb.data.caption_table.hash_lines` of their ids.
-        num_captions: How many captions; None where the versions in use differ.
-        captions_hash: `split_contents` of them; None where it could not be taken from the official file.
+        num_captions: Number of captions; None if the versions in use differ.
+        captions_hash: Of `split_contents`; None if it could not be taken from the official file.
     """
 
     num_videos: int
@@ -197,14 +196,14 @@ class KnownSplit:
     captions_hash: str | None = None
 
     def require_ids(self, video_ids: Sequence[str], split: str, document: Document) -> None:
-        """Raise where a list is not the official one.
+        """Raise if a list is not the official one.
 
         Raises:
-            InputError: Ids are missing, too many, twice there, or others.
+            InputError: Ids are missing, repeated, or not the official ones.
         """
         twice = [video_id for video_id, count in Counter(video_ids).items() if count > 1]
         if twice:
-            raise document.error(f"video {twice[0]!r} stands twice")
+            raise document.error(f"video {twice[0]!r} appears twice")
         if len(video_ids) != self.num_videos:
             first = f", first {video_ids[0]!r}" if video_ids else ""
             raise document.error(

@@ -67,6 +67,6 @@ def _captions(document: Document) -> dict[str, list[str]]:
         if not isinstance(video, dict) or not isinstance(video.get(key), str):
             raise document.error(f"a video has no {key}")
         if video[key] in captions:
-            raise document.error(f"video {video[key]!r} stands twice")
+            raise document.error(f"video {video[key]!r} appears twice")
         captions[video[key]] = document.captions(video[key], video.get(value))
     return captions

@@ -1,4 +1,4 @@
-"""Folders of features, a file (or a few) a video: `.npy`, the names of video_features, `.npz`."""
+"""Folders of features with one file per video, or a few: `.npy`, the names of video_features, `.npz`."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def find_video_features(folder: Path, array: str | None) -> Source:
 
 
 def find_npz(folder: Path, array: str | None) -> Source:
-    """Find `<video_id>.npz` files; an array `video_id` in one tells its id better than its name."""
+    """Find `<video_id>.npz` files; an array `video_id` in a file takes the place of its name."""
     files = visible_files(folder, ".npz")
 
     def read(file: Path) -> FoundRows:
@@ -89,7 +89,7 @@ def find_npz(folder: Path, array: str | None) -> Source:
 
 
 def visible_files(folder: Path, suffix: str) -> list[Path]:
-    """Return the files below a folder that end so, sorted; not hidden ones, of which copies from a Mac are full."""
+    """Return the files below a folder with this suffix, sorted; hidden ones, which a Mac leaves, are left out."""
     return [
         path
         for path in sorted(folder.rglob("*"))

@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,15 @@ from svb.data.feature_store_writer import FeatureStoreWriter
 from svb.data.importing.layouts import LAYOUTS, find_videos
 from svb.data.importing.source import FoundRows, FoundVideo
 from svb.data.publish import hash_file
-from svb.data.shard import VideoRecord, VideoRows, group_name
-from svb.data.text import storable_text
+from svb.data.rows import VideoRecord, VideoRows
+from svb.data.shard import group_name
+from svb.data.text import plain_name, storable_text
 from svb.errors import InputError, UsageError
 
 logger = logging.getLogger(__name__)
 
 FLOAT16_MAX = 65504.0
-# Stands where a store says what made its rows.
+# What such a store says in place of the decoder, the weights and the precision.
 IMPORTED = "imported"
 
 
@@ -46,19 +48,19 @@ def import_features(
     fps: float | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
-    """Make a feature store of features that lie in a layout of the field, or add to it what is new.
+    """Make a feature store of features that another tool made, or add what is new to it.
 
-    It is published in shards as it grows: what was imported stays, whatever comes after. A video whose file has
-    changed is imported anew.
+    The store is published in shards as it grows, so what was imported stays. A video whose file has changed is
+    imported again.
 
     Args:
         source: A folder or file; see `svb.data.importing.layouts`.
-        out: The store's folder; made where there is none.
-        backbone: What to call the network that made them.
-        layout: One of `LAYOUTS`; told from the source where not given.
-        array: Which of a video's arrays are the features, where it has several.
-        fps: Rows a second where the source holds no times: row i is at i / fps. 1 where not given.
-        on_progress: Called with how many videos are done, and of how many, where that is known.
+        out: The store's folder.
+        backbone: The name of the network that made the features.
+        layout: One of `LAYOUTS`; told from the source by default.
+        array: The name of the features, if a video has several arrays.
+        fps: Rows a second for a source without times: row i is at i / fps. 1 by default.
+        on_progress: Called with the number of videos that are done and of all, if that is known.
 
     Returns:
         `out`.
@@ -116,12 +118,12 @@ def _stored_size(stored: FeatureStore | None, backbone: str) -> int | None:
 
 
 def _settings(backbone: str, feature_size: int, array: str | None, fps: float | None) -> dict[str, Any]:
-    """Return what shaped the rows, as far as it is known; a store's other readers need the same fields."""
+    """Return what shaped the rows, as far as it is known, with the fields that a store's readers need."""
     return {
         "backbones": {
             backbone: {
                 "feature_size": feature_size,
-                # No hash of weights is spelled so: imported features share a space with no text encoder.
+                # This is no hash of weights, so imported features share a space with no text encoder.
                 "weights_hash": IMPORTED,
                 "precision": IMPORTED,
                 "imported": True,
@@ -136,7 +138,7 @@ def _settings(backbone: str, feature_size: int, array: str | None, fps: float | 
 
 @dataclass
 class _Intake:
-    """Decides of every video whether it is new, and checks it."""
+    """Decides whether a video is new, and checks it."""
 
     source: Path
     records: Mapping[str, VideoRecord]
@@ -149,9 +151,11 @@ class _Intake:
         """Return the record and rows of a video that is new or has changed.
 
         Raises:
-            InputError: It cannot be stored, stands twice in the source, or is another one's in the store.
+            InputError: It cannot be stored, appears twice in the source, or the store has another one of that id.
         """
-        video_id, stat = storable_text(video.video_id), video.file.stat()
+        stat, video_id = video.file.stat(), storable_text(video.video_id)
+        if video_id not in self.records:  # a copy may spell its accents in another way
+            video_id = self._stored_spelling.get(plain_name(video_id), video_id)
         self._require_new(video_id, video)
         record = self.records.get(video_id)
         source_path = storable_text(str(video.file.absolute()))
@@ -200,8 +204,12 @@ class _Intake:
             rows,
         )
 
+    @cached_property
+    def _stored_spelling(self) -> dict[str, str]:
+        return {plain_name(video_id): video_id for video_id in self.records}
+
     def say_counts(self) -> None:
-        """Say what became of the videos."""
+        """Say how many videos were imported, changed and unchanged."""
         parts = [f"{self.counts['new']} videos imported"]
         parts += [f"{self.counts[name]} {name}" for name in ("changed", "unchanged") if self.counts[name]]
         logger.info(f"{', '.join(parts)}; {self.counts['rows']} rows of {self.feature_size} numbers added")
@@ -210,7 +218,7 @@ class _Intake:
         if not video_id:
             raise InputError(f"{video.place}: its video_id is empty - give every video an id")
         if video_id in self.seen:
-            raise InputError(f"{video.place}: video_id {video_id!r} stands twice - make every video_id unique")
+            raise InputError(f"{video.place}: video_id {video_id!r} appears twice - make every video_id unique")
         self.seen.add(video_id)
 
     def _times_seconds(self, found: FoundRows, place: str) -> NDArray[np.float64]:
@@ -218,8 +226,8 @@ class _Intake:
         if found.times_seconds is None:
             if self.fps is None and not self.counts["without times"]:
                 logger.info(
-                    f"{place} holds no times: 1 row a second is assumed, here and wherever there are none - where "
-                    "that is not so, import into another store with --fps"
+                    f"{place} holds no times: 1 row a second is assumed, here and wherever there are none - if "
+                    "that is wrong, import into another store with --fps"
                 )
             self.counts["without times"] += 1
             return np.arange(num_rows) / (self.fps or 1.0)
@@ -231,7 +239,7 @@ class _Intake:
                 f"{place}: its times are not finite, ascending numbers - mend them, or remove them and give --fps"
             )
         if self.fps is not None and not self.counts["with times"]:
-            logger.info(f"{place} holds times: they count, and not --fps, here and wherever there are some")
+            logger.info(f"{place} holds times: they are used instead of --fps, here and wherever there are some")
         self.counts["with times"] += 1
         return times
 

@@ -1,31 +1,28 @@
-"""Which layout a source of features has, and who reads it."""
+"""Which layout a source of features has, and which function reads it."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import h5py
+
+from svb.data.importing.files import (
+    arrays_by_group,
+    find_h5_groups,
+    find_h5_per_video,
+    find_parquet,
+    find_torch,
+    has_group_a_video,
+)
 from svb.data.importing.folders import find_npy, find_npz, find_video_features, is_beside_features, visible_files
-from svb.data.importing.hdf5 import arrays_by_group, find_h5_groups, find_h5_per_video, has_group_a_video
 from svb.data.importing.source import Source, reading
 from svb.errors import InputError, UsageError
 
-
-def _find_parquet(path: Path, array: str | None) -> Source:
-    from svb.data.importing.parquet import find_parquet
-
-    return find_parquet(path, array)
-
-
-def _find_torch(path: Path, array: str | None) -> Source:
-    from svb.data.importing.torch_files import find_torch
-
-    return find_torch(path, array)
-
-
 Find = Callable[[Path, "str | None"], Source]
-# What lies in a folder, and what is one file; what a video is in each, for messages.
+# Layouts of folders and of single files: what a video is in each, for messages, and what reads them.
 FOLDERS: dict[str, tuple[str, Find]] = {
     "npy": ("a .npy file a video", find_npy),
     "video-features": ("<video_id>_<feature>.npy files as video_features writes them", find_video_features),
@@ -34,23 +31,24 @@ FOLDERS: dict[str, tuple[str, Find]] = {
 FILES: dict[str, tuple[str, Find]] = {
     "h5-per-video": ("an HDF5 dataset a video", find_h5_per_video),
     "h5-groups": ("an HDF5 group a video", find_h5_groups),
-    "parquet": ("a table with video_id and lists of numbers", _find_parquet),
-    "torch": ("a dict of video_id to tensor", _find_torch),
+    "parquet": ("a table with video_id and lists of numbers", find_parquet),
+    "torch": ("a dict of video_id to tensor", find_torch),
 }
 LAYOUTS = {**FOLDERS, **FILES}
 SUFFIXES = {".parquet": "parquet", ".pq": "parquet", ".pt": "torch", ".pth": "torch"}
 PARQUET_MAGIC = b"PAR1"
+CLIP_RETRIEVAL = re.compile(r"(img|text)_emb_\d+")
 PICKLES = (".pickle", ".pkl")
 EXPECTED = "expected a folder of .npy or .npz files, or one HDF5, Parquet (.parquet) or PyTorch (.pt, .pth) file"
 
 
 def find_videos(source: Path, layout: str | None, array: str | None) -> tuple[str, Source]:
-    """Return a source's layout, told from what it holds where it is not given, and its videos.
+    """Return a source's layout and its videos.
 
     Args:
         source: A folder or file.
-        layout: One of `LAYOUTS`, or None.
-        array: Which of a video's arrays are the features, where it has several.
+        layout: One of `LAYOUTS`; told from the source by default.
+        array: The name of the features, if a video has several arrays.
 
     Raises:
         InputError: There is nothing at `source`, it is not of the layout or of any that is known, or runs code.
@@ -70,12 +68,9 @@ def find_videos(source: Path, layout: str | None, array: str | None) -> tuple[st
 
 def _refuse_a_store(source: Path) -> None:
     is_store = (source / "store.json").is_file()
-    if not is_store and source.is_file():
-        import h5py
-
-        if h5py.is_hdf5(source):
-            with reading(str(source)), h5py.File(source, "r", locking=False) as file:
-                is_store = "videos" in file and "store" in file.attrs
+    if not is_store and source.is_file() and h5py.is_hdf5(source):
+        with reading(str(source)), h5py.File(source, "r", locking=False) as file:
+            is_store = "videos" in file and "store" in file.attrs
     if is_store:
         raise InputError(f"{source} is a feature store already - give it to `svb train` or any command as it is")
 
@@ -88,6 +83,12 @@ def _layout_of_folder(source: Path) -> str:
         )
     if npz:
         return "npz"
+    if of_images := [file for file in npy if CLIP_RETRIEVAL.fullmatch(file.stem)]:
+        raise InputError(
+            f"{of_images[0]} has a row for each of many images, as clip-retrieval writes it, and does not say "
+            "which rows are of one video - save each video's rows as <video_id>.npy, or take every file for one "
+            "video with --format npy"
+        )
     if npy:
         return "video-features" if any(is_beside_features(file.stem) for file in npy) else "npy"
     others = Counter(path.suffix.lower() for path in source.rglob("*") if path.is_file())
@@ -98,8 +99,6 @@ def _layout_of_folder(source: Path) -> str:
 
 
 def _layout_of_file(source: Path, array: str | None) -> str:
-    import h5py
-
     suffix = source.suffix.lower()
     if suffix in PICKLES:
         raise _pickle_error(source)

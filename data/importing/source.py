@@ -1,4 +1,4 @@
-"""What the readers of all layouts give to `svb import`: videos that are found first and read one at a time."""
+"""What the readers of all layouts give to `svb import`: videos, found first and read one at a time."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from svb.errors import InputError
 
-# What files call the times of rows, and how many seconds one of their units is.
+# Names of the times of rows in files, and the seconds in one of their units.
 TIMES = {"times_seconds": 1.0, "time_seconds": 1.0, "timestamps_ms": 1e-3}
-# What the features are called where a video has several arrays; anything else is named with --array.
+# The name of the features if a video has several arrays; another is given with --array.
 FEATURES = "features"
-# What numpy, h5py, pyarrow and torch raise on files that are damaged or of another kind.
+# What numpy, h5py, pyarrow and torch raise for files that are damaged or of another kind.
 UNREADABLE = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError, MemoryError),
     *(zipfile.BadZipFile, zlib.error, pickle.UnpicklingError),
@@ -30,7 +30,7 @@ UNREADABLE = (
 
 @dataclass(frozen=True)
 class FoundRows:
-    """One video's features as they were found, not yet checked; `times_seconds` where the source has times."""
+    """One video's features as they were found, not yet checked; `times_seconds` if the source has times."""
 
     features: NDArray[Any]
     times_seconds: NDArray[Any] | None = None
@@ -42,11 +42,11 @@ class FoundVideo:
 
     Attributes:
         video_id: As the source spells it.
-        place: What messages call it: the file, and what in it.
-        file: That was read.
+        place: Its name in messages: the file, and what in it.
+        file: The file that it is in.
         is_whole_file: Whether the file holds this video alone.
         read: Reads its rows.
-        frame_rate: Of the video file, NaN where the source does not tell.
+        frame_rate: The video file's frame rate; NaN if the source does not have it.
     """
 
     video_id: str
@@ -59,7 +59,7 @@ class FoundVideo:
 
 @dataclass(frozen=True)
 class Source:
-    """The videos of a source; `num_videos` is None where only reading it all tells."""
+    """The videos of a source; `num_videos` is None if only reading all of it tells."""
 
     num_videos: int | None
     videos: Iterator[FoundVideo]
@@ -67,7 +67,7 @@ class Source:
 
 @contextlib.contextmanager
 def reading(place: str) -> Iterator[None]:
-    """Turn what damaged files raise into an error that names the place.
+    """Turn the errors of damaged files into one that names the place.
 
     Raises:
         InputError: Reading failed.
@@ -83,12 +83,12 @@ def choose_array(names: Collection[str], array: str | None, place: str) -> str:
     """Return which of a video's arrays are its features.
 
     Args:
-        names: Of its arrays, without those that tell times or the id.
+        names: The names of its arrays, without times and the id.
         array: The name that was asked for.
-        place: For messages.
+        place: Its name in messages.
 
     Raises:
-        InputError: It is not there, or there are several and none was asked for.
+        InputError: The array is not there, or there are several and none was asked for.
     """
     held = ", ".join(sorted(names)) or "nothing"
     if array is not None and array not in names:
@@ -99,7 +99,7 @@ def choose_array(names: Collection[str], array: str | None, place: str) -> str:
 
 
 def times_of(arrays: Mapping[str, Callable[[], NDArray[Any]]]) -> NDArray[Any] | None:
-    """Return the `(T,)` times in seconds that stand among a video's arrays, or None."""
+    """Return the `(T,)` times in seconds among a video's arrays, or None."""
     for name, seconds in TIMES.items():
         if name in arrays:
             return np.asarray(arrays[name](), np.float64) * seconds

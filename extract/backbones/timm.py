@@ -8,8 +8,7 @@ from typing import Any
 import timm
 from timm.data.config import resolve_model_data_config
 
-from svb.data.pretrained import hub
-from svb.data.weights import load_state, unavailable
+from svb.data.weights import hub, load_state, unavailable
 from svb.errors import InputError, UsageError
 from svb.extract.backbones.backbone import Backbone, Classifier, imagenet_class_names
 

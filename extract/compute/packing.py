@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from svb.data.shard import VideoRows
+from svb.data.rows import VideoRows
 from svb.errors import SvbError
 from svb.extract.backbones.backbone import Backbone
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from svb.data.shard import USABLE, VideoRecord, VideoRows
+from svb.data.rows import USABLE, VideoRecord, VideoRows
 from svb.extract.backbones.backbone import Backbone
 from svb.extract.compute.packing import Packer, to_rows
 from svb.extract.compute.transform import to_squares

@@ -1,4 +1,4 @@
-"""A times table: CSV, JSON lines or Parquet with `video_id, time_seconds`, a row for every frame that is wanted."""
+"""A times table: CSV, TSV, JSON or Parquet with `video_id, time_seconds`, a row for every frame that is wanted."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def read_times(path: Path) -> TimesTable:
     """
     times: defaultdict[str, set[float]] = defaultdict(set)
     for place, row in read_table(path, _KIND):
-        video_id = text_of(row["video_id"]).strip()
+        video_id = text_of(place, "video_id", row["video_id"])
         if not video_id:
             raise InputError(f"{place}: video_id is empty - give every time the id of its video")
         times[video_id].add(_seconds(place, row["time_seconds"]))
@@ -56,10 +56,11 @@ def read_times(path: Path) -> TimesTable:
 
 
 def _seconds(place: str, value: object) -> float:
+    text = text_of(place, "time_seconds", value)
     try:
-        seconds = float(text_of(value))
+        seconds = float(text)
     except ValueError:
         seconds = math.nan
     if not (math.isfinite(seconds) and seconds >= 0):
-        raise InputError(f"{place}: time_seconds is {text_of(value)!r} - expected a number of seconds from 0 on")
+        raise InputError(f"{place}: time_seconds is {text!r} - expected a number of seconds from 0 on")
     return seconds + 0.0  # no negative zero: it would hash as another time

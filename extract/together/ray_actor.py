@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from svb import __version__
-from svb.data.shard import VideoRecord, VideoRows
+from svb.data.rows import VideoRecord, VideoRows
 from svb.device import choose_device, choose_precision
 from svb.errors import MismatchError
 from svb.extract.backbones import load_backbone

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from svb.data.feature_store import FeatureStore, FrameFeatures
+from svb.data.feature_store import FeatureStore
 from svb.data.fusion import split_name
+from svb.data.rows import FrameFeatures
 from svb.retrieve.model.embedder import Embedder
 from svb.retrieve.stored.record_rows import segment_of
 from svb.retrieve.stored.segment import MomentWindows, Segment

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from svb.data.shard import VideoRecord
+from svb.data.rows import VideoRecord
 from svb.retrieve.stored.record_rows import content_of, is_untouched
 from svb.retrieve.stored.segment import Segment
 

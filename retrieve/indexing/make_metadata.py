@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from svb.data.tables import TableKind, is_storable, read_table
+from svb.data.tables import TableKind, read_table
+from svb.data.text import is_storable
 from svb.errors import InputError
 from svb.retrieve.stored.columns import StringColumn
 from svb.retrieve.stored.manifest import publish_part

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svb.config import fingerprint
-from svb.data.tables import TableKind, is_storable, read_table, text_of
+from svb.data.tables import TableKind, read_table, text_of
 from svb.errors import InputError
 from svb.retrieve.indexing.sidecars import SUFFIXES, Cue, find_sidecars, read_sidecar
 from svb.retrieve.stored.columns import StringColumn
@@ -180,9 +180,8 @@ def _read(path: Path) -> list[Cue]:
 def _table_rows(path: Path) -> list[tuple[Cue, str]]:
     rows, num_empty = list[tuple[Cue, str]](), 0
     for place, row in read_table(path, _KIND):
-        caption, video_id = text_of(row["caption"]).strip(), text_of(row.get("video_id"))
-        if not (is_storable(caption) and is_storable(video_id)):
-            raise InputError(f"{place}: the caption holds a NUL or half a character - remove it")
+        caption = text_of(place, "caption", row["caption"])
+        video_id = text_of(place, "video_id", row.get("video_id"))
         num_empty += not caption
         if caption:
             rows.append((Cue(caption), video_id))

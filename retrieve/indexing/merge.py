@@ -22,7 +22,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
-from svb.data.shard import VideoRecord
+from svb.data.rows import VideoRecord
 from svb.retrieve.stored.columns import StringColumn
 from svb.retrieve.stored.record_rows import segment_of
 from svb.retrieve.stored.segment import COLUMNS, DTYPES, Segment

@@ -157,7 +157,8 @@ def _open_data(ablation: Ablation, quiet: bool) -> dict[_Key, _CellData]:
     data: dict[_Key, _CellData] = {}
     for cell in ablation.cells:
         if _key(cell) not in data:
-            store, captions = FeatureStore(cell.store), read_caption_features(cell.captions)
+            store = FeatureStore(cell.store)
+            captions = read_caption_features(cell.captions, store.records)
             video = store.video_settings(store.only_backbone(cell.backbone))
             queries = _queries_of_split(ablation, store, captions, cell, quiet)
             data[_key(cell)] = _CellData(store, video, captions, queries)

@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from svb.config import fingerprint
-from svb.data.feature_store import FrameFeatures
 from svb.data.fusion import fuse, parts_of, shared_part
-from svb.data.pretrained import hash_tensors
 from svb.data.publish import hash_file
+from svb.data.rows import FrameFeatures
+from svb.data.weights import hash_tensors
 from svb.errors import InputError, MismatchError, StoreError
 from svb.extract.backbones import load_classifier, load_matching_backbone
 from svb.extract.request import stored_decode_options

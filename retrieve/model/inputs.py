@@ -93,7 +93,9 @@ def open_inputs(
     feature_store = FeatureStore(source)
     backbone = feature_store.only_backbone(backbone)
     require_zero_shot(feature_store.video_settings(backbone))
-    caption_features = read_caption_features(Path(captions)) if captions is not None else None
+    caption_features = None
+    if captions is not None:
+        caption_features = read_caption_features(Path(captions), feature_store.records)
     if caption_features is not None and text_encoder not in (None, caption_features.text_encoder):
         raise UsageError(f"{captions} was encoded with {caption_features.text_encoder} - leave out --text-encoder")
     if caption_features is not None:
@@ -112,7 +114,9 @@ def _open_run(
     description = read_run(run)
     embedder = run_embedder(run, checkpoint, device)
     feature_store = FeatureStore(Path(store or description["paths"]["store"]))
-    caption_features = read_caption_features(Path(captions or description["paths"]["captions"]))
+    caption_features = read_caption_features(
+        Path(captions or description["paths"]["captions"]), feature_store.records
+    )
     require_same(
         feature_store.video_settings(feature_store.only_backbone(embedder.backbone)),
         embedder.model["video"],

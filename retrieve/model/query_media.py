@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from svb.data.feature_store import FrameFeatures
+    from svb.data.rows import FrameFeatures
     from svb.extract.backbones.backbone import Backbone
     from svb.extract.decode.options import DecodeOptions
     from svb.retrieve.model.embedder import Embedder
@@ -175,8 +175,8 @@ def _rows(
     backbones: Sequence[Backbone], chunks: Iterable[FrameChunk], batch_size: int, file: Path
 ) -> FrameFeatures:
     """Return the features of frames as those of one video, of several backbones side by side."""
-    from svb.data.feature_store import FrameFeatures
     from svb.data.fusion import fuse
+    from svb.data.rows import FrameFeatures
     from svb.extract.compute.packing import Packer
     from svb.extract.compute.pipeline import run_packers
     from svb.extract.compute.upload import Uploader
@@ -221,7 +221,7 @@ class _Decoded:
         Raises:
             InputError: There are none.
         """
-        from svb.data.shard import USABLE
+        from svb.data.rows import USABLE
         from svb.extract.plan import PlannedVideo
         from svb.extract.pool.decode_pool import DecodePool
         from svb.extract.pool.worker import Finished

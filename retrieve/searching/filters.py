@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from svb.data.text import plain_name
 from svb.errors import UsageError
 from svb.retrieve.answer import SearchRequest
 from svb.retrieve.searching.catalog import Catalog
@@ -68,10 +69,13 @@ def _below(catalog: Catalog, folders: Sequence[str]) -> NDArray[np.bool_]:
     for folder in folders:
         if not folder.strip():
             raise UsageError("a folder is empty - name one, or leave the filter out")
-    below = tuple(_as_prefix(folder) for folder in folders)
+    below = tuple(plain_name(_as_prefix(folder)) for folder in folders)
     pairs = zip(catalog.video_ids, catalog.source_paths, strict=True)
     return np.fromiter(
-        (f"{video_id}/".startswith(below) or f"{path}/".startswith(below) for video_id, path in pairs),
+        (
+            plain_name(f"{video_id}/").startswith(below) or plain_name(f"{path}/").startswith(below)
+            for video_id, path in pairs
+        ),
         np.bool_,
         catalog.num_videos,
     )

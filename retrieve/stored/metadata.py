@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from svb.data.text import plain_name
 from svb.errors import InputError, StoreError
 from svb.retrieve.stored.columns import StringColumn, open_array
 from svb.retrieve.stored.manifest import part_folder
@@ -84,7 +85,7 @@ class Metadata:
 
     def of(self, video_id: str) -> dict[str, float | int | str]:
         """Return what is known of a video, by column."""
-        row = self._row_of.get(video_id)
+        row = self._row_of.get(plain_name(video_id))
         if row is None:
             return {}
         found = {name: shown(column[row]) for name, column in self._values.items()}
@@ -114,13 +115,13 @@ class Metadata:
 
     @cached_property
     def _row_of(self) -> dict[str, int]:
-        return {video_id: row for row, video_id in enumerate(self._video_ids)}
+        return {plain_name(video_id): row for row, video_id in enumerate(self._video_ids)}
 
     def _rows_of(self, video_ids: Sequence[str]) -> NDArray[np.int64]:
         """Return each video's row, -1 where there is none; looked up once for the same list."""
         last = self._last
         if last is None or last[0] is not video_ids:
-            rows = np.fromiter((self._row_of.get(video_id, -1) for video_id in video_ids), np.int64)
+            rows = np.fromiter((self._row_of.get(plain_name(video_id), -1) for video_id in video_ids), np.int64)
             last = self._last = (video_ids, rows)
         return last[1]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from svb.data.shard import VideoRecord
+from svb.data.rows import VideoRecord
 from svb.retrieve.stored.columns import StringColumn
 from svb.retrieve.stored.segment import Segment
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from svb.data.pretrained import hash_tensors
 from svb.data.t5 import load_t5_with_decoder
+from svb.data.weights import hash_tensors
 
 # Longer captions are rare, and the longest caption of a batch sets its cost.
 MAX_TOKENS = 32
