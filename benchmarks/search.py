@@ -244,12 +244,12 @@ def write_index(path: Path, num_moments: int, noise: float | None = None) -> Pat
         entry = publish_part(path, "segments", lambda folder, made=segment: write_segment(folder, made))
         counts = {"videos": segment.num_videos, "moments": segment.num_moments, "deleted": None}
         entries.append({**entry, **counts})
-    empty: dict[str, Any] = {part: [] for part in ("captions", "metadata", "heads", "text", "hubs")}
+    empty: dict[str, Any] = {part: [] for part in ("captions", "metadata", "heads", "text")}
     manifest = {
         **{"format": "svb index", "generation": 1, "model": {"kind": "random"}, "model_fingerprint": "0" * 16},
         **{"moments": {"seconds": 1.0, "stride_seconds": 1.0}, "embedding_size": SIZE, "store": ""},
         **{"videos": num_moments // ROWS_A_VIDEO, "moments_total": num_moments, "segments": entries},
-        **{"normalise": None, "vectors": None, **empty},
+        **{"vectors": None, **empty},
     }
     commit(path, manifest)
     return path

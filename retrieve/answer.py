@@ -14,7 +14,6 @@ from svb.errors import UsageError
 # From the surest to the least sure; what each means is in `svb.retrieve.searching.confidence`.
 CONFIDENCES = ("strong", "fair", "weak")
 RANKED_BY = ("moment", "video")
-NORMALISE = ("auto", "on", "off")
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,6 @@ class SearchRequest:
         where: Only videos whose metadata fit: `column=value`, or with `!=`, `<`, `<=`, `>`, `>=`, `~` (contains).
         min_confidence: Only answers at least as sure.
         fold: Put near-duplicates of an answer under it instead of beside it.
-        normalise: By QB-Norm, against hubs: `auto` where it helped on val.
         exact: Compare with every row even where an approximate index is at hand.
         num_moments: How many moments to name a video.
         num_captions: How many captions answer an image or a video.
@@ -61,7 +59,6 @@ class SearchRequest:
     where: tuple[str, ...] = ()
     min_confidence: str | None = None
     fold: bool = True
-    normalise: str = "auto"
     exact: bool = False
     num_moments: int = 3
     num_captions: int = 10
@@ -85,7 +82,6 @@ class SearchRequest:
             raise UsageError(f"num_captions is {self.num_captions} - expected at least 0")
         if self.by is not None:
             _require_one_of("by", self.by, RANKED_BY)
-        _require_one_of("normalise", self.normalise, NORMALISE)
         if self.min_confidence is not None:
             _require_one_of("min_confidence", self.min_confidence, CONFIDENCES)
 
@@ -216,7 +212,6 @@ class Answer:
         num_moments: How many moments.
         exact: Whether every row was compared.
         recall: Of the approximate index, measured at k = 10 against exact search; None where exact.
-        normalised: Whether QB-Norm shaped the order.
         generation: Of the index; grows with every change of it.
         elapsed_seconds: How long the parts took: `embed`, `scan`, `total`.
         notes: What the user should know of it.
@@ -230,7 +225,6 @@ class Answer:
     num_moments: int
     exact: bool
     recall: float | None
-    normalised: bool
     generation: int
     elapsed_seconds: dict[str, float]
     notes: tuple[str, ...] = ()

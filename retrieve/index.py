@@ -5,7 +5,6 @@ segments/<key>/   embeddings, see `svb.retrieve.stored.segment`; tombstones/<key
 captions/<key>/   pools of captions, which answer a video or an image
 heads/<key>/      heads.safetensors: of a run, or a classifier's last layer with its class names' embeddings
 text/<key>/       the text tower as ONNX, which a text search reads queries with
-hubs/<key>/       what QB-Norm needs to know of a segment
 metadata/<key>/   columns of a table, to filter by
 cache/            what can be made again: FAISS files, query vectors, pictures
 

@@ -15,7 +15,6 @@ from svb.errors import InputError, StoreError, UsageError
 from svb.retrieve.answer import Answer, CaptionResult, SearchRequest
 from svb.retrieve.searching.catalog import Catalog
 from svb.retrieve.searching.filters import allowed_videos
-from svb.retrieve.searching.hubs import Hubs
 from svb.retrieve.searching.opened import Opened, open_index
 from svb.retrieve.searching.query import Wish, require_cosines
 from svb.retrieve.searching.rank import Found, rank_videos
@@ -158,18 +157,16 @@ class Searcher:
                 f"an exact search compares all vectors, which do not lie in {self.path} - ask where `svb index` "
                 "made it, or have the server search by FLAT"
             )
-        hubs, about_hubs = self._hubs_for(request)
         allowed, about_filters = self._allowed(request)
         compared = self.catalog.counted(allowed)
         found: list[Found] = []
-        normalised = False
         if compared.any():
             query = wish.query(vectors, request.ranked_by)
-            found, normalised = rank_videos(
-                vectors, query, request.k, by=request.ranked_by, allowed=allowed, folded=request.fold, hubs=hubs
+            found = rank_videos(
+                vectors, query, request.k, by=request.ranked_by, allowed=allowed, folded=request.fold
             )
         num_videos, num_moments = int(compared.sum()), int(self.catalog.moment_counts[compared].sum())
-        results, confidence = build_results(self._opened, request, wish, found, keep_order=normalised)
+        results, confidence = build_results(self._opened, request, wish, found)
         scanned = time.perf_counter()
         return Answer(
             request=request,
@@ -180,14 +177,13 @@ class Searcher:
             num_moments=num_moments,
             exact=vectors.exact,
             recall=vectors.recall,
-            normalised=normalised,
             generation=self.generation,
             elapsed_seconds={
                 "embed": embedded - started,
                 "scan": scanned - embedded,
                 "total": time.perf_counter() - started,
             },
-            notes=tuple(note for note in (about_filters, about_hubs, self._opened.note) if note is not None),
+            notes=tuple(note for note in (about_filters, self._opened.note) if note is not None),
         )
 
     def _allowed(self, request: SearchRequest) -> tuple[NDArray[np.bool_] | None, str | None]:
@@ -199,17 +195,6 @@ class Searcher:
             allowed = self.catalog.alive.copy() if allowed is None else allowed
             allowed[self._row_of(request.like)] = False
         return allowed, nothing
-
-    def _hubs_for(self, request: SearchRequest) -> tuple[Hubs | None, str | None]:
-        """Return what reorders the results, and why nothing does although it was asked for."""
-        hubs = self._opened.hubs
-        if request.normalise == "on" and request.text is None:
-            return None, "normalisation against hubs is for texts: this query's scores are plain"
-        if request.normalise == "on" and hubs is None:
-            return None, "the index has no captions to find hubs with: scores are not normalised"
-        if hubs is None or request.text is None or request.normalise == "off":
-            return None, None
-        return (hubs, None) if request.normalise == "on" or hubs.helps(request.ranked_by) else (None, None)
 
     def _captions(self, request: SearchRequest, wish: Wish) -> list[CaptionResult]:
         if request.text is not None or not request.num_captions:

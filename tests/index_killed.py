@@ -71,7 +71,7 @@ def run(source: str, store: str, out: str, n: int, counter: memoryview) -> None:
 def serve() -> None:
     import torch
 
-    from svb.retrieve.indexing import make_hubs, make_pools, tune_ivf  # noqa: F401 - loaded once for all
+    from svb.retrieve.indexing import make_pools, tune_ivf  # noqa: F401 - loaded once for all
     from svb.retrieve.model import inputs  # noqa: F401 - loaded once for all
 
     torch.set_num_threads(1)  # a process of several threads cannot be forked

@@ -35,7 +35,7 @@ def write_index(
             entry["deleted"] = {**tombstones, "videos": len(gone), "moments": moments}
         written.append(replace(held, deleted=segment.deleted))
         entries.append(entry)
-    parts: dict[str, Any] = {part: [] for part in ("captions", "metadata", "heads", "text", "hubs")}
+    parts: dict[str, Any] = {part: [] for part in ("captions", "metadata", "heads", "text")}
     manifest = {
         "format": "svb index",
         "generation": generation,
@@ -47,7 +47,6 @@ def write_index(
         "moments_total": sum(segment.num_moments for segment in segments),
         "store": "features",
         "segments": entries,
-        "normalise": None,
         "vectors": None,
         **parts,
         **changes,

@@ -45,7 +45,6 @@ def commit(folder: Path, generation: int, videos: dict[str, Path], **more: Any) 
         "moments_total": 2 * len(videos),
         "metadata": [{"columns": {"place": "text"}}],
         "captions": [],
-        "normalise": None,
         "held": {video_id: [str(path), *_state(path)] for video_id, path in videos.items()},
         **more,
     }
@@ -94,7 +93,6 @@ class FakeSearcher:
             "fair",
             exact=True,
             recall=None,
-            normalised=False,
             elapsed_seconds={},
             **held,
         )

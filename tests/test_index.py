@@ -241,19 +241,22 @@ class TestSegments:
     def test_a_run_that_fails_at_its_end_is_finished_by_the_next(
         self, indexed_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedded: list[str]
     ) -> None:
+        table = tmp_path / "table.csv"
+        table.write_text("video_id,place\nclip000,Rome\n")
+
         def fail(*arguments: Any, **options: Any) -> Any:
             raise OSError("the disk is full")
 
         with monkeypatch.context() as patch:
-            patch.setattr("svb.retrieve.indexing.make_hubs.index_hubs", fail)
+            patch.setattr("svb.retrieve.indexing.make_metadata.publish_metadata", fail)
             with pytest.raises(OSError, match="the disk is full"):
-                index(indexed_run, tmp_path / "index")
+                index(indexed_run, tmp_path / "index", metadata=table)
         manifest = read_manifest(tmp_path / "index")
-        assert manifest["videos"] == 80 and manifest["hubs"] == [] and manifest["normalise"] is None
+        assert manifest["videos"] == 80 and manifest["metadata"] == []
         embedded.clear()
         index(indexed_run, tmp_path / "index")
         manifest = read_manifest(tmp_path / "index")
-        assert len(manifest["hubs"]) == 1 and manifest["normalise"] is not None and embedded == []
+        assert len(manifest["metadata"]) == 1 and embedded == []
 
     @pytest.mark.parametrize(
         ("limit", "value", "sizes"),

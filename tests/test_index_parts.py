@@ -46,7 +46,7 @@ class TestParts:
         entries = [entry for entry in read_manifest(folder)["captions"] if entry["kind"] == "sidecar"]
         return [caption for entry in entries for caption in open_pool(folder, entry).captions]
 
-    @pytest.mark.parametrize("part", ["captions", "metadata", "heads", "hubs"])
+    @pytest.mark.parametrize("part", ["captions", "metadata", "heads"])
     @pytest.mark.parametrize("damage", ["cut", "gone"])
     def test_a_damaged_part_is_made_again(
         self, own_index: Path, indexed_run: Path, tmp_path: Path, part: str, damage: str, said: list[str]

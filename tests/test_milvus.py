@@ -164,7 +164,7 @@ class TestAnswers:
                 for each in mirrored
             ]
             expected, found = (
-                rank_videos(each, wish, 8, by=by, allowed=None, folded=True, hubs=None)
+                rank_videos(each, wish, 8, by=by, allowed=None, folded=True)
                 for each, wish in zip(mirrored, wishes, strict=True)
             )
             assert found == expected
@@ -215,8 +215,8 @@ class TestAnswers:
 
     def test_a_search_answers_the_same_through_it(self, tmp_path: Path, uri: str) -> None:
         first = made.random_segment(40, size=SIZE, seed=1, deleted=[3, 17])
-        fields: dict[str, Any] = {part: [] for part in ("metadata", "heads", "text", "hubs")}
-        fields |= {"format": "svb index", "generation": 1, "videos": 38, "model": {}, "normalise": None}
+        fields: dict[str, Any] = {part: [] for part in ("metadata", "heads", "text")}
+        fields |= {"format": "svb index", "generation": 1, "videos": 38, "model": {}}
         manifest = publish(tmp_path, first, **fields)
         query = queries(1)[0]
         requests = [
@@ -399,8 +399,8 @@ class TestMirror:
         assert messages[-1] == f"{uri}?index=hnsw: recall@10 {where['recall']:.3f} against exact search"
         opened = MilvusVectors.open(tmp_path, {**manifest, "vectors": where})
         assert not opened.exact and opened.recall == where["recall"]
-        fields: dict[str, Any] = {part: [] for part in ("metadata", "heads", "text", "hubs")}
-        fields |= {"format": "svb index", "generation": 1, "videos": 120, "model": {}, "normalise": None}
+        fields: dict[str, Any] = {part: [] for part in ("metadata", "heads", "text")}
+        fields |= {"format": "svb index", "generation": 1, "videos": 120, "model": {}}
         commit(tmp_path, {**manifest, **fields, "vectors": where})
         searcher, query = Searcher(tmp_path), queries(1)[0]
         asked = SearchRequest(text="not read", num_captions=0)

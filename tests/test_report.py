@@ -45,7 +45,7 @@ def result_of(path: Path, rank: int = 1, video_id: str = "clip") -> VideoResult:
 
 
 def answer_of(request: SearchRequest, *results: VideoResult, **more: Any) -> Answer:
-    held: dict[str, Any] = {"num_videos": 9, "num_moments": 70, "exact": True, "recall": None, "normalised": False}
+    held: dict[str, Any] = {"num_videos": 9, "num_moments": 70, "exact": True, "recall": None}
     held |= {"confidence": "fair", "generation": 3, "elapsed_seconds": {"total": 0.021}, "captions": (), **more}
     return Answer(request, results, **held)
 

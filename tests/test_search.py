@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import shutil
 import threading
 from dataclasses import replace
@@ -15,16 +14,12 @@ from made_index import embed_text, naive_scores, text_vector, write_index
 from numpy.typing import NDArray
 from segments import clustered, make_segment, random_segment, units
 
-from svb.data.caption_table import CaptionTable
 from svb.errors import InputError, StoreError, UsageError
 from svb.retrieve.answer import Answer, SearchRequest
-from svb.retrieve.indexing.make_hubs import index_hubs
 from svb.retrieve.indexing.make_metadata import publish_metadata
-from svb.retrieve.measure.normalise import QB_NORM_SCALE, QueryBank, qb_norm, query_bank
 from svb.retrieve.model.query_embedder import QueryEmbedder
 from svb.retrieve.search import Searcher, video_key
 from svb.retrieve.searching import rank
-from svb.retrieve.searching.hubs import Hubs
 from svb.retrieve.searching.query import Query
 from svb.retrieve.searching.vectors import SegmentVectors
 from svb.retrieve.stored.segment import Segment
@@ -334,54 +329,6 @@ def test_what_stands_out_is_strong_and_the_rest_can_be_left_out(tmp_path: Path) 
     assert not nothing.results and nothing.confidence in ("fair", "weak")
 
 
-# Hubs
-
-
-@pytest.mark.parametrize("by", BY)
-def test_hubs_are_put_back_exactly(tmp_path: Path, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against QB-Norm over all videos at once, with scans that at first see few of them."""
-    monkeypatch.setattr(rank, "FIRST_ROWS", 2)
-    monkeypatch.setattr(rank, "GROWTH", 2)
-    folder, segments = write_index(tmp_path, some_segments())
-    texts = [f"caption {number}" for number in range(60)]
-    table = CaptionTable(texts, [f"nobody{n}" for n in range(60)], texts, ["train"] * 60, has_split=True)
-    hubs, normalise = index_hubs(
-        folder,
-        segments,
-        previous=[],
-        table=table,
-        splits={"train": list(range(60)), "val": []},
-        embed=lambda rows: np.stack([text_vector(texts[row]) for row in rows]),
-        model_fingerprint="0123456789abcdef",
-    )
-    write_index(folder, segments, hubs=hubs, normalise=normalise)
-    searcher, reordered = Searcher(folder), 0
-    bank = [naive_scores(segments, by, [text_vector(text)]) for text in texts]
-    ids = list(bank[0])
-    sums = query_bank([np.array([[row[v] for v in ids] for row in bank])], QB_NORM_SCALE)
-    queries = ("a dog", "a cat", "a boat", "snow", "fire", "a tree")
-    for query, without in itertools.product(queries, ((), ("a horse", "a child"))):
-        plain = naive_scores(segments, by, [text_vector(query)], [text_vector(text) for text in without])
-        keys = qb_norm(np.array([[plain[video_id] for video_id in ids]]), sums)[0]
-        expected = [ids[position] for position in np.argsort(-keys)]
-        request = SearchRequest(text=query, without=without, by=by, k=5, fold=False, normalise="on")
-        answer = searcher.search(request)
-        assert found(answer) == expected[:5]
-        assert [r.score for r in answer.results] == pytest.approx([plain[v] for v in expected[:5]], abs=1e-5)
-        reordered += answer.normalised and expected[:5] != best_first(plain)[:5]
-        for choice in ("off", "auto"):  # without a val split nothing says that it helps
-            other = searcher.search(replace(request, normalise=choice))
-            assert found(other) == best_first(plain)[:5] and not other.normalised
-    assert reordered
-
-
-def test_why_nothing_is_normalised_is_said(searcher: Searcher) -> None:
-    (note,) = searcher.search(SearchRequest(text="a dog", normalise="on")).notes
-    assert note == "the index has no captions to find hubs with: scores are not normalised"
-    (note,) = searcher.search(SearchRequest(like="v1", normalise="on")).notes
-    assert note.startswith("normalisation against hubs is for texts")
-
-
 # Embeddings, threads, generations
 
 
@@ -520,7 +467,7 @@ def test_all_videos_are_found_in_one_scan(tmp_path: Path, by: str, k: int, monke
 
 
 def test_a_video_whose_best_looking_moment_is_unwanted_is_not_passed_over() -> None:
-    """Of a video that is no hub another moment, which the first scan did not come to, is the best."""
+    """Another moment of the video, which the first scan did not come to, is the best."""
     e = np.eye(16, dtype=np.float32)
 
     def row(wanted: float, unwanted: float, rest: int) -> NDArray[np.float32]:
@@ -530,16 +477,11 @@ def test_a_video_whose_best_looking_moment_is_unwanted_is_not_passed_over() -> N
     videos += [row(0.7 - 0.0003 * number, 0, 4 + number % 10)[None] for number in range(300)]
     videos += [row(0.45 - 0.001 * number, 0, 4 + number % 10)[None] for number in range(100)]
     segment = make_segment(videos)
-    bank = QueryBank(np.array([4.0, *[10.0] * 400]), np.arange(401) == 1, QB_NORM_SCALE)
-    hubs = Hubs.__new__(Hubs)
-    hubs._bank = lambda by: bank  # type: ignore[method-assign]
     query = Query(e[0], e[1][None], np.zeros(1, np.float32))
-    ranked, _ = rank.rank_videos(
-        SegmentVectors([segment]), query, 3, by="moment", allowed=None, folded=False, hubs=hubs
-    )
+    ranked = rank.rank_videos(SegmentVectors([segment]), query, 3, by="moment", allowed=None, folded=False)
     scores = query.scores(segment.moment_embeddings.astype(np.float32))
-    keys = qb_norm(np.maximum.reduceat(scores, segment.moment_offsets[:-1])[None], bank)[0]
-    assert [each.row for each in ranked] == np.argsort(-keys, kind="stable")[:3].tolist() == [0, 1, 2]
+    best = np.maximum.reduceat(scores, segment.moment_offsets[:-1])
+    assert [each.row for each in ranked] == np.argsort(-best, kind="stable")[:3].tolist()
 
 
 @pytest.mark.parametrize("by", BY)

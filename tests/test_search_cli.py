@@ -87,7 +87,6 @@ class FakeSearcher:
             num_moments=12_345,
             exact=request.exact,
             recall=None if request.exact else 0.994,
-            normalised=request.normalise == "on",
             generation=7,
             elapsed_seconds={"embed": 0.01, "scan": 0.02, "total": 0.03},
             notes=() if self.videos else ("--folder leaves nothing: none of the 9 videos passes",),
@@ -118,7 +117,7 @@ def asked_of(fake: type[FakeSearcher], run_svb: RunSvb, *arguments: object) -> S
 
 def test_options_become_the_request(fake: type[FakeSearcher], run_svb: RunSvb) -> None:
     given = "--plus x --plus y --not z -k 3 --by video --folder f --min-duration 1:30 --max-duration 2:00:00.5"
-    given += " --after 2026-01-01 --before 2026-02-01 --where a=1 --where b~2 --no-fold --normalise on --exact"
+    given += " --after 2026-01-01 --before 2026-02-01 --where a=1 --where b~2 --no-fold --exact"
     request = asked_of(fake, run_svb, "a dog", *given.split(), "--moments", "2", "--captions", "0")
     assert request == SearchRequest(
         text="a dog",
@@ -133,7 +132,6 @@ def test_options_become_the_request(fake: type[FakeSearcher], run_svb: RunSvb) -
         before="2026-02-01",
         where=("a=1", "b~2"),
         fold=False,
-        normalise="on",
         exact=True,
         num_moments=2,
         num_captions=0,
@@ -224,12 +222,11 @@ def test_the_table_and_what_is_said_of_it(run_svb: RunSvb) -> None:
     ]
     assert ran.stderr.splitlines() == [
         "searching index",
-        "compared 2 videos (12,345 moments) approximately (recall@10 0.994; --exact compares all), QB-Norm off, "
-        "0.03 s",
+        "compared 2 videos (12,345 moments) approximately (recall@10 0.994; --exact compares all), 0.03 s",
         f"note: no longer where it was extracted from: {Path.cwd()}/gone\ufffd.mp4 - `svb extract` it where it "
         "is now, then `svb index`",
     ]
-    assert "12,345 moments) exactly, QB-Norm on" in run_svb("search", "a", "--exact", "--normalise", "on").stderr
+    assert "12,345 moments) exactly, " in run_svb("search", "a", "--exact").stderr
 
 
 def test_a_file_that_has_changed_is_told(

@@ -164,4 +164,4 @@ class TestVerify:
         assert (held["videos"], held["moments_total"], held["segments"]) == (80, 221, 1)
         assert held["moments"] == {"seconds": 3.0, "stride_seconds": 1.0} and held["generation"] >= 1
         assert held["deleted"] == {"videos": 0, "moments": 0} and held["captions"]["training"] > 0
-        assert {"text_tower", "normalise", "metadata", "model", "model_fingerprint"} <= set(held)
+        assert {"text_tower", "metadata", "model", "model_fingerprint"} <= set(held)

@@ -12,7 +12,7 @@ import click
 
 from svb.data.text import storable_text
 from svb.errors import InputError, UsageError
-from svb.retrieve.answer import CONFIDENCES, NORMALISE, RANKED_BY, SearchRequest
+from svb.retrieve.answer import CONFIDENCES, RANKED_BY, SearchRequest
 
 CLOCK = r"(?:(?:(\d+):)?(\d+):)?(\d+(?:\.\d+)?)"
 
@@ -62,13 +62,6 @@ def search_fields(command: Callable[..., None]) -> Callable[..., None]:
             help="Only answers this sure; where none is, the exit status is 1.",
         ),
         click.option("--fold/--no-fold", default=defaults.fold, help="Put near-duplicates under the best of them."),
-        click.option(
-            "--normalise",
-            type=choices(NORMALISE),
-            default=defaults.normalise,
-            show_default=True,
-            help="By QB-Norm, against videos that fit every query; auto: where it helped on val.",
-        ),
         click.option("--exact", is_flag=True, help="Compare every row, even with an approximate index at hand."),
         click.option(
             "--moments",

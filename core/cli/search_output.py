@@ -68,8 +68,8 @@ def say_what_was_compared(answers: Sequence[Answer], server: str | None) -> None
     how = "exactly" if last.exact else f"approximately ({_recall(last.recall)}; --exact compares all)"
     seconds = sum(answer.elapsed_seconds.get("total", 0.0) for answer in answers)
     say(
-        f"compared {last.num_videos:,} videos ({last.num_moments:,} moments) {how}, QB-Norm "
-        f"{'on' if last.normalised else 'off'}, {seconds:.2f} s{f', by the server at {server}' if server else ''}"
+        f"compared {last.num_videos:,} videos ({last.num_moments:,} moments) {how}, {seconds:.2f} s"
+        f"{f', by the server at {server}' if server else ''}"
     )
     # Why nothing could be compared is said at the end, as the reason of the exit status.
     for note in dict.fromkeys(note for answer in answers if answer.num_videos for note in answer.notes):

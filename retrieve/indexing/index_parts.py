@@ -1,4 +1,4 @@
-"""The parts of an index beside its segments: heads, captions, metadata, text tower, hubs, and how it is scanned."""
+"""The parts of an index beside its segments: heads, captions, metadata, text tower, and how it is scanned."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class IndexParts:
         They are made again. What was changed within a file only `svb verify` finds, which reads all of it.
         """
         dropped = False
-        for part in ("captions", "metadata", "heads", "text", "hubs"):
+        for part in ("captions", "metadata", "heads", "text"):
             for entry in list(self._draft[part]):
                 folder = part_folder(self._out, part, entry)
                 try:
@@ -87,7 +87,6 @@ class IndexParts:
             self._update_heads()  # an older version made none of a classifier's
         self._update_metadata(segments)
         self._update_text_tower(segments)
-        self._update_hubs(segments)
 
     def update_sidecars(self, segments: Sequence[Segment], commit: Callable[[], object]) -> None:
         """Bring the pool of sidecars to what lies beside the videos; what is done is committed in between."""
@@ -249,26 +248,6 @@ class IndexParts:
 
         fraction = self._model.inputs.config.put_aside
         return positions_of_splits(captions, val_fraction=fraction, quiet=True)
-
-    def _update_hubs(self, segments: Sequence[Segment]) -> None:
-        import torch
-
-        from svb.retrieve.indexing.make_hubs import index_hubs
-
-        inputs = self._model.inputs
-        captions, embedder = inputs.captions, inputs.embedder
-        if captions is None:
-            self._draft["hubs"], self._draft["normalise"] = [], None
-            return
-        self._draft["hubs"], self._draft["normalise"] = index_hubs(
-            self._out,
-            segments,
-            previous=self._draft["hubs"],
-            table=captions.table,
-            splits=self._splits(captions),
-            embed=lambda positions: embedder.embed_captions(torch.from_numpy(captions.features[positions])),
-            model_fingerprint=embedder.fingerprint,
-        )
 
 
 def keep_scan_within_budget(out: Path, manifest: Mapping[str, Any], segments: Sequence[Segment]) -> None:

@@ -18,7 +18,7 @@ from svb.data.publish import FolderLock
 from svb.errors import MismatchError, StoreError
 from svb.retrieve.indexing.index_plan import Place
 from svb.retrieve.indexing.merge import choose_merges, live_moments, write_merged
-from svb.retrieve.stored.manifest import commit, publish_part, read_manifest, remove_unnamed
+from svb.retrieve.stored.manifest import OLD_PARTS, commit, publish_part, read_manifest, remove_unnamed
 from svb.retrieve.stored.segment import Segment, open_segment, write_segment
 
 logger = logging.getLogger(__name__)
@@ -71,6 +71,8 @@ class IndexWriter:
         self._generation = int(self.before.get("generation", 0))
         self._committed = self.before if self.before and not rebuild else None
         self.draft: dict[str, Any] = _empty() if self._committed is None else copy.deepcopy(self._committed)
+        for field in (*OLD_PARTS, "normalise"):
+            self.draft.pop(field, None)
         self.segments: list[Segment] = []
         if self._committed is not None:
             self._open_segments()
@@ -177,5 +179,5 @@ def _write_tombstones(rows: NDArray[np.int64], folder: Path) -> None:
 
 
 def _empty() -> dict[str, Any]:
-    parts: dict[str, Any] = {part: [] for part in ("segments", "captions", "metadata", "heads", "text", "hubs")}
-    return {"format": "svb index", "embedding_size": 0, **parts, "normalise": None, "vectors": None}
+    parts: dict[str, Any] = {part: [] for part in ("segments", "captions", "metadata", "heads", "text")}
+    return {"format": "svb index", "embedding_size": 0, **parts, "vectors": None}

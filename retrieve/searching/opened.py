@@ -10,7 +10,6 @@ from typing import Any
 from svb.errors import StoreError
 from svb.retrieve.model.query_embedder import QueryEmbedder
 from svb.retrieve.searching.catalog import Catalog
-from svb.retrieve.searching.hubs import Hubs
 from svb.retrieve.searching.vectors import SegmentVectors, Vectors
 from svb.retrieve.stored.metadata import Metadata
 from svb.retrieve.stored.pools import CaptionPools
@@ -32,7 +31,6 @@ class Opened:
     vectors: Vectors
     exact_vectors: Vectors
     note: str | None
-    hubs: Hubs | None
     pools: CaptionPools
     metadata: Metadata
     embedder: QueryEmbedder
@@ -81,7 +79,6 @@ def open_index(
         approximate or exact,
         exact,
         note,
-        Hubs.open(folder, manifest),
         CaptionPools(folder, manifest),
         Metadata.open(folder, manifest),
         previous if previous is not None and previous.fits(manifest) else QueryEmbedder(folder, manifest, device),

@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svb.retrieve.searching.duplicates import fold
-from svb.retrieve.searching.hubs import Hubs
 from svb.retrieve.searching.query import BLOCK, Query, require_cosines
 from svb.retrieve.searching.vectors import Vectors
 
@@ -53,9 +52,8 @@ def rank_videos(
     by: str,
     allowed: NDArray[np.bool_] | None,
     folded: bool,
-    hubs: Hubs | None,
-) -> tuple[list[Found], bool]:
-    """Return the K best videos, best first, and whether hubs were put back among them.
+) -> list[Found]:
+    """Return the K best videos, best first.
 
     What is unwanted only lowers scores. So a row that a scan for what is wanted leaves out scores at most as much
     as the last one it finds: once the K-th video scores more, no scan for more rows can change the answer.
@@ -67,7 +65,6 @@ def rank_videos(
         by: A video's score is that of its best `moment`, or of the whole `video`.
         allowed: `(V,)`, the videos that count; None for all.
         folded: Whether near-duplicates count as one.
-        hubs: What reorders the candidates; None where nothing shall.
     """
     num_counted = int(vectors.catalog.counted(allowed).sum())
     # One more than there are: a scan that finds fewer than it was asked for has found all.
@@ -77,24 +74,12 @@ def rank_videos(
         candidates = _candidates(vectors, query, num_rows, by, allowed)
         if not len(query.negatives) and len(candidates.videos) == num_counted:
             candidates = replace(candidates, bound=-np.inf)  # of each the best row, which comes first
-        keys = candidates.scores.astype(np.float64)
-        finds_hub = hubs is not None and hubs.finds_hub(candidates.scores, candidates.videos, by)
-        if hubs is not None and finds_hub:
-            keys = hubs.reorder(candidates.scores, candidates.videos, by)
-        order = np.lexsort((candidates.videos, -keys))
-        kept = _keep(vectors, candidates.videos[order], k, folded)
+        kept = _keep(vectors, candidates.videos, k, folded)
         found = [Found(int(videos[0]), tuple(videos[1:].tolist())) for videos in kept]
         if candidates.bound == -np.inf:
-            return found, finds_hub
-        if len(found) == k:
-            last = float(keys[candidates.videos == found[-1].row][0])
-            if hubs is None or not finds_hub:
-                is_sure = last >= candidates.bound
-            else:  # that the best is a hub must be sure, too
-                is_sure = candidates.scores[0] >= candidates.bound
-                is_sure = is_sure and not _rivals(hubs, candidates, last, by, allowed)
-            if is_sure:
-                return found, finds_hub
+            return found
+        if len(found) == k and candidates.scores[candidates.videos == found[-1].row][0] >= candidates.bound:
+            return found
         num_rows = min(GROWTH * num_rows, all_rows)
 
 
@@ -117,14 +102,6 @@ def _candidates(
     _, first = np.unique(videos[order], return_index=True)
     best = order[np.sort(first)]
     return Candidates(videos[best], scores[best], bound)
-
-
-def _rivals(hubs: Hubs, candidates: Candidates, last: float, by: str, allowed: NDArray[np.bool_] | None) -> bool:
-    """Tell whether a video that was not seen could still come before the last that was found."""
-    rivals = hubs.rivals(candidates.bound, last, by)
-    # Of one that what is unwanted has lowered, a row that was not seen may score more.
-    rivals[candidates.videos[candidates.scores >= candidates.bound]] = False
-    return bool((rivals if allowed is None else rivals & allowed).any())
 
 
 def _keep(vectors: Vectors, videos: NDArray[np.int64], k: int, folded: bool) -> list[NDArray[np.int64]]:

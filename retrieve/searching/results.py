@@ -67,8 +67,6 @@ def build_results(
     request: SearchRequest,
     wish: Wish,
     found: Sequence[Found],
-    *,
-    keep_order: bool,
 ) -> tuple[list[VideoResult], str]:
     """Return the results for videos that were found, and the confidence of the best of them.
 
@@ -77,7 +75,6 @@ def build_results(
         request: What was asked.
         wish: The same, embedded.
         found: The videos, best first.
-        keep_order: Whether they are in another order than that of their scores, which stays.
     """
     if not found:
         return [], CONFIDENCES[-1]
@@ -116,7 +113,7 @@ def build_results(
                 mtime_ns=info.mtime_ns,
             )
         )
-    return _ranked(results, request, keep_order), spread.confidence(max(result.score for result in results))
+    return _ranked(results, request), spread.confidence(max(result.score for result in results))
 
 
 def _scores_over_time(vectors: Vectors, row: int, query: Query) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
@@ -127,10 +124,10 @@ def _scores_over_time(vectors: Vectors, row: int, query: Query) -> tuple[NDArray
     return vectors.catalog.moment_seconds(rows), query.scores(embeddings)
 
 
-def _ranked(results: list[VideoResult], request: SearchRequest, keep_order: bool) -> list[VideoResult]:
+def _ranked(results: list[VideoResult], request: SearchRequest) -> list[VideoResult]:
     """Return those that are sure enough, numbered."""
-    if not keep_order:  # a score may differ in its last digit from the one that the scan went by
-        results = sorted(results, key=lambda result: -result.score)
+    # A score may differ in its last digit from the one that the scan went by.
+    results = sorted(results, key=lambda result: -result.score)
     wanted = request.min_confidence or CONFIDENCES[-1]
     sure = [result for result in results if at_least(result.confidence, wanted)]
     return [replace(result, rank=rank) for rank, result in enumerate(sure, start=1)]

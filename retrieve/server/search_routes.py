@@ -160,7 +160,6 @@ def _describe(searcher: Searcher) -> dict[str, Any]:
         "folders": _folders(searcher),
         "columns": {name: kind for entry in manifest["metadata"] for name, kind in entry["columns"].items()},
         "has_captions": bool(manifest["captions"]),
-        "normalise": manifest.get("normalise"),
         "version": __version__,
     }
 
