@@ -43,7 +43,7 @@ def make_answer(num_results: int = 2) -> dict[str, Any]:
     seconds = {"embed": 0.0, "scan": 0.01, "total": 0.01}
     captions = (CaptionResult(1, 0.5, "a dog", "training"),)
     asked = SearchRequest(text="what the server thinks it was")
-    return Answer(asked, results, captions, "fair", 2, 4, True, None, False, 3, seconds).as_json()
+    return Answer(asked, results, captions, "fair", 2, 4, True, None, 3, seconds).as_json()
 
 
 @dataclass
