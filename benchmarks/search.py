@@ -109,6 +109,7 @@ def make_first(folder: Path, num_rows: int) -> tuple[Path, Path]:
 
     from svb.extract.backbones import load_backbone
     from svb.retrieve.index import index
+    from svb.retrieve.indexing.index_config import IndexConfig
     from svb.retrieve.search import Searcher
 
     weights = folder / "ViT-B-32.safetensors"
@@ -117,7 +118,7 @@ def make_first(folder: Path, num_rows: int) -> tuple[Path, Path]:
     name = f"open_clip:ViT-B-32/{weights}"
     backbone = load_backbone(name, torch.device("cpu"), torch.float32)
     store = write_store(folder / "features", name, backbone.settings(), num_rows)
-    built = index(store, folder / "index", moment_seconds=1, moment_stride_seconds=1)
+    built = index(store, folder / "index", IndexConfig(moment_seconds=1, moment_stride_seconds=1))
     searcher = Searcher(built)
     rows = searcher.vectors.embeddings(np.arange(searcher.catalog.num_moments), by="moment")
     make_ways(folder / "ways", rows, searcher.embed_text(TEXT), weights)

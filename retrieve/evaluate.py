@@ -25,7 +25,7 @@ from svb.retrieve.measure.normalise import (
     normalise,
 )
 from svb.retrieve.model.embedder import Embedder
-from svb.retrieve.model.inputs import Inputs, open_inputs
+from svb.retrieve.model.source import OpenedSource, open_source
 from svb.train.metrics import TIE_RULE, V2T_CONVENTIONS, ranks_metrics, t2v_ranks, v2t_ranks
 from svb.train.run import split_contents
 from svb.train.training_data import SplitData, load_split, positions_of_splits
@@ -71,7 +71,7 @@ def evaluate(
     """
     _check_methods(normalise_by, split)
     torch_device = choose_device(device)
-    inputs = open_inputs(
+    inputs = open_source(
         Path(source),
         device=torch_device,
         store=store,
@@ -173,7 +173,7 @@ def _describe(
     )
 
 
-def _missing(inputs: Inputs, positions: Sequence[int], split: str, allow_missing: bool) -> Missing:
+def _missing(inputs: OpenedSource, positions: Sequence[int], split: str, allow_missing: bool) -> Missing:
     """Count the split's captions and videos, and those without features; refuse these unless allowed."""
     assert inputs.captions is not None
     of_split, usable = [inputs.captions.table.video_ids[p] for p in positions], {*inputs.store.video_ids}
@@ -188,7 +188,7 @@ def _missing(inputs: Inputs, positions: Sequence[int], split: str, allow_missing
     return missing
 
 
-def _load(inputs: Inputs, positions: Sequence[int], device: torch.device) -> SplitData:
+def _load(inputs: OpenedSource, positions: Sequence[int], device: torch.device) -> SplitData:
     assert inputs.captions is not None
     embedder = inputs.embedder
     return load_split(
@@ -231,7 +231,7 @@ def _write_ranks(
         np.savez(file, **held)
 
 
-def _require_unseen(inputs: Inputs, split: str, data: SplitData, source: Path | str) -> None:
+def _require_unseen(inputs: OpenedSource, split: str, data: SplitData, source: Path | str) -> None:
     """Refuse a val split that was carved now and is not the one that training put aside."""
     assert inputs.captions is not None
     if inputs.data is None or split != "val" or "val" in inputs.captions.table.splits:

@@ -15,7 +15,7 @@ from svb.errors import InputError, StoreError, UsageError
 from svb.retrieve.answer import Answer, CaptionResult, SearchRequest
 from svb.retrieve.searching.catalog import Catalog
 from svb.retrieve.searching.filters import allowed_videos
-from svb.retrieve.searching.opened import Opened, open_index
+from svb.retrieve.searching.opened import OpenedIndex, ServerVectors, open_index
 from svb.retrieve.searching.query import Wish, require_cosines
 from svb.retrieve.searching.rank import Found, rank_videos
 from svb.retrieve.searching.results import VideoInfo, build_results, info_of, video_key
@@ -43,8 +43,9 @@ class Searcher:
         self.path = Path(path)
         self._device = device
         embedder = None if previous is None else previous._opened.embedder
-        self._opened: Opened = read_whole(
-            self.path, lambda manifest: open_index(self.path, manifest, device, embedder)
+        self._opened: OpenedIndex = read_whole(
+            self.path,
+            lambda manifest: open_index(self.path, manifest, device, embedder, open_server=_open_milvus),
         )
         self._seen: tuple[int, int, int] | None = None
 
@@ -211,3 +212,9 @@ class Searcher:
     def _rows_of_keys(self) -> dict[str, int]:
         video_ids = self.catalog.video_ids
         return {video_key(video_ids[row]): row for row in np.flatnonzero(self.catalog.alive).tolist()}
+
+
+def _open_milvus(folder: Path, manifest: Mapping[str, Any]) -> ServerVectors:
+    from svb.retrieve.milvus.milvus_vectors import MilvusVectors  # its client need not be installed
+
+    return MilvusVectors.open(folder, manifest)

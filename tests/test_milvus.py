@@ -16,19 +16,17 @@ import numpy as np
 import pytest
 import segments as made
 import synthetic
-from indexes import files_of, remove
+from indexes import files_of, index, remove
 from messages import heard
 from numpy.typing import NDArray
 
 from svb.errors import MismatchError, ModelUnavailableError, StoreError, UsageError
 from svb.retrieve.answer import SearchRequest
-from svb.retrieve.index import index
 from svb.retrieve.indexing.index_parts import IndexParts
 from svb.retrieve.milvus import milvus_server
 from svb.retrieve.milvus import milvus_vectors as milvus
-from svb.retrieve.milvus.milvus_ids import moment_ids, video_keys
 from svb.retrieve.milvus.milvus_mirror import mirror, remove_gone
-from svb.retrieve.milvus.milvus_server import Target, connect
+from svb.retrieve.milvus.milvus_server import Target, connect, moment_ids, video_keys
 from svb.retrieve.milvus.milvus_vectors import MilvusVectors
 from svb.retrieve.search import Searcher
 from svb.retrieve.searching.query import Query

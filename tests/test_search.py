@@ -16,12 +16,12 @@ from segments import clustered, make_segment, random_segment, units
 
 from svb.errors import InputError, StoreError, UsageError
 from svb.retrieve.answer import Answer, SearchRequest
-from svb.retrieve.indexing.make_metadata import publish_metadata
 from svb.retrieve.model.query_embedder import QueryEmbedder
 from svb.retrieve.search import Searcher, video_key
 from svb.retrieve.searching import rank
 from svb.retrieve.searching.query import Query
 from svb.retrieve.searching.vectors import SegmentVectors
+from svb.retrieve.stored.metadata import publish_metadata
 from svb.retrieve.stored.segment import Segment
 
 SIZE = 32

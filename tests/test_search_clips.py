@@ -14,7 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from clips import X264, make_clip, make_sound, run_ffmpeg
-from indexes import edit_manifest
+from indexes import edit_manifest, index
 
 from svb.cli import cli
 from svb.errors import InputError, StoreError
@@ -24,7 +24,6 @@ from svb.extract.run import extract
 from svb.extract.text_encoders.text_encoder import TextEncoder
 from svb.retrieve.answer import Answer, SearchRequest
 from svb.retrieve.evaluate import evaluate
-from svb.retrieve.index import index
 from svb.retrieve.indexing.verify_index import verify_index
 from svb.retrieve.model import conse, embedder
 from svb.retrieve.search import Searcher
@@ -143,12 +142,12 @@ def test_class_names_are_embedded_once(world: World, tmp_path: Path, monkeypatch
     index(world.store, tmp_path / "index", captions=world.captions)
     assert read_manifest(tmp_path / "index") == before
     (tmp_path / "pool.txt").write_text("a dog runs\n")  # the model is loaded for it
-    index(world.store, tmp_path / "index", captions=world.captions, pools=[tmp_path / "pool.txt"])
+    index(world.store, tmp_path / "index", captions=world.captions, pools=(tmp_path / "pool.txt",))
     after = read_manifest(tmp_path / "index")
     assert after["heads"] == before["heads"] and len(after["captions"]) == len(before["captions"]) + 1
     monkeypatch.undo()
     edit_manifest(tmp_path / "index", heads=[])
-    index(world.store, tmp_path / "index", captions=world.captions, pools=[])
+    index(world.store, tmp_path / "index", captions=world.captions, no_pools=True)
     assert read_manifest(tmp_path / "index")["heads"] == before["heads"]
 
 

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import synthetic
 import torch
+from indexes import index
 
 from svb.config import fingerprint
 from svb.errors import InputError, MismatchError, StoreError
 from svb.retrieve.answer import SearchRequest
-from svb.retrieve.index import index
 from svb.retrieve.model.embedder import run_embedder
 from svb.retrieve.search import Searcher
 from svb.retrieve.stored.manifest import read_manifest

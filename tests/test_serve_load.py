@@ -23,10 +23,10 @@ import numpy as np
 import pytest
 import synthetic
 import torch
+from indexes import index
 from numpy.typing import NDArray
 from serving import Server, running
 
-from svb.retrieve.index import index
 from svb.retrieve.indexing import index_writer
 from svb.retrieve.search import Searcher
 from svb.retrieve.stored.manifest import read_manifest

@@ -17,10 +17,10 @@ import pytest
 import synthetic
 from clips import make_clip
 from conftest import RunSvb
+from indexes import index
 from serving import Server, key_of, running
 
 from svb.retrieve.answer import SearchRequest
-from svb.retrieve.index import index
 from svb.retrieve.search import Searcher
 from svb.train.config import TrainConfig
 from svb.train.run import train

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from svb.retrieve.answer import CONFIDENCES, SearchRequest, VideoResult, at_least
 from svb.retrieve.searching.confidence import Spread, independent_rows
-from svb.retrieve.searching.opened import Opened
+from svb.retrieve.searching.opened import OpenedIndex
 from svb.retrieve.searching.peaks import curve_of, find_moments
 from svb.retrieve.searching.query import Query, Wish, require_unit_length
 from svb.retrieve.searching.rank import Found
@@ -49,7 +49,7 @@ def video_key(video_id: str) -> str:
     return hashlib.sha256(video_id.encode()).hexdigest()[:16]
 
 
-def info_of(opened: Opened, row: int) -> VideoInfo:
+def info_of(opened: OpenedIndex, row: int) -> VideoInfo:
     """Return what an index knows of the video in a row."""
     video_id = opened.catalog.video_id(row)
     return VideoInfo(
@@ -63,7 +63,7 @@ def info_of(opened: Opened, row: int) -> VideoInfo:
 
 
 def build_results(
-    opened: Opened,
+    opened: OpenedIndex,
     request: SearchRequest,
     wish: Wish,
     found: Sequence[Found],

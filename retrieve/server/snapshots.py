@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from svb.retrieve.searching.ivf import DECISION
+from svb.retrieve.stored.ivf_file import DECISION
 from svb.retrieve.stored.manifest import read_manifest
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ OLD_PARTS = ("hubs",)
 MAX_TRIES = 20
 _KEY = re.compile(r"[0-9a-f]{16}")
 
-Opened = TypeVar("Opened")
+T = TypeVar("T")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def commit(folder: Path, manifest: Mapping[str, Any]) -> None:
     remove_unnamed(folder, manifest)
 
 
-def read_whole(folder: Path, open_parts: Callable[[dict[str, Any]], Opened]) -> Opened:
+def read_whole(folder: Path, open_parts: Callable[[dict[str, Any]], T]) -> T:
     """Open an index's parts by its manifest, and again by the next one where a commit came in between.
 
     Args:
