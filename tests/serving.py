@@ -85,7 +85,7 @@ class FakeSearcher:
             VideoResult(rank, 0.5, "fair", video_id, key_of(video_id), self._held[video_id][0], 2.0, moments)
             for rank, video_id in enumerate(self._ids[: request.k], start=1)
         ]
-        held = {"num_videos": len(self._ids), "num_moments": 2 * len(self._ids), "generation": self.generation}
+        held = {"num_videos": len(self._ids), "num_windows": 2 * len(self._ids), "generation": self.generation}
         return Answer(
             request,
             tuple(results),

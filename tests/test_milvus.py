@@ -29,8 +29,7 @@ from svb.retrieve.milvus.milvus_mirror import mirror, remove_gone
 from svb.retrieve.milvus.milvus_server import Target, connect, moment_ids, video_keys
 from svb.retrieve.milvus.milvus_vectors import MilvusVectors
 from svb.retrieve.search import Searcher
-from svb.retrieve.searching.query import Query
-from svb.retrieve.searching.rank import rank_videos
+from svb.retrieve.searching.rank import Query, rank_videos
 from svb.retrieve.searching.vectors import SegmentVectors
 from svb.retrieve.stored.columns import StringColumn
 from svb.retrieve.stored.manifest import commit, publish_part
@@ -229,7 +228,7 @@ class TestAnswers:
             answers.append([searcher.search_embedding(query, request) for request in requests])
         for expected, found in zip(*answers, strict=True):
             assert [each.video_id for each in found.results] == [each.video_id for each in expected.results]
-            assert found.results and found.exact and found.num_moments == expected.num_moments
+            assert found.results and found.exact and found.num_windows == expected.num_windows
             for one, other in zip(found.results, expected.results, strict=True):
                 assert (one.confidence, one.duplicates) == (other.confidence, other.duplicates)
                 assert one.score == pytest.approx(other.score, abs=2e-6)

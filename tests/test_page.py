@@ -92,7 +92,7 @@ def test_a_search_is_answered_and_a_peak_is_played(page: Any) -> None:
     ask(page, BOAT)
     assert names(page)[:4] == ["harbour/boat", EVIL, "gone", "tall"]
     assert page.evaluate("[window.hacked, document.querySelector('main img[src=x]')]") == [None, None]
-    assert re.match(r"10 of 45 videos.*moments.*exact.*ms.*generation 1", page.inner_text("#summary"), re.S)
+    assert re.match(r"10 of 45 videos.*windows.*exact.*ms.*generation 1", page.inner_text("#summary"), re.S)
     card = page.locator(".card").first
     assert card.locator(".badge").inner_text() == "strong"
     w.until(page, "document.querySelector('.card .poster img').naturalWidth > 0")

@@ -422,7 +422,7 @@ def test_a_file_that_moved_or_changed_is_said_to(index: Path, videos: dict[str, 
         os.utime(own, ns=(known.st_mtime_ns, served_mtime_ns(index)))  # as a copy that keeps times
         told = served.client.get(path)
         assert told.status_code == 409
-        assert f"({known.st_size:,} bytes, then {known.st_size + 6:,})" in told.json()["error"]
+        assert f"({known.st_size:,} bytes, was {known.st_size + 6:,})" in told.json()["error"]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Path, "stat", refuse)
             told = served.client.get(path)

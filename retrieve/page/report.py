@@ -1,4 +1,4 @@
-"""The page behind `svb serve`, and the same page as one file that needs no server: `svb search --html`."""
+"""The page of `svb serve`, and the same page as one file that needs no server: `svb search --html`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from svb.retrieve.searching.source_file import problem_of
 POSTER_HEIGHT_PX = 240
 STRIP_FRAMES = 12
 STRIP_HEIGHT_PX = 72
-# What a script element's text may not hold: it could end the element.
+# A script element's text may not contain these: they could end the element.
 _ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
 
 
@@ -29,8 +29,8 @@ def render_page(nonce: str) -> str:
     """Return the page that a server sends.
 
     Args:
-        nonce: Of its style and its script, as in the content security policy sent with it; letters, digits, `-`
-            and `_`.
+        nonce: Names its style and its script in the content security policy sent with it; letters, digits, `-` and
+            `_`.
     """
     return _fill({"nonce": nonce, "policy": "", "embedded": "null"})
 
@@ -41,13 +41,13 @@ def write_report(
     index: Path,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
-    """Write answers as one page with their pictures in it, which plays the videos from where they lie.
+    """Write answers as one page that contains their pictures and plays the videos from their own paths.
 
     Args:
-        answers: At least one; the page lets the reader choose between several.
-        out: The file, replaced where there is one.
-        index: Where the answers come from; said in the page.
-        on_progress: Called with how many videos have their pictures, and how many there are.
+        answers: At least one; the reader can choose between several.
+        out: The file; an older one is replaced.
+        index: The index that was searched; the page names it.
+        on_progress: Called with the number of videos that have their pictures, and the number of all.
 
     Returns:
         `out`.
@@ -56,7 +56,7 @@ def write_report(
         UsageError: There is no answer.
     """
     if not answers:
-        raise UsageError("there is no answer to write - expected at least one query")
+        raise UsageError("there are no answers to write - expected at least one")
     found: dict[str, list[VideoResult]] = {}
     for answer in answers:
         for result in answer.results:
@@ -80,9 +80,9 @@ def write_report(
 
 
 def _pictures_of(results: Sequence[VideoResult]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a video's pictures, and what the page has to know of its file.
+    """Return a video's pictures, and what the page must know about its file.
 
-    A file that is gone, has changed or cannot be decoded any more still has its curve to show: its card says so.
+    If the file is gone, has changed or cannot be decoded, its card says so and still shows the curve.
     """
     from svb.retrieve.searching.pictures import as_jpeg, begin_seconds, duration_seconds, frames_at, strip
 
@@ -114,7 +114,7 @@ def _as_uri(jpeg: bytes) -> str:
 def _report(held: Mapping[str, Any]) -> str:
     """Return the page with its data in it.
 
-    It names the very style and script that may act, by their hashes: a nonce in a file is no secret.
+    Its policy allows its own style and script by their hashes: a nonce in a file would be no secret.
     """
     plain = _fill({"nonce": "", "policy": "", "embedded": ""})
     style, script = (_hash_of(rf"<{name} nonce=\"\">(.*?)</{name}>", plain) for name in ("style", "script"))
@@ -123,7 +123,7 @@ def _report(held: Mapping[str, Any]) -> str:
         "base-uri 'none'; form-action 'none'"
     )
     meta = f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-    # In ASCII, for the names of files may be no Unicode.
+    # As ASCII: the name of a file need not be valid Unicode.
     embedded = re.sub("[<>&]", lambda match: _ESCAPES[match[0]], json.dumps(held, allow_nan=False))
     return _fill({"nonce": "", "policy": meta, "embedded": embedded})
 
@@ -135,6 +135,6 @@ def _hash_of(pattern: str, page: str) -> str:
 
 
 def _fill(values: Mapping[str, str]) -> str:
-    """Return the template with its marks replaced, all at once: what is put in is not looked through again."""
+    """Return the template with its marks replaced, all at once: marks within a value stay as they are."""
     template = resources.files("svb.retrieve.page").joinpath("page.html").read_text("utf-8")
     return re.sub("@(nonce|policy|embedded)@", lambda match: values[match[1]], template)

@@ -18,8 +18,8 @@ from svb.retrieve.server.crew import Crew
 from svb.retrieve.server.playable import can_copy_video, is_playable
 
 if TYPE_CHECKING:
-    from svb.retrieve.search import Searcher
     from svb.retrieve.searching.results import VideoInfo
+    from svb.retrieve.searching.searcher import Searcher
 
 MAX_PROBED = 10_000
 

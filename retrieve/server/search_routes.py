@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, HTTPException, Request
-from pydantic import TypeAdapter
 from starlette.responses import Response
 
 from svb._version import __version__
 from svb.errors import InputError, StoreError, UsageError
-from svb.retrieve.answer import Answer, SearchRequest
+from svb.retrieve.answer import Answer, SearchRequest, request_schema
 from svb.retrieve.searching.catalog import FileState
 from svb.retrieve.server.http import json_response, parse_object, read_json, until_hung_up
 from svb.retrieve.server.media import find_file, find_video
@@ -23,7 +22,7 @@ from svb.retrieve.server.service import Service
 from svb.retrieve.server.uploads import Upload
 
 if TYPE_CHECKING:
-    from svb.retrieve.search import Searcher
+    from svb.retrieve.searching.searcher import Searcher
 
 # The folders that the page proposes: of the first videos, for millions would take seconds.
 MAX_FOLDERS, VIDEOS_LOOKED_AT = 200, 200_000
@@ -201,7 +200,7 @@ def _form_body() -> dict[str, Any]:
 
 
 def _request_schema() -> dict[str, Any]:
-    schema = TypeAdapter(SearchRequest).json_schema()
+    schema = request_schema()
     for name in FILE_FIELDS:
         del schema["properties"][name]
-    return {**schema, "additionalProperties": False}
+    return {**schema, "oneOf": [{"required": ["text"]}, {"required": ["like"]}]}

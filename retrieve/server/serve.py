@@ -14,7 +14,7 @@ import uvicorn
 
 from svb.errors import InputError
 from svb.interrupts import deferred_interrupts
-from svb.retrieve.search import Searcher
+from svb.retrieve.searching.searcher import Searcher
 from svb.retrieve.server.access import Access, choose_token, is_loopback
 from svb.retrieve.server.announcement import announced
 from svb.retrieve.server.app import make_app

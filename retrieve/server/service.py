@@ -20,7 +20,7 @@ from svb.retrieve.server.snapshots import Snapshots
 from svb.retrieve.server.uploads import Uploads
 
 if TYPE_CHECKING:
-    from svb.retrieve.search import Searcher
+    from svb.retrieve.searching.searcher import Searcher
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ from svb.retrieve.stored.ivf_file import DECISION
 from svb.retrieve.stored.manifest import read_manifest
 
 if TYPE_CHECKING:
-    from svb.retrieve.search import Searcher
+    from svb.retrieve.searching.searcher import Searcher
 
 RETRY_SECONDS = 1.0
 # A request waits so long for a newer generation to be opened, before it is content with the last one.
