@@ -97,7 +97,7 @@ def running_server(index: Path) -> Server | None:
     """Return the server that has an index open, if this user runs one on this machine.
 
     Its `cache/server.json` counts while its process lives, the file is where it was written and the address is
-    this machine's own. So the server of an index is not asked about a copy of it, and an index from elsewhere cannot
+    this machine's own. So the server of an index is not asked about a copy of it, and a foreign index cannot
     send queries anywhere.
     """
     cache = index / "cache"
