@@ -31,8 +31,9 @@ def option(
         metavar: What the help shows in place of the value.
         read: Makes the value from the text on the command line.
         more: `hidden=True` for a field that is no option; `both=True` for a switch that also has a `--no-` form;
-            `alone=VALUE` for the value that the option has when it is given without one; `at_least=N` for the
-            smallest number that is allowed.
+            `alone=VALUE` for the value that the option has when it is given without one; `text=DEFAULT` for the
+            default as it is typed, where `read` makes the value from it; `at_least=N` for the smallest number that
+            is allowed.
     """
     said = {"flag": flag, "choices": tuple(choices), "metavar": metavar, "read": read, **more}
     return dataclasses.field(default=default, metadata=said)

@@ -1,7 +1,7 @@
 """Make the pictures of the page in docs/img/: `python docs/make_screenshots.py demo`, after `svb demo`.
 
-The demo's clips show one thing each. Here a few of them are put one after the other, so that there are moments to
-find; the demo's run was trained on single clips, some of these among them.
+Each of the demo's clips shows one thing. This joins a few of them to longer videos, so that there are moments to
+find. The demo's run was trained on single clips, and some of these are among them.
 """
 
 from __future__ import annotations
@@ -34,16 +34,7 @@ QUERY = "a red heart"
 def main(demo: Path) -> None:
     reels = make_reels(demo)
     if not (demo / "reels_index").exists():
-        run(
-            "extract",
-            reels,
-            "-o",
-            demo / "reels_features",
-            "--backbone",
-            "offline:efficientnet-lite0",
-            "--fps",
-            "2",
-        )
+        run("extract", reels, "-o", demo / "reels_features", "--backbone", BACKBONE, "--fps", "2")
         moments = ("--moment-seconds", "2", "--moment-stride-seconds", "1")
         run("index", demo / "run", "--store", demo / "reels_features", "-o", demo / "reels_index", *moments)
     report = demo / "report.html"
@@ -56,7 +47,7 @@ def main(demo: Path) -> None:
 
 
 def make_reels(demo: Path) -> Path:
-    """Put a few of the demo's clips one after the other, a different handful for each name."""
+    """Join a few of the demo's clips to one video, a different handful for each name."""
     clips = sorted((demo / "videos").rglob("*.mp4"))
     choice = random.Random(5)
     for day, take in itertools.product(DAYS, TAKES):

@@ -11,20 +11,24 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from starlette.testclient import TestClient
+from starlette.types import ASGIApp
 
 from svb.data.description import publish_description
 from svb.retrieve.answer import Answer, Moment, SearchRequest, VideoResult
 from svb.retrieve.searching.results import VideoInfo
+from svb.retrieve.server import child_processes
 from svb.retrieve.server.access import Access
 from svb.retrieve.server.app import make_app
 from svb.retrieve.server.options import ServeOptions
-from svb.retrieve.server.service import Service
+from svb.retrieve.server.state import ServerState
 from svb.retrieve.stored.manifest import FORMAT_VERSION, read_manifest
 
 BASE_URL = "http://localhost:8765"
@@ -49,6 +53,32 @@ def commit(folder: Path, generation: int, videos: dict[str, Path], **more: Any) 
         **more,
     }
     publish_description(folder / "manifest.json", manifest, format_version=FORMAT_VERSION)
+
+
+def make_index(folder: Path, videos: dict[str, Path]) -> Path:
+    """Make a fake index of the videos, at its first generation."""
+    folder.mkdir()
+    commit(folder, 1, videos)
+    FakeSearcher.release.clear()
+    FakeSearcher.started = threading.Semaphore(0)
+    return folder
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait for what has to come; a test that waits for a minute has failed."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.01)
+
+
+def use_odd_workers(patch: pytest.MonkeyPatch, folder: Path) -> Path:
+    """Let `odd_worker` do the work of the servers in this process; returns its log."""
+    log = folder / "worker.log"
+    log.touch()
+    patch.setenv("ODD_WORKER_LOG", str(log))
+    patch.setattr(child_processes, "WORKER", (str(Path(__file__).with_name("odd_worker.py")),))
+    return log
 
 
 class FakeSearcher:
@@ -77,7 +107,7 @@ class FakeSearcher:
     def search(self, request: SearchRequest) -> Answer:
         if request.text == "slow":
             FakeSearcher.started.release()
-            assert FakeSearcher.release.wait(20)
+            assert FakeSearcher.release.wait(60)
         if request.text == "broken":
             raise ZeroDivisionError("a bug")
         moments = (Moment(0.0, 1.0, 0.5, 0.5),)
@@ -104,8 +134,8 @@ class FakeSearcher:
 class Serving:
     """A server around a fake index, and a client of it."""
 
-    def __init__(self, folder: Path, client: TestClient, service: Service, access: Access) -> None:
-        self.folder, self.client, self.service, self.access = folder, client, service, access
+    def __init__(self, folder: Path, client: TestClient, app: ASGIApp, state: ServerState) -> None:
+        self.folder, self.client, self.app, self.state = folder, client, app, state
 
 
 @contextlib.contextmanager
@@ -120,16 +150,16 @@ def serving(
     cache = folder / "cache"
     cache.mkdir(exist_ok=True)
     open_searcher = open_searcher or (lambda previous: FakeSearcher(folder))
-    service = Service(folder, cache, open_searcher, ServeOptions(**options))
+    state = ServerState(folder, cache, open_searcher, ServeOptions(**options))
     access = Access(token, is_loopback=is_loopback, port=8765)
-    app = make_app(service, access)
+    app = make_app(state, access)
     with TestClient(app, base_url=BASE_URL, follow_redirects=False) as client:
         try:
-            yield Serving(folder, client, service, access)
+            yield Serving(folder, client, app, state)
         finally:
             FakeSearcher.release.set()
             assert client.portal is not None
-            client.portal.call(service.close)
+            client.portal.call(state.close)
 
 
 def _state(path: Path) -> tuple[int, int, str]:
@@ -157,7 +187,7 @@ class Server:
     def stop(self, number: int = signal.SIGTERM) -> tuple[int, str]:
         """Send a signal; return the exit status and what was said on stderr after the first line."""
         self.process.send_signal(number)
-        stdout, stderr = self.process.communicate(timeout=20)
+        stdout, stderr = self.process.communicate(timeout=60)
         assert not stdout
         return self.process.returncode, stderr
 
@@ -171,7 +201,7 @@ class Server:
 
     def raw(self, request: bytes) -> bytes:
         """Send bytes as they are and return what comes until the server closes."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=20) as connection:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=60) as connection:
             connection.sendall(request)
             return b"".join(iter(lambda: connection.recv(1 << 16), b""))
 

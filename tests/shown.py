@@ -22,9 +22,9 @@ from svb.retrieve.model.query_embedder import QueryEmbedder
 from svb.retrieve.search import Searcher
 from svb.retrieve.server.access import Access
 from svb.retrieve.server.app import make_app
-from svb.retrieve.server.crew import Crew
+from svb.retrieve.server.child_processes import WorkerPool
 from svb.retrieve.server.options import ServeOptions
-from svb.retrieve.server.service import Service
+from svb.retrieve.server.state import ServerState
 from svb.retrieve.stored.columns import StringColumn
 from svb.retrieve.stored.metadata import publish_metadata
 from svb.retrieve.stored.pools import Pool, publish_pool
@@ -132,19 +132,19 @@ def made_up_model(slow: threading.Event) -> Iterator[None]:
 
     def embed_text(self: QueryEmbedder, text: str, what: str = "the query") -> NDArray[np.float32]:
         if "slow" in text:
-            assert slow.wait(20)
+            assert slow.wait(60)
         return embed(text)
 
-    do = Crew.do
+    do = WorkerPool.do
 
-    async def embed_file(self: Crew, name: str, **arguments: Any) -> Any:
+    async def embed_file(self: WorkerPool, name: str, **arguments: Any) -> Any:
         if name == "embed":
             return {"embedding": embed("boat").tolist(), "model_fingerprint": "made up"}
         return await do(self, name, **arguments)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(QueryEmbedder, "embed_text", embed_text)
-        patch.setattr(Crew, "do", embed_file)
+        patch.setattr(WorkerPool, "do", embed_file)
         yield
 
 
@@ -157,12 +157,12 @@ def served(index: Path, token: str | None = None) -> Iterator[str]:
 
     async def run() -> None:
         loop_of.append(asyncio.get_running_loop())
-        service = Service(index, cache, lambda previous: Searcher(index, previous=previous), ServeOptions())
-        server.config.app = make_app(service, Access(token, is_loopback=True, port=port))  # type: ignore[arg-type]
+        state = ServerState(index, cache, lambda previous: Searcher(index, previous=previous), ServeOptions())
+        server.config.app = make_app(state, Access(token, is_loopback=True, port=port))  # type: ignore[arg-type]
         try:
             await server.serve(sockets=[listener])
         finally:
-            await service.close()
+            await state.close()
 
     config = uvicorn.Config("none", port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)

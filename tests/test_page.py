@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 import threading
@@ -11,10 +12,10 @@ import numpy as np
 import pytest
 import shown
 import watching as w
+from conftest import RunSvb
 from PIL import Image
 from watching import EVIL
 
-from svb.cli import run
 from svb.retrieve.searching.pictures import frames_at
 from svb.retrieve.searching.results import video_key
 
@@ -48,23 +49,36 @@ def page(chromium: Any, url: str) -> Iterator[Any]:
         yield page
 
 
-class opened:  # noqa: N801 - it reads as a function
-    """A tab of a browser of some kind; `expected` are failures that a test brings about."""
+@contextlib.contextmanager
+def opened(chromium: Any, url: str, *, expected: str = "404", **options: Any) -> Iterator[Any]:
+    """Open a tab; whatever goes wrong in it fails the test, but for the `expected` failures."""
+    context = chromium.new_context(base_url=url, viewport={"width": 1200, "height": 900}, **options)
+    page = context.new_page()
+    page.set_default_timeout(60_000)
+    problems = w.watch(page, lambda sent: sent.startswith((url, "data:")))
+    try:
+        yield page
+    finally:
+        context.close()
+    assert [problem for problem in problems if not re.search(expected, problem)] == []
 
-    def __init__(self, chromium: Any, url: str, *, expected: str = "404", **options: Any) -> None:
-        self._context = chromium.new_context(base_url=url, viewport={"width": 1200, "height": 900}, **options)
-        self._url, self._expected = url, expected
 
-    def __enter__(self) -> Any:
-        page = self._context.new_page()
-        page.set_default_timeout(15_000)
-        self._problems = w.watch(page, lambda sent: sent.startswith((self._url, "data:")))
-        return page
+GIVE = """([kind, names, text]) => {
+    const held = new DataTransfer();
+    for (const name of names) {
+        held.items.add(new File(["bytes"], name, {type: name.endsWith("png") ? "image/png" : ""}));
+    }
+    if (text) held.setData("text/plain", text);
+    const how = {bubbles: true, cancelable: true, clipboardData: held, dataTransfer: held};
+    if (kind === "drop") document.body.dispatchEvent(new DragEvent(kind, how));
+    else document.querySelector("[name=text]").dispatchEvent(new ClipboardEvent(kind, how));
+}"""
 
-    def __exit__(self, kind: Any, *rest: Any) -> None:
-        self._context.close()
-        if kind is None:
-            assert [problem for problem in self._problems if not re.search(self._expected, problem)] == []
+
+def show(page: Any, address: str) -> None:
+    """Open an address that asks something, and wait for its answer."""
+    page.goto(address)
+    page.wait_for_selector(".card")
 
 
 def ask(page: Any, text: str) -> None:
@@ -124,24 +138,17 @@ def test_a_link_restores_the_question_and_the_moment(page: Any) -> None:
 
 
 @pytest.mark.slow
-def test_the_keys_of_the_first_page_work_though_its_box_has_the_focus(page: Any) -> None:
+def test_keys_find_play_and_close(page: Any) -> None:
     page.goto("")
-    page.keyboard.press("?")
+    page.keyboard.press("?")  # though the box has the focus
     page.locator("#help").wait_for()
     page.keyboard.press("Escape")
     page.keyboard.press("/")
     page.keyboard.type("boat / gull?")
     assert page.get_by_label("What to look for").input_value() == "boat / gull?"
-
-
-@pytest.mark.slow
-def test_keys_find_play_and_close(page: Any) -> None:
-    page.goto("?q=boat")
-    page.wait_for_selector(".card")
-    page.keyboard.press("j")
-    page.keyboard.press("j")
-    page.keyboard.press("k")
-    page.keyboard.press("Enter")
+    show(page, "?q=boat")
+    for key in ("j", "j", "k", "Enter"):
+        page.keyboard.press(key)
     wait_for_seek(page, 13.5)
     assert page.locator(".card").first.locator(".player").count() == 1
     page.keyboard.press("Escape")
@@ -150,14 +157,18 @@ def test_keys_find_play_and_close(page: Any) -> None:
     page.locator(".more dl").wait_for()
     assert "X100" in page.locator(".more dl").inner_text()
     page.locator(".track").first.focus()
-    page.keyboard.press("ArrowRight")
-    page.keyboard.press("ArrowRight")
-    page.keyboard.press("Enter")
+    for key in ("ArrowRight", "ArrowRight", "Enter"):
+        page.keyboard.press(key)
     wait_for_seek(page, 14.5)
     page.keyboard.press("?")
     assert page.locator("#help").is_visible()
     page.keyboard.press("Escape")
     assert not page.locator("#help").is_visible() and page.locator(".player").count() == 1
+    # Keys of the browser stay its own.
+    page.locator(".track").first.focus()
+    taken = """keys => keys.map(([key, altKey]) => !document.activeElement.dispatchEvent(
+        new KeyboardEvent("keydown", {key, altKey, bubbles: true, cancelable: true})))"""
+    assert page.evaluate(taken, [["ArrowLeft", True], ["ArrowLeft", False]]) == [False, True]
     page.keyboard.press("/")
     page.keyboard.type("onion")
     page.keyboard.press("Enter")
@@ -166,11 +177,9 @@ def test_keys_find_play_and_close(page: Any) -> None:
 
 def test_what_was_not_found_and_what_went_wrong_is_said(chromium: Any, url: str) -> None:
     with opened(chromium, url, expected="status of 40[04]") as page:
-        page.goto("?q=nothing of the kind")
-        page.wait_for_selector(".card")
+        show(page, "?q=nothing of the kind")
         assert page.locator(".notice").inner_text() == "No confident match; nearest:"
-        page.goto("?q=nothing of the kind&confidence=strong")
-        page.wait_for_selector(".card")
+        show(page, "?q=nothing of the kind&confidence=strong")
         assert page.locator(".notice").inner_text() == "No confident match; nearest:" and len(names(page)) == 1
         assert page.locator("#summary").inner_text().startswith("45 videos compared")
         page.goto("?q=boat&folder=nowhere")
@@ -182,21 +191,6 @@ def test_what_was_not_found_and_what_went_wrong_is_said(chromium: Any, url: str)
         assert "no column 'colour' - expected one of camera, stars" in page.locator("[role=alert]").inner_text()
 
 
-@pytest.mark.slow
-def test_a_newer_answer_is_never_overwritten(page: Any) -> None:
-    SLOW.clear()
-    page.goto("")
-    page.get_by_label("What to look for").fill("slow boat")
-    page.keyboard.press("Enter")
-    page.wait_for_selector("body.busy")
-    ask(page, "onion")
-    SLOW.set()
-    page.wait_for_timeout(500)
-    assert names(page)[0] == "tall"
-    page.go_back()
-    w.until(page, "document.querySelector('.card h3').textContent === 'harbour/boat'")
-
-
 def ask_slowly(page: Any) -> None:
     """Ask for what is not answered before `SLOW` is set."""
     SLOW.clear()
@@ -206,12 +200,12 @@ def ask_slowly(page: Any) -> None:
 
 
 @pytest.mark.slow
-def test_whoever_goes_back_before_the_answer_stays_there(page: Any) -> None:
+def test_an_answer_that_comes_late_overwrites_nothing(page: Any) -> None:
     page.goto(f"?q=boat#v={BOAT_KEY}&t=4.00")
     wait_for_seek(page, 4)
     ask_slowly(page)
     page.evaluate("window.seeks = []")
-    page.go_back()
+    page.go_back()  # before the answer
     wait_for_seek(page, 4)
     SLOW.set()
     page.wait_for_timeout(500)
@@ -219,12 +213,16 @@ def test_whoever_goes_back_before_the_answer_stays_there(page: Any) -> None:
     assert page.url.endswith(f"?q=boat#v={BOAT_KEY}&t=4.00")
     assert page.locator("body.busy").count() == 0
     assert "of 45 videos" in page.inner_text("#summary")
+    ask_slowly(page)
+    ask(page, "film")  # a newer question
+    SLOW.set()
+    page.wait_for_timeout(500)
+    assert names(page)[0] == "old"
 
 
 @pytest.mark.slow
 def test_a_moment_opened_while_a_question_waits_closes_with_its_answer(page: Any) -> None:
-    page.goto("?q=boat")
-    page.wait_for_selector(".card")
+    show(page, "?q=boat")
     ask_slowly(page)
     page.locator(".peak.best").first.click()
     wait_for_seek(page, 13.5)
@@ -244,8 +242,7 @@ def test_it_fits_a_phone(chromium: Any, url: str, scheme: str) -> None:
     options = {"color_scheme": scheme, "has_touch": True, "is_mobile": True}
     with opened(chromium, url, **options) as page:
         page.set_viewport_size({"width": 360, "height": 740})
-        page.goto(f"?q=boat&not=gull&where=camera!%3D{'long' * 30}")
-        page.wait_for_selector(".card")
+        show(page, f"?q=boat&not=gull&where=camera!%3D{'long' * 30}")
         for act in ("#filters-button", ".card [data-do=details]", ".card .moments button", "#filters-button"):
             assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), act
             page.locator(act).first.click()
@@ -259,8 +256,7 @@ def test_it_fits_a_phone(chromium: Any, url: str, scheme: str) -> None:
 @pytest.mark.slow
 def test_an_image_is_answered_with_captions_and_back_leads_back(page: Any, tmp_path: Path) -> None:
     Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
-    page.goto("?q=onion&not=gull")
-    page.wait_for_selector(".card")
+    show(page, "?q=onion&not=gull")
     page.set_input_files("#file", tmp_path / "red.png")
     page.wait_for_selector("body:not(.busy) .notice .says")
     assert page.evaluate("[answer.request.image, answer.request.without]") == ["red.png", ["gull"]]
@@ -278,31 +274,23 @@ def test_an_image_is_answered_with_captions_and_back_leads_back(page: Any, tmp_p
 @pytest.mark.slow
 def test_a_part_of_a_clip_is_searched_with(page: Any) -> None:
     page.goto("")
-    drop = """data => {
-        const held = new DataTransfer();
-        held.items.add(new File([data], "my clip.mkv"));
-        for (const kind of ["dragover", "drop"]) {
-            document.body.dispatchEvent(new DragEvent(kind, {dataTransfer: held, bubbles: true, cancelable: true}));
-        }
-    }"""
-    page.evaluate(drop, "no video, but nobody looks")
+    page.evaluate(GIVE, ["drop", ["my clip.mkv"], ""])  # not a video, but nobody looks
     page.wait_for_selector("body:not(.busy) .card")
     assert page.evaluate("answer.request.video") == "my clip.mkv"
-    page.get_by_label("The clip counts from").fill("0:02")
-    page.get_by_label("The clip counts to").fill("4.5")
+    page.get_by_label("Use the clip from").fill("0:02")
+    page.get_by_label("Use the clip to").fill("4.5")
     page.keyboard.press("Tab")
     w.until(page, "String(answer.request.span_seconds) === '2,4.5'")
     command = page.evaluate("toCommand(question)")
     assert command.startswith("svb search --video 'my clip.mkv@2-4.5' --index ")
     page.reload()
     page.wait_for_selector("[role=alert]")
-    assert "drop it here once more" in page.locator("[role=alert]").inner_text()
+    assert "drop it here again" in page.locator("[role=alert]").inner_text()
 
 
 @pytest.mark.slow
 def test_similar_captions_and_duplicates(page: Any) -> None:
-    page.goto("?q=boat")
-    page.wait_for_selector(".card")
+    show(page, "?q=boat")
     page.locator("[data-do=captions]").first.click()
     page.locator(".more .captions li").first.wait_for()
     assert EVIL in page.locator(".more .captions").inner_text()
@@ -334,25 +322,22 @@ COMMANDS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("address", "expected"), COMMANDS)
-def test_the_command_is_one_that_a_shell_and_svb_take(
-    page: Any, index: Path, address: str, expected: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    page.goto(address)
-    page.wait_for_selector(".card, .notice")
-    page.wait_for_function("info.index")
-    command = shlex.split(page.evaluate("toCommand(question)"))
-    place = expected.index("--") if "--" in expected else len(expected)
-    assert command == ["svb", "search", *expected[:place], "--index", str(index), *expected[place:]]
-    command[command.index(str(index))] = "/nowhere"
-    assert run(command[1:]) == 1
-    assert "/nowhere is not an index" in capsys.readouterr().err
+def test_the_command_is_one_that_a_shell_and_svb_take(page: Any, index: Path, run_svb: RunSvb) -> None:
+    for address, expected in COMMANDS:
+        page.goto(address)
+        page.wait_for_selector(".card, .notice")
+        w.until(page, "info.index")
+        command = shlex.split(page.evaluate("toCommand(question)"))
+        place = expected.index("--") if "--" in expected else len(expected)
+        assert command == ["svb", "search", *expected[:place], "--index", str(index), *expected[place:]]
+        command[command.index(str(index))] = "/nowhere"
+        ran = run_svb(*command[1:])
+        assert ran.exit_code == 1 and "/nowhere is not an index" in ran.stderr
 
 
 @pytest.mark.slow
 def test_what_browsers_cannot_play_gets_a_preview(page: Any) -> None:
-    page.goto("?q=film")
-    page.wait_for_selector(".card")
+    show(page, "?q=film")
     with page.expect_response("**/preview"):
         page.locator(".card .poster").first.click()
     wait_for_seek(page, 3.5)
@@ -420,8 +405,7 @@ def assert_shows(page: Any, path: Path, seconds: float) -> None:
 
 
 def test_how_to_rank_is_left_to_the_question_until_it_is_chosen(page: Any) -> None:
-    page.goto("?q=boat")
-    page.wait_for_selector(".card")
+    show(page, "?q=boat")
     assert page.evaluate("answer.request.by") is None
     page.locator("#filters-button").click()
     ranked = page.get_by_label("Rank by")
@@ -433,47 +417,32 @@ def test_how_to_rank_is_left_to_the_question_until_it_is_chosen(page: Any) -> No
     ranked.select_option("")
     page.wait_for_url("**/?q=boat")
     w.until(page, "answer && !answer.request.by")
-    page.goto("?q=boat&by=video")
-    page.wait_for_selector(".card")
+    show(page, "?q=boat&by=video")
     assert page.evaluate("[answer.request.by, form.elements.by.value]") == ["video", "video"]
 
 
 @pytest.mark.slow
-def test_a_token_stays_out_of_the_address(chromium: Any, url: str, index: Path) -> None:
-    with (
-        shown.served(index, token="0123456789abcdef") as guarded,
-        opened(chromium, guarded, expected="status of 40[14]") as page,
-    ):
-        page.goto("?q=boat")
-        page.get_by_label("This server asks for its token").fill("0123456789abcdef")
-        page.keyboard.press("Enter")
-        page.wait_for_selector(".card")
-        assert page.url == f"{guarded}?q=boat"
-        page.context.clear_cookies()
-        page.get_by_label("What to look for").fill("onion")
-        page.keyboard.press("Enter")
-        page.get_by_label("This server asks for its token").wait_for()
-        assert page.url == f"{guarded}?q=onion"
-
-
-@pytest.mark.slow
-def test_a_token_that_is_asked_for_keeps_the_moment_of_a_link(chromium: Any, index: Path) -> None:
+def test_a_token_stays_out_of_the_address_and_keeps_the_moment_of_a_link(chromium: Any, index: Path) -> None:
     with (
         shown.served(index, token="0123456789abcdef") as guarded,
         opened(chromium, guarded, expected="status of 40[14]") as page,
     ):
         page.goto(f"?q=boat#v={BOAT_KEY}&t=4.00")
-        page.get_by_label("This server asks for its token").fill("0123456789abcdef")
+        page.get_by_label("This server needs its token").fill("0123456789abcdef")
         page.keyboard.press("Enter")
         page.wait_for_selector(".player")
         wait_for_seek(page, 4)
         assert page.url == f"{guarded}?q=boat#v={BOAT_KEY}&t=4.00"
+        page.context.clear_cookies()
+        page.get_by_label("What to look for").fill("onion")
+        page.keyboard.press("Enter")
+        page.get_by_label("This server needs its token").wait_for()
+        assert page.url == f"{guarded}?q=onion"
 
 
 @pytest.mark.slow
 def test_more_videos_are_of_the_question_that_was_answered(page: Any) -> None:
-    page.goto(f"?like={EVIL}")
-    page.wait_for_selector(".card")
+    show(page, f"?like={EVIL}")
     page.get_by_role("button", name=f"Remove {EVIL}").click()
     page.get_by_label("What to look for").fill("something else")
     page.get_by_role("button", name="More videos").click()
@@ -524,50 +493,24 @@ def test_each_step_back_leads_somewhere_else(page: Any) -> None:
 
 
 @pytest.mark.slow
-def test_going_back_from_a_moment_keeps_what_is_being_typed(page: Any) -> None:
-    page.goto("?q=boat")
-    page.wait_for_selector(".card")
-    page.locator(".peak.best").first.click()
-    page.locator(".player").wait_for()
-    page.get_by_label("What to look for").fill("half a qu")
-    page.keyboard.press("Escape")
-    assert page.locator(".player").count() == 0
-    page.locator(".peak.best").first.click()
-    page.locator(".player").wait_for()
-    page.go_back()
-    w.until(page, "!document.querySelector('.player')")
-    assert page.get_by_label("What to look for").input_value() == "half a qu"
-
-
-@pytest.mark.slow
-def test_a_link_to_a_moment_is_no_trap(page: Any) -> None:
+def test_going_back_from_a_moment_closes_it_and_keeps_what_is_typed(page: Any) -> None:
     page.goto(f"?q=boat#v={BOAT_KEY}&t=4.00")
     page.locator(".player").wait_for()
     page.locator(".peak.best").first.click()
+    page.get_by_label("What to look for").fill("half a qu")
     page.keyboard.press("Escape")
+    assert page.locator(".player").count() == 0
     page.locator(".poster:not([hidden])").nth(1).click()
     page.locator(".player").wait_for()
     page.go_back()
     w.until(page, "!document.querySelector('.player')")
+    assert page.get_by_label("What to look for").input_value() == "half a qu"
     assert page.url.endswith("?q=boat") and names(page)[0] == "harbour/boat"
-
-
-GIVE = """([kind, names, text]) => {
-    const held = new DataTransfer();
-    for (const name of names) {
-        held.items.add(new File(["bytes"], name, {type: name.endsWith("png") ? "image/png" : ""}));
-    }
-    if (text) held.setData("text/plain", text);
-    const how = {bubbles: true, cancelable: true, clipboardData: held, dataTransfer: held};
-    if (kind === "drop") document.body.dispatchEvent(new DragEvent(kind, how));
-    else document.querySelector("[name=text]").dispatchEvent(new ClipboardEvent(kind, how));
-}"""
 
 
 @pytest.mark.slow
 def test_what_cannot_be_searched_with_takes_nothing_away(page: Any) -> None:
-    page.goto("?q=boat")
-    page.wait_for_selector(".card")
+    show(page, "?q=boat")
     assert not page.locator("#toast").is_visible()
     page.evaluate(GIVE, ["drop", ["notes.txt"], ""])
     assert "notes.txt is neither" in page.inner_text("#toast")
@@ -599,20 +542,9 @@ def test_a_player_that_was_refused_is_tried_again(chromium: Any, url: str, busy:
 
 
 @pytest.mark.slow
-def test_keys_of_the_browser_stay_its_own(page: Any) -> None:
-    page.goto("?q=boat")
-    page.wait_for_selector(".card")
-    page.locator(".track").first.focus()
-    taken = """keys => keys.map(([key, altKey]) => !document.activeElement.dispatchEvent(
-        new KeyboardEvent("keydown", {key, altKey, bubbles: true, cancelable: true})))"""
-    assert page.evaluate(taken, [["ArrowLeft", True], ["ArrowLeft", False]]) == [False, True]
-
-
-@pytest.mark.slow
 def test_a_long_question_hides_no_card(page: Any) -> None:
     page.set_viewport_size({"width": 1000, "height": 700})
-    page.goto("?q=boat" + "".join(f"&not={number}{' some words' * 8}" for number in range(8)))
-    page.wait_for_selector(".card")
+    show(page, "?q=boat" + "".join(f"&not={number}{' some words' * 8}" for number in range(8)))
     # Where a card that the keys go to comes to lie: below the question.
     margin = "parseFloat(getComputedStyle(document.querySelector('.card')).scrollMarginTop)"
     w.until(page, f"{margin} === document.querySelector('header').offsetHeight + 12")
@@ -621,8 +553,7 @@ def test_a_long_question_hides_no_card(page: Any) -> None:
 
 @pytest.mark.slow
 def test_many_hours_of_curves_are_drawn(page: Any) -> None:
-    page.goto("?q=boat")
-    page.wait_for_selector(".card")
+    show(page, "?q=boat")
     scale = "scaleOf([{curve: {scores: Array(500000).fill(0.1)}, moments: [{score: 0.5}]}])"
     assert page.evaluate(f"[{scale}(0.5), {scale}(0.1)]") == [10, 94]
 

@@ -21,7 +21,8 @@ from watching import EVIL
 
 from svb.errors import UsageError
 from svb.retrieve.answer import Answer, CaptionResult, Curve, Moment, SearchRequest, VideoResult
-from svb.retrieve.page.report import render_page, write_report
+from svb.retrieve.page.page import page_with_nonce
+from svb.retrieve.page.report import write_report
 from svb.retrieve.searching.pictures import strip
 
 HOSTILE = "</script><script>window.hacked=1</script><!-- \u2028 & @embedded@ @nonce@"
@@ -64,7 +65,7 @@ def test_a_name_that_is_no_unicode_can_be_written(tmp_path: Path) -> None:
 
 
 def test_a_server_gets_the_page_with_its_nonce() -> None:
-    page = render_page("n0nce-_")
+    page = page_with_nonce("n0nce-_")
     assert page.count('nonce="n0nce-_"') == 2 and not re.search("@(nonce|policy|embedded)@", page)
     assert embedded_of(page) is None
     # Nothing comes from elsewhere, and nothing in the markup acts by itself.

@@ -1,4 +1,4 @@
-"""What a server does not let clients do to it: keep its threads, its helpers or its end waiting."""
+"""What a server does not let clients do to it: keep its threads, its workers or its end waiting."""
 
 from __future__ import annotations
 
@@ -8,48 +8,40 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import serving as s
-import uvicorn
 from clips import make_clip
 from messages import heard
-from serving import FakeSearcher, Serving
+from serving import FakeSearcher, Serving, key_of
 from starlette.types import Message
 
-from svb.errors import UsageError
-from svb.retrieve.searching.results import VideoInfo
-from svb.retrieve.server import crew as crew_module
-from svb.retrieve.server import search_routes
-from svb.retrieve.server import serve as serve_module
-from svb.retrieve.server.app import make_app
-from svb.retrieve.server.crew import Crew
-from svb.retrieve.server.kept_files import KeptFiles
-from svb.retrieve.server.media import VideoFile
-from svb.retrieve.server.options import ServeOptions
-from svb.retrieve.server.picture_cache import PictureCache
-from svb.retrieve.server.refusals import BusyError
-from svb.retrieve.server.tied import start_tied
+from svb.retrieve.server.listening import listening, make_server
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_clip(tmp_path_factory.mktemp("clips") / "a.mp4", seconds=2)
+    return make_clip(tmp_path_factory.mktemp("clips") / "hang.mp4", seconds=2)
 
 
 @pytest.fixture
-def served(tmp_path: Path, clip: Path) -> Iterator[Serving]:
-    folder = tmp_path / "index"
-    folder.mkdir()
-    s.commit(folder, 1, {"a": clip})
-    FakeSearcher.release.clear()
-    FakeSearcher.started = threading.Semaphore(0)
-    with s.serving(folder) as serving:
+def index(tmp_path: Path, clip: Path) -> Path:
+    return s.make_index(tmp_path / "index", {"hang": clip})
+
+
+@pytest.fixture
+def served(index: Path) -> Iterator[Serving]:
+    with s.serving(index) as serving:
         yield serving
+
+
+@pytest.fixture
+def worked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return s.use_odd_workers(monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -69,176 +61,168 @@ def test_a_question_asks_for_a_limited_amount(served: Serving, field: str, most:
     assert refused.status_code == 400 and refused.json()["error"].startswith(f"{field} ")
 
 
-def test_a_form_of_no_character_set_is_told_so(served: Serving) -> None:
-    body = b'--b\r\nContent-Disposition: form-data; name="kind"\r\n\r\nimage\r\n--b--\r\n'
-    headers = {"content-type": "multipart/form-data; boundary=b; charset=undefined"}
-    response = served.client.post("/api/search/file", content=body, headers=headers)
-    assert response.status_code == 400 and "UTF-8" in response.json()["error"]
-
-
 @contextlib.contextmanager
-def listening(app: Any) -> Iterator[int]:
-    """Serve an application as `svb serve` does, on a thread; yields the port."""
-    with serve_module._listening("127.0.0.1", 0) as listener:
-        server = uvicorn.Server(serve_module._config(app))
+def running(app: Any) -> Iterator[Callable[[], socket.socket]]:
+    """Serve an application as `svb serve` does, on a thread; yields what connects to it."""
+    with listening("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP  # asyncio looks at it before it sets TCP_NODELAY
+        server = make_server(app)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
         thread.start()
         try:
-            until = time.monotonic() + 20
-            while not server.started and time.monotonic() < until:
-                time.sleep(0.01)
-            yield listener.getsockname()[1]
+            yield lambda: socket.create_connection(listener.getsockname(), timeout=60)
         finally:
             server.should_exit = True
-            thread.join(20)
+            thread.join(60)
             assert not thread.is_alive()
 
 
-async def slow_app(scope: Any, receive: Any, send: Any) -> None:
-    await asyncio.sleep(0.6)
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
-    await send({"type": "http.response.body", "body": b"ok"})
-
-
 def test_a_head_must_come_in_time_and_a_slow_answer_may_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("svb.retrieve.server.http.RECEIVE_SECONDS", 0.3)
+    begun, release = threading.Event(), threading.Event()
+
+    async def slow_app(scope: Any, receive: Any, send: Any) -> None:
+        begun.set()
+        await asyncio.to_thread(release.wait)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
     head = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
-    with listening(slow_app) as port:
-
-        def connect() -> socket.socket:
-            return socket.create_connection(("127.0.0.1", port), timeout=10)
-
-        with connect() as silent, connect() as trickling, connect() as whole:
-            whole.sendall(head + b"\r\n")
-            with pytest.raises(ConnectionError):  # the server ends it in the middle
-                for byte in head + b"X: " + b"a" * 500:
-                    trickling.sendall(bytes([byte]))
-                    time.sleep(0.02)
-            assert silent.recv(100) == b""
-            answer = b""
-            while not answer.endswith(b"ok"):
-                answer += (part := whole.recv(1000))
-                assert part, answer
-            whole.sendall(head)  # a second one on the same connection, and then no more of it
-            assert whole.recv(1000) == b""
+    with running(slow_app) as connect, connect() as whole:
         with connect() as endless, contextlib.suppress(ConnectionError):
             endless.sendall(head + b"X: " + b"a" * 200_000)
             assert endless.recv(1000).startswith(b"HTTP/1.1 400")
+        whole.sendall(head + b"\r\n")
+        assert begun.wait(60)
+        monkeypatch.setattr("svb.retrieve.server.http.RECEIVE_SECONDS", 0.2)
+        with connect() as silent, connect() as trickling:
+            with contextlib.suppress(ConnectionError):  # the server ends it in the middle
+                trickling.sendall(head + b"X: ")
+                while True:
+                    trickling.sendall(b"a")
+                    time.sleep(0.02)
+            assert silent.recv(100) == b""
+        release.set()  # the answer took longer than a head may
+        answer = b""
+        while not answer.endswith(b"ok"):
+            answer += (part := whole.recv(1000))
+            assert part, answer
+        whole.sendall(head)  # a second one on the same connection, and then no more of it
+        assert whole.recv(1000) == b""
 
 
-def test_a_body_must_come_in_time(served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("svb.retrieve.server.http.RECEIVE_SECONDS", 0.2)
-    app = make_app(served.service, served.access)
+def test_a_file_cut_while_it_is_sent_ends_the_connection(index: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.mp4"
+    with file.open("wb") as out:
+        out.truncate(60_000_000)
+    s.commit(index, 1, {"a": file})
+    with s.serving(index) as served, running(served.app) as connect, connect() as client:
+        client.sendall(f"GET /media/{key_of('a')} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        assert client.recv(100).startswith(b"HTTP/1.1 200")
+        os.truncate(file, 1000)
+        received = 100
+        with contextlib.suppress(ConnectionError):
+            while part := client.recv(1 << 20):
+                received += len(part)
+        assert received < 60_000_000
+
+
+def post(
+    served: Serving, path: str, *parts: Message, then: Callable[[], object], kind: str = "application/json"
+) -> list[Message]:
+    """Post a request in parts, hang up when `then` returns, and return what the server sent."""
     sent: list[Message] = []
-    parts = [{"type": "http.request", "body": b"{", "more_body": True}]
+    waiting = [*parts]
 
     async def receive() -> Message:
-        if not parts:
-            await asyncio.sleep(60)
-        return parts.pop()
+        if waiting:
+            return waiting.pop(0)
+        await asyncio.to_thread(then)
+        return {"type": "http.disconnect"}
 
     async def send(message: Message) -> None:
         sent.append(message)
 
     scope = {
-        **{"type": "http", "method": "POST", "path": "/api/search", "raw_path": b"/api/search", "root_path": ""},
+        **{"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "root_path": ""},
         **{"query_string": b"", "scheme": "http", "client": ("127.0.0.1", 1), "server": ("localhost", 8765)},
-        "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
+        "headers": [(b"host", b"localhost"), (b"content-type", kind.encode())],
     }
-    asyncio.run(asyncio.wait_for(app(scope, receive, send), 10))
-    assert sent[0]["status"] == 408 and (b"connection", b"close") in sent[0]["headers"]
-    assert b"was not there after 0.2 s" in sent[1]["body"]
-
-
-def test_a_client_that_hangs_up_is_no_mistake_of_ours(served: Serving) -> None:
-    messages = heard()
-    app = make_app(served.service, served.access)
-    body = b'{"text": "slow"}'
-
-    async def hang_up(parts: list[Message]) -> None:
-        async def receive() -> Message:
-            if not parts:
-                await asyncio.to_thread(FakeSearcher.started.acquire, timeout=5)
-                return {"type": "http.disconnect"}
-            return parts.pop(0)
-
-        async def send(message: Message) -> None: ...
-
-        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
-        scope = {"type": "http", "method": "POST", "path": "/api/search", "query_string": b"", "headers": headers}
-        await app(
-            {**scope, "scheme": "http", "server": ("localhost", 1), "client": ("127.0.0.1", 1)}, receive, send
-        )
-
     assert served.client.portal is not None
-    for parts in ([{"type": "http.request", "body": body}], [{"type": "http.disconnect"}]):
-        served.client.portal.call(hang_up, parts)
+    served.client.portal.call(served.app, scope, receive, send)
+    return sent
+
+
+def body(content: bytes, *, more: bool = False) -> Message:
+    return {"type": "http.request", "body": content, "more_body": more}
+
+
+def test_a_body_must_come_in_time(served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("svb.retrieve.server.http.RECEIVE_SECONDS", 0.2)
+    enough = threading.Event()
+    sent = post(served, "/api/search", body(b"{", more=True), then=lambda: enough.wait(60))
+    enough.set()
+    assert sent[0]["status"] == 408 and (b"connection", b"close") in sent[0]["headers"]
+    assert b"did not arrive within 0.2 s" in sent[1]["body"]
+
+
+def test_a_client_that_hangs_up_is_no_error_of_ours(served: Serving) -> None:
+    messages = heard()
+    post(served, "/api/search", body(b'{"text": "slow"}'), then=lambda: FakeSearcher.started.acquire(timeout=60))
+    post(served, "/api/search", then=lambda: None)
     counts = [line for line in served.client.get("/metrics").text.splitlines() if '"/api/search",status=' in line]
     assert counts == ['svb_requests_total{method="POST",route="/api/search",status="499"} 2']
     assert not messages
 
 
-def test_work_that_nobody_waits_for_does_not_keep_its_helper(
-    tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
+def test_work_that_nobody_waits_for_does_not_keep_its_worker(
+    served: Serving, worked: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(crew_module, "GRACE_SECONDS", 0.3)
-    os.mkfifo(tmp_path / "out")  # writing to it waits for ever
-
-    async def leave() -> float:
-        crew = Crew(1, 2, 60)
-        hang = {"source": str(clip), "seconds": 0, "height": 48, "out": str(tmp_path / "out")}
-        try:
-            hanging = asyncio.create_task(crew.do("poster", **hang))
-            await asyncio.sleep(0.5)
-            hanging.cancel()
-            began = time.monotonic()
-            await asyncio.wait_for(crew.do("probe", source=str(clip)), 20)
-            return time.monotonic() - began
-        finally:
-            await crew.close()
-
-    assert asyncio.run(leave()) < 15
+    monkeypatch.setattr("svb.retrieve.server.child_processes.GRACE_SECONDS", 0.1)
+    form = b'--b\r\nContent-Disposition: form-data; name="kind"\r\n\r\nimage\r\n--b\r\n'
+    form += b'Content-Disposition: form-data; name="file"; filename="a.png"\r\n\r\nhang\r\n--b--\r\n'
+    kind = "multipart/form-data; boundary=b"
+    post(served, "/api/search/file", body(form), then=lambda: s.until(worked.read_text), kind=kind)
+    # There is one worker that embeds: it must have been replaced.
+    files = {"file": ("a.png", b"pixels")}
+    response = served.client.post("/api/search/file", data={"kind": "image"}, files=files)
+    assert response.status_code == 200, response.text
 
 
-def test_the_end_waits_for_no_queue(tmp_path: Path, clip: Path) -> None:
-    info = VideoInfo("0" * 16, "a", str(clip), 2.0, {}, 0, 0, "")
+def test_the_end_waits_for_no_queue(index: Path, worked: Path) -> None:
+    statuses: list[int] = []
+    with s.serving(index) as served:
 
-    async def end() -> tuple[list[Any], int, int]:
-        crew = Crew(1, 100, 30)
-        cache = PictureCache(KeptFiles(tmp_path, 10**9), crew)
-        file = VideoFile(clip, "0" * 32, info)
-        asked = [asyncio.create_task(cache.poster(file, tenth / 10, 48, 0.0)) for tenth in range(20)]
-        while not crew._exchanges:
-            await asyncio.sleep(0.01)
-        await crew.close()
-        await cache.close()
-        answers = await asyncio.gather(*asked, return_exceptions=True)
-        return answers, len(crew._started), sum(isinstance(answer, BusyError) for answer in answers)
+        def ask_for_poster(tenth: int) -> None:
+            statuses.append(served.client.get(f"/poster/{key_of('hang')}?t={tenth / 10}").status_code)
 
-    answers, helpers, refused = asyncio.run(end())
-    assert not [answer for answer in answers if isinstance(answer, Path)]
-    assert helpers == 0 and refused == 19
-    assert not list(tmp_path.iterdir())
-
-
-def test_folders_are_told_without_holding_up_searches() -> None:
-    video_ids = ["a", "/root", *(f"deep/{n % 40}/day {n % 97}/{n}" for n in range(100_000)), "few/b"]
-    catalog = SimpleNamespace(num_videos=len(video_ids), video_id=video_ids.__getitem__)
-    began = time.thread_time()
-    folders = search_routes._folders(SimpleNamespace(catalog=catalog))  # type: ignore[arg-type]
-    assert time.thread_time() - began < 0.4
-    assert len(folders) == 200 and folders[:2] == ["deep", "deep/0"] and "few" not in folders
+        threads = [threading.Thread(target=ask_for_poster, args=(tenth,)) for tenth in range(20)]
+        for thread in threads:
+            thread.start()
+        s.until(lambda: worked.read_text().count("poster") == 2)
+        assert served.client.portal is not None
+        served.client.portal.call(served.state.close)
+        for thread in threads:
+            thread.join(60)
+    assert statuses == [503] * 20
+    assert worked.read_text().count("poster") == 2
+    assert not list((index / "cache" / "pictures").iterdir())
 
 
-def test_a_program_is_found_by_its_name() -> None:
-    async def run() -> int:
-        null = asyncio.subprocess.DEVNULL
-        return await (await start_tied("true", stdin=null, stdout=null, stderr=null)).wait()
+def test_folders_are_told_without_looking_at_millions_of_videos(index: Path) -> None:
+    video_ids = ["a", "/root", *(f"deep/{n % 40}/day {n % 97}/{n}" for n in range(300_000)), "few/b"]
+    looked_at: list[int] = []
 
-    assert asyncio.run(run()) == 0
+    class Large(FakeSearcher):
+        def __init__(self, path: Path) -> None:
+            super().__init__(path)
+            self.catalog = SimpleNamespace(num_videos=len(video_ids), video_id=self.tell)
 
+        def tell(self, row: int) -> str:
+            looked_at.append(row)
+            return video_ids[row]
 
-@pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan")])
-def test_a_limit_that_limits_nothing_is_refused(seconds: float) -> None:
-    with pytest.raises(UsageError, match="max_upload_seconds"):
-        ServeOptions(max_upload_seconds=seconds)
+    with s.serving(index, open_searcher=lambda previous: Large(index)) as served:
+        folders = [served.client.get("/api/index").json()["folders"] for _ in range(2)]
+    assert folders[0] == folders[1] and len(folders[0]) == 200
+    assert folders[0][:2] == ["deep", "deep/0"] and "few" not in folders[0]
+    assert len(looked_at) == 200_000

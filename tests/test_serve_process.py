@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import imageio_ffmpeg
 import pytest
 import synthetic
 from clips import make_clip
 from conftest import RunSvb
-from indexes import index
-from serving import Server, key_of, running
+from serving import Server, key_of, running, until
 
 from svb.retrieve.answer import SearchRequest
+from svb.retrieve.index import index
 from svb.retrieve.search import Searcher
 from svb.train.config import TrainConfig
 from svb.train.run import train
@@ -66,18 +67,11 @@ def post(server: Server, text: str, *, token: str | None = None) -> Any:
         return json.load(answer)
 
 
-def wait_until(condition: Any, seconds: float = 10.0) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "it did not come"
-        time.sleep(0.02)
-
-
 def test_a_server_answers_and_ends_when_it_is_told_to(copied: Path) -> None:
     announcement = copied / "cache" / "server.json"
     for number in (signal.SIGTERM, signal.SIGINT):
         with running(copied) as server:
-            wait_until(announcement.exists)
+            until(announcement.exists)
             held = json.loads(announcement.read_text())
             folder = str(announcement.parent.resolve())
             assert held == {"url": server.url, "pid": server.process.pid, "token": None, "folder": folder}
@@ -86,21 +80,16 @@ def test_a_server_answers_and_ends_when_it_is_told_to(copied: Path) -> None:
         assert not announcement.exists()
 
 
-def test_a_text_search_through_a_server_imports_no_torch(copied: Path) -> None:
-    with running(copied) as server:
-        assert post(server, "a boat")["results"]
-        assert "faiss" in server.memory_maps()
-        for heavy in ("/torch/", "/h5py/", "/pandas/", "/scipy/"):
-            assert heavy not in server.memory_maps(), heavy
-        assert not server.children()  # helpers start when they are needed
-
-
-def test_the_server_says_what_the_library_says(copied: Path) -> None:
+def test_the_server_says_what_the_library_says_without_torch(copied: Path) -> None:
     with running(copied) as server:
         for query in QUERIES:
             expected = json.loads(json.dumps(Searcher(copied).search(SearchRequest(text=query)).as_json()))
             answer = post(server, query)
             assert {**answer, "elapsed_seconds": {}} == {**expected, "elapsed_seconds": {}}
+        assert "faiss" in server.memory_maps()
+        for heavy in ("/torch/", "/h5py/", "/pandas/", "/scipy/"):
+            assert heavy not in server.memory_maps(), heavy
+        assert not server.children()  # workers start when they are needed
 
 
 def test_a_port_in_use_is_said_before_anything_else(run_svb: RunSvb, tmp_path: Path) -> None:
@@ -124,6 +113,7 @@ def test_a_port_in_use_is_said_before_anything_else(run_svb: RunSvb, tmp_path: P
         (("--max-upload", "much"), 2, "200MB"),
         (("--max-upload", "9" * 400), 2, "200MB"),
         (("--max-searches", "0"), 2, "max_searches"),
+        *((("--max-upload-seconds", seconds), 2, "max_upload_seconds") for seconds in ("0", "-1", "nan")),
         (("--token-file", "nowhere"), 1, "token file"),
     ],
 )
@@ -136,23 +126,15 @@ def test_what_cannot_be_served_is_told_why(
     assert "Traceback" not in ran.stderr
 
 
-@pytest.mark.parametrize(("old", "new", "words"), [('"moments"', '"momentS"', "damaged"), ("}", "", "damaged")])
-def test_an_index_that_is_not_whole_is_not_served(
-    run_svb: RunSvb, copied: Path, old: str, new: str, words: str
-) -> None:
+def test_a_damaged_index_is_not_served(run_svb: RunSvb, copied: Path) -> None:
     manifest = copied / "manifest.json"
-    manifest.write_text(manifest.read_text().replace(old, new))
-    ran = run_svb("serve", "--index", copied, "--port", "0")
-    assert ran.exit_code == 1
-    assert words in ran.stderr and "Traceback" not in ran.stderr
-    assert not (copied / "cache" / "server.json").exists()
-
-
-def test_small_answers_are_not_held_back(copied: Path) -> None:
-    from svb.retrieve.server import serve
-
-    with serve._listening("127.0.0.1", 0) as listener:
-        assert listener.proto == socket.IPPROTO_TCP  # asyncio looks at it before it sets TCP_NODELAY
+    whole = manifest.read_text()
+    for old, new in (('"moments"', '"momentS"'), ("}", "")):
+        manifest.write_text(whole.replace(old, new))
+        ran = run_svb("serve", "--index", copied, "--port", "0")
+        assert ran.exit_code == 1
+        assert "damaged" in ran.stderr and "Traceback" not in ran.stderr
+        assert not (copied / "cache" / "server.json").exists()
 
 
 def test_beyond_this_machine_a_token_is_made_up_and_shown_once(copied: Path) -> None:
@@ -161,7 +143,7 @@ def test_beyond_this_machine_a_token_is_made_up_and_shown_once(copied: Path) -> 
         token = server.process.stderr.readline().split()[-1]
         assert socket.gethostname() in server.process.stderr.readline()
         assert "ssh tunnel" in server.process.stderr.readline()
-        wait_until((copied / "cache" / "server.json").exists)
+        until((copied / "cache" / "server.json").exists)
         held = json.loads((copied / "cache" / "server.json").read_text())
         assert held["token"] == token and held["url"] == f"http://127.0.0.1:{server.port}"
         with pytest.raises(urllib.error.HTTPError) as refused:
@@ -172,11 +154,15 @@ def test_beyond_this_machine_a_token_is_made_up_and_shown_once(copied: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["..", "%2e%2e", "..%2fmanifest.json", "../../../../etc/passwd", "%00", "..\\..", "x" * 30_000],
+    "key",
+    [
+        *("..", "%2e%2e", "..%2fmanifest.json", "../../../../etc/passwd", "..%2f..%2fetc%2fpasswd", "//etc/passwd"),
+        *("%00", "..\\..", "x" * 30_000, "clip000", "clip000.mp4", "*", "0" * 16, "%ff%fe", "deep%2Fold"),
+    ],
 )
-def test_no_path_leads_out_of_the_index(served: Server, name: str) -> None:
-    for path in (f"/media/{name}", f"/poster/{name}", f"/strip/{name}", f"/media/{name}/preview", f"/{name}"):
+def test_only_keys_of_the_index_find_anything(served: Server, key: str) -> None:
+    routes = ("/media/{}", "/media/{}/preview", "/poster/{}", "/strip/{}", "/api/videos/{}", "/{}")
+    for path in (route.format(key) for route in routes):
         answer = served.raw(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
         assert answer.split()[1] in {b"404", b"400", b"307"}, answer[:200]
         assert b"root:" not in answer
@@ -207,57 +193,45 @@ def test_a_client_that_hangs_up_leaves_no_trace(served: Server, request_bytes: b
     for _ in range(5):
         with socket.create_connection(("127.0.0.1", served.port)) as connection:
             connection.sendall(request_bytes)
-            time.sleep(0.05)
-            connection.setsockopt(
-                socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0"
-            )  # a reset, not a goodbye
+            time.sleep(0.05)  # let it be read
+            # A reset, not a goodbye.
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     assert post(served, "a dog")["results"]
 
 
 @pytest.fixture
-def slow_ffmpeg(tmp_path: Path) -> dict[str, str]:
-    """Return an environment in which ffmpeg takes a minute: the real one may be done before anybody looks."""
-    script = tmp_path / "ffmpeg"
-    script.write_text("#!/bin/sh\nsleep 60\n")
+def ffmpeg_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Let a server's ffmpeg take for ever at its first run; returns the file that gets a line for each run."""
+    runs, script = tmp_path / "runs", tmp_path / "ffmpeg"
+    real = imageio_ffmpeg.get_ffmpeg_exe()
+    script.write_text(f'#!/bin/sh\n[ -e {runs} ] || {{ echo run > {runs}; sleep 1000; }}\nexec {real} "$@"\n')
     script.chmod(0o755)
-    return {"IMAGEIO_FFMPEG_EXE": str(script)}
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(script))
+    return runs
 
 
-def test_a_preview_that_nobody_waits_for_leaves_no_process(copied: Path, slow_ffmpeg: dict[str, str]) -> None:
-    request = f"GET /media/{key_of('clip000')}/preview HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    with running(copied, env=slow_ffmpeg) as server:
+def test_a_preview_that_nobody_waits_for_ends_and_can_be_asked_for_again(copied: Path, ffmpeg_runs: Path) -> None:
+    path = f"/media/{key_of('clip000')}/preview"
+    with running(copied) as server:
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
-            connection.sendall(request.encode())
-            wait_until(lambda: any("ffmpeg" in _command(pid) for pid in server.children()))
-        wait_until(lambda: not any("ffmpeg" in _command(pid) for pid in server.children()))
+            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            until(ffmpeg_runs.exists)
+            (ffmpeg,) = [pid for pid in server.children() if "ffmpeg" in _command(pid)]
+        # A player often drops its first request and sends another.
+        with urllib.request.urlopen(f"{server.url}{path}") as answer:
+            assert b"moov" in answer.read()
+        assert not _is_running(ffmpeg)
 
 
-def test_a_server_that_is_busy_ends_when_it_is_told_to(copied: Path, slow_ffmpeg: dict[str, str]) -> None:
-    request = f"GET /media/{key_of('clip000')}/preview HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    with (
-        running(copied, env=slow_ffmpeg) as server,
-        socket.create_connection(("127.0.0.1", server.port)) as connection,
-    ):
-        connection.sendall(request.encode())
-        wait_until(lambda: any("ffmpeg" in _command(pid) for pid in server.children()))
+def test_a_server_that_is_busy_ends_when_it_is_told_to(copied: Path, ffmpeg_runs: Path) -> None:
+    with running(copied) as server, socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(f"GET /media/{key_of('clip000')}/preview HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        until(ffmpeg_runs.exists)
         children = server.children()
-        began = time.monotonic()
         exit_code, said = server.stop()
-        assert exit_code == 0
-        assert "Traceback" not in said
-        assert time.monotonic() - began < 10
+        assert exit_code == 0 and "Traceback" not in said
         assert not any(_is_running(pid) for pid in children)
-    assert not [path for path in (copied / "cache" / "previews").iterdir() if path.suffix != ".mp4"]
-
-
-def test_ranges_over_the_wire(served: Server, built: Path) -> None:
-    content = (built.parent / "clip000.mp4").read_bytes()
-    url = f"{served.url}/media/{key_of('clip000')}"
-    for header, expected in {"bytes=100-299": content[100:300], "bytes=-7": content[-7:]}.items():
-        with urllib.request.urlopen(urllib.request.Request(url, headers={"range": header})) as answer:
-            assert (answer.status, answer.read()) == (206, expected)
-    with urllib.request.urlopen(urllib.request.Request(url, method="HEAD")) as answer:
-        assert int(answer.headers["content-length"]) == len(content) and not answer.read()
+    assert not list((copied / "cache" / "previews").iterdir())
 
 
 def test_a_killed_server_blocks_nothing(copied: Path) -> None:
@@ -267,12 +241,10 @@ def test_a_killed_server_blocks_nothing(copied: Path) -> None:
         assert helpers
         first.process.kill()
         first.process.wait()
-        wait_until(lambda: not any(_is_running(pid) for pid in helpers))
+        until(lambda: not any(_is_running(pid) for pid in helpers))
         assert (copied / "cache" / "server.json").exists()
         with running(copied, "--port", str(first.port)) as second:
-            wait_until(
-                lambda: json.loads((copied / "cache" / "server.json").read_text())["pid"] == second.process.pid
-            )
+            until(lambda: json.loads((copied / "cache" / "server.json").read_text())["pid"] == second.process.pid)
             assert post(second, "a dog")["results"]
             assert second.stop() == (0, "")
     assert not (copied / "cache" / "server.json").exists()

@@ -53,6 +53,8 @@ def _option(field: dataclasses.Field[Any], hint: Any, help_text: str) -> Callabl
         arguments["type"] = _type(said, typing.get_args(kind)[0] if multiple else kind)
         arguments["multiple"] = multiple
         arguments["show_default"] = default not in (None, ())
+    if "text" in said:  # the default as it is typed, for the help
+        arguments["default"] = said["text"]
     if "alone" in said:  # the value where the option is given without one
         arguments |= {"is_flag": False, "flag_value": said["alone"]}
     return click.option(flag, field.name, **arguments)

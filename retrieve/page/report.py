@@ -3,36 +3,21 @@
 from __future__ import annotations
 
 import base64
-import hashlib
-import json
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from svb.data.publish import published_file
 from svb.errors import InputError, UsageError
 from svb.retrieve.answer import Answer, VideoResult
+from svb.retrieve.page.page import page_with_data
 from svb.retrieve.searching.source_file import problem_of
 
 POSTER_HEIGHT_PX = 240
 STRIP_FRAMES = 12
 STRIP_HEIGHT_PX = 72
-# A script element's text may not contain these: they could end the element.
-_ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"}
-
-
-def render_page(nonce: str) -> str:
-    """Return the page that a server sends.
-
-    Args:
-        nonce: Names its style and its script in the content security policy sent with it; letters, digits, `-` and
-            `_`.
-    """
-    return _fill({"nonce": nonce, "policy": "", "embedded": "null"})
 
 
 def write_report(
@@ -75,7 +60,7 @@ def write_report(
         "files": files,
     }
     with published_file(out) as aside:
-        aside.write_text(_report(held), "utf-8")
+        aside.write_text(page_with_data(held), "utf-8")
     return out
 
 
@@ -109,32 +94,3 @@ def _pictures_of(results: Sequence[VideoResult]) -> tuple[dict[str, Any], dict[s
 
 def _as_uri(jpeg: bytes) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
-
-
-def _report(held: Mapping[str, Any]) -> str:
-    """Return the page with its data in it.
-
-    Its policy allows its own style and script by their hashes: a nonce in a file would be no secret.
-    """
-    plain = _fill({"nonce": "", "policy": "", "embedded": ""})
-    style, script = (_hash_of(rf"<{name} nonce=\"\">(.*?)</{name}>", plain) for name in ("style", "script"))
-    policy = (
-        f"default-src 'none'; style-src '{style}'; script-src '{script}'; img-src data:; media-src file:; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    meta = f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-    # As ASCII: the name of a file need not be valid Unicode.
-    embedded = re.sub("[<>&]", lambda match: _ESCAPES[match[0]], json.dumps(held, allow_nan=False))
-    return _fill({"nonce": "", "policy": meta, "embedded": embedded})
-
-
-def _hash_of(pattern: str, page: str) -> str:
-    match = re.search(pattern, page, re.DOTALL)
-    assert match is not None
-    return f"sha256-{base64.b64encode(hashlib.sha256(match[1].encode()).digest()).decode()}"
-
-
-def _fill(values: Mapping[str, str]) -> str:
-    """Return the template with its marks replaced, all at once: marks within a value stay as they are."""
-    template = resources.files("svb.retrieve.page").joinpath("page.html").read_text("utf-8")
-    return re.sub("@(nonce|policy|embedded)@", lambda match: values[match[1]], template)

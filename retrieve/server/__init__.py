@@ -1,1 +1,1 @@
-"""`svb serve`: an index kept open, behind HTTP."""
+"""The server behind `svb serve`: a page and an HTTP API of an index that is kept open."""

@@ -1,32 +1,38 @@
-"""Who may ask: a token beyond this machine, and on it no page of another site."""
+"""Who may ask: other machines with a token, this machine except for other sites' pages; and the login form."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import html
 import ipaddress
 import os
 import re
 import secrets
 import time
 from pathlib import Path
+from urllib.parse import parse_qs
 
+from fastapi import APIRouter, Request
 from starlette.datastructures import Headers
+from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from svb.errors import InputError
+from svb.retrieve.server.http import content_security_policy, read_body
 
 SESSION_SECONDS = 7 * 24 * 3600
 MIN_TOKEN_LENGTH = 16
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+MAX_FORM_BYTES = 1 << 14
 
 
 class Access:
-    """Decides over requests.
+    """Decides who may ask.
 
     Args:
-        token: What a client must show; None lets everybody on this machine in.
+        token: The token that a client must show; None lets everybody on this machine in.
         is_loopback: Whether the server can be reached from this machine alone.
-        port: Its port; cookies know no ports, so the session's name has it.
+        port: The server's port; cookies know no ports, so the session's name has it.
     """
 
     def __init__(self, token: str | None, *, is_loopback: bool, port: int) -> None:
@@ -35,11 +41,11 @@ class Access:
         self._is_loopback = is_loopback
         self._secret = secrets.token_bytes(32)
 
-    def refuses(self, method: str, headers: Headers) -> str | None:
-        """Return why a request comes from where none may come from, or None.
+    def problem_with(self, method: str, headers: Headers) -> str | None:
+        """Return why a request may not come from where it comes from, or None.
 
-        A name that an attacker's page has had resolve to 127.0.0.1 betrays itself by the Host header; another
-        site's form or script by Origin or Sec-Fetch-Site, which pages cannot forge. The port is free: an ssh
+        The Host header shows when an attacker's page has had a name of its own resolve to 127.0.0.1; Origin or
+        Sec-Fetch-Site, which pages cannot forge, show another site's form or script. Any port is fine: an ssh
         tunnel may end at any.
         """
         host = headers.get("host", "")
@@ -53,7 +59,7 @@ class Access:
         return None
 
     def is_known(self, headers: Headers, cookies: dict[str, str]) -> bool:
-        """Tell whether a request shows the token, or a session that `log_in` gave."""
+        """Tell whether a request shows the token, or a session that the login gave."""
         if self.token is None:
             return True
         scheme, _, shown = headers.get("authorization", "").partition(" ")
@@ -62,13 +68,13 @@ class Access:
         return self._is_session(cookies.get(self.cookie, ""))
 
     def is_token(self, shown: str) -> bool:
-        """Compare with the token, in a time that says nothing of how much of it was right."""
+        """Compare with the token, in a time that does not tell how much of it was right."""
         if self.token is None:
             return True
         return hmac.compare_digest(_digest(shown), _digest(self.token))
 
     def new_session(self) -> str:
-        """Return a cookie's value, good for `SESSION_SECONDS` or until the server ends; it is not the token."""
+        """Return a cookie's value, valid for `SESSION_SECONDS` or until the server ends; it is not the token."""
         end = str(int(time.time()) + SESSION_SECONDS)
         return f"{end}.{self._sign(end)}"
 
@@ -92,10 +98,10 @@ def is_loopback(host: str) -> bool:
 
 
 def choose_token(host: str, token_file: Path | None) -> tuple[str | None, bool]:
-    """Return the token to ask for and whether it was made up just now; None for a server of this machine alone.
+    """Return the token to ask for and whether it was made just now; None where only this machine can connect.
 
-    A token file comes before the environment's `SVB_TOKEN`; where neither is, one is made up for an address that
-    others can reach.
+    The token file comes before the environment's `SVB_TOKEN`; where both are missing, a token is made for an
+    address that others can reach.
 
     Raises:
         InputError: The file cannot be read, or the token is too short or not printable ASCII without spaces.
@@ -111,12 +117,69 @@ def choose_token(host: str, token_file: Path | None) -> tuple[str | None, bool]:
             return (None, False) if is_loopback(host) else (secrets.token_urlsafe(24), True)
     if len(given) < MIN_TOKEN_LENGTH or not re.fullmatch(r"[!-~]+", given):
         raise InputError(
-            f"the token in {place} has {len(given)} characters - expected at least {MIN_TOKEN_LENGTH}, "
-            "of printable ASCII without spaces; `openssl rand -base64 24` makes one"
+            f"the token in {place} has {len(given)} characters - expected at least {MIN_TOKEN_LENGTH} of printable "
+            "ASCII without spaces; make one with `openssl rand -base64 24`"
         )
     return given, False
 
 
 def _digest(text: str) -> bytes:
-    # Equal lengths: not even the token's length can be told from the time.
+    # Digests have equal lengths: the time does not tell the token's length either.
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
+
+
+_LOGIN_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>svb: token</title>
+<style nonce="@nonce@">
+:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }
+body { display: grid; place-items: center; min-height: 90vh; margin: 0 1rem; }
+form { display: grid; gap: .75rem; width: min(24rem, 100%); }
+input, button { font: inherit; padding: .6rem .8rem; border-radius: .5rem; border: 1px solid #8888; }
+p { margin: 0; }
+</style>
+<form method="post" action="/login">
+<label for="token">This server needs its token: <code>svb serve</code> printed it, or it is in the token file.
+</label>
+<input id="token" name="token" type="password" autocomplete="current-password" required autofocus>
+<input type="hidden" name="query" value="@query@">
+<button>Continue</button>
+<p role="alert">@problem@</p>
+</form>
+<script nonce="@nonce@">document.forms[0].action += location.hash;</script>
+</html>
+"""
+
+
+def login_page(status: int, query: str = "", problem: str = "") -> Response:
+    """Return the form; `query` is the query string of the page to go to after it."""
+    nonce = secrets.token_urlsafe(16)
+    page = _LOGIN_PAGE.replace("@nonce@", nonce).replace("@problem@", html.escape(problem))
+    headers = {"content-security-policy": content_security_policy(nonce)}
+    return HTMLResponse(page.replace("@query@", html.escape(query)), status, headers)
+
+
+def login_routes(access: Access) -> APIRouter:
+    """Return the routes of the form and of what it sends."""
+    router = APIRouter(include_in_schema=False)
+
+    @router.get("/login")
+    async def form() -> Response:
+        return login_page(200) if access.token else RedirectResponse("/", 303)
+
+    @router.post("/login")
+    async def log_in(request: Request) -> Response:
+        fields = parse_qs((await read_body(request, MAX_FORM_BYTES)).decode("utf-8", "replace"))
+        query = re.sub(r"[^!-~]", "", fields.get("query", [""])[0])
+        if not access.is_token(fields.get("token", [""])[0].strip()):
+            return login_page(401, query, "That is not the token.")
+        # Always to the page: an address from the form could lead anywhere.
+        response = RedirectResponse(f"/?{query}" if query else "/", 303)
+        response.set_cookie(
+            access.cookie, access.new_session(), max_age=SESSION_SECONDS, httponly=True, samesite="strict"
+        )
+        return response
+
+    return router

@@ -1,92 +1,147 @@
-"""The application: routes over a `Service`, behind the gate."""
+"""The application: the routes, and the guard that every request passes first."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import secrets
+import time
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.responses import HTMLResponse, PlainTextResponse, Response
-from starlette.types import ASGIApp
+from starlette.responses import HTMLResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from svb._version import __version__
 from svb.errors import SvbError
-from svb.retrieve.page.report import render_page
-from svb.retrieve.server.access import Access
-from svb.retrieve.server.gate import HUNG_UP, Gate
-from svb.retrieve.server.http import error_response, json_response, response_to
-from svb.retrieve.server.login import login_routes
+from svb.retrieve.page.page import page_with_nonce
+from svb.retrieve.server.access import Access, login_page, login_routes
+from svb.retrieve.server.health import RequestCounts, health_routes
+from svb.retrieve.server.http import SECURITY_HEADERS, content_security_policy, error_response, response_to
 from svb.retrieve.server.media_routes import media_routes
-from svb.retrieve.server.policy import content_security_policy
 from svb.retrieve.server.search_routes import search_routes
-from svb.retrieve.server.service import Service
+from svb.retrieve.server.state import ServerState
+
+logger = logging.getLogger(__name__)
+
+# Paths that need no token: the login, and whether the server is alive.
+OPEN_PATHS = ("/login", "/healthz")
+# The status that nginx counts for a client that hung up before its answer.
+HUNG_UP = 499
+INTERNAL_ERROR = "internal error; see the server's log"
 
 
-def make_app(service: Service, access: Access) -> ASGIApp:
+def make_app(state: ServerState, access: Access) -> ASGIApp:
     """Return the application."""
-    # The pages of documentation that FastAPI offers load scripts from elsewhere.
+    # FastAPI's own pages of documentation load scripts from other hosts.
     app = FastAPI(title="svb", version=__version__, docs_url=None, redoc_url=None)
-    app.include_router(search_routes(service))
-    app.include_router(media_routes(service))
+    counts = RequestCounts()
+    app.include_router(search_routes(state))
+    app.include_router(media_routes(state))
     app.include_router(login_routes(access))
+    app.include_router(health_routes(state, counts))
     _add_page(app)
-    _add_health(app, service)
     _add_errors(app)
-    return Gate(app, access, service.metrics)
+    return Guard(app, access, counts)
 
 
 def _add_page(app: FastAPI) -> None:
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
         nonce = secrets.token_urlsafe(16)
-        return HTMLResponse(render_page(nonce), headers={"content-security-policy": content_security_policy(nonce)})
-
-
-def _add_health(app: FastAPI, service: Service) -> None:
-    @app.get("/healthz", tags=["health"], summary="Whether the server lives, and the newest index is served")
-    async def health(request: Request) -> Response:
-        """`degraded` where what is on disk is damaged, and the last whole generation is served on."""
-        searcher = await service.snapshots.newest()
-        problem = service.snapshots.problem
-        held: dict[str, object] = {"status": "degraded" if problem else "ok"}
-        if request.state.is_known:
-            held |= {"generation": searcher.generation, "problem": problem, "version": __version__}
-        return json_response(held)
-
-    @app.get("/metrics", tags=["health"], response_class=PlainTextResponse, summary="For Prometheus")
-    async def metrics() -> Response:
-        snapshots = service.snapshots
-        manifest = snapshots.current.manifest
-        gauges = {
-            "searches_in_flight": ("Searches that run or wait.", float(service.searches.in_flight)),
-            "index_generation": ("Generation of the index that is served.", float(snapshots.current.generation)),
-            "index_videos": ("Videos of the index.", float(manifest["videos"])),
-            "index_moments": ("Moments of the index.", float(manifest["moments_total"])),
-            "index_degraded": ("1 while what is on disk cannot be served.", float(snapshots.problem is not None)),
-        }
-        return PlainTextResponse(service.metrics.render(gauges), media_type="text/plain; version=0.0.4")
+        headers = {"content-security-policy": content_security_policy(nonce)}
+        return HTMLResponse(page_with_nonce(nonce), headers=headers)
 
 
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(SvbError)
-    async def refuse(request: Request, error: SvbError) -> Response:
+    async def answer_svb_error(request: Request, error: SvbError) -> Response:
         return response_to(error)
 
     @app.exception_handler(HTTPException)
-    async def answer_error(request: Request, error: HTTPException) -> Response:
+    async def answer_http_error(request: Request, error: HTTPException) -> Response:
         return error_response(error.status_code, error.detail, dict(error.headers or {}))
 
     @app.exception_handler(ClientDisconnect)
-    async def give_up(request: Request, error: ClientDisconnect) -> Response:
+    async def count_hang_up(request: Request, error: ClientDisconnect) -> Response:
         return Response(status_code=HUNG_UP)  # nobody reads it: it is counted
 
     @app.exception_handler(Exception)
-    async def own_up(request: Request, error: Exception) -> Response:
-        return error_response(500, "the server made a mistake - its log tells")  # the gate logs it
+    async def answer_internal_error(request: Request, error: Exception) -> Response:
+        return error_response(500, INTERNAL_ERROR)  # the guard logs it
 
     @app.exception_handler(RequestValidationError)
-    async def explain(request: Request, error: RequestValidationError) -> Response:
+    async def answer_wrong_parameter(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         return error_response(400, f"{first['loc'][-1]}: {first['msg']}")
+
+
+class Guard:
+    """Wraps the application: refuses who may not ask, adds protective headers, counts requests, logs our errors.
+
+    Args:
+        app: The application.
+        access: Decides who may ask.
+        counts: Counts the requests.
+    """
+
+    def __init__(self, app: ASGIApp, access: Access, counts: RequestCounts) -> None:
+        self._app, self._access, self._counts = app, access, counts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request in, or answer it."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        began, status = time.perf_counter(), 0
+
+        async def send_protected(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(raw=list(message.get("headers", [])))
+                for name, value in SECURITY_HEADERS.items():
+                    headers.setdefault(name, value)
+                message = {**message, "headers": headers.raw}
+            await send(message)
+
+        try:
+            await self._answer(scope, receive, send_protected)
+        except (ClientDisconnect, ConnectionError):
+            status = status or HUNG_UP
+        except asyncio.CancelledError:  # the server is shutting down, and has waited long enough
+            if not status:
+                await error_response(503, "the server is shutting down")(scope, receive, send_protected)
+        except Exception:
+            logger.exception("%s %s failed", scope["method"], _route(scope))
+            if not status:
+                await error_response(500, INTERNAL_ERROR)(scope, receive, send_protected)
+        finally:
+            self._counts.observe(_method(scope), _route(scope), status or HUNG_UP, time.perf_counter() - began)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope)
+        problem = self._access.problem_with(scope["method"], request.headers)
+        if problem is not None:
+            return await error_response(403, problem)(scope, receive, send)
+        known = self._access.is_known(request.headers, request.cookies)
+        scope.setdefault("state", {})["is_known"] = known
+        if known or scope["path"] in OPEN_PATHS:
+            return await self._app(scope, receive, send)
+        if scope["path"] == "/" and scope["method"] == "GET":
+            return await login_page(401, request.url.query)(scope, receive, send)
+        headers = {"WWW-Authenticate": "Bearer"}
+        return await error_response(401, "this server needs its token - send it as Bearer", headers)(
+            scope, receive, send
+        )
+
+
+def _route(scope: Scope) -> str:
+    return str(getattr(scope.get("route"), "path", "other"))
+
+
+def _method(scope: Scope) -> str:
+    # A client may invent any number of methods.
+    return scope["method"] if scope["method"] in {"GET", "HEAD", "POST"} else "other"

@@ -1,4 +1,4 @@
-"""What the routes share: JSON answers, bodies with a limit, work that ends when the client hangs up."""
+"""What the routes share: JSON answers, protective headers, bodies with a limit, work that ends with its client."""
 
 from __future__ import annotations
 
@@ -10,46 +10,74 @@ from typing import Any, TypeVar
 from fastapi import HTTPException, Request
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.types import Receive
 
 from svb.errors import InputError, SvbError, UsageError
-from svb.retrieve.server.byte_ranges import wait_for_hang_up
-from svb.retrieve.server.refusals import BusyError, TookTooLongError
 
 T = TypeVar("T")
 
 # A question is a few hundred bytes, one with a long list of folders a few thousand.
 MAX_JSON_BYTES = 1 << 18
-# A head or a body that is no upload fits into one packet, or a few: whoever takes longer holds up a connection.
+# A head, or a body that is no upload, fits into a few packets: a client that takes longer blocks a connection.
 RECEIVE_SECONDS = 30.0
 
 
+class BusyError(SvbError):
+    """More work is asked for at once than the server takes; the same request succeeds later."""
+
+
+class TookTooLongError(SvbError):
+    """Work reached its time limit and was ended."""
+
+
+def content_security_policy(nonce: str | None = None) -> str:
+    """Return a policy that allows nothing from elsewhere, and only the script and style that carry the nonce."""
+    inline = f" script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}';" if nonce else ""
+    return (
+        f"default-src 'none';{inline} img-src 'self' data: blob:; media-src 'self' blob:; connect-src 'self'; "
+        "form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
+    )
+
+
+SECURITY_HEADERS = {
+    "content-security-policy": content_security_policy(),
+    "x-content-type-options": "nosniff",
+    # Not no-referrer: browsers would then send the login form with the origin null.
+    "referrer-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
+    "x-frame-options": "DENY",
+    "cache-control": "no-store",
+}
+
+
 def json_response(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """Return JSON: in ASCII, for the names of files may be no Unicode."""
+    """Return JSON in ASCII: the names of files may not be valid Unicode."""
     return Response(json.dumps(value, allow_nan=False), status, headers, "application/json")
 
 
 def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
-    """Return an error as every route sends it."""
+    """Return an error in the form that every route sends."""
     return json_response({"error": message}, status, headers)
 
 
 def response_to(error: SvbError) -> Response:
-    """Return the answer to an error of svb's."""
+    """Return the answer to one of svb's own errors."""
     if isinstance(error, (BusyError, TookTooLongError)):
         return error_response(503, str(error), {"Retry-After": "1"})
     if isinstance(error, (InputError, UsageError)):
         return error_response(400, str(error))
-    return error_response(503, str(error))  # the index or its model is not as it should be
+    return error_response(503, str(error))  # the index or its model is damaged
 
 
 async def read_json(request: Request) -> dict[str, Any]:
     """Return a request's JSON object.
 
     Raises:
-        HTTPException: 413, it is too large; 408, it was not there in time; 415, it is not declared as JSON; 400,
-            it is none.
+        HTTPException: 413, it is too large; 408, it did not arrive in time; 415, its content type is not JSON; 400,
+            it is not a JSON object.
     """
-    # Another site's form can send text/plain without asking; not application/json.
+    # A form on another site can send text/plain without asking, but not application/json.
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
         raise HTTPException(415, "expected the content type application/json")
     return parse_object(await read_body(request, MAX_JSON_BYTES))
@@ -59,13 +87,13 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     """Return a request's body.
 
     Raises:
-        HTTPException: 413, it is too large; 408, it was not there in time.
+        HTTPException: 413, it is too large; 408, it did not arrive in time.
     """
     try:
         return await asyncio.wait_for(_read(request, max_bytes), RECEIVE_SECONDS)
     except asyncio.TimeoutError:
         raise HTTPException(
-            408, f"the request was not there after {RECEIVE_SECONDS:g} s", {"Connection": "close"}
+            408, f"the request did not arrive within {RECEIVE_SECONDS:g} s", {"Connection": "close"}
         ) from None
 
 
@@ -82,27 +110,27 @@ def parse_object(text: bytes | str) -> dict[str, Any]:
     """Return a JSON object.
 
     Raises:
-        HTTPException: 400, it is none.
+        HTTPException: 400, the text is not one.
     """
     try:
-        held = json.loads(text)
+        parsed = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise HTTPException(400, f"the request is no JSON ({error}) - expected an object") from None
-    if not isinstance(held, dict):
-        raise HTTPException(400, f"the request is a JSON {type(held).__name__} - expected an object")
-    return held
+        raise HTTPException(400, f"the request is not valid JSON ({error}) - expected an object") from None
+    if not isinstance(parsed, dict):
+        raise HTTPException(400, f"the request is a JSON {type(parsed).__name__} - expected an object")
+    return parsed
 
 
 async def until_hung_up(request: Request, work: Awaitable[T]) -> T:
-    """Return what work returns; cancel it when the client hangs up, for nobody would take it.
+    """Return what work returns; cancel it when the client hangs up.
 
-    Only after the request's body has been read.
+    Only for use after the request's body has been read.
 
     Raises:
         ClientDisconnect: The client hung up.
     """
     working = asyncio.ensure_future(work)
-    hanging_up = asyncio.ensure_future(wait_for_hang_up(request.receive))
+    hanging_up = asyncio.ensure_future(_wait_for_hang_up(request.receive))
     try:
         await asyncio.wait({working, hanging_up}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
@@ -112,3 +140,8 @@ async def until_hung_up(request: Request, work: Awaitable[T]) -> T:
         working.cancel()
         hanging_up.cancel()
         await asyncio.gather(working, hanging_up, return_exceptions=True)
+
+
+async def _wait_for_hang_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

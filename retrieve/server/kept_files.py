@@ -1,70 +1,143 @@
-"""Files that can be made again, kept in a folder that does not grow beyond a size."""
+"""Files that can be made again: each is made once, and kept in a folder that does not grow beyond a size."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import re
 import shutil
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 from svb.data.publish import ASIDE_PREFIX
+from svb.retrieve.server.http import BusyError
 
-# Named for a content, and what of it is shown. Whatever else lies in the folder is somebody's own.
+T = TypeVar("T")
+
+# A name made of a content's key and of what is shown of it. All other files in the folder belong to somebody else.
 NAME = re.compile(r"[0-9a-f]{32}(-n?[0-9]+)*\.(jpg|mp4)")
-# What is written aside and has not grown for so long was left by a kill; until then another server may write it.
+# A kill left behind what is written aside and has not grown for this long; until then another server may write it.
 _ASIDE_SECONDS = 3600.0
 
 
-class KeptFiles:
-    """A folder of files that can be made again; those used longest ago are removed when they grow too many.
+class SingleFlight(Generic[T]):
+    """Does each piece of work once for all who ask for it while it runs; for one event loop.
 
     Args:
-        folder: Is created. Only files whose names are as `NAME` says are ever removed.
-        max_bytes: How much the files may take together.
-
-    Attributes:
-        folder, max_bytes: As given.
+        max_running: How many pieces of work may run or wait at once; None for any number.
+        ends_unwatched: Whether work is cancelled once nobody waits for it; otherwise it goes on.
     """
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
-        self.folder = folder
+    def __init__(self, max_running: int | None = None, *, ends_unwatched: bool = False) -> None:
+        self._max_running, self._ends_unwatched = max_running, ends_unwatched
+        self._by_name: dict[str, asyncio.Task[T]] = {}
+        self._running: set[asyncio.Task[T]] = set()  # includes cancelled work that has not ended yet
+        self._waiting: Counter[asyncio.Task[T]] = Counter()
+
+    async def do(self, name: str, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Return what the work of a name returns; starts it where it is not running.
+
+        Raises:
+            BusyError: It is not running, and too much other work is.
+        """
+        task = self._by_name.get(name) or self._start(name, work)
+        self._waiting[task] += 1
+        try:
+            return await asyncio.shield(task)
+        finally:
+            self._waiting[task] -= 1
+            if not self._waiting[task]:
+                del self._waiting[task]
+                if self._ends_unwatched and not task.done():
+                    self._by_name.pop(name, None)  # whoever asks while this ends starts it anew
+                    task.cancel()
+
+    async def close(self) -> None:
+        """Wait for the work under way to end; cancel it where it ends unwatched anyway."""
+        for task in list(self._running) if self._ends_unwatched else []:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+
+    def _start(self, name: str, work: Callable[[], Coroutine[Any, Any, T]]) -> asyncio.Task[T]:
+        if self._max_running is not None and len(self._running) >= self._max_running:
+            raise BusyError(f"{len(self._running)} files are being made - try again in a minute")
+        task = self._by_name[name] = asyncio.create_task(work())
+        self._running.add(task)
+        task.add_done_callback(lambda done: self._forget(name, done))
+        return task
+
+    def _forget(self, name: str, task: asyncio.Task[T]) -> None:
+        self._running.discard(task)
+        if self._by_name.get(name) is task:
+            del self._by_name[name]
+        if not task.cancelled():
+            task.exception()  # those who asked may all have left: nobody else takes this error
+
+
+class KeptFiles:
+    """A folder of files that can be made again; those used longest ago are removed when they take too much space.
+
+    Args:
+        folder: Is created. Only files whose names match `NAME` are ever removed.
+        max_bytes: How much the files may take together.
+        max_made, ends_unwatched: How files are made; see `SingleFlight`.
+
+    Attributes:
+        max_bytes: As given.
+    """
+
+    def __init__(
+        self, folder: Path, max_bytes: int, *, max_made: int | None = None, ends_unwatched: bool = False
+    ) -> None:
+        self._folder = folder
         self.max_bytes = max_bytes
+        self._making: SingleFlight[Path] = SingleFlight(max_made, ends_unwatched=ends_unwatched)
         folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
         self._total_bytes = sum(size for _, size, _ in self._files())
 
-    def find(self, name: str) -> Path | None:
-        """Return a kept file, which counts as used now; None where there is none."""
-        path = self.folder / name
+    async def get(self, name: str, make: Callable[[Path], Awaitable[None]]) -> Path:
+        """Return the file of a name, which counts as used now; it is made where it is not kept.
+
+        Args:
+            name: Matches `NAME`.
+            make: Writes the file to the path that it is given.
+
+        Raises:
+            BusyError: Too many files are being made.
+        """
+        path = self._folder / name
         try:
             os.utime(path)
         except OSError:
-            return None
+            return await self._making.do(name, lambda: self._make(path, make))
         return path
 
-    def keep(self, aside: Path, name: str) -> Path:
-        """Give a finished file of the folder its name, and make room for it; returns its path.
+    async def close(self) -> None:
+        """Wait for the files that are being made; see `SingleFlight.close`."""
+        await self._making.close()
 
-        It is not synced: what a power cut takes is made again, and what it empties is found by its size.
-        """
-        path = self.folder / name
-        aside.replace(path)
+    async def _make(self, path: Path, make: Callable[[Path], Awaitable[None]]) -> Path:
+        descriptor, aside = tempfile.mkstemp(prefix=ASIDE_PREFIX, suffix=path.suffix, dir=self._folder)
+        os.close(descriptor)
+        try:
+            await make(Path(aside))
+            # Not synced: a file that a power cut takes is made again.
+            Path(aside).replace(path)
+        finally:
+            Path(aside).unlink(missing_ok=True)
         self._total_bytes += path.stat().st_size
         if self._total_bytes > self.max_bytes:
             self._make_room(path)
         return path
 
-    def new_aside(self, suffix: str) -> Path:
-        """Return a new name in the folder to write to; what a kill leaves there a later start removes."""
-        descriptor, name = tempfile.mkstemp(prefix=ASIDE_PREFIX, suffix=suffix, dir=self.folder)
-        os.close(descriptor)
-        return Path(name)
-
     def _make_room(self, newest: Path) -> None:
-        """Remove files down to nine tenths of what they may take, or every next file would look at all of them."""
+        """Remove files down to nine tenths of the limit, or every next file would look at all of them."""
         files = sorted(self._files())
         self._total_bytes = sum(size for _, size, _ in files)
         for _, size, path in files:
@@ -76,7 +149,7 @@ class KeptFiles:
 
     def _files(self) -> list[tuple[int, int, Path]]:
         """Return `(mtime_ns, size_bytes, path)` of every kept file."""
-        with os.scandir(self.folder) as entries:
+        with os.scandir(self._folder) as entries:
             kept = [
                 entry for entry in entries if NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)
             ]
@@ -88,7 +161,7 @@ class KeptFiles:
 
 
 class CacheFolder:
-    """Where an index's remade files lie: its `cache/`, or a temporary folder where that cannot be written.
+    """The folder of an index's remade files: its `cache/`, or a temporary folder where that cannot be written.
 
     Attributes:
         path: The folder.
@@ -101,7 +174,7 @@ class CacheFolder:
             self.path = Path(tempfile.mkdtemp(prefix="svb-cache-"))
 
     def close(self) -> None:
-        """Remove the folder where it was temporary."""
+        """Remove the folder where it is temporary."""
         if self._is_temporary:
             shutil.rmtree(self.path, ignore_errors=True)
 

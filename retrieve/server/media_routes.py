@@ -3,66 +3,70 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import re
+import stat
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from fastapi import APIRouter, HTTPException, Request
-from starlette.responses import Response
+from starlette.datastructures import Headers
+from starlette.responses import FileResponse, Response
+from starlette.types import Message, Receive, Scope, Send
 
 from svb.errors import InputError
-from svb.retrieve.server.byte_ranges import FileRange
 from svb.retrieve.server.http import until_hung_up
-from svb.retrieve.server.media import VideoFile, find_file
-from svb.retrieve.server.playable import media_type
-from svb.retrieve.server.service import Service
+from svb.retrieve.server.state import ServerState
+from svb.retrieve.server.video_files import VideoFile, find_file, media_type
 
-# A file may change under its address: a browser asks again, and is told by the tag that nothing did.
+# A file may change under its address: a browser asks again, and learns from the tag that nothing did.
 CHECK_AGAIN = "private, no-cache"
-# A picture of a moment is asked for with every look at its card.
+# A card shows its moment's picture each time somebody looks at it.
 FOR_AN_HOUR = "private, max-age=3600"
 
+# Longer numbers than any file has bytes are no range.
+_ONE_RANGE = re.compile(r"bytes=\s*(?:(\d{1,18})\s*-\s*(\d{0,18})|-\s*\d{1,18})\s*", re.ASCII | re.IGNORECASE)
 
-def media_routes(service: Service) -> APIRouter:
+
+def media_routes(state: ServerState) -> APIRouter:
     """Return the routes; each answers HEAD as it answers GET."""
     router = APIRouter(tags=["media"])
 
     async def file_of(key: str) -> VideoFile:
-        return await asyncio.to_thread(find_file, await service.snapshots.newest(), key)
+        return await asyncio.to_thread(find_file, await state.snapshots.newest(), key)
 
     async def media(key: str) -> Response:
         """The video's file; byte ranges are served."""
         path = (await file_of(key)).path
-        return FileRange(path, media_type(path), CHECK_AGAIN)
+        return OpenFileResponse(path, media_type(path), CHECK_AGAIN)
 
     async def preview(request: Request, key: str) -> Response:
         """The video as H.264 and AAC in MP4, made at the first request; byte ranges are served."""
         file = await file_of(key)
 
         async def make() -> Path:
-            copy_video = await service.probes.can_copy_video(file)
-            return await service.previews.get(file.path, file.content_key, copy_video=copy_video)
+            copy_video = await state.probes.can_copy_video(file)
+            return await state.previews.get(file, copy_video=copy_video)
 
-        return FileRange(await _made(request, make()), "video/mp4", CHECK_AGAIN)
+        return OpenFileResponse(await _made(request, make()), "video/mp4", CHECK_AGAIN)
 
     async def poster(request: Request, key: str, t: float = 0.0, h: int = 180) -> Response:
         """The frame shown at `t` seconds of the file's own clock as a JPEG, about `h` pixels high."""
         file = await file_of(key)
 
         async def make() -> Path:
-            return await service.pictures.poster(file, t, h, await service.probes.begin_seconds(file))
+            return await state.pictures.poster(file, t, h, await state.probes.begin_seconds(file))
 
-        path = await _made(request, make())
-        return FileRange(path, "image/jpeg", FOR_AN_HOUR)
+        return OpenFileResponse(await _made(request, make()), "image/jpeg", FOR_AN_HOUR)
 
     async def strip(request: Request, key: str, n: int = 12, h: int = 54) -> Response:
         """One JPEG of `n` frames side by side, at `(i + 0.5) / n` of the duration, about `h` pixels high."""
         file = await file_of(key)
 
         async def make() -> Path:
-            return await service.pictures.strip(file, n, h, await service.probes.begin_seconds(file))
+            return await state.pictures.strip(file, n, h, await state.probes.begin_seconds(file))
 
-        path = await _made(request, make())
-        return FileRange(path, "image/jpeg", FOR_AN_HOUR)
+        return OpenFileResponse(await _made(request, make()), "image/jpeg", FOR_AN_HOUR)
 
     routes: dict[str, Callable[..., Awaitable[Response]]] = {
         "/media/{key}": media,
@@ -74,6 +78,71 @@ def media_routes(service: Service) -> APIRouter:
         router.add_api_route(path, route, methods=["GET"], response_class=Response)
         router.add_api_route(path, route, methods=["HEAD"], include_in_schema=False)
     return router
+
+
+class OpenFileResponse(FileResponse):
+    """A file or one range of it, opened once: its headers and its bytes belong together, whatever its name becomes.
+
+    Beyond Starlette's, it answers If-None-Match, and ignores a Range header that it cannot serve: another unit, no
+    range at all, or several, as RFC 9110, section 14.2 allows.
+
+    Args:
+        path: A regular file.
+        media_type: Its content type.
+        cache_control: How long a browser may keep it.
+
+    Raises:
+        HTTPException: 404, the file cannot be opened.
+    """
+
+    chunk_size = 1 << 18
+
+    def __init__(self, path: Path, media_type: str, cache_control: str) -> None:
+        self._name, self._descriptor = path, _open(path)
+        known = self._known = os.fstat(self._descriptor)
+        # Starlette's own tag knows the time to some hundred nanoseconds only.
+        self._etag = f'"{known.st_mtime_ns:x}-{known.st_size:x}"'
+        headers = {"etag": self._etag, "cache-control": cache_control}
+        super().__init__(f"/dev/fd/{self._descriptor}", headers=headers, media_type=media_type, stat_result=known)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a GET or HEAD."""
+        headers = Headers(scope=scope)
+
+        async def send_while_whole(message: Message) -> None:
+            if os.fstat(self._descriptor).st_size < self._known.st_size:
+                # Closing the connection is the only way left to tell the client.
+                raise ConnectionAbortedError(f"{self._name} became shorter while it was sent")
+            await send(message)
+
+        try:
+            if self._etag in re.split(r"\s*,\s*", headers.get("if-none-match", "")):
+                del self.headers["content-length"]
+                await send({"type": "http.response.start", "status": 304, "headers": self.raw_headers})
+                await send({"type": "http.response.body", "body": b""})
+            else:
+                if not _is_one_range(headers.get("range", "")):
+                    scope = {**scope, "headers": [pair for pair in scope["headers"] if pair[0] != b"range"]}
+                await super().__call__(scope, receive, send_while_whole)
+        finally:
+            os.close(self._descriptor)
+
+
+def _is_one_range(header: str) -> bool:
+    match = _ONE_RANGE.fullmatch(header)
+    return match is not None and not (match[2] and int(match[2]) < int(match[1]))
+
+
+def _open(path: Path) -> int:
+    # Without O_NONBLOCK opening a named pipe would wait for a writer.
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError):
+        raise HTTPException(404, "the video's file can no longer be opened") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise HTTPException(404, "the video's file is not a regular file")
+    return descriptor
 
 
 async def _made(request: Request, work: Awaitable[Path]) -> Path:

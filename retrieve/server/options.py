@@ -1,12 +1,28 @@
-"""What `svb serve` can be told."""
+"""The options of `svb serve`."""
 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from svb.config import option
 from svb.errors import UsageError
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+
+
+def num_bytes(text: str) -> int:
+    """Return the number of bytes that a text such as 200MB says.
+
+    Raises:
+        UsageError: The text is not a size.
+    """
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([kmg]?)b?", text.strip().lower())
+    if match is None:
+        raise UsageError(f"--max-upload is {text!r} - expected a size such as 200MB")
+    return int(float(match[1]) * _UNITS[match[2]])
 
 
 @dataclass(frozen=True)
@@ -14,20 +30,20 @@ class ServeOptions:
     """How an index is served.
 
     Attributes:
-        host: The address to listen at.
-        port: Its port; 0 for a free one.
-        token_file: A file with the token that clients must show.
-        device: Where images and videos are embedded.
-        max_upload_bytes: Of an image or a video to search with.
-        max_upload_seconds: Of such a video, or of the span of it that counts.
-        uploads_at_once: How many may be on their way or looked at; they are embedded one after the other.
-        max_searches: How many may run or wait at once.
-        threads: How many searches run at once.
-        picture_cache_bytes: How much the posters and strips may take on disk.
-        preview_cache_bytes: How much the previews may take.
-        picture_seconds: Time limit of a poster or a strip.
-        upload_seconds: Time limit of an upload's embedding; the first one loads the model as well.
-        preview_seconds: Time limit of a preview.
+        host: Address to listen at; any but this machine's own needs a token.
+        port: Port to listen at; 0 takes a free one.
+        token_file: File with the token that clients must show; else SVB_TOKEN, else a new one for other machines.
+        max_upload_bytes: Largest file accepted for upload.
+        max_upload_seconds: Longest video accepted for upload, in seconds.
+        max_searches: Most searches that may run or wait at once.
+        device: Device that embeds uploaded images and videos.
+        uploads_at_once: Most uploads that may be received or embedded at once.
+        threads: Number of searches that run at once.
+        picture_cache_bytes: Most disk space for posters and strips.
+        preview_cache_bytes: Most disk space for previews.
+        picture_seconds: Time limit for making a poster or a strip.
+        upload_seconds: Time limit for embedding an upload; the first one also loads the model.
+        preview_seconds: Time limit for making a preview.
 
     Raises:
         UsageError: A number is out of its range.
@@ -36,17 +52,17 @@ class ServeOptions:
     host: str = "127.0.0.1"
     port: int = 8765
     token_file: Path | None = None
-    device: str = "auto"
-    max_upload_bytes: int = 200_000_000
+    max_upload_bytes: int = option(200_000_000, flag="--max-upload", metavar="SIZE", read=num_bytes, text="200MB")
     max_upload_seconds: float = 3600.0
-    uploads_at_once: int = 4
     max_searches: int = 512
-    threads: int = field(default_factory=lambda: max(2, min(os.cpu_count() or 2, 16)))
-    picture_cache_bytes: int = 500_000_000
-    preview_cache_bytes: int = 5_000_000_000
-    picture_seconds: float = 30.0
-    upload_seconds: float = 300.0
-    preview_seconds: float = 1800.0
+    device: str = "auto"
+    uploads_at_once: int = option(4, hidden=True)
+    threads: int = field(default_factory=lambda: max(2, min(os.cpu_count() or 2, 16)), metadata={"hidden": True})
+    picture_cache_bytes: int = option(500_000_000, hidden=True)
+    preview_cache_bytes: int = option(5_000_000_000, hidden=True)
+    picture_seconds: float = option(30.0, hidden=True)
+    upload_seconds: float = option(300.0, hidden=True)
+    preview_seconds: float = option(1800.0, hidden=True)
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -54,5 +70,5 @@ class ServeOptions:
         for name in ("max_upload_bytes", "uploads_at_once", "max_searches", "threads"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)} - expected at least 1")
-        if not self.max_upload_seconds > 0:  # True of NaN as well, which would limit nothing
+        if not self.max_upload_seconds > 0:  # also refuses NaN, which would limit nothing
             raise UsageError(f"max_upload_seconds is {self.max_upload_seconds:g} - expected more than 0")

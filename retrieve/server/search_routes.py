@@ -17,25 +17,25 @@ from svb.errors import InputError, StoreError, UsageError
 from svb.retrieve.answer import Answer, SearchRequest, request_schema
 from svb.retrieve.searching.catalog import FileState
 from svb.retrieve.server.http import json_response, parse_object, read_json, until_hung_up
-from svb.retrieve.server.media import find_file, find_video
-from svb.retrieve.server.service import Service
+from svb.retrieve.server.state import ServerState
 from svb.retrieve.server.uploads import Upload
+from svb.retrieve.server.video_files import find_file, find_video
 
 if TYPE_CHECKING:
     from svb.retrieve.searching.searcher import Searcher
 
-# The folders that the page proposes: of the first videos, for millions would take seconds.
+# The folders that the page proposes come from the first videos: millions of videos would take seconds.
 MAX_FOLDERS, VIDEOS_LOOKED_AT = 200, 200_000
 
 # A client sends files, never the names of the server's own.
 FILE_FIELDS = ("image", "video", "span_seconds")
 
-# A search cannot be ended once it runs: a question must not keep its thread for minutes. Each text to embed takes
-# some 15 ms, each video of the answer a part of one.
+# A running search cannot be ended, and must not keep its thread for minutes. Each text takes some 15 ms to embed,
+# each video in the answer a fraction of that.
 MAX_LISTED, MAX_K = 32, 1000
 
 
-def search_routes(service: Service) -> APIRouter:
+def search_routes(state: ServerState) -> APIRouter:
     """Return the routes."""
     router = APIRouter(tags=["search"])
     described: dict[int, dict[str, Any]] = {}
@@ -48,7 +48,7 @@ def search_routes(service: Service) -> APIRouter:
         if named:
             raise HTTPException(400, f"{', '.join(named)} cannot be sent here - send a file to /api/search/file")
         wanted = _limited(SearchRequest.from_json(asked))
-        body = await until_hung_up(request, service.search(lambda index: _as_json(index.search(wanted))))
+        body = await until_hung_up(request, state.search(lambda index: _as_json(index.search(wanted))))
         return Response(body, media_type="application/json")
 
     @router.post(
@@ -59,18 +59,18 @@ def search_routes(service: Service) -> APIRouter:
     )
     async def search_file(request: Request) -> Response:
         """Search with a file: `kind` is image or video, `request` the JSON of the other fields."""
-        async with service.uploads.receive(request) as upload:
+        async with state.uploads.receive(request) as upload:
             wanted = _request_of(upload)
-            body = await until_hung_up(request, _search_file(service, upload, wanted))
+            body = await until_hung_up(request, _search_file(state, upload, wanted))
         return Response(body, media_type="application/json")
 
     @router.get("/api/index", summary="What the index holds")
     async def index() -> Response:
-        searcher = await service.snapshots.newest()
+        searcher = await state.snapshots.newest()
         if searcher.generation not in described:
             described.clear()
             described[searcher.generation] = {
-                "index": str(service.index.absolute()),
+                "index": str(state.index.absolute()),
                 **await asyncio.to_thread(_describe, searcher),
             }
         return json_response(described[searcher.generation])
@@ -82,41 +82,41 @@ def search_routes(service: Service) -> APIRouter:
         Moments are on the file's own clock. On it `begin_seconds` is when the video begins, from which its duration
         counts, and `preview_begin_seconds` is when a preview of it begins.
         """
-        searcher = await service.snapshots.newest()
+        searcher = await state.snapshots.newest()
         info = await asyncio.to_thread(find_video, searcher, key)
         try:
             file = await asyncio.to_thread(find_file, searcher, key)
-            state: dict[str, Any] = {"available": True, **await service.probes.describe(file)}
+            found: dict[str, Any] = {"available": True, **await state.probes.describe(file)}
         except HTTPException as error:
-            state = {"available": False, "playable": False, "problem": error.detail}
+            found = {"available": False, "playable": False, "problem": error.detail}
         held = {name: value for name, value in dataclasses.asdict(info).items() if name not in FileState._fields}
-        return json_response({**held, **state})
+        return json_response({**held, **found})
 
     return router
 
 
-async def _search_file(service: Service, upload: Upload, request: SearchRequest) -> str:
-    options = service.options
+async def _search_file(state: ServerState, upload: Upload, request: SearchRequest) -> str:
+    options = state.options
     sent = {**request.as_json(), upload.kind: str(upload.path)}
     try:
-        held = await service.embedders.do(
+        held = await state.embedders.do(
             "embed",
-            index=str(service.index),
+            index=str(state.index),
             request=sent,
             device=options.device,
             max_seconds=options.max_upload_seconds,
         )
-    except InputError as error:  # the client knows its file by another name
+    except InputError as error:  # the client has another name for its file
         raise InputError(str(error).replace(str(upload.path), upload.name)) from error
 
     def search(index: Searcher) -> str:
         import numpy as np
 
         if index.manifest["model_fingerprint"] != held["model_fingerprint"]:
-            raise StoreError("the index was made with another model while the file was looked at - send it again")
+            raise StoreError("the index changed to another model while the file was embedded - send the file again")
         return _as_json(index.search_embedding(np.asarray(held["embedding"], np.float32), request))
 
-    return await service.search(search)
+    return await state.search(search)
 
 
 def _request_of(upload: Upload) -> SearchRequest:
@@ -129,14 +129,14 @@ def _request_of(upload: Upload) -> SearchRequest:
 
 
 def _limited(request: SearchRequest) -> SearchRequest:
-    """Return a request that asks for no more than a server takes upon itself.
+    """Return a request that asks for no more than a server does.
 
     Raises:
         UsageError: It asks for more.
     """
     for name in ("plus", "without", "folders", "where"):
         if (number := len(getattr(request, name))) > MAX_LISTED:
-            raise UsageError(f"{name} has {number} entries - this server takes up to {MAX_LISTED}")
+            raise UsageError(f"{name} has {number} entries - this server accepts up to {MAX_LISTED}")
     for name in ("k", "num_moments", "num_captions"):
         if (number := getattr(request, name)) > MAX_K:
             raise UsageError(
@@ -164,11 +164,11 @@ def _describe(searcher: Searcher) -> dict[str, Any]:
 
 
 def _folders(searcher: Searcher) -> list[str]:
-    """Return the folders that video_ids name, those with the most videos where there are too many."""
+    """Return the folders in the video_ids; where there are too many, those with the most videos."""
     catalog = searcher.catalog
     rows = range(min(catalog.num_videos, VIDEOS_LOOKED_AT))
     counts: Counter[str] = Counter()
-    # Each folder is taken apart once, not with each of its videos: that would hold up searches for seconds.
+    # Each folder is split once, not with each of its videos: that would hold up searches for seconds.
     for folder, number in Counter(catalog.video_id(row).rpartition("/")[0] for row in rows).items():
         for path in (Path(folder), *Path(folder).parents):
             if path.name:
@@ -178,9 +178,9 @@ def _folders(searcher: Searcher) -> list[str]:
 
 _ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {"model": Answer, "description": "The answer; docs/answer.schema.json describes it."},
-    400: {"description": 'The question means nothing, or the file cannot be used: `{"error": ...}`.'},
+    400: {"description": 'The request or the file cannot be used: `{"error": ...}`.'},
     413: {"description": "The request is too large."},
-    429: {"description": "Too many files are being looked at."},
+    429: {"description": "Too many uploads at once."},
     503: {"description": "Too many searches run or wait, or a time limit was reached; try again."},
 }
 
@@ -192,7 +192,7 @@ def _json_body() -> dict[str, Any]:
 def _form_body() -> dict[str, Any]:
     fields = {
         "kind": {"type": "string", "enum": ["image", "video"]},
-        "request": {"type": "string", "description": "JSON of the other fields; of a video also `span_seconds`."},
+        "request": {"type": "string", "description": "JSON of the other fields; for a video also `span_seconds`."},
         "file": {"type": "string", "format": "binary"},
     }
     schema = {"type": "object", "required": ["kind", "file"], "properties": fields}

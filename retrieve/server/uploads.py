@@ -1,4 +1,4 @@
-"""Files that clients send: counted as they come, few at once, gone when they were looked at."""
+"""Files that clients send: measured as they arrive, few at once, and removed after their search."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 from starlette.types import Message, Receive
 
-# What the form's other fields and the boundaries may take.
+# The space for the form's other fields and the boundaries.
 FORM_BYTES = 1 << 18
 # A client that sends a byte a second would keep its place for years.
 RECEIVE_SECONDS = 600.0
 PREFIX = "svb-upload-"
-# What is older was left by a server that was killed: none looks at an upload for so long.
+# Older folders were left by a server that was killed: no upload takes this long.
 LEFTOVER_SECONDS = 24 * 3600.0
 
 
@@ -32,8 +32,8 @@ class Upload:
     """A file that a client sent.
 
     Attributes:
-        path: Where it lies for the time being, under a name that the server chose.
-        name: What the client calls it, without folders; for messages only.
+        path: Its temporary place, under a name that the server chose.
+        name: The client's name for it, without folders; for messages only.
         kind: `image` or `video`.
         request: The form's field of this name: JSON.
     """
@@ -45,11 +45,11 @@ class Upload:
 
 
 class Uploads:
-    """Takes uploads.
+    """Receives uploads.
 
     Args:
-        max_bytes: Of a file.
-        at_once: How many may be on their way or looked at.
+        max_bytes: The largest file accepted.
+        at_once: How many may be received or searched with at once.
     """
 
     def __init__(self, max_bytes: int, at_once: int) -> None:
@@ -59,15 +59,17 @@ class Uploads:
 
     @contextlib.asynccontextmanager
     async def receive(self, request: Request) -> AsyncIterator[Upload]:
-        """Yield the file of a multipart form, which is removed at the end.
+        """Yield the file of a multipart form; it is removed at the end.
 
         Raises:
-            HTTPException: 413, it is too large; 415, it is no such form; 429, too many come at once; 400, a field
-                is missing.
+            HTTPException: 413, the file is too large; 415, the request is not such a form; 429, there are too many
+                uploads; 400, a field is missing.
         """
         if not self._free:
             raise HTTPException(
-                429, f"{self._at_once} files are being looked at - try again in a moment", {"Retry-After": "2"}
+                429,
+                f"{self._at_once} uploads are being searched with - try again in a moment",
+                {"Retry-After": "2"},
             )
         self._free -= 1
         try:
@@ -87,8 +89,8 @@ class Uploads:
         try:
             form = await asyncio.wait_for(parsing, RECEIVE_SECONDS)
         except asyncio.TimeoutError:
-            raise HTTPException(408, f"the file was not there after {RECEIVE_SECONDS:.0f} s") from None
-        except UnicodeError as error:  # of the character set that the client names
+            raise HTTPException(408, f"the file did not arrive within {RECEIVE_SECONDS:.0f} s") from None
+        except UnicodeError as error:  # the client names a character set of its own
             raise HTTPException(400, f"the form's fields cannot be read ({error}) - send them in UTF-8") from None
         try:
             yield form
@@ -112,8 +114,8 @@ class Uploads:
             limit = self._max_bytes / 1e6
             raise HTTPException(
                 413,
-                f"the file is larger than {limit:.3g} MB - send a shorter clip, or have the server started with a "
-                "larger --max-upload",
+                f"the file is larger than {limit:.3g} MB - send a shorter clip, or restart the server with "
+                "a larger --max-upload",
                 {"Connection": "close"},
             )
 

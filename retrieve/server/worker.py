@@ -1,7 +1,7 @@
 """The process that decodes for the server: a line of JSON in, a line of JSON out, until the server closes the pipe.
 
-It is started by `svb.retrieve.server.crew`, and killed where it takes too long. Torch is imported with the first
-upload, and by none of the other tasks.
+`svb.retrieve.server.child_processes` starts it, and kills it when it takes too long. Only the first upload imports
+torch.
 """
 
 from __future__ import annotations
@@ -35,10 +35,36 @@ def strip(source: str, times_seconds: list[float], height: int, out: str) -> Non
 
 
 def probe(source: str) -> dict[str, Any]:
-    """Return what a file is made of: what tells whether browsers can play it, and when it begins."""
-    from svb.retrieve.server.playable import streams_of
+    """Return what a file is made of; decodes nothing.
 
-    return streams_of(Path(source))
+    Returns:
+        `container`, `video`, `pixels` and `audio` in ffmpeg's names. On the file's own clock `begin_seconds`, from
+        which its duration counts, and `preview_begin_seconds`, when the first of its streams begins: ffmpeg makes 0
+        of that in a preview.
+
+    Raises:
+        InputError: The file is not a video.
+    """
+    from svb.extract.decode.decoder import DecodeError, check_file
+    from svb.extract.decode.options import Limits
+    from svb.extract.decode.pyav_decoder import opened
+    from svb.retrieve.searching.pictures import begins_at
+
+    path = Path(source)
+    try:
+        check_file(path)
+        with opened(path, Limits()) as (container, stream):
+            audio = container.streams.audio
+            return {
+                "container": container.format.name,
+                "video": stream.codec_context.name if stream.codec_context else None,
+                "pixels": stream.codec_context.pix_fmt if stream.codec_context else None,
+                "audio": _codec_name(audio[0]) if audio else None,
+                "begin_seconds": begins_at(container, stream),
+                "preview_begin_seconds": (container.start_time or 0) / 1e6,
+            }
+    except (DecodeError, OSError) as error:
+        raise InputError(str(error)) from error
 
 
 def embed(index: str, request: dict[str, Any], device: str, max_seconds: float) -> dict[str, Any]:
@@ -57,9 +83,15 @@ def embed(index: str, request: dict[str, Any], device: str, max_seconds: float) 
 TASKS: dict[str, Callable[..., Any]] = {"poster": poster, "strip": strip, "probe": probe, "embed": embed}
 
 
+def _codec_name(stream: object) -> str:
+    context = getattr(stream, "codec_context", None)
+    # An unknown codec is not "no sound": no browser would play it.
+    return str(context.name) if context is not None else "unknown"
+
+
 @functools.lru_cache(maxsize=1)
 def _embedder(index: str, fingerprint: str, device: str) -> QueryEmbedder:
-    """Return what embeds files; it is kept as long as the index is of the same model."""
+    """Return the embedder of files; it is kept as long as the index has the same model."""
     from svb.retrieve.model.query_embedder import QueryEmbedder
     from svb.retrieve.stored.manifest import read_manifest
 
@@ -72,23 +104,23 @@ def _require_short(video: Path, span_seconds: tuple[float, float] | None, max_se
     seconds = span_seconds[1] - span_seconds[0] if span_seconds else duration_seconds(video) or 0.0
     if seconds > max_seconds:
         raise InputError(
-            f"{video} asks for {seconds:.0f} s - this server looks at up to {max_seconds:.0f} s: send a span of it"
+            f"{video} asks for {seconds:.0f} s - this server accepts up to {max_seconds:.0f} s; send a span of it"
         )
 
 
 def answer(line: str) -> dict[str, Any]:
-    """Do what a line asks; errors are an answer too."""
+    """Do the task of one line; an error is an answer too."""
     message = json.loads(line)
     try:
         return {"result": TASKS[message.pop("task")](**message)}
     except SvbError as error:
-        return {"error": str(error), "kind": kind_of(error)}
-    except (MemoryError, OSError, RuntimeError, ValueError) as error:  # a strange file must not cost the helper
+        return {"error": str(error), "kind": _kind_of(error)}
+    except (MemoryError, OSError, RuntimeError, ValueError) as error:  # a strange file must not end the worker
         return {"error": f"this file cannot be used ({type(error).__name__}: {error})", "kind": "input"}
 
 
-def kind_of(error: SvbError) -> str:
-    """Return whose fault an error is, as `svb.retrieve.server.crew` raises it again."""
+def _kind_of(error: SvbError) -> str:
+    """Return the kind of an error; `child_processes.ERRORS` says what is raised for it."""
     kinds = {"usage": UsageError, "input": InputError}
     return next((kind for kind, cause in kinds.items() if isinstance(error, cause)), "other")
 
@@ -96,7 +128,7 @@ def kind_of(error: SvbError) -> str:
 def main() -> None:
     """Answer until the pipe is closed."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # what a library prints must not look like an answer
     for line in sys.stdin:
         answers.write(json.dumps(answer(line)) + "\n")
         answers.flush()
