@@ -96,7 +96,7 @@ class SearchRequest:
             )
         if self.span_seconds is not None:
             if self.video is None:
-                raise UsageError("span_seconds is a part of a video, and there is no video - leave it out")
+                raise UsageError("span_seconds goes with a video, and there is none - leave it out")
             begin, end = self.span_seconds
             if not 0 <= begin < end:
                 raise UsageError(f"the span is {begin:g} to {end:g} s - expected 0 <= start < end")
