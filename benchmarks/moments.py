@@ -157,13 +157,13 @@ def spliced(name: str, folder: Path, run: Path, clips: list[Clip], frame_rate: i
 def measure(held: Set, folder: Path, options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
     """Return for each method its numbers, each with the ends of its interval."""
     from svb.retrieve.index import index
+    from svb.retrieve.indexing.index_config import IndexConfig
     from svb.retrieve.search import Searcher
 
     def searcher(seconds: float, stride: float) -> Searcher:
         out = folder / f"index-{held.name}-{seconds:g}"
-        return Searcher(
-            index(held.run, out, store=held.store, moment_seconds=seconds, moment_stride_seconds=stride)
-        )
+        config = IndexConfig(store=held.store, moment_seconds=seconds, moment_stride_seconds=stride)
+        return Searcher(index(held.run, out, config))
 
     chunks = searcher(CHUNK_SECONDS, CHUNK_SECONDS)
     embeddings = {caption: chunks.embed_text(caption) for caption in {n.caption for n in held.needles}}

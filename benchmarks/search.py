@@ -109,6 +109,7 @@ def make_first(folder: Path, num_rows: int) -> tuple[Path, Path]:
 
     from svb.extract.backbones import load_backbone
     from svb.retrieve.index import index
+    from svb.retrieve.indexing.index_config import IndexConfig
     from svb.retrieve.search import Searcher
 
     weights = folder / "ViT-B-32.safetensors"
@@ -117,7 +118,7 @@ def make_first(folder: Path, num_rows: int) -> tuple[Path, Path]:
     name = f"open_clip:ViT-B-32/{weights}"
     backbone = load_backbone(name, torch.device("cpu"), torch.float32)
     store = write_store(folder / "features", name, backbone.settings(), num_rows)
-    built = index(store, folder / "index", moment_seconds=1, moment_stride_seconds=1)
+    built = index(store, folder / "index", IndexConfig(moment_seconds=1, moment_stride_seconds=1))
     searcher = Searcher(built)
     rows = searcher.vectors.embeddings(np.arange(searcher.catalog.num_moments), by="moment")
     make_ways(folder / "ways", rows, searcher.embed_text(TEXT), weights)
@@ -244,12 +245,12 @@ def write_index(path: Path, num_moments: int, noise: float | None = None) -> Pat
         entry = publish_part(path, "segments", lambda folder, made=segment: write_segment(folder, made))
         counts = {"videos": segment.num_videos, "moments": segment.num_moments, "deleted": None}
         entries.append({**entry, **counts})
-    empty: dict[str, Any] = {part: [] for part in ("captions", "metadata", "heads", "text", "hubs")}
+    empty: dict[str, Any] = {part: [] for part in ("captions", "metadata", "heads", "text")}
     manifest = {
         **{"format": "svb index", "generation": 1, "model": {"kind": "random"}, "model_fingerprint": "0" * 16},
         **{"moments": {"seconds": 1.0, "stride_seconds": 1.0}, "embedding_size": SIZE, "store": ""},
         **{"videos": num_moments // ROWS_A_VIDEO, "moments_total": num_moments, "segments": entries},
-        **{"normalise": None, "vectors": None, **empty},
+        **{"vectors": None, **empty},
     }
     commit(path, manifest)
     return path

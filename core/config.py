@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,17 @@ def option(
         read: Makes the value from the text on the command line.
         more: `hidden=True` for a field that is no option; `both=True` for a switch that also has a `--no-` form;
             `alone=VALUE` for the value that the option has when it is given without one; `text=DEFAULT` for the
-            default as it is typed, where `read` makes the value from it.
+            default as it is typed, where `read` makes the value from it; `at_least=N` for the smallest number that
+            is allowed.
     """
     said = {"flag": flag, "choices": tuple(choices), "metavar": metavar, "read": read, **more}
     return dataclasses.field(default=default, metadata=said)
+
+
+def described(config: type, name: str) -> str:
+    """Return a field's entry under `Attributes:` in the docstring of its dataclass, as one line."""
+    found = re.search(rf"^ +{name}: (.*?)(?=^ +\w+: |^ *$|\Z)", config.__doc__ or "", re.MULTILINE | re.DOTALL)
+    return " ".join(found.group(1).replace("`", "").split()) if found else ""
 
 
 def canonical_json(value: Any) -> str:

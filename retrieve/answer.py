@@ -1,20 +1,40 @@
 """What is asked of an index and what it answers, as plain values: for the library, `--json` and the server alike.
 
-This module imports nothing heavy: a client of a running server needs no more.
+`SearchRequest` is the one place that describes the options of a search: the command line, the HTTP API and
+docs/answer.schema.json are made from it (`python -m svb.retrieve.answer > docs/answer.schema.json`). This module
+imports nothing heavy: a client of a running server needs no more.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, get_args, get_origin, get_type_hints
 
+from svb.config import described, option
 from svb.errors import UsageError
 
-# From the surest to the least sure; what each means is in `svb.retrieve.searching.confidence`.
+# From the surest to the least sure; `svb.retrieve.searching.results` says what each means.
 CONFIDENCES = ("strong", "fair", "weak")
 RANKED_BY = ("moment", "video")
-NORMALISE = ("auto", "on", "off")
+# What a request searches with.
+QUERIES = ("text", "image", "video", "like")
+
+_CLOCK = re.compile(r"(?:(?:(\d+):)?(\d+):)?(\d+(?:\.\d+)?)")
+
+
+def seconds_of(text: str) -> float:
+    """Return the seconds that `75.5`, `1:15.5` or `0:01:15.5` stands for.
+
+    Raises:
+        UsageError: The text is no such time.
+    """
+    match = _CLOCK.fullmatch(text.strip())
+    if match is None:
+        raise UsageError(f"{text!r} is not a time - expected seconds, m:ss or h:mm:ss")
+    hours, minutes, seconds = match.groups()
+    return int(hours or 0) * 3600 + int(minutes or 0) * 60 + float(seconds)
 
 
 @dataclass(frozen=True)
@@ -22,76 +42,70 @@ class SearchRequest:
     """A question to an index: exactly one of `text`, `image`, `video` and `like`, and what narrows it.
 
     Attributes:
-        text: What to look for.
-        image: The path of a picture to look for.
-        video: The path of a video to look for.
-        span_seconds: Of the video, the half-open interval that counts; None for all of it.
-        like: The video_id of a video of the index, to find what resembles it.
-        plus: Further texts that a video must fit as well.
-        without: Texts that a video must not fit.
-        k: K, how many videos to answer with.
-        by: What a video's score is: that of its best `moment`, or of the whole `video`; see `ranked_by`.
-        folders: Only videos below one of these, as in `video_id` or `source_path`.
-        min_duration_seconds: Only videos that last at least so long; likewise the maximum.
-        after: Only files changed on this ISO date or later; `before`: before it.
-        where: Only videos whose metadata fit: `column=value`, or with `!=`, `<`, `<=`, `>`, `>=`, `~` (contains).
-        min_confidence: Only answers at least as sure.
-        fold: Put near-duplicates of an answer under it instead of beside it.
-        normalise: By QB-Norm, against hubs: `auto` where it helped on val.
-        exact: Compare with every row even where an approximate index is at hand.
-        num_moments: How many moments to name a video.
-        num_captions: How many captions answer an image or a video.
-        with_curves: Answer with the score over each video's time.
+        text: Text to search for.
+        image: Path of a picture to search with.
+        video: Path of a video to search with.
+        span_seconds: Half-open interval of the video to search with; all of it by default.
+        like: The video_id of a video in the index, to search for similar ones.
+        plus: Text the result must match as well. Repeatable.
+        without: Text the result must not match. Repeatable.
+        k: Number of videos to return.
+        by: Rank videos by their best moment, or as a whole. [default: moment; video for a whole video]
+        folders: Search only videos in this folder. Repeatable.
+        min_duration_seconds: Search only videos that last at least this long.
+        max_duration_seconds: Search only videos that last at most this long.
+        after: Search only files changed on this day or later, e.g. 2026-05-31.
+        before: Search only files changed before this day.
+        where: Search only videos whose metadata match column=value, or !=, <, <=, >, >=, ~ (contains). Repeatable.
+        min_confidence: Return only results with at least this confidence.
+        fold: List near-duplicates under the best of them.
+        exact: Compare every row, even if there is an approximate index.
+        num_moments: Number of moments to return per video.
+        num_captions: Number of captions to return for an image or a video.
+        with_curves: Return the score over each video's time.
     """
 
-    text: str | None = None
-    image: str | None = None
-    video: str | None = None
-    span_seconds: tuple[float, float] | None = None
-    like: str | None = None
-    plus: tuple[str, ...] = ()
-    without: tuple[str, ...] = ()
-    k: int = 10
-    by: str | None = None
-    folders: tuple[str, ...] = ()
-    min_duration_seconds: float | None = None
-    max_duration_seconds: float | None = None
-    after: str | None = None
-    before: str | None = None
-    where: tuple[str, ...] = ()
-    min_confidence: str | None = None
+    text: str | None = option(None, hidden=True)
+    image: str | None = option(None, hidden=True)
+    video: str | None = option(None, hidden=True)
+    span_seconds: tuple[float, float] | None = option(None, hidden=True)
+    like: str | None = option(None, hidden=True)
+    plus: tuple[str, ...] = option((), metavar="TEXT")
+    without: tuple[str, ...] = option((), flag="--not", metavar="TEXT")
+    k: int = option(10, flag="-k", at_least=1)
+    by: str | None = option(None, choices=RANKED_BY)
+    folders: tuple[str, ...] = option((), flag="--folder", metavar="DIR")
+    min_duration_seconds: float | None = option(None, flag="--min-duration", metavar="TIME", read=seconds_of)
+    max_duration_seconds: float | None = option(None, flag="--max-duration", metavar="TIME", read=seconds_of)
+    after: str | None = option(None, metavar="DATE")
+    before: str | None = option(None, metavar="DATE")
+    where: tuple[str, ...] = option((), metavar="EXPR")
+    min_confidence: str | None = option(None, choices=CONFIDENCES)
     fold: bool = True
-    normalise: str = "auto"
     exact: bool = False
-    num_moments: int = 3
-    num_captions: int = 10
-    with_curves: bool = False
+    num_moments: int = option(3, flag="--moments", at_least=1)
+    num_captions: int = option(10, flag="--captions", at_least=0)
+    with_curves: bool = option(False, hidden=True)
 
     def __post_init__(self) -> None:
-        asked = [name for name in ("text", "image", "video", "like") if getattr(self, name) is not None]
+        asked = [name for name in QUERIES if getattr(self, name) is not None]
         if len(asked) != 1:
             raise UsageError(
-                f"the query is {' and '.join(asked) or 'nothing'} - expected exactly one of a text, an image, a "
-                "video and a video_id to find the like of"
+                f"the query is {' and '.join(asked) or 'empty'} - expected exactly one of a text, an image, a video"
+                " and the video_id of a video in the index"
             )
         if self.span_seconds is not None:
             if self.video is None:
-                raise UsageError("a span of seconds goes with a video - leave it out")
+                raise UsageError("span_seconds goes with a video, and there is none - leave it out")
             begin, end = self.span_seconds
             if not 0 <= begin < end:
                 raise UsageError(f"the span is {begin:g} to {end:g} s - expected 0 <= start < end")
-        _require_at_least_1(k=self.k, num_moments=self.num_moments)
-        if self.num_captions < 0:
-            raise UsageError(f"num_captions is {self.num_captions} - expected at least 0")
-        if self.by is not None:
-            _require_one_of("by", self.by, RANKED_BY)
-        _require_one_of("normalise", self.normalise, NORMALISE)
-        if self.min_confidence is not None:
-            _require_one_of("min_confidence", self.min_confidence, CONFIDENCES)
+        for each in fields(self):
+            _check(each.name, getattr(self, each.name), each.metadata)
 
     @property
     def ranked_by(self) -> str:
-        """Return `by`; where it was not said `video` for a whole video, whose like is one, and else `moment`."""
+        """Return `by`, or its default: `video` for a whole video and for `like`, else `moment`."""
         if self.by is not None:
             return self.by
         return "video" if self.like is not None or (self.video and self.span_seconds is None) else "moment"
@@ -103,10 +117,10 @@ class SearchRequest:
 
     @classmethod
     def from_json(cls, held: Mapping[str, Any]) -> SearchRequest:
-        """Return the request that a program has sent.
+        """Return the request that a program sent.
 
         Raises:
-            UsageError: A field is unknown or has a value that means nothing.
+            UsageError: A field is unknown, or its value is not of its type or not allowed.
         """
         known = {f.name: f for f in fields(cls)}
         unknown = sorted({*held} - {*known})
@@ -123,13 +137,13 @@ class SearchRequest:
 
 @dataclass(frozen=True)
 class Moment:
-    """A stretch `[begin_seconds, end_seconds)` of a video that fits the query.
+    """A stretch `[begin_seconds, end_seconds)` of a video that matches the query, on the file's own clock.
 
     Attributes:
-        begin_seconds: Where it begins.
-        end_seconds: Where it ends.
-        best_seconds: Where the score is highest: what to show as its picture.
-        score: Cosine similarity at its best, -1 to 1.
+        begin_seconds: Time at which it begins.
+        end_seconds: Time at which it ends.
+        best_seconds: Time of the highest score, and of the picture to show for it.
+        score: Highest cosine similarity in it, -1 to 1.
     """
 
     begin_seconds: float
@@ -140,7 +154,12 @@ class Moment:
 
 @dataclass(frozen=True)
 class Curve:
-    """The score over a video's time: `scores[i]` is that of the moment whose middle is at `times_seconds[i]`."""
+    """The score over a video's time.
+
+    Attributes:
+        times_seconds: The middle of each window of the video.
+        scores: The score of each window.
+    """
 
     times_seconds: tuple[float, ...]
     scores: tuple[float, ...]
@@ -148,53 +167,54 @@ class Curve:
 
 @dataclass(frozen=True)
 class VideoResult:
-    """A video found.
+    """A video that was found.
 
     Attributes:
         rank: From 1.
-        score: Cosine similarity of the query with its best moment, or with the whole video where those are ranked.
-        confidence: One of `CONFIDENCES`.
-        video_id: As in the store.
-        key: A name for it that says nothing of its path, the same in every index: 16 hex digits.
-        source_path: Where its file lay when it was extracted.
-        duration_seconds: None where it is not known.
-        moments: Its best moments, the best first; at least one.
-        duplicates: The video_ids of near-duplicates that were folded under it.
+        score: Cosine similarity of the query with its best window, or with the whole video if those are ranked.
+        confidence: How sure this result is, from strong to weak.
+        video_id: The video_id in the feature store.
+        key: A name that does not reveal its path, the same in every index: 16 hex digits.
+        source_path: Path of its file when it was extracted.
+        duration_seconds: Its duration; null if unknown.
+        moments: Its best moments, best first.
+        duplicates: The video_ids of near-duplicates listed under it.
         metadata: Its columns of the metadata table.
-        curve: Where it was asked for.
-        size_bytes: Of its file when it was extracted; 0 where that is not known, as of some imports.
-        mtime_ns: When its file had changed last, likewise.
+        curve: The score over its time, if the request asked for it.
+        size_bytes: Size of its file when it was extracted; 0 if unknown, as for some imports.
+        mtime_ns: Last change of its file when it was extracted, in ns since 1970; 0 if unknown.
     """
 
-    rank: int
+    rank: int = field(metadata={"at_least": 1})
     score: float
-    confidence: str
+    confidence: str = field(metadata={"choices": CONFIDENCES})
     video_id: str
-    key: str
+    key: str = field(metadata={"schema": {"pattern": "^[0-9a-f]{16}$"}})
     source_path: str
     duration_seconds: float | None
-    moments: tuple[Moment, ...]
+    moments: tuple[Moment, ...] = field(metadata={"schema": {"minItems": 1}})
     duplicates: tuple[str, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
     curve: Curve | None = None
-    size_bytes: int = 0
+    size_bytes: int = field(default=0, metadata={"at_least": 0})
     mtime_ns: int = 0
 
 
 @dataclass(frozen=True)
 class CaptionResult:
-    """A caption found.
+    """A caption that was found.
 
     Attributes:
         rank: From 1.
         score: Cosine similarity with the query.
-        caption: Its words.
-        pool: The name of the pool it comes from.
-        video_id: Whose caption it is; empty where that is not known.
-        begin_seconds: What it is said of, for a subtitle; `end_seconds` likewise.
+        caption: Its text.
+        pool: Name of the pool it comes from.
+        video_id: The video it belongs to; empty if unknown.
+        begin_seconds: Time at which a subtitle begins.
+        end_seconds: Time at which a subtitle ends.
     """
 
-    rank: int
+    rank: int = field(metadata={"at_least": 1})
     score: float
     caption: str
     pool: str
@@ -208,41 +228,39 @@ class Answer:
     """What an index answers.
 
     Attributes:
-        request: What was asked.
+        request: The question; a field that is missing has its default.
         results: Videos, best first.
-        captions: What fits an image or a video best; empty for a text.
-        confidence: Of the best result before any was left out for being less sure; `weak` where there is none.
-        num_videos: How many videos were compared, after filters.
-        num_moments: How many moments.
+        captions: Captions that match an image or a video best; empty for a text.
+        confidence: Confidence of the best result, before min_confidence left any out; weak if there is none.
+        num_videos: Number of videos compared, after filters.
+        num_windows: Number of windows of these videos.
         exact: Whether every row was compared.
-        recall: Of the approximate index, measured at k = 10 against exact search; None where exact.
-        normalised: Whether QB-Norm shaped the order.
-        generation: Of the index; grows with every change of it.
-        elapsed_seconds: How long the parts took: `embed`, `scan`, `total`.
-        notes: What the user should know of it.
+        recall: Recall at 10 of the approximate index against exact search; null if exact.
+        generation: Generation of the index; it grows with every change.
+        elapsed_seconds: Duration of each part: `embed`, `scan` and `total`.
+        notes: What the user should know about this answer.
     """
 
     request: SearchRequest
     results: tuple[VideoResult, ...]
     captions: tuple[CaptionResult, ...]
-    confidence: str
-    num_videos: int
-    num_moments: int
+    confidence: str = field(metadata={"choices": CONFIDENCES})
+    num_videos: int = field(metadata={"at_least": 0})
+    num_windows: int = field(metadata={"at_least": 0})
     exact: bool
     recall: float | None
-    normalised: bool
     generation: int
     elapsed_seconds: dict[str, float]
     notes: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
-        """Return it as `--json` and the server send it; the schema is `docs/answer.schema.json`."""
+        """Return what `--json` and the server send; its schema is docs/answer.schema.json."""
         held = asdict(self)
         return {**held, "request": self.request.as_json()}
 
     @classmethod
     def from_json(cls, held: Mapping[str, Any]) -> Answer:
-        """Return the answer that a server has sent."""
+        """Return the answer that a server sent."""
         results = [
             {
                 **result,
@@ -266,23 +284,23 @@ class Answer:
 
 
 def at_least(confidence: str, wanted: str) -> bool:
-    """Tell whether a confidence is as sure as another, or surer."""
+    """Tell whether a confidence reaches another."""
     return CONFIDENCES.index(confidence) <= CONFIDENCES.index(wanted)
 
 
-def _require_at_least_1(**numbers: int) -> None:
-    for name, number in numbers.items():
-        if number < 1:
-            raise UsageError(f"{name} is {number} - expected at least 1")
-
-
-def _require_one_of(name: str, value: str, expected: tuple[str, ...]) -> None:
-    if value not in expected:
-        raise UsageError(f"{name} is {value!r} - expected {', '.join(expected[:-1])} or {expected[-1]}")
+def _check(name: str, value: Any, said: Mapping[str, Any]) -> None:
+    """Refuse a value that is not what `svb.config.option` says of its field."""
+    choices, least = said.get("choices"), said.get("at_least")
+    if value is None:
+        return
+    if choices and value not in choices:
+        raise UsageError(f"{name} is {value!r} - expected {', '.join(choices[:-1])} or {choices[-1]}")
+    if least is not None and value < least:
+        raise UsageError(f"{name} is {value} - expected at least {least}")
 
 
 def _fits(value: Any, annotation: str) -> bool:
-    """Tell whether a value from JSON is of a field's type, for the types that `SearchRequest` has."""
+    """Tell whether a value from JSON has a field's type, for the types in `SearchRequest`."""
     if value is None:
         return "None" in annotation
     kind = annotation.removesuffix(" | None")
@@ -300,3 +318,83 @@ def _fits(value: Any, annotation: str) -> bool:
 def _is_number(value: Any) -> bool:
     # No infinity and no NaN: neither is JSON, and neither bounds anything.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e18
+
+
+# --- the schema
+
+_SHAPES = {
+    "answer": Answer,
+    "request": SearchRequest,
+    "result": VideoResult,
+    "moment": Moment,
+    "curve": Curve,
+    "caption": CaptionResult,
+}
+_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean"}
+
+
+def answer_schema() -> dict[str, Any]:
+    """Return the JSON schema of what `svb search --json` prints: docs/answer.schema.json."""
+    answer = {"$ref": "#/$defs/answer"}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "What `svb search --json` prints and POST /api/search answers; with --queries a list of answers",
+        "anyOf": [answer, {"type": "array", "items": answer}],
+        "$defs": {name: _schema_of(shape) for name, shape in _SHAPES.items()} | {"request": request_schema()},
+    }
+
+
+def request_schema() -> dict[str, Any]:
+    """Return the JSON schema of a request, of which every field may be left out."""
+    schema = {**_schema_of(SearchRequest), "oneOf": [{"required": [name]} for name in QUERIES]}
+    for each in fields(SearchRequest):
+        if each.default not in (None, ()):
+            schema["properties"][each.name]["default"] = each.default
+    del schema["required"]
+    return schema
+
+
+def _schema_of(shape: type) -> dict[str, Any]:
+    hints = get_type_hints(shape)
+    properties = {
+        each.name: {"description": described(shape, each.name), **_field_schema(hints[each.name], each.metadata)}
+        for each in fields(shape)
+    }
+    return {"type": "object", "required": [*properties], "additionalProperties": False, "properties": properties}
+
+
+def _field_schema(hint: Any, said: Mapping[str, Any]) -> dict[str, Any]:
+    schema = {**_type_schema(hint), **said.get("schema", {})}
+    if said.get("choices"):
+        schema["enum"] = [*said["choices"], *([None] if type(None) in get_args(hint) else [])]
+    if said.get("at_least") is not None:
+        schema["minimum"] = said["at_least"]
+    return schema
+
+
+def _type_schema(hint: Any) -> dict[str, Any]:
+    kinds = get_args(hint)
+    if hint is Any:
+        return {}
+    if type(None) in kinds:
+        schema = _type_schema(kinds[0])
+        return (
+            {**schema, "type": [schema["type"], "null"]}
+            if "type" in schema
+            else {"anyOf": [schema, {"type": "null"}]}
+        )
+    if get_origin(hint) is dict:
+        return {"type": "object", "additionalProperties": _type_schema(kinds[1])}
+    if get_origin(hint) is tuple:
+        length = {} if kinds[-1] is ... else {"minItems": len(kinds), "maxItems": len(kinds)}
+        return {"type": "array", "items": _type_schema(kinds[0]), **length}
+    if is_dataclass(hint):
+        return {"$ref": f"#/$defs/{next(name for name, shape in _SHAPES.items() if shape is hint)}"}
+    return {"type": _TYPES[hint]}
+
+
+if __name__ == "__main__":
+    import json
+    import sys
+
+    sys.stdout.write(json.dumps(answer_schema(), indent=2) + "\n")

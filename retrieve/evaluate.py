@@ -26,7 +26,7 @@ from svb.retrieve.measure.hub_normalisation import (
 )
 from svb.retrieve.measure.query_ranks import FILE
 from svb.retrieve.model.embedder import Embedder
-from svb.retrieve.model.inputs import Inputs, open_inputs
+from svb.retrieve.model.source import OpenedSource, open_source
 from svb.train.retrieval_metrics import TIE_RULE, V2T_CONVENTIONS, ranks_metrics, t2v_ranks, v2t_ranks
 from svb.train.run import split_contents
 from svb.train.training_data import SplitData, load_split, positions_of_splits
@@ -147,7 +147,7 @@ def evaluate(
         UsageError: A method is unknown, or its query bank would be the queries themselves.
     """
     _check_methods(normalise_by, split)
-    inputs = open_inputs(
+    inputs = open_source(
         Path(source),
         device=choose_device(device),
         store=store,
@@ -236,7 +236,7 @@ def _describe(
     )
 
 
-def _missing(inputs: Inputs, positions: Sequence[int], split: str, allow_missing: bool) -> Missing:
+def _missing(inputs: OpenedSource, positions: Sequence[int], split: str, allow_missing: bool) -> Missing:
     """Count captions and videos of the split without features; refuse them unless allowed."""
     assert inputs.captions is not None
     of_split, usable = [inputs.captions.table.video_ids[p] for p in positions], {*inputs.store.video_ids}
@@ -251,7 +251,7 @@ def _missing(inputs: Inputs, positions: Sequence[int], split: str, allow_missing
     return missing
 
 
-def _load(inputs: Inputs, positions: Sequence[int], device: torch.device) -> SplitData:
+def _load(inputs: OpenedSource, positions: Sequence[int], device: torch.device) -> SplitData:
     assert inputs.captions is not None
     embedder = inputs.embedder
     return load_split(
@@ -264,7 +264,7 @@ def _load(inputs: Inputs, positions: Sequence[int], device: torch.device) -> Spl
     )
 
 
-def _bank(inputs: Inputs, positions: Sequence[int], device: torch.device) -> Embeddings:
+def _bank(inputs: OpenedSource, positions: Sequence[int], device: torch.device) -> Embeddings:
     if not positions:
         raise InputError(
             "the captions have no train split, which is the query bank of qb-norm - name captions that have one "
@@ -303,7 +303,7 @@ def _write_ranks(
         np.savez(file, **held)
 
 
-def _require_unseen(inputs: Inputs, split: str, data: SplitData, source: Path | str) -> None:
+def _require_unseen(inputs: OpenedSource, split: str, data: SplitData, source: Path | str) -> None:
     """Refuse a val split that is held out now and is not the one that training held out."""
     assert inputs.captions is not None
     if inputs.data is None or split != "val" or "val" in inputs.captions.table.splits:

@@ -17,7 +17,7 @@ from svb.device import choose_device
 from svb.errors import InputError, UsageError
 from svb.retrieve.measure.explain_page import Explanation, SupportVideo, write_page
 from svb.retrieve.model.embedder import embed_file, load_matching_text_encoder
-from svb.retrieve.model.inputs import Inputs, open_inputs
+from svb.retrieve.model.source import OpenedSource, open_source
 from svb.train.checkpoint import load_checkpoint, load_weights
 from svb.train.config import VARIANTS, selection_note
 from svb.train.decoders import EmbeddingDecoder
@@ -72,7 +72,7 @@ def explain(
     """
     run, torch_device = Path(run), choose_device(device)
     _check(run, caption, video, k, support_size)
-    inputs = open_inputs(run, device=torch_device, store=store, captions=captions, checkpoint=checkpoint)
+    inputs = open_source(run, device=torch_device, store=store, captions=captions, checkpoint=checkpoint)
     assert inputs.captions is not None
     model, epoch = _load_model(run, checkpoint, torch_device)
     positions = positions_of_splits(inputs.captions, val_fraction=inputs.config.put_aside)
@@ -137,7 +137,7 @@ def _load_model(run: Path, checkpoint: str, device: torch.device) -> tuple[Retri
     return model.eval().requires_grad_(False).to(device), loaded.epoch
 
 
-def _load(inputs: Inputs, positions: Sequence[int], device: torch.device) -> SplitData:
+def _load(inputs: OpenedSource, positions: Sequence[int], device: torch.device) -> SplitData:
     assert inputs.captions is not None
     return load_split(
         inputs.store,
@@ -149,7 +149,7 @@ def _load(inputs: Inputs, positions: Sequence[int], device: torch.device) -> Spl
     )
 
 
-def _batch_split(inputs: Inputs, val: Sequence[int], device: torch.device) -> SplitData | None:
+def _batch_split(inputs: OpenedSource, val: Sequence[int], device: torch.device) -> SplitData | None:
     """Return the val split; None if too few of its videos have features to rebuild one from the others."""
     assert inputs.captions is not None
     with_captions = {inputs.captions.table.video_ids[position] for position in val}
@@ -159,7 +159,7 @@ def _batch_split(inputs: Inputs, val: Sequence[int], device: torch.device) -> Sp
 
 
 def _embed_query(
-    inputs: Inputs, model: RetrievalModel, caption: str | None, video: str | None, device: torch.device
+    inputs: OpenedSource, model: RetrievalModel, caption: str | None, video: str | None, device: torch.device
 ) -> tuple[torch.Tensor, str | None]:
     """Return the query's `(D,)` embedding, and the video_id of its own video if that is known."""
     if caption is not None:

@@ -5,7 +5,6 @@ segments/<key>/   embeddings, see `svb.retrieve.stored.segment`; tombstones/<key
 captions/<key>/   pools of captions, which answer a video or an image
 heads/<key>/      heads.safetensors: of a run, or a classifier's last layer with its class names' embeddings
 text/<key>/       the text tower as ONNX, which a text search reads queries with
-hubs/<key>/       what QB-Norm needs to know of a segment
 metadata/<key>/   columns of a table, to filter by
 cache/            what can be made again: FAISS files, query vectors, pictures
 
@@ -20,20 +19,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from svb.data.feature_store import FeatureStore
 from svb.errors import InputError, Interrupted, StoreError
 from svb.interrupts import deferred_interrupts
-from svb.retrieve.indexing.index_model import IndexModel
-from svb.retrieve.indexing.index_options import IndexOptions, PartOptions, require_positive
+from svb.retrieve.indexing.index_config import IndexConfig
 from svb.retrieve.indexing.index_parts import IndexParts, keep_scan_within_budget
 from svb.retrieve.indexing.index_plan import IndexPlan, plan_index
-from svb.retrieve.indexing.index_source import IndexSource
-from svb.retrieve.indexing.index_writer import IndexWriter, writing
-from svb.retrieve.indexing.merge import copy_videos
-from svb.retrieve.indexing.sidecar_watch import SidecarWatch
-from svb.retrieve.indexing.watch import watch
+from svb.retrieve.indexing.index_source import IndexModel, IndexSource
+from svb.retrieve.indexing.index_writer import IndexWriter, copy_videos, writing
+from svb.retrieve.indexing.watch import SidecarWatch, watch
 from svb.retrieve.stored.segment import MomentWindows
 
 logger = logging.getLogger(__name__)
@@ -42,29 +38,14 @@ logger = logging.getLogger(__name__)
 MAX_TRIES = 5
 # A thousand videos of an hour have two million moments.
 COPIED_VIDEOS = 1024
+DEFAULT_WATCH_SECONDS = 10.0
 
 
 def index(
     source: Path | str,
     out: Path | str,
+    config: IndexConfig | None = None,
     *,
-    store: Path | str | None = None,
-    captions: Path | str | None = None,
-    backbone: str | None = None,
-    text_encoder: str | None = None,
-    checkpoint: str | None = None,
-    moment_seconds: float | None = None,
-    moment_stride_seconds: float | None = None,
-    pools: Sequence[Path | str] | None = None,
-    sidecars: bool | None = None,
-    metadata: Path | str | Literal[False] | None = None,
-    text_precision: str | None = None,
-    latency_budget_seconds: float | None = None,
-    to: str | None = None,
-    prune: bool = False,
-    rebuild: bool = False,
-    watch_seconds: float | None = None,
-    device: str = "auto",
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
     """Bring an index to where it holds every video and moment of a store, embedded by a run's heads or zero-shot.
@@ -75,25 +56,7 @@ def index(
     Args:
         source: A run, or a feature store to be searched without training.
         out: The index's folder.
-        store: A run's feature store, where it is not where the run found it.
-        captions: Whose captions answer a video query; a run's own where not given.
-        backbone: Of a store that holds several.
-        text_encoder: Of a zero-shot search.
-        checkpoint: Of a run, `best` or `last`; best where not given.
-        moment_seconds: Length of a moment; the index's own where not given, 4 for a new one.
-        moment_stride_seconds: From one moment to the next; likewise, half a moment for a new one.
-        pools: Files of captions that answer a video or an image as well, a pool each; those of the run before where
-            not given, and likewise what follows.
-        sidecars: Whether subtitles and notes beside the videos are a pool; they are where it was never said.
-        metadata: A table with `video_id` and columns to show and to filter by; False for none.
-        text_precision: Of the text tower: `float32`, `int8`, or `auto`, int8 where it ranks val about as well.
-        latency_budget_seconds: What the scan for one query may take; 0.1 where it was never said.
-        to: `milvus://...`, a server that holds the vectors too and searches them; `local` does without again.
-        prune: Take videos out that the store does not have any more.
-        rebuild: Make all of it again, and replace the index in one commit at the end.
-        watch_seconds: Then look for changes of the store and the sidecars every so often and go on, until SIGINT or
-            SIGTERM.
-        device: `auto`, `cpu`, `cuda:0`, ...
+        config: The options; as the index was made before, where not given.
         on_progress: Called with how many videos were embedded, and how many are to be.
 
     Returns:
@@ -101,54 +64,36 @@ def index(
 
     Raises:
         InputError: The store has no usable video, `out` is a file, or a path is not UTF-8.
-        UsageError: A moment has no length.
         MismatchError: The index was made with another model or other moments; or store or captions were made with
             other settings than the run's.
         StoreError: The index or the store is damaged, or another process is writing to the index.
         Interrupted: By SIGINT or SIGTERM; what was committed is whole.
     """
-    _require_utf8([source, out, store, captions, metadata or None, *(pools or ())])
-    if Path(out).exists() and not Path(out).is_dir():
+    source, out, config = Path(source), Path(out), config or IndexConfig()
+    _require_utf8([source, out, config.store, config.captions, config.metadata, *config.pools])
+    if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file - expected a folder for the index, new or old: name another with -o")
-    where = IndexSource(Path(source), _path(store), _path(captions), backbone, text_encoder, checkpoint)
-    parts = PartOptions(
-        None if pools is None else tuple(map(Path, pools)),
-        sidecars,
-        False if metadata is False else _path(metadata),
-        text_precision,
-        latency_budget_seconds,
-        to,
-    )
-    if watch_seconds is not None:
-        require_positive("watch_seconds", watch_seconds)
-    asked = IndexOptions(Path(out), moment_seconds, moment_stride_seconds, parts, prune, rebuild)
-    job = _Job(asked, IndexModel(where, device), on_progress)
-    if watch_seconds is None:
-        job.run()
+    job = _IndexRun(out, config, IndexModel(IndexSource(source, config)), on_progress)
+    if config.watch:
+        watch(job.run, job.watched, config.watch_seconds or DEFAULT_WATCH_SECONDS)
     else:
-        watch(job.run, job.watched, watch_seconds)
-    return job.asked.out
+        job.run()
+    return out
 
 
-class _Job:
+class _IndexRun:
     """One `svb index`: what was asked, and the steps of a run."""
 
     def __init__(
-        self,
-        asked: IndexOptions,
-        model: IndexModel,
-        on_progress: Callable[[int, int], None],
+        self, out: Path, config: IndexConfig, model: IndexModel, on_progress: Callable[[int, int], None]
     ) -> None:
-        self.asked, self.model = asked, model
+        self.out, self.config, self.model = out, config, model
         self._on_progress = on_progress
 
     def watched(self) -> list[Any]:
-        """Return what is another when there may be something to do."""
-        files = [
-            *(self.asked.parts.pools or ()),
-            *([self.asked.parts.metadata] if self.asked.parts.metadata else []),
-        ]
-        sidecars = [] if self.asked.parts.sidecars is False else self._sidecars.states()
+        """Return what differs when there may be something to do."""
+        files = [*self.config.pools, *([self.config.metadata] if self.config.metadata else [])]
+        sidecars = [] if self.config.sidecars is False else self._sidecars.states()
         return [*self.model.source.watched(files), sidecars]
 
     @cached_property
@@ -157,11 +102,10 @@ class _Job:
 
     def run(self) -> None:
         """Bring the index to where the store is."""
-        out = self.asked.out
         self.model = self.model.up_to_date()
-        if not (out / "manifest.json").exists():
-            _require_videos(self.model.inputs.store)  # what cannot be opened leaves no folder behind
-        with writing(out):
+        if not (self.out / "manifest.json").exists():
+            _require_videos(self.model.opened.store)  # what cannot be opened leaves no folder behind
+        with writing(self.out):
             for left in reversed(range(MAX_TRIES)):
                 store = FeatureStore(self.model.source.store_path)
                 try:
@@ -170,28 +114,28 @@ class _Job:
                 except StoreError:
                     if not left or all(shard.path.exists() for shard in store.shards):
                         raise
-        self.asked = replace(self.asked, rebuild=False)  # whoever watches has it made again only once
+        self.config = replace(self.config, rebuild=False)  # whoever watches has it made again only once
 
     def _update(self, store: FeatureStore) -> None:
-        out = self.asked.out
-        writer = IndexWriter(out, rebuild=self.asked.rebuild)
+        out = self.out
+        writer = IndexWriter(out, rebuild=self.config.rebuild)
         plan = plan_index(store.records, writer.segments, by_content="times" not in store.settings["sampling"])
-        windows = self.asked.windows(writer.before.get("moments"))
+        windows = self.config.windows(writer.before.get("moments"))
         if not writer.is_new:
             self.model.reuse(out, writer.draft)
-        inputs = self.asked.parts.inputs(self.model.source.identity(store), writer.before.get("inputs", {}))
+        inputs = self.config.inputs(self.model.source.identity(store), writer.before.get("inputs", {}))
         remake = inputs != writer.draft.get("inputs")
         self._require_fitting(writer, store, windows, inputs)
         logger.info(str(plan))
-        if plan.gone and not self.asked.prune:
+        if plan.gone and not self.config.prune:
             logger.info(f"{len(plan.gone):,} videos that the store does not have stay - take them out with --prune")
         writer.draft |= {"store": str(store.path.absolute()), "inputs": inputs}
-        parts = IndexParts(out, writer.draft, self.model, self.asked.parts)
+        parts = IndexParts(out, writer.draft, self.model, self.config)
         if parts.drop_damaged() or remake:
             parts.start()
         self._copy(plan, store, writer)
         self._embed(plan, store, writer, windows)
-        if self.asked.prune:
+        if self.config.prune:
             writer.delete(plan.gone.values())
         parts.update_sidecars(writer.segments, lambda: self._commit(writer))
         writer.merge()
@@ -245,7 +189,7 @@ class _Job:
             if interrupted():
                 raise Interrupted(
                     interrupted(),
-                    f"interrupted - {done} of {len(todo)} videos of this run are in {self.asked.out}; run the same "
+                    f"interrupted - {done} of {len(todo)} videos of this run are in {self.out}; run the same "
                     "command again to go on",
                 )
 
@@ -255,7 +199,7 @@ class _Job:
         self._commit(writer)
 
     def _commit(self, writer: IndexWriter) -> None:
-        if not self.asked.rebuild:
+        if not self.config.rebuild:
             writer.commit()
 
 
@@ -281,7 +225,3 @@ def _require_utf8(paths: Sequence[Path | str | None]) -> None:
                 f"the path {str(path)!r} is not UTF-8, and an index notes what it is made of - rename the file or "
                 "folder"
             ) from error
-
-
-def _path(path: Path | str | None) -> Path | None:
-    return None if path is None else Path(path)

@@ -109,8 +109,7 @@ def indexed_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def built_index(indexed_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return an index of `indexed_run`'s 80 videos. Not to be written to."""
     import indexes
-
-    from svb.retrieve.index import index
+    from indexes import index
 
     return index(indexed_run, tmp_path_factory.mktemp("built") / "index", **indexes.MOMENTS)
 

@@ -57,7 +57,8 @@ class Killer:
 
 
 def run(source: str, store: str, out: str, n: int, counter: memoryview) -> None:
-    from svb.retrieve.index import index
+    from indexes import index
+
     from svb.retrieve.indexing import embed_segment
 
     embed_segment.SEGMENT_VIDEOS = SEGMENT_VIDEOS
@@ -65,14 +66,14 @@ def run(source: str, store: str, out: str, n: int, counter: memoryview) -> None:
     for name in STEPS:
         setattr(os, name, killer.before(getattr(os, name)))
     np.save = killer.within(np.save)
-    index(source, out, store=store, prune=True)
+    index(source, out, store=Path(store), prune=True)
 
 
 def serve() -> None:
     import torch
 
-    from svb.retrieve.indexing import make_hubs, make_pools, tune_ivf  # noqa: F401 - loaded once for all
-    from svb.retrieve.model import inputs  # noqa: F401 - loaded once for all
+    from svb.retrieve.indexing import make_pools, tune_ivf  # noqa: F401 - loaded once for all
+    from svb.retrieve.model import source  # noqa: F401 - loaded once for all
 
     torch.set_num_threads(1)  # a process of several threads cannot be forked
     shared = shared_memory.SharedMemory(create=True, size=4)

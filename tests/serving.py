@@ -49,7 +49,6 @@ def commit(folder: Path, generation: int, videos: dict[str, Path], **more: Any) 
         "moments_total": 2 * len(videos),
         "metadata": [{"columns": {"place": "text"}}],
         "captions": [],
-        "normalise": None,
         "held": {video_id: [str(path), *_state(path)] for video_id, path in videos.items()},
         **more,
     }
@@ -116,7 +115,7 @@ class FakeSearcher:
             VideoResult(rank, 0.5, "fair", video_id, key_of(video_id), self._held[video_id][0], 2.0, moments)
             for rank, video_id in enumerate(self._ids[: request.k], start=1)
         ]
-        held = {"num_videos": len(self._ids), "num_moments": 2 * len(self._ids), "generation": self.generation}
+        held = {"num_videos": len(self._ids), "num_windows": 2 * len(self._ids), "generation": self.generation}
         return Answer(
             request,
             tuple(results),
@@ -124,7 +123,6 @@ class FakeSearcher:
             "fair",
             exact=True,
             recall=None,
-            normalised=False,
             elapsed_seconds={},
             **held,
         )

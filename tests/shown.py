@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from watching import EVIL
 
 from svb.retrieve.indexing.index_writer import IndexWriter, writing
-from svb.retrieve.indexing.make_metadata import publish_metadata
 from svb.retrieve.model.query_embedder import QueryEmbedder
 from svb.retrieve.search import Searcher
 from svb.retrieve.server.access import Access
@@ -27,6 +26,7 @@ from svb.retrieve.server.child_processes import WorkerPool
 from svb.retrieve.server.options import ServeOptions
 from svb.retrieve.server.state import ServerState
 from svb.retrieve.stored.columns import StringColumn
+from svb.retrieve.stored.metadata import publish_metadata
 from svb.retrieve.stored.pools import Pool, publish_pool
 from svb.retrieve.stored.segment import Segment
 

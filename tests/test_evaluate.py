@@ -269,8 +269,8 @@ def test_a_store_needs_captions_and_a_known_kind_of_backbone(
     trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoder = synthetic.make_text_encoder()
-    monkeypatch.setattr("svb.retrieve.model.inputs.load_matching_text_encoder", lambda settings, device: encoder)
-    monkeypatch.setattr("svb.retrieve.model.inputs.load_text_encoder", lambda name, device: encoder)
+    monkeypatch.setattr("svb.retrieve.model.source.load_matching_text_encoder", lambda settings, device: encoder)
+    monkeypatch.setattr("svb.retrieve.model.source.load_text_encoder", lambda name, device: encoder)
     monkeypatch.setattr("svb.retrieve.model.embedder.load_classifier", lambda name: None)
     with pytest.raises(InputError, match="cannot be searched without training"):
         evaluate(trained.parent / "features", captions=trained.parent / "captions.h5")

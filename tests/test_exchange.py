@@ -19,6 +19,7 @@ import pytest
 import synthetic
 import torch
 from conftest import RunSvb
+from indexes import index
 from messages import heard
 from numpy.typing import NDArray
 from runs import tiny, tiny_task
@@ -32,7 +33,6 @@ from svb.data.importing.layouts import LAYOUTS as IMPORT_LAYOUTS
 from svb.data.rows import VideoRows
 from svb.errors import InputError, MismatchError, UsageError
 from svb.retrieve.answer import SearchRequest
-from svb.retrieve.index import index
 from svb.retrieve.search import Searcher
 from svb.train.run import train
 

@@ -14,6 +14,7 @@ import pytest
 import synthetic
 import torch
 from conftest import RunSvb
+from indexes import index
 from numpy.typing import NDArray
 
 from svb.data.description import publish_description
@@ -25,7 +26,6 @@ from svb.extract.pool.decode_pool import DecodePool, WorkSource
 from svb.extract.pool.worker import Message, Started
 from svb.retrieve.answer import SearchRequest
 from svb.retrieve.evaluate import evaluate
-from svb.retrieve.index import index
 from svb.retrieve.model.embedder import embed_file, index_embedder, run_embedder
 from svb.retrieve.search import Searcher
 from svb.retrieve.stored.manifest import read_manifest

@@ -25,6 +25,7 @@ from indexes import (
     edit_manifest,
     files_of,
     frames_of,
+    index,
     only_segment,
     open_index,
     remove,
@@ -35,8 +36,7 @@ from svb.data.feature_store import FeatureStore
 from svb.data.publish import FolderLock
 from svb.data.rows import FrameFeatures
 from svb.errors import InputError, MismatchError, StoreError, UsageError
-from svb.retrieve.index import index
-from svb.retrieve.indexing import embed_segment, index_writer, merge
+from svb.retrieve.indexing import embed_segment, index_writer
 from svb.retrieve.indexing.verify_index import verify_index
 from svb.retrieve.stored import manifest as manifest_module
 from svb.retrieve.stored.columns import StringColumn
@@ -160,10 +160,9 @@ class TestUsage:
             {"moment_stride_seconds": float("nan")},
             {"moment_stride_seconds": 0.0},
             {"moment_seconds": 2.0, "moment_stride_seconds": 3.0},
-            {"text_precision": "float8"},
             {"latency_budget_seconds": 0.0},
             {"latency_budget_seconds": float("nan")},
-            {"watch_seconds": 0.0},
+            {"watch": True, "watch_seconds": 0.0},
         ],
     )
     def test_options(self, indexed_run: Path, tmp_path: Path, options: dict[str, Any]) -> None:
@@ -174,7 +173,7 @@ class TestUsage:
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
-            (("--latency-budget", "0ms"), "--latency-budget got '0ms' - expected more than nothing"),
+            (("--latency-budget", "0ms"), "--latency-budget got '0ms' - expected more than zero"),
             (("--latency-budget", "100"), "--latency-budget got '100' - expected a time with its unit"),
             (("--latency-budget", "fast"), "expected a time with its unit, such as 100ms or 0.1s"),
             (("--watch-seconds", "5"), "got --watch-seconds 5 without --watch"),
@@ -192,7 +191,7 @@ class TestUsage:
         path = tmp_path / "table\udcff.csv"
         path.write_text("video_id,place\nx,Rome\n")
         options: dict[str, Any] = {"out": tmp_path / "index"}
-        options[option] = [path] if option == "pools" else path
+        options[option] = (path,) if option == "pools" else path
         with pytest.raises(InputError, match=r"csv' is not UTF-8, and an index notes .* - rename"):
             index(indexed_run, **options)
         assert not (tmp_path / "index").exists()
@@ -217,7 +216,7 @@ class TestSegments:
     ) -> None:
         out, commits = tmp_path / "index", []
         monkeypatch.setattr(embed_segment, "SEGMENT_VIDEOS", 30)
-        monkeypatch.setattr(merge, "choose_merges", lambda segments: [])
+        monkeypatch.setattr(index_writer, "choose_merges", lambda segments: [])
         monkeypatch.setattr(index_writer, "choose_merges", lambda segments: [])
         commit = index_writer.commit
 
@@ -242,19 +241,22 @@ class TestSegments:
     def test_a_run_that_fails_at_its_end_is_finished_by_the_next(
         self, indexed_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, embedded: list[str]
     ) -> None:
+        table = tmp_path / "table.csv"
+        table.write_text("video_id,place\nclip000,Rome\n")
+
         def fail(*arguments: Any, **options: Any) -> Any:
             raise OSError("the disk is full")
 
         with monkeypatch.context() as patch:
-            patch.setattr("svb.retrieve.indexing.make_hubs.index_hubs", fail)
+            patch.setattr("svb.retrieve.indexing.index_parts.publish_metadata", fail)
             with pytest.raises(OSError, match="the disk is full"):
-                index(indexed_run, tmp_path / "index")
+                index(indexed_run, tmp_path / "index", metadata=table)
         manifest = read_manifest(tmp_path / "index")
-        assert manifest["videos"] == 80 and manifest["hubs"] == [] and manifest["normalise"] is None
+        assert manifest["videos"] == 80 and manifest["metadata"] == []
         embedded.clear()
         index(indexed_run, tmp_path / "index")
         manifest = read_manifest(tmp_path / "index")
-        assert len(manifest["hubs"]) == 1 and manifest["normalise"] is not None and embedded == []
+        assert len(manifest["metadata"]) == 1 and embedded == []
 
     @pytest.mark.parametrize(
         ("limit", "value", "sizes"),
@@ -284,7 +286,7 @@ class TestSegments:
             out = index(indexed_run, tmp_path / "index")
             before = content(out)
             assert len(open_index(out)) == 12
-        monkeypatch.setattr(merge, "BLOCK_ROWS", 10)
+        monkeypatch.setattr(index_writer, "BLOCK_ROWS", 10)
         index(indexed_run, out)
         assert len(open_index(out)) == 1 and content(out) == before and verify_index(out) == []
         assert len(list((out / "segments").iterdir())) == 1
@@ -308,7 +310,7 @@ class TestSegments:
         random, sizes, moved = np.random.default_rng(seed), list[int](), 0
         for _ in range(300):
             sizes.append(int(random.integers(1, 50)))
-            for begin, end in reversed(merge.choose_merges([of_size(size) for size in sizes], 2000)):
+            for begin, end in reversed(index_writer.choose_merges([of_size(size) for size in sizes], 2000)):
                 moved += sum(sizes[begin:end])
                 sizes[begin:end] = [sum(sizes[begin:end])]
             small = [size for size in sizes if size < 2000]
@@ -319,8 +321,8 @@ class TestSegments:
 
     def test_full_ones_are_left_alone(self) -> None:
         sizes = [100, 100, 5, 100, 1, 2]
-        assert merge.choose_merges([of_size(size) for size in sizes], 100) == [(4, 6)]
-        assert merge.choose_merges([], 100) == []
+        assert index_writer.choose_merges([of_size(size) for size in sizes], 100) == [(4, 6)]
+        assert index_writer.choose_merges([], 100) == []
 
 
 def moments_of(times: Sequence[float], duration: float, seconds: float, stride: float) -> list[tuple[float, float]]:

@@ -14,14 +14,13 @@ import pytest
 import synthetic
 import torch
 from conftest import RunSvb
-from indexes import files_of, touch
+from indexes import files_of, index, touch
 from messages import heard
 
 from svb.data.caption_features import read_caption_features, write_caption_features
 from svb.errors import InputError, Interrupted, ModelUnavailableError
-from svb.retrieve.index import index
-from svb.retrieve.indexing.sidecar_watch import SidecarWatch
 from svb.retrieve.indexing.verify_index import verify_index
+from svb.retrieve.indexing.watch import SidecarWatch
 from svb.retrieve.stored.manifest import read_manifest
 from svb.retrieve.stored.pools import open_pool
 
@@ -46,7 +45,7 @@ class TestParts:
         entries = [entry for entry in read_manifest(folder)["captions"] if entry["kind"] == "sidecar"]
         return [caption for entry in entries for caption in open_pool(folder, entry).captions]
 
-    @pytest.mark.parametrize("part", ["captions", "metadata", "heads", "hubs"])
+    @pytest.mark.parametrize("part", ["captions", "metadata", "heads"])
     @pytest.mark.parametrize("damage", ["cut", "gone"])
     def test_a_damaged_part_is_made_again(
         self, own_index: Path, indexed_run: Path, tmp_path: Path, part: str, damage: str, said: list[str]
@@ -77,7 +76,14 @@ class TestParts:
         mine.write_text("a dog\na cat\n")
         other.write_text("a boat\n")
         training = self.pools(own_index)
-        index(indexed_run, own_index, pools=[mine, other])
+        index(
+            indexed_run,
+            own_index,
+            pools=(
+                mine,
+                other,
+            ),
+        )
         assert (
             self.pools(own_index) == {**training, "mine.txt": 2, "other.txt": 1} and verify_index(own_index) == []
         )
@@ -94,10 +100,10 @@ class TestParts:
         index(indexed_run, own_index)
         assert self.pools(own_index)["mine.txt"] == 3
         assert f"{mine} has gone: what was read of it before stays a pool" in said
-        index(indexed_run, own_index, pools=[other])
+        index(indexed_run, own_index, pools=(other,))
         assert self.pools(own_index) == {**training, "other.txt": 1} and verify_index(own_index) == []
         with pytest.raises(InputError, match=r"mine\.txt"):
-            index(indexed_run, own_index, pools=[mine])
+            index(indexed_run, own_index, pools=(mine,))
         assert embedded == []
 
     def test_sidecars_are_a_pool(
@@ -142,7 +148,7 @@ class TestParts:
                 srt.write_text(f"1\n00:00:01,000 --> 00:00:02,000\n{words[len(seen) - 1]}\n")
 
         with pytest.raises(Interrupted):
-            index(indexed_run, own_index, store=indexed_store, watch_seconds=0.05)
+            index(indexed_run, own_index, store=indexed_store, watch=True, watch_seconds=0.05)
         assert seen == [[], ["a dog barks"], ["a cat"]]
 
     def test_other_files_beside_the_videos_are_not_watched(self, indexed_store: Path, tmp_path: Path) -> None:
@@ -166,7 +172,7 @@ class TestParts:
         with monkeypatch.context() as patch:
             patch.setattr("svb.retrieve.model.embedder.load_matching_text_encoder", away)
             for _ in range(2):
-                index(indexed_run, own_index, text_precision="int8")
+                index(indexed_run, own_index, latency_budget_seconds=0.2)
         assert [line for line in said if "tower" in line] == ["no text tower: the hub is away"] * 2
         said.clear()
         for _ in range(2):
@@ -179,7 +185,7 @@ class TestParts:
         mine, table = tmp_path / "mine.txt", tmp_path / "table.csv"
         mine.write_text("a dog\n")
         table.write_text("video_id,place\nclip000,Oslo\n")
-        asked: dict[str, Any] = {"pools": [mine], "metadata": table, "sidecars": False, "text_precision": "float32"}
+        asked: dict[str, Any] = {"pools": (mine,), "metadata": table, "sidecars": False}
         asked |= {"moment_seconds": 3, "moment_stride_seconds": 0.5, "latency_budget_seconds": 0.3}
         index(indexed_run, own_index, store=indexed_store, rebuild=True, **asked)
         before = read_manifest(own_index)
@@ -195,7 +201,7 @@ class TestParts:
             index(indexed_run, own_index, store=indexed_store, rebuild=True)
         table.unlink()
         with pytest.raises(InputError, match=r"table\.csv, .* has gone .* --no-metadata"):
-            index(indexed_run, own_index, store=indexed_store, rebuild=True, pools=())
+            index(indexed_run, own_index, store=indexed_store, rebuild=True, no_pools=True)
         assert read_manifest(own_index) == after
         without = ("--no-pools", "--no-metadata")
         ran = run_svb("index", indexed_run, "-o", own_index, "--store", indexed_store, "--rebuild", *without)
@@ -215,9 +221,9 @@ class TestParts:
         mine.write_text("a dog\n")
         table.write_text("video_id,place\nclip000,Oslo\n")
         before = read_manifest(own_index)
-        index(indexed_run, own_index, pools=[mine], metadata=table)
+        index(indexed_run, own_index, pools=(mine,), metadata=table)
         assert "mine.txt" in self.pools(own_index) and read_manifest(own_index)["metadata"]
-        index(indexed_run, own_index, pools=(), metadata=False)
+        index(indexed_run, own_index, no_pools=True, no_metadata=True)
         after = read_manifest(own_index)
         for name in ("inputs", "captions", "metadata", "segments"):
             assert after[name] == before[name]

@@ -20,11 +20,10 @@ from typing import Any
 import pytest
 import synthetic
 import torch
-from indexes import MOMENTS, add, content, edit_store, frames_of, remove, rename, touch
+from indexes import MOMENTS, add, content, edit_store, frames_of, index, remove, rename, touch
 from messages import heard
 
 from svb.errors import InputError, Interrupted, MismatchError, StoreError, UsageError
-from svb.retrieve.index import index
 from svb.retrieve.indexing import embed_segment
 from svb.retrieve.indexing.verify_index import verify_index
 from svb.retrieve.indexing.watch import watch
@@ -199,7 +198,7 @@ class TestWatch:
                 os.kill(os.getpid(), signal.SIGTERM)
 
         with pytest.raises(Interrupted) as caught:
-            index(trained, out, store=store, watch_seconds=0.05)
+            index(trained, out, store=store, watch=True, watch_seconds=0.05)
         assert caught.value.exit_code == 75
         assert len(content(out)) == 25 and verify_index(out) == []
         assert [line for line in said if " same" in line] == [
@@ -219,7 +218,7 @@ class TestWatch:
                 os.kill(os.getpid(), signal.SIGINT)
 
         with pytest.raises(Interrupted):
-            index(trained, out, store=store, rebuild=True, watch_seconds=0.05)
+            index(trained, out, store=store, rebuild=True, watch=True, watch_seconds=0.05)
         assert "+1 new ~0 changed >0 renamed -0 gone =24 same" in said
 
     def test_a_run_that_is_trained_again_ends_it(self, trained: Path, tmp_path: Path) -> None:
@@ -236,7 +235,7 @@ class TestWatch:
         held = shutil.copytree(trained.parent / "features", tmp_path / "held")
         try:
             with pytest.raises(MismatchError, match=r"model\.weights: stored"):
-                index(run, tmp_path / "index", watch_seconds=0.05)
+                index(run, tmp_path / "index", watch=True, watch_seconds=0.05)
         finally:
             shutil.rmtree(trained.parent / "features")
             shutil.copytree(held, trained.parent / "features")

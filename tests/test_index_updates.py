@@ -16,13 +16,12 @@ import pytest
 import synthetic
 import torch
 from conftest import RunSvb
-from indexes import MOMENTS, add, content, edit_store, files_of, frames_of, open_index, remove, rename, touch
+from indexes import MOMENTS, add, content, edit_store, files_of, frames_of, index, open_index, remove, rename, touch
 
 from svb.data.feature_store import FeatureStore
 from svb.data.feature_store_writer import FeatureStoreWriter
 from svb.data.rows import VideoRows
 from svb.errors import InputError
-from svb.retrieve.index import index
 from svb.retrieve.indexing.verify_index import verify_index
 from svb.retrieve.stored.manifest import read_manifest
 

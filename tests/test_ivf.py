@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from segments import clustered, make_segment, random_segment, units
 
 from svb.data.description import publish_description
-from svb.retrieve.indexing import held_out, scan_speed, tune_ivf
-from svb.retrieve.indexing.tune_ivf import describe, keep_within_budget
-from svb.retrieve.searching import ivf
-from svb.retrieve.searching.ivf import IvfVectors, open_ivf, read_decision, verify_ivf
+from svb.retrieve.indexing import tune_ivf
+from svb.retrieve.indexing.tune_ivf import describe, keep_within_budget, seconds_a_query
+from svb.retrieve.searching import recall
+from svb.retrieve.searching.ivf import IvfVectors, open_ivf
 from svb.retrieve.searching.vectors import SegmentVectors
+from svb.retrieve.stored.ivf_file import read_decision, read_ivf, verify_ivf
 from svb.retrieve.stored.segment import Segment
 
 SIZE = 32
@@ -108,7 +109,7 @@ def assert_is_exact(
 def test_within_the_budget_search_stays_exact_and_says_so(
     tmp_path: Path, segments: list[Segment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tune_ivf, "seconds_a_query", scan_speed.seconds_a_query)  # by the real clock
+    monkeypatch.setattr(tune_ivf, "seconds_a_query", seconds_a_query)  # by the real clock
     lines = heard()
     decision = build(tmp_path, segments, 10.0)
     assert decision["file"] is None and not lines
@@ -149,7 +150,7 @@ def test_the_recall_is_that_of_the_half_that_was_not_tuned_with(tmp_path: Path, 
     captions = clustered(600, SIZE, seed=5)
     decision = build(tmp_path, segments, captions=captions)
     exact = SegmentVectors(segments)
-    truth = held_out.find_truth(exact, segments, held_out.draw_queries(exact, captions)[1])
+    truth = recall.find_truth(exact, segments, recall.draw_queries(exact, captions)[1])
     vectors, hits = opened(tmp_path, segments), []
     for query in truth.queries[300:]:
         scores, _ = vectors.nearest(query, 10, by="moment", allowed=None)
@@ -158,10 +159,10 @@ def test_the_recall_is_that_of_the_half_that_was_not_tuned_with(tmp_path: Path, 
 
 
 def test_the_truth_is_a_brute_force_scan(segments: list[Segment], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(held_out, "BLOCK", 700)
+    monkeypatch.setattr(recall, "BLOCK", 700)
     some = [replace(segments[0], deleted=np.array([0, 5, 700])), segments[1]]
     exact, queries = SegmentVectors(some), clustered(20, SIZE, seed=8)
-    truth = held_out.find_truth(exact, some, queries)
+    truth = recall.find_truth(exact, some, queries)
     for row, query in enumerate(queries):
         scores, rows = brute_force(some, query, 10**6)
         np.testing.assert_allclose(truth.moment_scores[row], scores[:10], atol=1e-6)
@@ -395,14 +396,14 @@ def test_the_decision_is_readable_json(built: Path, segments: list[Segment]) -> 
 
 def test_the_clock_takes_the_best_of_a_few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter([0.5, 0.2, 0.4, 0.3, 0.6, 0.1, 0.5, 0.5, 0.5, 0.5])
-    monkeypatch.setattr(scan_speed, "_seconds", lambda vectors, query: next(seconds))
+    monkeypatch.setattr(tune_ivf, "_seconds", lambda vectors, query: next(seconds))
     vectors = SegmentVectors([random_segment(3)])
-    assert scan_speed.seconds_a_query(vectors, clustered(2, SIZE, 0)) == pytest.approx((0.4 + 0.1) / 2)
+    assert seconds_a_query(vectors, clustered(2, SIZE, 0)) == pytest.approx((0.4 + 0.1) / 2)
 
 
 def test_tiny_moments_are_mapped_not_read_to_memory(built: Path, segments: list[Segment]) -> None:
     decision = decision_of(built)
-    index = ivf.read_ivf(built / "cache", decision)
+    index = read_ivf(built / "cache", decision)
     maps = Path("/proc/self/maps")
     if not maps.exists():
         pytest.skip("no /proc here")

@@ -15,8 +15,7 @@ import pytest
 from messages import heard
 
 from svb.errors import InputError, StoreError
-from svb.retrieve.indexing.make_metadata import publish_metadata
-from svb.retrieve.stored.metadata import Metadata
+from svb.retrieve.stored.metadata import Metadata, publish_metadata
 
 VIDEO_IDS = ["a", "b/c", "d", "e"]
 TABLE = """video_id,views,title,date,when<5

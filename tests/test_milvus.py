@@ -16,23 +16,20 @@ import numpy as np
 import pytest
 import segments as made
 import synthetic
-from indexes import files_of, remove
+from indexes import files_of, index, remove
 from messages import heard
 from numpy.typing import NDArray
 
 from svb.errors import MismatchError, ModelUnavailableError, StoreError, UsageError
 from svb.retrieve.answer import SearchRequest
-from svb.retrieve.index import index
 from svb.retrieve.indexing.index_parts import IndexParts
 from svb.retrieve.milvus import milvus_server
 from svb.retrieve.milvus import milvus_vectors as milvus
-from svb.retrieve.milvus.milvus_ids import moment_ids, video_keys
 from svb.retrieve.milvus.milvus_mirror import mirror, remove_gone
-from svb.retrieve.milvus.milvus_server import Target, connect
+from svb.retrieve.milvus.milvus_server import Target, connect, moment_ids, video_keys
 from svb.retrieve.milvus.milvus_vectors import MilvusVectors
 from svb.retrieve.search import Searcher
-from svb.retrieve.searching.query import Query
-from svb.retrieve.searching.rank import rank_videos
+from svb.retrieve.searching.rank import Query, rank_videos
 from svb.retrieve.searching.vectors import SegmentVectors
 from svb.retrieve.stored.columns import StringColumn
 from svb.retrieve.stored.manifest import commit, publish_part
@@ -164,7 +161,7 @@ class TestAnswers:
                 for each in mirrored
             ]
             expected, found = (
-                rank_videos(each, wish, 8, by=by, allowed=None, folded=True, hubs=None)
+                rank_videos(each, wish, 8, by=by, allowed=None, folded=True)
                 for each, wish in zip(mirrored, wishes, strict=True)
             )
             assert found == expected
@@ -215,8 +212,8 @@ class TestAnswers:
 
     def test_a_search_answers_the_same_through_it(self, tmp_path: Path, uri: str) -> None:
         first = made.random_segment(40, size=SIZE, seed=1, deleted=[3, 17])
-        fields: dict[str, Any] = {part: [] for part in ("metadata", "heads", "text", "hubs")}
-        fields |= {"format": "svb index", "generation": 1, "videos": 38, "model": {}, "normalise": None}
+        fields: dict[str, Any] = {part: [] for part in ("metadata", "heads", "text")}
+        fields |= {"format": "svb index", "generation": 1, "videos": 38, "model": {}}
         manifest = publish(tmp_path, first, **fields)
         query = queries(1)[0]
         requests = [
@@ -231,7 +228,7 @@ class TestAnswers:
             answers.append([searcher.search_embedding(query, request) for request in requests])
         for expected, found in zip(*answers, strict=True):
             assert [each.video_id for each in found.results] == [each.video_id for each in expected.results]
-            assert found.results and found.exact and found.num_moments == expected.num_moments
+            assert found.results and found.exact and found.num_windows == expected.num_windows
             for one, other in zip(found.results, expected.results, strict=True):
                 assert (one.confidence, one.duplicates) == (other.confidence, other.duplicates)
                 assert one.score == pytest.approx(other.score, abs=2e-6)
@@ -399,8 +396,8 @@ class TestMirror:
         assert messages[-1] == f"{uri}?index=hnsw: recall@10 {where['recall']:.3f} against exact search"
         opened = MilvusVectors.open(tmp_path, {**manifest, "vectors": where})
         assert not opened.exact and opened.recall == where["recall"]
-        fields: dict[str, Any] = {part: [] for part in ("metadata", "heads", "text", "hubs")}
-        fields |= {"format": "svb index", "generation": 1, "videos": 120, "model": {}, "normalise": None}
+        fields: dict[str, Any] = {part: [] for part in ("metadata", "heads", "text")}
+        fields |= {"format": "svb index", "generation": 1, "videos": 120, "model": {}}
         commit(tmp_path, {**manifest, **fields, "vectors": where})
         searcher, query = Searcher(tmp_path), queries(1)[0]
         asked = SearchRequest(text="not read", num_captions=0)

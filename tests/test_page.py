@@ -106,9 +106,7 @@ def test_a_search_is_answered_and_a_peak_is_played(page: Any) -> None:
     ask(page, BOAT)
     assert names(page)[:4] == ["harbour/boat", EVIL, "gone", "tall"]
     assert page.evaluate("[window.hacked, document.querySelector('main img[src=x]')]") == [None, None]
-    assert re.match(
-        r"10 of 45 videos.*moments.*exact.*QB-Norm off.*ms.*generation 1", page.inner_text("#summary"), re.S
-    )
+    assert re.match(r"10 of 45 videos.*windows.*exact.*ms.*generation 1", page.inner_text("#summary"), re.S)
     card = page.locator(".card").first
     assert card.locator(".badge").inner_text() == "strong"
     w.until(page, "document.querySelector('.card .poster img').naturalWidth > 0")
@@ -312,11 +310,11 @@ COMMANDS = [
     ("?q=--help&k=3&exact=1", ["-k", "3", "--exact", "--", "--help"]),
     (
         "?q=boat&by=video&folder=harbour&min=1.5&max=90&after=2020-01-01&before=2030-01-01&where=stars%3E1"
-        "&confidence=fair&fold=0&normalise=off",
+        "&confidence=fair&fold=0",
         [
             *("boat", "--by", "video", "--folder", "harbour", "--min-duration", "1.5", "--max-duration", "90"),
             *("--after", "2020-01-01", "--before", "2030-01-01", "--where", "stars>1"),
-            *("--min-confidence", "fair", "--no-fold", "--normalise", "off"),
+            *("--min-confidence", "fair", "--no-fold"),
         ],
     ),
     (f"?like={EVIL}", ["--like", EVIL]),

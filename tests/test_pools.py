@@ -21,7 +21,8 @@ from svb.data.caption_features import read_caption_features
 from svb.errors import InputError, StoreError
 from svb.retrieve.indexing.make_pools import caption_embedder, file_pool, sidecar_pool, training_pool
 from svb.retrieve.model.embedder import Embedder
-from svb.retrieve.stored.pools import CaptionPools, Pool, open_pool, publish_pool
+from svb.retrieve.searching.vectors import CaptionPools
+from svb.retrieve.stored.pools import Pool, open_pool, publish_pool
 
 SRT = "1\n00:00:01,000 --> 00:00:02,000\na dog\n\n2\n00:00:04,000 --> 00:00:05,500\na cat\n"
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from svb.retrieve.model.query_cache import MAX_ENTRIES, QueryCache
+from svb.retrieve.model.query_embedder import MAX_ENTRIES, QueryCache
 
 
 def embedding_of(seed: int, size: int = 24) -> NDArray[np.float32]:
@@ -102,7 +102,7 @@ def test_many_writers_at_once(tmp_path: Path) -> None:
 import sys
 import numpy as np
 from pathlib import Path
-from svb.retrieve.model.query_cache import QueryCache
+from svb.retrieve.model.query_embedder import QueryCache
 cache = QueryCache(Path(sys.argv[1]), "model", max_entries=15)
 for turn in range(300):
     number = turn * int(sys.argv[2]) % 40

@@ -1,3 +1,5 @@
+"""The page as one file: what it holds, what it shows in a browser, and what it says of files that are gone."""
+
 from __future__ import annotations
 
 import base64
@@ -46,7 +48,7 @@ def result_of(path: Path, rank: int = 1, video_id: str = "clip") -> VideoResult:
 
 
 def answer_of(request: SearchRequest, *results: VideoResult, **more: Any) -> Answer:
-    held: dict[str, Any] = {"num_videos": 9, "num_moments": 70, "exact": True, "recall": None, "normalised": False}
+    held: dict[str, Any] = {"num_videos": 9, "num_windows": 70, "exact": True, "recall": None}
     held |= {"confidence": "fair", "generation": 3, "elapsed_seconds": {"total": 0.021}, "captions": (), **more}
     return Answer(request, results, **held)
 
@@ -123,29 +125,23 @@ def test_a_file_that_begins_late_plays_from_the_moment_on(chromium: Any, tmp_pat
     assert problems == []
 
 
-def test_videos_that_are_gone_or_broken_keep_their_cards(clip: Path, tmp_path: Path) -> None:
+def test_videos_that_are_gone_broken_or_changed_keep_their_cards(clip: Path, tmp_path: Path) -> None:
+    """One that has changed is not shown for the one that was found."""
     (tmp_path / "broken.mp4").write_bytes(clip.read_bytes()[:300])
-    results = (result_of(tmp_path / "gone.mp4"), result_of(tmp_path / "broken.mp4", rank=2))
-    held = embedded_of(
-        write_report([answer_of(SearchRequest(text="a"), *results)], tmp_path / "r.html", Path("i")).read_text()
+    results = (
+        result_of(tmp_path / "gone.mp4"),
+        result_of(tmp_path / "broken.mp4", rank=2),
+        replace(result_of(clip, rank=3), size_bytes=clip.stat().st_size, mtime_ns=1),
     )
-    assert [held["files"][result.key]["available"] for result in results] == [False, True]
-    assert [held["pictures"][result.key] for result in results] == [{"posters": []}] * 2
-
-
-def test_a_video_that_has_changed_is_not_shown_for_the_one_that_was_found(clip: Path, tmp_path: Path) -> None:
-    result = replace(result_of(clip), size_bytes=clip.stat().st_size, mtime_ns=1)
-    held = embedded_of(
-        write_report([answer_of(SearchRequest(text="a"), result)], tmp_path / "r.html", Path("i")).read_text()
-    )
-    assert held["pictures"][result.key] == {"posters": []} and not held["files"][result.key]["available"]
-    assert f"{clip} has changed since it was indexed (of " in held["files"][result.key]["problem"]
-
-
-def test_a_report_of_nothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no answer to write - expected at least one query"):
-        write_report([], tmp_path / "r.html", Path("index"))
-    assert not [*tmp_path.iterdir()]
+    out = write_report([answer_of(SearchRequest(text="a"), *results)], tmp_path / "r.html", Path("i"))
+    held = embedded_of(out.read_text())
+    assert [held["files"][result.key]["available"] for result in results] == [False, True, False]
+    assert [held["pictures"][result.key] for result in results] == [{"posters": []}] * 3
+    problem = held["files"][results[2].key]["problem"]
+    assert f"{clip} has changed since it was indexed (from " in problem
+    with pytest.raises(UsageError, match="there are no answers to write - expected at least one"):
+        write_report([], tmp_path / "empty.html", Path("index"))
+    assert not (tmp_path / "empty.html").exists()
 
 
 def test_a_report_needs_no_torch(clip: Path, tmp_path: Path) -> None:
@@ -196,10 +192,9 @@ def test_a_report_opens_from_a_file_and_plays(chromium: Any, clip: Path, tmp_pat
 
 
 def test_a_report_with_one_answer_has_no_list(chromium: Any, clip: Path, tmp_path: Path) -> None:
-    answer = answer_of(SearchRequest(like="clip"), result_of(clip))
-    out = write_report([replace(answer, exact=False, recall=0.994)], tmp_path / "report.html", Path("index"))
+    answer = replace(answer_of(SearchRequest(like="clip"), result_of(clip)), exact=False, recall=0.994)
     page = chromium.new_page()
-    page.goto(out.as_uri())
+    page.goto(write_report([answer], tmp_path / "report.html", Path("index")).as_uri())
     assert page.locator("#queries *").count() == 0 and page.inner_text("#asked") == "like clip"
     assert "approximate, recall@10 0.994" in page.inner_text("#summary")
     page.close()

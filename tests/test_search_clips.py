@@ -14,7 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from clips import X264, make_clip, make_sound, run_ffmpeg
-from indexes import edit_manifest
+from indexes import edit_manifest, index
 
 from svb.cli import cli
 from svb.errors import InputError, StoreError
@@ -24,7 +24,6 @@ from svb.extract.run import extract
 from svb.extract.text_encoders.text_encoder import TextEncoder
 from svb.retrieve.answer import Answer, SearchRequest
 from svb.retrieve.evaluate import evaluate
-from svb.retrieve.index import index
 from svb.retrieve.indexing.verify_index import verify_index
 from svb.retrieve.model import conse, embedder
 from svb.retrieve.search import Searcher
@@ -98,11 +97,6 @@ def test_a_part_of_a_clip_and_a_picture_of_it_find_it(world: World, tmp_path: Pa
     assert not no_captions.captions and "clip1" not in [result.video_id for result in no_captions.results]
 
 
-def picture_of(clip: Path, out: Path) -> SearchRequest:
-    run_ffmpeg("-i", str(clip), "-ss", "1", "-frames:v", "1", str(out))
-    return SearchRequest(image=str(out))
-
-
 def refuse_text(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """Have it fail to load what a query in pictures has no need of."""
 
@@ -114,26 +108,23 @@ def refuse_text(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 
 def test_a_picture_needs_no_text_encoder(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    request = picture_of(world.clip(1), tmp_path / "frame.png")
+    run_ffmpeg("-i", str(world.clip(1)), "-ss", "1", "-frames:v", "1", str(tmp_path / "frame.png"))
+    request = SearchRequest(image=str(tmp_path / "frame.png"))
     refuse_text(monkeypatch, "load_text_encoder", "embed_class_names", "load_classifier")
     found = Searcher(world.searcher.path).search(request)
     assert found.results[0].video_id == "clip1"
     monkeypatch.undo()
-    # An index that holds no embeddings of its class names computes them, and they are the same.
+    # An index without embeddings of its class names computes them, and they are the same.
     shutil.copytree(world.searcher.path, tmp_path / "old")
-    edit_manifest(tmp_path / "old", heads=[])
-    assert Searcher(tmp_path / "old").search(request).results == found.results
-
-
-def test_damaged_class_names_are_refused(world: World, tmp_path: Path) -> None:
-    shutil.copytree(world.searcher.path, tmp_path / "index")
-    (path,) = (tmp_path / "index").glob("heads/*/heads.safetensors")
+    (path,) = (tmp_path / "old").glob("heads/*/heads.safetensors")
     data = bytearray(path.read_bytes())
     data[-2] ^= 1
     path.write_bytes(data)
     with pytest.raises(StoreError, match=r"heads\.safetensors is damaged .* make the index again"):
-        Searcher(tmp_path / "index").search(picture_of(world.clip(1), tmp_path / "frame.png"))
-    assert verify_index(tmp_path / "index") == [f"{path} is not what was written"]
+        Searcher(tmp_path / "old").search(request)
+    assert verify_index(tmp_path / "old") == [f"{path} is not what was written"]
+    edit_manifest(tmp_path / "old", heads=[])
+    assert Searcher(tmp_path / "old").search(request).results == found.results
 
 
 def test_class_names_are_embedded_once(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,12 +134,12 @@ def test_class_names_are_embedded_once(world: World, tmp_path: Path, monkeypatch
     index(world.store, tmp_path / "index", captions=world.captions)
     assert read_manifest(tmp_path / "index") == before
     (tmp_path / "pool.txt").write_text("a dog runs\n")  # the model is loaded for it
-    index(world.store, tmp_path / "index", captions=world.captions, pools=[tmp_path / "pool.txt"])
+    index(world.store, tmp_path / "index", captions=world.captions, pools=(tmp_path / "pool.txt",))
     after = read_manifest(tmp_path / "index")
     assert after["heads"] == before["heads"] and len(after["captions"]) == len(before["captions"]) + 1
     monkeypatch.undo()
     edit_manifest(tmp_path / "index", heads=[])
-    index(world.store, tmp_path / "index", captions=world.captions, pools=[])
+    index(world.store, tmp_path / "index", captions=world.captions, no_pools=True)
     assert read_manifest(tmp_path / "index")["heads"] == before["heads"]
 
 
@@ -174,15 +165,15 @@ print(sorted({{"torch", "h5py", "pandas", "scipy", "av"}} & set(sys.modules)), "
     assert (ran.stdout, ran.returncode) == ("[] True\n", 0), ran.stderr
 
 
-@pytest.mark.parametrize("name", ["notes.mp4", "sound.wav", "gone.mp4"])
-def test_what_is_no_video_or_picture_is_a_clear_error(world: World, tmp_path: Path, name: str) -> None:
+def test_what_is_no_video_or_picture_is_a_clear_error(world: World, tmp_path: Path) -> None:
     (tmp_path / "notes.mp4").write_text("no video at all")
     make_sound(tmp_path / "sound.wav")
-    file = str(tmp_path / name)
-    with pytest.raises(InputError, match=rf"{name} cannot be used as a video"):
-        world.searcher.search(SearchRequest(video=file))
-    with pytest.raises(InputError, match=rf"{name} (cannot be used as|does not exist - expected) a picture"):
-        world.searcher.search(SearchRequest(image=file))
+    for name in ("notes.mp4", "sound.wav", "gone.mp4"):
+        file = str(tmp_path / name)
+        with pytest.raises(InputError, match=rf"{name} cannot be used as a video"):
+            world.searcher.search(SearchRequest(video=file))
+        with pytest.raises(InputError, match=rf"{name} (cannot be used as|does not exist - expected) a picture"):
+            world.searcher.search(SearchRequest(image=file))
 
 
 def test_zero_shot_is_measured_and_the_command_prints_json(world: World) -> None:

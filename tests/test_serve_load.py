@@ -23,10 +23,10 @@ import numpy as np
 import pytest
 import synthetic
 import torch
+from indexes import index
 from numpy.typing import NDArray
 from serving import Server, running
 
-from svb.retrieve.index import index
 from svb.retrieve.indexing import index_writer
 from svb.retrieve.search import Searcher
 from svb.retrieve.stored.manifest import read_manifest
@@ -141,7 +141,7 @@ async def ask_on(client: httpx2.AsyncClient, number: int, until: float) -> list[
     answers = []
     while time.monotonic() < until:
         query = QUERIES[(number + len(answers)) % len(QUERIES)]
-        body = {"text": query, "k": K, "fold": False, "normalise": "off"}
+        body = {"text": query, "k": K, "fold": False}
         began = time.monotonic()
         response = await client.post("/api/search", json=body)
         assert response.status_code == 200, response.text
@@ -217,7 +217,7 @@ def killed_at(write: int) -> Iterator[None]:
 def test_an_indexer_killed_at_every_write_leaves_the_server_a_whole_index(world: World) -> None:
     def ask(client: httpx2.Client) -> None:
         for query in QUERIES[:3]:
-            response = client.post("/api/search", json={"text": query, "k": K, "fold": False, "normalise": "off"})
+            response = client.post("/api/search", json={"text": query, "k": K, "fold": False})
             assert response.status_code == 200, response.text
             check(world, query, response.json())
         assert client.get("/healthz").json()["status"] == "ok"

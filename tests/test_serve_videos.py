@@ -114,7 +114,7 @@ def test_a_file_that_moved_or_changed_is_said_to(index: Path, videos: dict[str, 
         own.write_bytes(videos["plays"].read_bytes())
         mtime_ns = int(json.loads((index / "manifest.json").read_text())["held"]["own"][2])
         os.utime(own, ns=(known.st_mtime_ns, mtime_ns))  # as a copy that keeps times
-        assert f"({known.st_size:,} bytes, then {known.st_size + 6:,})" in told(409)
+        assert f"({known.st_size:,} bytes, was {known.st_size + 6:,})" in told(409)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Path, "stat", refuse)
             assert "cannot be reached" in told(404)

@@ -361,7 +361,7 @@ def test_texts_are_cleaned_as_open_clip_cleans_them(name: str) -> None:
 WITHOUT_TORCH = """
 import json, sys
 from pathlib import Path
-from svb.retrieve.model.query_cache import QueryCache
+from svb.retrieve.model.query_embedder import QueryCache
 folder, entry = Path(sys.argv[1]), json.loads(sys.argv[2])
 cache = QueryCache(folder.parent / "cache", "model")
 cached = cache.get("a dog runs")

@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 from segments import random_segment, units
 
 from svb.retrieve.searching import catalog as catalog_module
-from svb.retrieve.searching import gpu_scan
+from svb.retrieve.searching import scan as scan_module
 from svb.retrieve.searching.catalog import Catalog
 from svb.retrieve.searching.vectors import SegmentVectors
-from svb.retrieve.stored import scan as scan_module
 from svb.retrieve.stored.segment import Segment
 
 SIZE = 32
@@ -169,7 +168,7 @@ class FakeGpuIndex:
         return int(self._index.ntotal)
 
     def search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        assert k <= gpu_scan.MAX_K
+        assert k <= scan_module.MAX_K
         self.searched += 1
         return self._index.search(queries, k)  # type: ignore[no-any-return]
 
@@ -180,14 +179,14 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> list[FakeGpuIndex]:
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
     monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
     monkeypatch.setattr(faiss, "GpuIndexFlatIP", FakeGpuIndex, raising=False)
-    monkeypatch.setattr(gpu_scan, "FIRST_QUERIES", 2)
-    monkeypatch.setattr(gpu_scan, "MAX_K", 50)
-    monkeypatch.setattr(gpu_scan, "BLOCK", 7)
+    monkeypatch.setattr(scan_module, "FIRST_QUERIES", 2)
+    monkeypatch.setattr(scan_module, "MAX_K", 50)
+    monkeypatch.setattr(scan_module, "BLOCK", 7)
     return FakeGpuIndex.built
 
 
 @pytest.mark.parametrize("by", BY)
-def test_a_gpu_scans_what_it_can(by: str, fake_gpu: list[FakeGpuIndex]) -> None:
+def test_a_scan_modules_what_it_can(by: str, fake_gpu: list[FakeGpuIndex]) -> None:
     segments, query = some_segments(), make_query(0)
     vectors = SegmentVectors(segments)
     everything = np.ones(66, np.bool_)
@@ -214,14 +213,14 @@ def test_a_gpu_scans_what_it_can(by: str, fake_gpu: list[FakeGpuIndex]) -> None:
 def test_nobody_waits_while_a_gpu_is_filled(fake_gpu: list[FakeGpuIndex], monkeypatch: pytest.MonkeyPatch) -> None:
     vectors, query = SegmentVectors(some_segments()), make_query(0)
     filling, go_on = threading.Event(), threading.Event()
-    copy = gpu_scan.GpuScan._copy
+    copy = scan_module.GpuScan._copy
 
-    def slow(self: gpu_scan.GpuScan) -> Any:
+    def slow(self: scan_module.GpuScan) -> Any:
         filling.set()
         assert go_on.wait(20)
         return copy(self)
 
-    monkeypatch.setattr(gpu_scan.GpuScan, "_copy", slow)
+    monkeypatch.setattr(scan_module.GpuScan, "_copy", slow)
     expected = vectors.nearest(query, 5, by="moment", allowed=None)[1].tolist()
     vectors.nearest(query, 5, by="moment", allowed=None)
     with ThreadPoolExecutor(1) as pool:

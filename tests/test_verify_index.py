@@ -13,7 +13,7 @@ import pytest
 import synthetic
 import torch
 from conftest import RunSvb
-from indexes import edit_manifest, edit_store, frames_of, only_segment, open_index, remove
+from indexes import edit_manifest, edit_store, frames_of, index, only_segment, open_index, remove
 from numpy.typing import NDArray
 
 from svb.cli import run
@@ -21,7 +21,6 @@ from svb.data.feature_store import FeatureStore
 from svb.data.feature_store_writer import FeatureStoreWriter
 from svb.data.rows import VideoRows
 from svb.errors import InputError, StoreError, UsageError
-from svb.retrieve.index import index
 from svb.retrieve.indexing import embed_segment
 from svb.retrieve.indexing.verify_index import recompute_index, verify_index
 from svb.retrieve.stored import manifest as manifest_module
@@ -164,4 +163,4 @@ class TestVerify:
         assert (held["videos"], held["moments_total"], held["segments"]) == (80, 221, 1)
         assert held["moments"] == {"seconds": 3.0, "stride_seconds": 1.0} and held["generation"] >= 1
         assert held["deleted"] == {"videos": 0, "moments": 0} and held["captions"]["training"] > 0
-        assert {"text_tower", "normalise", "metadata", "model", "model_fingerprint"} <= set(held)
+        assert {"text_tower", "metadata", "model", "model_fingerprint"} <= set(held)

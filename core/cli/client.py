@@ -1,7 +1,7 @@
 """A client of the server that keeps an index open: `svb search` asks it, and itself imports nothing heavy.
 
-It speaks HTTP over a plain socket: importing `http.client`, with the mail and encryption modules that it brings,
-costs as much as everything else that a search through a server does.
+It speaks HTTP over a plain socket: importing `http.client`, with the mail and encryption modules it imports, costs
+as much as the rest of a search through a server.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from svb.retrieve.answer import Answer, SearchRequest
 
 CONNECT_SECONDS = 0.5
-# What a warm server takes for a text is milliseconds; a long video is decoded and embedded first.
+# A warm server answers a text within milliseconds; a long video is decoded and embedded first.
 ANSWER_SECONDS = 30.0
 FILE_ANSWER_SECONDS = 600.0
 MAX_ANSWER_BYTES = 256 * 2**20
@@ -27,12 +27,12 @@ BOUNDARY = "svb-query-file-0c5d1f4e9b7a"
 
 @dataclass(frozen=True)
 class Server:
-    """A server of this machine that says it has an index open.
+    """A server on this machine that says it has an index open.
 
     Attributes:
         host: A loopback address.
-        port: Where it listens.
-        token: What it wants to be shown, or nothing.
+        port: The port it listens on.
+        token: The token it asks for, if any.
     """
 
     host: str
@@ -44,7 +44,7 @@ class Server:
         return f"http://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
 
     def search(self, request: SearchRequest) -> Answer | None:
-        """Return its answer, or None where it gives none: whoever asked can still search by itself."""
+        """Return its answer, or None if it gives none: the caller can still search by itself."""
         file = request.image or request.video
         try:
             if file is None:
@@ -52,10 +52,10 @@ class Server:
                 held = self._post("/api/search", "application/json", len(body), iter([body]), ANSWER_SECONDS)
             else:
                 held = self._post_file(Path(file), request)
-            # What was asked is known here; of a file the server knows another path.
+            # The server knows the file by another path than the request here.
             return None if held is None else Answer.from_json({**json.loads(held), "request": request.as_json()})
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return None  # it has gone, is another version's, or is not ours at all
+            return None  # it is gone, has another version, or is not a server of svb
 
     def _post_file(self, file: Path, request: SearchRequest) -> bytes | None:
         kind = "video" if request.image is None else "image"
@@ -65,7 +65,7 @@ class Server:
             f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'
             for name, value in fields.items()
         ]
-        # The server has no use for the name, but for its ending.
+        # The server only uses the ending of the name.
         named = f'name="file"; filename="query{re.sub("[^.A-Za-z0-9]", "", file.suffix)}"'
         parts.append(
             f"--{BOUNDARY}\r\nContent-Disposition: form-data; {named}\r\n"
@@ -78,14 +78,14 @@ class Server:
         return self._post("/api/search/file", kind_of_body, length, body, FILE_ANSWER_SECONDS)
 
     def _post(self, path: str, kind: str, length: int, body: Iterator[bytes], seconds: float) -> bytes | None:
-        """Return the body of the answer, None where the server refuses."""
+        """Return the body of the answer, None if the server refuses."""
         head = [f"POST {path} HTTP/1.0", f"Host: {self.host}:{self.port}", f"Content-Type: {kind}"]
         head += [f"Content-Length: {length}", "Accept: application/json", "Connection: close"]
         if self.token:
             head.append(f"Authorization: Bearer {self.token}")
         with socket.create_connection((self.host, self.port), timeout=CONNECT_SECONDS) as connection:
             connection.settimeout(seconds)
-            # Else what follows the header would wait until the server has acknowledged it.
+            # Otherwise the body would wait until the server has acknowledged the header.
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.sendall("\r\n".join([*head, "", ""]).encode())
             for block in body:
@@ -94,11 +94,11 @@ class Server:
 
 
 def running_server(index: Path) -> Server | None:
-    """Return the server that has an index open, if one of this user on this machine says so.
+    """Return the server that has an index open, if this user runs one on this machine.
 
-    What it left in `cache/server.json` is believed while its process lives, the file lies where it was written and
-    the address is this machine's own: a copy of an index is not answered for by the server of the original, and an
-    index that came from elsewhere sends no query anywhere.
+    Its `cache/server.json` counts while its process lives, the file is where it was written and the address is
+    this machine's own. So the server of an index is not asked about a copy of it, and a foreign index cannot
+    send queries anywhere.
     """
     cache = index / "cache"
     try:
@@ -118,9 +118,9 @@ def running_server(index: Path) -> Server | None:
 
 
 def _process(pid: object) -> int:
-    # 0 and negative numbers stand for groups of processes.
+    # 0 and negative numbers name groups of processes.
     if not isinstance(pid, int) or pid < 1:
-        raise ValueError(f"{pid!r} is no process's number")
+        raise ValueError(f"{pid!r} is not a process id")
     return pid
 
 
@@ -133,7 +133,7 @@ def _body_of_file(before: bytes, file: Path, after: bytes) -> Iterator[bytes]:
 
 
 def _body_of_answer(connection: socket.socket) -> bytes | None:
-    """Return what follows the header of an answer, None where the answer is no "200 OK"."""
+    """Return the body of an answer, None unless its status is 200."""
     received = bytearray()
     while block := connection.recv(BLOCK_BYTES):
         received += block

@@ -159,7 +159,7 @@ def _describe_run(path: Path) -> dict[str, Any]:
 
 def _describe_index(path: Path) -> dict[str, Any]:
     from svb.errors import StoreError
-    from svb.retrieve.searching.ivf import read_decision
+    from svb.retrieve.stored.ivf_file import read_decision
     from svb.retrieve.stored.manifest import describe_index
 
     held = describe_index(path)

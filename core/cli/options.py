@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import re
 import types
 import typing
 from collections.abc import Callable
@@ -12,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+
+from svb.config import described
+from svb.errors import UsageError
 
 Command = Callable[..., None]
 
@@ -28,7 +29,7 @@ def config_options(config: type) -> Callable[[Command], Command]:
         hints = typing.get_type_hints(config)
         for field in reversed(dataclasses.fields(config)):
             if not field.metadata.get("hidden"):
-                command = _option(field, hints[field.name], _described(config, field.name))(command)
+                command = _option(field, hints[field.name], described(config, field.name))(command)
         return command
 
     return decorate
@@ -63,17 +64,23 @@ def _type(said: typing.Mapping[str, Any], kind: Any) -> Any:
     if said.get("choices"):
         return click.Choice(said["choices"])
     if said.get("read"):
-        return said["read"]
+        return _reader(said["read"])
+    if said.get("at_least") is not None:
+        return click.IntRange(min=said["at_least"])
     return click.Path(path_type=Path) if kind is Path else kind
+
+
+def _reader(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    def reader(text: str) -> Any:
+        try:
+            return read(text)
+        except UsageError as error:
+            raise click.BadParameter(str(error)) from error
+
+    return reader
 
 
 def _without_none(hint: Any) -> Any:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return next(kind for kind in typing.get_args(hint) if kind is not type(None))
     return hint
-
-
-def _described(config: type, name: str) -> str:
-    document = inspect.getdoc(config) or ""
-    found = re.search(rf"^ +{name}: (.*?)(?=^ +\w+: |^$|\Z)", document, re.MULTILINE | re.DOTALL)
-    return " ".join(found.group(1).replace("`", "").split()) if found else ""

@@ -24,25 +24,15 @@ def print_json(value: Any) -> None:
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table; columns that look like numbers are aligned right."""
-    for line in table_lines(header, rows):
-        click.echo(line)
-
-
-def table_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return a table's lines, the header's first; see `print_table`."""
     table = [list(header), *map(list, rows)]
     widths = [max(len(row[column]) for row in table) for column in range(len(header))]
     is_number = [
         bool(rows) and all(row[column].replace(".", "").replace("-", "").isdigit() for row in rows)
         for column in range(len(header))
     ]
-    return [
-        "  ".join(
-            cell.rjust(width) if number else cell.ljust(width)
-            for cell, width, number in zip(row, widths, is_number, strict=True)
-        ).rstrip()
-        for row in table
-    ]
+    for row in table:
+        cells = zip(row, widths, is_number, strict=True)
+        click.echo("  ".join(c.rjust(width) if number else c.ljust(width) for c, width, number in cells).rstrip())
 
 
 class Meter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,44 +11,40 @@ from typing import Any
 
 import click
 
-from svb.cli.output import Meter, print_json, say
-from svb.cli.search_options import folders_of, part_of_file, queries_of, search_fields
+from svb.cli import search_output as output
+from svb.cli.options import config_options
+from svb.cli.output import print_json, say
 from svb.config import default_path
-from svb.errors import InputError, SvbError, UsageError
+from svb.data.text import storable_text
+from svb.errors import InputError, UsageError
 
 # All that is imported here is needed where a running server gives the answer: nothing heavy, and little else.
-from svb.retrieve.answer import Answer, SearchRequest
+from svb.retrieve.answer import Answer, SearchRequest, seconds_of
 
-# Of a query, to tell it from others of a list.
+# Letters of a query that tell it from the others of a list.
 NAMED_LETTERS = 60
-THUMBNAILS = ("auto", "kitty", "iterm", "blocks", "none")
 
 
 @click.command()
 @click.argument("query", required=False)
 @click.option("--image", metavar="FILE", help="Search with a picture instead of a text.")
 @click.option("--video", metavar="FILE[@START-END]", help="Search with a video, or a part: clip.mp4@0:05-0:12.")
-@click.option("--like", metavar="VIDEO_ID", help="Search for what resembles a video of the index.")
+@click.option("--like", metavar="VIDEO_ID", help="Search for videos similar to one in the index.")
 @click.option("--queries", metavar="FILE", help="Search with each line of a file, or of stdin (-).")
-@search_fields
-@click.option("--json", "as_json", is_flag=True, help="Print JSON: docs/answer.schema.json; with --queries a list.")
-@click.option("--csv", "as_csv", is_flag=True, help="Print CSV, a row a moment; captions are not in it.")
-@click.option("--paths", "as_paths", is_flag=True, help="Print the files' paths, one a line.")
+@config_options(SearchRequest)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print JSON (docs/answer.schema.json); with --queries a list."
+)
+@click.option("--csv", "as_csv", is_flag=True, help="Print CSV, one row per moment, without captions.")
+@click.option("--paths", "as_paths", is_flag=True, help="Print the paths of the files, one per line.")
 @click.option("--paths0", "as_paths0", is_flag=True, help="Print the paths, a NUL after each, for xargs -0.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write a page with pictures to this file.")
 @click.option("--cut", type=click.Path(path_type=Path), help="Cut the moments out as clips into this folder.")
+@click.option("--no-server", is_flag=True, help="Search in this process, even if `svb serve` has the index open.")
 @click.option(
-    "--thumbnails",
-    type=click.Choice(THUMBNAILS),
-    default="auto",
-    show_default=True,
-    help="Pictures beside the table, in a terminal; auto: as it can.",
+    "--device", default="auto", show_default=True, help="auto, cpu, cuda:0, ...; any but auto asks no server."
 )
-@click.option(
-    "--no-server", is_flag=True, help="Search in this process, even where `svb serve` has the index open."
-)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:0, ...; but auto: no server.")
-@click.option("--index", "index_path", type=click.Path(path_type=Path), help="The index. [default: ./index]")
+@click.option("--index", "index_path", type=click.Path(path_type=Path), help="Index to search. [default: ./index]")
 def search(
     query: str | None,
     image: str | None,
@@ -60,16 +57,15 @@ def search(
     as_paths0: bool,
     html: Path | None,
     cut: Path | None,
-    thumbnails: str,
     no_server: bool,
     device: str,
     index_path: Path | None,
-    **fields: Any,
+    **options: Any,
 ) -> None:
-    """Find the moments nearest to a text, a picture or a video.
+    """Find the moments that match a text, a picture or a video best.
 
-    A picture or video is also answered with captions: of training, of your own files, and subtitles. Exits with 1
-    where nothing passes.
+    A picture or a video is also answered with captions: those of training, those of your own files, and subtitles.
+    Exits with 1 if nothing is found.
 
     \b
     svb search "a dog catches a frisbee" -k 5
@@ -81,30 +77,33 @@ def search(
     printed = {"--json": as_json, "--csv": as_csv, "--paths": as_paths, "--paths0": as_paths0}
     chosen = [option for option, is_on in printed.items() if is_on]
     if len(chosen) > 1:
-        raise UsageError(f"{' and '.join(chosen)} print in different ways - give one of them")
+        raise UsageError(f"{' and '.join(chosen)} exclude each other - give one of them")
     _require_places(html, cut)
     file, span = part_of_file(video)
     asked: dict[str, Any] = {"image": image, "video": file, "span_seconds": span, "like": like}
-    fields |= {"folders": folders_of(fields["folders"]), "with_curves": html is not None}
+    options |= {"folders": folders_of(options["folders"]), "with_curves": html is not None}
     if queries is None:
-        requests = [SearchRequest(text=query, **asked, **fields)]
+        requests = [SearchRequest(text=query, **asked, **options)]
     elif query is not None or any(asked.values()):
-        raise UsageError("--queries holds what to look for - give no other query with it")
+        raise UsageError("--queries is a file of queries - give no other query with it")
     else:
-        requests = [SearchRequest(text=line, **fields) for line in queries_of(queries)]
+        requests = [SearchRequest(text=line, **options) for line in queries_of(queries)]
     if index_path is None:
         index_path = default_path("SVB_INDEX", "index")
         say(f"searching {index_path}")
     asker = _Asker(index_path, device, use_server=not no_server and device == "auto")
     answers = [asker.ask(request) for request in requests] if queries is None else _ask_all(requests, asker)
-    _print(answers, chosen[0] if chosen else "", queries is not None, thumbnails)
-    asker.say_what_was_compared(answers)
-    _write(answers, html, cut, index_path)
-    _require_a_match(answers, asker)
+    _print(answers, chosen[0] if chosen else "", is_list=queries is not None)
+    output.say_what_was_compared(answers, asker.server_url)
+    if html is not None:
+        output.write_page(answers, html, index_path)
+    if cut is not None:
+        output.cut_clips(answers, cut)
+    output.require_a_match(answers, asker.ask)
 
 
 class _Asker:
-    """Asks the server that has an index open, or opens it here, once."""
+    """Asks the server that has an index open, or opens the index here, once."""
 
     def __init__(self, index: Path, device: str, use_server: bool) -> None:
         from svb.cli.client import running_server
@@ -114,11 +113,15 @@ class _Asker:
         self._server = running_server(index) if use_server else None
         self._searcher: Any = None
 
+    @property
+    def server_url(self) -> str | None:
+        return None if self._server is None else self._server.url
+
     def ask(self, request: SearchRequest) -> Answer:
         answer = self._server.search(request) if self._server is not None else None
         if answer is not None:
             return answer
-        self._server = None  # what has failed once is not waited for again
+        self._server = None  # a server that failed once is not asked again
         if self._searcher is None:
             # numpy's BLAS starts its threads when it is imported, a quarter of what a repeated query takes. FAISS,
             # which scans, has threads of its own, and so has torch.
@@ -129,106 +132,96 @@ class _Asker:
         found: Answer = self._searcher.search(request)
         return found
 
-    def say_what_was_compared(self, answers: Sequence[Answer]) -> None:
-        from svb.cli.search_output import say_what_was_compared
-
-        say_what_was_compared(answers, self._server.url if self._server is not None else None)
-
 
 def _ask_all(requests: Sequence[SearchRequest], asker: _Asker) -> list[Answer]:
-    """Return the answer to each query of a list; what one of them is refused for names it."""
-    from svb.cli.search_output import printable, query_of
-
+    """Return the answer to each query of a list; an error names the query."""
     answers = []
     for number, request in enumerate(requests, start=1):
         try:
             answers.append(asker.ask(request))
         except InputError as error:
-            query = printable(query_of(request))
+            query = output.printable(output.query_of(request))
             named = query if len(query) <= NAMED_LETTERS else f"{query[:NAMED_LETTERS]}..."
             raise InputError(f"query {number} of {len(requests)}, {named!r}: {error}") from error
     return answers
 
 
-def _require_places(html: Path | None, cut: Path | None) -> None:
-    """Refuse, before anything is searched, to write where it cannot be."""
-    if html is not None and html.is_dir():
-        raise UsageError(f"--html got {html}, a folder - name the file to write, such as {html / 'found.html'}")
-    if cut is not None and cut.exists() and not cut.is_dir():
-        raise UsageError(f"--cut got {cut}, which is no folder - name a folder for the clips, new or old")
-
-
-def _print(answers: Sequence[Answer], chosen: str, is_list: bool, thumbnails: str) -> None:
-    from svb.cli import search_output
-
+def _print(answers: Sequence[Answer], chosen: str, *, is_list: bool) -> None:
     if chosen == "--json":
         held = [answer.as_json() for answer in answers]
         print_json(held if is_list else held[0])
     elif chosen == "--csv":
-        search_output.print_csv(answers)
+        output.print_csv(answers)
     elif chosen:
-        search_output.print_paths(answers, b"\0" if chosen == "--paths0" else b"\n")
+        output.print_paths(answers, b"\0" if chosen == "--paths0" else b"\n")
     else:
-        search_output.print_tables(answers, _thumbnails(thumbnails))
+        output.print_tables(answers)
 
 
-def _thumbnails(asked: str) -> str:
-    """Return how pictures are shown on stdout."""
-    if asked == "none" or sys.stdout is None or not sys.stdout.isatty():
-        return "none"
-    from svb.cli.thumbnails import kind_of_terminal
-
-    return kind_of_terminal(os.environ) if asked == "auto" else asked
+# --- what was typed
 
 
-def _write(answers: Sequence[Answer], html: Path | None, cut: Path | None, index: Path) -> None:
-    """Write the page and the clips that were asked for."""
-    if html is not None:
-        from svb.retrieve.page.report import write_report
+def _require_places(html: Path | None, cut: Path | None) -> None:
+    """Refuse, before anything is searched, a place that cannot be written to."""
+    if html is not None and html.is_dir():
+        raise UsageError(f"--html got {html}, a folder - name the file to write, such as {html / 'found.html'}")
+    if cut is not None and cut.exists() and not cut.is_dir():
+        raise UsageError(f"--cut got {cut}, which is not a folder - name a folder for the clips, new or old")
 
-        meter = Meter("videos")
+
+def part_of_file(video: str | None) -> tuple[str | None, tuple[float, float] | None]:
+    """Return the file and the part that `FILE@START-END` asks for; a file that has this very name is taken whole.
+
+    Raises:
+        UsageError: What follows `@` is not a start and an end.
+    """
+    if video is None or Path(video).exists():
+        return video, None
+    match = re.fullmatch(r"(.+)@([\d:.]+)-([\d:.]+)", video, re.DOTALL)
+    if match is not None:
         try:
-            page = write_report(answers, html, index, meter.update)
-        except OSError as error:
-            raise InputError(
-                f"{html} cannot be written ({error.strerror}) - make room for it, or name another file"
-            ) from error
-        finally:
-            meter.close()
-        say(f"wrote {page}")
-    if cut is not None:
-        from svb.retrieve.searching.cut import cut_moments
-
-        wanted = sum(len(result.moments) for answer in answers for result in answer.results)
-        clips = cut_moments(answers, cut)
-        say(f"{cut} holds {len(clips)} of {wanted} clips" if wanted else "nothing was found that could be cut")
-        if wanted and not clips:
-            raise InputError(f"none of the {wanted} moments could be cut - the lines above say why")
+            return match[1], (seconds_of(match[2]), seconds_of(match[3]))
+        except UsageError:
+            pass
+    file, at, part = video.rpartition("@")
+    if at and Path(file).exists():
+        raise UsageError(
+            f"--video got {part!r} after {file}@ - expected the start and end of a part, such as {file}@0:05-0:12"
+        )
+    return video, None
 
 
-def _require_a_match(answers: Sequence[Answer], asker: _Asker) -> None:
-    """Say of each query that found nothing sure what was nearest; raise where that is all of them."""
-    from dataclasses import replace
+def folders_of(folders: Sequence[str]) -> tuple[str, ...]:
+    """Return folders as they were typed, and as absolute paths if they exist: an index knows videos by either.
 
-    from svb.cli.search_output import nearest, printable, query_of
+    `.` and `../x` are only looked up as paths: as the beginning of a video_id, `.` would match every video.
+    """
+    there = {folder: os.path.abspath(folder) for folder in folders if Path(folder).is_dir()}  # noqa: PTH100
+    named = [
+        folder
+        for folder in folders
+        if folder not in there or Path(os.path.normpath(folder)).parts[:1] not in ((), (os.pardir,))
+    ]
+    return tuple(map(storable_text, dict.fromkeys([*named, *there.values()])))
 
-    words = []
-    for answer in answers:
-        if answer.results and answer.confidence != "weak":
-            continue
-        best = answer
-        if not answer.results:
-            best = asker.ask(replace(answer.request, min_confidence=None, k=1, with_curves=False))
-        query = f"{printable(query_of(answer.request))}: " if len(answers) > 1 else ""
-        if best.results:
-            words.append(f"{query}no confident match; nearest: {nearest(best)}")
-        else:
-            words.append(
-                f"{query}nothing found - {'; '.join(best.notes) or 'no video passes the filters: loosen them'}"
-            )
-    if not any(answer.results for answer in answers):
-        for line in words[:-1]:
-            say(line)
-        raise SvbError(words[-1])
-    for line in words:
-        say(line)
+
+def queries_of(file: str) -> list[str]:
+    """Return the lines of a file, or of stdin for `-`, without the empty ones.
+
+    Raises:
+        InputError: The file cannot be read, is not UTF-8, or has no lines.
+    """
+    if file == "-" and sys.stdin is None:
+        raise InputError("standard input is closed - name a file, or pipe the queries in")
+    try:
+        text = (sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()).decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{file} cannot be read ({error.strerror}) - expected a file of queries") from error
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{file} is not UTF-8 ({error.reason} at byte {error.start}) - save it as UTF-8"
+        ) from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise InputError(f"{'stdin' if file == '-' else file} holds no query - expected one per line")
+    return lines

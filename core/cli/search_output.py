@@ -1,14 +1,16 @@
-"""How answers are printed: as a table with pictures, as CSV, as paths; and what is said of them."""
+"""What `svb search` makes of answers: tables, CSV, paths, a page, clips, and what it says about them on stderr."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
-from svb.cli.output import print_table, say, table_lines
+from svb.cli.output import Meter, print_table, say
+from svb.errors import InputError, SvbError
 from svb.retrieve.answer import Answer, CaptionResult, Moment, SearchRequest, VideoResult
 from svb.retrieve.searching.source_file import problem_of
 
@@ -19,26 +21,19 @@ CSV_HEADER = (
 MOST_NAMED = 3
 
 
-def print_tables(answers: Sequence[Answer], thumbnails: str) -> None:
-    """Print each answer as a table, under its query where there are several.
-
-    Args:
-        answers: What was found.
-        thumbnails: How pictures are shown, as `svb.cli.thumbnails.kind_of_terminal` gives it.
-    """
+def print_tables(answers: Sequence[Answer]) -> None:
+    """Print each answer as a table, under its query if there are several."""
     for number, answer in enumerate(answers):
         if len(answers) > 1:
             click.echo(f"{chr(10) if number else ''}{printable(query_of(answer.request))}")
         if answer.captions:
             _print_captions(answer.captions)
-        if answer.results and thumbnails == "none":
+        if answer.results:
             print_table(["rank", "score", "confidence", "moments", "video"], [_row(r) for r in answer.results])
-        elif answer.results:
-            _print_with_pictures(answer.results, thumbnails)
 
 
 def print_csv(answers: Sequence[Answer]) -> None:
-    """Print a row a moment; captions are not among them."""
+    """Print one row per moment; captions are left out."""
     import csv
     import io
 
@@ -56,22 +51,22 @@ def print_csv(answers: Sequence[Answer]) -> None:
 
 
 def print_paths(answers: Sequence[Answer], end: bytes) -> None:
-    """Print where the videos lie, each followed by `end`, byte for byte as the file system has it."""
+    """Print the paths of the videos, each followed by `end`, byte for byte as the file system has them."""
     for answer in answers:
         for result in answer.results:
             click.echo(os.fsencode(result.source_path) + end, nl=False)
 
 
 def say_what_was_compared(answers: Sequence[Answer], server: str | None) -> None:
-    """Tell on stderr how much was compared and how, and what there is to know of the answers."""
+    """Say on stderr how much was compared and how, and what the user should know about the answers."""
     last = answers[-1]
-    how = "exactly" if last.exact else f"approximately ({_recall(last.recall)}; --exact compares all)"
+    how = "exactly" if last.exact else f"approximately ({_recall(last.recall)}; --exact compares every row)"
     seconds = sum(answer.elapsed_seconds.get("total", 0.0) for answer in answers)
     say(
-        f"compared {last.num_videos:,} videos ({last.num_moments:,} moments) {how}, QB-Norm "
-        f"{'on' if last.normalised else 'off'}, {seconds:.2f} s{f', by the server at {server}' if server else ''}"
+        f"compared {last.num_videos:,} videos ({last.num_windows:,} windows) {how}, {seconds:.2f} s"
+        f"{f', by the server at {server}' if server else ''}"
     )
-    # Why nothing could be compared is said at the end, as the reason of the exit status.
+    # If nothing could be compared, `require_a_match` says why: it is the reason for the exit status.
     for note in dict.fromkeys(note for answer in answers if answer.num_videos for note in answer.notes):
         say(f"note: {note}")
     files = {result.source_path: result for answer in answers for result in answer.results}
@@ -89,8 +84,63 @@ def _say_of_files(what: str, paths: Sequence[str], remedy: str) -> None:
         say(f"note: {what}: {named}{more} - {remedy}, then `svb index`")
 
 
+def write_page(answers: Sequence[Answer], html: Path, index: Path) -> None:
+    """Write answers as one page with their pictures."""
+    from svb.retrieve.page.report import write_report
+
+    meter = Meter("videos")
+    try:
+        page = write_report(answers, html, index, meter.update)
+    except OSError as error:
+        raise InputError(
+            f"{html} cannot be written ({error.strerror}) - make room for it, or name another file"
+        ) from error
+    finally:
+        meter.close()
+    say(f"wrote {page}")
+
+
+def cut_clips(answers: Sequence[Answer], folder: Path) -> None:
+    """Cut the moments of answers out as clips."""
+    from svb.retrieve.searching.cut import cut_moments
+
+    wanted = sum(len(result.moments) for answer in answers for result in answer.results)
+    clips = cut_moments(answers, folder)
+    say(f"{folder} holds {len(clips)} of {wanted} clips" if wanted else "there is no moment to cut")
+    if wanted and not clips:
+        raise InputError(f"none of the {wanted} moments could be cut - the lines above say why")
+
+
+def require_a_match(answers: Sequence[Answer], ask: Callable[[SearchRequest], Answer]) -> None:
+    """Name the nearest result of each query that found nothing sure.
+
+    Raises:
+        SvbError: No query found anything.
+    """
+    words = []
+    for answer in answers:
+        if answer.results and answer.confidence != "weak":
+            continue
+        best = answer
+        if not answer.results:
+            best = ask(replace(answer.request, min_confidence=None, k=1, with_curves=False))
+        query = f"{printable(query_of(answer.request))}: " if len(answers) > 1 else ""
+        if best.results:
+            words.append(f"{query}no confident match; nearest: {nearest(best)}")
+        else:
+            words.append(
+                f"{query}nothing found - {'; '.join(best.notes) or 'no video passes the filters: loosen them'}"
+            )
+    if not any(answer.results for answer in answers):
+        for line in words[:-1]:
+            say(line)
+        raise SvbError(words[-1])
+    for line in words:
+        say(line)
+
+
 def query_of(request: SearchRequest) -> str:
-    """Return what an answer is called: the text, or the file or video that was asked for."""
+    """Return the name of a query: its text, its file, or the video_id it searches with."""
     asked = request.text or request.image or request.video or request.like or ""
     if request.span_seconds is None:
         return asked
@@ -99,13 +149,13 @@ def query_of(request: SearchRequest) -> str:
 
 
 def nearest(answer: Answer) -> str:
-    """Return the best of an answer in words."""
+    """Return the best result of an answer in words."""
     best = answer.results[0]
     return f"{printable(best.video_id)} at {_span(best.moments[0])} ({best.score:.3f}, {best.confidence})"
 
 
 def clock(seconds: float) -> str:
-    """Return `m:ss` or `h:mm:ss`, with tenths where there are some."""
+    """Return `m:ss` or `h:mm:ss`, with tenths if there are any."""
     tenths = round(seconds * 10)
     minutes, rest = divmod(tenths, 600)
     hours, minutes = divmod(minutes, 60)
@@ -114,19 +164,20 @@ def clock(seconds: float) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a name without what a terminal would obey: files of strangers may be called anything."""
+    """Return a name without the characters that control a terminal: a stranger's file may have any name."""
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
 
 
 def _row(result: VideoResult) -> list[str]:
-    rank, score, confidence, video = _head(result)
-    return [rank, score, confidence, "  ".join(map(_span, result.moments)), video]
-
-
-def _head(result: VideoResult) -> list[str]:
     alike = f" (+{len(result.duplicates)} alike)" if result.duplicates else ""
-    video = f"{printable(result.video_id)}{alike}"
-    return [str(result.rank), f"{result.score:.3f}", result.confidence, video]
+    moments = "  ".join(map(_span, result.moments))
+    return [
+        str(result.rank),
+        f"{result.score:.3f}",
+        result.confidence,
+        moments,
+        f"{printable(result.video_id)}{alike}",
+    ]
 
 
 def _span(moment: Moment) -> str:
@@ -151,22 +202,3 @@ def _print_captions(captions: Sequence[CaptionResult]) -> None:
         )
     print_table(["rank", "score", "caption", "pool", "of video", "at"], rows)
     click.echo()
-
-
-def _print_with_pictures(results: Sequence[VideoResult], kind: str) -> None:
-    """Print a block a video: the picture of its best moment, beside it what is known of it, a moment a line."""
-    import shutil
-
-    from svb.cli.thumbnails import CELLS, GAP, beside, thumbnail
-
-    header, *rows = table_lines(["rank", "score", "confidence", "video"], [_head(result) for result in results])
-    indent = CELLS[kind][0] + GAP
-    click.echo(f"{' ' * indent}{header}")
-    # A line that wraps would run into the picture.
-    room = max(shutil.get_terminal_size().columns - indent, 20)
-    for row, result in zip(rows, results, strict=True):
-        moments = [f"      {moment.score:.3f}  {_span(moment)}" for moment in result.moments]
-        picture = thumbnail(Path(result.source_path), result.moments[0].best_seconds)
-        block = beside(picture, [line[:room] for line in (row, *moments)], kind)
-        # The caller has looked at what stdout is: colours are not to be stripped.
-        click.echo(block, nl=False, color=True)

@@ -13,8 +13,7 @@ from svb.data.feature_store import FeatureStore
 from svb.data.fusion import split_name
 from svb.data.rows import FrameFeatures
 from svb.retrieve.model.embedder import Embedder
-from svb.retrieve.stored.record_rows import segment_of
-from svb.retrieve.stored.segment import MomentWindows, Segment
+from svb.retrieve.stored.segment import MomentWindows, Segment, segment_of
 from svb.train.training_data import FrameTable
 
 # A moment of a single frame whose video tells no duration; an interval must not be empty.

@@ -1,27 +1,22 @@
-"""The parts of an index beside its segments: heads, captions, metadata, text tower, hubs, and how it is scanned."""
+"""The parts of an index beside its segments: heads, captions, metadata, text tower, and how it is scanned."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from svb.config import fingerprint
 from svb.data.publish import hash_file
 from svb.errors import InputError, ModelUnavailableError, SvbError
-from svb.retrieve.indexing.index_model import IndexModel
-from svb.retrieve.indexing.index_options import LOCAL, PartOptions
+from svb.retrieve.indexing.index_config import LOCAL, IndexConfig
 from svb.retrieve.indexing.index_plan import live_videos
+from svb.retrieve.indexing.index_source import IndexModel
 from svb.retrieve.stored.manifest import part_folder, publish_part
+from svb.retrieve.stored.metadata import publish_metadata
 from svb.retrieve.stored.pools import open_pool, publish_pool
 from svb.retrieve.stored.segment import Segment, require_sizes
-
-if TYPE_CHECKING:
-    from svb.data.caption_features import CaptionFeatures
-    from svb.retrieve.indexing.export_tower import ValCheck
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +31,12 @@ class IndexParts:
         out: The index's folder.
         draft: The next manifest, with `inputs`.
         model: Loaded only where something must be embedded.
-        options: What was asked for just now.
+        config: What is asked for in this run.
     """
 
-    def __init__(self, out: Path, draft: dict[str, Any], model: IndexModel, options: PartOptions) -> None:
+    def __init__(self, out: Path, draft: dict[str, Any], model: IndexModel, config: IndexConfig) -> None:
         self._out, self._draft, self._model = out, draft, model
-        self._options = options
+        self._config = config
         self._lacks_tower = False
 
     def drop_damaged(self) -> bool:
@@ -50,7 +45,7 @@ class IndexParts:
         They are made again. What was changed within a file only `svb verify` finds, which reads all of it.
         """
         dropped = False
-        for part in ("captions", "metadata", "heads", "text", "hubs"):
+        for part in ("captions", "metadata", "heads", "text"):
             for entry in list(self._draft[part]):
                 folder = part_folder(self._out, part, entry)
                 try:
@@ -86,8 +81,7 @@ class IndexParts:
         if not self._draft["heads"]:
             self._update_heads()  # an older version made none of a classifier's
         self._update_metadata(segments)
-        self._update_text_tower(segments)
-        self._update_hubs(segments)
+        self._update_text_tower()
 
     def update_sidecars(self, segments: Sequence[Segment], commit: Callable[[], object]) -> None:
         """Bring the pool of sidecars to what lies beside the videos; what is done is committed in between."""
@@ -144,7 +138,7 @@ class IndexParts:
     def _training_pools(self) -> list[dict[str, Any]]:
         from svb.retrieve.indexing.make_pools import training_pool
 
-        captions = self._model.inputs.captions
+        captions = self._model.opened.captions
         if captions is None:
             return []
         if (held := self._pools("training")) and held[0]["source"] == captions.fingerprint:
@@ -157,13 +151,13 @@ class IndexParts:
         held = {entry["path"]: entry for entry in self._pools("file")}
         entries = []
         for path, *_ in self._draft["inputs"]["pools"]:
-            if self._options.pools is None and path in held and not Path(path).is_file():
+            if not self._config.pools and path in held and not Path(path).is_file():
                 logger.info(f"{path} has gone: what was read of it before stays a pool")
                 entries.append(held[path])
             elif path in held and Path(path).is_file() and hash_file(Path(path)).startswith(held[path]["source"]):
                 entries.append(held[path])
             else:
-                self._require_there(path, self._options.pools is not None, "--pool", "--no-pools")
+                self._require_there(path, bool(self._config.pools), "--pool", "--no-pools")
                 pool = file_pool(Path(path), self._embed)
                 entries.append({**publish_pool(self._out, pool), "path": path})
         return entries
@@ -175,15 +169,13 @@ class IndexParts:
         return embed(captions)
 
     def _update_metadata(self, segments: Sequence[Segment]) -> None:
-        from svb.retrieve.indexing.make_metadata import publish_metadata
-
         if not self._draft["inputs"]["metadata"]:
             self._draft["metadata"] = []
         for path, *_ in self._draft["inputs"]["metadata"]:
-            if self._options.metadata is None and self._draft["metadata"] and not Path(path).is_file():
+            if not self._config.metadata and self._draft["metadata"] and not Path(path).is_file():
                 logger.info(f"{path} has gone: what was read of it before stays")
             else:
-                self._require_there(path, self._options.metadata is not None, "--metadata", "--no-metadata")
+                self._require_there(path, self._config.metadata is not None, "--metadata", "--no-metadata")
                 video_ids = {video_id for video_id, _ in live_videos(segments)}
                 self._draft["metadata"] = [publish_metadata(self._out, Path(path), video_ids)]
 
@@ -195,13 +187,11 @@ class IndexParts:
                 f"{option}, or leave it out with {without}"
             )
 
-    def _update_text_tower(self, segments: Sequence[Segment]) -> None:
+    def _update_text_tower(self) -> None:
         from svb.retrieve.indexing.export_tower import export_tower
 
-        embedder, precision = self._model.embedder, self._draft["inputs"]["text_precision"]
-        captions = [entry["source"] for entry in self._pools("training")]
-        made_for = fingerprint({"model": embedder.fingerprint, "captions": captions, "precision": precision})
-        if self._draft.get("text_made_for") == made_for:
+        embedder = self._model.embedder
+        if self._draft.get("text_made_for") == embedder.fingerprint:
             return
         described: list[dict[str, Any] | None] = []
         try:
@@ -211,64 +201,11 @@ class IndexParts:
             self._draft["text"], self._draft["text_made_for"] = [], None
             self._lacks_tower = isinstance(error, ModelUnavailableError)  # which the next run may have
             return
-
-        def write(folder: Path) -> None:
-            check = self._val_check(segments)
-            entry = export_tower(folder, embedder, encoder, check, precision=precision)
-            described.append(entry)
-
-        part = publish_part(self._out, "text", write)
+        part = publish_part(
+            self._out, "text", lambda folder: described.append(export_tower(folder, embedder, encoder))
+        )
         self._draft["text"] = [{**part, **entry} for entry in described if entry is not None]
-        self._draft["text_made_for"] = made_for
-
-    def _val_check(self, segments: Sequence[Segment]) -> ValCheck | None:
-        """Return the captions of val whose videos are in the index; None where there are none."""
-        import torch
-
-        from svb.retrieve.indexing.export_tower import ValCheck
-
-        captions = self._model.inputs.captions
-        if captions is None:
-            return None
-        places, table = dict(live_videos(segments)), captions.table
-        held = [position for position in self._splits(captions)["val"] if table.video_ids[position] in places]
-        if not held:
-            return None
-        video_ids = sorted({table.video_ids[position] for position in held})
-        row_of = {video_id: row for row, video_id in enumerate(video_ids)}
-        rows = [places[video_id] for video_id in video_ids]
-        return ValCheck(
-            [table.captions[position] for position in held],
-            self._model.embedder.embed_captions(torch.from_numpy(captions.features[held])),
-            np.stack([segments[s].video_embeddings[row] for s, row in rows]).astype(np.float32),
-            np.array([row_of[table.video_ids[position]] for position in held], np.int64),
-        )
-
-    def _splits(self, captions: CaptionFeatures) -> dict[str, list[int]]:
-        from svb.train.training_data import positions_of_splits
-
-        fraction = self._model.inputs.config.put_aside
-        return positions_of_splits(captions, val_fraction=fraction, quiet=True)
-
-    def _update_hubs(self, segments: Sequence[Segment]) -> None:
-        import torch
-
-        from svb.retrieve.indexing.make_hubs import index_hubs
-
-        inputs = self._model.inputs
-        captions, embedder = inputs.captions, inputs.embedder
-        if captions is None:
-            self._draft["hubs"], self._draft["normalise"] = [], None
-            return
-        self._draft["hubs"], self._draft["normalise"] = index_hubs(
-            self._out,
-            segments,
-            previous=self._draft["hubs"],
-            table=captions.table,
-            splits=self._splits(captions),
-            embed=lambda positions: embedder.embed_captions(torch.from_numpy(captions.features[positions])),
-            model_fingerprint=embedder.fingerprint,
-        )
+        self._draft["text_made_for"] = embedder.fingerprint
 
 
 def keep_scan_within_budget(out: Path, manifest: Mapping[str, Any], segments: Sequence[Segment]) -> None:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from svb.data.rows import VideoRecord
-from svb.retrieve.stored.record_rows import content_of, is_untouched
-from svb.retrieve.stored.segment import Segment
+from svb.retrieve.stored.segment import Segment, content_of, is_untouched
 
 # The number of a segment, and a video's row in it.
 Place = tuple[int, int]

@@ -1,31 +1,41 @@
-"""What an index is made from, as far as files tell without loading a model: has anything changed since?"""
+"""What an index is made from: a run or a store, as its files tell, and its model, loaded when it is first needed.
+
+A run of `svb index` that has nothing to do loads none.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from svb.config import fingerprint
 from svb.data.description import read_description
 from svb.data.feature_store import FeatureStore, shard_names
+from svb.errors import StoreError
+from svb.retrieve.indexing.index_config import IndexConfig, state_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from svb.extract.text_encoders.text_encoder import TextEncoder
+    from svb.retrieve.model.embedder import Embedder
+    from svb.retrieve.model.source import OpenedSource
 
 
 @dataclass(frozen=True)
 class IndexSource:
-    """A run or a store, and the options that say how it is read; see `svb.retrieve.model.inputs.open_inputs`."""
+    """A run or a store, and the options that say how it is read; see `svb.retrieve.model.source.open_source`."""
 
     path: Path
-    store: Path | None = None
-    captions: Path | None = None
-    backbone: str | None = None
-    text_encoder: str | None = None
-    checkpoint: str | None = None
+    config: IndexConfig
 
     def state(self) -> list[Any]:
         """Return what is another when the run or the captions were made again; costs no reading."""
-        files = [self.path / "config.json", self.path / (self.checkpoint or "best") / "checkpoint.json"]
+        files = [self.path / "config.json", self.path / (self.config.checkpoint or "best") / "checkpoint.json"]
         return [state_of(path) for path in [*files, *([self.captions_path] if self.captions_path else [])]]
 
     @property
@@ -41,13 +51,13 @@ class IndexSource:
         """
         if not self.is_run:
             return self.path
-        return self.store or Path(self._run["paths"]["store"])
+        return self.config.store or Path(self._run["paths"]["store"])
 
     @property
     def captions_path(self) -> Path | None:
         """Return where the captions' features lie; None where a store has none."""
-        if self.captions is not None or not self.is_run:
-            return self.captions
+        if self.config.captions is not None or not self.is_run:
+            return self.config.captions
         return Path(self._run["paths"]["captions"])
 
     def identity(self, store: FeatureStore) -> dict[str, Any]:
@@ -56,15 +66,21 @@ class IndexSource:
         Raises:
             InputError, StoreError: The run or its checkpoint cannot be read.
         """
+        config = self.config
         held = {
             "store": store.fingerprint,
             "captions": [state_of(self.captions_path)] if self.captions_path else [],
-            "options": [self.backbone, self.text_encoder, self.checkpoint, not self.is_run and str(self.store)],
+            "options": [
+                config.backbone,
+                config.text_encoder,
+                config.checkpoint,
+                not self.is_run and str(config.store),
+            ],
         }
         if not self.is_run:
             return held
         run = {key: value for key, value in self._run.items() if key != "paths"}
-        folder = self.path / (self.checkpoint or "best")
+        folder = self.path / (self.config.checkpoint or "best")
         checkpoint = read_description(folder / "checkpoint.json", kind="a whole checkpoint", make="svb train")
         return {**held, "run": run, "checkpoint": checkpoint}
 
@@ -79,10 +95,81 @@ class IndexSource:
         return read_description(self.path / "config.json", kind="a run", make=f"svb train -o {self.path}")
 
 
-def state_of(path: Path) -> list[Any]:
-    """Return what tells that a file has changed: its path, size and time; of one that is not there its path."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return [str(path.absolute())]
-    return [str(path.absolute()), stat.st_size, stat.st_mtime_ns]
+class IndexModel:
+    """What a source stands for; nothing is loaded before it is asked for.
+
+    Args:
+        source: The run or store.
+    """
+
+    def __init__(self, source: IndexSource) -> None:
+        self.source = source
+        self._state: object = None
+        self._index: tuple[Path, Mapping[str, Any]] | None = None
+
+    def reuse(self, index: Path, manifest: Mapping[str, Any]) -> None:
+        """Take from an index what was computed for the same model when it was made."""
+        self._index = index, manifest
+
+    def up_to_date(self) -> IndexModel:
+        """Return itself, or another where the run or its captions were replaced since this was made."""
+        source = replace(self.source)
+        state = source.state()
+        if self._state not in (None, state):
+            return IndexModel(source)
+        self._state = state
+        return self
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Return where the model computes.
+
+        Raises:
+            UsageError: It is not there.
+        """
+        from svb.device import choose_device
+
+        return choose_device(self.source.config.device)
+
+    @cached_property
+    def opened(self) -> OpenedSource:
+        """Return embedder, store and captions; errors as `svb.retrieve.model.source.open_source`."""
+        from svb.retrieve.model.source import open_source
+
+        config = self.source.config
+        return open_source(
+            self.source.path,
+            device=self.device,
+            store=config.store,
+            captions=config.captions,
+            backbone=config.backbone,
+            text_encoder=config.text_encoder,
+            checkpoint=config.checkpoint,
+            made_before=self._made_before,
+        )
+
+    @property
+    def embedder(self) -> Embedder:
+        return self.opened.embedder
+
+    @cached_property
+    def text_encoder(self) -> TextEncoder:
+        """Return the frozen text encoder that queries are read with.
+
+        Raises:
+            MismatchError: The weights here are others than the captions were encoded with.
+        """
+        from svb.retrieve.model.embedder import load_matching_text_encoder
+
+        settings: dict[str, Any] = self.embedder.model["text"]["text_encoder"]
+        return load_matching_text_encoder(settings, self.device)
+
+    def _made_before(self, model: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
+        """Return the weights that the index holds of a model; none where it is of another, or they are damaged."""
+        from svb.retrieve.model.embedder import load_heads
+
+        if self._index is None or self._index[1].get("model_fingerprint") != fingerprint(model):
+            return {}
+        with contextlib.suppress(StoreError):
+            return load_heads(*self._index)
+        return {}

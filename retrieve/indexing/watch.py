@@ -1,13 +1,18 @@
-"""Work that is done again whenever what it depends on has changed, until the process is told to stop."""
+"""`svb index --watch`: work is done again whenever what it depends on changes, until the process is stopped."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-from svb.errors import InputError, Interrupted, StoreError
+from svb.data.feature_store import FeatureStore, shard_names
+from svb.errors import InputError, Interrupted, StoreError, SvbError
 from svb.interrupts import deferred_interrupts
+from svb.retrieve.indexing.index_config import state_of
+from svb.retrieve.indexing.sidecars import find_sidecars
 
 logger = logging.getLogger(__name__)
 
@@ -15,6 +20,8 @@ logger = logging.getLogger(__name__)
 RETRY_SECONDS = 60.0
 # How long a signal waits to be seen.
 SLICE_SECONDS = 0.2
+# A file that comes within a clock's tick of a listing leaves the folder's time as the listing saw it.
+SETTLED_SECONDS = 2.0
 
 
 def watch(
@@ -62,3 +69,47 @@ def _wait(seconds: float, interrupted: Callable[[], int]) -> bool:
     while not interrupted() and time.monotonic() < until:
         time.sleep(min(SLICE_SECONDS, max(until - time.monotonic(), 0)))
     return not interrupted()
+
+
+class SidecarWatch:
+    """Looks at the folders that hold a store's videos.
+
+    Args:
+        store: The store's folder.
+    """
+
+    def __init__(self, store: Path) -> None:
+        self._store = store
+        self._shards: list[str] | None = None
+        self._videos: dict[Path, list[Path]] = {}
+        self._listed: dict[Path, tuple[int, list[Path]]] = {}
+
+    def states(self) -> list[Any]:
+        """Return size and time of every sidecar. A folder that nothing came to or went from is not listed again."""
+        shards = shard_names(self._store)
+        if shards != self._shards:
+            try:
+                records = FeatureStore(self._store).records.values()
+            except (SvbError, OSError):  # whoever reads it next tells; the folders are those it had
+                return self._states()
+            self._shards, self._videos, self._listed = shards, {}, {}
+            for path in sorted({Path(record.source_path) for record in records}):
+                self._videos.setdefault(path.parent, []).append(path)
+        return self._states()
+
+    def _states(self) -> list[Any]:
+        return [state_of(sidecar) for folder in self._videos for sidecar in self._sidecars_in(folder)]
+
+    def _sidecars_in(self, folder: Path) -> list[Path]:
+        try:
+            mtime_ns = folder.stat().st_mtime_ns
+        except OSError:  # it is gone, for now
+            return []
+        known_ns, sidecars = self._listed.get(folder, (-1, []))
+        if mtime_ns == known_ns:
+            return sidecars
+        found = find_sidecars(self._videos[folder])
+        sidecars = sorted({sidecar for of_video in found.values() for sidecar in of_video})
+        if time.time() - mtime_ns / 1e9 > SETTLED_SECONDS:
+            self._listed[folder] = (mtime_ns, sidecars)
+        return sidecars

@@ -15,11 +15,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svb.errors import MismatchError
-from svb.retrieve.indexing.held_out import draw_queries, find_truth, measure_recall
-from svb.retrieve.milvus.milvus_ids import made_with, moment_ids, video_keys
-from svb.retrieve.milvus.milvus_server import BYTES_A_CALL, CALL_SECONDS, MAX_ROWS, Server, Target, connect
+from svb.retrieve.milvus.milvus_server import (
+    BYTES_A_CALL,
+    CALL_SECONDS,
+    MAX_ROWS,
+    Server,
+    Target,
+    connect,
+    made_with,
+    moment_ids,
+    video_keys,
+)
 from svb.retrieve.milvus.milvus_vectors import MilvusVectors
 from svb.retrieve.searching.catalog import Catalog
+from svb.retrieve.searching.recall import draw_queries, find_truth, measure_recall
 from svb.retrieve.searching.vectors import SegmentVectors
 from svb.retrieve.stored.pools import open_pool
 from svb.retrieve.stored.segment import Segment, open_segments

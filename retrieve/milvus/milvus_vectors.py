@@ -20,8 +20,14 @@ from numpy.typing import NDArray
 from svb.config import canonical_json
 from svb.data.publish import published_file
 from svb.errors import StoreError
-from svb.retrieve.milvus.milvus_ids import made_with, moment_ids, video_keys
-from svb.retrieve.milvus.milvus_server import Server, Target, connect
+from svb.retrieve.milvus.milvus_server import (
+    Server,
+    Target,
+    connect,
+    made_with,
+    moment_ids,
+    video_keys,
+)
 from svb.retrieve.searching.catalog import Catalog
 from svb.retrieve.searching.vectors import Nearest, SegmentVectors
 from svb.retrieve.stored.segment import open_segment, open_segments

@@ -1,10 +1,11 @@
 """The text tower of an index without torch: a text -> tokens -> one ONNX graph -> its embedding.
 
-tokenizer.json              text to tokens, as the `tokenizers` library reads it
-int8.onnx or float32.onnx   tokens (1, L) int64 to embeddings (1, D) float32, L2-normalised
-int8.bin or float32.bin     its weights; mapped into memory, so only what a text needs is read
+tokenizer.json   text to tokens, as the `tokenizers` library reads it
+float32.onnx     tokens (1, L) int64 to embeddings (1, D) float32, L2-normalised
+float32.bin      its weights; mapped into memory, so only what a text needs is read
 
-`svb.retrieve.indexing.export_tower` makes them. Loading takes a tenth of the CPU time of importing torch.
+`svb.retrieve.indexing.export_tower` writes them; older versions wrote some in int8, which are read alike. Loading
+takes a tenth of the CPU time of importing torch.
 """
 
 from __future__ import annotations
@@ -34,8 +35,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 class TextTower:
     """A text encoder with its text head; loaded with the first text. Threads may share it.
 
-    Texts are embedded one at a time: int8 scales its values over a whole batch, and alone a text comes out the same
-    whatever else is asked.
+    Texts are embedded one at a time: alone a text comes out the same whatever else is asked.
 
     Args:
         folder: The part's.

@@ -14,12 +14,12 @@ const FIELDS = [
   ["min_duration_seconds", "min", "--min-duration", "number"], ["max_duration_seconds", "max", "--max-duration", "number"],
   ["after", "after", "--after", "text"], ["before", "before", "--before", "text"],
   ["where", "where", "--where", "list"], ["min_confidence", "confidence", "--min-confidence", "text"],
-  ["fold", "fold", "--no-fold", "yes"], ["normalise", "normalise", "--normalise", "text"],
+  ["fold", "fold", "--no-fold", "yes"],
   ["exact", "exact", "--exact", "no"],
 ];
 const LISTS = FIELDS.filter(field => field[3] === "list").map(field => field[0]);
 const SAID = {plus: "and", without: "not", folders: "in", where: ""};
-const DEFAULTS = {normalise: "auto", k: 10};
+const DEFAULTS = {k: 10};
 
 let lists = {};        // the form's fields that are shown as chips
 let subject = null;    // searched with in place of a text: {like} or {id, file, kind, span}
@@ -390,7 +390,7 @@ function summarise(found) {
   const took = found.elapsed_seconds.total;
   return [
     found.results.length && !found.isUnsure ? `${number(found.results.length)} of ${count(found.num_videos, "video")}` : `${count(found.num_videos, "video")} compared`,
-    count(found.num_moments, "moment"), rows, `QB-Norm ${found.normalised ? "on" : "off"}`,
+    count(found.num_windows, "window"), rows,
     ...took === undefined ? [] : [`${(took * 1000).toFixed(took < 0.01 ? 1 : 0)} ms`], `generation ${found.generation}`, ...embedded ? [`index ${embedded.index}`] : [],
   ];
 }

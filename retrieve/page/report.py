@@ -1,4 +1,4 @@
-"""The page behind `svb serve`, and the same page as one file that needs no server: `svb search --html`."""
+"""The page of `svb serve`, and the same page as one file that needs no server: `svb search --html`."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def write_report(
     index: Path,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
-    """Write answers as one page with their pictures in it, which plays the videos from where they lie.
+    """Write answers as one page that contains their pictures and plays the videos from their own paths.
 
     Args:
-        answers: At least one; the page lets the reader choose between several.
-        out: The file, replaced where there is one.
-        index: Where the answers come from; said in the page.
-        on_progress: Called with how many videos have their pictures, and how many there are.
+        answers: At least one; the reader can choose between several.
+        out: The file; an older one is replaced.
+        index: The index that was searched; the page names it.
+        on_progress: Called with the number of videos that have their pictures, and the number of all.
 
     Returns:
         `out`.
@@ -41,7 +41,7 @@ def write_report(
         UsageError: There is no answer.
     """
     if not answers:
-        raise UsageError("there is no answer to write - expected at least one query")
+        raise UsageError("there are no answers to write - expected at least one")
     found: dict[str, list[VideoResult]] = {}
     for answer in answers:
         for result in answer.results:
@@ -65,9 +65,9 @@ def write_report(
 
 
 def _pictures_of(results: Sequence[VideoResult]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return a video's pictures, and what the page has to know of its file.
+    """Return a video's pictures, and what the page must know about its file.
 
-    A file that is gone, has changed or cannot be decoded any more still has its curve to show: its card says so.
+    If the file is gone, has changed or cannot be decoded, its card says so and still shows the curve.
     """
     from svb.retrieve.searching.pictures import as_jpeg, begin_seconds, duration_seconds, frames_at, strip
 

@@ -1,1 +1,1 @@
-"""How an index is asked: from a query to scores, moments and confidence; see `svb.retrieve.search`."""
+"""Searches an index: from a query to scores, moments and confidence. `searcher.py` is the main path."""

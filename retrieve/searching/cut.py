@@ -1,4 +1,4 @@
-"""`svb search --cut`: the moments found as clips of their own, re-encoded so that each begins where it should."""
+"""`svb search --cut`: cuts the moments out as clips, re-encoded so that each begins at its first frame."""
 
 from __future__ import annotations
 
@@ -22,29 +22,25 @@ from svb.retrieve.searching.source_file import problem_of
 
 logger = logging.getLogger(__name__)
 
-# Encoding takes a fraction of the clip's length; a long way from the last key frame, or a hang, takes more.
+# Encoding takes a fraction of the clip's length; decoding from a distant key frame, or a hang, takes more.
 TIME_LIMIT_SECONDS = 60.0
 TIME_LIMIT_PER_SECOND = 20.0
 # A moment may be shorter than from one frame to the next.
 MIN_CLIP_SECONDS = 0.2
-# A clip whose first frame comes later is not the one that was asked for.
+# A clip whose first frame comes later than this begins at the wrong place.
 MAX_LATE_SECONDS = 0.1
 NAME_LETTERS = 48  # of up to 4 bytes each: a file's name may have 255
 
 
 def cut_moments(answers: Sequence[Answer], folder: Path) -> list[Path]:
-    """Cut every moment of some answers out of its video.
+    """Cut every moment of some answers out of its video into a folder, which is made if needed.
 
-    A clip is named `<rank>-<video>-<start>-<end>.mp4`, in seconds; with several answers `q<number>-` comes first. A
-    clip that is there already is kept; one that cannot be cut, or whose video is not what was indexed any more, is
-    passed over: both are told.
-
-    Args:
-        answers: What was found.
-        folder: Where the clips go; made where it is not there.
+    A clip is named `<rank>-<video>-<start>-<end>.mp4`, in seconds; with several answers, `q<number>-` comes first.
+    A clip that exists is kept. A moment is skipped if it cannot be cut, or if its video has changed since it was
+    indexed. The log names both.
 
     Returns:
-        The clips that are there now, cut or kept.
+        The clips that exist now, cut or kept.
 
     Raises:
         OSError: The folder cannot be written to.
@@ -53,34 +49,32 @@ def cut_moments(answers: Sequence[Answer], folder: Path) -> list[Path]:
     for name, result, moment in _named(answers):
         target = folder / name
         if target.exists():
-            logger.info(f"{target} is there already and is kept - remove it to have it cut again")
+            logger.info(f"{target} exists and is kept - remove it to cut it again")
             clips.append(target)
             continue
         problem = problem_of(result)
         if problem is not None:
-            logger.info(f"not cut: {problem} - `svb extract` and `svb index` its folder again")
+            logger.warning(f"not cut: {problem} - `svb extract` and `svb index` its folder again")
             continue
         try:
             clips.append(cut_clip(Path(result.source_path), moment.begin_seconds, moment.end_seconds, target))
         except InputError as error:
-            logger.info(f"not cut: {error}")
+            logger.warning(f"not cut: {error}")
     return clips
 
 
 def cut_clip(source: Path, begin_seconds: float, end_seconds: float, target: Path) -> Path:
     """Re-encode `[begin_seconds, end_seconds)` of a video, with its sound, as H.264 in an MP4 file.
 
-    Args:
-        source: The video.
-        begin_seconds: On the file's own clock, as moments are.
-        end_seconds: Likewise.
-        target: The clip: there when it is whole, or not at all. What was there is replaced.
+    Times are on the file's own clock, as those of moments are. The clip appears only once it is whole, and replaces
+    an older one.
 
     Returns:
         `target`.
 
     Raises:
-        InputError: The video is missing or is none, nothing of it lies in the interval, or ffmpeg takes too long.
+        InputError: The video is missing or cannot be decoded, it has no frame in the interval, or ffmpeg takes too
+            long.
         OSError: The clip cannot be written.
     """
     seconds = max(end_seconds - begin_seconds, MIN_CLIP_SECONDS)
@@ -102,10 +96,10 @@ def cut_clip(source: Path, begin_seconds: float, end_seconds: float, target: Pat
 
 
 def _cut(source: Path, video_fd: int, interval: tuple[float, float], target: Path) -> str:
-    """Write a clip; returns why there is none, or nothing.
+    """Write a clip; return what went wrong, or an empty string.
 
-    Some containers (MPEG-TS) have no index: a seek lands amid pictures that do not decode by themselves, and the
-    clip would begin late. Read from its start, which takes its time, any file is cut right.
+    Some containers (MPEG-TS) have no index: a seek lands between key frames, and the clip would begin late. Reading
+    the file from its start takes longer, and cuts every file at the right place.
     """
     begin_seconds, seconds = interval
     limit = TIME_LIMIT_SECONDS + TIME_LIMIT_PER_SECOND * seconds
@@ -113,7 +107,7 @@ def _cut(source: Path, video_fd: int, interval: tuple[float, float], target: Pat
         words = _run(_arguments(video_fd, interval, target, by_seeking), video_fd, (source, target), may_take)
         if not words and _first_frame_seconds(target) <= latest:
             return ""
-    return words or "no frame lies there"
+    return words or "there is no frame"
 
 
 def _named(answers: Sequence[Answer]) -> Iterator[tuple[str, VideoResult, Moment]]:
@@ -121,7 +115,7 @@ def _named(answers: Sequence[Answer]) -> Iterator[tuple[str, VideoResult, Moment
         query = f"q{number}-" if len(answers) > 1 else ""
         for result in answer.results:
             video = re.sub(r"[^\w.-]+", "_", result.video_id).strip("._-")[-NAME_LETTERS:]
-            if video != result.video_id.replace("/", "_"):  # another video's may come to the same
+            if video != result.video_id.replace("/", "_"):  # another video may get the same name
                 video = f"{video}-{result.key[:6]}".lstrip("-")
             for moment in result.moments:
                 times = f"{moment.begin_seconds:.1f}-{moment.end_seconds:.1f}"
@@ -129,9 +123,9 @@ def _named(answers: Sequence[Answer]) -> Iterator[tuple[str, VideoResult, Moment
 
 
 def _arguments(video_fd: int, interval: tuple[float, float], target: Path, by_seeking: bool) -> list[str]:
-    """Return ffmpeg's arguments: its input is the open file and nothing else, its output one named file."""
+    """Return ffmpeg's arguments: it reads the open file and nothing else, and writes one named file."""
     begin, seconds = ["-ss", f"{interval[0]:.3f}"], interval[1]
-    # Moments count on the file's own clock, which need not begin at 0.
+    # Moments are on the file's own clock, which need not begin at 0.
     seek = ["-seek_timestamp", "1", *begin] if by_seeking else ["-copyts"]
     read = [
         "-max_pixels",
@@ -143,7 +137,7 @@ def _arguments(video_fd: int, interval: tuple[float, float], target: Path, by_se
         "-i",
         "fd:",
     ]
-    # H.264 of 4:2:0 wants even sides.
+    # H.264 in 4:2:0 needs even sides.
     video = ["-vf", "pad=ceil(iw/2)*2:ceil(ih/2)*2", "-c:v", "libx264", "-preset", "veryfast", "-crf", "20"]
     return [
         *("-nostdin", "-hide_banner", "-nostats", "-v", "error"),
@@ -155,14 +149,14 @@ def _arguments(video_fd: int, interval: tuple[float, float], target: Path, by_se
 
 
 def _run(arguments: list[str], video_fd: int, files: tuple[Path, Path], time_limit_seconds: float) -> str:
-    """Run ffmpeg on a video for a clip; returns its last words where it failed, else nothing.
+    """Run ffmpeg; return its last line if it fails, else an empty string.
 
     Raises:
         OSError: The disk is full.
     """
     source, target = files
     command = [imageio_ffmpeg.get_ffmpeg_exe(), *arguments]
-    # The place in the file is shared with the run before.
+    # The run before has moved the position in the file.
     os.lseek(video_fd, 0, os.SEEK_SET)
     try:
         done = subprocess.run(
@@ -176,19 +170,19 @@ def _run(arguments: list[str], video_fd: int, files: tuple[Path, Path], time_lim
         )
     except subprocess.TimeoutExpired as error:
         raise InputError(
-            f"cutting {source} has taken {time_limit_seconds:.0f} s and was ended - the file may be damaged: play "
-            "it"
+            f"cutting {source} took more than {time_limit_seconds:.0f} s and was stopped - the file may be "
+            "damaged: play it"
         ) from error
     lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
     if done.returncode == 0:
         return ""
-    if any(os.strerror(errno.ENOSPC) in line for line in lines):  # further words are of what came of it
+    if any(os.strerror(errno.ENOSPC) in line for line in lines):  # later lines only tell what followed from it
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target.parent))
     return lines[-1].strip() if lines else f"exit status {done.returncode}"
 
 
 def _first_frame_seconds(clip: Path) -> float:
-    """Return when the first frame of a clip is shown; infinity where it has none."""
+    """Return when the first frame of a clip is shown; infinity if it has none."""
     from svb.extract.decode.pyav_decoder import opened
 
     try:

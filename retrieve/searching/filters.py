@@ -1,4 +1,4 @@
-"""Which videos of an index a request is about: filters, applied before anything is scored."""
+"""The filters of a request: they choose videos before anything is scored."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from svb.retrieve.searching.catalog import Catalog
 
 
 class Conditions(Protocol):
-    """What `svb.retrieve.stored.metadata.Metadata` answers."""
+    """The part of `svb.retrieve.stored.metadata.Metadata` that filters use."""
 
     def matches(self, where: Sequence[str], video_ids: Sequence[str]) -> NDArray[np.bool_]:
-        """Return `(V,)`, which videos fit all conditions."""
+        """Return `(V,)`, which videos match all conditions."""
         ...
 
 
 def allowed_videos(
     catalog: Catalog, request: SearchRequest, metadata: Conditions
 ) -> tuple[NDArray[np.bool_] | None, str | None]:
-    """Return which videos pass a request's filters, and which filter has left none.
+    """Return which videos pass a request's filters, and which filter left none.
 
     Returns:
-        `(V,)` without deleted videos, or None where there is no filter; and a sentence for the user where the
-        filters leave nothing.
+        `(V,)`, without deleted videos, or None if there is no filter; and a sentence for the user if the filters
+        leave no video.
 
     Raises:
-        UsageError: A filter means nothing.
-        InputError: A condition is about a column that the index does not have.
+        UsageError: The value of a filter is not valid.
+        InputError: A condition names a column that the index does not have.
     """
     allowed = None
     for name, passing in _filters(catalog, request, metadata):
@@ -49,11 +49,11 @@ def allowed_videos(
 def _filters(
     catalog: Catalog, request: SearchRequest, metadata: Conditions
 ) -> Iterator[tuple[str, NDArray[np.bool_]]]:
-    """Yield each filter that is asked for, as the user may read it, and which videos pass it."""
+    """Yield each filter of a request, in the user's words, and which videos pass it."""
     if request.folders:
         yield f"the folder {' or '.join(map(repr, request.folders))}", _below(catalog, request.folders)
     if (least := request.min_duration_seconds) is not None:
-        yield f"the duration of at least {least:g} s", catalog.durations >= least  # False where not known
+        yield f"the duration of at least {least:g} s", catalog.durations >= least  # False if unknown
     if (most := request.max_duration_seconds) is not None:
         yield f"the duration of at most {most:g} s", catalog.durations <= most
     if request.after is not None:
@@ -65,7 +65,7 @@ def _filters(
 
 
 def _below(catalog: Catalog, folders: Sequence[str]) -> NDArray[np.bool_]:
-    """Return which videos lie below a folder, or are what it names; `a/bc` is not below `a/b`."""
+    """Return which videos are in a folder, or are the file it names; `a/bc` is not in `a/b`."""
     for folder in folders:
         if not folder.strip():
             raise UsageError("a folder is empty - name one, or leave the filter out")
@@ -88,7 +88,7 @@ def _as_prefix(folder: str) -> str:
 
 
 def _nanoseconds(name: str, date: str) -> int:
-    """Return an ISO date's nanoseconds since 1970; of a date without a zone, here."""
+    """Return an ISO date as nanoseconds since 1970; a date without a time zone is local."""
     try:
         return int(datetime.fromisoformat(date).timestamp() * 1e9)
     except (ValueError, OverflowError, OSError) as error:

@@ -1,19 +1,16 @@
 """The approximate index at search: IVF over float16 moments, where an exact scan would miss the latency budget.
 
-cache/ivf.json             what `tune_ivf` decided: exact, or a file, what it covers and its recall
-cache/moments-<hash>.ivf   FAISS IndexIVFScalarQuantizer (QT_fp16, inner product), mapped and never written to
-
     ivf, note = open_ivf(folder, exact, segments)    # None where search is exact; a note if it had to fall back
     vectors = ivf or exact                           # both are `Vectors`
 
-Both files are a cache. The inverted lists only propose rows: scores are taken from the segments, videos that were
-deleted are left out, segments that came later are scanned exactly. What does not fit is not used.
+Its files are a cache, see `svb.retrieve.stored.ivf_file`. The inverted lists only propose rows: scores are taken
+from the segments, videos that were deleted are left out, segments that came later are scanned exactly. What does
+not fit is not used.
 """
 
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -23,13 +20,10 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from svb.data.description import read_description
-from svb.data.publish import hash_file
 from svb.errors import SvbError
 from svb.retrieve.searching.vectors import Nearest, SegmentVectors
+from svb.retrieve.stored.ivf_file import read_decision, read_ivf
 from svb.retrieve.stored.segment import Segment
-
-DECISION = "ivf.json"
 
 
 def open_ivf(
@@ -52,58 +46,6 @@ def open_ivf(
         return IvfVectors(exact, segments, read_ivf(folder / "cache", decision), decision), None
     except (SvbError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         return None, f"the approximate index is damaged ({error}): search is exact until the next `svb index`"
-
-
-def read_decision(folder: Path) -> dict[str, Any] | None:
-    """Return what was decided for an index; None where nothing was yet.
-
-    Raises:
-        StoreError: The description is damaged, or of a newer format.
-    """
-    path = folder / "cache" / DECISION
-    if not path.is_file():
-        return None
-    decision = read_description(path, kind="a cache", make="svb index")
-    return {name: value for name, value in decision.items() if name != "format_version"}
-
-
-def read_ivf(cache: Path, decision: Mapping[str, Any]) -> faiss.IndexIVFScalarQuantizer:
-    """Map the file that was decided on.
-
-    Its head, up to the lists' contents, is compared with its checksum: from there on nothing leads out of the file.
-
-    Raises:
-        OSError, RuntimeError, ValueError: It is missing or damaged.
-    """
-    path = cache / decision["file"]
-    size, head_bytes = path.stat().st_size, decision["head_bytes"]
-    if size != decision["size"]:
-        raise ValueError(f"{path.name} has {size} bytes, not {decision['size']}")
-    if checksum_head(path, head_bytes) != decision["head_crc32"]:
-        raise ValueError(f"the head of {path.name} is not what was written")
-    index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
-    rows = sum(entry["moments"] for entry in decision["segments"])
-    if (index.ntotal, index.d, index.nlist) != (rows, decision["embedding_size"], decision["nlist"]):
-        raise ValueError(f"{path.name} has {index.ntotal} rows of {index.d} in {index.nlist} lists")
-    return index
-
-
-def checksum_head(path: Path, size: int) -> int:
-    """Return the CRC-32 of a file's first bytes: every search does it, and SHA-256 takes four times as long."""
-    with path.open("rb") as file:
-        return zlib.crc32(file.read(size))
-
-
-def verify_ivf(folder: Path) -> list[str]:
-    """Return what is wrong with an index's approximate index, a line each; reads all of it."""
-    try:
-        decision = read_decision(folder)
-        if decision is None or decision["file"] is None:
-            return []
-        path = folder / "cache" / decision["file"]
-        return [] if hash_file(path) == decision["hash"] else [f"{path} is not what was written"]
-    except (SvbError, OSError) as error:
-        return [str(error)]
 
 
 class IvfVectors:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from svb.errors import StoreError
 from svb.retrieve.model.query_embedder import QueryEmbedder
 from svb.retrieve.searching.catalog import Catalog
-from svb.retrieve.searching.hubs import Hubs
-from svb.retrieve.searching.vectors import SegmentVectors, Vectors
+from svb.retrieve.searching.ivf import open_ivf
+from svb.retrieve.searching.vectors import CaptionPools, SegmentVectors, Vectors
 from svb.retrieve.stored.metadata import Metadata
-from svb.retrieve.stored.pools import CaptionPools
 from svb.retrieve.stored.segment import open_segments
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedIndex:
     """One generation of an index: everything a search reads, mapped.
 
     Attributes:
@@ -32,7 +32,6 @@ class Opened:
     vectors: Vectors
     exact_vectors: Vectors
     note: str | None
-    hubs: Hubs | None
     pools: CaptionPools
     metadata: Metadata
     embedder: QueryEmbedder
@@ -43,9 +42,21 @@ class Opened:
         return self.vectors.catalog
 
 
+class ServerVectors(Vectors, Protocol):
+    """`Vectors` that a server searches; `num_missing` tells of how many videos it has none."""
+
+    @property
+    def num_missing(self) -> int: ...
+
+
 def open_index(
-    folder: Path, manifest: dict[str, Any], device: str, previous: QueryEmbedder | None = None
-) -> Opened:
+    folder: Path,
+    manifest: dict[str, Any],
+    device: str,
+    previous: QueryEmbedder | None = None,
+    *,
+    open_server: Callable[[Path, dict[str, Any]], ServerVectors],
+) -> OpenedIndex:
     """Map what a manifest names; no vector is read.
 
     Args:
@@ -53,6 +64,7 @@ def open_index(
         manifest: Of a generation.
         device: Where images and videos are embedded.
         previous: Of another generation and the same device; is used on where the model is the same.
+        open_server: Opens the vectors of an index whose manifest says that a server searches them.
 
     Raises:
         StoreError: A file is missing or damaged.
@@ -61,9 +73,7 @@ def open_index(
     approximate: Vectors | None = None
     note: str | None = None
     if manifest["vectors"] is not None:
-        from svb.retrieve.milvus.milvus_vectors import MilvusVectors
-
-        exact = remote = MilvusVectors.open(folder, manifest)
+        exact = remote = open_server(folder, manifest)
         if remote.num_missing:
             note = f"{remote.num_missing} videos are not on the server yet: `svb index` has not come to its end"
         if not remote.exact:
@@ -71,17 +81,14 @@ def open_index(
             with contextlib.suppress(StoreError):  # the embeddings need not lie here
                 exact = SegmentVectors(open_segments(folder, manifest))
     else:
-        from svb.retrieve.searching.ivf import open_ivf
-
         segments = open_segments(folder, manifest)
         exact = SegmentVectors(segments)
         approximate, note = open_ivf(folder, exact, segments)
-    return Opened(
+    return OpenedIndex(
         manifest,
         approximate or exact,
         exact,
         note,
-        Hubs.open(folder, manifest),
         CaptionPools(folder, manifest),
         Metadata.open(folder, manifest),
         previous if previous is not None and previous.fits(manifest) else QueryEmbedder(folder, manifest, device),

@@ -1,8 +1,8 @@
-"""Pictures of a video at given times: a poster, a strip of frames; upright, square pixels, as they are displayed.
+"""Pictures of a video at given times: a poster, a strip of frames; upright and with square pixels, as displayed.
 
-Only PyAV and PIL are imported. The file is opened as `pyav_decoder` opens it: the demuxer may read this
-file and nothing else, within limits. A damaged container can still hang a decoder inside the library, which no
-Python code can end: whoever serves the files of strangers runs these functions in a process with a time limit.
+Only PyAV and PIL are imported. The file is opened as `pyav_decoder` opens it: the demuxer may read this file and
+nothing else, within limits. A damaged container can still hang a decoder inside the library, and no Python code can
+stop it: a server that gets strangers' files runs these functions in a process with a time limit.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from svb.extract.decode.pyav_decoder import FrameClock, opened, promised_seconds
 from svb.extract.decode.pyav_pictures import Converter
 from svb.extract.decode.sampling import TIME_TOLERANCE_SECONDS
 
-# A decoder that gets on, but slowly, or through hours without a key frame, is given up after this.
+# The longest that a slow decoder, or one that crosses hours without a key frame, may take.
 TIME_LIMIT_SECONDS = 20.0
-# Where a seek lands late (MPEG-TS has no index), it is tried again from so much earlier.
+# If a seek lands late (MPEG-TS has no index), it is tried again this much earlier.
 STEPS_BACK_SECONDS = (0.0, 3.0, 15.0, math.inf)
-# Up to here going on decoding costs less than seeking to a key frame that may lie behind.
+# Up to this distance, decoding on costs less than seeking to a key frame, which may lie behind.
 READ_ON_SECONDS = 2.0
 MAX_HEIGHT_PX = 2160
 MAX_STRIP_WIDTH_PX = 65_000  # JPEG's own limit is 65,535
@@ -44,13 +44,12 @@ def frame_at(
 
     Args:
         path: The video.
-        seconds: On the file's own clock, as moments are; before the first frame that one is returned, past the
-            last one the last.
+        seconds: On the file's own clock, as moments are; the first or the last frame stands for a time beyond it.
         height: In pixels; a lower video is not enlarged.
-        time_limit_seconds: How long it may take.
+        time_limit_seconds: The longest it may take.
 
     Raises:
-        InputError: The file is missing, is no video, asks for more than its limits allow, or takes too long.
+        InputError: The file is missing, is not a video, exceeds the decoder's limits, or takes too long.
     """
     return frames_at(path, [seconds], height, time_limit_seconds=time_limit_seconds)[0]
 
@@ -63,14 +62,14 @@ def frames_at(
     tolerance_seconds: float = 0.0,
     time_limit_seconds: float = TIME_LIMIT_SECONDS,
 ) -> list[Image.Image]:
-    """Return the frames shown at some times, in their order, all of one size; the file is opened once.
+    """Return the frames shown at some times, in the order of the times, all of one size; the file is opened once.
 
     Args:
         path: The video.
         times_seconds: At least one; see `frame_at`.
         height: In pixels; a lower video is not enlarged.
         tolerance_seconds: A frame may be this much earlier than the one shown: key frames cost far less.
-        time_limit_seconds: How long all of it may take.
+        time_limit_seconds: The longest that all of them may take.
 
     Raises:
         InputError: As `frame_at`.
@@ -96,9 +95,9 @@ def frames_at(
 def strip(
     path: Path, times_seconds: Sequence[float], height: int, *, time_limit_seconds: float = TIME_LIMIT_SECONDS
 ) -> bytes:
-    """Return frames side by side as one JPEG, cells of equal width in the order of the times.
+    """Return frames side by side as one JPEG, in cells of equal width in the order of the times.
 
-    A cell shows a frame of at most half the distance between two cells before its time.
+    The frame in a cell is at most half the distance between two cells too early.
 
     Raises:
         InputError: As `frame_at`, or the strip would be too wide for a JPEG.
@@ -111,8 +110,8 @@ def strip(
     width = max(1, round(cells[0].width * height / cells[0].height))
     if width * len(cells) > MAX_STRIP_WIDTH_PX:
         raise InputError(
-            f"a strip of {len(cells)} frames of {width}x{height} px is too wide - expected {MAX_STRIP_WIDTH_PX} px "
-            "in all; ask for fewer or lower ones"
+            f"a strip of {len(cells)} frames of {width}x{height} px is too wide - expected at most "
+            f"{MAX_STRIP_WIDTH_PX} px in all; ask for fewer or lower frames"
         )
     sheet = Image.new("RGB", (width * len(cells), height))
     for number, cell in enumerate(cells):
@@ -128,7 +127,7 @@ def as_jpeg(picture: Image.Image) -> bytes:
 
 
 def duration_seconds(path: Path) -> float | None:
-    """Return how long a video promises to be, None where it does not say.
+    """Return the duration in a video's header, None if it has none.
 
     Raises:
         InputError: As `frame_at`.
@@ -138,7 +137,7 @@ def duration_seconds(path: Path) -> float | None:
         with opened(path, Limits()) as (container, stream):
             promised = promised_seconds(container, stream)
     except (DecodeError, OSError) as error:
-        raise InputError(f"cannot tell how long it is: {error}") from error
+        raise InputError(f"cannot tell its duration: {error}") from error
     return promised if promised > 0 else None
 
 
@@ -163,7 +162,7 @@ def begin_seconds(path: Path) -> float:
 
 
 class _Reader:
-    """Finds the frames of ascending times in one open file."""
+    """Finds the frames at ascending times in one open file."""
 
     def __init__(self, path: Path, container: InputContainer, stream: VideoStream, until: float) -> None:
         self._path = path
@@ -178,18 +177,18 @@ class _Reader:
         self._converter: Converter | None = None
 
     def picture(self, seconds: float, tolerance_seconds: float, height: int) -> Image.Image:
-        """Return the frame shown at a time that is not before the last one asked for."""
+        """Return the frame shown at a time, which is not before the last one asked for."""
         is_far = self._held is None or seconds - self._held[1] > READ_ON_SECONDS
         if is_far and not self._is_shown(seconds, tolerance_seconds):
             self._seek(seconds)
         while not self._is_shown(seconds, tolerance_seconds):
             if not self._advance():
-                raise InputError(f"{self._path} gave no frame - expected a video that decodes")
+                raise InputError(f"{self._path} has no frame that can be decoded - expected a video that plays")
         assert self._held is not None
         return self._picture(self._held[0], height)
 
     def _is_shown(self, seconds: float, tolerance_seconds: float) -> bool:
-        """Say whether the held frame will do: no later frame is due, or it is near enough."""
+        """Tell whether the held frame is the one shown, or near enough."""
         if self._held is None:
             return False
         if self._next is None or self._next[1] > seconds + TIME_TOLERANCE_SECONDS:
@@ -200,14 +199,14 @@ class _Reader:
         """Go to a key frame before a time, from which that time can be read on to."""
         unit = self._stream.time_base
         if unit is None or self._stream.start_time is None:
-            return  # a bare stream has no times to look for
+            return  # a bare stream has no times to seek to
         start = self._stream.start_time * float(unit)
         for back in STEPS_BACK_SECONDS:
             target = max(seconds - back, start)
             try:
                 self._container.seek(round(target / unit), stream=self._stream, backward=True)
             except (av.error.FFmpegError, OverflowError):
-                return  # what cannot be searched is read on from where it is
+                return  # a file that cannot seek is read on from where it is
             self._stream.codec_context.flush_buffers()
             self._frames, self._held, self._next = self._decoded(), None, None
             is_early = self._advance() and self._held is not None and self._held[1] <= seconds
@@ -215,7 +214,7 @@ class _Reader:
                 return
 
     def _advance(self) -> bool:
-        """Decode one frame more; returns False where none is left."""
+        """Decode one more frame; return False if none is left."""
         if self._held is None:
             self._next = next(self._frames, None)
         if self._next is None:
@@ -224,11 +223,11 @@ class _Reader:
         return True
 
     def _decoded(self) -> Iterator[tuple[VideoFrame, float]]:
-        """Yield frames with their times; damage is passed over, as players do."""
+        """Yield frames with their times; skip damage, as players do."""
         clock, last_seconds = FrameClock(self._stream), -math.inf
         for frame in self._raw():
             if time.monotonic() > self._until:
-                raise InputError(f"{self._path} takes too long to decode - no picture can be made of it in time")
+                raise InputError(f"{self._path} takes too long to decode - try a smaller or shorter video")
             last_seconds = max(clock.time_seconds(frame), last_seconds)
             yield frame, last_seconds
 
@@ -242,14 +241,14 @@ class _Reader:
                 except av.error.FFmpegError:
                     continue
         except av.error.FFmpegError:
-            return  # the file ends in the middle
+            return  # the file was cut short
 
     def _picture(self, frame: VideoFrame, height: int) -> Image.Image:
         width_px, height_px = self._sizes.size(frame)
         height = min(height, height_px)
         width = max(1, int(width_px * height / height_px))
         if self._converter is None:
-            # Scaled by the decoder's own filters: a small picture of a large frame costs little.
+            # The decoder's own filters scale: a small picture of a large frame costs little.
             self._converter = Converter(self._stream, min(width, height))
         picture = Image.fromarray(self._converter.rgb(frame))
         return picture if picture.size == (width, height) else picture.resize((width, height))

@@ -1,20 +1,133 @@
-"""The K best videos for a query: exact, however many rows must be looked at to be sure."""
+"""A query as vectors, and the K best videos for it: exact, however many rows must be read to be sure."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from svb.retrieve.searching.duplicates import fold
-from svb.retrieve.searching.hubs import Hubs
-from svb.retrieve.searching.query import BLOCK, Query, require_cosines
+from svb.errors import StoreError
 from svb.retrieve.searching.vectors import Vectors
 
-# A scan for some hundred rows takes no longer than one for ten, and often all that is needed is among them.
+# Rows that are converted to float32 at once.
+BLOCK = 16384
+# Embeddings have unit length, within the precision of float16.
+MAX_COSINE = 1.01
+WAY_OUT = "find it with `svb verify` and restore it, or make the index again with `svb index --rebuild`"
+
+# A scan for some hundred rows takes no longer than one for ten, and often they are all that is needed.
 FIRST_ROWS = 256
 GROWTH = 8
+
+# MSR-VTT clips encoded again at their own size reach a cosine of at least 0.989 with efficientnet-lite0; 0.24 % of
+# the clips have another one at 0.98 or more, from the same scene.
+SAME_COSINE = 0.98
+# A copy that was encoded again may have lost or gained a few frames.
+SAME_DURATION_SECONDS = 1.0
+SAME_DURATION_SHARE = 0.05
+# Candidates that are compared at once; usually the K wanted are among the first.
+FOLDED_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Query:
+    """Scores rows by cosines.
+
+    The score of a row is its mean cosine with the wanted texts. An unwanted text lowers it by how much more the row
+    resembles that text than rows usually do. It never raises it, so a negative cannot become a wish for its
+    opposite.
+
+    Attributes:
+        positive: `(D,)`, the mean of the wanted embeddings: a row's product with it is the mean of the cosines.
+        negatives: `(N, D)`, the unwanted embeddings.
+        floors: `(N,)`, the usual score with each of them: the median over the background.
+    """
+
+    positive: NDArray[np.float32]
+    negatives: NDArray[np.float32]
+    floors: NDArray[np.float32]
+
+    def scores(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the `(n,)` scores of `(n, D)` rows.
+
+        Raises:
+            StoreError: A row is damaged.
+        """
+        scores = cosines(rows, self.positive)
+        require_cosines(scores)
+        return scores - self.penalties(rows)
+
+    def penalties(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return by how much the unwanted texts lower the scores of `(n, D)` rows, at least 0."""
+        excess: NDArray[np.float32] = np.maximum(cosines(rows[:, None], self.negatives) - self.floors, 0).sum(
+            axis=1
+        )
+        return excess
+
+
+@dataclass(frozen=True)
+class EmbeddedRequest:
+    """The texts, image or video of a request as embeddings: each `(D,)` float32, L2-normalised.
+
+    Attributes:
+        main: The text, image, video or `like` of the request.
+        plus: The texts a result must match as well.
+        without: The texts a result must not match.
+    """
+
+    main: NDArray[np.float32]
+    plus: tuple[NDArray[np.float32], ...] = ()
+    without: tuple[NDArray[np.float32], ...] = ()
+
+    def query(self, vectors: Vectors, by: str) -> Query:
+        """Return the query for the rows of windows (`by` is `moment`) or of videos."""
+        positive = np.stack([self.main, *self.plus]).mean(axis=0)
+        if not self.without:
+            return Query(positive, np.empty((0, len(positive)), np.float32), np.empty(0, np.float32))
+        negatives = np.stack(self.without)
+        return Query(positive, negatives, np.median(cosines(vectors.background(by)[:, None], negatives), axis=0))
+
+
+def cosines(rows: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the products of `(..., D)` rows with others, broadcast against each other.
+
+    They are computed row by row. The threads of a matrix product would cost a query more than they save, and would
+    compete with those of other queries. And equal rows get equal scores wherever they are.
+    """
+    products: NDArray[np.float32] = np.vecdot(rows, others)
+    return products
+
+
+def require_cosines(scores: NDArray[np.float32]) -> None:
+    """Refuse scores that rows of unit length cannot have: a byte has flipped, which file sizes do not show.
+
+    Raises:
+        StoreError: There is one.
+    """
+    bad = scores[~(np.abs(scores) <= MAX_COSINE)]
+    if bad.size:
+        raise StoreError(
+            f"the index holds a damaged embedding, whose cosine with the query is {float(bad[0]):g} - {WAY_OUT}"
+        )
+
+
+def require_unit_length(rows: NDArray[np.float32]) -> None:
+    """Refuse `(n, D)` rows that do not have unit length within the precision of float16.
+
+    Raises:
+        StoreError: There is one.
+    """
+    lengths = np.sqrt(cosines(rows, rows))
+    bad = lengths[~(np.abs(lengths - 1) <= MAX_COSINE - 1)]
+    if bad.size:
+        raise StoreError(
+            f"the index holds a damaged embedding, of length {float(bad[0]):g} instead of 1 - {WAY_OUT}"
+        )
+
+
+# --- ranking
 
 
 @dataclass(frozen=True)
@@ -22,8 +135,8 @@ class Found:
     """A video that was found.
 
     Attributes:
-        row: Its number.
-        duplicates: The rows of near-duplicates that it stands for.
+        row: Its number in the catalog.
+        duplicates: The rows of the near-duplicates listed under it.
     """
 
     row: int
@@ -37,7 +150,7 @@ class Candidates:
     Attributes:
         videos: `(n,)` rows, best first.
         scores: `(n,)`.
-        bound: No other video scores more.
+        bound: No other video scores higher.
     """
 
     videos: NDArray[np.int64]
@@ -53,48 +166,34 @@ def rank_videos(
     by: str,
     allowed: NDArray[np.bool_] | None,
     folded: bool,
-    hubs: Hubs | None,
-) -> tuple[list[Found], bool]:
-    """Return the K best videos, best first, and whether hubs were put back among them.
+) -> list[Found]:
+    """Return the K best videos, best first; fewer if there are fewer.
 
-    What is unwanted only lowers scores. So a row that a scan for what is wanted leaves out scores at most as much
-    as the last one it finds: once the K-th video scores more, no scan for more rows can change the answer.
+    Unwanted texts only lower scores. So a row that a scan for the wanted ones leaves out scores at most as high as
+    the last row it finds: once the K-th video scores higher, no scan for more rows can change the answer.
 
     Args:
-        vectors: Of the index.
-        query: What to look for.
-        k: K; fewer come where fewer are there.
-        by: A video's score is that of its best `moment`, or of the whole `video`.
+        vectors: The index's.
+        query: The query.
+        k: K.
+        by: Whether a video has the score of its best window (`moment`) or of the whole `video`.
         allowed: `(V,)`, the videos that count; None for all.
         folded: Whether near-duplicates count as one.
-        hubs: What reorders the candidates; None where nothing shall.
     """
     num_counted = int(vectors.catalog.counted(allowed).sum())
-    # One more than there are: a scan that finds fewer than it was asked for has found all.
+    # One more than there are: a scan that finds fewer rows than it was asked for has found all.
     all_rows = 1 + (vectors.catalog.num_videos if by == "video" else vectors.catalog.num_moments)
     num_rows = min(max(FIRST_ROWS, 4 * k), all_rows)
     while True:
         candidates = _candidates(vectors, query, num_rows, by, allowed)
         if not len(query.negatives) and len(candidates.videos) == num_counted:
-            candidates = replace(candidates, bound=-np.inf)  # of each the best row, which comes first
-        keys = candidates.scores.astype(np.float64)
-        finds_hub = hubs is not None and hubs.finds_hub(candidates.scores, candidates.videos, by)
-        if hubs is not None and finds_hub:
-            keys = hubs.reorder(candidates.scores, candidates.videos, by)
-        order = np.lexsort((candidates.videos, -keys))
-        kept = _keep(vectors, candidates.videos[order], k, folded)
+            candidates = replace(candidates, bound=-np.inf)  # the best row of each video comes first
+        kept = _keep(vectors, candidates.videos, k, folded)
         found = [Found(int(videos[0]), tuple(videos[1:].tolist())) for videos in kept]
         if candidates.bound == -np.inf:
-            return found, finds_hub
-        if len(found) == k:
-            last = float(keys[candidates.videos == found[-1].row][0])
-            if hubs is None or not finds_hub:
-                is_sure = last >= candidates.bound
-            else:  # that the best is a hub must be sure, too
-                is_sure = candidates.scores[0] >= candidates.bound
-                is_sure = is_sure and not _rivals(hubs, candidates, last, by, allowed)
-            if is_sure:
-                return found, finds_hub
+            return found
+        if len(found) == k and candidates.scores[candidates.videos == found[-1].row][0] >= candidates.bound:
+            return found
         num_rows = min(GROWTH * num_rows, all_rows)
 
 
@@ -119,19 +218,68 @@ def _candidates(
     return Candidates(videos[best], scores[best], bound)
 
 
-def _rivals(hubs: Hubs, candidates: Candidates, last: float, by: str, allowed: NDArray[np.bool_] | None) -> bool:
-    """Tell whether a video that was not seen could still come before the last that was found."""
-    rivals = hubs.rivals(candidates.bound, last, by)
-    # Of one that what is unwanted has lowered, a row that was not seen may score more.
-    rivals[candidates.videos[candidates.scores >= candidates.bound]] = False
-    return bool((rivals if allowed is None else rivals & allowed).any())
-
-
 def _keep(vectors: Vectors, videos: NDArray[np.int64], k: int, folded: bool) -> list[NDArray[np.int64]]:
-    """Return the first K videos, each with the near-duplicates that are folded under it."""
+    """Return the first K videos, each followed by the near-duplicates that are listed under it."""
     if not folded:
         return [videos[position : position + 1] for position in range(min(k, len(videos)))]
     kept = fold(
         lambda positions: vectors.embeddings(videos[positions], by="video"), vectors.catalog.durations[videos], k
     )
     return [videos[positions] for positions in kept]
+
+
+# --- near-duplicates: the same footage again, cut or encoded otherwise
+
+
+def fold(
+    embeddings_of: Callable[[NDArray[np.int64]], NDArray[np.float32]], durations: NDArray[np.float64], k: int
+) -> list[list[int]]:
+    """Keep the first K of n candidates that are not near-duplicates of one kept before.
+
+    Args:
+        embeddings_of: Returns the `(m, D)` embeddings of whole videos, L2-normalised, at m positions.
+        durations: `(n,)` seconds, the best candidate first; NaN if unknown.
+        k: K.
+
+    Returns:
+        A list for each candidate kept, best first: its position, and those of its near-duplicates. Candidates some
+        way behind the K-th are not looked at.
+    """
+    kept: list[list[int]] = []
+    kept_embeddings: list[NDArray[np.float32]] = []
+    for begin in range(0, len(durations), FOLDED_AT_ONCE):
+        if len(kept) == k:
+            break
+        positions = np.arange(begin, min(begin + FOLDED_AT_ONCE, len(durations)))
+        embeddings = embeddings_of(positions)  # (m, D)
+        free: NDArray[np.bool_] = np.ones(len(positions), np.bool_)
+        if kept:
+            firsts = np.array([group[0] for group in kept])
+            same = _same(embeddings, np.stack(kept_embeddings), durations[positions], durations[firsts])
+            free &= ~same.any(axis=1)
+            for local in np.flatnonzero(~free).tolist():
+                kept[int(same[local].argmax())].append(begin + local)
+        while free.any() and len(kept) < k:
+            first = int(free.argmax())
+            free[first] = False
+            alone = slice(first, first + 1)
+            same = _same(embeddings, embeddings[alone], durations[positions], durations[positions[alone]])[:, 0]
+            kept.append([begin + first, *positions[free & same].tolist()])
+            kept_embeddings.append(embeddings[first])
+            free &= ~same
+    return kept
+
+
+def _same(
+    embeddings: NDArray[np.float32],
+    others: NDArray[np.float32],
+    durations: NDArray[np.float64],
+    other_durations: NDArray[np.float64],
+) -> NDArray[np.bool_]:
+    """Return `(m, n)`, which of m candidates are near-duplicates of which of n others."""
+    tolerances = np.maximum(SAME_DURATION_SECONDS, SAME_DURATION_SHARE * other_durations)
+    # A comparison with NaN is False.
+    similar = np.abs(durations[:, None] - other_durations) <= tolerances
+    similar |= np.isnan(durations)[:, None] & np.isnan(other_durations)
+    same: NDArray[np.bool_] = similar & (cosines(embeddings[:, None], others) >= SAME_COSINE)
+    return same

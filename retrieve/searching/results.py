@@ -1,4 +1,19 @@
-"""What is told of the videos that were found: scores, moments, confidence."""
+"""Builds the results for the videos that were found: their scores, moments and confidence.
+
+Confidence says how sure an answer is, from how a query's scores are spread over the whole index. Scores of two
+queries cannot be compared: one text is near to everything, another to nothing. What can be compared is how many
+standard deviations an answer stands out of its own query's scores. The best of N rows that have nothing to do with
+a query stands out by a little less than sqrt(2 ln N). So an answer is
+
+    strong    from sqrt(2 ln N) on: hardly by chance
+    fair      from 0.9 of it on: about where chance ends
+    weak      below: likely the best of what does not match
+
+Over 3,395 MSR-VTT clips, with captions of val as queries, the best answer was right (its own clip, or one with a
+caption that means much the same) in 71, 54 and 36 % of these levels; with all right answers taken out, 4 % were
+still strong. Over 244 clips it was 60, 48 and 29 %, and 10 %. If most of an index matches a query, nothing stands
+out and every answer is weak.
+"""
 
 from __future__ import annotations
 
@@ -11,27 +26,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svb.retrieve.answer import CONFIDENCES, SearchRequest, VideoResult, at_least
-from svb.retrieve.searching.confidence import Spread, independent_rows
-from svb.retrieve.searching.opened import Opened
-from svb.retrieve.searching.peaks import curve_of, find_moments
-from svb.retrieve.searching.query import Query, Wish, require_unit_length
-from svb.retrieve.searching.rank import Found
+from svb.retrieve.searching.catalog import Catalog
+from svb.retrieve.searching.moments import curve_of, find_moments
+from svb.retrieve.searching.opened import OpenedIndex
+from svb.retrieve.searching.rank import EmbeddedRequest, Found, Query, require_unit_length
 from svb.retrieve.searching.vectors import Vectors
+
+FAIR = 0.9
+# Among fewer rows than this, chance leaves little room: a single row would always be strong.
+FEWEST_ROWS = 5
+# Neighbouring windows of a video show much the same: about this many are one piece of evidence.
+WINDOWS_A_SCENE = 8
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What an index knows of a video, whatever is asked.
+    """What an index knows about a video, whatever the query.
 
     Attributes:
         key: See `video_key`.
-        video_id: As in the store.
-        source_path: Where its file lay when it was extracted.
-        duration_seconds: None where it is not known.
+        video_id: The video_id in the store.
+        source_path: Path of its file when it was extracted.
+        duration_seconds: None if unknown.
         metadata: Its columns of the metadata table.
-        size_bytes: Of its file then; 0 where that is not known, as of some imports.
-        mtime_ns: When its file had changed last, likewise.
-        content_hash: Stands for what its file held; empty where that is not known.
+        size_bytes: Size of its file when it was extracted; 0 if unknown, as for some imports.
+        mtime_ns: Last change of its file when it was extracted; 0 if unknown.
+        content_hash: Hash of its file's content; empty if unknown.
     """
 
     key: str
@@ -45,12 +65,12 @@ class VideoInfo:
 
 
 def video_key(video_id: str) -> str:
-    """Return a name for a video that says nothing of its path, the same in every index: 16 hex digits."""
+    """Return a name for a video that does not reveal its path, the same in every index: 16 hex digits."""
     return hashlib.sha256(video_id.encode()).hexdigest()[:16]
 
 
-def info_of(opened: Opened, row: int) -> VideoInfo:
-    """Return what an index knows of the video in a row."""
+def info_of(opened: OpenedIndex, row: int) -> VideoInfo:
+    """Return what an index knows about the video in a row."""
     video_id = opened.catalog.video_id(row)
     return VideoInfo(
         video_key(video_id),
@@ -63,36 +83,23 @@ def info_of(opened: Opened, row: int) -> VideoInfo:
 
 
 def build_results(
-    opened: Opened,
-    request: SearchRequest,
-    wish: Wish,
-    found: Sequence[Found],
-    *,
-    keep_order: bool,
+    opened: OpenedIndex, request: SearchRequest, embedded: EmbeddedRequest, found: Sequence[Found]
 ) -> tuple[list[VideoResult], str]:
-    """Return the results for videos that were found, and the confidence of the best of them.
-
-    Args:
-        opened: The index.
-        request: What was asked.
-        wish: The same, embedded.
-        found: The videos, best first.
-        keep_order: Whether they are in another order than that of their scores, which stays.
-    """
+    """Return the results for the videos that were found, best first, and the confidence of the best of them."""
     if not found:
         return [], CONFIDENCES[-1]
     vectors = opened.vectors
-    moments = wish.query(vectors, "moment")
-    ranked = moments if request.ranked_by == "moment" else wish.query(vectors, request.ranked_by)
-    # Of the whole index, as the background is, whatever a filter leaves: a video's score means the same with it.
+    windows = embedded.query(vectors, "moment")
+    ranked = windows if request.ranked_by == "moment" else embedded.query(vectors, request.ranked_by)
+    # The spread is that of the whole index, whatever a filter leaves: a video's score means the same with a filter.
     independent = independent_rows(opened.catalog, request.ranked_by)
     spread = Spread.of(ranked.scores(vectors.background(request.ranked_by)), independent)
     deviation = spread.deviation
     if request.ranked_by != "moment":
-        deviation = Spread.of(moments.scores(vectors.background("moment")), independent).deviation
+        deviation = Spread.of(windows.scores(vectors.background("moment")), independent).deviation
     results = []
     for video in found:
-        seconds, scores = _scores_over_time(vectors, video.row, moments)
+        seconds, scores = _scores_over_time(vectors, video.row, windows)
         info = info_of(opened, video.row)
         score = float(scores.max())
         if request.ranked_by == "video":
@@ -116,21 +123,63 @@ def build_results(
                 mtime_ns=info.mtime_ns,
             )
         )
-    return _ranked(results, request, keep_order), spread.confidence(max(result.score for result in results))
+    return _ranked(results, request), spread.confidence(max(result.score for result in results))
 
 
 def _scores_over_time(vectors: Vectors, row: int, query: Query) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
-    """Return the `(M, 2)` seconds and `(M,)` scores of a video's moments."""
+    """Return the `(M, 2)` seconds and `(M,)` scores of a video's windows."""
     rows = np.arange(*vectors.catalog.moment_range(row))
     embeddings = vectors.embeddings(rows, by="moment")
     require_unit_length(embeddings)  # a byte may have flipped and made a wrong row the best
     return vectors.catalog.moment_seconds(rows), query.scores(embeddings)
 
 
-def _ranked(results: list[VideoResult], request: SearchRequest, keep_order: bool) -> list[VideoResult]:
-    """Return those that are sure enough, numbered."""
-    if not keep_order:  # a score may differ in its last digit from the one that the scan went by
-        results = sorted(results, key=lambda result: -result.score)
+def _ranked(results: list[VideoResult], request: SearchRequest) -> list[VideoResult]:
+    """Return the results that are sure enough, numbered."""
+    # A score may differ in its last digit from the one that the scan went by.
+    results = sorted(results, key=lambda result: -result.score)
     wanted = request.min_confidence or CONFIDENCES[-1]
     sure = [result for result in results if at_least(result.confidence, wanted)]
     return [replace(result, rank=rank) for rank, result in enumerate(sure, start=1)]
+
+
+# --- confidence
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a query's scores are spread over an index.
+
+    Attributes:
+        mean: The mean score.
+        deviation: The standard deviation of the scores.
+        chance: How many deviations above the mean the best of unrelated rows may be.
+    """
+
+    mean: float
+    deviation: float
+    chance: float
+
+    @classmethod
+    def of(cls, scores: NDArray[np.floating], num_rows: float) -> Spread:
+        """Return the spread of `(n,)` scores, those of a sample of rows.
+
+        Args:
+            scores: At least one.
+            num_rows: How many independent rows are compared with the query.
+        """
+        wide = scores.astype(np.float64)
+        return cls(float(wide.mean()), float(wide.std()), float(np.sqrt(2 * np.log(max(num_rows, FEWEST_ROWS)))))
+
+    def confidence(self, score: float) -> str:
+        """Return the confidence of a result with this score, one of `svb.retrieve.answer.CONFIDENCES`."""
+        above = score - self.mean
+        if self.deviation == 0 or above < FAIR * self.chance * self.deviation:
+            return "weak"
+        return "strong" if above >= self.chance * self.deviation else "fair"
+
+
+def independent_rows(catalog: Catalog, by: str) -> float:
+    """Return how many rows of an index count as independent of each other."""
+    num_videos, num_windows = int(catalog.alive.sum()), int(catalog.moment_counts[catalog.alive].sum())
+    return num_videos if by == "video" else max(num_videos, num_windows / WINDOWS_A_SCENE)

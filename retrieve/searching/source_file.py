@@ -1,4 +1,4 @@
-"""Is a video's file still the one that was indexed? What is cut, shown or played would else be of another."""
+"""Is a video's file still the one that was indexed? If not, we would cut, show or play another one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from svb.retrieve.answer import VideoResult
 
 
 def problem_of(result: VideoResult) -> str | None:
-    """Return why a result's file is not what was indexed, as far as size and time tell; None where it is."""
+    """Return how a result's file differs from the one indexed, going by size and time; None if it does not."""
     try:
         stat = Path(result.source_path).stat()
     except (OSError, ValueError):
@@ -23,19 +23,19 @@ def problem_of(result: VideoResult) -> str | None:
 
 
 def changes_of(stat: os.stat_result, size_bytes: int, mtime_ns: int) -> str:
-    """Return in what a file differs from what was indexed, of which 0 stands for what is not known, or nothing."""
+    """Return how a file differs from the one indexed, of which 0 means unknown; empty if it does not."""
     return ", ".join(_changes(stat, size_bytes, mtime_ns))
 
 
 def _changes(stat: os.stat_result, size_bytes: int, mtime_ns: int) -> Iterator[str]:
     if size_bytes and size_bytes != stat.st_size:
-        yield f"{stat.st_size:,} bytes, then {size_bytes:,}"
+        yield f"{stat.st_size:,} bytes, was {size_bytes:,}"
     if mtime_ns and mtime_ns != stat.st_mtime_ns:
-        yield f"of {_clock(stat.st_mtime_ns)}, then of {_clock(mtime_ns)}"
+        yield f"from {_clock(stat.st_mtime_ns)}, was from {_clock(mtime_ns)}"
 
 
 def _clock(mtime_ns: int) -> str:
     try:
         return datetime.fromtimestamp(mtime_ns / 1e9).astimezone().isoformat(" ", "milliseconds")
-    except (OverflowError, OSError, ValueError):  # a time that no calendar has
+    except (OverflowError, OSError, ValueError):  # no calendar has this time
         return f"{mtime_ns} ns"

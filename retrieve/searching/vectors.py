@@ -1,18 +1,20 @@
-"""What a search asks of an index's vectors, and the answer of its segments: an exact scan of every row."""
+"""The vectors of an index: what a search asks of them, and exact scans of its segments and caption pools."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from svb.retrieve.answer import CaptionResult
 from svb.retrieve.searching.catalog import Catalog
-from svb.retrieve.searching.gpu_scan import GpuScan
-from svb.retrieve.stored.scan import Piece, cut_into_pieces, scan
+from svb.retrieve.searching.scan import GpuScan, Piece, cut_into_pieces, scan
+from svb.retrieve.stored.pools import Pool, open_pool
 from svb.retrieve.stored.segment import Segment
 
 Nearest = tuple[NDArray[np.float32], NDArray[np.int64]]
@@ -134,3 +136,72 @@ def _pieces(arrays: Sequence[NDArray[np.float16]], begins: NDArray[np.int64]) ->
         for array, begin in zip(arrays, begins[:-1].tolist(), strict=True)
         for piece in cut_into_pieces(array, begin)
     ]
+
+
+class CaptionPools:
+    """All pools of an index; opened with the first question. Threads may share it.
+
+    Args:
+        folder: The index's.
+        manifest: As `svb.retrieve.stored.manifest.read_manifest` gives it.
+    """
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        self._folder = folder
+        self._entries: Sequence[Mapping[str, Any]] = manifest["captions"]
+        self._lock = threading.Lock()
+        self._opened: list[tuple[Pool, list[Piece]]] | None = None
+
+    def __len__(self) -> int:
+        """Return the number of captions."""
+        return sum(int(entry["captions"]) for entry in self._entries)
+
+    def nearest(self, embedding: NDArray[np.float32], k: int) -> list[CaptionResult]:
+        """Return the k captions with the highest cosine similarity, best first; fewer where there are fewer.
+
+        Captions of the same words, whatever their case and spaces, come once.
+
+        Args:
+            embedding: `(D,)`, L2-normalised.
+            k: How many.
+
+        Raises:
+            StoreError: A pool is damaged.
+        """
+        opened, wanted = self._open(), k
+        pieces = [piece for _, of_pool in opened for piece in of_pool]
+        while k > 0 and pieces:
+            scores, rows = scan(pieces, embedding, wanted, None)
+            distinct: dict[str, CaptionResult] = {}
+            for score, row in zip(scores.tolist(), rows.tolist(), strict=True):
+                pool, begin = _pool_of(opened, row)
+                caption = " ".join(pool.captions[row - begin].casefold().split())
+                if caption not in distinct:
+                    distinct[caption] = _result(pool, row - begin, len(distinct) + 1, score)
+            if len(distinct) >= k or len(rows) < wanted:
+                return list(distinct.values())[:k]
+            wanted *= 4  # most of them said the same
+        return []
+
+    def _open(self) -> list[tuple[Pool, list[Piece]]]:
+        with self._lock:
+            if self._opened is None:
+                pools = [open_pool(self._folder, entry) for entry in self._entries]
+                begins = np.cumsum([0, *map(len, pools)]).tolist()
+                pieces = [
+                    cut_into_pieces(pool.embeddings, begin) for pool, begin in zip(pools, begins, strict=False)
+                ]
+                self._opened = list(zip(pools, pieces, strict=True))
+            return self._opened
+
+
+def _pool_of(opened: Sequence[tuple[Pool, list[Piece]]], row: int) -> tuple[Pool, int]:
+    """Return the pool that a row lies in, and the row that is its first."""
+    return next(
+        (pool, of_pool[0].begin) for pool, of_pool in reversed(opened) if of_pool and of_pool[0].begin <= row
+    )
+
+
+def _result(pool: Pool, row: int, rank: int, score: float) -> CaptionResult:
+    begin, end = (None if np.isnan(edge) else float(edge) for edge in pool.seconds[row])
+    return CaptionResult(rank, score, pool.captions[row], pool.name, pool.video_ids[row], begin, end)

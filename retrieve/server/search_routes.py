@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, HTTPException, Request
-from pydantic import TypeAdapter
 from starlette.responses import Response
 
 from svb._version import __version__
 from svb.errors import InputError, StoreError, UsageError
-from svb.retrieve.answer import Answer, SearchRequest
+from svb.retrieve.answer import Answer, SearchRequest, request_schema
 from svb.retrieve.searching.catalog import FileState
 from svb.retrieve.server.http import json_response, parse_object, read_json, until_hung_up
 from svb.retrieve.server.state import ServerState
@@ -23,7 +22,7 @@ from svb.retrieve.server.uploads import Upload
 from svb.retrieve.server.video_files import find_file, find_video
 
 if TYPE_CHECKING:
-    from svb.retrieve.search import Searcher
+    from svb.retrieve.searching.searcher import Searcher
 
 # The folders that the page proposes come from the first videos: millions of videos would take seconds.
 MAX_FOLDERS, VIDEOS_LOOKED_AT = 200, 200_000
@@ -160,7 +159,6 @@ def _describe(searcher: Searcher) -> dict[str, Any]:
         "folders": _folders(searcher),
         "columns": {name: kind for entry in manifest["metadata"] for name, kind in entry["columns"].items()},
         "has_captions": bool(manifest["captions"]),
-        "normalise": manifest.get("normalise"),
         "version": __version__,
     }
 
@@ -202,7 +200,7 @@ def _form_body() -> dict[str, Any]:
 
 
 def _request_schema() -> dict[str, Any]:
-    schema = TypeAdapter(SearchRequest).json_schema()
+    schema = request_schema()
     for name in FILE_FIELDS:
         del schema["properties"][name]
-    return {**schema, "additionalProperties": False}
+    return {**schema, "oneOf": [{"required": ["text"]}, {"required": ["like"]}]}

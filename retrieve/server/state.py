@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from svb.errors import StoreError
-from svb.retrieve.searching.ivf import DECISION
 from svb.retrieve.server.child_processes import WorkerPool
 from svb.retrieve.server.http import BusyError
 from svb.retrieve.server.kept_files import KeptFiles
@@ -19,10 +18,11 @@ from svb.retrieve.server.made_files import Pictures, Previews
 from svb.retrieve.server.options import ServeOptions
 from svb.retrieve.server.uploads import Uploads
 from svb.retrieve.server.video_files import Probes
+from svb.retrieve.stored.ivf_file import DECISION
 from svb.retrieve.stored.manifest import read_manifest
 
 if TYPE_CHECKING:
-    from svb.retrieve.search import Searcher
+    from svb.retrieve.searching.searcher import Searcher
 
 logger = logging.getLogger(__name__)
 

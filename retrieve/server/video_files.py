@@ -18,8 +18,8 @@ from svb.retrieve.server.child_processes import WorkerPool
 from svb.retrieve.server.kept_files import SingleFlight
 
 if TYPE_CHECKING:
-    from svb.retrieve.search import Searcher
     from svb.retrieve.searching.results import VideoInfo
+    from svb.retrieve.searching.searcher import Searcher
 
 MAX_PROBED = 10_000
 

@@ -21,12 +21,14 @@ from svb.data.publish import hash_file, published_folder, recover_folder, remove
 from svb.errors import StoreError
 
 FORMAT_VERSION = 2
-PARTS = ("segments", "tombstones", "captions", "metadata", "heads", "text", "hubs")
+PARTS = ("segments", "tombstones", "captions", "metadata", "heads", "text")
+# Parts of indexes that older versions made: nothing reads them, and the next commit leaves them out.
+OLD_PARTS = ("hubs",)
 # How often a reader begins again whose files were removed by commits, before it believes that they are lost.
 MAX_TRIES = 20
 _KEY = re.compile(r"[0-9a-f]{16}")
 
-Opened = TypeVar("Opened")
+T = TypeVar("T")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def commit(folder: Path, manifest: Mapping[str, Any]) -> None:
     remove_unnamed(folder, manifest)
 
 
-def read_whole(folder: Path, open_parts: Callable[[dict[str, Any]], Opened]) -> Opened:
+def read_whole(folder: Path, open_parts: Callable[[dict[str, Any]], T]) -> T:
     """Open an index's parts by its manifest, and again by the next one where a commit came in between.
 
     Args:
@@ -122,7 +124,7 @@ def remove_unnamed(out: Path, manifest: Mapping[str, Any]) -> None:
     """Remove the parts that a manifest does not name; only the index's one writer may call this."""
     remove_leftovers(out)
     named = {(part, str(entry["key"])) for part, entry in named_parts(manifest)}
-    for part in PARTS:
+    for part in (*PARTS, *OLD_PARTS):
         if (out / part).is_dir():
             remove_leftovers(out / part)
             recover_folder(out / part / "building")  # of which a kill may have left two halves
@@ -152,7 +154,6 @@ def describe_index(folder: Path) -> dict[str, Any]:
         "captions": {entry["name"]: entry["captions"] for entry in manifest["captions"]},
         "metadata": [column for entry in manifest["metadata"] for column in entry["columns"]],
         "text_tower": _described(manifest["text"][0]) if manifest["text"] else None,
-        "normalise": manifest["normalise"],
         "vectors": manifest["vectors"],
         "store": manifest["store"],
         **{key: manifest[key] for key in ("model_fingerprint", "model")},

@@ -15,8 +15,7 @@ sidecar_offsets.npy        (S + 1,) int64, sidecar s holds captions offsets[s]:o
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svb.errors import StoreError
-from svb.retrieve.answer import CaptionResult
 from svb.retrieve.stored.columns import StringColumn, open_array
 from svb.retrieve.stored.manifest import part_folder, publish_part
-from svb.retrieve.stored.scan import Piece, cut_into_pieces, scan
 from svb.retrieve.stored.segment import require_sizes
 
 KINDS = ("training", "file", "sidecar")
@@ -65,11 +62,6 @@ class Pool:
 
     def __len__(self) -> int:
         return len(self.captions)
-
-    def result(self, row: int, rank: int, score: float) -> CaptionResult:
-        """Return a caption as it is answered with."""
-        begin, end = (None if np.isnan(edge) else float(edge) for edge in self.seconds[row])
-        return CaptionResult(rank, score, self.captions[row], self.name, self.video_ids[row], begin, end)
 
 
 def publish_pool(out: Path, pool: Pool) -> dict[str, Any]:
@@ -117,70 +109,6 @@ def open_pool(folder: Path, entry: Mapping[str, Any]) -> Pool:
             f"{path} is damaged ({error}) - restore it, or make the index again with `svb index --rebuild`"
         ) from error
     return pool
-
-
-class CaptionPools:
-    """All pools of an index; opened with the first question. Threads may share it.
-
-    Args:
-        folder: The index's.
-        manifest: As `svb.retrieve.stored.manifest.read_manifest` gives it.
-    """
-
-    def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
-        self._folder = folder
-        self._entries: Sequence[Mapping[str, Any]] = manifest["captions"]
-        self._lock = threading.Lock()
-        self._opened: list[tuple[Pool, list[Piece]]] | None = None
-
-    def __len__(self) -> int:
-        """Return the number of captions."""
-        return sum(int(entry["captions"]) for entry in self._entries)
-
-    def nearest(self, embedding: NDArray[np.float32], k: int) -> list[CaptionResult]:
-        """Return the k captions with the highest cosine similarity, best first; fewer where there are fewer.
-
-        Captions of the same words, whatever their case and spaces, come once.
-
-        Args:
-            embedding: `(D,)`, L2-normalised.
-            k: How many.
-
-        Raises:
-            StoreError: A pool is damaged.
-        """
-        opened, wanted = self._open(), k
-        pieces = [piece for _, of_pool in opened for piece in of_pool]
-        while k > 0 and pieces:
-            scores, rows = scan(pieces, embedding, wanted, None)
-            distinct: dict[str, CaptionResult] = {}
-            for score, row in zip(scores.tolist(), rows.tolist(), strict=True):
-                pool, begin = _pool_of(opened, row)
-                caption = " ".join(pool.captions[row - begin].casefold().split())
-                if caption not in distinct:
-                    distinct[caption] = pool.result(row - begin, len(distinct) + 1, score)
-            if len(distinct) >= k or len(rows) < wanted:
-                return list(distinct.values())[:k]
-            wanted *= 4  # most of them said the same
-        return []
-
-    def _open(self) -> list[tuple[Pool, list[Piece]]]:
-        with self._lock:
-            if self._opened is None:
-                pools = [open_pool(self._folder, entry) for entry in self._entries]
-                begins = np.cumsum([0, *map(len, pools)]).tolist()
-                pieces = [
-                    cut_into_pieces(pool.embeddings, begin) for pool, begin in zip(pools, begins, strict=False)
-                ]
-                self._opened = list(zip(pools, pieces, strict=True))
-            return self._opened
-
-
-def _pool_of(opened: Sequence[tuple[Pool, list[Piece]]], row: int) -> tuple[Pool, int]:
-    """Return the pool that a row lies in, and the row that is its first."""
-    return next(
-        (pool, of_pool[0].begin) for pool, of_pool in reversed(opened) if of_pool and of_pool[0].begin <= row
-    )
 
 
 def _write(folder: Path, pool: Pool) -> None:

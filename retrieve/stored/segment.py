@@ -14,16 +14,19 @@ A video that has gone or has changed stays in its segment: its row is listed in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from svb.errors import StoreError
 from svb.retrieve.stored.columns import StringColumn, open_array
+
+if TYPE_CHECKING:
+    from svb.data.rows import VideoRecord
 
 DTYPES = {
     "video_embeddings": np.float16,
@@ -86,6 +89,48 @@ class Segment:
     def embedding_size(self) -> int:
         """Return D."""
         return int(self.video_embeddings.shape[1])
+
+
+def content_of(record: VideoRecord) -> str:
+    """Return what stands for a video's content in an index.
+
+    What decoded in part may decode further in another try of the same file.
+    """
+    return f"{record.content_hash}.{record.tries}" if record.status == "partial" else record.content_hash
+
+
+def is_untouched(segment: Segment, row: int, record: VideoRecord) -> bool:
+    """Tell whether a record names the file that a segment does, as large and as old as then."""
+    return (segment.source_paths[row], segment.size_bytes[row], segment.mtime_ns[row]) == (
+        record.source_path,
+        record.size_bytes,
+        record.mtime_ns,
+    )
+
+
+def segment_of(
+    records: Sequence[VideoRecord],
+    video_embeddings: NDArray[np.float16],
+    moment_embeddings: NDArray[np.float16],
+    moment_offsets: NDArray[np.int64],
+    moment_seconds: NDArray[np.float64],
+) -> Segment:
+    """Return a segment of V embedded videos with what the store knows of them; see the layout above."""
+    durations = [r.duration_seconds if r.duration_seconds > 0 else np.nan for r in records]
+    return Segment(
+        key="",
+        video_embeddings=video_embeddings,
+        moment_embeddings=moment_embeddings,
+        moment_offsets=moment_offsets,
+        moment_seconds=moment_seconds,
+        duration_seconds=np.array(durations, np.float64),
+        size_bytes=np.array([r.size_bytes for r in records], np.int64),
+        mtime_ns=np.array([r.mtime_ns for r in records], np.int64),
+        video_ids=StringColumn.of(r.video_id for r in records),
+        source_paths=StringColumn.of(r.source_path for r in records),
+        content_hashes=StringColumn.of(map(content_of, records)),
+        deleted=np.empty(0, np.int64),
+    )
 
 
 def write_segment(folder: Path, segment: Segment) -> None:
@@ -174,6 +219,11 @@ def require_sizes(folder: Path, sizes: Mapping[str, int]) -> None:
         size = (folder / name).stat().st_size
         if size != expected:
             raise ValueError(f"{name} has {size} bytes, not {expected}")
+
+
+def write_tombstones(folder: Path, rows: NDArray[np.int64]) -> None:
+    """Write which of a segment's videos no longer count, ascending."""
+    np.save(folder / "videos.npy", rows)
 
 
 def _open_deleted(folder: Path, entry: Mapping[str, Any]) -> NDArray[np.int64]:

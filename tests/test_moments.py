@@ -1,14 +1,19 @@
-"""Moments of made curves, whose events are known."""
+"""What a score curve tells of made-up events, and how sure a score is: moments and confidence."""
 
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from svb.retrieve.searching.peaks import curve_of, find_moments
+from svb.retrieve.searching.moments import curve_of, find_moments
+from svb.retrieve.searching.results import Spread, independent_rows
+
+# --- moments
 
 
 def windows(total: float, length: float = 4.0, stride: float = 2.0) -> NDArray[np.float64]:
@@ -19,7 +24,7 @@ def windows(total: float, length: float = 4.0, stride: float = 2.0) -> NDArray[n
 def curve(
     seconds: NDArray[np.float64], events: list[tuple[float, float, float]], rest: float = 0.1
 ) -> NDArray[np.float32]:
-    """Return what windows score of which an event fills a share: `(begin, end, score)`."""
+    """Return the scores of windows, given which share of each an event `(begin, end, score)` fills."""
     scores = np.full(len(seconds), rest)
     for begin, end, score in events:
         inside = np.minimum(seconds[:, 1], end) - np.maximum(seconds[:, 0], begin)
@@ -33,9 +38,8 @@ def curve(
 @pytest.mark.parametrize("stride", [2.0, 1.0, 4.0])
 def test_an_event_is_found_from_begin_to_end(begin: float, end: float, stride: float) -> None:
     seconds = windows(60.0, stride=stride)
-    moment, *others = find_moments(seconds, curve(seconds, [(begin, end, 0.6)]), 0.05, 3)
-    assert not others
-    # An edge is off by a fraction of the stride, and by more where all the rest sees a bit of the event.
+    (moment,) = find_moments(seconds, curve(seconds, [(begin, end, 0.6)]), 0.05, 3)
+    # An edge is off by a fraction of the stride, and by more where every other window sees a bit of the event.
     assert moment.begin_seconds == pytest.approx(begin, abs=max(stride / 4, 0.4))
     assert moment.end_seconds == pytest.approx(end, abs=max(stride / 4, 0.4))
     assert begin <= moment.best_seconds <= end
@@ -56,19 +60,16 @@ def test_events_come_best_first_without_overlap() -> None:
     assert [round(moment.score, 3) for moment in found] == [0.8, 0.6, 0.5]
     for moment, (begin, end) in zip(found, [(40, 50), (70, 80), (10, 20)], strict=True):
         assert (moment.begin_seconds, moment.end_seconds) == pytest.approx((begin, end), abs=0.3)
-    assert [moment.score for moment in find_moments(seconds, scores, 0.05, 2)] == [m.score for m in found[:2]]
+    assert find_moments(seconds, scores, 0.05, 2) == found[:2]
 
 
 def test_a_second_event_must_reach_half_the_height_of_the_first() -> None:
     seconds = windows(100.0, stride=1.0)
-    assert len(find_moments(seconds, curve(seconds, [(10, 20, 0.9), (60, 70, 0.4)]), 0.05, 5)) == 1
-    assert len(find_moments(seconds, curve(seconds, [(10, 20, 0.9), (60, 70, 0.6)]), 0.05, 5)) == 2
-
-
-def test_two_tops_of_one_event_are_one_moment() -> None:
-    seconds = windows(60.0, stride=1.0)
-    scores = curve(seconds, [(10, 18, 0.8), (19, 28, 0.7)])  # every window between sees both
-    (moment,) = find_moments(seconds, scores, 0.05, 5)
+    for second, number in ((0.4, 1), (0.6, 2)):
+        scores = curve(seconds, [(10, 20, 0.9), (60, 70, second)])
+        assert len(find_moments(seconds, scores, 0.05, 5)) == number
+    # Two tops of one event are one moment: every window between them sees both.
+    (moment,) = find_moments(seconds, curve(seconds, [(10, 18, 0.8), (19, 28, 0.7)]), 0.05, 5)
     assert (moment.begin_seconds, moment.end_seconds) == pytest.approx((10, 28), abs=0.5)
 
 
@@ -76,9 +77,8 @@ def test_a_curve_of_noise_is_one_moment_of_the_whole_video() -> None:
     seconds = windows(60.0)
     scores = (0.4 + 0.005 * np.random.default_rng(0).normal(size=len(seconds))).astype(np.float32)
     (moment,) = find_moments(seconds, scores, 0.1, 5)
-    assert (moment.begin_seconds, moment.end_seconds) == (0, 60)
-    assert moment.score == scores.max()
-    # The same curve is one of events where scores as a whole are spread less.
+    assert (moment.begin_seconds, moment.end_seconds, moment.score) == (0, 60, scores.max())
+    # The same curve is one of events if scores are spread less over the index.
     assert find_moments(seconds, scores, 0.001, 5)[0].end_seconds < 60
 
 
@@ -93,11 +93,8 @@ def test_flat_curves_and_single_windows(deviation: float, score: float) -> None:
 
 def test_a_moment_does_not_reach_over_a_gap_in_the_footage() -> None:
     seconds = np.array([[0.0, 4.0], [2.0, 6.0], [100.0, 104.0], [102.0, 106.0]])
-    found = find_moments(seconds, np.array([0.1, 0.9, 0.88, 0.1], np.float32), 0.01, 3)
-    assert [(moment.end_seconds <= 6, moment.begin_seconds >= 100) for moment in found] == [
-        (True, False),
-        (False, True),
-    ]
+    first, second = find_moments(seconds, np.array([0.1, 0.9, 0.88, 0.1], np.float32), 0.01, 3)
+    assert first.end_seconds <= 6 and second.begin_seconds >= 100
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -118,3 +115,51 @@ def test_any_curve_gives_moments_that_hold_their_best_and_do_not_overlap(seed: i
 def test_a_curve_is_read_at_the_middles_of_windows() -> None:
     held = curve_of(np.array([[0.0, 4.0], [2.0, 5.0]]), np.array([0.25, 0.5], np.float32))
     assert held.times_seconds == (2.0, 3.5) and held.scores == (0.25, 0.5)
+
+
+# --- confidence
+
+
+@pytest.mark.parametrize("number", [30, 1_000, 100_000])
+def test_the_best_of_unrelated_rows_is_hardly_ever_strong(number: int) -> None:
+    random = np.random.default_rng(0)
+    levels = []
+    for _ in range(200):
+        scores = random.normal(0.1, 0.05, number)
+        levels.append(Spread.of(scores[:8192], number).confidence(scores.max()))
+    assert levels.count("strong") <= 0.15 * len(levels)
+    assert levels.count("weak") >= 0.4 * len(levels)
+
+
+@pytest.mark.parametrize("number", [12, 1_000, 100_000])
+def test_what_stands_out_is_strong_whatever_the_scale(number: int) -> None:
+    random = np.random.default_rng(1)
+    for mean, deviation in ((0.1, 0.05), (-0.3, 0.2), (0.7, 0.001)):
+        spread = Spread.of(random.normal(mean, deviation, min(number, 8192)), number)
+        above = [spread.confidence(mean + deviation * times) for times in (8.0, 0.5, -3.0)]
+        assert above == ["strong", "weak", "weak"]
+    levels = [Spread(0.0, 1.0, 4.0).confidence(score) for score in (9, 4.0, 3.99, 3.6, 3.59, 0, -9)]
+    assert levels == ["strong", "strong", "fair", "fair", "weak", "weak", "weak"]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
+def test_the_few_that_are_left_are_not_sure_for_being_few(number: int) -> None:
+    """Of a single row, chance would end at the mean: every other one would be strong."""
+    random = np.random.default_rng(2)
+    scores = random.normal(0.1, 0.05, 8192)
+    best = random.choice(scores, (2_000, number)).max(axis=1)
+    levels = [Spread.of(scores, number).confidence(score) for score in best.tolist()]
+    assert levels.count("strong") <= 0.2 * len(levels)
+    if number <= 3:
+        assert Spread.of(np.linspace(0.9, 0.1, number), number).confidence(0.9) == "weak"
+    assert Spread.of(np.full(100, 0.5), 100).confidence(0.5) == "weak"  # equal scores say nothing
+
+
+def test_windows_of_a_scene_are_one_piece_of_evidence() -> None:
+    def catalog(num_windows: int) -> Any:
+        alive = np.array([*[True] * 100, False])
+        return SimpleNamespace(alive=alive, moment_counts=np.array([*[num_windows] * 100, 10_000]))
+
+    assert independent_rows(catalog(3), "moment") == 100
+    assert independent_rows(catalog(800), "moment") == 10_000
+    assert independent_rows(catalog(800), "video") == 100

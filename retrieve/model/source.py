@@ -30,7 +30,7 @@ DEFAULT_CLASS_TEXT_ENCODER = "offline:minilm-l6"
 
 
 @dataclass(frozen=True)
-class Inputs:
+class OpenedSource:
     """What a run or store stands for.
 
     Attributes:
@@ -48,7 +48,7 @@ class Inputs:
     data: dict[str, Any] | None
 
 
-def open_inputs(
+def open_source(
     source: Path,
     *,
     device: torch.device,
@@ -58,7 +58,7 @@ def open_inputs(
     text_encoder: str | None = None,
     checkpoint: str | None = None,
     made_before: Callable[[Mapping[str, Any]], Mapping[str, torch.Tensor]] = lambda model: {},
-) -> Inputs:
+) -> OpenedSource:
     """Open a run with its store and captions, or a store for zero-shot.
 
     Args:
@@ -105,12 +105,12 @@ def open_inputs(
     else:
         encoder = load_text_encoder(backbone, device)
     embedder = zero_shot_embedder(feature_store.video_settings(backbone), encoder, device, made_before)
-    return Inputs(embedder, feature_store, caption_features, TrainConfig(), None)
+    return OpenedSource(embedder, feature_store, caption_features, TrainConfig(), None)
 
 
 def _open_run(
     run: Path, device: torch.device, store: Path | str | None, captions: Path | str | None, checkpoint: str
-) -> Inputs:
+) -> OpenedSource:
     description = read_run(run)
     embedder = run_embedder(run, checkpoint, device)
     feature_store = FeatureStore(Path(store or description["paths"]["store"]))
@@ -129,7 +129,7 @@ def _open_run(
         what="the caption features file",
         do_next=f"Name captions encoded as those that {run} was trained on with --captions.",
     )
-    return Inputs(
+    return OpenedSource(
         embedder,
         feature_store,
         caption_features,

@@ -1,0 +1,222 @@
+"""A request -> the nearest videos, their best moments and the best captions: the main path of a search."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svb.errors import InputError, StoreError, UsageError
+from svb.retrieve.answer import Answer, CaptionResult, SearchRequest
+from svb.retrieve.searching.catalog import Catalog
+from svb.retrieve.searching.filters import allowed_videos
+from svb.retrieve.searching.opened import OpenedIndex, ServerVectors, open_index
+from svb.retrieve.searching.rank import EmbeddedRequest, Found, rank_videos, require_cosines
+from svb.retrieve.searching.results import VideoInfo, build_results, info_of, video_key
+from svb.retrieve.searching.vectors import Vectors
+from svb.retrieve.stored.manifest import read_manifest, read_whole
+
+T = TypeVar("T")
+
+# Opens the vectors of an index that a server holds. It is imported by name because it needs this room in turn.
+SERVER = "svb.retrieve.milvus.milvus_vectors"
+
+
+class Searcher:
+    """One generation of an index, opened for searching; threads may share it.
+
+    Args:
+        path: The index's folder.
+        device: Device that embeds images and videos; texts and the search itself run on the CPU.
+        previous: The searcher of another generation of the index. If the model is the same, what it has loaded to
+            embed queries is used further, and with it its device.
+
+    Raises:
+        InputError: There is no index.
+        StoreError: It is damaged or has another format.
+    """
+
+    def __init__(self, path: Path | str, device: str = "auto", *, previous: Searcher | None = None) -> None:
+        self.path = Path(path)
+        self._device = device
+        embedder = None if previous is None else previous._opened.embedder
+        self._opened: OpenedIndex = read_whole(
+            self.path,
+            lambda manifest: open_index(self.path, manifest, device, embedder, open_server=_open_server),
+        )
+        self._seen: tuple[int, int, int] | None = None
+
+    @property
+    def manifest(self) -> Mapping[str, Any]:
+        """Return the manifest of this generation."""
+        return self._opened.manifest
+
+    @property
+    def generation(self) -> int:
+        """Return the number that grows with every change of the index."""
+        return int(self._opened.manifest["generation"])
+
+    @property
+    def vectors(self) -> Vectors:
+        """Return the vectors that are searched."""
+        return self._opened.vectors
+
+    @property
+    def catalog(self) -> Catalog:
+        """Return what the index knows about its videos."""
+        return self._opened.catalog
+
+    def __len__(self) -> int:
+        """Return the number of videos."""
+        return int(self._opened.manifest["videos"])
+
+    def search(self, request: SearchRequest) -> Answer:
+        """Answer a request.
+
+        Raises:
+            UsageError: The value of a filter is not valid.
+            InputError: A text is empty or longer than the text tower reads, a file has no picture, or `like` or a
+                column is not in the index.
+            MismatchError: The weights here are not those that made the index.
+            StoreError: The index is damaged.
+        """
+        started = time.perf_counter()
+        return self._ask(lambda searcher: searcher._answer(request, searcher._embed(request), started))
+
+    def search_embedding(self, embedding: NDArray[np.float32], request: SearchRequest) -> Answer:
+        """Answer a request whose main query is already embedded, as `(D,)`; errors as in `search`."""
+        started = time.perf_counter()
+        size = int(self.manifest["embedding_size"])
+        if embedding.shape != (size,):
+            raise UsageError(f"the embedding is {embedding.shape} - expected ({size},), the index's size")
+        length = float(np.linalg.norm(embedding.astype(np.float64)))
+        if not 0 < length < np.inf:  # False of NaN as well
+            raise UsageError(f"the embedding has the length {length} - expected finite numbers, not all of them 0")
+        unit = (embedding / length).astype(np.float32)
+        return self._ask(lambda searcher: searcher._answer(request, searcher._embed(request, unit), started))
+
+    def embed_text(self, text: str) -> NDArray[np.float32]:
+        """Return the `(D,)` embedding of a text; errors as in `search`."""
+        return self._ask(lambda searcher: searcher._opened.embedder.embed_text(text))
+
+    def video(self, key: str) -> VideoInfo | None:
+        """Return what the index knows about a video, by its `video_key`; None if it has no such video."""
+        row = self._rows_of_keys.get(key)
+        return None if row is None else info_of(self._opened, row)
+
+    def is_stale(self) -> bool:
+        """Tell whether the index has changed since it was opened; False if its manifest cannot be read."""
+        try:
+            stat = (self.path / "manifest.json").stat()
+            seen = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+            if seen == self._seen:
+                return False
+            if read_manifest(self.path) != self.manifest:
+                return True
+        except (OSError, StoreError, InputError):
+            return False
+        self._seen = seen
+        return False
+
+    def _ask(self, question: Callable[[Searcher], T]) -> T:
+        """Return the answer of this generation, or of the next if a commit removed a file before it was read."""
+        try:
+            return question(self)
+        except StoreError:
+            if not self.is_stale():
+                raise
+        return Searcher(self.path, self._device)._ask(question)
+
+    def _embed(self, request: SearchRequest, main: NDArray[np.float32] | None = None) -> EmbeddedRequest:
+        """Embed the queries of a request; `main`, if given, is the main one."""
+        embed_text = self._opened.embedder.embed_text
+        return EmbeddedRequest(
+            self._embed_main(request) if main is None else main,
+            tuple(embed_text(text, "a text to match as well") for text in request.plus),
+            tuple(embed_text(text, "a text not to match") for text in request.without),
+        )
+
+    def _embed_main(self, request: SearchRequest) -> NDArray[np.float32]:
+        if request.text is not None:
+            return self._opened.embedder.embed_text(request.text)
+        if request.like is None:
+            return self._opened.embedder.embed_media(request)
+        row = np.array([self._row_of(request.like)])
+        embedding: NDArray[np.float32] = self.vectors.embeddings(row, by="video")[0]
+        length = np.linalg.norm(embedding)
+        require_cosines(np.array([length, 1 / length], np.float32))
+        return embedding / length
+
+    def _answer(self, request: SearchRequest, embedded: EmbeddedRequest, started: float) -> Answer:
+        embedded_at = time.perf_counter()
+        vectors = self._opened.exact_vectors if request.exact else self.vectors
+        if request.exact and not vectors.exact:
+            raise StoreError(
+                f"an exact search needs all vectors, and {self.path} does not hold them - search where `svb index` "
+                "made it, or let the server search with FLAT"
+            )
+        allowed, about_filters = self._allowed(request)
+        compared = self.catalog.counted(allowed)
+        found: list[Found] = []
+        if compared.any():
+            query = embedded.query(vectors, request.ranked_by)
+            found = rank_videos(
+                vectors, query, request.k, by=request.ranked_by, allowed=allowed, folded=request.fold
+            )
+        num_videos, num_windows = int(compared.sum()), int(self.catalog.moment_counts[compared].sum())
+        results, confidence = build_results(self._opened, request, embedded, found)
+        scanned = time.perf_counter()
+        return Answer(
+            request=request,
+            results=tuple(results),
+            captions=tuple(self._captions(request, embedded)),
+            confidence=confidence,
+            num_videos=num_videos,
+            num_windows=num_windows,
+            exact=vectors.exact,
+            recall=vectors.recall,
+            generation=self.generation,
+            elapsed_seconds={
+                "embed": embedded_at - started,
+                "scan": scanned - embedded_at,
+                "total": time.perf_counter() - started,
+            },
+            notes=tuple(note for note in (about_filters, self._opened.note) if note is not None),
+        )
+
+    def _allowed(self, request: SearchRequest) -> tuple[NDArray[np.bool_] | None, str | None]:
+        """Return which videos count, and why, if none does."""
+        if not self.catalog.alive.any():
+            return None, "the index holds no videos - add some with `svb index`"
+        allowed, nothing = allowed_videos(self.catalog, request, self._opened.metadata)
+        if request.like is not None:
+            allowed = self.catalog.alive.copy() if allowed is None else allowed
+            allowed[self._row_of(request.like)] = False
+        return allowed, nothing
+
+    def _captions(self, request: SearchRequest, embedded: EmbeddedRequest) -> list[CaptionResult]:
+        if request.text is not None or not request.num_captions:
+            return []
+        return self._opened.pools.nearest(embedded.main, request.num_captions)
+
+    def _row_of(self, video_id: str) -> int:
+        row = self.catalog.row_of(video_id)
+        if row is None:
+            raise InputError(f"the index has no video {video_id!r} - name one as `svb search` prints it")
+        return row
+
+    @cached_property
+    def _rows_of_keys(self) -> dict[str, int]:
+        video_ids = self.catalog.video_ids
+        return {video_key(video_ids[row]): row for row in np.flatnonzero(self.catalog.alive).tolist()}
+
+
+def _open_server(folder: Path, manifest: Mapping[str, Any]) -> ServerVectors:
+    vectors: ServerVectors = importlib.import_module(SERVER).MilvusVectors.open(folder, manifest)
+    return vectors
