@@ -132,7 +132,7 @@ def test_damaged_class_names_are_refused(world: World, tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(StoreError, match=r"heads\.safetensors is damaged .* make the index again"):
         Searcher(tmp_path / "index").search(picture_of(world.clip(1), tmp_path / "frame.png"))
-    assert verify_index(tmp_path / "index") == [f"{path} is not what was written"]
+    assert verify_index(tmp_path / "index") == [f"{path} has changed since it was written"]
 
 
 def test_class_names_are_embedded_once(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,7 +144,7 @@ def test_damaged_heads_are_refused(copied: Path) -> None:
         Searcher(copied).search(TEXT)
     data[-2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(StoreError, match=r"heads\.safetensors is damaged \(it is not what was written\)"):
+    with pytest.raises(StoreError, match=r"heads\.safetensors is damaged \(its hash is wrong\)"):
         Searcher(copied).search(TEXT)
 
 
@@ -160,7 +160,7 @@ def test_another_text_encoder_is_refused_naming_both(copied: Path, monkeypatch: 
     encoder.weights_hash = "others"
     monkeypatch.setattr("svb.retrieve.model.embedder.load_text_encoder", lambda name, device: encoder)
     edit_manifest(copied, text=[])
-    with pytest.raises(MismatchError, match="synthetic:words has weights others here, but of synthetic:words when"):
+    with pytest.raises(MismatchError, match="synthetic:words has weights others here, but of synthetic:words made"):
         Searcher(copied).search(TEXT)
 
 
