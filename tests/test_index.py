@@ -476,7 +476,7 @@ class TestAnotherModel:
         assert f"{own_index} was made with another model or other moments (" in ran.stderr
         assert "model.config.embedding_size: stored 16, wanted 8" in ran.stderr
         assert "model.weights: stored " in ran.stderr
-        assert "write to another folder with -o, or make all of it again with --rebuild" in ran.stderr
+        assert "write to another folder with -o, or make the index again with --rebuild" in ran.stderr
         assert run_svb("index", other, "-o", tmp_path / "another").exit_code == 0
         assert only_segment(tmp_path / "another").embedding_size == 8
         generation = read_manifest(own_index)["generation"]

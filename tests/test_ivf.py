@@ -268,7 +268,7 @@ def test_where_no_index_would_do_search_stays_exact_and_says_why(
 ) -> None:
     slow = build(tmp_path, segments, NOTHING_FITS)
     assert slow["file"] is None
-    assert "over the budget of 1e-06 ms; an approximate index misses it too (" in describe(slow)
+    assert "over the budget of 1e-06 ms; an approximate index would miss it too (" in describe(slow)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["ivf.json"]
     with monkeypatch.context() as patch:
         patch.setattr(tune_ivf, "_try_ivf", lambda *arguments: pytest.fail("it was tried again"))

@@ -156,7 +156,7 @@ def test_a_text_finds_videos(world: World) -> None:
     assert len(answer.results) == 3 and not answer.captions
     assert [result.score for result in answer.results] == sorted((r.score for r in answer.results), reverse=True)
     assert all(Path(result.source_path).is_file() for result in answer.results)
-    with pytest.raises(InputError, match=r"the query has \d+ tokens, offline:minilm-l6 reads"):
+    with pytest.raises(InputError, match=r"the query has \d+ tokens, but offline:minilm-l6 reads"):
         world.searcher.search(SearchRequest(text="dog " * 3000))
 
 

@@ -111,15 +111,15 @@ def test_the_next_generation_goes_on_with_what_is_loaded(copied: Path, monkeypat
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"text": ""}, "the query is empty - say what to look for"),
+        ({"text": ""}, "the query is empty - expected a text to search for"),
         ({"text": " \n\t"}, "the query is empty"),
         ({"text": "a dog", "plus": ("",)}, "a text to fit as well is empty"),
         ({"text": "a dog", "without": ("  ",)}, "a text not to fit is empty"),
         ({"text": "a dog \udcff"}, r"the query 'a dog \\udcff' is not UTF-8"),
-        ({"text": "dog " * 1000}, "the query has 1002 tokens, synthetic:words reads 12 - make it shorter"),
+        ({"text": "dog " * 1000}, "the query has 1002 tokens, but synthetic:words reads 12 - make it shorter"),
         (
             {"text": "a dog", "plus": ("dog " * 11,)},
-            "a text to fit as well has 13 tokens, synthetic:words reads 12",
+            "a text to fit as well has 13 tokens, but synthetic:words reads 12",
         ),
         ({"text": "a dog", "without": ("dog " * 11,)}, "a text not to fit has 13 tokens"),
     ],
@@ -150,7 +150,7 @@ def test_damaged_heads_are_refused(copied: Path) -> None:
 
 def test_another_model_is_refused_naming_both(copied: Path) -> None:
     edit_manifest(copied, text=[], model_fingerprint="0123456789abcdef")
-    with pytest.raises(MismatchError, match=r"made with model 0123456789abcdef, here it is [0-9a-f]{16}"):
+    with pytest.raises(MismatchError, match=r"made with model 0123456789abcdef, not [0-9a-f]{16}"):
         Searcher(copied).search(TEXT)
 
 
