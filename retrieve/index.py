@@ -2,14 +2,14 @@
 
 manifest.json     the commit point, written last, see `svb.retrieve.stored.manifest`
 segments/<key>/   embeddings, see `svb.retrieve.stored.segment`; tombstones/<key>/ lists their deleted videos
-captions/<key>/   pools of captions, which answer a video or an image
-heads/<key>/      heads.safetensors: of a run, or a classifier's last layer with its class names' embeddings
-text/<key>/       the text tower as ONNX, which a text search reads queries with
-metadata/<key>/   columns of a table, to filter by
-cache/            what can be made again: FAISS files, query vectors, pictures
+captions/<key>/   pools of captions that answer a video or an image
+heads/<key>/      heads.safetensors: a run's heads, or a classifier's last layer with its class names' embeddings
+text/<key>/       the text tower as ONNX, which embeds queries
+metadata/<key>/   columns of a table, to show and to filter by
+cache/            files that can be made again: FAISS files, query vectors, pictures
 
-The steps of a run: compare the store with the index; copy what was renamed; embed what is new, a segment at a time,
-each committed by itself; then merge small segments, and make the parts that depend on all of them.
+The steps of a run: compare the store with the index; copy renamed videos; embed new ones, a segment at a time, each
+committed by itself; then merge small segments, and make the parts that depend on all of them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from svb.retrieve.stored.segment import MomentWindows
 
 logger = logging.getLogger(__name__)
 
-# How often a run begins again because shards that it was about to read were merged by `svb extract`.
+# How often a run begins again because `svb extract` merged shards that it was about to read.
 MAX_TRIES = 5
 # A thousand videos of an hour have two million moments.
 COPIED_VIDEOS = 1024
@@ -48,16 +48,16 @@ def index(
     *,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
-    """Bring an index to where it holds every video and moment of a store, embedded by a run's heads or zero-shot.
+    """Make or update an index of every video and moment of a store, embedded by a run's heads or zero-shot.
 
-    What the index has already is not embedded again. A search sees the index of before or after each commit, whole,
-    and a run that was killed goes on from its last one.
+    Videos that the index has already are not embedded again. A search sees the whole index before or after each
+    commit, and a run that was killed goes on from its last one.
 
     Args:
         source: A run, or a feature store to be searched without training.
         out: The index's folder.
-        config: The options; as the index was made before, where not given.
-        on_progress: Called with how many videos were embedded, and how many are to be.
+        config: The options; by default the index keeps its own.
+        on_progress: Called with the number of videos embedded, and of all to embed.
 
     Returns:
         `out`.
@@ -67,7 +67,7 @@ def index(
         MismatchError: The index was made with another model or other moments; or store or captions were made with
             other settings than the run's.
         StoreError: The index or the store is damaged, or another process is writing to the index.
-        Interrupted: By SIGINT or SIGTERM; what was committed is whole.
+        Interrupted: By SIGINT or SIGTERM; the index is whole.
     """
     source, out, config = Path(source), Path(out), config or IndexConfig()
     _require_utf8([source, out, config.store, config.captions, config.metadata, *config.pools])
@@ -82,7 +82,7 @@ def index(
 
 
 class _IndexRun:
-    """One `svb index`: what was asked, and the steps of a run."""
+    """One `svb index`: its options, and the steps of a run."""
 
     def __init__(
         self, out: Path, config: IndexConfig, model: IndexModel, on_progress: Callable[[int, int], None]
@@ -91,7 +91,7 @@ class _IndexRun:
         self._on_progress = on_progress
 
     def watched(self) -> list[Any]:
-        """Return what differs when there may be something to do."""
+        """Return a value that changes when there may be something to do."""
         files = [*self.config.pools, *([self.config.metadata] if self.config.metadata else [])]
         sidecars = [] if self.config.sidecars is False else self._sidecars.states()
         return [*self.model.source.watched(files), sidecars]
@@ -101,10 +101,10 @@ class _IndexRun:
         return SidecarWatch(self.model.source.store_path)
 
     def run(self) -> None:
-        """Bring the index to where the store is."""
+        """Update the index to its store."""
         self.model = self.model.up_to_date()
         if not (self.out / "manifest.json").exists():
-            _require_videos(self.model.opened.store)  # what cannot be opened leaves no folder behind
+            _require_videos(self.model.opened.store)  # a source that cannot be opened leaves no folder behind
         with writing(self.out):
             for left in reversed(range(MAX_TRIES)):
                 store = FeatureStore(self.model.source.store_path)
@@ -114,7 +114,7 @@ class _IndexRun:
                 except StoreError:
                     if not left or all(shard.path.exists() for shard in store.shards):
                         raise
-        self.config = replace(self.config, rebuild=False)  # whoever watches has it made again only once
+        self.config = replace(self.config, rebuild=False)  # --watch rebuilds only once
 
     def _update(self, store: FeatureStore) -> None:
         out = self.out
@@ -128,7 +128,7 @@ class _IndexRun:
         self._require_fitting(writer, store, windows, inputs)
         logger.info(str(plan))
         if plan.gone and not self.config.prune:
-            logger.info(f"{len(plan.gone):,} videos that the store does not have stay - take them out with --prune")
+            logger.info(f"{len(plan.gone):,} videos that are not in the store stay - remove them with --prune")
         writer.draft |= {"store": str(store.path.absolute()), "inputs": inputs}
         parts = IndexParts(out, writer.draft, self.model, self.config)
         if parts.drop_damaged() or remake:
@@ -151,7 +151,7 @@ class _IndexRun:
     def _require_fitting(
         self, writer: IndexWriter, store: FeatureStore, windows: MomentWindows, inputs: dict[str, Any]
     ) -> None:
-        """Refuse what cannot be put beside what the index holds; a new index holds nothing."""
+        """Refuse another model or other moments than the index has; a new index has none."""
         moments = {"seconds": windows.seconds, "stride_seconds": windows.stride_seconds}
         if writer.is_new:
             _require_videos(store)
@@ -194,7 +194,7 @@ class _IndexRun:
                 )
 
     def _replace(self, plan: IndexPlan, batch: Sequence[str], writer: IndexWriter) -> None:
-        """Delete what videos take the place of that were added, and commit both in one."""
+        """Delete the rows that added videos replace, and commit both together."""
         writer.delete(plan.replaced[video_id] for video_id in batch if video_id in plan.replaced)
         self._commit(writer)
 
@@ -212,16 +212,15 @@ def _summary(out: Path, manifest: Mapping[str, Any]) -> str:
 
 def _require_videos(store: FeatureStore) -> None:
     if not store.video_ids:
-        raise InputError(f"{store.path} has no video with features - `svb info --failures` tells why")
+        raise InputError(f"{store.path} has no video with features - `svb info --failures` says why")
 
 
 def _require_utf8(paths: Sequence[Path | str | None]) -> None:
-    """Refuse, before anything is made, what a manifest cannot note and the text tower's libraries cannot open."""
+    """Refuse, before anything is made, paths that a manifest cannot hold and the tower's libraries cannot open."""
     for path in paths:
         try:
             str(Path(path or "").absolute()).encode()
         except UnicodeEncodeError as error:
             raise InputError(
-                f"the path {str(path)!r} is not UTF-8, and an index notes what it is made of - rename the file or "
-                "folder"
+                f"the path {str(path)!r} is not UTF-8, which an index cannot store - rename the file or folder"
             ) from error

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import synthetic
-import torch
 from conftest import RunSvb
 from indexes import files_of, index, touch
 from messages import heard
@@ -23,9 +22,6 @@ from svb.retrieve.indexing.verify_index import verify_index
 from svb.retrieve.indexing.watch import SidecarWatch
 from svb.retrieve.stored.manifest import read_manifest
 from svb.retrieve.stored.pools import open_pool
-
-# Tensors this small are slower on two threads than on one.
-torch.set_num_threads(1)
 
 
 class TestParts:
@@ -59,7 +55,7 @@ class TestParts:
         else:
             file.write_bytes(file.read_bytes()[:-1])
         index(indexed_run, own_index)
-        assert any("is damaged" in line and "is made again" in line for line in said)
+        assert any("is damaged" in line and "making it again" in line for line in said)
         assert verify_index(own_index) == []
         assert set(files_of(own_index)) == set(before)
 
@@ -99,7 +95,7 @@ class TestParts:
         mine.unlink()
         index(indexed_run, own_index)
         assert self.pools(own_index)["mine.txt"] == 3
-        assert f"{mine} has gone: what was read of it before stays a pool" in said
+        assert f"{mine} is gone: its captions stay in the index" in said
         index(indexed_run, own_index, pools=(other,))
         assert self.pools(own_index) == {**training, "other.txt": 1} and verify_index(own_index) == []
         with pytest.raises(InputError, match=r"mine\.txt"):
@@ -197,10 +193,10 @@ class TestParts:
             assert after[name] == before[name]
         # What has gone since is not left out in silence.
         mine.unlink()
-        with pytest.raises(InputError, match=r"mine\.txt, which the index was made with before, has gone"):
+        with pytest.raises(InputError, match=r"mine\.txt, which the index was made with, is gone"):
             index(indexed_run, own_index, store=indexed_store, rebuild=True)
         table.unlink()
-        with pytest.raises(InputError, match=r"table\.csv, .* has gone .* --no-metadata"):
+        with pytest.raises(InputError, match=r"table\.csv, .* is gone .* --no-metadata"):
             index(indexed_run, own_index, store=indexed_store, rebuild=True, no_pools=True)
         assert read_manifest(own_index) == after
         without = ("--no-pools", "--no-metadata")
@@ -208,36 +204,25 @@ class TestParts:
         assert ran.exit_code == 0, ran.stderr
         assert "mine.txt" not in self.pools(own_index) and read_manifest(own_index)["metadata"] == []
 
-    @pytest.mark.parametrize(("option", "value"), [("pool", "a.txt"), ("metadata", "a.csv")])
-    def test_with_and_without_go_not_together(self, run_svb: RunSvb, option: str, value: str) -> None:
-        without = "--no-pools" if option == "pool" else "--no-metadata"
-        ran = run_svb("index", "run", f"--{option}", value, without)
-        assert ran.exit_code == 2 and f"got --{option} and {without} - give one of them" in ran.stderr
-
-    def test_pools_and_metadata_can_be_taken_out_again(
+    def test_pools_and_metadata_are_kept_and_can_be_taken_out_again(
         self, own_index: Path, indexed_run: Path, tmp_path: Path
     ) -> None:
         mine, table = tmp_path / "mine.txt", tmp_path / "table.csv"
         mine.write_text("a dog\n")
-        table.write_text("video_id,place\nclip000,Oslo\n")
+        table.write_text("video_id,place,year\nclip000,Oslo,2020\nclip001,Rome,2021\n")
         before = read_manifest(own_index)
         index(indexed_run, own_index, pools=(mine,), metadata=table)
-        assert "mine.txt" in self.pools(own_index) and read_manifest(own_index)["metadata"]
+        (entry,) = read_manifest(own_index)["metadata"]
+        assert entry["columns"] == {"place": "text", "year": "number"} and verify_index(own_index) == []
+        assert "mine.txt" in self.pools(own_index)
+        table.unlink()
+        index(indexed_run, own_index)
+        assert read_manifest(own_index)["metadata"] == [entry]
         index(indexed_run, own_index, no_pools=True, no_metadata=True)
         after = read_manifest(own_index)
         for name in ("inputs", "captions", "metadata", "segments"):
             assert after[name] == before[name]
         assert verify_index(own_index) == [] and not list((own_index / "metadata").iterdir())
-
-    def test_metadata_is_added_and_kept(self, own_index: Path, indexed_run: Path, tmp_path: Path) -> None:
-        table = tmp_path / "table.csv"
-        table.write_text("video_id,place,year\nclip000,Oslo,2020\nclip001,Rome,2021\n")
-        index(indexed_run, own_index, metadata=table)
-        (entry,) = read_manifest(own_index)["metadata"]
-        assert entry["columns"] == {"place": "text", "year": "number"} and verify_index(own_index) == []
-        table.unlink()
-        index(indexed_run, own_index)
-        assert read_manifest(own_index)["metadata"] == [entry]
 
     def test_the_latency_budget_is_kept(self, own_index: Path, indexed_run: Path, run_svb: RunSvb) -> None:
         ran = run_svb("index", indexed_run, "-o", own_index, "--latency-budget", "250ms")
@@ -245,12 +230,6 @@ class TestParts:
         shutil.rmtree(own_index / "cache")
         ran = run_svb("index", indexed_run, "-o", own_index)
         assert "within the budget of 250 ms" in ran.stderr and (own_index / "cache" / "ivf.json").is_file()
-
-    def test_captions_of_an_index_are_distinct(self, built_index: Path) -> None:
-        from svb.retrieve.stored.pools import open_pool
-
-        pool = open_pool(built_index, read_manifest(built_index)["captions"][0])
-        assert len(pool) == len(set(pool.captions)) == len(pool.embeddings) > 0
 
     def test_other_captions_need_no_rebuild(
         self, own_index: Path, indexed_run: Path, tmp_path: Path, embedded: list[str]

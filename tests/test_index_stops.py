@@ -11,15 +11,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import synthetic
-import torch
 from indexes import MOMENTS, add, content, edit_store, frames_of, index, remove, rename, touch
 from messages import heard
 
@@ -30,9 +27,6 @@ from svb.retrieve.indexing.watch import watch
 from svb.retrieve.stored.manifest import read_manifest
 from svb.train.config import TrainConfig
 from svb.train.run import train
-
-# Tensors this small are slower on two threads than on one.
-torch.set_num_threads(1)
 
 PROGRAM = Path(__file__).with_name("index_killed.py")
 CONFIG = TrainConfig(embedding_size=8, variant="none", batch_size=16, epochs=1, learning_rate=2e-3)
@@ -264,44 +258,33 @@ class TestWatch:
         assert len(runs) == 3
         assert said[1] == f"{error} - trying again when something changes, or in 0.1 s"
 
-    @pytest.mark.parametrize("error", [UsageError("means nothing"), MismatchError("another model")])
-    def test_what_the_user_must_decide_ends_it(self, error: Exception) -> None:
+    @pytest.mark.parametrize(
+        ("error", "runs_before"),
+        [(UsageError("means nothing"), 3), (MismatchError("another model"), 3), (StoreError("damaged"), 0)],
+    )
+    def test_what_the_user_must_decide_or_fails_at_once_ends_it(self, error: Exception, runs_before: int) -> None:
         states = iter(range(100))
+        runs: list[str] = []
 
         def work() -> None:
-            if next(states) > 5:
+            if len(runs) == runs_before:
                 raise error
+            runs.append("run")
 
         with pytest.raises(type(error), match=str(error)):
             watch(work, lambda: next(states), 0.01)
 
-    def test_what_cannot_be_looked_at_for_a_while_is_told_once(self) -> None:
-        looks, said = [0], heard()
+    def test_what_cannot_be_looked_at_for_a_while_is_told_once_and_no_change_is_no_work(self) -> None:
+        looks, runs, said = [0], list[str](), heard()
 
         def watched() -> int:
             looks[0] += 1
             if 1 < looks[0] < 6:
                 raise OSError("the folder is away")
-            if looks[0] == 8:
+            if looks[0] == 12:
                 os.kill(os.getpid(), signal.SIGTERM)
             return 0
 
         with pytest.raises(Interrupted):
-            watch(lambda: None, watched, 0.01)
-        assert [line.partition(" - ")[0] for line in said[1:]] == ["the folder is away"]
-
-    def test_what_fails_at_once_has_failed(self) -> None:
-        def work() -> None:
-            raise StoreError("damaged")
-
-        with pytest.raises(StoreError, match="damaged"):
-            watch(work, lambda: 0, 0.01)
-
-    def test_nothing_changes_nothing_is_done(self) -> None:
-        runs: list[int] = []
-        timer = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        timer.start()
-        began = time.monotonic()
-        with pytest.raises(Interrupted):
-            watch(lambda: runs.append(1), lambda: 0, 0.01)
-        assert runs == [1] and time.monotonic() - began < 5
+            watch(lambda: runs.append("run"), watched, 0.01)
+        assert [line.partition(" - ")[0] for line in said[1:]] == ["the folder is away"] and runs == ["run"]

@@ -89,12 +89,12 @@ class TestWhere:
             ("", "no column ''"),
             ("title", "'title' has no operator - expected one of != <= >= = < > ~ after title"),
             ("title is x", "no column 'title is x'"),
-            ("views=many", "views holds numbers and 'many' is none - expected such as views>=10"),
-            ("views=", "views holds numbers and '' is none"),
-            ("views==3", "'=3' is none"),
-            ("views=nan", "'nan' is none"),
-            ("views>1_000", "'1_000' is none"),
-            ("views~1", "views holds numbers, in which ~ finds nothing - use = != < <= > or >="),
+            ("views=many", "views holds numbers - expected one, as in views>=10, got 'many'"),
+            ("views=", "got ''"),
+            ("views==3", "got '=3'"),
+            ("views=nan", "got 'nan'"),
+            ("views>1_000", "got '1_000'"),
+            ("views~1", "views holds numbers, and ~ searches text - use = != < <= > or >="),
         ],
     )
     def test_conditions_that_mean_nothing(self, opened: Metadata, where: str, message: str) -> None:
@@ -174,16 +174,7 @@ class TestTables:
 
     @pytest.mark.parametrize(
         "values",
-        [
-            ["1", "two"],
-            ["1_0"],
-            ["nan"],
-            ["inf"],
-            ["1e999"],
-            ["12345678901234567890"],
-            ["9007199254740992"],
-            ["007"],
-        ],
+        [["1", "two"], ["1_0"], ["nan"], ["inf"], ["1e999"], [str(10**19)], ["9007199254740992"], ["007"]],
     )
     def test_what_is_no_number_is_text(self, values: list[str], tmp_path: Path) -> None:
         rows = [f"v{number},{value}" for number, value in enumerate(values)]
@@ -196,17 +187,13 @@ class TestTables:
             assert metadata.columns == {"n": "text"}
 
     def test_videos_that_the_index_does_not_hold_are_said_and_kept(self, tmp_path: Path) -> None:
-        (tmp_path / "t.csv").write_text(TABLE)
         messages = heard()
-        publish_metadata(tmp_path / "index", tmp_path / "t.csv", VIDEO_IDS)
+        metadata = Metadata.open(tmp_path / "index", publish(tmp_path, TABLE + "a,10,A Dog runs,2024-01-31,x\n"))
         assert messages == [
-            f"{tmp_path}/t.csv: 1 of 4 videos are not in the index, first 'elsewhere'; what is said of them is "
-            "kept for when they are"
+            f"{tmp_path}/t.csv: 1 of 4 videos are not in the index, first 'elsewhere'; their values are kept until "
+            "they are"
         ]
-
-    def test_the_same_row_twice_is_one(self, tmp_path: Path) -> None:
-        metadata = Metadata.open(tmp_path / "index", publish(tmp_path, "video_id,n\na,1\nb,2\na,1\n"))
-        assert metadata.of("a") == {"n": 1}
+        assert metadata.of("a")["views"] == 10  # the same row twice is one
 
     def test_of_a_table_of_captions_what_is_said_of_the_video_is_taken(self, tmp_path: Path) -> None:
         text = "video_id,caption,n,take,split\na,a dog,1,1,val\na,a puppy,1,2,val\nb,a cat,2,1,train\n"
@@ -217,21 +204,21 @@ class TestTables:
         metadata = Metadata.open(tmp_path / "index", {"metadata": [entry]})
         assert metadata.of("a") == {"n": 1, "split": "val"}
         assert [message.partition(": ")[2] for message in messages] == [
-            "caption is not the same in all rows of a video, first of 'a'; it is left out",
-            "take is not the same in all rows of a video, first of 'a'; it is left out",
+            "caption differs between the rows of a video, first 'a'; the column is left out",
+            "take differs between the rows of a video, first 'a'; the column is left out",
         ]
 
     @pytest.mark.parametrize(
         ("name", "text", "message"),
         [
-            ("t.csv", "video_id,n\na,1\na,2\n", "line 3: 'a' stands twice with other values"),
+            ("t.csv", "video_id,n\na,1\na,2\n", "line 3: 'a' appears twice with different values"),
             ("t.csv", "video_id,n\n,1\n", "line 2: video_id is empty"),
-            ("t.csv", "video_id\na\n", "says nothing of its videos - expected columns beside video_id"),
+            ("t.csv", "video_id\na\n", "has no column besides video_id - expected columns to show"),
             ("t.csv", "video_id,n\n", "holds no rows"),
             ("t.csv", "id,n\na,1\n", "no column video_id, only id, n - expected the header video_id and columns"),
             ("t.csv", "video_id,n,n\na,1,2\n", "column 'n' appears twice"),
             ("t.csv", "video_id,n\na,1,2\n", "line 2: 3 fields where the header has 2"),
-            ("t.jsonl", '{"video_id": "a", "n": [1]}', "line 1, n holds list - expected numbers and texts"),
+            ("t.jsonl", '{"video_id": "a", "n": [1]}', "line 1, n holds list - expected a number or text"),
             ("t.jsonl", '{"video_id": "a", "n": "\\u0000"}', "line 1, n holds a NUL"),
             ("t.xlsx", "", "cannot tell the format from '.xlsx'"),
         ],
@@ -255,13 +242,3 @@ def test_damage(name: str, tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(StoreError, match="is damaged"):
         Metadata.open(tmp_path / "index", manifest)
-
-
-def test_metadata_import_nothing_heavy() -> None:
-    import subprocess
-    import sys
-
-    code = "import sys, svb.retrieve.stored.metadata; "
-    code += "print(sorted({'torch', 'h5py', 'pandas', 'pyarrow'} & {*sys.modules}))"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "[]"

@@ -122,7 +122,7 @@ def test_a_picture_needs_no_text_encoder(world: World, tmp_path: Path, monkeypat
     path.write_bytes(data)
     with pytest.raises(StoreError, match=r"heads\.safetensors is damaged .* make the index again"):
         Searcher(tmp_path / "old").search(request)
-    assert verify_index(tmp_path / "old") == [f"{path} is not what was written"]
+    assert verify_index(tmp_path / "old") == [f"{path} has changed since it was written"]
     edit_manifest(tmp_path / "old", heads=[])
     assert Searcher(tmp_path / "old").search(request).results == found.results
 
@@ -148,7 +148,7 @@ def test_a_text_finds_videos(world: World) -> None:
     assert len(answer.results) == 3 and not answer.captions
     assert [result.score for result in answer.results] == sorted((r.score for r in answer.results), reverse=True)
     assert all(Path(result.source_path).is_file() for result in answer.results)
-    with pytest.raises(InputError, match=r"the query has \d+ tokens, offline:minilm-l6 reads"):
+    with pytest.raises(InputError, match=r"the query has \d+ tokens, but offline:minilm-l6 reads"):
         world.searcher.search(SearchRequest(text="dog " * 3000))
 
 

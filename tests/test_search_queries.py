@@ -105,13 +105,13 @@ def test_the_next_generation_goes_on_with_what_is_loaded(copied: Path, monkeypat
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"text": ""}, "the query is empty - say what to look for"),
+        ({"text": ""}, "the query is empty - expected a text to search for"),
         ({"text": " \n\t"}, "the query is empty"),
         ({"plus": ("",)}, "a text to match as well is empty"),
         ({"without": ("  ",)}, "a text not to match is empty"),
         ({"text": "a dog \udcff"}, r"the query 'a dog \\udcff' is not UTF-8"),
-        ({"text": "dog " * 1000}, "the query has 1002 tokens, synthetic:words reads 12 - make it shorter"),
-        ({"plus": ("dog " * 11,)}, "a text to match as well has 13 tokens, synthetic:words reads 12"),
+        ({"text": "dog " * 1000}, "the query has 1002 tokens, but synthetic:words reads 12 - make it shorter"),
+        ({"plus": ("dog " * 11,)}, "a text to match as well has 13 tokens, but synthetic:words reads 12"),
         ({"without": ("dog " * 11,)}, "a text not to match has 13 tokens"),
     ],
 )
@@ -131,21 +131,21 @@ def test_another_or_a_damaged_model_is_refused(copied: Path, monkeypatch: pytest
     (path,) = copied.glob("heads/*/heads.safetensors")
     whole = path.read_bytes()
     flipped = whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:]
-    for data, said in ((whole[:-4], "make the index again"), (flipped, r"\(it is not what was written\)")):
+    for data, said in ((whole[:-4], "make the index again"), (flipped, r"\(its hash is wrong\)")):
         path.write_bytes(data)
         with pytest.raises(StoreError, match=rf"heads\.safetensors is damaged .*{said}"):
             Searcher(copied).search(TEXT)
     path.write_bytes(whole)
     model = read_manifest(copied)["model_fingerprint"]
     edit_manifest(copied, model_fingerprint="0123456789abcdef")
-    with pytest.raises(MismatchError, match=rf"made with model 0123456789abcdef, here it is {model}"):
+    with pytest.raises(MismatchError, match=rf"made with model 0123456789abcdef, not {model}"):
         Searcher(copied).search(TEXT)
     edit_manifest(copied, model_fingerprint=model)
     monkeypatch.undo()
     encoder = synthetic.make_text_encoder()
     encoder.weights_hash = "others"
     monkeypatch.setattr("svb.retrieve.model.embedder.load_text_encoder", lambda name, device: encoder)
-    with pytest.raises(MismatchError, match="synthetic:words has weights others here, but of synthetic:words when"):
+    with pytest.raises(MismatchError, match="synthetic:words has weights others here, but of synthetic:words made"):
         Searcher(copied).search(TEXT)
 
 

@@ -152,7 +152,7 @@ class TestDamage:
         cues, messages = read(tmp_path, content)
         assert cues[0].text == "Ein Dogge, größer runs."
         assert [message.partition(" - ")[0] for message in messages] == [
-            f"{tmp_path}/a.srt is not UTF-8: it is read as Windows-1252"
+            f"{tmp_path}/a.srt is not UTF-8: reading it as Windows-1252"
         ]
 
     def test_hostile_files_take_no_time(self, tmp_path: Path) -> None:
@@ -164,13 +164,13 @@ class TestDamage:
             assert time.process_time() - started < 20
 
     def test_what_is_no_sidecar_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match=r"a\.txt is no text: it holds a NUL - save it as UTF-8"):
+        with pytest.raises(InputError, match=r"a\.txt is not text: it holds a NUL - save it as UTF-8"):
             read(tmp_path, b"\x7fELF\0\0", "a.txt")
         with pytest.raises(InputError, match=r"cannot be read \(No such file or directory\)"):
             read_sidecar(tmp_path / "gone.srt")
         with (tmp_path / "a.srt").open("wb") as file:
             file.truncate(2**30)
-        with pytest.raises(InputError, match=r"a\.srt has more than 4 MiB, which no captions take - cut it"):
+        with pytest.raises(InputError, match=r"a\.srt has more than 4 MiB, too many for captions - cut it"):
             read_sidecar(tmp_path / "a.srt")
 
 

@@ -1,4 +1,4 @@
-"""The exported text tower says what torch says, is int8 only where val allows it, and needs no torch."""
+"""The exported text tower says what torch says, and needs no torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from svb.errors import StoreError
 from svb.extract.text_encoders import load_text_encoder
 from svb.extract.text_encoders.text_encoder import TextEncoder
 from svb.retrieve.indexing import export_tower as export_tower_module
-from svb.retrieve.indexing.export_tower import MAX_CHECKED, TRICKY, ValCheck, export_tower, judge_int8, measure
+from svb.retrieve.indexing.export_tower import TRICKY, export_tower
 from svb.retrieve.model.embedder import Embedder, heads_embedder
 from svb.retrieve.model.text_tower import CLEANINGS, TextTower
 from svb.train.config import TrainConfig
@@ -118,16 +118,15 @@ def zero_shot() -> Embedder:
     return Embedder({"kind": "zero-shot CLIP"}, no_video, lambda f: torch.nn.functional.normalize(f, dim=-1), {})
 
 
-def export(folder: Path, encoder: TextEncoder, embedder: Embedder, **options: Any) -> Exported:
+def export(folder: Path, encoder: TextEncoder, embedder: Embedder) -> Exported:
     folder.mkdir(parents=True)
     messages = heard()
-    check = options.pop("check", None)
-    entry = export_tower(folder, embedder, encoder, check, **options)
+    entry = export_tower(folder, embedder, encoder)
     if entry is None:
         assert not list(folder.iterdir()) and len(messages) == 1
         raise AssertionError(messages[0])
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    assert set(sizes) == {"tokenizer.json", f"{entry['precision']}.onnx", f"{entry['precision']}.bin"}
+    assert set(sizes) == {"tokenizer.json", "float32.onnx", "float32.bin"}
     assert len(list(folder.parent.iterdir())) == 1  # nothing else is left beside it
     return Exported(folder, {**json.loads(json.dumps(entry)), "sizes": sizes}, embedder, encoder, messages)
 
@@ -170,11 +169,8 @@ class TestEveryFamily:
         assert [tower.num_tokens(text) for text in TEXTS] == [encoder.num_tokens(text) for text in TEXTS]
         assert tower.max_tokens == encoder.max_tokens < tower.num_tokens("dog " * 300)
 
-    def test_without_val_it_is_float32(self, exported: Exported) -> None:
-        assert exported.entry["precision"] == "float32" and exported.entry["val"] is None
-        assert exported.messages == [f"text tower: {exported.encoder.name} in float32, without torch"]
-
     def test_its_files_name_no_place_of_this_machine(self, exported: Exported) -> None:
+        assert exported.messages == [f"text tower: {exported.encoder.name}, searched without torch"]
         for path in exported.folder.iterdir():
             assert path.stat().st_mode & 0o777 == 0o666 & ~current_umask(), path
         graph = (exported.folder / "float32.onnx").read_bytes()
@@ -187,88 +183,24 @@ def current_umask() -> int:
     return umask
 
 
-def distinct_captions() -> list[str]:
-    return [f"a {colour} {thing} {does}" for colour in ("red", "blue") for thing in ("dog", "cat", "car", "ship")
-            for does in ("runs", "sleeps", "turns")]  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def bert_tower(bert: TextEncoder, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return export(tmp_path_factory.mktemp("float32") / "text" / "tower", bert, with_heads(bert))
 
 
-@pytest.fixture(scope="module")
-def int8_tower(bert_tower: Exported, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    return judged(bert_tower, tmp_path_factory.mktemp("int8") / "tower", None, forced=True)
+class Shifted(torch.nn.Module):
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.network(tokens) + 0.2
+        return features
 
 
-def judged(made: Exported, folder: Path, check: ValCheck | None, *, forced: bool = False) -> Exported:
-    """Return a copy of a float32 tower that was judged by a check."""
-    shutil.copytree(made.folder, folder)
-    entry = {name: value for name, value in made.entry.items() if name != "sizes"}
-    return made._replace(folder=folder, entry={**entry, **judge_int8(folder, entry, check, forced=forced)})
-
-
-class TestInt8:
-    def check(self, made: Exported, *, distract: bool) -> ValCheck:
-        """Return a check that int8 passes, or one where each caption's int8 twin is the best of other videos."""
-        captions = distinct_captions()
-        own = made.by_torch(captions)
-        others = made.tower.embed(captions) if distract else np.zeros((0, own.shape[1]), np.float32)
-        return ValCheck(captions, own, np.concatenate([own, others]), np.arange(len(captions)))
-
-    def test_it_is_near_and_small(self, int8_tower: Exported) -> None:
-        assert int8_tower.entry["precision"] == "int8" and int8_tower.entry["val"] is None
-        cosines = (int8_tower.tower.embed(TEXTS) * int8_tower.by_torch(TEXTS)).sum(axis=1)
-        assert 0.98 < cosines.min() < 0.999999
-        size = {name: (int8_tower.folder / f"{name}.bin").stat().st_size for name in ("int8", "float32")}
-        assert 3.5 < size["float32"] / size["int8"] < 4.5
-
-    def test_a_text_comes_out_the_same_whatever_is_asked_beside_it(self, int8_tower: Exported) -> None:
-        tower, texts = int8_tower.tower, TEXTS * 3
-        together = tower.embed(texts)
-        with ThreadPoolExecutor(8) as threads:
-            alone = list(threads.map(lambda text: tower.embed([text])[0], texts))
-        np.testing.assert_array_equal(together, np.stack(alone))
-
-    @pytest.mark.parametrize("distract", [False, True])
-    def test_val_decides(self, bert_tower: Exported, int8_tower: Exported, tmp_path: Path, distract: bool) -> None:
-        made = judged(bert_tower, tmp_path / "tower", self.check(int8_tower, distract=distract))
-        assert made.entry["precision"] == ("float32" if distract else "int8")
-        val = made.entry["val"]
-        assert val["captions"] == 24 and 0.98 < val["cosine"] < 1
-        assert val["t2v/R@1"] == {"float32": 100.0, "int8": 0.0 if distract else 100.0}
-
-    def test_of_many_captions_some_are_measured(
-        self, monkeypatch: pytest.MonkeyPatch, int8_tower: Exported
-    ) -> None:
-        assert MAX_CHECKED == 5_000
-        monkeypatch.setattr("svb.retrieve.indexing.export_tower.MAX_CHECKED", 10)
-        assert measure(int8_tower.tower, self.check(int8_tower, distract=False))["captions"] == 10
-
-    def test_one_that_is_far_from_float32_is_not_chosen(
-        self, bert_tower: Exported, int8_tower: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr("svb.retrieve.indexing.export_tower.MIN_COSINE", 0.9999999)
-        made = judged(bert_tower, tmp_path / "tower", self.check(int8_tower, distract=False))
-        assert made.entry["precision"] == "float32" and made.entry["val"]["t2v/R@1"]["int8"] == 100
-
-    @pytest.mark.slow
-    def test_the_whole_way(
-        self, bert: TextEncoder, int8_tower: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        check, folders = self.check(int8_tower, distract=False), (tmp_path / name / "t" for name in "abcd")
-        unsure = export(next(folders), bert, with_heads(bert), check=check)
-        assert unsure.entry["precision"] == "float32"  # by two dozen captions nothing is judged
-        monkeypatch.setattr("svb.retrieve.indexing.export_tower.MIN_CHECKED", 24)
-        chosen = export(next(folders), bert, with_heads(bert), check=check)
-        assert chosen.entry["precision"] == "int8"
-        said = "in int8, without torch (val t2v R@1 100.0 in int8, 100.0 in float32)"
-        assert chosen.messages == [f"text tower: {bert.name} {said}"]
-        forced = export(next(folders), bert, with_heads(bert), precision="int8")
-        assert forced.entry["precision"] == "int8" and forced.entry["val"] is None
-        asked = export(next(folders), bert, with_heads(bert), check=check, precision="float32")
-        assert asked.entry["precision"] == "float32"
+class ByPython(torch.nn.Module):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        raise ValueError("not here\nnor there")
 
 
 class TestWhatCannotBeExported:
@@ -279,59 +211,40 @@ class TestWhatCannotBeExported:
         assert said.startswith(f"text searches of this index will load torch: {encoder.name} was not exported (")
         return said
 
-    def test_a_family_that_cannot_be_taken_apart(self, bert: TextEncoder, tmp_path: Path) -> None:
-        assert "cannot be taken apart" in self.refused(tmp_path, replace(bert, take_apart=None))
-
-    def test_another_tokenizer(self, bert: TextEncoder, tmp_path: Path) -> None:
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            (None, "cannot be taken apart"),
+            ("tokenizer", 'its tokens of "A Dog CATCHES the FRISBEE, doesn\'t she?" differ'),
+            ("shifted", "differs from torch by a cosine of"),
+            ("failing", "torch cannot export its network: "),
+        ],
+    )
+    def test_what_is_not_as_the_encoder(
+        self, bert: TextEncoder, tmp_path: Path, change: str | None, words: str
+    ) -> None:
         assert bert.take_apart is not None
         parts = bert.take_apart()
         tokenizer = json.loads(parts.tokenizer)
         tokenizer["normalizer"]["lowercase"] = False
-        other = replace(parts, tokenizer=json.dumps(tokenizer))
-        said = self.refused(tmp_path, replace(bert, take_apart=lambda: other))
-        assert 'its tokens of "A Dog CATCHES the FRISBEE, doesn\'t she?" came out otherwise' in said
+        others = {
+            "tokenizer": replace(parts, tokenizer=json.dumps(tokenizer)),
+            "shifted": replace(parts, network=Shifted(parts.network)),
+            "failing": replace(parts, network=ByPython()),
+        }
+        take_apart = (lambda: others[change]) if change else None
+        said = self.refused(tmp_path, replace(bert, take_apart=take_apart))
+        assert words in said and "\n" not in said
 
-    def test_another_network(self, bert: TextEncoder, tmp_path: Path) -> None:
-        class Shifted(torch.nn.Module):
-            def __init__(self, network: torch.nn.Module) -> None:
-                super().__init__()
-                self.network = network
-
-            def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-                features: torch.Tensor = self.network(tokens) + 0.2
-                return features
-
-        assert bert.take_apart is not None
-        parts = bert.take_apart()
-        other = replace(parts, network=Shifted(parts.network))
-        assert "differs from torch by a cosine of" in self.refused(
-            tmp_path, replace(bert, take_apart=lambda: other)
-        )
-
-    def test_a_network_that_torch_cannot_export(self, bert: TextEncoder, tmp_path: Path) -> None:
-        class ByPython(torch.nn.Module):
-            def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-                raise ValueError("not here\nnor there")
-
-        assert bert.take_apart is not None
-        other = replace(bert.take_apart(), network=ByPython())
-        said = self.refused(tmp_path, replace(bert, take_apart=lambda: other))
-        assert "torch cannot export its network" in said and "\n" not in said
-
-    @pytest.mark.parametrize("of", ["float32.onnx", "int8.onnx"])
     def test_a_full_disk_is_no_property_of_the_network(
-        self, bert: TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of: str
+        self, bert: TextEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        save = export_tower_module._save
-
         def full(model: Any, path: Path) -> None:
-            if path.name == of:
-                raise OSError(28, "No space left on device")
-            save(model, path)
+            raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(export_tower_module, "_save", full)
         with pytest.raises(OSError, match="No space left"):
-            export(tmp_path / "text" / "tower", bert, zero_shot(), precision="int8")
+            export(tmp_path / "text" / "tower", bert, zero_shot())
 
     def test_a_sentence_encoder_that_is_not_plain(self, tmp_path: Path) -> None:
         from sentence_transformers import SentenceTransformer
@@ -398,7 +311,7 @@ class TestDamage:
         shutil.copytree(bert_tower.folder, tmp_path / "tower")
         return bert_tower._replace(folder=tmp_path / "tower", entry=json.loads(json.dumps(bert_tower.entry)))
 
-    def test_what_was_cut_short_or_is_missing_is_not_opened(self, damaged: Exported) -> None:
+    def test_a_file_that_is_not_whole_is_named(self, damaged: Exported) -> None:
         for name in damaged.entry["sizes"]:
             path = damaged.folder / name
             content = path.read_bytes()
@@ -408,19 +321,12 @@ class TestDamage:
             path.unlink()
             with pytest.raises(StoreError, match=rf"{name} is missing - expected .*svb index --rebuild"):
                 _ = damaged.tower
+            if name != "float32.bin":
+                path.write_bytes(b"\xff" * len(content))
+                with pytest.raises(StoreError, match=r"is damaged .*svb index --rebuild"):
+                    damaged.tower.embed(["a dog"])
             path.write_bytes(content)
         assert damaged.tower.embed(["a dog"]).shape == (1, 24)
-
-    def test_what_was_overwritten_is_named(self, damaged: Exported) -> None:
-        for name in ("tokenizer.json", "float32.onnx"):
-            path = damaged.folder / name
-            content = path.read_bytes()
-            path.write_bytes(b"\xff" * len(content))
-            with pytest.raises(StoreError, match=r"is damaged .*svb index --rebuild"):
-                damaged.tower.embed(["a dog"])
-            path.write_bytes(content)
-
-    def test_weights_that_the_graph_does_not_find(self, damaged: Exported) -> None:
         del damaged.entry["sizes"]["float32.bin"]
         (damaged.folder / "float32.bin").write_bytes(b"short")
         with pytest.raises(StoreError, match="is damaged"):
@@ -431,3 +337,19 @@ class TestDamage:
         damaged.entry[field] = "of tomorrow"
         with pytest.raises(StoreError, match=r"'of tomorrow'.*upgrade svb"):
             _ = damaged.tower
+
+
+def test_a_tower_in_int8_of_an_older_version_is_read(bert_tower: Exported, tmp_path: Path) -> None:
+    folder = tmp_path / "tower"
+    shutil.copytree(bert_tower.folder, folder)
+    (folder / "float32.onnx").rename(folder / "int8.onnx")  # the graph names its weights itself
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    old = bert_tower._replace(folder=folder, entry={**bert_tower.entry, "precision": "int8", "sizes": sizes})
+    np.testing.assert_array_equal(old.tower.embed(["a dog"]), bert_tower.tower.embed(["a dog"]))
+
+
+def test_threads_share_a_tower(bert_tower: Exported) -> None:
+    tower, texts = bert_tower.tower, TEXTS * 3
+    with ThreadPoolExecutor(8) as threads:
+        alone = list(threads.map(lambda text: tower.embed([text])[0], texts))
+    np.testing.assert_array_equal(tower.embed(texts), np.stack(alone))

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import faiss
 import numpy as np
 import pytest
+from indexes import random_segment, units
 from numpy.typing import NDArray
-from segments import random_segment, units
 
 from svb.retrieve.searching import catalog as catalog_module
 from svb.retrieve.searching import scan as scan_module
@@ -113,13 +113,8 @@ def test_rows_are_numbered_through_all_segments() -> None:
     assert np.flatnonzero(~catalog.alive).tolist() == [0, 7, 8, 39, 40]
     assert (catalog.row_of("v41"), catalog.row_of("v7"), catalog.row_of("nobody")) == (41, None, None)
     assert catalog.moment_counts.sum() == catalog.num_moments and len(catalog.mtime_ns) == 66
-
-
-def test_a_duration_that_is_not_known_is_none() -> None:
-    segment = random_segment(2)
-    segment.duration_seconds[1] = np.nan
-    catalog = Catalog([segment])
-    assert catalog.duration_seconds(0) is not None and catalog.duration_seconds(1) is None
+    segments[0].duration_seconds[1] = np.nan
+    assert Catalog(segments).duration_seconds(1) is None
 
 
 @pytest.mark.parametrize("by", BY)

@@ -1,1 +1,1 @@
-"""What `svb index` does to bring an index to where its store is; see `svb.retrieve.index`."""
+"""The steps of `svb index`; see `svb.retrieve.index`."""

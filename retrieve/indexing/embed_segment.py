@@ -16,9 +16,9 @@ from svb.retrieve.model.embedder import Embedder
 from svb.retrieve.stored.segment import MomentWindows, Segment, segment_of
 from svb.train.training_data import FrameTable
 
-# A moment of a single frame whose video tells no duration; an interval must not be empty.
+# Length of the moment of a single frame, if the video has no duration; an interval must not be empty.
 SHORTEST_SECONDS = 0.04
-# What is embedded at once, and committed by itself: with features of 1,024 numbers about a GB in memory.
+# Embedded and committed at once: about 1 GB in memory for features of 1,024 numbers.
 SEGMENT_VIDEOS = 8192
 SEGMENT_MOMENTS = 2**18
 SEGMENT_BYTES = 2**29
@@ -36,9 +36,9 @@ def embed_segment(
     Args:
         store: The features; only those of these videos are kept in memory.
         embedder: The model.
-        windows: What a moment is.
+        windows: Length and stride of moments.
         device: Where to compute.
-        video_ids: Which videos; all usable ones where not given.
+        video_ids: Which videos; all usable ones by default.
     """
     loaded = store.load(embedder.backbone, video_ids)
     frames = FrameTable.of(loaded, embedder.max_frames, device)
@@ -63,9 +63,9 @@ def embed_segment(
 def embedding_batches(
     store: FeatureStore, backbone: str, video_ids: Sequence[str], windows: MomentWindows
 ) -> Iterator[list[str]]:
-    """Yield videos in groups that are embedded at once: what an index run takes in memory.
+    """Yield groups of videos that fit in memory together, to be embedded at once.
 
-    Videos of one shard follow each other, so that few groups have to read it.
+    Videos of one shard follow each other, so few groups read the same shard.
     """
     sizes, wanted = _num_rows(store, backbone), set(video_ids)
     row_bytes = 2 * int(store.video_settings(backbone)["backbone_settings"]["feature_size"])
@@ -86,7 +86,7 @@ def embedding_batches(
 
 
 def _num_rows(store: FeatureStore, backbone: str) -> dict[str, int]:
-    """Return how many rows each usable video has, those of one shard next to each other, by video_id within it."""
+    """Return each usable video's number of rows; shard after shard, and within a shard by video_id."""
     first, *_ = split_name(backbone, store.backbones)  # fused ones are aligned to the rows of the first
     rows: dict[str, int] = {}
     for s, shard in enumerate(store.shards):
@@ -108,7 +108,7 @@ def _moments(
         times = loaded.times_seconds[first:last]
         end = _end_seconds(times, duration)
         num_windows = max(1, int(np.ceil((end - times[0] - windows.seconds) / windows.stride_seconds)) + 1)
-        # Those that frames lie in: a time that is far off would have an endless number of empty ones before it.
+        # Only windows that hold frames: a time far off would have endless empty ones before it.
         near = np.floor((times - times[0]) / windows.stride_seconds).astype(np.int64)[:, None] + 1
         near = np.unique(near - np.arange(math.ceil(windows.seconds / windows.stride_seconds) + 2))
         for window in near[(near >= 0) & (near < num_windows)].tolist():
@@ -122,10 +122,10 @@ def _moments(
 
 
 def _end_seconds(times_seconds: NDArray[np.float64], duration_seconds: float) -> float:
-    """Return when a video ends: its last frame is shown about as long as frames lie apart, and not for ever."""
+    """Return when a video ends, given that its last frame is shown about as long as the others."""
     first, last = float(times_seconds[0]), float(times_seconds[-1])
     ends = [last + (last - first) / (len(times_seconds) - 1)] if len(times_seconds) > 1 else []
-    if first + duration_seconds > last + 1e-3:  # False where the container promised nothing, or too little
+    if first + duration_seconds > last + 1e-3:  # False if the container gives no duration, or too short a one
         ends.append(first + duration_seconds)
     end = min(ends, default=last)
-    return end if end > last else last + SHORTEST_SECONDS  # times that are all the same are a still, shown briefly
+    return end if end > last else last + SHORTEST_SECONDS  # equal times are a still picture, shown briefly

@@ -1,6 +1,6 @@
 """The text encoder and text head of an index as one ONNX graph, so that a text search loads no torch.
 
-The graph is checked against torch before it is believed.
+The graph is compared with torch before it is used.
 """
 
 from __future__ import annotations
@@ -52,19 +52,19 @@ TRICKY = (
 
 
 class _NotExportedError(Exception):
-    """Why a text encoder stays with torch."""
+    """Why a text encoder cannot be exported."""
 
 
 def export_tower(folder: Path, embedder: Embedder, text_encoder: TextEncoder) -> dict[str, Any] | None:
     """Write the files of a text tower; see `svb.retrieve.model.text_tower`.
 
     Args:
-        folder: Where to; it stays empty where the encoder cannot be exported.
-        embedder: Its text head comes after the encoder.
+        folder: Where to; it stays empty if the encoder cannot be exported.
+        embedder: Has the text head that follows the encoder.
         text_encoder: The encoder.
 
     Returns:
-        What its entry in the manifest says of it, or None where it cannot be exported: text search will load torch.
+        Its entry in the manifest, or None if it cannot be exported: then text searches load torch.
 
     Raises:
         OSError: The disk is full.
@@ -110,12 +110,12 @@ def _take_apart(encoder: TextEncoder) -> TokenNetwork:
         raise _NotExportedError("its family cannot be taken apart")
     try:
         return encoder.take_apart()
-    except Exception as error:  # models differ in more ways than their families know
+    except Exception as error:  # models differ in more ways than their families foresee
         raise _NotExportedError(_one_line(error)) from error
 
 
 def _raise_if_disk_is_full(error: BaseException | None) -> None:
-    """Let a full disk be one: the network can be exported, in a run with more space."""
+    """Pass a full disk on: the network could be exported in a run with more space."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise error
@@ -127,7 +127,7 @@ def _require_same_tokens(tower: TextTower, parts: TokenNetwork) -> None:
         ours, theirs = tower.token_ids(text), parts.token_ids(text)
         ours_padding, theirs_padding = set(ours[len(theirs) :]), theirs[len(ours) :]
         if ours[: len(theirs)] != theirs or theirs_padding or not ours_padding <= {parts.padding}:
-            raise _NotExportedError(f"its tokens of {text[:40]!r} came out otherwise")
+            raise _NotExportedError(f"its tokens of {text[:40]!r} differ")
 
 
 def _write_graph(path: Path, parts: TokenNetwork, embedder: Embedder, max_tokens: int) -> None:
@@ -167,18 +167,18 @@ class _NetworkAndHead(nn.Module):
 
 
 def _save(model: Any, path: Path) -> None:
-    """Write a graph with its weights beside it: mapped into memory, what is not needed of them is never read."""
+    """Write a graph with its weights beside it: they are mapped into memory, and unused ones are never read."""
     import onnx
 
-    # The exporter notes the source line of each node, with the paths of this machine.
+    # The exporter notes the source line of each node, with paths of this machine.
     for described in (model, model.graph, *model.graph.node, *model.graph.input, *model.graph.output):
         described.ClearField("metadata_props")
         described.ClearField("doc_string")
     model.graph.ClearField("value_info")
     weights = path.with_suffix(".bin")
     onnx.save(model, path, save_as_external_data=True, location=weights.name, size_threshold=_EXTERNAL_BYTES)
-    weights.touch()  # a small model has none that large
-    weights.chmod(path.stat().st_mode)  # onnx makes it its owner's alone
+    weights.touch()  # a small model has no weights that large
+    weights.chmod(path.stat().st_mode)  # onnx lets only its owner read it
 
 
 def _distance(tower: TextTower, expected: NDArray[np.float32]) -> float:
@@ -191,13 +191,13 @@ def _distance(tower: TextTower, expected: NDArray[np.float32]) -> float:
 
 
 def _head_on_cpu(embedder: Embedder) -> Callable[[torch.Tensor], torch.Tensor]:
-    if embedder.model["kind"] != "run":  # the text encoder's own features, wherever they are
+    if embedder.model["kind"] != "run":  # the text encoder's own features, on any device
         return embedder.text_head
     return heads_embedder(embedder.model, embedder.weights, Path("heads"), torch.device("cpu")).text_head
 
 
 def _on_cpu(network: nn.Module) -> nn.Module:
-    """Return a network itself where it is on the CPU, or a copy: the encoder is needed where it is."""
+    """Return a network that is on the CPU: itself, or a copy, as the encoder must stay where it is."""
     if all(tensor.device.type == "cpu" for tensor in network.state_dict().values()):
         return network
     return copy.deepcopy(network).cpu()
@@ -205,7 +205,7 @@ def _on_cpu(network: nn.Module) -> nn.Module:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Keep to itself what the exporter prints, logs and warns of."""
+    """Hide what the exporter prints, logs and warns about."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

@@ -16,11 +16,11 @@ if TYPE_CHECKING:  # the command's help imports no numpy
     from svb.retrieve.stored.segment import MomentWindows
 
 DEFAULT_MOMENT_SECONDS = 4.0
-# A frame is hardly shown shorter; a stride of next to nothing would make moments without end.
+# Frames are hardly shown for less; a tiny stride would make endless moments.
 MIN_STRIDE_SECONDS = 0.01
 # The place of vectors that no server has.
 LOCAL = "local"
-# What the manifest's inputs are where nothing was ever said.
+# What a new index takes for options that were never given.
 DEFAULTS: dict[str, Any] = {"sidecars": True, "latency_budget_seconds": 0.1, "to": LOCAL}
 
 
@@ -37,7 +37,7 @@ def _seconds(text: str) -> float:
 
 @dataclass(frozen=True)
 class IndexConfig:
-    """Options of an index. One that is None is as the index was made before; a new index has the default.
+    """Options of an index. None keeps an index's own setting; a new index takes the default.
 
     Attributes:
         store: Feature store of a run, where it has moved. [default: the run's own]
@@ -110,13 +110,13 @@ class IndexConfig:
             Target.parse(self.to)
 
     def windows(self, held: Mapping[str, float] | None) -> MomentWindows:
-        """Return what a moment is: as asked for, else as the index has it.
+        """Return length and stride of moments: as asked for, else as the index has them.
 
         Args:
             held: The manifest's `moments`; None for a new index.
 
         Raises:
-            UsageError: Moments would leave frames out, or be without end.
+            UsageError: Moments would leave frames out, or be endless.
         """
         from svb.retrieve.stored.segment import MomentWindows
 
@@ -129,16 +129,16 @@ class IndexConfig:
         if not MIN_STRIDE_SECONDS <= stride_seconds <= seconds:
             raise UsageError(
                 f"moment_stride_seconds is {stride_seconds} - expected {MIN_STRIDE_SECONDS} to a moment's "
-                f"{seconds:g} s: more would leave frames in no moment"
+                f"{seconds:g} s: a longer one would leave frames in no moment"
             )
         return MomentWindows(float(seconds), float(stride_seconds))
 
     def inputs(self, identity: Mapping[str, Any], held: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what all parts are made from, as the manifest remembers it under `inputs`.
+        """Return what all parts are made from, as the manifest keeps it under `inputs`.
 
         Args:
             identity: The source's, see `svb.retrieve.indexing.index_source`.
-            held: What the manifest remembers from before; empty for a new index.
+            held: The `inputs` of the manifest so far; empty for a new index.
         """
         pools, metadata = ([Path(state[0]) for state in held.get(name, [])] for name in ("pools", "metadata"))
         if self.pools or self.no_pools:
@@ -155,7 +155,7 @@ class IndexConfig:
 
 
 def state_of(path: Path) -> list[Any]:
-    """Return what tells that a file has changed: its path, size and time; of one that is not there its path."""
+    """Return a file's path, size and time, which tell that it has changed; only the path if it is missing."""
     try:
         stat = path.stat()
     except OSError:

@@ -1,4 +1,4 @@
-"""The parts of an index beside its segments: heads, captions, metadata, text tower, and how it is scanned."""
+"""The parts of an index besides its segments: heads, captions, metadata, text tower, and how it is scanned."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from svb.retrieve.stored.segment import Segment, require_sizes
 
 logger = logging.getLogger(__name__)
 
-# Sidecars' captions that are embedded before what was done is saved.
+# How many captions of sidecars are embedded between two commits.
 SAVED_CAPTIONS = 32_768
 
 
@@ -30,7 +30,7 @@ class IndexParts:
     Args:
         out: The index's folder.
         draft: The next manifest, with `inputs`.
-        model: Loaded only where something must be embedded.
+        model: Loaded only if something must be embedded.
         config: What is asked for in this run.
     """
 
@@ -40,9 +40,9 @@ class IndexParts:
         self._lacks_tower = False
 
     def drop_damaged(self) -> bool:
-        """Take parts out of the draft whose files are missing or cut short, as sizes tell; returns whether any was.
+        """Remove parts from the draft whose files are missing or have the wrong size; returns whether there were.
 
-        They are made again. What was changed within a file only `svb verify` finds, which reads all of it.
+        They are made again. Only `svb verify`, which reads all of a file, finds changes within it.
         """
         dropped = False
         for part in ("captions", "metadata", "heads", "text"):
@@ -51,7 +51,7 @@ class IndexParts:
                 try:
                     require_sizes(folder, entry["sizes"])
                 except (OSError, ValueError) as error:
-                    logger.info(f"{folder} is damaged ({error}): it is made again")
+                    logger.info(f"{folder} is damaged ({error}): making it again")
                     self._draft[part].remove(entry)
                     self._draft["finished"] = None
                     if part == "text":
@@ -60,17 +60,17 @@ class IndexParts:
         return dropped
 
     def start(self) -> None:
-        """Make what depends on no video: it comes with the first commit."""
+        """Make what depends on no video, for the first commit."""
         self._update_heads()
         self._draft["captions"] = [*self._training_pools(), *self._file_pools(), *self._pools("sidecar")]
 
     @property
     def are_finished(self) -> bool:
-        """Tell whether `finish` has seen the segments and inputs of the draft, in this run or in one before."""
+        """Tell whether `finish` has seen the draft's segments and inputs, in this run or an earlier one."""
         return bool(self._draft.get("finished") == self._finished())
 
     def note_finished(self) -> None:
-        """Have the next run know that there is nothing to finish: one that is killed before leaves that undone."""
+        """Note that nothing is left to finish; after a kill before this, the next run finishes."""
         self._draft["finished"] = None if self._lacks_tower else self._finished()
 
     def _finished(self) -> str:
@@ -79,12 +79,12 @@ class IndexParts:
     def finish(self, segments: Sequence[Segment]) -> None:
         """Make what depends on all videos."""
         if not self._draft["heads"]:
-            self._update_heads()  # an older version made none of a classifier's
+            self._update_heads()  # an older version made none for a classifier
         self._update_metadata(segments)
         self._update_text_tower()
 
     def update_sidecars(self, segments: Sequence[Segment], commit: Callable[[], object]) -> None:
-        """Bring the pool of sidecars to what lies beside the videos; what is done is committed in between."""
+        """Update the pool of sidecars to the files beside the videos, with commits in between."""
         if not self._draft["inputs"]["sidecars"]:
             self._draft["captions"] = [*self._pools("training"), *self._pools("file")]
             return
@@ -105,7 +105,7 @@ class IndexParts:
                 return
 
     def mirror(self, on_progress: Callable[[int, int], None]) -> None:
-        """Have a server hold what the draft names, where one is to; all of the draft's parts are made."""
+        """Send the vectors to a server, if one is to hold them; all other parts of the draft must be made."""
         uri = self._draft["inputs"]["to"]
         if uri == LOCAL:
             self._draft["vectors"] = None
@@ -115,7 +115,7 @@ class IndexParts:
         self._draft["vectors"] = mirror(self._out, self._draft, uri, on_progress=on_progress)
 
     def remove_gone(self) -> None:
-        """Have a server give up what the index, as it was committed, does not hold any more."""
+        """Remove from a server what the committed index does not hold any more."""
         if self._draft["vectors"] is not None:
             from svb.retrieve.milvus.milvus_mirror import remove_gone
 
@@ -152,7 +152,7 @@ class IndexParts:
         entries = []
         for path, *_ in self._draft["inputs"]["pools"]:
             if not self._config.pools and path in held and not Path(path).is_file():
-                logger.info(f"{path} has gone: what was read of it before stays a pool")
+                logger.info(f"{path} is gone: its captions stay in the index")
                 entries.append(held[path])
             elif path in held and Path(path).is_file() and hash_file(Path(path)).startswith(held[path]["source"]):
                 entries.append(held[path])
@@ -173,18 +173,18 @@ class IndexParts:
             self._draft["metadata"] = []
         for path, *_ in self._draft["inputs"]["metadata"]:
             if not self._config.metadata and self._draft["metadata"] and not Path(path).is_file():
-                logger.info(f"{path} has gone: what was read of it before stays")
+                logger.info(f"{path} is gone: its columns stay in the index")
             else:
                 self._require_there(path, self._config.metadata is not None, "--metadata", "--no-metadata")
                 video_ids = {video_id for video_id, _ in live_videos(segments)}
                 self._draft["metadata"] = [publish_metadata(self._out, Path(path), video_ids)]
 
     def _require_there(self, path: str, is_asked: bool, option: str, without: str) -> None:
-        """Refuse to lose in silence what an index was made with before; what is asked for now says so itself."""
+        """Refuse to silently drop a file that an index was made with; a file asked for raises when it is read."""
         if not is_asked and not Path(path).is_file():
             raise InputError(
-                f"{path}, which the index was made with before, has gone - bring it back, name another file with "
-                f"{option}, or leave it out with {without}"
+                f"{path}, which the index was made with, is gone - bring it back, name another file with "
+                f"{option}, or remove it with {without}"
             )
 
     def _update_text_tower(self) -> None:
@@ -196,10 +196,10 @@ class IndexParts:
         described: list[dict[str, Any] | None] = []
         try:
             encoder = self._model.text_encoder
-        except SvbError as error:  # a search by text would meet it too; one by video would not
+        except SvbError as error:  # text searches would fail too, but searches by video would not
             logger.info(f"no text tower: {error}")
             self._draft["text"], self._draft["text_made_for"] = [], None
-            self._lacks_tower = isinstance(error, ModelUnavailableError)  # which the next run may have
+            self._lacks_tower = isinstance(error, ModelUnavailableError)  # the next run may find it
             return
         part = publish_part(
             self._out, "text", lambda folder: described.append(export_tower(folder, embedder, encoder))
@@ -209,7 +209,7 @@ class IndexParts:
 
 
 def keep_scan_within_budget(out: Path, manifest: Mapping[str, Any], segments: Sequence[Segment]) -> None:
-    """Have a committed index searched exactly, or approximately where the exact scan would take too long."""
+    """Decide whether a committed index is searched exactly, or approximately if an exact scan would be too slow."""
     if manifest["vectors"] is not None:
         return  # a server searches it
     from svb.retrieve.indexing.tune_ivf import describe, keep_within_budget

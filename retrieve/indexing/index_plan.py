@@ -1,4 +1,4 @@
-"""What is to be done to an index so that it holds what its store holds: a comparison of two lists."""
+"""What an index needs to catch up with its store: a comparison of two lists."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ Place = tuple[int, int]
 
 @dataclass(frozen=True)
 class IndexPlan:
-    """What becomes of every video of a store and of an index.
+    """What happens to every video of a store and of an index.
 
     Attributes:
-        new: The index does not know them.
-        changed: It knows them with another content.
-        renamed: It knows their content under a video_id that has gone; `video_id -> the one before`.
-        touched: It knows them and their content, at another path or from another time.
-        gone: It knows them, the store does not.
-        num_same: How many are as they were.
-        copies: Of those above, whose vectors the index has already, and where.
-        replaced: Of those above, where the index has what they take the place of.
+        new: Videos that the index does not have.
+        changed: Videos that it has with another content.
+        renamed: Videos whose content it has under a video_id that is gone; `video_id -> the old one`.
+        touched: Videos that it has with the same content, at another path or with another time.
+        gone: Videos that it has and the store does not, and where.
+        num_same: How many have not changed.
+        copies: Videos among these whose vectors the index has already, and where.
+        replaced: Videos among these that replace a row of the index, and where that is.
     """
 
     new: list[str]
@@ -40,7 +40,7 @@ class IndexPlan:
 
     @property
     def to_embed(self) -> list[str]:
-        """Return the videos whose vectors nobody has, sorted."""
+        """Return the videos that must be embedded, sorted."""
         return sorted(video_id for video_id in (*self.new, *self.changed) if video_id not in self.copies)
 
     def __str__(self) -> str:
@@ -64,8 +64,8 @@ def plan_index(
     Args:
         records: The store's newest records.
         segments: The index's.
-        by_content: Whether one content has the same features under every video_id, as it has unless each video
-            was extracted at times of its own. Then vectors can be copied from another video of the same content.
+        by_content: Copy vectors between videos of the same content. Not for videos that were extracted at times of
+            their own: equal content then has different features.
     """
     held = dict(live_videos(segments))
     usable = {video_id: record for video_id, record in records.items() if record.usable}
@@ -101,7 +101,7 @@ def plan_index(
 
 
 def live_videos(segments: Sequence[Segment]) -> list[tuple[str, Place]]:
-    """Return the videos of an index that count, and where each is."""
+    """Return the videos of an index that were not deleted, and where each is."""
     return [
         (video_ids[row], (s, row))
         for s, segment in enumerate(segments)
@@ -113,7 +113,7 @@ def live_videos(segments: Sequence[Segment]) -> list[tuple[str, Place]]:
 def _owners(
     segments: Sequence[Segment], held: Mapping[str, Place], gone: Mapping[str, Place]
 ) -> dict[str, list[str]]:
-    """Return the videos of each content; of several, those that have gone come last, to be taken over first."""
+    """Return the videos of each content; those that are gone come last, to be taken over first."""
     contents = [segment.content_hashes.tolist() for segment in segments]
     owners: dict[str, list[str]] = {}
     for video_id, (s, row) in sorted(held.items(), key=lambda item: (item[0] in gone, item[0])):
@@ -123,9 +123,9 @@ def _owners(
 
 
 def _take_over(owners: Mapping[str, list[str]], content: str, gone: Mapping[str, Place]) -> str | None:
-    """Return a video whose vectors are a content's, one that has gone where there is such."""
+    """Return a video with some content whose vectors can be copied, preferably one that is gone."""
     videos = owners.get(content, [])
     if not videos:
         return None
-    # One that has gone gives its vectors to one video under its new name; after that it is no video any more.
+    # A video that is gone is renamed to one other video only.
     return videos.pop() if len(videos) > 1 and videos[-1] in gone else videos[-1]

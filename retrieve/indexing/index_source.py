@@ -34,7 +34,7 @@ class IndexSource:
     config: IndexConfig
 
     def state(self) -> list[Any]:
-        """Return what is another when the run or the captions were made again; costs no reading."""
+        """Return a value that changes when the run or the captions are made again; reads no file."""
         files = [self.path / "config.json", self.path / (self.config.checkpoint or "best") / "checkpoint.json"]
         return [state_of(path) for path in [*files, *([self.captions_path] if self.captions_path else [])]]
 
@@ -55,13 +55,13 @@ class IndexSource:
 
     @property
     def captions_path(self) -> Path | None:
-        """Return where the captions' features lie; None where a store has none."""
+        """Return where the captions' features lie; None for a store without."""
         if self.config.captions is not None or not self.is_run:
             return self.config.captions
         return Path(self._run["paths"]["captions"])
 
     def identity(self, store: FeatureStore) -> dict[str, Any]:
-        """Return what decides which model and captions this stands for; equal ones are the same.
+        """Return what decides on model and captions; equal identities have equal ones.
 
         Raises:
             InputError, StoreError: The run or its checkpoint cannot be read.
@@ -85,7 +85,7 @@ class IndexSource:
         return {**held, "run": run, "checkpoint": checkpoint}
 
     def watched(self, files: Sequence[Path]) -> list[Any]:
-        """Return what changes when there is work to do: the store's shards, and other files' states."""
+        """Return a value that changes when there is work to do: the store's shards, and other files' states."""
         paths = [*files, *([self.captions_path] if self.captions_path else [])]
         place = self.store_path if self.store_path.is_file() else self.store_path / "store.json"
         return [shard_names(self.store_path), *map(state_of, [place, *paths])]
@@ -96,7 +96,7 @@ class IndexSource:
 
 
 class IndexModel:
-    """What a source stands for; nothing is loaded before it is asked for.
+    """The model, store and captions of a source; each is loaded when it is first needed.
 
     Args:
         source: The run or store.
@@ -108,11 +108,11 @@ class IndexModel:
         self._index: tuple[Path, Mapping[str, Any]] | None = None
 
     def reuse(self, index: Path, manifest: Mapping[str, Any]) -> None:
-        """Take from an index what was computed for the same model when it was made."""
+        """Use weights that an index holds of the same model."""
         self._index = index, manifest
 
     def up_to_date(self) -> IndexModel:
-        """Return itself, or another where the run or its captions were replaced since this was made."""
+        """Return itself, or a new one if the run or its captions have been replaced."""
         source = replace(self.source)
         state = source.state()
         if self._state not in (None, state):
@@ -125,7 +125,7 @@ class IndexModel:
         """Return where the model computes.
 
         Raises:
-            UsageError: It is not there.
+            UsageError: The device is not there.
         """
         from svb.device import choose_device
 
@@ -157,7 +157,7 @@ class IndexModel:
         """Return the frozen text encoder that queries are read with.
 
         Raises:
-            MismatchError: The weights here are others than the captions were encoded with.
+            MismatchError: The weights here differ from those that encoded the captions.
         """
         from svb.retrieve.model.embedder import load_matching_text_encoder
 
@@ -165,7 +165,7 @@ class IndexModel:
         return load_matching_text_encoder(settings, self.device)
 
     def _made_before(self, model: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
-        """Return the weights that the index holds of a model; none where it is of another, or they are damaged."""
+        """Return the weights that the index holds of a model; empty for another model, or if they are damaged."""
         from svb.retrieve.model.embedder import load_heads
 
         if self._index is None or self._index[1].get("model_fingerprint") != fingerprint(model):

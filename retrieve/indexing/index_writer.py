@@ -1,15 +1,15 @@
 """The one writer of an index: segments, tombstones and other parts, a commit at a time.
 
-Every run adds segments, and a search has a cost for each; what was deleted is still scanned. So, at the end of a
-run, among neighbours that are not full,
+Every run adds segments, each of which costs time in a search, and deleted videos are still scanned. So, at the end
+of a run, among neighbours that are not full,
 
-- a segment is merged with those behind it where it holds no more moments than they do together: there are at most
-  as many segments as the logarithm of their moments, and a row is copied as often at most;
-- those that make a full one together are merged into it;
-- one of which more than a quarter was deleted is copied without that: the scan shrinks by a quarter at least, for
-  copying three quarters at most.
+- a segment that holds no more moments than all behind it together is merged with them: there are at most as many
+  segments as the logarithm of their moments, and a row is copied at most as often;
+- segments that make a full one together are merged into it;
+- a segment of which more than a quarter was deleted is copied without that: the scan shrinks by at least a quarter,
+  for copying at most three quarters.
 
-A segment of `FULL_MOMENTS` is full: it is not merged any more, so that growth costs no more the larger an index is.
+A segment of `FULL_MOMENTS` is full and is not merged again, so growth costs the same however large an index is.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ logger = logging.getLogger(__name__)
 # A gigabyte of embeddings of 512 numbers.
 FULL_MOMENTS = 2**20
 MAX_DELETED_SHARE = 0.25
-# How many moments are copied at once: what a merge takes in memory.
+# How many moments are copied at once, which bounds the memory of a merge.
 BLOCK_ROWS = 65536
 
 
 @contextlib.contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """Be an index's one writer.
+    """Be the only writer of an index.
 
     Raises:
-        StoreError: Another process is.
+        StoreError: Another process is writing to it.
     """
     out.mkdir(parents=True, exist_ok=True)
     lock = FolderLock(out)
@@ -74,15 +74,15 @@ class IndexWriter:
 
     Args:
         out: The index's folder.
-        rebuild: Begin with nothing, and let what is there alone until the first commit.
+        rebuild: Begin with nothing, and leave the old index alone until the first commit.
 
     Attributes:
-        before: The manifest that is there, whose settings go on; empty where there is none that can be read.
-        draft: The next manifest, `videos`, `moments_total` and `generation` apart: parts may be put into it.
-        segments: Mapped, as in the draft; a `Place` counts through them, and stays right until `merge`.
+        before: The manifest so far, whose settings go on; empty if none can be read.
+        draft: The next manifest without `videos`, `moments_total` and `generation`; parts may be put into it.
+        segments: The draft's, mapped; a `Place` counts through them, and holds until `merge`.
 
     Raises:
-        StoreError: The manifest that is there is damaged.
+        StoreError: The manifest is damaged.
     """
 
     def __init__(self, out: Path, *, rebuild: bool = False) -> None:
@@ -95,7 +95,7 @@ class IndexWriter:
                 if not rebuild:
                     raise
                 logger.info(
-                    f"{error}; nothing of how it was made is known, so what is not said now is as by default"
+                    f"{error}; how it was made is unknown, so options that are not given take their defaults"
                 )
         self._generation = int(self.before.get("generation", 0))
         self._committed = self.before if self.before and not rebuild else None
@@ -105,28 +105,28 @@ class IndexWriter:
         self.segments: list[Segment] = []
         if self._committed is not None:
             self._open_segments()
-            remove_unnamed(out, self._committed)  # what a run left that was killed
+            remove_unnamed(out, self._committed)  # left by a killed run
 
     @property
     def is_new(self) -> bool:
-        """Tell whether nothing was committed before."""
+        """Tell whether this is a new index."""
         return self._committed is None
 
     def require_model(self, model: Mapping[str, Any], moments: Mapping[str, Any]) -> None:
-        """Refuse to put what two models made into one index.
+        """Refuse to put vectors of two models into one index.
 
         Raises:
-            MismatchError: Model or moments are others than the index's; names what differs, and both ways out.
+            MismatchError: Model or moments differ from the index's; names what differs, and both ways out.
         """
         held = {"model": self.draft["model"], "moments": self.draft["moments"]}
         wanted: dict[str, Any] = {"model": model, "moments": moments}
-        if held["model"]["kind"] != model["kind"]:  # of which the rest has other fields altogether
+        if held["model"]["kind"] != model["kind"]:  # the other fields are not comparable
             held, wanted = ({"model": {"kind": part["model"]["kind"]}} for part in (held, wanted))
         lines = differing_fields(held, wanted)
         if lines:
             raise MismatchError(
-                f"{self._out} was made with another model or other moments ({'; '.join(lines)}) - what they give "
-                "cannot be compared: write to another folder with -o, or make all of it again with --rebuild"
+                f"{self._out} was made with another model or other moments ({'; '.join(lines)}), whose vectors "
+                "cannot be compared - write to another folder with -o, or make the index again with --rebuild"
             )
 
     def add(self, segment: Segment) -> None:
@@ -151,7 +151,7 @@ class IndexWriter:
             self.segments[s] = self._open(entry)
 
     def merge(self) -> None:
-        """Merge small segments in the draft and leave out what was deleted, where that pays."""
+        """Merge small segments in the draft and leave out deleted videos, if that pays."""
         for begin, end in reversed(choose_merges(self.segments)):
             entries = self._merged(self.segments[begin:end])
             self.draft["segments"][begin:end] = entries
@@ -180,15 +180,15 @@ class IndexWriter:
                 self.segments.append(self._open(entry))
             except StoreError as error:
                 if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
-                    raise  # what cannot be read now may be whole
+                    raise  # it may be whole, only not readable now
                 logger.info(
                     f"segments/{entry['key']} is damaged ({error.__cause__ or error}): its {entry['videos']:,} "
-                    "videos are embedded again, as far as the store has them"
+                    "videos are embedded again, if the store still has them"
                 )
                 self.draft["segments"].remove(entry)
 
     def _merged(self, segments: list[Segment]) -> list[dict[str, Any]]:
-        """Return the entry of segments copied into one; none where all their videos were deleted."""
+        """Return the entry of segments copied into one; none if all their videos were deleted."""
         counts = [0, 0]
 
         def write(folder: Path) -> None:
@@ -209,15 +209,15 @@ def _empty() -> dict[str, Any]:
 
 
 def live_moments(segment: Segment) -> int:
-    """Return how many moments belong to videos that count."""
+    """Return how many moments belong to videos that were not deleted."""
     lengths = np.diff(segment.moment_offsets)
     return segment.num_moments - int(lengths[segment.deleted].sum())
 
 
 def choose_merges(segments: Sequence[Segment], full_moments: int = FULL_MOMENTS) -> list[tuple[int, int]]:
-    """Return which neighbours are to be merged, as half-open ranges in ascending order; see above.
+    """Return the neighbours to merge, as ascending half-open ranges; see above.
 
-    A range of one is a segment to be copied without what was deleted.
+    A range of one is a segment to be copied without its deleted videos.
     """
     live = [live_moments(segment) for segment in segments]
     merges: list[tuple[int, int]] = []
@@ -279,7 +279,7 @@ def write_merged(folder: Path, segments: Sequence[Segment]) -> tuple[int, int]:
 def copy_videos(
     segments: Sequence[Segment], places: Sequence[tuple[int, int]], records: Sequence[VideoRecord]
 ) -> Segment:
-    """Return a segment of videos whose vectors an index has already, with what the store knows of them now."""
+    """Return a segment of videos whose vectors an index has already, with their newest records."""
     spans = [slice(*segments[s].moment_offsets[row : row + 2].tolist()) for s, row in places]
     held = [(segments[s], span) for (s, _), span in zip(places, spans, strict=True)]
     return segment_of(

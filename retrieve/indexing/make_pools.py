@@ -1,4 +1,4 @@
-"""Caption pools are made of the training captions, of a user's own file, and of sidecars beside the videos."""
+"""Makes caption pools from training captions, from a user's file, and from sidecars beside the videos."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ logger = logging.getLogger(__name__)
 
 # Captions to `(C, D)` float32, L2-normalised.
 EmbedCaptions = Callable[[Sequence[str]], NDArray[np.float32]]
-# A file's size in bytes and mtime_ns.
+# Size in bytes and mtime_ns of a file.
 State = tuple[int, int]
-# Of a user's own captions: ten million of them.
+# Largest file of a user's own captions: ten million of them.
 MAX_FILE_BYTES = 2**30
 
 _KIND = TableKind(
@@ -40,11 +40,11 @@ _KIND = TableKind(
 
 
 def caption_embedder(embedder: Embedder, load: Callable[[], TextEncoder]) -> EmbedCaptions:
-    """Return what embeds captions; the text encoder is loaded when there are any.
+    """Return a function that embeds captions, and loads the text encoder with the first ones.
 
     Args:
         embedder: Of the index.
-        load: Returns the text encoder that belongs to it.
+        load: Returns its text encoder.
     """
 
     def embed(captions: Sequence[str]) -> NDArray[np.float32]:
@@ -54,8 +54,8 @@ def caption_embedder(embedder: Embedder, load: Callable[[], TextEncoder]) -> Emb
         cut = [caption for caption in captions if encoder.num_tokens(caption) > encoder.max_tokens]
         if cut:
             logger.info(
-                f"{len(cut)} captions are longer than the {encoder.max_tokens} tokens that {encoder.name} reads; "
-                f"the rest of each was not seen, first of {cut[0][:60]!r}"
+                f"{len(cut)} captions are longer than the {encoder.max_tokens} tokens that {encoder.name} reads "
+                f"and were cut, first {cut[0][:60]!r}"
             )
         return embedder.embed_captions(torch.from_numpy(encoder.encode(captions)))
 
@@ -78,7 +78,7 @@ def file_pool(path: Path, embed: EmbedCaptions) -> Pool:
     """Return the captions of a user's file.
 
     Args:
-        path: A text file with a caption a line, subtitles, or a table with `caption` and optionally `video_id`.
+        path: A text file with one caption per line, subtitles, or a table with `caption` and optionally `video_id`.
         embed: Of the index's model.
 
     Raises:
@@ -86,13 +86,13 @@ def file_pool(path: Path, embed: EmbedCaptions) -> Pool:
     """
     if path.suffix.lower() in SUFFIXES:
         if not path.is_file():
-            raise InputError(f"no caption pool at {path} - expected a file with a caption a line")
+            raise InputError(f"no caption pool at {path} - expected a file with one caption per line")
         rows = [(cue, "") for cue in read_sidecar(path, MAX_FILE_BYTES)]
     else:
         rows = _table_rows(path)
     rows = list(dict.fromkeys(rows))
     if not rows:
-        raise InputError(f"{path} holds no captions - expected one a line, or a table with a column caption")
+        raise InputError(f"{path} holds no captions - expected one per line, or a table with a column caption")
     source = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     return _pool(path.name, "file", source, rows, _embed(rows, embed))
 
@@ -104,17 +104,17 @@ def sidecar_pool(
     *,
     max_captions: int | None = None,
 ) -> Pool | None:
-    """Return the captions of all sidecars; what is known of unchanged ones is not made again.
+    """Return the captions of all sidecars; unchanged ones are not read or embedded again.
 
     Args:
         videos: Of the index: video_id and where the file lies.
         embed: Of the index's model.
-        previous: The pool that was made with the same model before.
-        max_captions: About how many to embed at most, so that a long work can be saved in between: call it again
-            with what it returned, until that is what it returns.
+        previous: The earlier pool of the same model.
+        max_captions: Embed at most about this many, so that long work can be saved in between: call it again with
+            the pool that it returned, until it returns that pool itself.
 
     Returns:
-        `previous` itself where nothing has changed; None where no sidecar holds a caption.
+        `previous` itself if nothing has changed; None if no sidecar holds a caption.
     """
     known = _known(previous)
     kept: list[tuple[tuple[str, str], State, list[Cue]]] = []
@@ -124,7 +124,7 @@ def sidecar_pool(
         if cues is None and (max_captions is None or num_new < max_captions):
             cues = _read(Path(key[0]))
             num_new += len(cues)
-        if cues is not None:  # one without words is remembered too, so that what is wrong with it is said once
+        if cues is not None:  # an empty one is kept too, so that its problem is reported once
             kept.append((key, state, cues))
     source = fingerprint({"sidecars": [[key, state] for key, state, _ in kept]})
     if previous is not None and source == previous.source:
@@ -149,7 +149,7 @@ def _states(videos: Iterable[tuple[str, str]]) -> dict[tuple[str, str], State]:
     states: dict[tuple[str, str], State] = {}
     for video, sidecars in find_sidecars(ids_of).items():
         for sidecar in sidecars:
-            with contextlib.suppress(OSError):  # it has gone since
+            with contextlib.suppress(OSError):  # it is gone by now
                 stat = sidecar.stat()
                 states |= {(str(sidecar), video_id): (stat.st_size, stat.st_mtime_ns) for video_id in ids_of[video]}
     return states

@@ -1,8 +1,8 @@
 """Subtitles and notes beside a video: `clip.srt`, `clip.en.vtt` or `clip.txt` of `clip.mp4`, as cues with times.
 
 Files in the wild are sloppy: what cannot be read as a cue is left out and counted. pysubs2 takes NOTE blocks, cue
-names and broken cues for words of the cue before them, webvtt-py drops broken cues without a word, and both expect
-to be told the encoding. Hence an own reader, of SubRip and WebVTT alike.
+names and broken cues for words of the cue before them, webvtt-py silently drops broken cues, and both must be told
+the encoding. Hence this reader, for SubRip and WebVTT alike.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MAX_SHOWN = 8
 _LANGUAGE = re.compile(r"\.[A-Za-z]{2,3}([-_][A-Za-z0-9]{1,12})*(\.(forced|sdh|cc|hi|default))?$")
 _TIME = r"(?:(\d{1,4}):)?(\d{1,2}):(\d{1,2})(?:[.,](\d{1,3}))?"
 _TIMES = re.compile(rf"\s*{_TIME}\s*-->\s*{_TIME}(\s.*)?")
-# Blocks of WebVTT that are no cues.
+# Blocks of WebVTT that are not cues.
 _NO_CUE = re.compile(r"(WEBVTT|NOTE|STYLE|REGION)(\s|$)")
 # A letter or a digit must follow `<`, so that `1 < 2` stays: <i>, </font>, <v Roger>, <00:00:01.000>; and {\an8}.
 _TAGS = re.compile(r"</?[A-Za-z][^<>]*>|<\d[\d:.]*>|\{\\[^{}]*\}")
@@ -41,7 +41,7 @@ _INVISIBLE = re.compile("[\u200b-\u200f\u202a-\u202e\u2060\ufeff]")
 
 @dataclass(frozen=True)
 class Cue:
-    """Words, and the half-open interval of seconds in which they are said; None where the file tells no times."""
+    """Words, and the half-open interval of seconds in which they are said; None if the file has no times."""
 
     text: str
     begin_seconds: float | None = None
@@ -51,7 +51,7 @@ class Cue:
 def find_sidecars(videos: Iterable[Path]) -> dict[Path, list[Path]]:
     """Return the sidecars of each video that has any: of its own name, or with a language after it.
 
-    Every folder is listed once. `a.b.srt` belongs to `a.b.mp4` where there is one, or else to `a.mp4`.
+    Every folder is listed once. `a.b.srt` belongs to `a.b.mp4` if there is one, else to `a.mp4`.
     """
     found: dict[Path, list[Path]] = {}
     by_folder: defaultdict[Path, defaultdict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
@@ -72,7 +72,7 @@ def read_sidecar(path: Path, max_bytes: int = MAX_BYTES) -> list[Cue]:
 
     Args:
         path: The file; its suffix tells the format.
-        max_bytes: A larger file is none that someone wrote to go with a video.
+        max_bytes: Largest file that is read.
 
     Raises:
         InputError: The file cannot be read, is too large, or holds no text.
@@ -104,11 +104,11 @@ def _read_text(path: Path, max_bytes: int) -> str:
         raise InputError(f"{path} cannot be read ({error.strerror}) - make it readable, or move it away") from error
     if len(data) > max_bytes:
         raise InputError(
-            f"{path} has more than {max_bytes / 2**20:g} MiB, which no captions take - cut it, or move it away"
+            f"{path} has more than {max_bytes / 2**20:g} MiB, too many for captions - cut it, or move it away"
         )
     text = _decode(path, data)
     if "\0" in text:
-        raise InputError(f"{path} is no text: it holds a NUL - save it as UTF-8, or move it away")
+        raise InputError(f"{path} is not text: it holds a NUL - save it as UTF-8, or move it away")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -118,7 +118,7 @@ def _decode(path: Path, data: bytes) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
-        logger.info(f"{path} is not UTF-8: it is read as Windows-1252 - save it as UTF-8 if letters come out wrong")
+        logger.info(f"{path} is not UTF-8: reading it as Windows-1252 - save it as UTF-8 if letters come out wrong")
         return data.decode("cp1252", "replace")
 
 

@@ -1,4 +1,6 @@
-"""Exact until this machine's measured scan speed misses the latency budget; then IVF, tuned to a recall of 0.99.
+"""Decides how moments are searched: exactly while a scan on this machine keeps the latency budget, else by IVF.
+
+IVF is tuned to a recall of 0.99.
 
 `svb index` calls, after it committed and while it still holds the folder's lock:
 
@@ -32,15 +34,15 @@ from svb.retrieve.stored.segment import Segment
 logger = logging.getLogger(__name__)
 
 RECALL = 0.99
-# Fewer rows than this are compared faster than a list of lists is gone through.
+# With fewer rows a full scan is faster than inverted lists.
 MIN_ROWS = 1000
-# More lists find rows faster, and take hours to be made on few cores.
+# More lists find rows faster, but take hours to make on few cores.
 MAX_LISTS = 4096
-TRAINED_ON = 48  # vectors a list; FAISS wants 39 at least
-# What has come, or gone, since lists were made that makes them anew.
+TRAINED_ON = 48  # vectors per list; FAISS wants at least 39
+# Share of rows that may be added or removed before the lists are made again.
 MAX_CHANGED = 0.2
 TIMED_QUERIES = 32
-# As many as a search asks for first: videos have several moments among the nearest.
+# As many rows as a search asks for first: videos have several moments among the nearest.
 TIMED_K = 256
 ROUNDS = 5
 # A scan that takes longer than this needs no second look.
@@ -60,11 +62,11 @@ def keep_within_budget(
     Args:
         folder: The index's; only its one writer may call this.
         segments: All of the index, in the manifest's order.
-        budget_seconds: What the search of one query's nearest moments may take.
-        captions: `(C, D)` of the kind that is searched for, to tune with; moments stand in for them.
+        budget_seconds: Longest search for one query's nearest moments.
+        captions: `(C, D)`, queries to tune with; moments are used if there are none.
 
     Returns:
-        The decision, as it is written to `cache/ivf.json`; `describe` tells it in words.
+        The decision, as written to `cache/ivf.json`; `describe` puts it into words.
     """
     exact = SegmentVectors(segments)
     decision = _still_good(folder, exact, segments, budget_seconds)
@@ -101,7 +103,7 @@ def describe(decision: Mapping[str, Any]) -> str:
 def _still_good(
     folder: Path, exact: SegmentVectors, segments: Sequence[Segment], budget_seconds: float
 ) -> dict[str, Any] | None:
-    """Return the decision of before, where the rows and the budget still allow it."""
+    """Return the earlier decision, if rows and budget still allow it."""
     try:
         before = read_decision(folder)
     except SvbError:
@@ -115,7 +117,7 @@ def _still_good(
     little_changed = sum(come.values()) + sum(gone.values()) <= MAX_CHANGED * before["rows"]
     if before["file"] is None:
         kept = not (slow or come or gone)
-        if before["reason"]:  # what was tried in vain is not tried again before it could go otherwise
+        if before["reason"]:  # a failed try is not repeated until it could end differently
             kept = slow and little_changed and budget_seconds == before["budget_seconds"]
         return {**before, "budget_seconds": budget_seconds} if kept else None
     fits = before["seconds"] + seconds_a_row * sum(come.values()) <= budget_seconds
@@ -155,7 +157,7 @@ def _try_ivf(
         truth = find_truth(exact, segments, queries)
         tuned = _tune({**decision, **made}, read_ivf(cache, {**decision, **made}), exact, segments, truth)
         return {**made, **tuned} if "nprobe" in tuned else tuned
-    except (OSError, RuntimeError, MemoryError) as error:  # FAISS's own of a full disk is a RuntimeError
+    except (OSError, RuntimeError, MemoryError) as error:  # FAISS reports a full disk as a RuntimeError
         return {"reason": f"an approximate index could not be made ({error})"}
 
 
@@ -198,13 +200,13 @@ def _tune(
         recall, recall_videos = measure_recall(vectors, held_out)
         if min(recall, recall_videos) >= RECALL:
             break
-        nprobe += max(1, nprobe // 8)  # the tuning half was kinder than the other
+        nprobe += max(1, nprobe // 8)  # the tuning half was easier than the other
     else:
         return {"reason": f"a recall of {RECALL} takes more than half of {index.nlist:,} lists"}
     seconds = seconds_a_query(vectors, held_out.queries[:TIMED_QUERIES])
     if seconds > decision["budget_seconds"]:
         slow = f"{nprobe:,} of {index.nlist:,} lists, for a recall of {recall:.3f}, take {1000 * seconds:.3g} ms"
-        return {"reason": f"an approximate index misses it too ({slow})"}
+        return {"reason": f"an approximate index would miss it too ({slow})"}
     return {
         "nprobe": nprobe,
         "recall": recall,
@@ -215,7 +217,7 @@ def _tune(
 
 
 def _smallest_nprobe(index: faiss.IndexIVFScalarQuantizer, exact: SegmentVectors, truth: Truth) -> int:
-    """Return in how many lists 99 of 100 of what is nearest lies, of moments and of videos."""
+    """Return how many lists hold 99 % of the nearest moments, and of the moments of the nearest videos."""
     centroids = index.quantizer.reconstruct_n(0, index.nlist)
     near = truth.queries @ centroids.T  # (Q, nlist)
     needed = []
@@ -231,7 +233,7 @@ def _smallest_nprobe(index: faiss.IndexIVFScalarQuantizer, exact: SegmentVectors
 def seconds_a_query(vectors: Vectors, queries: NDArray[np.float32]) -> float:
     """Return how long the nearest moments of one query take, on average over some queries.
 
-    Of each query the best of a few rounds counts, after one that brings the rows into memory: other work on the
+    The best of a few rounds counts for each query, after one that brings the rows into memory: other work on the
     machine makes a scan slower, and nothing makes it faster.
 
     Args:

@@ -1,4 +1,4 @@
-"""`svb verify` of an index: are its files what was written, do they fit together, are its vectors of length 1."""
+"""`svb verify` of an index: are its files unchanged, do they fit together, do its vectors have length 1."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# float16 rounds each number by at most 2^-11 of it, and so the length of a vector; the rest is to spare.
+# float16 rounds each number, and so the length of a vector, by at most 2^-11 of it; twice that to be safe.
 NORM_TOLERANCE = 2.0**-10
-# Of a number of a vector: what a batch of other neighbours may change, and a last bit of float16 on either side.
+# Per number of a vector: another batch may change it, and each side rounds the last bit of float16.
 RECOMPUTED_TOLERANCE = 1.5e-3
 BLOCK_ROWS = 65536
 
@@ -37,7 +37,7 @@ def verify_index(folder: Path) -> list[str]:
     """Return what is wrong with an index, a line each; empty when it is whole.
 
     Checked: every file has its size and hash, that of an approximate index too; offsets ascend; counts agree with
-    the manifest; every video stands in it once; all vectors are finite, and of length 1 but for rounding.
+    the manifest; every video appears once; all vectors are finite and have length 1 but for rounding.
 
     Raises:
         InputError, StoreError: There is no index, or its manifest is damaged.
@@ -57,7 +57,7 @@ def _file_problems(folder: Path, part: str, entry: Mapping[str, Any]) -> Iterato
         elif path.stat().st_size != entry["sizes"][name]:
             yield f"{path} has {path.stat().st_size} bytes, not {entry['sizes'][name]}"
         elif hash_file(path) != expected:
-            yield f"{path} is not what was written"
+            yield f"{path} has changed since it was written"
 
 
 def _segments_problems(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
@@ -78,11 +78,11 @@ def _segments_problems(folder: Path, manifest: Mapping[str, Any]) -> Iterator[st
         return
     held = live_videos(segments)
     counted = Counter(video_id for video_id, _ in held)
-    yield from (f"{folder}: video {video_id!r} stands in it {n} times" for video_id, n in counted.items() if n > 1)
+    yield from (f"{folder}: video {video_id!r} appears {n} times" for video_id, n in counted.items() if n > 1)
     moments = sum(int(np.diff(segments[s].moment_offsets[row : row + 2])[0]) for _, (s, row) in held)
     for what, found in (("videos", len(held)), ("moments_total", moments)):
         if manifest[what] != found:
-            yield f"{folder}: there are {found} {what}, the manifest says {manifest[what]}"
+            yield f"{folder}: there are {found} {what}, but the manifest says {manifest[what]}"
 
 
 def _segment_problems(segment: Segment) -> Iterator[str]:
@@ -94,11 +94,11 @@ def _segment_problems(segment: Segment) -> Iterator[str]:
         yield "a moment has no length"
     for attribute in COLUMNS.values():
         if not _is_readable(getattr(segment, attribute)):
-            yield f"{attribute} hold what is no UTF-8"
+            yield f"{attribute} are not UTF-8"
     for name in ("video_embeddings", "moment_embeddings"):
         bad = rows_not_of_length_1(getattr(segment, name))
         if bad.size:
-            yield f"{name}: {bad.size} vectors are not of length 1, first that in row {bad[0]}"
+            yield f"{name}: {bad.size} vectors do not have length 1, first in row {bad[0]}"
 
 
 def _is_readable(column: StringColumn) -> bool:
@@ -116,13 +116,13 @@ def _captions_problems(folder: Path, manifest: Mapping[str, Any]) -> Iterator[st
         path = part_folder(folder, "captions", entry) / "caption_embeddings.npy"
         embeddings = np.load(path, mmap_mode="r")
         if embeddings.shape != (entry["captions"], manifest["embedding_size"]):
-            yield f"{path} is {embeddings.shape}, not ({entry['captions']}, {manifest['embedding_size']})"
+            yield f"{path} is {embeddings.shape}, expected ({entry['captions']}, {manifest['embedding_size']})"
         elif (bad := rows_not_of_length_1(embeddings)).size:
-            yield f"{path}: {bad.size} vectors are not of length 1, first that in row {bad[0]}"
+            yield f"{path}: {bad.size} vectors do not have length 1, first in row {bad[0]}"
 
 
 def rows_not_of_length_1(embeddings: NDArray[np.float16]) -> NDArray[np.int64]:
-    """Return the rows of `(N, D)` whose length float16 does not explain, or that are not finite."""
+    """Return the rows of `(N, D)` that are not finite, or differ from length 1 by more than rounding."""
     bad = []
     for begin in range(0, len(embeddings), BLOCK_ROWS):
         lengths = np.linalg.norm(embeddings[begin : begin + BLOCK_ROWS].astype(np.float32), axis=1)
@@ -144,11 +144,11 @@ def recompute_index(
         device: Where to compute.
 
     Returns:
-        What differs by more than rounding, a line each.
+        One line for each difference beyond rounding.
 
     Raises:
-        InputError: The store is not where it was, or holds none of the videos as they were.
-        MismatchError: The store or the weights are others than those the index was made with.
+        InputError: The store is gone, or holds none of the videos unchanged.
+        MismatchError: The store or the weights differ from those that made the index.
         StoreError: The index or the store is damaged.
         UsageError: `num_videos` is not positive.
     """
@@ -158,7 +158,7 @@ def recompute_index(
     from svb.retrieve.model.embedder import index_embedder
 
     if num_videos < 1:
-        raise UsageError(f"cannot recompute {num_videos} videos - give a positive number")
+        raise UsageError(f"cannot recompute {num_videos} videos - expected a number above 0")
     manifest = read_manifest(folder)
     store = FeatureStore(Path(manifest["store"]))
     segments = [open_segment(folder, entry, int(manifest["embedding_size"])) for entry in manifest["segments"]]
@@ -169,7 +169,7 @@ def recompute_index(
         store.video_settings(embedder.backbone),
         embedder.model["video"],
         what=f"the feature store {store.path}",
-        do_next="Bring back the store that the index was made from.",
+        do_next="Restore the store that the index was made from.",
     )
     again = embed_segment(store, embedder, MomentWindows(**manifest["moments"]), torch_device, sorted(chosen))
     problems = []
@@ -187,7 +187,7 @@ def recompute_index(
 def _sample(
     manifest: Mapping[str, Any], segments: Sequence[Segment], store: FeatureStore, num_videos: int
 ) -> dict[str, Place]:
-    """Return videos that are in the store as they were when they were embedded, and where the index has them."""
+    """Return videos that have not changed in the store since they were embedded, and where the index has them."""
     as_then = {}
     for video_id, (s, row) in sorted(live_videos(segments)):
         record = store.records.get(video_id)
@@ -195,14 +195,14 @@ def _sample(
             as_then[video_id] = (s, row)
     if not as_then:
         raise InputError(
-            f"none of the {manifest['videos']} videos of the index is in {store.path} as it was - run `svb index`"
+            f"none of the {manifest['videos']} videos of the index is unchanged in {store.path} - run `svb index`"
         )
     chosen = random.Random(manifest["model_fingerprint"]).sample([*as_then], min(num_videos, len(as_then)))
     return {video_id: as_then[video_id] for video_id in chosen}
 
 
 def _difference(segments: Sequence[Segment], place: Place, again: Segment, row: int) -> str:
-    """Return how a video's rows differ from those made again; empty where by no more than rounding."""
+    """Return how a video's rows differ from recomputed ones; empty if only by rounding."""
     segment, held_row = segments[place[0]], place[1]
     held = slice(*segment.moment_offsets[held_row : held_row + 2].tolist())
     now = slice(*again.moment_offsets[row : row + 2].tolist())

@@ -16,11 +16,11 @@ from svb.retrieve.indexing.sidecars import find_sidecars
 
 logger = logging.getLogger(__name__)
 
-# After a failure that may pass, such as a full disk, work is tried again though nothing has changed.
+# A failure that may pass, such as a full disk, is tried again after this time.
 RETRY_SECONDS = 60.0
-# How long a signal waits to be seen.
+# Longest time before a signal is seen.
 SLICE_SECONDS = 0.2
-# A file that comes within a clock's tick of a listing leaves the folder's time as the listing saw it.
+# A file that is added within a tick of the clock after a listing leaves the folder's time unchanged.
 SETTLED_SECONDS = 2.0
 
 
@@ -31,17 +31,17 @@ def watch(
 ) -> None:
     """Do work, and do it again after every change, until SIGINT or SIGTERM.
 
-    What fails the first time has failed. Later a damaged or missing file, a full disk or another writer is told of,
-    and the work is tried again with the next change or after a minute; what the user must decide upon, such as
-    another model than before, ends it.
+    A failure of the first time is raised. Later, a damaged or missing file, a full disk or another writer is
+    reported, and the work is tried again with the next change or after a minute; what the user must decide, such
+    as another model, ends it.
 
     Args:
         work: What to do.
-        watched: Returns something that is another after a change.
-        seconds: How long to wait between two looks.
+        watched: Returns a value that differs after a change.
+        seconds: Time between two looks.
 
     Raises:
-        Interrupted: It was told to stop, which is how it ends; nothing is left half-done.
+        Interrupted: By a signal, which is how it ends; nothing is left half-done.
     """
     seen = watched()
     work()
@@ -57,14 +57,14 @@ def watch(
                 work()
             except (StoreError, InputError, OSError) as error:
                 if retry_at is not None and time.monotonic() < retry_at:
-                    continue  # said already
+                    continue  # reported already
                 retry_at = time.monotonic() + RETRY_SECONDS
                 logger.info(f"{error} - trying again when something changes, or in {RETRY_SECONDS:g} s")
         raise Interrupted(interrupted(), "told to stop watching; run the same command again to go on")
 
 
 def _wait(seconds: float, interrupted: Callable[[], int]) -> bool:
-    """Wait, and return whether to go on: False as soon as a signal has come."""
+    """Wait, and return whether to go on: False as soon as a signal comes."""
     until = time.monotonic() + seconds
     while not interrupted() and time.monotonic() < until:
         time.sleep(min(SLICE_SECONDS, max(until - time.monotonic(), 0)))
@@ -85,12 +85,12 @@ class SidecarWatch:
         self._listed: dict[Path, tuple[int, list[Path]]] = {}
 
     def states(self) -> list[Any]:
-        """Return size and time of every sidecar. A folder that nothing came to or went from is not listed again."""
+        """Return size and time of every sidecar. A folder that has not changed is not listed again."""
         shards = shard_names(self._store)
         if shards != self._shards:
             try:
                 records = FeatureStore(self._store).records.values()
-            except (SvbError, OSError):  # whoever reads it next tells; the folders are those it had
+            except (SvbError, OSError):  # the next reader reports it; the folders stay as they were
                 return self._states()
             self._shards, self._videos, self._listed = shards, {}, {}
             for path in sorted({Path(record.source_path) for record in records}):
@@ -103,7 +103,7 @@ class SidecarWatch:
     def _sidecars_in(self, folder: Path) -> list[Path]:
         try:
             mtime_ns = folder.stat().st_mtime_ns
-        except OSError:  # it is gone, for now
+        except OSError:  # it is gone for now
             return []
         known_ns, sidecars = self._listed.get(folder, (-1, []))
         if mtime_ns == known_ns:

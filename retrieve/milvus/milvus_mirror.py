@@ -1,7 +1,7 @@
 """`svb index --to milvus://...`: the vectors of an index -> two collections of a Milvus server.
 
-What a collection holds is compared with what it should hold, video by video, so the next run goes on with one that
-was killed. A video's own vector is written after its moments and removed before them: where it is, they are whole.
+The collections are compared with the index video by video, so the next run goes on where a killed one stopped. A
+video's own vector is written after its moments and removed before them: if it is there, so are all of them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 MAX_DELETED = 5000
 # A server may have much to sort.
 FLUSH_SECONDS = 600.0
-# Each is asked twice; an approximate collection is measured in seconds.
+# Each is asked twice, so an approximate collection is measured in seconds.
 NUM_QUERIES = 100
 
 
@@ -51,23 +51,23 @@ def mirror(
     *,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Send a server the vectors of an index that it lacks, and return what the manifest is to say of it.
+    """Send a server the vectors of an index that it lacks, and return their entry in the manifest.
 
-    Called before the manifest is committed, so that whoever reads it finds all of them there.
+    Called before the manifest is committed, so readers of the manifest find all vectors on the server.
 
     Args:
         folder: The index's; its embeddings lie here.
-        manifest: Of the next generation; its parts are published.
+        manifest: The next manifest; its parts are published.
         uri: See `Target.parse`.
-        on_progress: Called with the videos sent, and all that are to be.
+        on_progress: Called with the number of videos sent, and of all to send.
 
     Returns:
-        `vectors` of the manifest: kind, uri, index (Milvus's type), segments (the keys of those that were sent) and
-        recall, measured where it is approximate.
+        `vectors` of the manifest: kind, uri, index (Milvus's type), segments (the keys of those sent) and recall,
+        measured if it is approximate.
 
     Raises:
-        UsageError: The uri is none.
-        MismatchError: The collections are of another model or index type, or not svb's.
+        UsageError: The uri is not valid.
+        MismatchError: Another model or program made the collections, or they have another index type.
         StoreError: The server cannot be reached or refuses, or the index is damaged.
     """
     target, size, expected = Target.parse(uri), int(manifest["embedding_size"]), made_with(manifest)
@@ -78,7 +78,7 @@ def mirror(
     index_type = server.require(size, expected)
     if target.index_type not in ("", index_type):
         raise MismatchError(
-            f"{target.uri}: the collections were made before, and are searched by {index_type}, not "
+            f"{target.uri}: the collections exist and are searched by {index_type}, not "
             f"{target.index_type} - name another collection, or drop both of {target.collection}"
         )
     segments = open_segments(folder, manifest)
@@ -102,7 +102,7 @@ def mirror(
     if index_type != "FLAT":
         before = manifest["vectors"] or {}
         if not len(new) and {**before, "recall": None} == where:
-            return dict(before)  # what was measured of the same rows
+            return dict(before)  # measured on the same rows
         where["recall"] = _recall(folder, {**manifest, "vectors": where}, vectors, segments)
         logger.info(f"{target.uri}: recall@10 {where['recall']:.3f} against exact search")
     return where
@@ -111,11 +111,11 @@ def mirror(
 def remove_gone(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Remove from a server what an index does not hold any more.
 
-    Called after the manifest was committed: whoever still reads the one before opens the index again.
+    Called after the manifest is committed: readers of the old one open the index again.
 
     Args:
         folder: The index's.
-        manifest: As it was committed, with `vectors`.
+        manifest: The committed manifest, with `vectors`.
 
     Raises:
         MismatchError, StoreError: As `mirror`.
@@ -126,7 +126,7 @@ def remove_gone(folder: Path, manifest: Mapping[str, Any]) -> None:
     wanted = video_keys(segments)[Catalog(segments).alive]
     videos = np.setdiff1d(_held(server, "video", "id >= 0", "id"), wanted)
     _delete(server, "video", "id", videos)
-    # Every video that has moments there has a first one, even where a run was killed.
+    # Every video with moments there has a first one, even after a kill.
     _delete(server, "moment", "video", np.setdiff1d(_held(server, "moment", "moment == 0", "video"), wanted))
     if len(videos):
         logger.info(f"{target.uri}: -{len(videos):,} videos")
@@ -135,7 +135,7 @@ def remove_gone(folder: Path, manifest: Mapping[str, Any]) -> None:
 def _batches(
     rows: NDArray[np.int64], moment_counts: NDArray[np.int64], num_moments: int
 ) -> Iterator[NDArray[np.int64]]:
-    """Yield videos that have about so many moments together."""
+    """Yield groups of videos with about this many moments together."""
     ends = np.cumsum(moment_counts[rows])
     edges = np.flatnonzero(np.diff(ends // num_moments, prepend=0))
     yield from (batch for batch in np.split(rows, edges) if len(batch))
@@ -182,14 +182,14 @@ def _delete(server: Server, by: str, field: str, keys: NDArray[np.int64]) -> Non
 
 
 def _flush(server: Server) -> None:
-    """Have a server put what it was sent into the form in which it is searched fast."""
+    """Have a server arrange new vectors for fast search."""
     for by in ("moment", "video"):
         with server.calling() as client:
             client.flush(server.target.name_of(by), timeout=FLUSH_SECONDS)
 
 
 def _held(server: Server, by: str, only: str, field: str) -> NDArray[np.int64]:
-    """Return a field of all entities that a filter leaves."""
+    """Return a field of all entities that pass a filter."""
     found: list[int] = []
     with server.calling() as client:
         name, timeout = server.target.name_of(by), CALL_SECONDS
@@ -201,7 +201,7 @@ def _held(server: Server, by: str, only: str, field: str) -> NDArray[np.int64]:
 
 
 def _recall(folder: Path, manifest: Mapping[str, Any], exact: SegmentVectors, segments: Sequence[Segment]) -> float:
-    """Return the share of the ten nearest moments that the server finds, of captions or what stands for them."""
+    """Return the share of the ten nearest moments that the server finds, measured with captions or moments."""
     captions = [
         open_pool(folder, entry).embeddings for entry in manifest["captions"] if entry["kind"] == "training"
     ]

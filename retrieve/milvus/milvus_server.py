@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 TOKEN = "SVB_MILVUS_TOKEN"
 CONNECT_SECONDS, CALL_SECONDS = 10.0, 30.0
-# What a server takes and gives in one call.
+# The most that a server takes or gives in one call.
 MAX_ROWS = 16384
 BYTES_A_CALL = 8 << 20
 # Keys of videos are below it.
@@ -53,10 +53,10 @@ class Target:
     """Where an index's vectors lie.
 
     Attributes:
-        uri: As the user wrote it.
-        address: As the client takes it: `http://host:port`, `https://host:port` or the path of a file.
-        collection: The name that both collections begin with.
-        index_type: How new collections are searched; exactly where it is empty.
+        uri: The address as the user wrote it.
+        address: The same for the client: `http://host:port`, `https://host:port` or the path of a file.
+        collection: The prefix of both collections' names.
+        index_type: Milvus's index type for new collections; empty for exact search.
     """
 
     uri: str
@@ -72,7 +72,7 @@ class Target:
         is called `svb`, or as `?collection=` says.
 
         Raises:
-            UsageError: It is no such address, or holds a secret.
+            UsageError: It is not such an address, or holds a secret.
         """
         parts = urlsplit(uri)
         options = {name: values[-1] for name, values in parse_qs(parts.query, keep_blank_values=True).items()}
@@ -83,15 +83,17 @@ class Target:
         ):
             raise UsageError(f"the address of Milvus holds a secret - put `user:password` or a token into {TOKEN}")
         if parts.scheme not in SCHEMES or {*options} - {"index", "collection"}:
-            raise UsageError(f"{uri!r} is no address of Milvus - expected {EXAMPLE}")
+            raise UsageError(f"{uri!r} is not an address of Milvus - expected {EXAMPLE}")
         if parts.netloc:
             address, name = f"{SCHEMES[parts.scheme]}://{parts.netloc}", parts.path.strip("/")
         else:
             address, name = parts.path, options.get("collection", "svb")
             if not address.endswith(".db"):
-                raise UsageError(f"{uri!r} names no file - expected one whose name ends in .db, as in {EXAMPLE}")
+                raise UsageError(f"{uri!r} does not name a file that ends in .db - expected {EXAMPLE}")
         if not _NAME.fullmatch(name):
-            raise UsageError(f"{uri!r} names no collection of letters, digits and underscores - expected {EXAMPLE}")
+            raise UsageError(
+                f"{uri!r} lacks the name of a collection (letters, digits and underscores) - expected {EXAMPLE}"
+            )
         return cls(uri, address, name, options.get("index", "").upper())
 
     @property
@@ -106,7 +108,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Server:
-    """A connection; threads may share it. Its methods raise StoreError where the server does not do as asked."""
+    """A connection; threads may share it. Its methods raise StoreError if the server fails."""
 
     target: Target
     client: MilvusClient
@@ -125,12 +127,11 @@ class Server:
             yield self.client
         except (MilvusException, grpc.RpcError) as error:
             raise StoreError(
-                f"Milvus at {self.target.address} did not do its part ({error}) - look into its log, then run the "
-                "same command again"
+                f"Milvus at {self.target.address} failed ({error}) - check its log, then run the same command again"
             ) from error
 
     def missing(self) -> list[str]:
-        """Return which of the two collections are not there."""
+        """Return the names of missing collections."""
         with self.calling() as client:
             names = [self.target.name_of(by) for by in ("moment", "video")]
             return [name for name in names if not client.has_collection(name, timeout=CALL_SECONDS)]
@@ -164,10 +165,10 @@ class Server:
             )
 
     def require(self, embedding_size: int, made_with: dict[str, str]) -> str:
-        """Check that both collections are of an index that was made so, and load them; returns their index's type.
+        """Check that both collections belong to such an index, and load them; returns their index type.
 
         Raises:
-            MismatchError: Another model or size made them, or they are not svb's.
+            MismatchError: They have another model or size, or svb did not make them.
         """
         for by in ("moment", "video"):
             name = self.target.name_of(by)
@@ -187,16 +188,16 @@ class Server:
         return str(index.get("index_type", "unknown"))
 
     def search(self, by: str, embedding: NDArray[np.float32], k: int, only: str) -> list[dict[str, Any]]:
-        """Return the k nearest of what a filter leaves, best first, however many a server gives at a time.
+        """Return the k nearest rows that pass a filter, best first, even if k is more than a server gives at once.
 
-        Where these are not enough, the videos' keys are cut into ranges of about as many rows, and a range of which
-        more rows are needed into two, until no more can be among the k nearest.
+        Then the videos' keys are split into ranges of about as many rows, and a range that needs more rows in two,
+        until no row is missing among the k nearest.
 
         Args:
             by: `moment` or `video`.
             embedding: `(D,)`.
-            k: How many; fewer come where fewer are there.
-            only: The filter, in Milvus's words; empty for none.
+            k: How many; fewer if there are fewer.
+            only: The filter in Milvus's syntax; empty for none.
         """
         if k <= MAX_ROWS:
             return self._search_once(by, embedding, k, only)
@@ -231,7 +232,7 @@ class Server:
         return hits
 
     def fetch(self, by: str, ids: Sequence[int], embedding_size: int) -> dict[int, list[float]]:
-        """Return the vectors that a collection holds of those asked for, by id."""
+        """Return the vectors that a collection has of those asked for, by id."""
         found: dict[int, list[float]] = {}
         portion = max(1, min(MAX_ROWS, BYTES_A_CALL // (4 * embedding_size)))
         for begin in range(0, len(ids), portion):
@@ -251,7 +252,7 @@ def connect(target: Target, *, create: bool = False) -> Server:
 
     Args:
         target: Where it is.
-        create: Make the file where there is none.
+        create: Make the file if there is none.
 
     Raises:
         ModelUnavailableError: The client is not installed.
@@ -263,7 +264,7 @@ def connect(target: Target, *, create: bool = False) -> Server:
         raise ModelUnavailableError(
             f"{target.uri} needs the client of Milvus ({error}) - run `pip install '.[milvus]'` in svb's folder"
         ) from error
-    for name in ("pymilvus", "milvus_lite", "grpc._server"):  # they log what they raise as well
+    for name in ("pymilvus", "milvus_lite", "grpc._server"):  # they also log what they raise
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if target.is_file:
         if not create and not Path(target.address).exists():
@@ -271,7 +272,7 @@ def connect(target: Target, *, create: bool = False) -> Server:
                 f"no file at {target.address} - restore it, or fill it with `svb index --to {target.uri}`"
             )
         Path(target.address).parent.mkdir(parents=True, exist_ok=True)
-    # A file's server is a thread of this process that takes the client's pings for an attack; 2^31 - 1 is never.
+    # A file's server is a thread of this process that takes the client's pings for an attack: never ping.
     options = {"grpc_options": {"grpc.keepalive_time_ms": 2**31 - 1}} if target.is_file else {}
     token = os.environ.get(TOKEN, "")
     try:
@@ -286,7 +287,7 @@ def connect(target: Target, *, create: bool = False) -> Server:
 
 
 def _made_with(described: dict[str, Any]) -> dict[str, str]:
-    """Return what made a collection; empty where svb did not. Not every server keeps both places."""
+    """Return what made a collection; empty if svb did not. Not every server keeps both places."""
     for text in (described.get("properties", {}).get(_PROPERTY, ""), described.get("description", "")):
         with contextlib.suppress(ValueError):
             held = json.loads(text)
@@ -296,7 +297,7 @@ def _made_with(described: dict[str, Any]) -> dict[str, str]:
 
 
 def video_keys(segments: Sequence[Segment]) -> NDArray[np.int64]:
-    """Return `(V,)`, what a collection calls each video: it says which content the video has."""
+    """Return `(V,)`, the key of each video in a collection: it depends on the video's content."""
     keys = [
         _key(f"{video_id}\0{content_hash or (size, mtime)}\0{count}")
         for segment in segments
@@ -313,9 +314,9 @@ def video_keys(segments: Sequence[Segment]) -> NDArray[np.int64]:
 
 
 def moment_ids(keys: NDArray[np.int64], numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return what a collection calls moments, from their videos' keys and their numbers in them.
+    """Return the ids of moments in a collection, from their videos' keys and their numbers in the videos.
 
-    Of 63 bits (splitmix64): among 100 million moments two share an id once in 2,000 indexes.
+    They have 63 bits (splitmix64): among 100 million moments two share an id in one of 2,000 indexes.
     """
     mixed = keys.astype(np.uint64) + (numbers.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -325,7 +326,7 @@ def moment_ids(keys: NDArray[np.int64], numbers: NDArray[np.int64]) -> NDArray[n
 
 
 def made_with(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """Return what a collection must have been made with to be of an index."""
+    """Return the settings of an index that its collections must share."""
     return {"model": manifest["model_fingerprint"], "moments": canonical_json(manifest["moments"])}
 
 

@@ -1,7 +1,7 @@
-"""Searching through Milvus: vectors lie on a server, what is said of videos and moments in the index's folder.
+"""Searches through Milvus: vectors lie on a server, all other data of videos and moments in the index's folder.
 
-What a collection holds and this generation of the index does not know is passed over, so it may be searched while
-it is being filled. Segments that were committed and not sent yet are compared here.
+Rows of a collection that this generation of the index does not have are ignored, so a collection can be searched
+while it is being filled. Segments that were committed but not sent yet are compared here.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ from svb.retrieve.searching.catalog import Catalog
 from svb.retrieve.searching.vectors import Nearest, SegmentVectors
 from svb.retrieve.stored.segment import open_segment, open_segments
 
-# What a filter names at most: 200 kB of it.
+# The most keys that a filter names: 200 kB of them.
 MAX_KEYS = 10_000
-# Looked through for what passes, where a filter cannot name it.
+# Rows to look through if a filter cannot name the videos that pass.
 FIRST_ROWS = 16384
 
 
 class MilvusVectors:
-    """`Vectors` that a Milvus server searches; it is connected to with the first question. Threads may share it.
+    """`Vectors` that a Milvus server searches; it connects with the first query. Threads may share it.
 
     Args:
         catalog: The index's videos and moments.
         keys: `(V,)`, as `video_keys` gives them.
-        target: Where the vectors lie.
+        target: The server.
         made_with: As `made_with` gives it.
-        recall: Measured, of an approximate collection; None where it is exact.
-        cache: A folder for what can be fetched again.
-        fresh: The segments that the collections do not hold yet, with their embeddings.
-        fresh_videos: `(V,)`, whether a video of `catalog` lies in one of those.
+        recall: Measured for an approximate collection; None if it is exact.
+        cache: A folder for data that can be fetched again.
+        fresh: Vectors of the segments that the collections do not have yet.
+        fresh_videos: `(V,)`, the videos of `catalog` that lie in these.
 
     Attributes:
-        num_missing: How many videos neither the collections nor this machine have the vectors of.
+        num_missing: How many videos have their vectors neither in the collections nor here.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class MilvusVectors:
 
     @classmethod
     def open(cls, folder: Path, manifest: Mapping[str, Any]) -> MilvusVectors:
-        """Open the vectors of an index whose manifest says that they lie in Milvus.
+        """Open the vectors of an index whose manifest places them in Milvus.
 
         Raises:
             StoreError: A file of the index is damaged.
@@ -94,7 +94,7 @@ class MilvusVectors:
         try:
             size = int(manifest["embedding_size"])
             fresh = SegmentVectors([open_segment(folder, entry, size) for entry in entries])
-        except StoreError:  # embeddings need not lie here: these videos are found once they were sent
+        except StoreError:  # the embeddings may not be here: these videos are found once they are sent
             num_missing = sum(entry["videos"] for entry in entries)
             sent = [segment.key for segment in segments]
         is_fresh = [np.full(segment.num_videos, segment.key not in sent) for segment in segments]
@@ -116,8 +116,8 @@ class MilvusVectors:
     ) -> Nearest:
         """As `Vectors.nearest`.
 
-        A filter names the videos that pass, or those that do not, whichever are fewer. Where both are many the
-        first rows of all are looked through, and after that it takes a search for every `MAX_KEYS` videos.
+        A filter names the videos that pass, or those that do not, whichever are fewer. If both are many, the first
+        rows of all are looked through; if that is not enough, it takes one search for every `MAX_KEYS` videos.
         """
         counted = self.catalog.counted(allowed)
         fresh = self._nearest_fresh(embedding, k, by, counted)
@@ -132,7 +132,7 @@ class MilvusVectors:
         return scores, self._fresh_rows(by)[rows]
 
     def _fresh_rows(self, by: str) -> NDArray[np.int64]:
-        """Return where each row of `fresh` stands among all."""
+        """Return the place of each row of `fresh` among all."""
         is_fresh = self._is_fresh if by == "video" else np.repeat(self._is_fresh, self.catalog.moment_counts)
         return np.flatnonzero(is_fresh)
 
@@ -210,14 +210,14 @@ class MilvusVectors:
     def _search(
         self, by: str, embedding: NDArray[np.float32], k: int, passing: NDArray[np.bool_], only: str
     ) -> Nearest:
-        """Return the k nearest rows of videos that pass, all of which a filter leaves."""
+        """Return the k nearest rows of videos that pass; the filter `only` leaves all of these."""
         server, num_rows = self._connected(), k
         while True:
             hits = server.search(by, embedding, num_rows, only)
             found = self._passing(hits, by, passing)
             if len(found[0]) >= k or len(hits) < num_rows:
                 return _best([found], k)
-            num_rows *= 4  # some are of another generation, or of a video that was deleted
+            num_rows *= 4  # some belong to another generation or to deleted videos
 
     def _passing(self, hits: Sequence[Mapping[str, Any]], by: str, passing: NDArray[np.bool_]) -> Nearest:
         """Return the scores and rows of hits of videos that pass."""
@@ -226,7 +226,7 @@ class MilvusVectors:
         return scores[kept], rows[kept]
 
     def _known(self, hits: Sequence[Mapping[str, Any]], by: str) -> Nearest:
-        """Return the scores and rows of hits, without those that are not of this generation."""
+        """Return the scores and rows of hits that belong to this generation."""
         scores = np.array([hit["distance"] for hit in hits], np.float32)
         if by == "video":
             rows = self._rows_of(np.array([hit["id"] for hit in hits], np.int64))
@@ -236,7 +236,7 @@ class MilvusVectors:
         return scores[videos >= 0], rows[videos >= 0]
 
     def _rows_of(self, keys: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the live video of each key, -1 where there is none."""
+        """Return the live video of each key, -1 if there is none."""
         if not len(keys):
             return np.empty(0, np.int64)
         held, rows = self._by_key
@@ -260,7 +260,7 @@ class MilvusVectors:
         return moment_ids(self._keys[videos], rows - self._begins[videos])
 
     def _fetch(self, rows: NDArray[np.int64], by: str) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Return `(n, D)` and which of them the collection holds."""
+        """Return `(n, D)`, and which of them the collection has."""
         ids = self._ids(rows, by)
         vectors = self._connected().fetch(by, np.unique(ids).tolist(), self.catalog.embedding_size)
         found, held = np.zeros((len(rows), self.catalog.embedding_size), np.float32), np.zeros(len(rows), np.bool_)

@@ -3,7 +3,7 @@
 A video is placed at the mean of its classes' name embeddings, weighted by their probabilities (the paper's
 equation 3). Three things differ, each measured on galleries of 244 training videos: the softmax is flatter,
 all classes take part rather than the likeliest ten, and names are embedded in several sentences with their
-common mean taken off, since it is alike in all and says nothing.
+common mean subtracted, since it is the same in all and carries no information.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from svb.extract.backbones.backbone import Classifier
 from svb.extract.text_encoders.text_encoder import TextEncoder
 from svb.train.heads import masked_mean
 
-# A classifier is surer of its one class than a video of several things deserves.
+# A classifier is too sure of one class for a video that shows several things.
 TEMPERATURE = 2.0
 PROMPTS = ("a {} is shown", "someone with a {}", "a video of a {}", "there is a {}")
 
@@ -25,8 +25,8 @@ class Conse(nn.Module):
     """Frame features to video embeddings through class names.
 
     Args:
-        weight: `(C, F)`, of a classifier: from F features to the logits of C classes.
-        bias: `(C,)`, likewise.
+        weight: `(C, F)`, a classifier's last layer: from F features to the logits of C classes.
+        bias: `(C,)` of the same layer.
         class_embeddings: `(C, D)` of the class names, see `embed_class_names`.
 
     Shape:

@@ -1,4 +1,4 @@
-"""Videos and captions into one space: by a trained run, or zero-shot by a store's backbone alone."""
+"""Embeds videos and captions into one space: by a trained run, or zero-shot by a store's backbone."""
 
 from __future__ import annotations
 
@@ -37,20 +37,19 @@ from svb.train.training_data import FrameTable
 ZERO_SHOT_MAX_FRAMES = 256
 # The file of `Embedder.weights` in an index.
 HEADS = "heads.safetensors"
-# Weights of a run that only its losses read.
+# Weights of a run that only its losses use.
 SCALES = ("log_logit_scale", "log_support_temperature")
 
 
 @dataclass(frozen=True)
 class Embedder:
-    """What turns features of both sides into embeddings.
+    """Turns features of videos and captions into embeddings.
 
     Attributes:
-        model: What it is, as stored in an index: `kind`, `video` and `text` settings, weights.
+        model: Its description, as stored in an index: `kind`, `video` and `text` settings, weights.
         video_head: `(B, T, F)` float32, `(B, T)` bool -> `(B, D)`, L2-normalised.
         text_head: `(B, F)` float32, on any device -> `(B, D)`, L2-normalised.
-        weights: Of the heads, by name, or what a classifier's frames are placed by; empty where nothing is needed
-            besides the backbone and the text encoder.
+        weights: By name, of the heads or of ConSE; empty if backbone and text encoder need nothing else.
     """
 
     model: dict[str, Any]
@@ -91,7 +90,7 @@ class Embedder:
 
 
 class TorchTower:
-    """A text encoder with its text head, where no text tower was exported; it loads in seconds."""
+    """A text encoder with its text head, for an index without an exported text tower; it takes seconds to load."""
 
     def __init__(self, text_encoder: TextEncoder, embedder: Embedder) -> None:
         self._encoder = text_encoder
@@ -114,8 +113,8 @@ def run_embedder(run: Path, checkpoint: str, device: torch.device) -> Embedder:
     """Load a run's heads from one of its checkpoints, `best` or `last`.
 
     Raises:
-        InputError: The folder is no run, or has no such checkpoint.
-        StoreError: A file is damaged, or the weights are of another model.
+        InputError: The folder is not a run, or lacks the checkpoint.
+        StoreError: A file is damaged, or the weights belong to another model.
     """
     description = read_run(run)
     loaded = load_checkpoint(run / checkpoint)
@@ -135,7 +134,7 @@ def heads_embedder(
 ) -> Embedder:
     """Return the embedder of trained heads, from their description and weights."""
     module = build_model(model)
-    # Scales serve training alone, and not every version's runs hold the same.
+    # Only training uses the scales, and runs of different versions hold different ones.
     heads = torch.nn.ModuleDict({"video_head": module.video_head, "text_head": module.text_head})
     load_weights(heads, {name: value for name, value in weights.items() if name not in SCALES}, source)
     module.eval().requires_grad_(False).to(device)
@@ -161,11 +160,11 @@ def index_embedder(
         folder: The index's.
         manifest: As `svb.retrieve.stored.manifest.read_manifest` gives it.
         device: Where to compute.
-        text_encoder: Returns the queries' encoder, where it may be loaded already.
+        text_encoder: Returns the queries' encoder, if the caller may have loaded it.
 
     Raises:
         StoreError: The heads' file is damaged.
-        MismatchError: Weights here are others than those the index was made with.
+        MismatchError: The weights here differ from those that made the index.
     """
     model = manifest["model"]
     weights = load_heads(folder, manifest)
@@ -182,24 +181,24 @@ def index_embedder(
         embedder = zero_shot_embedder(model["video"], encoder, device)
     if embedder.fingerprint != manifest["model_fingerprint"]:
         raise MismatchError(
-            f"{folder} was made with model {manifest['model_fingerprint']}, here it is {embedder.fingerprint} - "
-            "install the package versions of then, or make the index again with `svb index --rebuild`"
+            f"{folder} was made with model {manifest['model_fingerprint']}, not {embedder.fingerprint} - "
+            "install the package versions that made it, or make the index again with `svb index --rebuild`"
         )
     return embedder
 
 
 def load_heads(folder: Path, manifest: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Return `Embedder.weights` as an index keeps them, by name; none where it keeps none.
+    """Return `Embedder.weights` of an index by name; empty if it keeps none.
 
     Raises:
-        StoreError: Their file is damaged: its hash is not that of the manifest.
+        StoreError: The file's hash is not that of the manifest.
     """
     for entry in manifest["heads"]:
         path = part_folder(folder, "heads", entry) / HEADS
         try:
             if hash_file(path) != entry["files"][HEADS]:
                 raise StoreError(
-                    f"{path} is damaged (it is not what was written) - restore it, or make the index again with "
+                    f"{path} is damaged (its hash is wrong) - restore it, or make the index again with "
                     "`svb index --rebuild`"
                 )
             return load_file(path)
@@ -222,14 +221,14 @@ def zero_shot_embedder(
     its frames among its class names (ConSE).
 
     Args:
-        video: The backbone and what shaped its rows, as `FeatureStore.video_settings` gives it.
+        video: Settings of the backbone and its rows, as `FeatureStore.video_settings` gives them.
         text_encoder: The queries' encoder.
         device: Where to compute.
-        made_before: Returns the weights of an embedder of the same model, so that a thousand class names need not
-            be embedded again; empty where there is none.
+        made_before: Returns the weights of an earlier embedder of the same model, which saves embedding a thousand
+            class names again; empty if there is none.
 
     Raises:
-        InputError: The backbone is neither, or fused of several, or its features were imported.
+        InputError: The backbone is neither, is fused of several, or has imported features.
     """
     require_zero_shot(video)
     backbone: str = video["backbone"]
@@ -264,15 +263,15 @@ def _conse_embedder(model: dict[str, Any], weights: Mapping[str, torch.Tensor], 
 
 
 def require_zero_shot(video: Mapping[str, Any]) -> None:
-    """Refuse what only trained heads can place in one space with captions: fused backbones and imported features.
+    """Refuse fused backbones and imported features: only trained heads bring them into one space with captions.
 
     Raises:
-        InputError: It is such.
+        InputError: The backbone is one of them.
     """
     parts = parts_of(video)
     if _imported(video):
         raise InputError(
-            f"the features of {video['backbone']} were imported, and which weights made them is not known: they "
+            f"the features of {video['backbone']} were imported, and we do not know which weights made them: they "
             "cannot be searched without training - train heads with `svb train`, or extract with `svb extract`"
         )
     if len(parts) > 1:
@@ -286,13 +285,13 @@ def load_matching_text_encoder(settings: Mapping[str, Any], device: torch.device
     """Load the text encoder that made some features.
 
     Raises:
-        MismatchError: The weights found under its name are others.
+        MismatchError: The weights found under its name differ.
     """
     encoder = load_text_encoder(settings["name"], device)
     if encoder.weights_hash != settings["weights_hash"]:
         raise MismatchError(
-            f"{settings['name']} has weights {encoder.weights_hash} here, but {settings['weights_hash']} when the "
-            "features were made - install the package versions of then, or make captions and index again"
+            f"{settings['name']} has weights {encoder.weights_hash} here, but {settings['weights_hash']} made the "
+            "features - install the package versions that made them, or make captions and index again"
         )
     return encoder
 

@@ -1,11 +1,11 @@
-"""Queries into the space of an index: texts by its exported text tower, files by what made its rows.
+"""Embeds queries for an index: texts by its exported text tower, files as its videos were embedded.
 
-Embeddings of texts that were asked before are kept on disk, so that a repeated query loads no model:
+Embeddings of earlier texts are kept on disk, so a repeated query loads no model:
 
-cache/queries/<hash>   SHA-256 of the rest and of the file's name (32 bytes), then the embedding, (D,) float32
+cache/queries/<hash>   SHA-256 of file name and embedding (32 bytes), then the embedding, (D,) float32
 
-The name is a hash of the model and the text, so no query can be read from the disk. A file that was cut short or
-changed does not match its checksum and is ignored. Losing the folder costs time alone.
+The name is a hash of the model and the text, so nobody can read queries from the disk. A file that was cut short or
+changed does not match its checksum and is ignored. Losing the folder only costs time.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     from svb.retrieve.model.embedder import Embedder
 
 MAX_ENTRIES = 10_000
-# Removed together where there are too many, so that not every new query has to look at all files.
+# Removed at once when there are too many, so that few queries must list all files.
 REMOVED_AT_ONCE = 1_000
 _CHECKSUM_BYTES = 32
-# What was written aside and is still there after this was left by a kill.
+# A file aside that is older was left by a killed process.
 _ASIDE_SECONDS = 3600.0
 
 
@@ -60,12 +60,12 @@ class Tower(Protocol):
 
 
 class QueryEmbedder:
-    """Embeds queries; whatever it needs is loaded with the first query that does. Threads may share it.
+    """Embeds queries, and loads each model with the first query that needs it. Threads may share it.
 
     Args:
         folder: The index's.
         manifest: As `svb.retrieve.stored.manifest.read_manifest` gives it.
-        device: Where torch computes, if it has to.
+        device: Device for torch, if it is needed.
     """
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any], device: str) -> None:
@@ -74,11 +74,11 @@ class QueryEmbedder:
         self._device_name = device
         self._lock = threading.Lock()
         exported = [entry["key"] for entry in manifest["text"]]
-        # Another export of the same model rounds otherwise.
+        # Another export of the same model rounds differently.
         self._cache = QueryCache(folder / "cache", "-".join([manifest["model_fingerprint"], *exported]))
 
     def fits(self, manifest: Mapping[str, Any]) -> bool:
-        """Tell whether it embeds queries for another generation of its index, as that one's own would."""
+        """Tell whether another generation of its index has the same model, so that it can serve that one too."""
         return all(self._manifest[name] == manifest[name] for name in ("model_fingerprint", "text", "heads"))
 
     def embed_text(self, text: str, what: str = "the query") -> NDArray[np.float32]:
@@ -86,14 +86,14 @@ class QueryEmbedder:
 
         Args:
             text: The text.
-            what: What it is, for messages.
+            what: Its name in messages.
 
         Raises:
             InputError: It is empty, not Unicode, or longer than the text encoder reads.
-            MismatchError: The text encoder here is not the one that the index was made with.
+            MismatchError: The text encoder here differs from the one that made the index.
         """
         if not text.strip():
-            raise InputError(f"{what} is empty - say what to look for")
+            raise InputError(f"{what} is empty - expected a text to search for")
         try:
             text.encode()
         except UnicodeEncodeError as error:  # bytes of the command line that were no UTF-8
@@ -105,12 +105,14 @@ class QueryEmbedder:
             tokens = tower.num_tokens(text)
             if tokens > tower.max_tokens:
                 name = self._manifest["model"]["text"]["text_encoder"]["name"]
-                raise InputError(f"{what} has {tokens} tokens, {name} reads {tower.max_tokens} - make it shorter")
+                raise InputError(
+                    f"{what} has {tokens} tokens, but {name} reads {tower.max_tokens} - make it shorter"
+                )
             embedding = tower.embed([text])[0]
             self._cache.put(text, embedding)
         if not np.isfinite(embedding).all():
             raise StoreError(
-                f"the embedding of {text!r} is not finite - the model that {self._folder} was made with is broken: "
+                f"the embedding of {text!r} is not finite, so the model that made {self._folder} is broken - "
                 "train it again, and make the index again with `svb index --rebuild`"
             )
         return embedding
@@ -120,7 +122,7 @@ class QueryEmbedder:
 
         Raises:
             InputError: The file gives no picture.
-            MismatchError: A backbone's weights here are not those that the index was made with.
+            MismatchError: A backbone's weights here differ from those that made the index.
         """
         from svb.retrieve.model.query_media import embed_image, embed_video
 
@@ -165,8 +167,8 @@ class QueryCache:
 
     Args:
         folder: An index's `cache`.
-        fingerprint: Of the model; what another has embedded is not found.
-        max_entries: The oldest are removed beyond this many, those of all models together.
+        fingerprint: Of the model; embeddings of other models are not found.
+        max_entries: Most files to keep, of all models together; the oldest are removed.
     """
 
     def __init__(self, folder: Path, fingerprint: str, max_entries: int = MAX_ENTRIES) -> None:
@@ -175,7 +177,7 @@ class QueryCache:
         self._max_entries = max_entries
 
     def get(self, text: str) -> NDArray[np.float32] | None:
-        """Return the `(D,)` embedding of a text, or None where it is not known."""
+        """Return the `(D,)` embedding of a text, or None if it is not known."""
         path = self._path(text)
         try:
             content = path.read_bytes()
@@ -187,13 +189,13 @@ class QueryCache:
         return np.frombuffer(embedding, "<f4").astype(np.float32)
 
     def put(self, text: str, embedding: NDArray[np.float32]) -> None:
-        """Keep a text's `(D,)` embedding; on a disk that is full or read-only it is done without."""
+        """Keep a text's `(D,)` embedding; does nothing if the disk is full or read-only."""
         path = self._path(text)
         aside = self._folder / f"{ASIDE_PREFIX}{uuid.uuid4().hex}"
         content = np.ascontiguousarray(embedding, "<f4").tobytes()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            # Not synced: what a power cut leaves of it does not give its checksum.
+            # Not synced: the remains of a power cut do not match their checksum.
             aside.write_bytes(_checksum(path.name, content) + content)
             aside.replace(path)
             self._remove_oldest()

@@ -1,4 +1,4 @@
-"""A run or a feature store, opened with all that belongs to it: what evaluation and indexing start from."""
+"""A run or a feature store, opened with its embedder and captions: where evaluation and indexing start."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from svb.retrieve.model.embedder import (
 from svb.train.config import TrainConfig, stored_options
 from svb.train.run import read_run
 
-# What a classifier's class names are read with where nothing else is asked for.
+# Reads a classifier's class names, unless another is asked for.
 DEFAULT_CLASS_TEXT_ENCODER = "offline:minilm-l6"
 
 
 @dataclass(frozen=True)
 class OpenedSource:
-    """What a run or store stands for.
+    """A run or a store with all that belongs to it.
 
     Attributes:
         embedder: The run's heads, or the store's zero-shot model.
         store: The features.
-        captions: Their captions; None for a store without.
-        config: The run's options, the defaults for a store.
-        data: What the run was trained on; None for a store.
+        captions: Captions of its videos; None for a store without.
+        config: The run's options; the defaults for a store.
+        data: The data that the run was trained on; None for a store.
     """
 
     embedder: Embedder
@@ -64,12 +64,12 @@ def open_source(
     Args:
         source: A run's or a store's path.
         device: Where the embedder computes.
-        store: A run's feature store, where it is not where the run found it.
-        captions: A caption features file; a run's own where not given.
-        backbone: Of a store that holds several.
-        text_encoder: Of a zero-shot search; the captions', CLIP's own or the embedded one where not given.
-        checkpoint: Of a run, `best` or `last`; best where not given.
-        made_before: Of a zero-shot search, see `zero_shot_embedder`.
+        store: A run's feature store, if it has moved.
+        captions: A caption features file; the run's own by default.
+        backbone: Backbone whose features are used, if a store holds several.
+        text_encoder: Text encoder of a store; by default that of the captions, of CLIP itself, or the embedded one.
+        checkpoint: `best` or `last` of a run; best by default.
+        made_before: See `zero_shot_embedder`.
 
     Raises:
         InputError: Something is missing.

@@ -35,14 +35,14 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 class TextTower:
     """A text encoder with its text head; loaded with the first text. Threads may share it.
 
-    Texts are embedded one at a time: alone a text comes out the same whatever else is asked.
+    It embeds one text at a time, so an embedding does not depend on the texts beside it.
 
     Args:
         folder: The part's.
         entry: Its entry in the manifest.
 
     Raises:
-        StoreError: A file is missing or has another size than when it was written, or a newer svb wrote it.
+        StoreError: A file is missing or has the wrong size, or a newer svb wrote it.
     """
 
     def __init__(self, folder: Path, entry: Mapping[str, Any]) -> None:
@@ -63,15 +63,15 @@ class TextTower:
 
     @property
     def max_tokens(self) -> int:
-        """How many tokens it reads, those that it adds itself included."""
+        """How many tokens it reads, including those that it adds itself."""
         return int(self._entry["max_tokens"])
 
     def num_tokens(self, text: str) -> int:
-        """Return how many tokens a text has, those that the tower adds included."""
+        """Return how many tokens a text has, including those that the tower adds."""
         return len(self._encode(text))
 
     def token_ids(self, text: str) -> list[int]:
-        """Return the tokens that the graph reads: of a longer text the first ones, then the end token."""
+        """Return the tokens that the graph reads: a longer text is cut, and keeps its end token."""
         tokens = self._encode(text)
         if len(tokens) > self.max_tokens:
             tokens = tokens[: self.max_tokens - 1] + tokens[-1:]
@@ -157,7 +157,7 @@ def _canonicalize(text: str) -> str:
     return " ".join(_fix(text).replace("_", " ").translate(_PUNCTUATION).lower().split())
 
 
-# What is done to a text before it is cut into tokens, by the names that open_clip gives them.
+# Cleans a text before it is cut into tokens, under open_clip's names.
 CLEANINGS: dict[str, Callable[[str], str]] = {
     "none": lambda text: text,
     "whitespace": _whitespace,

@@ -1,4 +1,4 @@
-"""What an index knows of its videos and moments besides their vectors."""
+"""Everything that an index holds of its videos and moments besides their vectors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SAMPLE_ROWS = 8192
 
 
 class FileState(NamedTuple):
-    """A video's file when it was extracted; where its state is not known, as of some imports, 0 and empty."""
+    """A video's file when it was extracted; 0 and empty if not known, as after some imports."""
 
     size_bytes: int
     mtime_ns: int
@@ -24,19 +24,19 @@ class FileState(NamedTuple):
 
 
 class Catalog:
-    """The videos and moments of segments; both are numbered through, videos that were deleted included.
+    """The videos and moments of segments, both numbered across all of them, including deleted videos.
 
-    Nothing is read until it is asked for. Threads may share it.
+    Nothing is read before it is needed. Threads may share it.
 
     Args:
-        segments: In the order of the manifest; their embeddings are not looked at.
+        segments: In the order of the manifest; their embeddings are not read.
 
     Attributes:
-        segments: Those.
+        segments: The same.
         num_videos: V, with deleted ones.
-        num_moments: M, likewise.
+        num_moments: M, with those of deleted videos.
         embedding_size: D.
-        any_deleted: Whether a video was.
+        any_deleted: Whether any video was deleted.
         video_begins: `(S + 1,)`, the first video of each of S segments, and V.
         moment_begins: `(S + 1,)`, the first moment of each, and M.
     """
@@ -66,7 +66,7 @@ class Catalog:
         return found
 
     def sample_rows(self, by: str) -> NDArray[np.int64]:
-        """Return live rows, always the same: all, or 8,192 by chance where there are more."""
+        """Return live rows, always the same: all, or 8,192 random ones if there are more."""
         live = np.arange(self.num_moments if by == "moment" else self.num_videos)
         if self.any_deleted:
             live = np.flatnonzero(np.repeat(self.alive, self.moment_counts) if by == "moment" else self.alive)
@@ -75,34 +75,34 @@ class Catalog:
         return live
 
     def video_id(self, row: int) -> str:
-        """Return what a video is called."""
+        """Return a video's id."""
         segment, local = self._place(row)
         return segment.video_ids[local]
 
     def source_path(self, row: int) -> str:
-        """Return where a video's file lay."""
+        """Return the path of a video's file when it was extracted."""
         segment, local = self._place(row)
         return segment.source_paths[local]
 
     def duration_seconds(self, row: int) -> float | None:
-        """Return how long a video is; None where that is not known."""
+        """Return a video's length; None if not known."""
         segment, local = self._place(row)
         duration = float(segment.duration_seconds[local])
         return None if np.isnan(duration) else duration
 
     def file_state(self, row: int) -> FileState:
-        """Return what a video's file was."""
+        """Return size, time and hash of a video's file."""
         segment, local = self._place(row)
         return FileState(
             int(segment.size_bytes[local]), int(segment.mtime_ns[local]), segment.content_hashes[local]
         )
 
     def counted(self, allowed: NDArray[np.bool_] | None) -> NDArray[np.bool_]:
-        """Return `(V,)`, which live videos a filter lets pass; None lets all."""
+        """Return `(V,)`, the live videos that pass a filter; None passes all."""
         return self.alive if allowed is None else self.alive & allowed
 
     def row_of(self, video_id: str) -> int | None:
-        """Return a live video's row; None where there is none."""
+        """Return a live video's row; None if there is none."""
         return self.live_rows.get(video_id)
 
     @cached_property
@@ -120,28 +120,28 @@ class Catalog:
 
     @cached_property
     def durations(self) -> NDArray[np.float64]:
-        """`(V,)` seconds, NaN where not known."""
+        """`(V,)` seconds, NaN if not known."""
         return np.concatenate([np.empty(0), *(segment.duration_seconds for segment in self.segments)])
 
     @cached_property
     def mtime_ns(self) -> NDArray[np.int64]:
-        """`(V,)`, when each video's file had changed last."""
+        """`(V,)`, when each video's file was last changed."""
         return np.concatenate([np.empty(0, np.int64), *(segment.mtime_ns for segment in self.segments)])
 
     @cached_property
     def video_ids(self) -> Sequence[str]:
-        """V of them."""
+        """V video_ids."""
         return [video_id for segment in self.segments for video_id in segment.video_ids.tolist()]
 
     @cached_property
     def source_paths(self) -> Sequence[str]:
-        """V of them, where each video's file lay."""
+        """V paths of the videos' files."""
         return [path for segment in self.segments for path in segment.source_paths.tolist()]
 
     def in_segments(
         self, rows: NDArray[np.int64], *, by: str
     ) -> list[tuple[Segment, NDArray[np.int64] | slice, NDArray[np.int64]]]:
-        """Return the segments that rows lie in: for each, where in `rows` its own are, and their numbers in it."""
+        """Return the segments that hold some rows, with the positions of these in `rows`, and their local rows."""
         if len(self.segments) == 1:
             return [(self.segments[0], slice(None), rows)]
         begins = self.moment_begins if by == "moment" else self.video_begins

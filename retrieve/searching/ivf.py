@@ -1,11 +1,11 @@
-"""The approximate index at search: IVF over float16 moments, where an exact scan would miss the latency budget.
+"""Approximate search: IVF over float16 moments, for an index whose exact scan would miss the latency budget.
 
-    ivf, note = open_ivf(folder, exact, segments)    # None where search is exact; a note if it had to fall back
+    ivf, note = open_ivf(folder, exact, segments)    # None if search is exact; a note if it had to fall back
     vectors = ivf or exact                           # both are `Vectors`
 
-Its files are a cache, see `svb.retrieve.stored.ivf_file`. The inverted lists only propose rows: scores are taken
-from the segments, videos that were deleted are left out, segments that came later are scanned exactly. What does
-not fit is not used.
+Its files are a cache, see `svb.retrieve.stored.ivf_file`. The inverted lists only propose rows: scores come
+from the segments, deleted videos are left out, and newer segments are scanned exactly. Files that do not fit are
+ignored.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from svb.retrieve.stored.segment import Segment
 def open_ivf(
     folder: Path, exact: SegmentVectors, segments: Sequence[Segment]
 ) -> tuple[IvfVectors | None, str | None]:
-    """Return an index's approximate vectors, or None and, where that is a pity, why.
+    """Return an index's approximate vectors; or None, and the reason if they should have been there.
 
     Args:
         folder: The index's.
@@ -49,16 +49,16 @@ def open_ivf(
 
 
 class IvfVectors:
-    """`Vectors` whose nearest moments are sought in the inverted lists that lie nearest. Threads may share it.
+    """`Vectors` that look for the nearest moments in the nearest inverted lists. Threads may share it.
 
     Args:
         exact: All vectors.
-        segments: Theirs, in the same order.
+        segments: Its segments, in the same order.
         index: The inverted lists; never changed.
-        decision: What they cover, and how they were tuned.
+        decision: What the lists cover, and how they were tuned.
 
     Attributes:
-        exact_vectors: To compare with every row instead.
+        exact_vectors: Compare every row.
     """
 
     exact = False
@@ -76,7 +76,7 @@ class IvfVectors:
         self.embeddings, self.background = exact.embeddings, exact.background
         self.recall: float | None = min(decision["recall"], decision["recall_videos"])
         self._index, self._nprobe = index, int(decision["nprobe"])
-        # How many rows a scan compares within the budget: where a filter leaves no more, none need be missed.
+        # How many rows a scan compares within the budget: if a filter leaves no more, a scan misses none.
         self._rows_in_budget = decision["rows"] * decision["budget_seconds"] / decision["exact_seconds"]
         self._place(segments, decision["segments"])
 
@@ -87,7 +87,7 @@ class IvfVectors:
         number = {segment.key: place for place, segment in enumerate(segments)}
         self._fresh: NDArray[np.bool_] = np.ones(self.catalog.num_videos, np.bool_)
         self._ends = np.cumsum([entry["moments"] for entry in covered])
-        self._begins: list[int | None] = []  # a global row each; None where the segment is gone
+        self._begins: list[int | None] = []  # global rows; None if the segment is gone
         for entry in covered:
             place = number.get(entry["key"])
             if place is not None and segments[place].num_moments != entry["moments"]:
@@ -103,7 +103,7 @@ class IvfVectors:
     def nearest(
         self, embedding: NDArray[np.float32], k: int, *, by: str, allowed: NDArray[np.bool_] | None
     ) -> Nearest:
-        """As `Vectors.nearest`; whole videos are compared exactly, being few."""
+        """As `Vectors.nearest`; whole videos are few and compared exactly."""
         if by == "video":
             return self.exact_vectors.nearest(embedding, k, by=by, allowed=allowed)
         share, bitmap, counted = 1.0, self._live_bitmap if self._any_lost else None, self.catalog.alive
@@ -113,13 +113,13 @@ class IvfVectors:
             if rows <= self._rows_in_budget:
                 return self.exact_vectors.nearest(embedding, k, by=by, allowed=allowed)
             share, bitmap = rows / self.catalog.num_moments, self._bitmap(counted)
-        # Where a filter leaves a third of the rows, the ten nearest of them lie in three times as many lists.
+        # If a filter leaves a third of the rows, the ten nearest of them lie in three times as many lists.
         nprobe = math.ceil(max(self._nprobe, 2 * k * self._index.nlist / self._index.ntotal) / share)
         proposed = self._proposed(embedding, k, nprobe, bitmap, counted)
         if self._any_fresh:
             fresh = self._fresh if allowed is None else self._fresh & allowed
             proposed = np.concatenate([proposed, self.exact_vectors.nearest(embedding, k, by=by, allowed=fresh)[1]])
-        if len(proposed) < k:  # fewer lists were probed than hold k rows, or the file is damaged
+        if len(proposed) < k:  # too few lists were probed, or the file is damaged
             return self.exact_vectors.nearest(embedding, k, by=by, allowed=allowed)
         scores = self.embeddings(proposed, by=by) @ embedding
         order = np.lexsort((proposed, -scores))[:k]
@@ -140,7 +140,7 @@ class IvfVectors:
         ids = found[0][(found[0] >= 0) & (found[0] < self._index.ntotal)]
         place = np.searchsorted(self._ends, ids, side="right")
         rows = np.unique((ids + self._shifts[place])[self._here[place]])
-        # A flipped bit may have made another row of a row's number: of one that counts, or it goes.
+        # A flipped bit may have changed a row's number: keep only rows that count.
         return rows[counted[self.catalog.videos_of(rows)]]
 
     @cached_property

@@ -1,4 +1,4 @@
-"""One generation of an index, opened: what a search reads."""
+"""One generation of an index, opened for searching."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class OpenedIndex:
     """One generation of an index: everything a search reads, mapped.
 
     Attributes:
-        manifest: Of this generation.
-        vectors: What is searched: all rows, or an approximate index over them.
-        exact_vectors: All rows; what is searched where they do not lie here.
-        note: What the user should know of how it is searched; None where nothing.
+        manifest: The manifest of this generation.
+        vectors: All rows, or an approximate index over them.
+        exact_vectors: All rows; equal to `vectors` if the embeddings do not lie here.
+        note: What the user should know about the search; None if nothing.
     """
 
     manifest: dict[str, Any]
@@ -43,7 +43,7 @@ class OpenedIndex:
 
 
 class ServerVectors(Vectors, Protocol):
-    """`Vectors` that a server searches; `num_missing` tells of how many videos it has none."""
+    """`Vectors` that a server searches; `num_missing` counts the videos that it lacks."""
 
     @property
     def num_missing(self) -> int: ...
@@ -61,9 +61,9 @@ def open_index(
 
     Args:
         folder: The index's.
-        manifest: Of a generation.
-        device: Where images and videos are embedded.
-        previous: Of another generation and the same device; is used on where the model is the same.
+        manifest: The manifest of a generation.
+        device: Device that embeds images and videos.
+        previous: Embedder of another generation on the same device; kept if the model is the same.
         open_server: Opens the vectors of an index whose manifest says that a server searches them.
 
     Raises:
@@ -75,10 +75,10 @@ def open_index(
     if manifest["vectors"] is not None:
         exact = remote = open_server(folder, manifest)
         if remote.num_missing:
-            note = f"{remote.num_missing} videos are not on the server yet: `svb index` has not come to its end"
+            note = f"{remote.num_missing} videos are not on the server yet: `svb index` has not finished"
         if not remote.exact:
             approximate = remote
-            with contextlib.suppress(StoreError):  # the embeddings need not lie here
+            with contextlib.suppress(StoreError):  # the embeddings may not be here
                 exact = SegmentVectors(open_segments(folder, manifest))
     else:
         segments = open_segments(folder, manifest)

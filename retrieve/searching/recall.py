@@ -1,4 +1,4 @@
-"""Queries that an approximate index is tuned and measured with, and what an exact scan finds for them."""
+"""Recall of an approximate index: queries to tune and measure it with, and what an exact scan finds for them."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from svb.retrieve.searching.vectors import SegmentVectors, Vectors
 from svb.retrieve.stored.segment import Segment
 
 K = 10
-# The ten best videos are sought among so many moments, as neighbouring moments of one video are alike.
+# The ten best videos are looked for among this many moments: neighbouring moments of a video are alike.
 NUM_MOMENTS = 128
 NUM_QUERIES = 1000
-# Fewer captions than this tell recall too coarsely.
+# With fewer captions recall is too coarse.
 MIN_CAPTIONS = 100
 BLOCK = 65536
-# Sums in another order differ by less.
+# Sums in another order differ by less than this.
 EPSILON = 1e-5
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What an exact scan finds for Q queries; NaN and -1 fill up where fewer are there.
+    """What an exact scan finds for Q queries; -inf and -1 fill the rows that find fewer.
 
     Attributes:
         queries: `(Q, D)`.
-        moment_scores: `(Q, 10)` of the nearest moments, best first; `moment_rows` likewise.
-        video_scores: `(Q, 10)` of the best moments of the ten best videos; `video_rows` are those moments.
+        moment_scores: `(Q, 10)` of the nearest moments, best first; `moment_rows` are their rows.
+        video_scores: `(Q, 10)` of the best moments of the ten best videos; `video_rows` are their rows.
     """
 
     queries: NDArray[np.float32]
@@ -40,15 +40,15 @@ class Truth:
     video_rows: NDArray[np.int64]
 
     def part(self, rows: slice) -> Truth:
-        """Return the truth about some of the queries."""
+        """Return the truth for some of the queries."""
         return Truth(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
 
 
 def draw_queries(exact: SegmentVectors, captions: NDArray[np.floating] | None) -> tuple[str, NDArray[np.float32]]:
     """Return what queries are, `captions` or `moments`, and `(Q, D)` of them, at most 1,000, always the same.
 
-    Without captions, moments stand in for them that were moved as far in a random direction as they are long.
-    An index without moments has none.
+    Without captions, moments stand in for them, each moved by its own length in a random direction. An index
+    without moments gives no queries.
     """
     random = np.random.default_rng(1)
     if captions is not None and len(captions) >= MIN_CAPTIONS:
@@ -101,7 +101,7 @@ def best_of_videos(
 def measure_recall(vectors: Vectors, truth: Truth) -> tuple[float, float]:
     """Return the shares of the ten nearest moments and of the ten best videos that a search finds.
 
-    Rows that are as near as the tenth count as it does: duplicates are as good as each other.
+    Rows as near as the tenth count too: duplicates are equally good.
     """
     shares = []
     for query, moments, videos in zip(truth.queries, truth.moment_scores, truth.video_scores, strict=True):

@@ -19,12 +19,12 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-# What one thread scans at a time, about 2.5 ms of it: fewer bytes are not worth the hand-over to another thread.
+# One thread scans this much at a time, in about 2.5 ms: fewer bytes are not worth the hand-over.
 PIECE_BYTES = 64 << 20
 BLOCK = 65536
-# FAISS finds no more on a GPU at a time.
+# The most that FAISS finds on a GPU at a time.
 MAX_K = 2048
-# Copying all rows to the GPU costs about as much as so many scans on the CPU: a single query is better off there.
+# Copying all rows to the GPU costs about as much as this many scans on the CPU.
 FIRST_QUERIES = 32
 
 
@@ -63,7 +63,7 @@ def scan(
     Args:
         pieces: Of the rows, in order.
         embedding: `(D,)`.
-        k: How many; fewer come where fewer rows are there.
+        k: How many; fewer if there are fewer rows.
         selected: By row number, whether it counts; None for all.
     """
     masks = [None if selected is None else selected[p.begin : p.begin + len(p.rows)] for p in pieces]
@@ -95,14 +95,14 @@ def _scan_piece(
 def _pool(process: int) -> ThreadPoolExecutor:
     """Return the process's threads; a forked one has none of its parent's and makes its own."""
     cores = len(os.sched_getaffinity(process)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # One query on one thread each: OpenMP's own threads would fight with the pool's.
+    # One thread for each piece: OpenMP's own threads would compete with the pool's.
     return ThreadPoolExecutor(cores, "scan", initializer=faiss.omp_set_num_threads, initargs=(1,))
 
 
 def _view(rows: NDArray[np.float16]) -> faiss.Index:
     """Return an exact inner-product index over rows that stay where they are, and must outlive it.
 
-    A FAISS that lends no memory has them copied.
+    A FAISS that cannot use foreign memory copies them.
     """
     index = faiss.IndexScalarQuantizer(rows.shape[1], faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
     if not hasattr(faiss, "MaybeOwnedVectorUInt8"):
@@ -110,14 +110,14 @@ def _view(rows: NDArray[np.float16]) -> faiss.Index:
             index.add(np.ascontiguousarray(rows[begin : begin + BLOCK], np.float32))
         return index
     pointer = faiss.swig_ptr(rows.view(np.uint8).reshape(-1))
-    # The empty index's own owner is nobody: what Python holds on to, FAISS need not.
+    # The owner of the empty index is nobody: Python keeps the rows alive, so FAISS need not.
     index.codes = faiss.MaybeOwnedVectorUInt8.create_view(pointer, rows.nbytes, index.codes.owner)
     index.ntotal = len(rows)
     return index
 
 
 class GpuScan:
-    """Scans rows on the first GPU once enough was asked; says None wherever the CPU must do it.
+    """Scans rows on the first GPU after enough queries; returns None when the CPU must do it.
 
     Float32 takes twice the memory of the rows, and gives the CPU's scores; FAISS's float16 would round them.
 
@@ -125,7 +125,7 @@ class GpuScan:
         arrays: `(N, D)` float16 each, numbered through.
 
     Attributes:
-        is_usable: Whether there is a GPU, which has not run out of memory yet.
+        is_usable: Whether there is a GPU that has not run out of memory.
     """
 
     def __init__(self, arrays: Sequence[NDArray[np.float16]]) -> None:
@@ -154,7 +154,7 @@ class GpuScan:
         return scores[0][order], rows[0][order]
 
     def _is_ready(self) -> bool:
-        """Tell whether the GPU has the rows; the first query that finds it worth while fills it, others go on."""
+        """Tell whether the GPU has the rows; the first query that makes it worthwhile copies them, others go on."""
         with self._lock:
             self._queries += 1
             if self._queries <= FIRST_QUERIES or self._is_filling:

@@ -26,7 +26,7 @@ class Vectors(Protocol):
     Attributes:
         catalog: What the rows are.
         exact: Whether `nearest` compares every row.
-        recall: Where it does not, the measured share of the ten nearest that it finds.
+        recall: If it does not, the measured share of the ten nearest that it finds.
     """
 
     @property
@@ -39,13 +39,13 @@ class Vectors(Protocol):
     def nearest(
         self, embedding: NDArray[np.float32], k: int, *, by: str, allowed: NDArray[np.bool_] | None
     ) -> Nearest:
-        """Return the scores and rows of the k nearest, best first; fewer where fewer are there.
+        """Return the scores and rows of the k nearest, best first; fewer if there are fewer.
 
         Args:
             embedding: `(D,)`.
             k: How many.
             by: `moment` or `video`: what the rows are.
-            allowed: `(V,)`, the videos that count; None for all. Those that were deleted never do.
+            allowed: `(V,)`, the videos that count; None for all. Deleted videos never count.
         """
         ...
 
@@ -59,7 +59,7 @@ class Vectors(Protocol):
 
 
 class SegmentVectors:
-    """`Vectors` of segments that lie here; nothing is read until it is asked for. Threads may share it.
+    """`Vectors` of segments on this machine; nothing is read before it is needed. Threads may share it.
 
     Args:
         segments: In the order of the manifest.
@@ -92,7 +92,7 @@ class SegmentVectors:
         return scan(self._video_pieces, embedding, k, allowed)
 
     def _nearest_by_gpu(self, embedding: NDArray[np.float32], k: int, by: str) -> Nearest | None:
-        """Return what a GPU finds, which knows nothing of what was deleted: so many rows more are asked for."""
+        """Return what a GPU finds; it holds deleted rows too, so it is asked for that many more."""
         catalog = self.catalog
         if not catalog.any_deleted or not self._gpu_scans[by].is_usable:
             return self._gpu_scans[by].nearest(embedding, k)
@@ -157,9 +157,9 @@ class CaptionPools:
         return sum(int(entry["captions"]) for entry in self._entries)
 
     def nearest(self, embedding: NDArray[np.float32], k: int) -> list[CaptionResult]:
-        """Return the k captions with the highest cosine similarity, best first; fewer where there are fewer.
+        """Return the k captions with the highest cosine similarity, best first; fewer if there are fewer.
 
-        Captions of the same words, whatever their case and spaces, come once.
+        Captions that differ only in case and spaces appear once.
 
         Args:
             embedding: `(D,)`, L2-normalised.
@@ -180,7 +180,7 @@ class CaptionPools:
                     distinct[caption] = _result(pool, row - begin, len(distinct) + 1, score)
             if len(distinct) >= k or len(rows) < wanted:
                 return list(distinct.values())[:k]
-            wanted *= 4  # most of them said the same
+            wanted *= 4  # most of them were alike
         return []
 
     def _open(self) -> list[tuple[Pool, list[Piece]]]:

@@ -61,9 +61,9 @@ class StringColumn:
         """
         utf8, offsets = (open_array(folder / f"{name}_{kind}.npy") for kind in ("utf8", "offsets"))
         if utf8.dtype != np.uint8 or offsets.dtype != np.int64 or utf8.ndim != 1 or offsets.ndim != 1:
-            raise ValueError(f"{name} is of {utf8.dtype} and {offsets.dtype}, not of bytes and where they end")
+            raise ValueError(f"{name} is of {utf8.dtype} and {offsets.dtype}, expected uint8 and int64")
         if len(offsets) < 1 or offsets[0] != 0 or offsets[-1] != len(utf8):
-            raise ValueError(f"{name}'s offsets do not lead through its {len(utf8)} bytes")
+            raise ValueError(f"{name}'s offsets do not cover its {len(utf8)} bytes")
         return cls(utf8, offsets)
 
 

@@ -24,7 +24,7 @@ DECISION = "ivf.json"
 
 
 def read_decision(folder: Path) -> dict[str, Any] | None:
-    """Return what was decided for an index; None where nothing was yet.
+    """Return the decision for an index; None before there is one.
 
     Raises:
         StoreError: The description is damaged, or of a newer format.
@@ -73,9 +73,9 @@ def write_ivf(cache: Path, index: faiss.IndexIVFScalarQuantizer) -> dict[str, An
 
 
 def read_ivf(cache: Path, decision: Mapping[str, Any]) -> faiss.IndexIVFScalarQuantizer:
-    """Map the file that was decided on.
+    """Map the file that a decision names.
 
-    Its head, up to the lists' contents, is compared with its checksum: from there on nothing leads out of the file.
+    Its head, up to the lists' contents, is compared with its checksum: nothing after it can lead out of the file.
 
     Raises:
         OSError, RuntimeError, ValueError: It is missing or damaged.
@@ -87,7 +87,7 @@ def read_ivf(cache: Path, decision: Mapping[str, Any]) -> faiss.IndexIVFScalarQu
     if size != decision["size"]:
         raise ValueError(f"{path.name} has {size} bytes, not {decision['size']}")
     if checksum_head(path, head_bytes) != decision["head_crc32"]:
-        raise ValueError(f"the head of {path.name} is not what was written")
+        raise ValueError(f"the head of {path.name} has changed since it was written")
     index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     rows = sum(entry["moments"] for entry in decision["segments"])
     if (index.ntotal, index.d, index.nlist) != (rows, decision["embedding_size"], decision["nlist"]):
@@ -96,7 +96,7 @@ def read_ivf(cache: Path, decision: Mapping[str, Any]) -> faiss.IndexIVFScalarQu
 
 
 def checksum_head(path: Path, size: int) -> int:
-    """Return the CRC-32 of a file's first bytes: every search does it, and SHA-256 takes four times as long."""
+    """Return the CRC-32 of a file's first bytes: every search computes it, and SHA-256 takes four times as long."""
     with path.open("rb") as file:
         return zlib.crc32(file.read(size))
 
@@ -108,7 +108,7 @@ def verify_ivf(folder: Path) -> list[str]:
         if decision is None or decision["file"] is None:
             return []
         path = folder / "cache" / decision["file"]
-        return [] if hash_file(path) == decision["hash"] else [f"{path} is not what was written"]
+        return [] if hash_file(path) == decision["hash"] else [f"{path} has changed since it was written"]
     except (SvbError, OSError) as error:
         return [str(error)]
 

@@ -1,9 +1,9 @@
 """An index's manifest and the parts that it names.
 
-manifest.json     the commit point, written last: what the index is made of, each file with its size and hash
-<part>/<key>/     immutable files; the key is made of their hashes. What the manifest no longer names is removed
+manifest.json     the commit point, written last: names every file of the index with its size and hash
+<part>/<key>/     immutable files; the key is a hash of their hashes. Parts that are no longer named are removed
 
-A commit replaces the manifest in one step, so a reader sees the index of before or of after it, each whole.
+A commit replaces the manifest in one step, so a reader sees the whole index as it was before or after.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FORMAT_VERSION = 2
 PARTS = ("segments", "tombstones", "captions", "metadata", "heads", "text")
 # Parts of indexes that older versions made: nothing reads them, and the next commit leaves them out.
 OLD_PARTS = ("hubs",)
-# How often a reader begins again whose files were removed by commits, before it believes that they are lost.
+# How often a reader whose files were removed by commits tries again, before it reports them as lost.
 MAX_TRIES = 20
 _KEY = re.compile(r"[0-9a-f]{16}")
 

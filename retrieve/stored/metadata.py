@@ -1,10 +1,10 @@
-"""What a user's table says of videos: shown beside results, and what searches are narrowed by.
+"""A user's table about videos, as columns of an index: shown beside results, and used to filter.
 
-A part of an index, `metadata/<key>/`, for the R videos that the table names, sorted by video_id:
+They lie in `metadata/<key>/` of an index, for the R videos that the table names, sorted by video_id:
 
 video_id                   column of R strings, see `svb.retrieve.stored.columns`
-column<i>.npy              (R,) float64 of the i-th column where it holds numbers, NaN where one is missing
-column<i>                  column of R strings where it holds text, empty where one is missing
+column<i>.npy              (R,) float64 i-th column, if it holds numbers; NaN for a missing one
+column<i>                  i-th column, if it holds text: R strings, empty for a missing one
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 Value = float | str | None
 
-# From it on float64 takes different integers for one: such a column holds names, not numbers.
+# From here on float64 takes different integers for one: such a column holds names, not numbers.
 _EXACT = 2.0**53
 # The column that makes a table one of captions.
 CAPTION = "caption"
@@ -51,10 +51,10 @@ OPERATORS = (*_COMPARE, "~")
 
 
 class Metadata:
-    """What an index knows of its videos beside what they show. Threads may share it.
+    """The metadata of an index's videos. Threads may share it.
 
     Attributes:
-        columns: By name, whether it holds `number` or `text`.
+        columns: `number` or `text` by name, for what each holds.
     """
 
     def __init__(self, columns: Mapping[str, str], video_ids: StringColumn, values: Sequence[Any]) -> None:
@@ -95,7 +95,7 @@ class Metadata:
         return cls(entry["columns"], video_ids, values)
 
     def of(self, video_id: str) -> dict[str, float | int | str]:
-        """Return what is known of a video, by column."""
+        """Return a video's values by column; columns without one are left out."""
         row = self._row_of.get(plain_name(video_id))
         if row is None:
             return {}
@@ -119,7 +119,7 @@ class Metadata:
         rows = self._rows_of(video_ids)
         fits = np.ones(len(rows), np.bool_)
         for name, symbol, value in conditions:
-            # A last row for the videos that no row is about.
+            # The last row stands for videos that the table does not name.
             of_rows = np.append(self._fits(name, symbol, value), symbol == "!=")
             fits &= of_rows[rows]
         return fits
@@ -141,13 +141,9 @@ class Metadata:
         if self.columns[name] == "text":
             return name, symbol, value
         if symbol == "~":
-            raise InputError(
-                f"{condition!r}: {name} holds numbers, in which ~ finds nothing - use = != < <= > or >="
-            )
+            raise InputError(f"{condition!r}: {name} holds numbers, and ~ searches text - use = != < <= > or >=")
         if not NUMBER.fullmatch(value):
-            raise InputError(
-                f"{condition!r}: {name} holds numbers and {value!r} is none - expected such as {name}>=10"
-            )
+            raise InputError(f"{condition!r}: {name} holds numbers - expected one, as in {name}>=10, got {value!r}")
         return name, symbol, float(value)
 
     def _split(self, condition: str) -> tuple[str, str, str]:
@@ -198,27 +194,27 @@ def shown(value: Any) -> float | int | str | None:
 def publish_metadata(out: Path, table: Path, video_ids: Collection[str]) -> dict[str, Any]:
     """Write a table's values into an index and return its entry for the manifest, under `metadata`.
 
-    A column whose every value is a number is one of numbers; any other is text.
+    A column of which every value is a number holds numbers; any other holds text.
 
     Args:
         out: The index's folder.
         table: CSV, JSON lines or Parquet with `video_id` and any columns. In a table of captions, which has a
-            column `caption` and a row for each, what is the same in all of a video's rows is said of the video.
+            column `caption` and a row for each, values that all rows of a video share belong to the video.
         video_ids: Of the index.
 
     Raises:
-        InputError: The table cannot be read, has no other column or no row, or says two things of one video.
+        InputError: The table cannot be read, has no other column or no row, or contradicts itself about a video.
     """
     rows = _read(table)
     unknown = sorted({*rows} - {*video_ids})
     if unknown:
         logger.info(
-            f"{table}: {len(unknown)} of {len(rows)} videos are not in the index, first {unknown[0]!r}; what "
-            "is said of them is kept for when they are"
+            f"{table}: {len(unknown)} of {len(rows)} videos are not in the index, first {unknown[0]!r}; their "
+            "values are kept until they are"
         )
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     if not names:
-        raise InputError(f"{table} says nothing of its videos - expected columns beside video_id")
+        raise InputError(f"{table} has no column besides video_id - expected columns to show and to filter by")
     held = [rows[video_id] for video_id in sorted(rows)]
     columns = {name: _as_column([row.get(name) for row in held]) for name in names}
     kinds = {name: "text" if isinstance(column, StringColumn) else "number" for name, column in columns.items()}
@@ -250,14 +246,14 @@ def _read(table: Path) -> dict[str, dict[str, Value]]:
         for name in (name for name in {**first, **values} if first.get(name) != values.get(name)):
             if CAPTION not in values:
                 raise InputError(
-                    f"{place}: {video_id!r} stands twice with other values - leave one of the rows out"
+                    f"{place}: {video_id!r} appears twice with different values - remove one of the rows"
                 )
             differing.setdefault(name, video_id)
     if not rows:
         raise InputError(f"{table} holds no rows - expected rows with video_id and columns of your own")
     for name, video_id in differing.items():
         logger.info(
-            f"{table}: {name} is not the same in all rows of a video, first of {video_id!r}; it is left out"
+            f"{table}: {name} differs between the rows of a video, first {video_id!r}; the column is left out"
         )
     return {
         video_id: {name: value for name, value in values.items() if name not in differing}
@@ -276,7 +272,7 @@ def _value(place: str, value: Any) -> Value:
     if isinstance(value, (datetime.date, datetime.time)):
         return value.isoformat()
     if not isinstance(value, str):
-        raise InputError(f"{place} holds {type(value).__name__} - expected numbers and texts")
+        raise InputError(f"{place} holds {type(value).__name__} - expected a number or text")
     from svb.data.text import is_storable
 
     if not is_storable(value):
@@ -292,7 +288,7 @@ def _as_column(values: Sequence[Value]) -> StringColumn | NDArray[np.float64]:
 
 def _is_number(value: float | str) -> bool:
     if isinstance(value, str):
-        # What begins with 0 as no number does is a name, of which 007 is another than 7.
+        # Digits after a leading 0 are a name: 007 differs from 7.
         return bool(NUMBER.fullmatch(value) and not re.match(r"[+-]?0\d", value)) and abs(float(value)) < _EXACT
     return math.isfinite(value)
 

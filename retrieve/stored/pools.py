@@ -1,12 +1,12 @@
-"""Caption pools: what an image or a video is answered with.
+"""Caption pools: captions that answer an image or a video.
 
 A pool's files lie in `captions/<key>/` of an index, for C captions:
 
-caption, video_id          columns of C strings, see `columns`; the video_id is empty where not known
-seconds.npy                (C, 2) float64, when it is said, half-open; NaN where not known
+caption, video_id          columns of C strings, see `columns`; the video_id is empty if not known
+seconds.npy                (C, 2) float64, when each is said, half-open; NaN if not known
 caption_embeddings.npy     (C, D) float16, L2-normalised before rounding
 
-and in a pool of sidecars, S of them one after the other:
+and in the pool of S sidecars, one after the other:
 
 sidecar_path               column of S strings
 sidecar_state.npy          (S, 2) int64, size in bytes and mtime_ns of each when it was read
@@ -45,10 +45,10 @@ class Pool:
     """Captions and their embeddings, in memory or mapped from their files; see the layout above.
 
     Attributes:
-        name: What it is called in answers.
+        name: The name that answers show.
         kind: One of `KINDS`.
-        source: A hash of what it was made of; another pool of the same kind, source and model is the same.
-        sidecars: Of a pool of sidecars.
+        source: Hash of what it was made from; pools of equal kind, source and model are equal.
+        sidecars: Which captions come from which sidecar; only in a pool of sidecars.
     """
 
     name: str
@@ -73,8 +73,8 @@ def publish_pool(out: Path, pool: Pool) -> dict[str, Any]:
     bad = np.flatnonzero(~np.isfinite(pool.embeddings).all(axis=1))
     if bad.size:
         raise StoreError(
-            f"caption {pool.captions[int(bad[0])]!r} of {pool.name} has an embedding that is not finite - no "
-            "search could rank it: leave it out, or look into the run that was trained"
+            f"caption {pool.captions[int(bad[0])]!r} of {pool.name} has an embedding that is not finite, "
+            "which no search could rank - remove the caption, or train the run again"
         )
     entry = publish_part(out, "captions", lambda folder: _write(folder, pool))
     return {**entry, "name": pool.name, "kind": pool.kind, "source": pool.source, "captions": len(pool)}
@@ -130,7 +130,7 @@ def _open_sidecars(path: Path) -> SidecarRows:
 def _require_fitting(pool: Pool, num_captions: int) -> None:
     lengths = {len(pool.captions), len(pool.video_ids), len(pool.embeddings), len(pool.seconds)}
     if lengths != {num_captions} or pool.seconds.shape[1:] != (2,):
-        raise ValueError(f"files of {sorted(lengths)} captions, not of {num_captions}")
+        raise ValueError(f"files of {sorted(lengths)} captions, expected {num_captions}")
     if pool.embeddings.ndim != 2 or pool.embeddings.dtype != np.float16:
         raise ValueError(f"embeddings of {pool.embeddings.shape} {pool.embeddings.dtype}")
     held = pool.sidecars
@@ -142,4 +142,4 @@ def _require_fitting(pool: Pool, num_captions: int) -> None:
             or held.offsets[-1] != num_captions
             or (np.diff(held.offsets) < 0).any()
         ):
-            raise ValueError("its sidecars do not lead through its captions")
+            raise ValueError("its sidecars do not cover its captions")

@@ -4,12 +4,12 @@ video_embeddings.npy     (V, D) float16, L2-normalised before rounding
 moment_embeddings.npy    (M, D) float16, moments of one video next to each other
 moment_offsets.npy       (V + 1,) int64, video v owns moments offsets[v]:offsets[v + 1]
 moment_seconds.npy       (M, 2) float64, each moment's half-open interval [begin, end)
-duration_seconds.npy     (V,) float64, NaN where it is not known
-size_bytes.npy, mtime_ns.npy    (V,) int64, of the file that was extracted
+duration_seconds.npy     (V,) float64, NaN if not known
+size_bytes.npy, mtime_ns.npy    (V,) int64, of the extracted file
 video_id, source_path, content_hash    columns of V strings, see `svb.retrieve.stored.columns`
 
-A video that has gone or has changed stays in its segment: its row is listed in the segment's tombstones,
-`tombstones/<key>/videos.npy`, until the segment is merged with others.
+A video that was deleted or changed stays in its segment, and its row is listed in the segment's tombstones,
+`tombstones/<key>/videos.npy`, until the segment is merged.
 """
 
 from __future__ import annotations
@@ -92,15 +92,15 @@ class Segment:
 
 
 def content_of(record: VideoRecord) -> str:
-    """Return what stands for a video's content in an index.
+    """Return the hash that an index keeps of a video's content.
 
-    What decoded in part may decode further in another try of the same file.
+    A video that was decoded in part may decode further in another try of the same file, so the try counts.
     """
     return f"{record.content_hash}.{record.tries}" if record.status == "partial" else record.content_hash
 
 
 def is_untouched(segment: Segment, row: int, record: VideoRecord) -> bool:
-    """Tell whether a record names the file that a segment does, as large and as old as then."""
+    """Tell whether a record names the same file as a segment does, with the same size and time."""
     return (segment.source_paths[row], segment.size_bytes[row], segment.mtime_ns[row]) == (
         record.source_path,
         record.size_bytes,
@@ -159,8 +159,8 @@ def require_finite(segment: Segment) -> None:
             if name == "moment_embeddings":
                 row = int(np.searchsorted(segment.moment_offsets, row, side="right")) - 1
             raise StoreError(
-                f"video {segment.video_ids[row]!r} has an embedding that is not finite - a search could not rank "
-                "it: look into its features with `svb verify`, or into the run that was trained"
+                f"video {segment.video_ids[row]!r} has an embedding that is not finite, which no search "
+                "could rank - check its features with `svb verify`, or train the run again"
             )
 
 
@@ -180,7 +180,7 @@ def open_segments(folder: Path, manifest: Mapping[str, Any], *, with_vectors: bo
     Args:
         folder: The index's.
         manifest: As `svb.retrieve.stored.manifest.read_manifest` gives it.
-        with_vectors: Whether embeddings are here; zeros that take no memory stand for those that are elsewhere.
+        with_vectors: Map the embeddings too; otherwise zeros that take no memory stand for them.
 
     Raises:
         StoreError: A file is missing, or is not what was written as far as its size and header tell.
@@ -235,9 +235,9 @@ def _open_deleted(folder: Path, entry: Mapping[str, Any]) -> NDArray[np.int64]:
         path / "videos.npy", allow_pickle=False
     )  # read, being small, and needed by every search
     if rows.dtype != np.int64 or rows.ndim != 1 or (np.diff(rows, prepend=-1) <= 0).any():
-        raise ValueError(f"the tombstones in {path} are no ascending rows")
+        raise ValueError(f"the tombstones in {path} are not ascending rows")
     if len(rows) and rows[-1] >= entry["videos"]:
-        raise ValueError(f"the tombstones in {path} lead beyond {entry['videos']} videos")
+        raise ValueError(f"the tombstones in {path} name rows beyond {entry['videos']} videos")
     return rows
 
 
@@ -257,7 +257,7 @@ def _require_fitting(segment: Segment, entry: Mapping[str, Any], embedding_size:
         if array.shape != shape or array.dtype != DTYPES[name]:
             raise ValueError(f"{name} is {array.shape} of {array.dtype}, not {shape} of {np.dtype(DTYPES[name])}")
     if segment.moment_offsets[0] != 0 or segment.moment_offsets[-1] != M:
-        raise ValueError(f"moment_offsets do not lead through {M} moments")
+        raise ValueError(f"moment_offsets do not cover {M} moments")
     for attribute in COLUMNS.values():
         if len(getattr(segment, attribute)) != V:
-            raise ValueError(f"there are {len(getattr(segment, attribute))} {attribute} of {V} videos")
+            raise ValueError(f"{attribute} has {len(getattr(segment, attribute))} values for {V} videos")
