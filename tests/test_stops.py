@@ -152,7 +152,7 @@ class TestDisks:
         ):
             run(clips_folder, tmp_path / "out")
         with FeatureStoreWriter(tmp_path / "out", settings, {}, shared=True):
-            run(clips_folder, tmp_path / "out", rank=(0, 2))  # those that share let each other in
+            run(clips_folder, tmp_path / "out", rank=0, world_size=2)  # those that share let each other in
         assert len(statuses(tmp_path / "out")) == 4
 
 
@@ -162,7 +162,7 @@ class TestOneVideo:
         clips.make_truncated_clip(tmp_path / "in" / "cut.mp4", keeps_index=True)
         clips.make_rotten_clip(tmp_path / "in" / "rotten.mp4")
         run(tmp_path / "in", tmp_path / "kept")
-        run(tmp_path / "in", tmp_path / "failed", keep_partial=False)
+        run(tmp_path / "in", tmp_path / "failed", on_partial="fail")
         assert statuses(tmp_path / "kept") == {"cut": "partial", "rotten": "partial", "whole-cut": "ok"}
         assert statuses(tmp_path / "failed") == {
             **{"cut": "truncated", "rotten": "concealed_errors", "whole-cut": "ok"}

@@ -13,6 +13,8 @@ from svb.data.weights import load_state, unavailable
 from svb.errors import InputError, UsageError
 from svb.extract.backbones.backbone import Backbone, Classifier, imagenet_class_names
 
+PACKAGES = ("timm",)
+
 
 def load(name: str, model: str, weights: str) -> Backbone:
     """Load a model and cut off its classifier.
