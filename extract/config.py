@@ -164,8 +164,8 @@ class ExtractConfig:
         if not codes <= {*FAILURES, "partial"}:
             raise UsageError(
                 f"--retry-failed got {self.retry_failed!r} - expected codes after a =, such as "
-                f"--retry-failed=timeout, of {', '.join(FAILURES)} and partial; or nothing: then put it last, behind "
-                "VIDEOS"
+                f"--retry-failed=timeout, of {', '.join((*FAILURES, 'partial'))}; or nothing: then put it last, "
+                "behind VIDEOS"
             )
         return codes
 

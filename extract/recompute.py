@@ -49,8 +49,8 @@ def recompute(path: Path, num_videos: int, *, device: str = "auto") -> list[str]
     at_hand = [v for v in unchanged if Path(store.records[v].source_path).exists()]
     if not at_hand:
         raise InputError(
-            f"none of the {len(store.video_ids)} videos of {path} is where it was, unchanged - put their files back, "
-            "or extract them again"
+            f"none of the {len(store.video_ids)} videos of {path} is where it was, unchanged - put their files "
+            "back, or extract them again"
         )
     chosen = sorted(random.Random(store.fingerprint).sample(at_hand, min(num_videos, len(at_hand))))
     torch_device = choose_device(device)

@@ -23,11 +23,12 @@ from torchvision.transforms.functional import center_crop, resize
 
 from svb.data.weights import hash_weights, load_state
 from svb.errors import InputError, ModelUnavailableError, SvbError, UsageError
+from svb.extract import backbones, text_encoders
 from svb.extract.backbones import FAMILIES, load_backbone, load_classifier
 from svb.extract.backbones.backbone import Backbone, cut_classifier
 from svb.extract.backbones.torchvision import CLIP_FRAMES
 from svb.extract.compute.transform import to_squares
-from svb.extract.names import split_name
+from svb.extract.names import split_weights
 from svb.extract.text_encoders import FAMILIES as TEXT_FAMILIES
 from svb.extract.text_encoders import load_text_encoder
 
@@ -476,22 +477,40 @@ class TestSentenceTransformers:
 
 class TestNames:
     @pytest.mark.parametrize(
-        ("name", "parts"),
+        ("model", "parts"),
         [
-            ("open_clip:ViT-B-32/laion2b", ("open_clip", "ViT-B-32", "laion2b")),
-            ("torchvision:resnet18//a/b.pth", ("torchvision", "resnet18", "/a/b.pth")),
-            ("timm:resnet18.a1_in1k", ("timm", "resnet18.a1_in1k", "")),
-            ("open_clip:local-dir:/a/b", ("open_clip", "local-dir:/a/b", "")),
-            ("sentence_transformers:a/b", ("sentence_transformers", "a/b", "")),
+            ("ViT-B-32/laion2b", ("ViT-B-32", "laion2b")),
+            ("resnet18//a/b.pth", ("resnet18", "/a/b.pth")),
+            ("resnet18.a1_in1k", ("resnet18.a1_in1k", "")),
+            ("local-dir:/a/b", ("local-dir:/a/b", "")),
         ],
     )
-    def test_parts(self, name: str, parts: tuple[str, str, str]) -> None:
-        assert split_name(name) == parts
+    def test_parts(self, model: str, parts: tuple[str, str]) -> None:
+        assert split_weights(model) == parts
 
     @pytest.mark.parametrize("name", ["", ":", "resnet18", "timm:", ":resnet18"])
     def test_no_network(self, name: str) -> None:
         with pytest.raises(UsageError, match="names no network - expected family:model"):
-            split_name(name)
+            backbones.absolute_name(name)
+
+    def test_local_files_are_found_from_everywhere(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "w.pth").touch()
+        (tmp_path / "t5").mkdir()
+        for absolute_name, name, expected in (
+            (backbones.absolute_name, "timm:resnet18/w.pth", f"timm:resnet18/{tmp_path}/w.pth"),
+            (backbones.absolute_name, "timm:resnet18/gone.pth", "timm:resnet18/gone.pth"),
+            (backbones.absolute_name, "open_clip:local-dir:a", f"open_clip:local-dir:{tmp_path}/a"),
+            (text_encoders.absolute_name, "open_clip:local-dir:a", f"open_clip:local-dir:{tmp_path}/a"),
+            (text_encoders.absolute_name, "sentence_transformers:a", f"sentence_transformers:{tmp_path}/a"),
+            (text_encoders.absolute_name, "t5:t5", f"t5:{tmp_path}/t5"),
+            (text_encoders.absolute_name, "t5:google/t5-v1_1-base", "t5:google/t5-v1_1-base"),
+        ):
+            assert absolute_name(name) == expected
+
+    def test_a_clip_model_has_its_own_text_encoder(self) -> None:
+        assert text_encoders.tower_of("open_clip:ViT-B-32/x") == "open_clip:ViT-B-32/x"
+        assert text_encoders.tower_of(OFFLINE) is None and text_encoders.tower_of("timm:resnet18") is None
 
     def test_unknown_families_list_the_known(self) -> None:
         with pytest.raises(UsageError, match=", ".join(FAMILIES)):

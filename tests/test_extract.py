@@ -20,7 +20,7 @@ import torchvision
 from extraction import CLIPS, FRAMES, WIDE, features, run, shards, statuses, times
 
 from svb.data.feature_store import FeatureStore, verify_store
-from svb.data.shard import FAILURES, VideoRecord
+from svb.data.shard import VideoRecord
 from svb.errors import InputError, MismatchError, UsageError
 from svb.extract import run as run_module
 from svb.extract.backbones import load_backbone
@@ -30,10 +30,10 @@ from svb.extract.decode import pyav_decoder
 from svb.extract.decode.decoder import DecodeError, FrameChunk
 from svb.extract.decode.options import DecodeOptions
 from svb.extract.decode.sampling import Sampling
+from svb.extract.one_file import extract_file
 from svb.extract.plan import plan_videos
 from svb.extract.pool.decode_pool import DecodePool, WorkSource
 from svb.extract.pool.worker import Finished, Message, Started, decode_file
-from svb.extract.run import extract_file
 
 pytestmark = pytest.mark.usefixtures("toy_backbones")
 
@@ -97,10 +97,9 @@ class TestPipeline:
                 np.testing.assert_array_equal(together[video_id], alone[video_id])
 
     def test_neighbours_and_workers_leave_the_bytes_alone(self, clips_folder: Path, tmp_path: Path) -> None:
-        sampling = Sampling(fps=3)
-        run(clips_folder, tmp_path / "one", FRAMES, CLIPS, sampling=sampling)
-        run(clips_folder, tmp_path / "three", FRAMES, CLIPS, sampling=sampling, num_workers=3)
-        run(clips_folder / "b.mkv", tmp_path / "alone", FRAMES, CLIPS, sampling=sampling)
+        run(clips_folder, tmp_path / "one", FRAMES, CLIPS, fps=3)
+        run(clips_folder, tmp_path / "three", FRAMES, CLIPS, fps=3, workers=3)
+        run(clips_folder / "b.mkv", tmp_path / "alone", FRAMES, CLIPS, fps=3)
         for backbone in (FRAMES, CLIPS):
             one, three = (features(tmp_path / name, backbone) for name in ("one", "three"))
             assert {v: rows.tobytes() for v, rows in one.items()} == {
@@ -119,7 +118,7 @@ class TestPipeline:
         assert packed.tobytes() == alone.astype(np.float16).tobytes()
 
     def test_frames_sampling(self, clips_folder: Path, tmp_path: Path) -> None:
-        run(clips_folder, tmp_path / "out", sampling=Sampling(frames=3))
+        run(clips_folder, tmp_path / "out", frames=3)
         assert {len(rows) for rows in features(tmp_path / "out").values()} == {3}
         np.testing.assert_allclose(times(tmp_path / "out", "a"), [0.1, 0.5, 0.8], atol=0.01)
         assert FeatureStore(tmp_path / "out").settings["sampling"] == {"frames": 3}
@@ -168,12 +167,13 @@ class TestPipeline:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            ({"decoder": "vlc"}, "unknown decoder 'vlc' - expected one of pyav, ffmpeg"),
-            ({"num_workers": 0}, "at least one backbone and one worker"),
-            ({"batch_size": 0}, "expected 1 to 4096"),
-            ({"stall_seconds": 0.0}, "give a positive number of seconds"),
-            ({"stall_seconds": float("nan")}, "give a positive number of seconds"),
-            ({"precision": "int8"}, "unknown precision 'int8' - expected one of auto, float32"),
+            ({"decoder": "vlc"}, "decoder is 'vlc' - expected one of pyav, ffmpeg"),
+            ({"workers": 0}, "workers is 0 - expected at least 1"),
+            ({"batch_size": 0}, "batch_size is 0 - expected 1 to 4096"),
+            ({"stall_seconds": 0.0}, "stall_seconds is 0.0 - expected more than 0"),
+            ({"stall_seconds": float("nan")}, "stall_seconds is nan - expected more than 0"),
+            ({"precision": "int8"}, "precision is 'int8' - expected one of auto, float32"),
+            ({"retry_failed": "lost"}, "expected codes after a =, such as --retry-failed=timeout"),
             ({"device": "abacus"}, "cannot use device 'abacus'"),
         ],
     )
@@ -191,7 +191,7 @@ class TestResume:
         run(folder, tmp_path / "out")
         before = shards(tmp_path / "out")
         monkeypatch.setattr(run_module, "DecodePool", None)
-        monkeypatch.setattr(run_module, "_load", None)
+        monkeypatch.setattr(run_module, "load_backbone", None)
         messages = run(folder, tmp_path / "out")
         assert messages == [f"nothing to do: all 5 videos are in {tmp_path / 'out'}, unchanged"]
         assert shards(tmp_path / "out") == before
@@ -227,10 +227,10 @@ class TestResume:
         assert statuses(tmp_path / "out")["a"] == "truncated"
         assert run(folder, tmp_path / "out")[-1].startswith("nothing to do")
         counts: list[int] = []
-        run(folder, tmp_path / "out", retry=FAILURES, on_progress=lambda p: counts.append(p.num_videos))
+        run(folder, tmp_path / "out", retry_failed="all", on_progress=lambda p: counts.append(p.num_videos))
         assert counts[-1] == 1 and statuses(tmp_path / "out")["a"] == "truncated"
         (folder / "aside").rename(folder / "a.mp4")
-        run(folder, tmp_path / "out", retry=FAILURES)
+        run(folder, tmp_path / "out", retry_failed="all")
         assert set(statuses(tmp_path / "out").values()) == {"ok"}
         assert len(FeatureStore(tmp_path / "out").records) == 4
 
@@ -254,10 +254,10 @@ class TestResume:
     ) -> None:
         run(clips_folder, tmp_path / "out")
         before = shards(tmp_path / "out")
-        monkeypatch.setattr(run_module, "_load", None)
+        monkeypatch.setattr(run_module, "load_backbone", None)
         for options, words in (
-            ({"sampling": Sampling(fps=2)}, "sampling.fps: stored 1.0, wanted 2.0"),
-            ({"sampling": Sampling(frames=2)}, "sampling.frames: stored None, wanted 2"),
+            ({"fps": 2.0}, "sampling.fps: stored 1.0, wanted 2.0"),
+            ({"frames": 2}, "sampling.frames: stored None, wanted 2"),
             ({"decoder": "ffmpeg"}, "decoder.name: stored 'pyav', wanted 'ffmpeg'"),
         ):
             with pytest.raises(MismatchError, match=words):
@@ -310,7 +310,7 @@ class TestClips:
         torch.save(module.state_dict(), tmp_path / "weights.pth")
         name = f"torchvision:r2plus1d_18/{tmp_path / 'weights.pth'}"
         # 30 frames: two windows of 16 that overlap by two.
-        run(clips_folder / "c.webm", tmp_path / "out", name, FRAMES, sampling=Sampling(fps=20), batch_size=1)
+        run(clips_folder / "c.webm", tmp_path / "out", name, FRAMES, fps=20, batch_size=1)
         store = FeatureStore(tmp_path / "out")
         assert store.settings["backbones"][name]["clip_frames"] == 16
         assert features(tmp_path / "out", name)["c"].shape == (2, 512)
@@ -382,7 +382,7 @@ class TestWorkersThatFail:
         assert (record.size_bytes, record.mtime_ns) == (stat.st_size, stat.st_mtime_ns)
         assert not spawned_children()
         assert run(folder, out)[-1].startswith("nothing to do")
-        run(folder, out, retry=FAILURES)
+        run(folder, out, retry_failed="all")
         assert set(statuses(out).values()) == {"ok"}
 
     def test_an_error_in_the_main_process_ends_the_workers(self, folder: Path, tmp_path: Path) -> None:
@@ -390,7 +390,7 @@ class TestWorkersThatFail:
             raise RuntimeError("the user's own")
 
         with pytest.raises(RuntimeError, match="the user's own"):
-            run(folder, tmp_path / "out", on_progress=fail, num_workers=2)
+            run(folder, tmp_path / "out", on_progress=fail, workers=2)
         assert not spawned_children()
 
 
@@ -533,7 +533,7 @@ class TestNothingGoodIsLost:
 
     def test_few_frames_of_a_long_video_are_no_stall(self, tmp_path: Path) -> None:
         clips.make_clip(tmp_path / "long.mp4", seconds=400, fps=30, size="320x240")
-        run(tmp_path / "long.mp4", tmp_path / "out", sampling=Sampling(frames=2), stall_seconds=2.0)
+        run(tmp_path / "long.mp4", tmp_path / "out", frames=2, stall_seconds=2.0)
         assert FeatureStore(tmp_path / "out").records["long"].status == "ok"
 
     def test_a_strip_is_scaled_in_little_memory(self) -> None:

@@ -129,6 +129,29 @@ def test_imports_run_back_along_the_data(path: Path) -> None:
             )
 
 
+# The rooms of extract/ in the order of the data: a room imports only rooms of earlier groups, and itself.
+EXTRACT_ROOMS = (
+    ("names", "clip"),
+    ("decode", "backbones", "text_encoders"),
+    ("config", "plan", "progress", "captions"),
+    ("pool",),
+    ("compute",),
+    ("one_file", "together"),
+    ("recompute", "run"),
+)
+
+
+def test_rooms_of_extract_import_only_earlier_ones() -> None:
+    group_of = {room: number for number, rooms in enumerate(EXTRACT_ROOMS) for room in rooms}
+    for path in (ROOT / "extract").rglob("*.py"):
+        room, *_ = path.relative_to(ROOT / "extract").with_suffix("").parts
+        for name in imported(path) if room != "__init__" else ():
+            to = f"{name}.".removeprefix("svb.extract.").partition(".")[0] if name.startswith("svb.extract") else ""
+            if to in {"", room} or (to == "svb" and name.count(".") == 1):
+                continue
+            assert group_of[to] < group_of[room], f"{path.relative_to(ROOT)} imports {name}"
+
+
 @pytest.mark.parametrize("path", list(source_files()), ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_the_library_neither_prints_nor_exits(path: Path) -> None:
     if path.is_relative_to(ROOT / "core"):
@@ -185,9 +208,9 @@ def test_the_manual_is_what_the_commands_say() -> None:
 
 
 def test_every_name_to_choose_is_documented() -> None:
+    from svb.extract.backbones import DEFAULT_BACKBONE
     from svb.extract.backbones import FAMILIES as BACKBONES
     from svb.extract.backbones.offline import MODELS
-    from svb.extract.names import DEFAULT_BACKBONE
     from svb.extract.text_encoders import DEFAULT_TEXT_ENCODER
     from svb.extract.text_encoders import FAMILIES as TEXT_ENCODERS
 

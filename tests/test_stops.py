@@ -297,7 +297,7 @@ class TestCommand:
             (("--fps", "1", "--keyframes"), "got fps=1.0 and keyframes=True - give exactly one of"),
             (("--fps", "1", "--times", "t.csv"), "got both a sampling ({'fps': 1.0}) and times from t.csv"),
             (("--hwaccel", "cuda"), "cuda"),
-            (("--time-limit", "0"), "cannot decode a video for 0.0 s - give a positive number of seconds"),
+            (("--time-limit", "0"), "time_limit_seconds is 0.0 - expected more than 0"),
             (("--max-hours", "0"), "lets no video in - give more than 0"),
         ],
     )
