@@ -1,4 +1,4 @@
-"""A frozen text encoder as the pipeline sees it, whatever family it is of."""
+"""A frozen text encoder as the pipeline sees it, whatever its family."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TextEncoder:
         num_tokens: How many tokens a caption has, with the special ones.
         max_tokens: How many of them the network reads; it never sees the rest.
         tokenizer: The family's own tokenizer, from which an exporter makes another; None where there is none.
-        weights_hash: Of the module.
+        weights_hash: A hash of the module.
     """
 
     name: str
