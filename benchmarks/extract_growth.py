@@ -53,13 +53,15 @@ def run_in_new_process(videos: Path, store: Path) -> dict[str, float]:
 def extract_and_measure(videos: Path, store: Path) -> dict[str, float]:
     """Extract a folder; return seconds, those of a video once the first ones are done, and peaks of memory."""
     began = time.perf_counter()
-    from extract_measure import FREE, SAMPLING
+    from extract_measure import FPS, FREE
 
+    from svb.extract.config import ExtractConfig
     from svb.extract.run import extract
 
     imported = time.perf_counter()
     watch = Watch()
-    extract([videos], store, backbones=[FREE], sampling=SAMPLING, num_workers=WORKERS, on_progress=watch)
+    config = ExtractConfig(backbones=(FREE,), fps=FPS, workers=WORKERS)
+    extract([videos], store, config, on_progress=watch)
     ended = time.perf_counter()
     num_videos = max(1, watch.num_videos - watch.first_videos)
     return {

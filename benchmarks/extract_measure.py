@@ -18,11 +18,13 @@ from svb.data.feature_store import FeatureStore
 from svb.device import choose_device, choose_precision
 from svb.errors import SvbError
 from svb.extract.backbones import FAMILIES
+from svb.extract.config import ExtractConfig
 from svb.extract.decode.sampling import Sampling
 from svb.extract.run import extract
 
 BATCH_SIZE = 32
-SAMPLING = Sampling(fps=1.0)
+FPS = 1.0
+SAMPLING = Sampling(fps=FPS)
 LITE0 = "offline:efficientnet-lite0"
 FREE = "free:four-pixels"
 FAMILIES["free"] = free_backbone.__name__
@@ -63,16 +65,15 @@ def extract_with(backbone: str, precision: str, folder: Path, workers: int) -> C
     """Return `svb.extract.run.extract` with its settings; every call makes a store of its own."""
 
     def run(clips: Sequence[Path]) -> Path:
-        store = extract(
-            clips,
-            folder / f"store-{time.monotonic_ns()}",
-            backbones=[backbone],
-            sampling=SAMPLING,
-            num_workers=workers,
+        config = ExtractConfig(
+            backbones=(backbone,),
+            fps=FPS,
+            workers=workers,
             batch_size=BATCH_SIZE,
             precision=precision,
             device="cpu",
         )
+        store = extract(clips, folder / f"store-{time.monotonic_ns()}", config)
         require_all_ok(FeatureStore(store).status_counts(), len(clips))
         return store
 

@@ -117,12 +117,12 @@ def msrvtt(folder: Path, options: argparse.Namespace) -> Set:
 def trained(folder: Path, videos: Path, captions: Path, fps: float, options: argparse.Namespace) -> Path:
     """Return a run on the train split."""
     from svb.extract.captions import captions as encode
-    from svb.extract.decode.sampling import Sampling
+    from svb.extract.config import ExtractConfig
     from svb.extract.run import extract
     from svb.train.config import TrainConfig
     from svb.train.run import train
 
-    store = extract([videos], folder / "features", backbones=[BACKBONE], sampling=Sampling(fps=fps))
+    store = extract([videos], folder / "features", ExtractConfig(backbones=(BACKBONE,), fps=fps))
     features = folder / "captions.h5"
     if not features.exists():
         encode(captions, features, text_encoder=TEXT_ENCODER)
@@ -140,7 +140,7 @@ def clips_of(captions: Path, path_of: Callable[[str], Path]) -> list[Clip]:
 
 
 def spliced(name: str, folder: Path, run: Path, clips: list[Clip], frame_rate: int, fps: float) -> Set:
-    from svb.extract.decode.sampling import Sampling
+    from svb.extract.config import ExtractConfig
     from svb.extract.run import extract
 
     if not (folder / "needles.csv").exists():
@@ -148,9 +148,8 @@ def spliced(name: str, folder: Path, run: Path, clips: list[Clip], frame_rate: i
             clips, folder / "spliced", clips_a_video=CLIPS_A_VIDEO[name], frame_rate=frame_rate, seed=0
         )
         write_needles(needles, folder / "needles.csv")
-    store = extract(
-        [folder / "spliced"], folder / "spliced_features", backbones=[BACKBONE], sampling=Sampling(fps=fps)
-    )
+    config = ExtractConfig(backbones=(BACKBONE,), fps=fps)
+    store = extract([folder / "spliced"], folder / "spliced_features", config)
     return Set(name, run, store, read_needles(folder / "needles.csv"))
 
 

@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,13 +19,14 @@ from svb.data.feature_store import FeatureStore
 from svb.data.publish import published_file, remove_leftovers
 from svb.device import choose_device
 from svb.errors import InputError, UsageError
-from svb.extract.names import absolute_name
-from svb.extract.text_encoders import DEFAULT_TEXT_ENCODER, load_text_encoder
-from svb.extract.text_encoders.text_encoder import TextEncoder
+from svb.extract.text_encoders import DEFAULT_TEXT_ENCODER, absolute_name, load_text_encoder
+
+if TYPE_CHECKING:
+    from svb.extract.text_encoders.text_encoder import TextEncoder
 
 logger = logging.getLogger(__name__)
 
-# Captions in a block: what a killed run loses at most.
+# Captions in a block, the most that a killed run loses.
 BLOCK = 4096
 
 
@@ -42,7 +43,7 @@ def captions(
     store: Path | str | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
-    """Encode the captions of a table; a caption that stands there several times is encoded once.
+    """Encode the captions of a table; a caption that appears several times is encoded once.
 
     Finished blocks are kept beside `out` until it is whole: a killed run continues where it stopped.
 
@@ -54,17 +55,17 @@ def captions(
         device: `auto`, `cpu`, `cuda:0`, ...
         drop_empty: Leave out rows with an empty caption rather than refuse the table.
         dataset: A name in `svb.data.datasets.DATASETS`.
-        protocol: Of the data set; its first where not given.
-        splits: Which of the protocol's splits; all where none is given.
-        store: A feature store whose names of the data set's videos are taken.
-        on_progress: Called with the distinct captions done, and all of them.
+        protocol: How the data set is divided; by default its first protocol.
+        splits: The splits of the protocol to encode; all if there are none here.
+        store: A feature store: the videos of the data set are called what they are called there.
+        on_progress: Called with how many distinct captions are done, and how many there are.
 
     Returns:
         `out`.
 
     Raises:
         InputError: The table, or an annotation file, cannot be used.
-        UsageError: The data set has no such protocol or split, or there is no data set to have one.
+        UsageError: The data set has no such protocol or split, or no data set is named.
         MismatchError: `out` holds another table or text encoder.
         ModelUnavailableError: The text encoder's weights cannot be had.
     """
@@ -114,7 +115,7 @@ def _read(
     splits: Collection[str],
     store: Path | str | None,
 ) -> tuple[CaptionTable, dict[str, Any]]:
-    """Return the captions, and what of them belongs into the settings."""
+    """Return the captions, and what the settings of their file say of them."""
     if dataset is None:
         for name, value in (("protocol", protocol), ("split", splits), ("store", store)):
             if value:

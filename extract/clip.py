@@ -1,4 +1,4 @@
-"""CLIP models through open_clip: the one loading call of the image backbone and the text encoder."""
+"""CLIP models through open_clip: the image backbone and the text encoder load them by this one call."""
 
 from __future__ import annotations
 

@@ -6,38 +6,33 @@ from pathlib import Path
 
 from svb.errors import UsageError
 
-DEFAULT_BACKBONE = "open_clip:ViT-B-32/laion2b_s34b_b79k"
+# What stands before a folder that holds a whole model: `family:local-dir:FOLDER`.
+LOCAL_FOLDER = "local-dir:"
 
 
-def split_name(name: str) -> tuple[str, str, str]:
-    """Split `family:model/weights` into its three parts; `weights` is empty where none are named.
-
-    `open_clip:local-dir:PATH` and `sentence_transformers:PATH` name a folder, `t5:OWNER/MODEL` a hub's model:
-    their model is the whole rest.
+def split_family(name: str) -> tuple[str, str]:
+    """Split `family:model` at the colon.
 
     Raises:
-        UsageError: There is no family or no model.
+        UsageError: The family or the model is missing.
     """
-    family, _, rest = name.partition(":")
-    if not family or not rest:
+    family, _, model = name.partition(":")
+    if not family or not model:
         raise UsageError(f"{name!r} names no network - expected family:model or family:model/weights")
-    if family in ("sentence_transformers", "t5") or rest.startswith("local-dir:"):
-        return family, rest, ""
-    model, _, weights = rest.partition("/")
-    return family, model, weights
+    return family, model
 
 
-def absolute_name(name: str) -> str:
-    """Return a network's name with the local file or folder in it made absolute, so that it holds everywhere."""
-    family, model, weights = split_name(name)
-    if family == "sentence_transformers":
-        return f"{family}:{Path(model).absolute()}"
-    if family == "t5":
-        from svb.data.t5 import absolute_t5_name
+def split_weights(model: str) -> tuple[str, str]:
+    """Split `model/weights` at the first slash; without weights they are empty. `local-dir:FOLDER` is all model."""
+    if model.startswith(LOCAL_FOLDER):
+        return model, ""
+    before, _, weights = model.partition("/")
+    return before, weights
 
-        return f"{family}:{absolute_t5_name(model)}"
-    if model.startswith("local-dir:"):
-        return f"{family}:local-dir:{Path(model.removeprefix('local-dir:')).absolute()}"
-    if weights and Path(weights).is_file():
-        return f"{family}:{model}/{Path(weights).absolute()}"
-    return name
+
+def absolute_model(model: str) -> str:
+    """Return a model's name with its local folder or weights file made absolute, so that it holds everywhere."""
+    if model.startswith(LOCAL_FOLDER):
+        return f"{LOCAL_FOLDER}{Path(model.removeprefix(LOCAL_FOLDER)).absolute()}"
+    before, weights = split_weights(model)
+    return f"{before}/{Path(weights).absolute()}" if weights and Path(weights).is_file() else model

@@ -68,9 +68,9 @@ class PlannedVideo:
     Attributes:
         video_id: Its id in the store.
         path: Where its file lies.
-        size_bytes: Of the file; 0 where it cannot be asked.
+        size_bytes: The file's size; 0 if the file cannot be read.
         tries: How often the unchanged file has been tried before.
-        times_seconds: The times to sample it at; empty where sampling is the same for all videos.
+        times_seconds: The times to sample it at; empty if sampling is the same for all videos.
     """
 
     video_id: str
@@ -87,8 +87,8 @@ class Plan:
     Attributes:
         asked: All videos asked for, in order.
         todo: Those to extract, in order.
-        vanished: Videos of the store, below the folders asked for or listed, whose files are gone.
-        messages: What the user should know: files ignored, ids that had to be made unique.
+        vanished: Videos of the store whose files should be in the folders or lists asked for, and are gone.
+        messages: What the user should know: ignored files, ids that had to be made unique.
     """
 
     asked: list[PlannedVideo]
@@ -104,17 +104,17 @@ def plan_videos(
     retry: Collection[str] = (),
     times_seconds: Mapping[str, tuple[float, ...]] | None = None,
 ) -> Plan:
-    """Find the videos and leave out those that the store holds and whose files have not changed.
+    """Find the videos, and leave out those that the store holds and whose files have not changed.
 
-    A file in a folder is called by its path below that folder without suffix, a file given by itself by
-    its name without suffix. Where two files would share an id, the first in order keeps it and the next
-    is called with its suffix, then with a number; a file that the store knows keeps its id.
+    The id of a file in a folder is its path below that folder without suffix; that of a file given by itself is its
+    name without suffix. If two files would share an id, the first in order keeps it, and the next gets its suffix
+    too, then a number; a file that the store knows keeps its id.
 
     Args:
         inputs: Folders (walked recursively), video files, or lists of them (.txt, .csv, .parquet).
         records: What the store holds, by video_id.
         retry: Statuses of videos to take up again.
-        times_seconds: The times to sample each video at; the others are left out.
+        times_seconds: The times to sample each video at; videos without times are left out.
 
     Raises:
         InputError: A path does not exist, a list is unreadable, or there is no video at all.
@@ -155,7 +155,7 @@ def plan_videos(
 
 
 def is_done(record: VideoRecord | None, path: Path, retry: Collection[str] = ()) -> bool:
-    """Tell whether a record is of a file as it is now, and its status is none of those to be tried again."""
+    """Tell whether a record describes a file as it is now, and its status is not to be tried again."""
     return record is not None and _is_unchanged(record, _size_and_mtime(path)) and record.status not in retry
 
 
@@ -178,7 +178,7 @@ def _size_and_mtime(path: Path) -> tuple[int, int] | None:
 def _vanished(
     inputs: Sequence[Path], candidates: Sequence[tuple[str, Path]], records: Mapping[str, VideoRecord]
 ) -> list[VideoRecord]:
-    """Return the store's videos that should be where we looked, and are not."""
+    """Return the videos of the store that should be where we looked, and are not."""
     folders = [os.path.join(os.path.abspath(path), "") for path in inputs if path.is_dir()]  # noqa: PTH100, PTH118
     here = {storable_text(str(path)): path for _, path in candidates}
     return [
@@ -214,7 +214,7 @@ def _is_another_file(record: VideoRecord, path: Path) -> bool:
     except (OSError, ValueError):
         if stored.exists():
             return True
-    # The stored file is gone: it was moved here if the content is the same; else its disk may be away.
+    # The stored file is gone. It was moved here if the content is the same; else its disk may not be mounted.
     try:
         return path.stat().st_size != record.size_bytes or hash_file(path) != record.content_hash
     except (OSError, ValueError):
@@ -224,7 +224,7 @@ def _is_another_file(record: VideoRecord, path: Path) -> bool:
 def _unique_paths(candidates: Iterable[tuple[str, Path]]) -> list[tuple[str, Path]]:
     first: dict[Path, str] = {}
     for name, path in candidates:
-        # abspath drops the `..` that tells where a command was run, and follows no link to a shared file.
+        # abspath drops the `..` of the folder a command was run in, and follows no link to a shared file.
         first.setdefault(Path(os.path.abspath(path)), storable_text(name))  # noqa: PTH100
     return [(name, path) for path, name in first.items()]
 
@@ -245,7 +245,7 @@ def _walk(folder: Path, say: Callable[[str], None]) -> Iterable[tuple[str, Path]
     ignored: Counter[str] = Counter()
 
     def refuse(error: OSError) -> None:
-        raise InputError(f"cannot read the folder {error.filename} ({error.strerror}) - mend its permissions")
+        raise InputError(f"cannot read the folder {error.filename} ({error.strerror}) - fix its permissions")
 
     seen: set[str] = set()
     for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):

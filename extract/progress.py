@@ -13,7 +13,7 @@ from typing import Any
 
 LOG_SECONDS = 10.0
 
-# Below this share of waiting, neither side is said to hold up the other.
+# If both sides wait for less than this share of the time, neither holds up the other.
 MUCH_WAITING = 0.25
 
 
@@ -22,14 +22,14 @@ class ExtractProgress:
     """How far an extraction is; handed to `on_progress` after every message from a decoder.
 
     Attributes:
-        num_videos: How many are to be done.
-        num_bytes: Their files' size.
-        videos_done: How many have their record.
-        bytes_done: Their files' size.
-        frames_done: How many frames have gone to the backbones.
-        seconds: Since the first video was given to a decoder.
+        num_videos: Videos to do.
+        num_bytes: The size of their files.
+        videos_done: Videos that have their record.
+        bytes_done: The size of their files.
+        frames_done: Frames that have gone to the backbones.
+        seconds: Time since the first message of a decoder.
         decode_wait_share: Share of the time that the backbones had nothing to do.
-        device_wait_share: Share of the decoders' time that they waited for the backbones; told by whole videos.
+        device_wait_share: Share of the decoders' time that they waited for the backbones; known per whole video.
         queue_depth: Messages from decoders that wait for the backbones.
         num_workers: Decode processes.
         device: Where the backbones run.
@@ -82,7 +82,7 @@ def what_limited(progress: ExtractProgress) -> str:
 
 
 class RunLog:
-    """A run's JSON lines: `start`, `progress` every ten seconds, `end`. What cannot be written is left out.
+    """A run's JSON lines: `start`, `progress` every ten seconds, `end`. A line that cannot be written is left out.
 
     Args:
         folder: The store's; the log is `log/<time>-<host>-<process>.jsonl` in it.
@@ -102,7 +102,7 @@ class RunLog:
                 file.write(line + "\n")
 
     def add_progress(self, progress: ExtractProgress) -> None:
-        """Add where the run is, if that was not said in the last ten seconds."""
+        """Add how far the run is, unless a line of the last ten seconds says it."""
         if time.monotonic() - self._logged >= LOG_SECONDS:
             self._logged = time.monotonic()
             self.add("progress", **asdict(progress), eta_seconds=progress.eta_seconds)

@@ -13,28 +13,23 @@ from svb.data.feature_store import FeatureStore
 from svb.device import choose_device
 from svb.errors import InputError, UsageError
 from svb.extract.backbones import load_matching_backbone
+from svb.extract.config import decoder_settings, stored_decode_options
+from svb.extract.one_file import extract_file
 from svb.extract.plan import is_done
-from svb.extract.request import decoder_settings, stored_decode_options
-from svb.extract.run import extract_file
 
 logger = logging.getLogger(__name__)
 
 
-def recompute(
-    path: Path,
-    num_videos: int,
-    *,
-    device: str = "auto",
-) -> list[str]:
+def recompute(path: Path, num_videos: int, *, device: str = "auto") -> list[str]:
     """Extract some videos of a store again, chosen by a hash of what it holds, and compare.
 
     Args:
         path: The store.
         num_videos: How many.
-        device: Where to compute; another one than the store's may give other last bits.
+        device: Where to compute; another device than the store's may change the last bits.
 
     Returns:
-        What differs by more than float16's last bit, a line each.
+        A line for each difference of more than float16's last bit.
 
     Raises:
         InputError: No video's file is there unchanged, or the features were not made from video here.
@@ -45,15 +40,18 @@ def recompute(
         raise UsageError(f"cannot recompute {num_videos} videos - give a positive number")
     store = FeatureStore(path)
     if store.settings["decoder"]["name"] == "imported":
-        raise InputError(f"the features of {path} were imported - only what `svb extract` made can be made again")
+        raise InputError(f"the features of {path} were imported - expected a store that `svb extract` made")
     options = stored_decode_options(store.settings)
     here, stored = decoder_settings(options), store.settings["decoder"]
     if here != stored:
-        logger.info(f"the decoder here is {here['version']}, the store's {stored['version']}: frames may differ")
+        logger.info(f"the decoder is {here['version']} here, {stored['version']} in the store: frames may differ")
     unchanged = [v for v in store.video_ids if is_done(record := store.records[v], Path(record.source_path))]
     at_hand = [v for v in unchanged if Path(store.records[v].source_path).exists()]
     if not at_hand:
-        raise InputError(f"none of the {len(store.video_ids)} videos of {path} is where it was, unchanged")
+        raise InputError(
+            f"none of the {len(store.video_ids)} videos of {path} is where it was, unchanged - put their files "
+            "back, or extract them again"
+        )
     chosen = sorted(random.Random(store.fingerprint).sample(at_hand, min(num_videos, len(at_hand))))
     torch_device = choose_device(device)
     backbones = [
@@ -83,7 +81,7 @@ def recompute(
 
 
 def _difference(held: NDArray[np.float16], now: NDArray[np.float16]) -> str:
-    """Return how rows differ, empty where by no more than the last bit."""
+    """Return how rows differ; empty if it is by no more than the last bit."""
     if held.shape != now.shape:
         return f"shape {held.shape} held, {now.shape} now"
     if not held.size or np.abs(_ordered(held) - _ordered(now)).max() <= 1:

@@ -7,75 +7,40 @@ import importlib.util
 import logging
 import os
 import socket
-from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from importlib.metadata import version
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Protocol
 
 from svb.data.feature_store import FeatureStore, GrowingRecords
 from svb.data.feature_store_writer import FeatureStoreWriter
-from svb.data.rows import FAILURES, USABLE, VideoRecord
+from svb.data.rows import VideoRecord
 from svb.device import choose_device, choose_precision
-from svb.errors import InputError, Interrupted, UsageError
-from svb.extract.decode.decoder import FrameChunk
-from svb.extract.decode.options import DecodeOptions, Limits
-from svb.extract.decode.sampling import Sampling
-from svb.extract.names import DEFAULT_BACKBONE
+from svb.errors import Interrupted, UsageError
+from svb.extract.backbones import load_backbone
+from svb.extract.compute.cores import cores_for_batches, share_of_cores
+from svb.extract.config import ExtractConfig
 from svb.extract.plan import Plan, PlannedVideo, is_done, plan_videos
-from svb.extract.pool.decode_pool import (
-    DEFAULT_STALL_SECONDS,
-    DEFAULT_TIME_LIMIT_SECONDS,
-    NOBODY,
-    DecodePool,
-    Listed,
-)
-from svb.extract.pool.worker import Finished, Started
+from svb.extract.pool.decode_pool import NOBODY, DecodePool, Listed
+from svb.extract.pool.worker import Started
 from svb.extract.progress import ExtractProgress, RunLog, what_limited
-from svb.extract.request import Request, make_request
 from svb.extract.together.leases import Leases, start_at, units
 from svb.extract.together.ranks import UNIT_VIDEOS, LeasedVideos
 from svb.interrupts import deferred_interrupts
 from svb.memory import keep_freed_memory
 
 if TYPE_CHECKING:
-    import torch
-
-    from svb.extract.backbones.backbone import Backbone
-    from svb.extract.compute.pipeline import Contents, Counts, Pipeline
+    from svb.extract.compute.pipeline import Contents
 
 logger = logging.getLogger(__name__)
 
-MAX_BATCH_SIZE = 4096
+DEFAULT_CONFIG = ExtractConfig()
 
 
 def extract(
     videos: Sequence[Path | str],
     out: Path | str,
+    config: ExtractConfig = DEFAULT_CONFIG,
     *,
-    backbones: Sequence[str] = (DEFAULT_BACKBONE,),
-    sampling: Sampling | None = None,
-    times: Path | str | None = None,
-    decoder: str = "pyav",
-    fast_decode: bool = False,
-    hwaccel: str | None = None,
-    resize: str = "device",
-    limits: Limits | None = None,
-    device: str = "auto",
-    precision: str = "auto",
-    compile: bool = False,
-    num_workers: int = 2,
-    batch_size: int = 32,
-    stall_seconds: float = DEFAULT_STALL_SECONDS,
-    time_limit_seconds: float = DEFAULT_TIME_LIMIT_SECONDS,
-    keep_partial: bool = True,
-    retry: Collection[str] = (),
-    prune: bool = False,
-    rank: tuple[int, int] | None = None,
-    ray: str | None = None,
     on_progress: Callable[[ExtractProgress], None] = lambda progress: None,
 ) -> Path:
     """Extract frozen features of videos into a store; continue where an earlier run stopped.
@@ -85,175 +50,202 @@ def extract(
 
     Args:
         videos: Folders (walked recursively), video files, or lists of them (.txt, .csv, .parquet).
-        out: The store's folder; made where there is none.
-        backbones: Names, `family:model[/weights]`; one decode feeds all of them.
-        sampling: Which frames; 1 a second where not given.
-        times: Instead of `sampling`: a table of times for each video, see `svb.extract.decode.times_table`.
-        decoder: `pyav`, which hands over to ffmpeg what it cannot read, or `ffmpeg`.
-        fast_decode: Skip frames that no other frame refers to; picked frames may move by a few.
-        hwaccel: A hardware decoder of ffmpeg's, such as `cuda`.
-        resize: `device`, or `decoder`: ffmpeg scales frames to the largest backbone's size before they cross.
-        limits: What a video may ask for.
-        device: `auto`, `cpu`, `cuda:0`, ...
-        precision: `auto`, `float32`, `bfloat16` or `float16`.
-        compile: Compile the backbones with torch.compile.
-        num_workers: Decode processes.
-        batch_size: B, frames (or clips of frames) in a batch.
-        stall_seconds: A video whose decoder gives nothing for this long is recorded as `timeout`.
-        time_limit_seconds: So is one that decodes for longer than this.
-        keep_partial: Keep videos that decode in part; else they fail, as `truncated` or `concealed_errors`.
-        retry: Statuses of videos to take up again; `svb.data.rows.FAILURES` for all that failed.
-        prune: Take videos out of the store whose files are gone.
-        rank: This process's rank and the number of processes that fill the store together; they share a file
-            system and may be fewer or more than said.
-        ray: A Ray cluster to decode and compute on, see `together.ray_run`; its CPUs take `num_workers`' place.
+        out: The store's folder; it is made where there is none.
+        config: All options.
         on_progress: Called often.
 
     Returns:
         `out`.
 
     Raises:
-        InputError: No such file, or no videos.
+        InputError: There is no such file, there are no videos, or there is no such Ray cluster.
         Interrupted: SIGINT or SIGTERM came; what was whole has been published.
         MismatchError: The store was made with other settings.
         ModelUnavailableError: A backbone's weights cannot be had.
         StoreError: The store is damaged, being written by another process, or cannot be written.
-        UsageError: An option means nothing.
+        UsageError: The machine lacks what an option asks for.
     """
     out = Path(out)
-    _check_numbers(num_workers, batch_size, stall_seconds, time_limit_seconds)
-    _check_retry(retry)
-    _check_ray(ray, rank, device, hwaccel)
-    request = make_request(
-        backbones,
-        sampling=sampling,
-        times=times,
-        decoder=decoder,
-        fast_decode=fast_decode,
-        hwaccel=hwaccel,
-        resize=resize,
-        limits=limits,
-        batch_size=batch_size,
-    )
-    plan = _plan(videos, out, request, precision, retry)
-    for line in plan.messages:
-        logger.info(line)
+    _require_possible(config)
+    plan = _plan(videos, out, config)  # what the store does not hold yet
     if not plan.todo:
-        return _without_work(plan, out, prune)
-
-    if ray is not None:
-        job = request, device, precision, compile, keep_partial, stall_seconds, time_limit_seconds
-        return _on_ray(ray, job, plan, out, prune, on_progress)
-
-    from svb.extract.compute.pipeline import Pipeline  # and with it torch
-
-    torch_device = choose_device(_own_device(device, rank))
-    dtype = choose_precision(torch_device, precision)
-    if torch_device.type == "cpu":
-        keep_freed_memory()
-    networks = _load(request.backbones, torch_device, dtype, compile, batch_size)
-    settings = request.settings(networks)
-    provenance = {"device": str(torch_device), "versions": _versions()}
-    with contextlib.ExitStack() as stack:
-        writer = stack.enter_context(FeatureStoreWriter(out, settings, provenance, shared=rank is not None))
-        log = RunLog(out)
-        log.add("start", settings=settings, provenance=provenance, videos=len(plan.todo), num_workers=num_workers)
-        contents = None if request.times else _known_contents(FeatureStore(out), plan, retry, writer)
-        source: Listed | LeasedVideos = Listed(plan.todo)
-        if rank is not None:
-            source = _leased_videos(out, plan, rank, retry, stack)
-            writer.on_published = source.published
-        pool = DecodePool(
-            num_workers,
-            request.decode_options(networks),
-            stall_seconds,
-            time_limit_seconds,
-            None if contents is None else contents.is_wanted,
-        )
-        executor, ahead = stack.enter_context(cores(torch_device, compile))
-        pipeline = Pipeline(
-            networks,
-            batch_size,
-            writer,
-            keep_partial=keep_partial,
-            contents=contents,
-            executor=executor,
-            ahead=ahead,
-        )
-        report = _Report(plan, source, pool, pipeline, str(torch_device), num_workers)
-        signal_number = _drive(pool, source, pipeline, writer, report, log, on_progress)
-        writer.publish()
-        progress = report.progress()
-        on_progress(progress)
-        sentence = what_limited(progress)
-        if signal_number:
-            log.add_end(progress, "interrupted", sentence)
-            done = f"{progress.videos_done} videos of this run are in {out}"
-            raise Interrupted(signal_number, f"interrupted - {done}; run the same command again to go on")
-        vanished = plan.vanished if contents is None else contents.vanished
-        _remove(vanished if prune else (), writer)
-        writer.compact()
-        log.add_end(progress, "done", sentence)
-    _tell_of_known(pipeline.counts)
-    _tell_of_vanished(vanished, prune)
+        return _without_work(plan, out, config)
+    with _workplace(config, plan, out) as workplace, _open_store(out, config, workplace) as (writer, log):
+        signal_number = _fill(writer, log, workplace, on_progress)  # frames -> backbones -> shards
+        vanished = workplace.vanished
+        if not signal_number:
+            _remove(vanished if config.prune else (), writer)
+            writer.compact()
+        sentence = _end(log, workplace.progress(), out, signal_number)
+    _tell_of_vanished(vanished, config.prune)
     logger.info(sentence)
     return out
 
 
-def _drive(
-    pool: DecodePool,
-    source: Listed | LeasedVideos,
-    pipeline: Pipeline,
-    writer: FeatureStoreWriter,
-    report: _Report,
-    log: RunLog,
-    on_progress: Callable[[ExtractProgress], None],
-) -> int:
-    """Bring every video of the source from the pool through the backbones to the writer.
+class Workplace(Protocol):
+    """Where videos are decoded and go through the backbones: this machine, or a Ray cluster.
 
-    Returns:
-        The signal that ended it early, or 0.
+    Attributes:
+        settings: Of the store, as the backbones that were loaded make them.
+        provenance: The device and the versions of packages.
+        description: For the log of the run.
     """
-    with deferred_interrupts() as interrupted, contextlib.closing(pool.run(source)) as messages:
-        for position, message in messages:
-            pipeline.take(position, message)
-            if position == NOBODY and isinstance(source, LeasedVideos) and pipeline.only_waits:
-                pipeline.finish()  # others wait for the leases of what is done here
-                writer.publish()
-            writer.publish_if_due()  # a long video must not hold back those that are finished
-            if not isinstance(message, Started):
-                on_progress(report.progress())
-                log.add_progress(report.progress())
-            if interrupted():
-                break
-        pipeline.finish()
-        return interrupted()
 
+    settings: dict[str, Any]
+    provenance: dict[str, Any]
+    description: dict[str, Any]
 
-class _Report:
-    """Puts together how far a run is."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        source: Listed | LeasedVideos,
-        pool: DecodePool,
-        pipeline: Pipeline,
-        device: str,
-        num_workers: int,
-    ) -> None:
-        self._num_bytes = sum(video.size_bytes for video in plan.todo)
-        self._num_videos = len(plan.todo)
-        self._source, self._pool, self._pipeline = source, pool, pipeline
-        self._device, self._num_workers = device, num_workers
+    def fill(self, writer: FeatureStoreWriter, is_interrupted: Callable[[], int]) -> Generator[None, None, None]:
+        """Bring every video to the writer, until all are there or it is interrupted; yield often on the way."""
 
     def progress(self) -> ExtractProgress:
-        counts, pool = self._pipeline.counts, self._pool
-        others = self._source.by_others if isinstance(self._source, LeasedVideos) else []
+        """Return how far the run is."""
+
+    @property
+    def vanished(self) -> list[VideoRecord]:
+        """Videos of the store whose files are gone, and have not turned up under another name."""
+
+
+@contextlib.contextmanager
+def _workplace(config: ExtractConfig, plan: Plan, out: Path) -> Iterator[Workplace]:
+    """Yield this machine or a Ray cluster, with the backbones loaded."""
+    if config.ray is None:
+        yield ThisMachine(config, plan, out)
+        return
+    from svb.extract.together.ray import joined_cluster
+
+    with joined_cluster(config, plan) as cluster:
+        yield cluster
+
+
+@contextlib.contextmanager
+def _open_store(
+    out: Path, config: ExtractConfig, workplace: Workplace
+) -> Iterator[tuple[FeatureStoreWriter, RunLog]]:
+    settings, provenance = workplace.settings, workplace.provenance
+    with FeatureStoreWriter(out, settings, provenance, shared=config.place is not None) as writer:
+        log = RunLog(out)
+        log.add("start", settings=settings, provenance=provenance, **workplace.description)
+        yield writer, log
+
+
+def _fill(
+    writer: FeatureStoreWriter,
+    log: RunLog,
+    workplace: Workplace,
+    on_progress: Callable[[ExtractProgress], None],
+) -> int:
+    """Fill the store; returns the signal that ended it early, or 0."""
+    with (
+        deferred_interrupts() as interrupted,
+        contextlib.closing(workplace.fill(writer, interrupted)) as steps,
+    ):
+        for _ in steps:
+            writer.publish_if_due()  # a long video must not hold back those that are finished
+            on_progress(workplace.progress())
+            log.add_progress(workplace.progress())
+        signal_number = interrupted()
+    on_progress(workplace.progress())
+    return signal_number
+
+
+def _end(log: RunLog, progress: ExtractProgress, out: Path, signal_number: int) -> str:
+    """Log the end of a run, and return what limited it in a sentence.
+
+    Raises:
+        Interrupted: A signal had ended it.
+    """
+    sentence = what_limited(progress)
+    log.add_end(progress, "interrupted" if signal_number else "done", sentence)
+    if signal_number:
+        done = f"{progress.videos_done} videos of this run are in {out}"
+        raise Interrupted(signal_number, f"interrupted - {done}; run the same command again to go on")
+    return sentence
+
+
+class ThisMachine:
+    """This machine, with the backbones loaded; see `Workplace`. With a rank it shares the videos with others."""
+
+    def __init__(self, config: ExtractConfig, plan: Plan, out: Path) -> None:
+        self._config, self._plan, self._out = config, plan, out
+        self._device = choose_device(_own_device(config))
+        dtype = choose_precision(self._device, config.precision)
+        if self._device.type == "cpu":
+            keep_freed_memory()
+        self._networks = [
+            load_backbone(name, self._device, dtype, compile=config.compile, batch_size=config.batch_size)
+            for name in config.backbones
+        ]
+        self._num_workers = config.workers or share_of_cores()
+        self.settings = config.settings(self._networks)
+        self.provenance = config.provenance(str(self._device))
+        self.description = {"videos": len(plan.todo), "num_workers": self._num_workers}
+
+    def fill(self, writer: FeatureStoreWriter, is_interrupted: Callable[[], int]) -> Generator[None, None, None]:
+        from svb.extract.compute.pipeline import Pipeline  # and with it torch
+
+        config = self._config
+        with (
+            self._source(writer) as source,
+            cores_for_batches(self._device, config.compile) as (executor, ahead),
+        ):
+            self._contents = None if config.times else _known_contents(self._out, self._plan, config, writer)
+            self._pool = DecodePool(
+                self._num_workers,
+                config.decode_options_for(self._networks),
+                config.stall_seconds,
+                config.time_limit_seconds,
+                None if self._contents is None else self._contents.is_wanted,
+            )
+            self._pipeline = pipeline = Pipeline(
+                self._networks,
+                config.batch_size,
+                writer,
+                keep_partial=config.on_partial == "keep",
+                contents=self._contents,
+                executor=executor,
+                ahead=ahead,
+            )
+            self._finished_by_others = source.by_others if isinstance(source, LeasedVideos) else []
+            with contextlib.closing(self._pool.run(source)) as messages:
+                for position, message in messages:
+                    pipeline.take(position, message)
+                    if position == NOBODY and isinstance(source, LeasedVideos) and pipeline.only_waits:
+                        pipeline.finish()  # others wait for the leases of what is done here
+                        writer.publish()
+                    if not isinstance(message, Started):
+                        yield
+                    if is_interrupted():
+                        break
+                pipeline.finish()
+            writer.publish()  # before the leases are given back
+        counts = pipeline.counts
+        if (counts.renamed or counts.duplicates) and not is_interrupted():
+            logger.info(
+                f"not decoded, because their content is known: {counts.renamed} renamed, {counts.duplicates} "
+                "duplicates"
+            )
+
+    @contextlib.contextmanager
+    def _source(self, writer: FeatureStoreWriter) -> Iterator[Listed | LeasedVideos]:
+        """Yield where the videos come from: the plan's list, or units of it taken by leases."""
+        plan, place = self._plan, self._config.place
+        if place is None:
+            yield Listed(plan.todo)
+            return
+        with Leases(self._out / "leases", f"{socket.gethostname()}-{os.getpid()}") as leases:
+            undone = _undone(self._out, plan, self._config.retry)
+            source = LeasedVideos(start_at(units(plan.asked, UNIT_VIDEOS), *place), leases, undone, plan.todo)
+            writer.on_published = source.published
+            yield source
+
+    def progress(self) -> ExtractProgress:
+        counts, pool, todo = self._pipeline.counts, self._pool, self._plan.todo
         seconds = max(pool.seconds, 1e-9)
         return ExtractProgress(
-            num_videos=self._num_videos - len(others),
-            num_bytes=self._num_bytes - sum(video.size_bytes for video in others),
+            num_videos=len(todo) - len(self._finished_by_others),
+            num_bytes=sum(video.size_bytes for video in todo)
+            - sum(video.size_bytes for video in self._finished_by_others),
             videos_done=counts.videos,
             bytes_done=counts.bytes,
             frames_done=counts.frames,
@@ -262,123 +254,59 @@ class _Report:
             device_wait_share=pool.workers_waiting_seconds / seconds / self._num_workers,
             queue_depth=pool.num_queued,
             num_workers=self._num_workers,
-            device=self._device,
+            device=str(self._device),
         )
 
-
-def extract_file(
-    file: Path, backbones: Sequence[Backbone], options: DecodeOptions, batch_size: int
-) -> list[tuple[NDArray[np.float32], NDArray[np.float64]]]:
-    """Return one file's `(T, F)` float32 features and `(T,)` times by each backbone, decoded once in a worker.
-
-    Raises:
-        InputError: The file gives no frame.
-    """
-    from svb.extract.compute.packing import Packer
-    from svb.extract.compute.pipeline import run_packers
-    from svb.extract.compute.upload import Uploader
-
-    device = backbones[0].device
-    uploader = Uploader(device)
-    with cores(device, compile=False) as (executor, ahead):
-        packers = [Packer(backbone, batch_size, executor=executor, ahead=ahead) for backbone in backbones]
-        for _, message in DecodePool(1, options).run([PlannedVideo(str(file), file)]):
-            if isinstance(message, FrameChunk):
-                run_packers(packers, uploader, 0, message)
-            elif isinstance(message, Finished) and message.status not in USABLE:
-                raise InputError(f"{file} cannot be used as a video ({message.status}): {message.error}")
-        for packer in packers:
-            packer.end(0)
-            packer.flush()
-        return [packer.take(0) for packer in packers]
+    @property
+    def vanished(self) -> list[VideoRecord]:
+        return self._plan.vanished if self._contents is None else self._contents.vanished
 
 
-def _check_numbers(num_workers: int, batch_size: int, stall_seconds: float, time_limit_seconds: float) -> None:
-    if num_workers < 1:
-        raise UsageError(f"{num_workers} workers decode nothing - give at least one backbone and one worker")
-    if not 1 <= batch_size <= MAX_BATCH_SIZE:
-        raise UsageError(f"batch size {batch_size} - expected 1 to {MAX_BATCH_SIZE}")
-    for what, seconds in (("wait", stall_seconds), ("decode a video for", time_limit_seconds)):
-        if not seconds > 0:
-            raise UsageError(f"cannot {what} {seconds} s - give a positive number of seconds")
+def _require_possible(config: ExtractConfig) -> None:
+    if config.hwaccel is not None:
+        from svb.extract.decode.hwaccel import require_hwaccel
 
-
-def _check_ray(address: str | None, rank: tuple[int, int] | None, device: str, hwaccel: str | None) -> None:
-    if address is None:
-        return
-    if importlib.util.find_spec("ray") is None:
+        require_hwaccel(config.hwaccel)
+    if config.ray is not None and importlib.util.find_spec("ray") is None:
         raise UsageError(
-            f"--ray {address} needs Ray, which is not installed - run pip install '.[ray]' in svb's folder"
-        )
-    if rank is not None:
-        raise UsageError("got a rank and a Ray cluster, which shares the work out itself - give one of the two")
-    if device not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"device {device!r} on a Ray cluster - expected auto, cpu or cuda: Ray chooses the GPUs")
-    if hwaccel is not None:
-        raise UsageError(f"hardware decoder {hwaccel!r} on a Ray cluster, which decodes on CPUs - leave it out")
-
-
-def _check_retry(retry: Collection[str]) -> None:
-    unknown = set(retry) - {*FAILURES, "partial"}
-    if unknown:
-        raise UsageError(
-            f"no video ends as {', '.join(sorted(unknown))} - expected some of {', '.join(FAILURES)} or partial"
+            f"--ray {config.ray} needs Ray, which is not installed - run pip install '.[ray]' in svb's folder"
         )
 
 
-def _plan(
-    videos: Sequence[Path | str], out: Path, request: Request, precision: str, retry: Collection[str]
-) -> Plan:
-    records: dict[str, VideoRecord] = {}
+def _plan(videos: Sequence[Path | str], out: Path, config: ExtractConfig) -> Plan:
+    records: Mapping[str, VideoRecord] = {}
     if (out / "store.json").exists():
         store = FeatureStore(out)
-        request.require_fits(store.settings, precision, out)
+        config.require_fits(store.settings, out)
         records = store.records
-    return plan_videos(
+    times = config.times_table
+    plan = plan_videos(
         [Path(video) for video in videos],
         records,
-        retry=retry,
-        times_seconds=None if request.times is None else request.times.times_seconds,
+        retry=config.retry,
+        times_seconds=None if times is None else times.times_seconds,
     )
+    for line in plan.messages:
+        logger.info(line)
+    return plan
 
 
-def _load(
-    names: Sequence[str], device: torch.device, dtype: torch.dtype, compile: bool, batch_size: int
-) -> list[Backbone]:
-    from svb.extract.backbones import load_backbone
-
-    return [load_backbone(name, device, dtype, compile=compile, batch_size=batch_size) for name in names]
-
-
-@contextlib.contextmanager
-def cores(device: torch.device, compile: bool) -> Iterator[tuple[Executor | None, int]]:
-    """Yield what runs batches, and how many may be under way.
-
-    On the CPU every core has a batch of its own: cores that share one wait for each other at every layer, and
-    for long where decoders want the cores too. Features then do not depend on how many there are. What is
-    compiled runs on all cores at once.
-    """
-    import torch
-
-    if device.type != "cpu" or compile:
-        yield None, 1
-        return
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads) as executor:
-            yield executor, threads
-    finally:
-        torch.set_num_threads(threads)
+def _without_work(plan: Plan, out: Path, config: ExtractConfig) -> Path:
+    if config.prune and plan.vanished:
+        with FeatureStoreWriter(out, FeatureStore(out).settings, {}) as writer:
+            _remove(plan.vanished, writer)
+            writer.compact()
+    _tell_of_vanished(plan.vanished, config.prune)
+    logger.info(f"nothing to do: all {len(plan.asked)} videos are in {out}, unchanged")
+    return out
 
 
-def _known_contents(
-    store: FeatureStore, plan: Plan, retry: Collection[str], writer: FeatureStoreWriter
-) -> Contents:
+def _known_contents(out: Path, plan: Plan, config: ExtractConfig, writer: FeatureStoreWriter) -> Contents:
     from svb.extract.compute.pipeline import Contents
 
+    store = FeatureStore(out)
     changing = {video.video_id for video in plan.todo} | {record.video_id for record in plan.vanished}
-    usable = [record for record in store.records.values() if record.usable and record.status not in retry]
+    usable = [record for record in store.records.values() if record.usable and record.status not in config.retry]
     return Contents(
         held=[record for record in usable if record.video_id not in changing],
         touched=[record for record in usable if record.video_id in changing],
@@ -388,62 +316,35 @@ def _known_contents(
     )
 
 
-def _leased_videos(
-    out: Path, plan: Plan, rank: tuple[int, int], retry: Collection[str], stack: contextlib.ExitStack
-) -> LeasedVideos:
-    """Return this process's share of what is to be done, with its leases open until the stack unwinds."""
-    owner = f"{socket.gethostname()}-{os.getpid()}"
+def _undone(
+    out: Path, plan: Plan, retry: Collection[str]
+) -> Callable[[Collection[PlannedVideo]], list[PlannedVideo]]:
+    """Return a function that returns those of some videos that nobody has published yet."""
     published = GrowingRecords(out)
     tries = {video.video_id: video.tries for video in plan.asked}
 
+    def is_undone(video: PlannedVideo) -> bool:
+        record = published.records.get(video.video_id)
+        # A failure of this very run is not tried again: another process has just done it.
+        again = retry if record is not None and record.tries <= tries[video.video_id] else ()
+        return not is_done(record, video.path, again)
+
     def undone(videos: Collection[PlannedVideo]) -> list[PlannedVideo]:
         published.refresh()
-        found = []
-        for video in videos:
-            record = published.records.get(video.video_id)
-            # What failed in a try of now is not tried again: one of the others has just done it.
-            again = retry if record is not None and record.tries <= tries[video.video_id] else ()
-            if not is_done(record, video.path, again):
-                found.append(video)
-        return found
+        return [video for video in videos if is_undone(video)]
 
-    leases = stack.enter_context(Leases(out / "leases", owner))
-    return LeasedVideos(start_at(units(plan.asked, UNIT_VIDEOS), *rank), leases, undone, plan.todo)
+    return undone
 
 
-def _without_work(plan: Plan, out: Path, prune: bool) -> Path:
-    if prune and plan.vanished:
-        with FeatureStoreWriter(out, FeatureStore(out).settings, {}) as writer:
-            _remove(plan.vanished, writer)
-            writer.compact()
-    _tell_of_vanished(plan.vanished, prune)
-    logger.info(f"nothing to do: all {len(plan.asked)} videos are in {out}, unchanged")
-    return out
+def _own_device(config: ExtractConfig) -> str:
+    """Return the device; of several processes of one machine each takes a GPU, where there are any."""
+    local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID")
+    if config.device != "auto" or config.place is None or local is None:
+        return config.device
+    import torch
 
-
-def _on_ray(
-    address: str,
-    job: tuple[Request, str, str, bool, bool, float, float],
-    plan: Plan,
-    out: Path,
-    prune: bool,
-    on_progress: Callable[[ExtractProgress], None],
-) -> Path:
-    from svb.extract.together.ray_actor import Job
-    from svb.extract.together.ray_run import extract_on_ray
-
-    sentence = extract_on_ray(
-        address,
-        Job(*job),
-        plan,
-        out,
-        prune=prune,
-        versions=_versions(),
-        on_progress=on_progress,
-    )
-    _tell_of_vanished(plan.vanished, prune)
-    logger.info(sentence)
-    return out
+    gpus = torch.cuda.device_count()
+    return f"cuda:{int(local) % gpus}" if gpus else "cpu"
 
 
 def _remove(vanished: Sequence[VideoRecord], writer: FeatureStoreWriter) -> None:
@@ -452,40 +353,7 @@ def _remove(vanished: Sequence[VideoRecord], writer: FeatureStoreWriter) -> None
     writer.publish()
 
 
-def _tell_of_known(counts: Counts) -> None:
-    if counts.renamed or counts.duplicates:
-        logger.info(
-            f"not decoded, because their content is known: {counts.renamed} renamed, {counts.duplicates} duplicates"
-        )
-
-
 def _tell_of_vanished(vanished: Sequence[VideoRecord], prune: bool) -> None:
     if vanished:
         done = "taken out of the store" if prune else "their features are kept; --prune takes them out of the store"
         logger.info(f"{len(vanished)} files are gone, first {vanished[0].source_path}: {done}")
-
-
-def _own_device(name: str, rank: tuple[int, int] | None) -> str:
-    """Return the device of one of several processes of a machine: each takes a GPU where there are any."""
-    local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID")
-    if name != "auto" or rank is None or local is None:
-        return name
-    import torch
-
-    gpus = torch.cuda.device_count()
-    return f"cuda:{int(local) % gpus}" if gpus else "cpu"
-
-
-def _versions() -> dict[str, str]:
-    names = (
-        "svb-video",
-        "torch",
-        "torchvision",
-        "timm",
-        "open_clip_torch",
-        "av",
-        "imageio-ffmpeg",
-        "h5py",
-        "numpy",
-    )
-    return {name: version(name) for name in names}

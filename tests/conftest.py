@@ -80,11 +80,11 @@ def folder(clips_folder: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def extracted_store(clips_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a feature store of `clips_folder` with offline:efficientnet-lite0 features. Not to be written to."""
+    from svb.extract.config import ExtractConfig
     from svb.extract.run import extract
 
-    out = tmp_path_factory.mktemp("store") / "features"
-    backbones = ("offline:efficientnet-lite0",)
-    return extract([clips_folder], out, backbones=backbones, precision="float32", num_workers=1, batch_size=4)
+    config = ExtractConfig(("offline:efficientnet-lite0",), precision="float32", workers=1, batch_size=4)
+    return extract([clips_folder], tmp_path_factory.mktemp("store") / "features", config)
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ SHARD_VIDEOS = 2
 MERGED_VIDEOS = 8
 # Others take over what a killed process held after this long. A live one must get to renew its leases.
 HEARTBEAT_SECONDS, STALE_SECONDS = 0.3, 3.0
-# A slow disk takes this long before and after it syncs or removes a file: kills shall fall between two steps.
+# A slow disk takes this long before and after it syncs or removes a file, so that kills fall between two steps.
 SLOW_DISK_SECONDS = 0.02
 
 
@@ -47,6 +47,7 @@ def run(videos: str, out: str, rank: tuple[int, int] | None = None) -> None:
     from svb.data.feature_store_writer import FeatureStoreWriter
     from svb.extract import run as run_module
     from svb.extract.backbones import FAMILIES
+    from svb.extract.config import ExtractConfig
     from svb.extract.together import ranks
     from svb.extract.together.leases import Leases
 
@@ -66,15 +67,9 @@ def run(videos: str, out: str, rank: tuple[int, int] | None = None) -> None:
     FAMILIES["toy"] = "toy_backbone"
     if rank is not None:
         os.fsync = slowed(os.fsync)  # else all is done before all processes are there
-    run_module.extract(
-        [Path(videos)],
-        Path(out),
-        backbones=("toy:frames", "toy:clips"),
-        precision="float32",
-        num_workers=2,
-        batch_size=4,
-        rank=rank,
-    )
+    place = {} if rank is None else {"rank": rank[0], "world_size": rank[1]}
+    config = ExtractConfig(("toy:frames", "toy:clips"), precision="float32", workers=2, batch_size=4, **place)
+    run_module.extract([Path(videos)], Path(out), config)
 
 
 def serve() -> None:

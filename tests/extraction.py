@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from messages import heard
 from numpy.typing import NDArray
 
 from svb.data.feature_store import FeatureStore
+from svb.extract.config import ExtractConfig
+from svb.extract.progress import ExtractProgress
 from svb.extract.run import extract
 
 FRAMES, WIDE, CLIPS = "toy:frames", "toy:wide", "toy:clips"
 
 
-def run(videos: Path | list[Path], out: Path, *backbones: str, **options: object) -> list[str]:
+def run(
+    videos: Path | list[Path],
+    out: Path,
+    *backbones: str,
+    on_progress: Callable[[ExtractProgress], None] = lambda progress: None,
+    **options: object,
+) -> list[str]:
     """Extract with toy backbones; returns the messages."""
     messages = heard()
-    settings: dict[str, object] = {"num_workers": 1, "batch_size": 4, "precision": "float32", **options}
-    extract(
-        videos if isinstance(videos, list) else [videos],
-        out,
-        backbones=backbones or (FRAMES,),
-        **settings,  # type: ignore[arg-type]
-    )
+    settings: dict[str, Any] = {"workers": 1, "batch_size": 4, "precision": "float32", **options}
+    config = ExtractConfig(backbones or (FRAMES,), **settings)
+    extract(videos if isinstance(videos, list) else [videos], out, config, on_progress=on_progress)
     return messages
 
 

@@ -299,6 +299,7 @@ def main() -> None:
 
     from svb.extract import run as run_module
     from svb.extract.backbones import FAMILIES
+    from svb.extract.config import ExtractConfig
     from svb.extract.pool.decode_pool import DecodePool
     from svb.extract.progress import ExtractProgress
 
@@ -313,16 +314,9 @@ def main() -> None:
     def on_progress(progress: ExtractProgress) -> None:
         open_files.append(clips.open_files())
 
-    run_module.extract(
-        [Path(path) for path in options.pop("videos")],
-        Path(sys.argv[1]),
-        backbones=("toy:frames", "toy:clips"),
-        precision="float32",
-        num_workers=2,
-        batch_size=4,
-        on_progress=on_progress,
-        **options,
-    )
+    videos = [Path(path) for path in options.pop("videos")]
+    config = ExtractConfig(("toy:frames", "toy:clips"), precision="float32", workers=2, batch_size=4, **options)
+    run_module.extract(videos, Path(sys.argv[1]), config, on_progress=on_progress)
     gc.collect()
     maps = Path("/proc/self/maps").read_text()
     status = dict(line.split(":\t") for line in Path("/proc/self/status").read_text().splitlines())

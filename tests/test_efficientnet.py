@@ -46,7 +46,9 @@ def assert_agrees(model: str, reference: torch.nn.Module, clip: Path) -> None:
     backbone = load_backbone(f"offline:{model}", torch.device("cpu"), torch.float32)
     classifier = load_classifier(f"offline:{model}")
     assert classifier is not None
-    assert images.shape[-1] == backbone.image_size
+    assert (backbone.image_size, backbone.feature_size) == (images.shape[-1], 1280)
+    assert (backbone.mean, backbone.std) == ((127 / 255,) * 3, (128 / 255,) * 3)
+    assert classifier.class_names[281] == "tabby"
     with torch.inference_mode():
         pixels = (images.float() - 127) / 128
         features = reference.extract_features(pixels).mean(dim=(2, 3))

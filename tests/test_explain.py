@@ -30,6 +30,7 @@ from svb.data.description import publish_description
 from svb.data.feature_store import FeatureStore
 from svb.errors import InputError
 from svb.extract.backbones import FAMILIES as BACKBONES
+from svb.extract.config import ExtractConfig
 from svb.extract.run import extract
 from svb.retrieve import explain as explain_module
 from svb.retrieve.explain import explain
@@ -73,7 +74,8 @@ class World:
         for video_id, colour in {**TRAIN, **VAL}.items():
             source = f"color=c=0x{bytes(colour).hex()}"
             clips.make_clip(self.videos / f"{video_id}.mp4", seconds=3, fps=4, source=source)
-        self.store = extract([self.videos], folder / "features", backbones=("toy:frames",), num_workers=1)
+        config = ExtractConfig(backbones=("toy:frames",), workers=1)
+        self.store = extract([self.videos], folder / "features", config)
         (self.videos / "gone.mp4").unlink()
         rows = [(v, f"only {v} has this", "train") for v in TRAIN if v != "v0"] + [("v0", ODD, "train")]
         rows += [(v, "a colour", "train") for v in TRAIN] + [(v, f"{v} of val", "val") for v in VAL if v != "w0"]

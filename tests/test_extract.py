@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import clips
@@ -20,7 +20,6 @@ import torchvision
 from extraction import CLIPS, FRAMES, WIDE, features, run, shards, statuses, times
 
 from svb.data.feature_store import FeatureStore, verify_store
-from svb.data.rows import FAILURES, VideoRecord
 from svb.errors import InputError, MismatchError, UsageError
 from svb.extract import run as run_module
 from svb.extract.backbones import load_backbone
@@ -30,10 +29,10 @@ from svb.extract.decode import pyav_decoder
 from svb.extract.decode.decoder import DecodeError, FrameChunk
 from svb.extract.decode.options import DecodeOptions
 from svb.extract.decode.sampling import Sampling
+from svb.extract.one_file import extract_file
 from svb.extract.plan import plan_videos
 from svb.extract.pool.decode_pool import DecodePool, WorkSource
 from svb.extract.pool.worker import Finished, Message, Started, decode_file
-from svb.extract.run import extract_file
 
 pytestmark = pytest.mark.usefixtures("toy_backbones")
 
@@ -97,10 +96,9 @@ class TestPipeline:
                 np.testing.assert_array_equal(together[video_id], alone[video_id])
 
     def test_neighbours_and_workers_leave_the_bytes_alone(self, clips_folder: Path, tmp_path: Path) -> None:
-        sampling = Sampling(fps=3)
-        run(clips_folder, tmp_path / "one", FRAMES, CLIPS, sampling=sampling)
-        run(clips_folder, tmp_path / "three", FRAMES, CLIPS, sampling=sampling, num_workers=3)
-        run(clips_folder / "b.mkv", tmp_path / "alone", FRAMES, CLIPS, sampling=sampling)
+        run(clips_folder, tmp_path / "one", FRAMES, CLIPS, fps=3)
+        run(clips_folder, tmp_path / "three", FRAMES, CLIPS, fps=3, workers=3)
+        run(clips_folder / "b.mkv", tmp_path / "alone", FRAMES, CLIPS, fps=3)
         for backbone in (FRAMES, CLIPS):
             one, three = (features(tmp_path / name, backbone) for name in ("one", "three"))
             assert {v: rows.tobytes() for v, rows in one.items()} == {
@@ -117,12 +115,6 @@ class TestPipeline:
         )
         packed = features(extracted_store, "offline:efficientnet-lite0")["b"]
         assert packed.tobytes() == alone.astype(np.float16).tobytes()
-
-    def test_frames_sampling(self, clips_folder: Path, tmp_path: Path) -> None:
-        run(clips_folder, tmp_path / "out", sampling=Sampling(frames=3))
-        assert {len(rows) for rows in features(tmp_path / "out").values()} == {3}
-        np.testing.assert_allclose(times(tmp_path / "out", "a"), [0.1, 0.5, 0.8], atol=0.01)
-        assert FeatureStore(tmp_path / "out").settings["sampling"] == {"frames": 3}
 
     def test_rotation_is_applied_and_recorded(self, tmp_path: Path) -> None:
         clip = clips.make_turned_clip(tmp_path / "turned.mp4", 90)
@@ -168,12 +160,13 @@ class TestPipeline:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            ({"decoder": "vlc"}, "unknown decoder 'vlc' - expected one of pyav, ffmpeg"),
-            ({"num_workers": 0}, "at least one backbone and one worker"),
-            ({"batch_size": 0}, "expected 1 to 4096"),
-            ({"stall_seconds": 0.0}, "give a positive number of seconds"),
-            ({"stall_seconds": float("nan")}, "give a positive number of seconds"),
-            ({"precision": "int8"}, "unknown precision 'int8' - expected one of auto, float32"),
+            ({"decoder": "vlc"}, "decoder is 'vlc' - expected one of pyav, ffmpeg"),
+            ({"workers": 0}, "workers is 0 - expected at least 1"),
+            ({"batch_size": 0}, "batch_size is 0 - expected 1 to 4096"),
+            ({"stall_seconds": 0.0}, "stall_seconds is 0.0 - expected more than 0"),
+            ({"stall_seconds": float("nan")}, "stall_seconds is nan - expected more than 0"),
+            ({"precision": "int8"}, "precision is 'int8' - expected one of auto, float32"),
+            ({"retry_failed": "lost"}, "expected codes after a =, such as --retry-failed=timeout"),
             ({"device": "abacus"}, "cannot use device 'abacus'"),
         ],
     )
@@ -191,7 +184,7 @@ class TestResume:
         run(folder, tmp_path / "out")
         before = shards(tmp_path / "out")
         monkeypatch.setattr(run_module, "DecodePool", None)
-        monkeypatch.setattr(run_module, "_load", None)
+        monkeypatch.setattr(run_module, "load_backbone", None)
         messages = run(folder, tmp_path / "out")
         assert messages == [f"nothing to do: all 5 videos are in {tmp_path / 'out'}, unchanged"]
         assert shards(tmp_path / "out") == before
@@ -227,25 +220,22 @@ class TestResume:
         assert statuses(tmp_path / "out")["a"] == "truncated"
         assert run(folder, tmp_path / "out")[-1].startswith("nothing to do")
         counts: list[int] = []
-        run(folder, tmp_path / "out", retry=FAILURES, on_progress=lambda p: counts.append(p.num_videos))
+        run(folder, tmp_path / "out", retry_failed="all", on_progress=lambda p: counts.append(p.num_videos))
         assert counts[-1] == 1 and statuses(tmp_path / "out")["a"] == "truncated"
         (folder / "aside").rename(folder / "a.mp4")
-        run(folder, tmp_path / "out", retry=FAILURES)
+        run(folder, tmp_path / "out", retry_failed="all")
         assert set(statuses(tmp_path / "out").values()) == {"ok"}
         assert len(FeatureStore(tmp_path / "out").records) == 4
 
-    def test_from_another_working_directory(
+    def test_a_folder_is_known_by_another_path_and_name(
         self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         run(folder, tmp_path / "out")
         (tmp_path / "elsewhere").mkdir()
         monkeypatch.chdir(tmp_path / "elsewhere")
-        assert run(Path("../clips"), tmp_path / "out")[-1].startswith("nothing to do: all 4")
         (tmp_path / "link").symlink_to(folder)
-        assert run(tmp_path / "link", tmp_path / "out")[-1].startswith("nothing to do: all 4")
-
-    def test_a_moved_folder_is_known_by_its_names(self, folder: Path, tmp_path: Path) -> None:
-        run(folder, tmp_path / "out")
+        for name in (Path("../clips"), tmp_path / "link"):
+            assert run(name, tmp_path / "out")[-1].startswith("nothing to do: all 4")
         folder.rename(tmp_path / "moved")
         assert run(tmp_path / "moved", tmp_path / "out")[-1].startswith("nothing to do: all 4")
 
@@ -254,23 +244,18 @@ class TestResume:
     ) -> None:
         run(clips_folder, tmp_path / "out")
         before = shards(tmp_path / "out")
-        monkeypatch.setattr(run_module, "_load", None)
+        monkeypatch.setattr(run_module, "load_backbone", None)
         for options, words in (
-            ({"sampling": Sampling(fps=2)}, "sampling.fps: stored 1.0, wanted 2.0"),
-            ({"sampling": Sampling(frames=2)}, "sampling.frames: stored None, wanted 2"),
+            ({"fps": 2.0}, "sampling.fps: stored 1.0, wanted 2.0"),
+            ({"frames": 2}, "sampling.frames: stored None, wanted 2"),
             ({"decoder": "ffmpeg"}, "decoder.name: stored 'pyav', wanted 'ffmpeg'"),
+            ({"precision": "bfloat16"}, r"precision: stored 'float32', wanted 'bfloat16'"),
         ):
             with pytest.raises(MismatchError, match=words):
                 run(clips_folder, tmp_path / "out", **options)
         with pytest.raises(MismatchError, match=r"backbones: stored \['toy:frames'\], wanted \['toy:wide'\]"):
             run(clips_folder, tmp_path / "out", WIDE)
         assert shards(tmp_path / "out") == before
-
-    def test_another_precision_is_refused(self, folder: Path, tmp_path: Path) -> None:
-        run(folder, tmp_path / "out")
-        clips.make_clip(folder / "new.mp4")
-        with pytest.raises(MismatchError, match=r"precision: stored 'float32', wanted 'bfloat16'"):
-            run(folder, tmp_path / "out", precision="bfloat16")
 
 
 class TestClips:
@@ -310,7 +295,7 @@ class TestClips:
         torch.save(module.state_dict(), tmp_path / "weights.pth")
         name = f"torchvision:r2plus1d_18/{tmp_path / 'weights.pth'}"
         # 30 frames: two windows of 16 that overlap by two.
-        run(clips_folder / "c.webm", tmp_path / "out", name, FRAMES, sampling=Sampling(fps=20), batch_size=1)
+        run(clips_folder / "c.webm", tmp_path / "out", name, FRAMES, fps=20, batch_size=1)
         store = FeatureStore(tmp_path / "out")
         assert store.settings["backbones"][name]["clip_frames"] == 16
         assert features(tmp_path / "out", name)["c"].shape == (2, 512)
@@ -338,7 +323,7 @@ def spawned_children() -> list[int]:
 
 
 @pytest.fixture
-def signal_first_worker() -> Iterator[object]:
+def signal_first_worker() -> Iterator[Callable[[signal.Signals], None]]:
     """Send a signal to the first decode worker as soon as there is one."""
     threads: list[threading.Thread] = []
 
@@ -361,28 +346,31 @@ def signal_first_worker() -> Iterator[object]:
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds worker processes in Linux's /proc")
 class TestWorkersThatFail:
-    def test_one_that_dies_costs_one_video(self, folder: Path, tmp_path: Path, signal_first_worker) -> None:  # type: ignore[no-untyped-def]
-        signal_first_worker(signal.SIGKILL)
-        run(folder, tmp_path / "out")
-        assert statuses(tmp_path / "out") == {"a": "decoder_crash", "b": "ok", "c": "ok", "deep/d": "ok"}
-        record = FeatureStore(tmp_path / "out").records["a"]
-        assert record.error == "the decoder's process died with exit code -9"
-        self.assert_mended(folder, tmp_path / "out", record)
-
-    def test_one_that_hangs_costs_one_video(self, folder: Path, tmp_path: Path, signal_first_worker) -> None:  # type: ignore[no-untyped-def]
-        signal_first_worker(signal.SIGSTOP)
-        run(folder, tmp_path / "out", stall_seconds=8.0)
-        assert statuses(tmp_path / "out") == {"a": "timeout", "b": "ok", "c": "ok", "deep/d": "ok"}
-        record = FeatureStore(tmp_path / "out").records["a"]
-        assert record.error == "the decoder gave nothing for 8 s"
-        self.assert_mended(folder, tmp_path / "out", record)
-
-    def assert_mended(self, folder: Path, out: Path, record: VideoRecord) -> None:
-        stat = (folder / "a.mp4").stat()
-        assert (record.size_bytes, record.mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+    @pytest.mark.parametrize(
+        ("number", "status", "words"),
+        [
+            (signal.SIGKILL, "decoder_crash", "the decoder's process died with exit code -9"),
+            (signal.SIGSTOP, "timeout", "the decoder gave nothing for 8 s"),
+        ],
+    )
+    def test_one_that_dies_or_hangs_costs_one_video(
+        self,
+        number: signal.Signals,
+        status: str,
+        words: str,
+        folder: Path,
+        tmp_path: Path,
+        signal_first_worker: Callable[[signal.Signals], None],
+    ) -> None:
+        out = tmp_path / "out"
+        signal_first_worker(number)
+        run(folder, out, stall_seconds=8.0)
+        assert statuses(out) == {"a": status, "b": "ok", "c": "ok", "deep/d": "ok"}
+        record, stat = FeatureStore(out).records["a"], (folder / "a.mp4").stat()
+        assert (record.error, record.size_bytes, record.mtime_ns) == (words, stat.st_size, stat.st_mtime_ns)
         assert not spawned_children()
         assert run(folder, out)[-1].startswith("nothing to do")
-        run(folder, out, retry=FAILURES)
+        run(folder, out, retry_failed="all")
         assert set(statuses(out).values()) == {"ok"}
 
     def test_an_error_in_the_main_process_ends_the_workers(self, folder: Path, tmp_path: Path) -> None:
@@ -390,20 +378,8 @@ class TestWorkersThatFail:
             raise RuntimeError("the user's own")
 
         with pytest.raises(RuntimeError, match="the user's own"):
-            run(folder, tmp_path / "out", on_progress=fail, num_workers=2)
+            run(folder, tmp_path / "out", on_progress=fail, workers=2)
         assert not spawned_children()
-
-
-def test_an_unexpected_error_keeps_its_words(clips_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(path: Path, options: DecodeOptions) -> Iterator[object]:
-        raise ZeroDivisionError("a header says 0 frames a second")
-
-    monkeypatch.setattr(pyav_decoder, "decode", fail)
-    (finished,) = decode_file(clips_folder / "a.mp4", DecodeOptions(Sampling(fps=1)))
-    assert isinstance(finished, Finished)
-    assert (finished.status, finished.error) == (
-        *("decoder_crash", "ZeroDivisionError: a header says 0 frames a second"),
-    )
 
 
 @pytest.mark.parametrize("decoder", ["pyav", "ffmpeg"])
@@ -414,25 +390,32 @@ def test_tiny_frames_come_in_bounded_chunks(decoder: str, tmp_path: Path) -> Non
     assert [len(chunk.frames) for chunk in chunks] == [512, 512, 176]
 
 
-def test_both_decoders_failing_keeps_the_first_ones_words(
-    clips_folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "ended"),
+    [
+        (ZeroDivisionError("0 frames a second"), ("decoder_crash", "ZeroDivisionError: 0 frames a second", "pyav")),
+        (DecodeError("unreadable", "first"), ("unreadable", "first", "ffmpeg")),  # ffmpeg's are another's words
+    ],
+)
+def test_a_decoder_that_fails_keeps_the_first_words(
+    error: Exception, ended: tuple[str, str, str], clips_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(words: str) -> object:
+    def failing(error: Exception) -> object:
         def decode(path: Path, options: DecodeOptions) -> Iterator[object]:
-            raise DecodeError("unreadable", words)
+            raise error
 
         return decode
 
-    monkeypatch.setattr(pyav_decoder, "decode", fail("first"))
-    monkeypatch.setattr("svb.extract.decode.ffmpeg_decoder.decode", fail("second"))
+    monkeypatch.setattr(pyav_decoder, "decode", failing(error))
+    monkeypatch.setattr("svb.extract.decode.ffmpeg_decoder.decode", failing(DecodeError("unreadable", "second")))
     (finished,) = decode_file(clips_folder / "a.mp4", DecodeOptions(Sampling(fps=1)))
     assert isinstance(finished, Finished)
-    assert (finished.status, finished.error, finished.decoder) == ("unreadable", "first", "ffmpeg")
+    assert (finished.status, finished.error, finished.decoder) == ended
 
 
 class TestPlan:
-    def ids(self, *inputs: Path, records: dict[str, VideoRecord] | None = None) -> list[str]:
-        return [video.video_id for video in plan_videos(list(inputs), records or {}).todo]
+    def ids(self, *inputs: Path) -> list[str]:
+        return [video.video_id for video in plan_videos(list(inputs), {}).todo]
 
     def test_lists(self, tmp_path: Path) -> None:
         (tmp_path / "list.txt").write_text("clips/a.mp4\r\n\n/abs/b.c.mp4\nnew\u2028line.mp4\n", "utf-8")
@@ -492,17 +475,6 @@ class TestPlan:
         assert set(after) == {"a", "b", "a.avi"}
         np.testing.assert_array_equal(after["a"], before["a"])
 
-    def test_a_known_file_keeps_its_id_from_a_newcomer(self, tmp_path: Path) -> None:
-        # The known file is gone, but still asked for by a list: the newcomer must not take its id, and what was
-        # extracted is kept.
-        clips.make_clip(tmp_path / "a.mp4", seconds=0.3)
-        run(tmp_path / "a.mp4", tmp_path / "out")
-        (tmp_path / "new").mkdir()
-        (tmp_path / "a.mp4").rename(tmp_path / "new" / "a.mp4")
-        (tmp_path / "list.txt").write_text("a.mp4\n")
-        records = FeatureStore(tmp_path / "out").records
-        assert sorted(self.ids(tmp_path / "new", tmp_path / "list.txt", records=records)) == ["a.mp4"]
-
     def test_the_same_file_twice_is_one_video(self, clips_folder: Path) -> None:
         assert self.ids(clips_folder / "a.mp4", clips_folder, clips_folder / "deep" / ".." / "a.mp4") == [
             *("a", "b", "c", "deep/d"),
@@ -510,14 +482,17 @@ class TestPlan:
 
 
 class TestNothingGoodIsLost:
-    def test_a_listed_file_that_is_gone_keeps_its_features(self, tmp_path: Path) -> None:
+    def test_a_listed_file_that_is_gone_keeps_its_features_and_its_id(self, tmp_path: Path) -> None:
         clips.make_clip(tmp_path / "a.mp4", seconds=0.3)
         (tmp_path / "list.txt").write_text("a.mp4\n")
         run(tmp_path / "list.txt", tmp_path / "out")
-        (tmp_path / "a.mp4").unlink()
+        (tmp_path / "new").mkdir()
+        (tmp_path / "a.mp4").rename(tmp_path / "new" / "a.mp4")
         messages = run(tmp_path / "list.txt", tmp_path / "out")
         assert FeatureStore(tmp_path / "out").video_ids == ["a"]
         assert any("files are gone" in message and "kept" in message for message in messages)
+        plan = plan_videos([tmp_path / "new", tmp_path / "list.txt"], FeatureStore(tmp_path / "out").records)
+        assert [video.video_id for video in plan.todo] == ["a.mp4"]
 
     def test_a_newcomer_does_not_take_the_id_of_a_video_whose_disk_is_away(self, tmp_path: Path) -> None:
         for folder, source in (("d1", "testsrc2"), ("d2", "smptebars")):
@@ -530,11 +505,6 @@ class TestNothingGoodIsLost:
         # What was moved, and is the same to the byte, keeps its id.
         run(tmp_path / "away", tmp_path / "out")
         assert FeatureStore(tmp_path / "out").video_ids == ["a", "a.mp4"]
-
-    def test_few_frames_of_a_long_video_are_no_stall(self, tmp_path: Path) -> None:
-        clips.make_clip(tmp_path / "long.mp4", seconds=400, fps=30, size="320x240")
-        run(tmp_path / "long.mp4", tmp_path / "out", sampling=Sampling(frames=2), stall_seconds=2.0)
-        assert FeatureStore(tmp_path / "out").records["long"].status == "ok"
 
     def test_a_strip_is_scaled_in_little_memory(self) -> None:
         frames = torch.randint(0, 256, (5, 16, 1024, 3), dtype=torch.uint8)

@@ -21,6 +21,7 @@ import pytest
 from svb.data.feature_store import FeatureStore, verify_store
 from svb.data.rows import FAILURES, USABLE, VideoRecord, VideoRows
 from svb.data.text import storable_text
+from svb.extract.config import ExtractConfig
 from svb.extract.run import extract
 
 pytestmark = [
@@ -160,9 +161,8 @@ def test_good_files_among_them_are_what_they_are_alone(
     among = contents(extracted[0])
     assert len(good(corpus)) > 15
     for path in good(corpus):
-        out = extract(
-            [path], tmp_path / path.name, backbones=BACKBONES, precision="float32", num_workers=1, batch_size=4
-        )
+        config = ExtractConfig(BACKBONES, precision="float32", workers=1, batch_size=4)
+        out = extract([path], tmp_path / path.name, config)
         assert among[str(path)][0] == "ok"
         assert contents(out) == {str(path): among[str(path)]}
 
@@ -188,7 +188,7 @@ def test_a_second_run_has_nothing_to_do(corpus: list[Path], extracted: tuple[Pat
 def test_without_partial_videos(
     corpus: list[Path], folder: Path, extracted: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    extract_watched(tmp_path / "out", [folder], keep_partial=False)
+    extract_watched(tmp_path / "out", [folder], on_partial="fail")
     assert "partial" not in assert_is_recorded(tmp_path / "out", corpus)
     strict = records_by_path(tmp_path / "out")
     for path, record in records_by_path(extracted[0]).items():

@@ -21,13 +21,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from svb.errors import InputError
+from svb.extract.config import ExtractConfig
 from svb.extract.decode.decoder import FrameChunk
 from svb.extract.decode.options import DecodeOptions
 from svb.extract.decode.pyav_decoder import decode
 from svb.extract.decode.sampling import Sampling
 from svb.extract.run import extract
 from svb.retrieve.answer import Answer, Moment, SearchRequest, VideoResult
-from svb.retrieve.model.embedder import Embedder, embed_file
+from svb.retrieve.model.embedder import Embedder
 from svb.retrieve.model.query_media import embed_image, embed_video, read_picture
 from svb.retrieve.searching import cut, pictures
 from svb.retrieve.searching.cut import cut_clip, cut_moments
@@ -268,8 +269,8 @@ def toy(clips_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(FAMILIES, "toy", "toy_backbone")
         out = tmp_path_factory.mktemp("toy") / "features"
-        options = {"sampling": Sampling(fps=5), "precision": "float32", "num_workers": 1, "batch_size": 4}
-        yield extract([clips_folder], out, backbones=["toy:frames", "toy:clips"], **options)
+        options = {"fps": 5, "precision": "float32", "workers": 1, "batch_size": 4}
+        yield extract([clips_folder], out, ExtractConfig(("toy:frames", "toy:clips"), **options))
 
 
 def rows_of(store: Path, backbone: str, video_id: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -293,7 +294,7 @@ def test_a_part_of_a_video_is_the_rows_that_lie_in_it(
     found = embed_video(clips_folder / "deep" / "d.avi", span, make_embedder(toy, backbone), CPU)
     if span is None:
         np.testing.assert_array_equal(
-            found, embed_file(clips_folder / "deep" / "d.avi", make_embedder(toy, backbone), CPU)
+            found, embed_video(clips_folder / "deep" / "d.avi", None, make_embedder(toy, backbone), CPU)
         )
     if "+" in backbone:
         return

@@ -273,9 +273,9 @@ def test_the_manual_is_what_the_commands_say() -> None:
 
 
 def test_every_name_to_choose_is_documented() -> None:
+    from svb.extract.backbones import DEFAULT_BACKBONE
     from svb.extract.backbones import FAMILIES as BACKBONES
     from svb.extract.backbones.offline import MODELS
-    from svb.extract.names import DEFAULT_BACKBONE
     from svb.extract.text_encoders import DEFAULT_TEXT_ENCODER
     from svb.extract.text_encoders import FAMILIES as TEXT_ENCODERS
 

@@ -24,7 +24,7 @@ from messages import heard
 
 from svb.data.feature_store import FeatureStore, verify_store
 from svb.errors import InputError, Interrupted, UsageError
-from svb.extract.decode.sampling import Sampling
+from svb.extract.config import ExtractConfig
 from svb.extract.progress import ExtractProgress
 from svb.extract.run import extract
 
@@ -70,8 +70,9 @@ def alone(videos: Path, backbone: str, tmp_path_factory: pytest.TempPathFactory)
 
 
 def run(videos: Path, out: Path, backbone: str, ray: str | None = None, **options: Any) -> Path:
-    settings = {"sampling": Sampling(fps=10), "precision": "float32", "batch_size": 4, **options}
-    return extract([videos], out, backbones=[backbone], ray=ray, **settings)
+    on_progress = options.pop("on_progress", lambda progress: None)
+    settings = {"fps": 10, "precision": "float32", "batch_size": 4, **options}
+    return extract([videos], out, ExtractConfig((backbone,), ray=ray, **settings), on_progress=on_progress)
 
 
 def content(out: Path) -> dict[str, tuple[bytes, bytes]]:
@@ -213,7 +214,7 @@ class TestProcessesThatDie:
         out = run(videos, tmp_path / "out", backbone, address)
         failed = [record for record in FeatureStore(out).records.values() if record.status == "decoder_crash"]
         assert [record.error for record in failed] == ["the decoder's process died with exit code -9"]
-        run(videos, out, backbone, address, retry=("decoder_crash",))
+        run(videos, out, backbone, address, retry_failed="decoder_crash")
         assert content(out) == content(alone)
 
     def test_a_decode_task_costs_none(
@@ -323,7 +324,7 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            ({"rank": (0, 2)}, "got a rank and a Ray cluster, which shares the work out itself"),
+            ({"rank": 0, "world_size": 2}, "got a rank and a Ray cluster, which shares the work out itself"),
             ({"device": "cuda:1"}, "device 'cuda:1' on a Ray cluster - expected auto, cpu or cuda"),
             ({"hwaccel": "cuda", "decoder": "ffmpeg"}, "hardware decoder 'cuda' on a Ray cluster"),
         ],

@@ -88,7 +88,7 @@ def test_workers_change_no_bit_and_batches_hardly_any(extracted_store: Path, fol
     held = FeatureStore(extracted_store).load(name)
     for num_workers, batch_size, exact in ((3, 4, True), (2, 7, False), (1, 1, False)):
         out = folder.parent / f"{num_workers}-{batch_size}"
-        run(folder, out, name, num_workers=num_workers, batch_size=batch_size)
+        run(folder, out, name, workers=num_workers, batch_size=batch_size)
         now = FeatureStore(out).load(name)
         assert now.video_ids == held.video_ids and now.times_seconds.tolist() == held.times_seconds.tolist()
         difference = np.abs(held.features.astype(np.float32) - now.features).max()

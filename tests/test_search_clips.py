@@ -20,6 +20,7 @@ from svb.cli import cli
 from svb.errors import InputError, StoreError
 from svb.extract.backbones.backbone import Classifier
 from svb.extract.captions import captions
+from svb.extract.config import ExtractConfig
 from svb.extract.run import extract
 from svb.extract.text_encoders.text_encoder import TextEncoder
 from svb.retrieve.answer import Answer, SearchRequest
@@ -68,9 +69,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
         patch.setattr(embedder, "embed_class_names", once)
         patch.setattr(conse, "PROMPTS", conse.PROMPTS[:1])  # a quarter of the time, and less good, but alike
-        store = extract(
-            [folder / "videos"], folder / "features", backbones=["offline:efficientnet-lite0"], num_workers=1
-        )
+        config = ExtractConfig(("offline:efficientnet-lite0",), workers=1)
+        store = extract([folder / "videos"], folder / "features", config)
         features = captions(folder / "captions.csv", folder / "captions.h5", text_encoder="offline:minilm-l6")
         built = index(store, folder / "index", captions=features)
         assert verify_index(built) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import importlib
 import os
 import resource
 import shutil
@@ -94,7 +95,9 @@ class TestSignals:
         self, folder: Path, tmp_path: Path, run_svb: RunSvb, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         send = once_a_video_is_done(lambda: os.kill(os.getpid(), signal.SIGTERM))
-        monkeypatch.setattr(sys.modules["svb.cli.extract"], "_show", lambda meter, progress: send(progress))
+        monkeypatch.setattr(
+            importlib.import_module("svb.cli.extract"), "_show", lambda meter, progress: send(progress)
+        )
         options = ("--backbone", FRAMES, "--workers", 1, "--batch-size", 1)
         ran = run_svb("extract", folder, "-o", tmp_path / "out", *options)
         assert ran.exit_code == 75 and "Traceback" not in ran.stderr
@@ -152,7 +155,7 @@ class TestDisks:
         ):
             run(clips_folder, tmp_path / "out")
         with FeatureStoreWriter(tmp_path / "out", settings, {}, shared=True):
-            run(clips_folder, tmp_path / "out", rank=(0, 2))  # those that share let each other in
+            run(clips_folder, tmp_path / "out", rank=0, world_size=2)  # those that share let each other in
         assert len(statuses(tmp_path / "out")) == 4
 
 
@@ -162,7 +165,7 @@ class TestOneVideo:
         clips.make_truncated_clip(tmp_path / "in" / "cut.mp4", keeps_index=True)
         clips.make_rotten_clip(tmp_path / "in" / "rotten.mp4")
         run(tmp_path / "in", tmp_path / "kept")
-        run(tmp_path / "in", tmp_path / "failed", keep_partial=False)
+        run(tmp_path / "in", tmp_path / "failed", on_partial="fail")
         assert statuses(tmp_path / "kept") == {"cut": "partial", "rotten": "partial", "whole-cut": "ok"}
         assert statuses(tmp_path / "failed") == {
             **{"cut": "truncated", "rotten": "concealed_errors", "whole-cut": "ok"}
@@ -297,7 +300,7 @@ class TestCommand:
             (("--fps", "1", "--keyframes"), "got fps=1.0 and keyframes=True - give exactly one of"),
             (("--fps", "1", "--times", "t.csv"), "got both a sampling ({'fps': 1.0}) and times from t.csv"),
             (("--hwaccel", "cuda"), "cuda"),
-            (("--time-limit", "0"), "cannot decode a video for 0.0 s - give a positive number of seconds"),
+            (("--time-limit", "0"), "time_limit_seconds is 0.0 - expected more than 0"),
             (("--max-hours", "0"), "lets no video in - give more than 0"),
         ],
     )

@@ -10,31 +10,36 @@ from svb.cli.output import Meter, say
 from svb.config import default_path
 from svb.data.caption_table import SPLITS
 from svb.data.datasets import DATASETS
+from svb.extract.text_encoders import DEFAULT_TEXT_ENCODER
 
 _PROTOCOLS = "; ".join(f"{name} {', '.join(dataset.protocols)}" for name, dataset in DATASETS.items())
 
 
 @click.command()
 @click.argument("table", type=click.Path(path_type=Path))
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="The file to write. [default: ./captions.h5]")
-@click.option("--text-encoder", help="family:model[/weights]. [default: open_clip:ViT-B-32/laion2b_s34b_b79k]")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda:0, ...")
-@click.option("--drop-empty", is_flag=True, help="Leave out rows with an empty caption rather than refuse them.")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="File to write. [default: ./captions.h5]")
 @click.option(
-    "--dataset", type=click.Choice(list(DATASETS)), help="TABLE is the folder of this data set's annotation files."
+    "--text-encoder", help=f"Network to run, as family:model[/weights]. [default: {DEFAULT_TEXT_ENCODER}]"
 )
-@click.option("--protocol", help=f"How the data set is divided: {_PROTOCOLS}. [default: each one's first]")
+@click.option("--device", default="auto", show_default=True, help="Where to run it: auto, cpu, cuda:0, ...")
+@click.option("--drop-empty", is_flag=True, help="Skip rows with an empty caption instead of refusing the table.")
+@click.option(
+    "--dataset",
+    type=click.Choice(list(DATASETS)),
+    help="Read this data set; TABLE is the folder of its annotation files.",
+)
+@click.option("--protocol", help=f"How to divide the data set: {_PROTOCOLS}. [default: its first]")
 @click.option(
     "--split",
     "splits",
     multiple=True,
     type=click.Choice(SPLITS),
-    help="Of the data set; repeat it for several. [default: all that the protocol has]",
+    help="Split of the data set to encode. Repeatable. [default: all of the protocol]",
 )
 @click.option(
     "--store",
     type=click.Path(path_type=Path),
-    help="Call the data set's videos what this feature store calls them.",
+    help="Feature store whose names for the videos of the data set to use.",
 )
 def captions(
     table: Path,
@@ -57,7 +62,6 @@ def captions(
     svb captions annotations/ --dataset msrvtt --protocol 1k-A -o captions.h5
     """
     from svb.extract import captions as stage
-    from svb.extract.text_encoders import DEFAULT_TEXT_ENCODER
 
     out, chosen = out or default_path("SVB_CAPTIONS", "captions.h5"), text_encoder or DEFAULT_TEXT_ENCODER
     say(f"encoding {table} into {out} with {chosen}")

@@ -1,20 +1,24 @@
-"""Frozen backbones by name: `family:model[/weights]`, one file a family."""
+"""Frozen backbones by name: `family:model[/weights]`, one file a family.
+
+A new family is a file here and a line in `FAMILIES`. The file has `load(name, model, weights) -> Backbone`, and may
+name the packages whose versions are worth recording in `PACKAGES`. This module itself imports nothing heavy.
+"""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+import importlib.metadata
+from collections.abc import Iterable, Mapping
 from types import ModuleType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
-
-from svb.data.weights import hash_weights
-from svb.device import choose_precision
 from svb.errors import MismatchError, UsageError
-from svb.extract.backbones.backbone import Backbone, Classifier
-from svb.extract.backbones.fold import fold_batch_norms
-from svb.extract.names import split_name
+from svb.extract.names import absolute_model, split_family, split_weights
+
+if TYPE_CHECKING:
+    import torch
+
+    from svb.extract.backbones.backbone import Backbone, Classifier
 
 FAMILIES = {
     "offline": "svb.extract.backbones.offline",
@@ -22,6 +26,13 @@ FAMILIES = {
     "torchvision": "svb.extract.backbones.torchvision",
     "timm": "svb.extract.backbones.timm",
 }
+DEFAULT_BACKBONE = "open_clip:ViT-B-32/laion2b_s34b_b79k"
+
+
+def absolute_name(name: str) -> str:
+    """Return a backbone's name with the local file or folder in it made absolute, so that it holds everywhere."""
+    family, model = split_family(name)
+    return f"{family}:{absolute_model(model)}"
 
 
 def load_backbone(
@@ -42,8 +53,10 @@ def load_backbone(
         InputError: A local weights file is missing or does not fit.
         ModelUnavailableError: The weights would come from a hub that cannot be reached.
     """
-    family, model, weights = split_name(name)
-    backbone = cast(Backbone, _family(family).load(name, model, weights))
+    from svb.data.weights import hash_weights
+    from svb.extract.backbones.fold import fold_batch_norms
+
+    backbone = _load(name)
     backbone.weights_hash = backbone.weights_hash or hash_weights(backbone.module)
     backbone.module.eval().requires_grad_(False)
     clip = (backbone.clip_frames,) if backbone.clip_frames > 1 else ()
@@ -63,11 +76,13 @@ def load_matching_backbone(name: str, settings: Mapping[str, Any], device: torch
     Raises:
         MismatchError: The weights found under its name are others.
     """
+    from svb.device import choose_precision
+
     backbone = load_backbone(name, device, choose_precision(device, settings["precision"]))
     if backbone.weights_hash != settings["weights_hash"]:
         raise MismatchError(
             f"{name} has weights {backbone.weights_hash} here, but {settings['weights_hash']} when the features "
-            "were made - install the package versions of then, or extract and index again"
+            "were made - install the package versions that were used then, or extract and index again"
         )
     return backbone
 
@@ -78,8 +93,19 @@ def load_classifier(name: str) -> Classifier | None:
     Raises:
         As `load_backbone`.
     """
-    family, model, weights = split_name(name)
-    return cast(Backbone, _family(family).load(name, model, weights)).classifier
+    return _load(name).classifier
+
+
+def package_versions(names: Iterable[str]) -> dict[str, str]:
+    """Return the versions of the packages that the families of some backbones name."""
+    families = [_family(split_family(name)[0]) for name in names]
+    packages = dict.fromkeys(package for family in families for package in getattr(family, "PACKAGES", ()))
+    return {package: importlib.metadata.version(package) for package in packages}
+
+
+def _load(name: str) -> Backbone:
+    family, model = split_family(name)
+    return cast("Backbone", _family(family).load(name, *split_weights(model)))
 
 
 def _family(family: str) -> ModuleType:

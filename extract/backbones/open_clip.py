@@ -11,6 +11,8 @@ from svb.data.weights import hash_weights
 from svb.extract.backbones.backbone import Backbone
 from svb.extract.clip import load_clip
 
+PACKAGES = ("open_clip_torch", "torchvision", "timm")
+
 
 class _ImageTower(nn.Module):
     def __init__(self, clip: nn.Module) -> None:
@@ -36,6 +38,6 @@ def load(name: str, model: str, weights: str) -> Backbone:
         feature_size=clip.embedding_size,
         mean=clip.mean,
         std=clip.std,
-        # Of both towers, so that a backbone and a text encoder tell whether they are of one model.
+        # A hash of both towers: it tells whether a backbone and a text encoder belong to one model.
         weights_hash=hash_weights(clip.module),
     )

@@ -12,6 +12,8 @@ from svb.data.weights import hub, load_state, unavailable
 from svb.errors import InputError, UsageError
 from svb.extract.backbones.backbone import Backbone, Classifier, imagenet_class_names
 
+PACKAGES = ("timm",)
+
 
 def load(name: str, model: str, weights: str) -> Backbone:
     """Load a model and cut off its classifier.

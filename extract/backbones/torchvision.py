@@ -14,8 +14,10 @@ from svb.data.weights import load_into, unavailable
 from svb.errors import UsageError
 from svb.extract.backbones.backbone import Backbone, cut_classifier
 
-# The number of frames that the video classifiers were trained on. torchvision tells it in prose alone, and
-# S3D's not at all: that is its training script's and its paper's, which evaluate on more.
+PACKAGES = ("torchvision",)
+
+# The number of frames that each video classifier was trained on. torchvision gives it only in prose, and none for
+# S3D: its number is that of its training script and paper, which evaluate on more.
 CLIP_FRAMES = {
     **dict.fromkeys(("mc3_18", "r2plus1d_18", "r3d_18", "mvit_v1_b", "mvit_v2_s"), 16),
     **dict.fromkeys(("swin3d_t", "swin3d_s", "swin3d_b"), 32),

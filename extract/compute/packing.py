@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class _Open:
+class _OpenVideo:
     """A video whose rows are still coming: its rows so far, and for a clip backbone its latest frames."""
 
     times_seconds: list[float] = field(default_factory=list)
@@ -35,10 +35,10 @@ class _Open:
 
 
 @dataclass
-class _Started:
+class _RunningBatch:
     """A batch under way: whose images it holds, how many run at once, and what waits for their features."""
 
-    owners: list[_Open]
+    owners: list[_OpenVideo]
     batch: torch.Tensor
     at_once: int
     fetch: Callable[[], torch.Tensor]
@@ -69,13 +69,13 @@ class Packer:
         self._batch_size = self._at_once = batch_size
         self._executor, self._ahead = executor, ahead
         self._batch: torch.Tensor | None = None
-        self._owners: list[_Open] = []
-        self._started: deque[_Started] = deque()
-        self._open: dict[int, _Open] = {}
+        self._owners: list[_OpenVideo] = []
+        self._running: deque[_RunningBatch] = deque()
+        self._open: dict[int, _OpenVideo] = {}
 
     def add(self, video: int, squares: torch.Tensor, times_seconds: NDArray[np.float64]) -> None:
         """Take the next frames of a video: `(T, 3, S, S)` uint8 and `(T,)`."""
-        state = self._open.setdefault(video, _Open())
+        state = self._open.setdefault(video, _OpenVideo())
         if self.backbone.clip_frames == 1:
             self._push(state, squares, times_seconds.tolist())
             return
@@ -83,7 +83,7 @@ class Packer:
             self._add_to_window(state, square, time_seconds)
 
     def end(self, video: int) -> None:
-        """Say that a video has no more frames: a clip backbone's last window is closed.
+        """Say that a video has no more frames: this closes a clip backbone's last window.
 
         Windows follow each other without overlap; the last one ends at the last frame and overlaps the
         one before, and a video shorter than a window repeats its last frame.
@@ -116,29 +116,29 @@ class Packer:
 
     def fetch(self) -> None:
         """Wait for the batches that are under way."""
-        while self._started:
+        while self._running:
             self._fetch_oldest()
 
     def _start(self) -> None:
         assert self._batch is not None
-        self._started.append(_Started(self._owners, self._batch, self._at_once, self._begin(self._batch)))
+        self._running.append(_RunningBatch(self._owners, self._batch, self._at_once, self._begin(self._batch)))
         self._owners, self._batch = [], None
-        while len(self._started) > self._ahead:
+        while len(self._running) > self._ahead:
             self._fetch_oldest()
 
     def _fetch_oldest(self) -> None:
-        started = self._started.popleft()
+        oldest = self._running.popleft()
         while True:
             try:
-                features = started.fetch()
+                features = oldest.fetch()
                 break
             except RuntimeError as error:  # torch.OutOfMemoryError is one
                 if not _is_out_of_memory(error):
                     raise
-                if started.at_once == self._at_once:  # else one that was begun before it has been halved already
+                if oldest.at_once == self._at_once:  # else an earlier batch has halved it already
                     self._halve(error)
-                started.at_once, started.fetch = self._at_once, self._begin(started.batch)
-        for owner, row in zip(started.owners, features[: len(started.owners)].numpy(), strict=True):
+                oldest.at_once, oldest.fetch = self._at_once, self._begin(oldest.batch)
+        for owner, row in zip(oldest.owners, features[: len(oldest.owners)].numpy(), strict=True):
             owner.rows.append(row)
 
     def _begin(self, batch: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -166,7 +166,7 @@ class Packer:
             f"at a time instead of {self._batch_size}; last bits of features may differ"
         )
 
-    def _push(self, state: _Open, images: torch.Tensor, times_seconds: list[float]) -> None:
+    def _push(self, state: _OpenVideo, images: torch.Tensor, times_seconds: list[float]) -> None:
         """Put images of one video into batches, each of which is started once it is full."""
         state.times_seconds += times_seconds
         while len(images):
@@ -180,7 +180,7 @@ class Packer:
             if len(self._owners) == self._batch_size:
                 self._start()
 
-    def _add_to_window(self, state: _Open, square: torch.Tensor, time_seconds: float) -> None:
+    def _add_to_window(self, state: _OpenVideo, square: torch.Tensor, time_seconds: float) -> None:
         if len(state.latest) == self.backbone.clip_frames:
             state.latest.popleft()
         # Not a view of a whole chunk, nor of memory that will be written to again.
@@ -189,7 +189,7 @@ class Packer:
         if state.since_window == self.backbone.clip_frames:
             self._push_window(state)
 
-    def _push_window(self, state: _Open) -> None:
+    def _push_window(self, state: _OpenVideo) -> None:
         clip = torch.stack([square for square, _ in state.latest], dim=1)  # (3, clip_frames, S, S)
         self._push(state, clip[None], [(state.latest[0][1] + state.latest[-1][1]) / 2])
         state.since_window = 0

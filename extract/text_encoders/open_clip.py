@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
+from svb.extract.names import split_weights
 
-from svb.extract.clip import load_clip
-from svb.extract.text_encoders.clip_network import take_clip_apart
-from svb.extract.text_encoders.text_encoder import TextEncoder
+if TYPE_CHECKING:
+    import torch
+
+    from svb.extract.text_encoders.text_encoder import TextEncoder
+
+TOWER_OF_BACKBONE = True
 
 
-def load(name: str, model: str, weights: str, device: torch.device) -> TextEncoder:
+def load(name: str, model: str, device: torch.device) -> TextEncoder:
     """Load the text tower; its features lie in the space that it shares with the image tower.
 
     Raises:
         As `svb.extract.clip.load_clip`.
     """
-    clip = load_clip(name, model, weights)
-    # The same weights serve both towers, and a hash over all of them names the pair.
+    from svb.extract.clip import load_clip
+    from svb.extract.text_encoders.text_encoder import TextEncoder
+
+    clip = load_clip(name, *split_weights(model))
+    # The weights serve both towers, and a hash of all of them names the pair.
     module = cast(Any, clip.module).to(device)
     tokenizer = cast(Any, clip.tokenizer)
 
@@ -29,7 +35,7 @@ def load(name: str, model: str, weights: str, device: torch.device) -> TextEncod
     def num_tokens(caption: str) -> int:
         if hasattr(tokenizer, "encode"):
             return len(tokenizer.encode(caption)) + 2  # CLIP's own, with the start and end tokens
-        return len(tokenizer.tokenizer(caption)["input_ids"])  # a wrapped one of another text tower
+        return len(tokenizer.tokenizer(caption)["input_ids"])  # the tokenizer of another text tower, wrapped
 
     return TextEncoder(
         name,
@@ -38,5 +44,5 @@ def load(name: str, model: str, weights: str, device: torch.device) -> TextEncod
         encode_batch=encode_batch,
         num_tokens=num_tokens,
         max_tokens=int(tokenizer.context_length),
-        take_apart=lambda: take_clip_apart(module, tokenizer),
+        tokenizer=tokenizer,
     )

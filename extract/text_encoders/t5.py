@@ -1,34 +1,44 @@
 """T5 encoders through transformers: `t5:<name on a hub>` or `t5:<folder>`.
 
 A caption's features are the mean over its tokens, the end token among them, of the encoder's last hidden states:
-what Ni et al. (2022, Sentence-T5) found best. They also train T5 for similarity; a plain T5 is not.
+Ni et al. (2022, Sentence-T5) found that best. They also train T5 for similarity, which a plain T5 is not.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
+if TYPE_CHECKING:
+    import torch
 
-from svb.data.t5 import load_t5_encoder
-from svb.extract.text_encoders.text_encoder import TextEncoder, TokenNetwork
-from svb.extract.text_encoders.tokenizer_json import bare_tokenizer
+    from svb.extract.text_encoders.text_encoder import TextEncoder
 
-# A batch is always of `ROWS` captions padded to one of these lengths, which the caption's own length decides: in
-# batches of one shape its features come out the same to the bit, whatever its neighbours. A query alone costs a
-# whole batch, so batches are small.
+# A batch always has `ROWS` captions, padded to the first of these lengths that holds them: in batches of one shape
+# a caption's features are the same to the bit, whatever its neighbours. A single query costs a whole batch, so
+# batches are small.
 ROWS = 8
 LENGTHS = (8, 16, 32, 64, 128)
 
 
-def load(name: str, model: str, weights: str, device: torch.device) -> TextEncoder:
+def absolute_model(model: str) -> str:
+    """Return the name on the hub, or a local folder's absolute path."""
+    from svb.data.t5 import absolute_t5_name
+
+    return absolute_t5_name(model)
+
+
+def load(name: str, model: str, device: torch.device) -> TextEncoder:
     """Load the encoder of a T5, T5 v1.1, Flan-T5 or the like: captions to `d_model` features, 768 for a base model.
 
     Raises:
         As `svb.data.t5.load_t5_with_decoder`.
     """
+    import torch
+
+    from svb.data.t5 import load_t5_encoder
+    from svb.extract.text_encoders.text_encoder import TextEncoder
+
     t5 = load_t5_encoder(model)
     network, tokenizer = t5.network.to(device), t5.tokenizer
     padding, feature_size = network.config.pad_token_id, int(network.config.d_model)
@@ -60,13 +70,6 @@ def load(name: str, model: str, weights: str, device: torch.device) -> TextEncod
     def num_tokens(caption: str) -> int:
         return len(tokenizer(caption, truncation=False, padding=False, verbose=False)["input_ids"])
 
-    def take_apart() -> TokenNetwork:
-        return TokenNetwork(
-            _MeanOfTokens(network),
-            bare_tokenizer(tokenizer),
-            lambda text: list(tokenizer(text, truncation=True, max_length=LENGTHS[-1], padding=False)["input_ids"]),
-        )
-
     return TextEncoder(
         name,
         network,
@@ -74,18 +77,5 @@ def load(name: str, model: str, weights: str, device: torch.device) -> TextEncod
         encode_batch=encode_batch,
         num_tokens=num_tokens,
         max_tokens=LENGTHS[-1],
-        take_apart=take_apart,
+        tokenizer=tokenizer,
     )
-
-
-class _MeanOfTokens(nn.Module):
-    """`(1, L)` tokens of one caption, all of them its own -> `(1, F)`."""
-
-    def __init__(self, encoder: Any) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        hidden = self.encoder(input_ids=tokens, attention_mask=torch.ones_like(tokens)).last_hidden_state
-        mean: torch.Tensor = hidden.mean(dim=1)
-        return mean

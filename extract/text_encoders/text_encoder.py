@@ -1,4 +1,4 @@
-"""A frozen text encoder as the pipeline sees it, whatever family it is of."""
+"""A frozen text encoder as the pipeline sees it, whatever its family."""
 
 from __future__ import annotations
 
@@ -14,42 +14,19 @@ from torch import nn
 BATCH = 64
 
 
-@dataclass(frozen=True)
-class TokenNetwork:
-    """A text encoder taken apart into what turns text into tokens and tokens into features.
-
-    Attributes:
-        network: `(1, L)` int64 tokens -> `(1, F)`, the features that the encoder gives.
-        tokenizer: A cleaned text to its tokens, those that the network wants around it included, as JSON of the
-            `tokenizers` library; it neither cuts nor pads.
-        token_ids: A text to the tokens that the encoder itself gives its network, cut but not padded.
-        cleaning: What is done to a text first, a name in `svb.retrieve.model.text_tower.CLEANINGS`.
-        padded_to: L of every text where padding changes the features; None where any L will do.
-        padding: The token to pad with.
-    """
-
-    network: nn.Module
-    tokenizer: str
-    token_ids: Callable[[str], list[int]]
-    cleaning: str = "none"
-    padded_to: int | None = None
-    padding: int = 0
-
-
 @dataclass
 class TextEncoder:
     """A frozen network from captions to features.
 
     Attributes:
         name: `family:model[/weights]`, the key in every file.
-        module: Its network, for the weights' hash.
+        module: Its network, whose weights are hashed.
         feature_size: F.
         encode_batch: At most `BATCH` captions to `(B, F)` features, not normalised.
         num_tokens: How many tokens a caption has, with the special ones.
         max_tokens: How many of them the network reads; it never sees the rest.
-        take_apart: Gives its tokenizer and network, sharing its weights, to be exported; None where it cannot be
-            taken apart. It may raise any error where this model is built otherwise than its family.
-        weights_hash: Of the module.
+        tokenizer: The family's own tokenizer, from which an exporter makes another; None where there is none.
+        weights_hash: A hash of the module.
     """
 
     name: str
@@ -58,7 +35,7 @@ class TextEncoder:
     encode_batch: Callable[[list[str]], torch.Tensor]
     num_tokens: Callable[[str], int]
     max_tokens: int
-    take_apart: Callable[[], TokenNetwork] | None = None
+    tokenizer: Any = None
     weights_hash: str = ""
 
     @torch.inference_mode()

@@ -1,8 +1,8 @@
 """Who works on which unit: lease files in a shared folder, renewed by a heartbeat, stolen when it stops.
 
 Any number of processes, on one machine or on many that share a file system, cut the same list of videos into
-the same units and take them by leases. Nobody talks over the network. A lease only avoids doing a unit twice:
-the store's records say what is done. So take a lease, look whether the unit's videos have records, work,
+the same units and take them by leases. Nothing goes over the network. A lease only avoids doing a unit twice:
+the store's records say what is done. So take a lease, check which of the unit's videos have records, work,
 publish, and only then release.
 """
 
@@ -24,7 +24,7 @@ from pathlib import Path
 from svb.errors import StoreError, UsageError
 from svb.extract.plan import PlannedVideo
 
-# Rank and world size as torchrun, Slurm, Open MPI and MPICH's kin tell them to a process.
+# The variables in which torchrun, Slurm, Open MPI, and MPICH and its relatives tell rank and world size.
 RANK_VARIABLES = (
     ("RANK", "WORLD_SIZE"),
     ("SLURM_PROCID", "SLURM_NTASKS"),
@@ -34,7 +34,7 @@ RANK_VARIABLES = (
 _SUFFIX = ".lease"
 # Clocks and leases on their way out; what a killed process leaves of them is swept when it is stale.
 _ASIDE_PREFIX = ".lease-"
-# ESTALE is what NFS says of an open file that another machine removed.
+# NFS says ESTALE of an open file that another machine removed.
 _GONE = (errno.ENOENT, errno.ESTALE)
 
 
@@ -62,7 +62,7 @@ def units(videos: Sequence[PlannedVideo], size: int) -> list[Unit]:
 
 
 def start_at(units: Sequence[Unit], rank: int, world: int) -> list[Unit]:
-    """Return the units in the order in which a rank walks them: from `rank / world` of the list, and round."""
+    """Return the units in a rank's order: from `rank / world` of the list to its end, then from the start."""
     first = len(units) * rank // world
     return [*units[first:], *units[:first]]
 
@@ -75,7 +75,7 @@ def rank_and_world() -> tuple[int, int] | None:
     """
     for rank_name, world_name in RANK_VARIABLES:
         rank, world = os.environ.get(rank_name), os.environ.get(world_name)
-        # salloc sets SLURM_NTASKS in a shell that is none of the tasks.
+        # salloc sets SLURM_NTASKS in a shell that is not one of the tasks.
         if not rank or not world:
             continue
         if not world.isdecimal() or int(world) < 1:
@@ -89,11 +89,6 @@ def rank_and_world() -> tuple[int, int] | None:
             )
         return (int(rank), int(world)) if int(world) > 1 else None
     return None
-
-
-def rank_from_owner(owner: str) -> tuple[int, int]:
-    """Return a rank and world size for a process without: a place in 2**32 derived from its name."""
-    return int(_hash(owner)[:8], 16), 2**32
 
 
 @dataclass

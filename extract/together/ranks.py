@@ -1,4 +1,4 @@
-"""The videos of one process among several that fill one store: units taken by leases, also what dead ones left."""
+"""The videos of one process among several that fill one store: units taken by leases, also from dead processes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from svb.extract.plan import PlannedVideo
 from svb.extract.together.leases import Leases, Unit
 
-# Small enough that the last ones to finish share what is left, large enough that leases cost nothing.
+# Small enough that the last processes share what is left, large enough that leases cost nothing.
 UNIT_VIDEOS = 32
-# How often a process with nothing to do looks for what others have finished or left.
+# A process with nothing to do looks this often for what others have finished or left.
 LOOK_SECONDS = 2.0
 
 
@@ -28,7 +28,7 @@ class LeasedVideos:
         todo: What there is to do, as this process began.
 
     Attributes:
-        by_others: What was to be done and others have done.
+        by_others: Videos that were to be done here, and others have done.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class LeasedVideos:
                 # Whoever has it may be done with it by now, or die before it is.
                 self._waiting.append(unit)
                 continue
-            # Looked at under the lease: who had it before has published all that it finished.
+            # This process has the lease, so its last holder has published all that it finished.
             undone = self._undone(unit.videos)
             self.by_others += [video for video in unit.videos if video in self._todo and video not in undone]
             if not undone:

@@ -1,61 +1,63 @@
-"""The actor of a Ray run: backbones on one GPU, or on the cores of one node, and the pipeline that feeds them."""
+"""What runs on a Ray cluster: actors with the backbones, and the decode tasks that they take their frames from.
+
+A task runs a pool of one worker, so a file that hangs a decoder or kills it costs one video, as anywhere. If a
+task, worker or node is lost, that is not the file's fault: what it had not finished is decoded again.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import os
+import threading
 import time
 import warnings
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 import torch
+from ray.exceptions import RayError, RayTaskError
 
 from svb import __version__
 from svb.data.rows import VideoRecord, VideoRows
 from svb.device import choose_device, choose_precision
 from svb.errors import MismatchError
 from svb.extract.backbones import load_backbone
+from svb.extract.compute.cores import available_cores, cores_for_batches
 from svb.extract.compute.pipeline import Content, Pipeline
-from svb.extract.pool.decode_pool import NOBODY, TICK_SECONDS
-from svb.extract.request import Request
-from svb.extract.run import cores
-from svb.extract.together.ray_decode import LOST, DecodeTasks, Videos
+from svb.extract.config import ExtractConfig
+from svb.extract.decode.options import DecodeOptions
+from svb.extract.plan import PlannedVideo
+from svb.extract.pool.decode_pool import NOBODY, TICK_SECONDS, DecodePool
+from svb.extract.pool.worker import Alive, Finished, Message, Started, size_and_mtime
 from svb.memory import keep_freed_memory
 
+# How many messages a task may be ahead of the backbones; most chunks of frames take at most 16 MB.
+AHEAD_MESSAGES = 3
+# A video that was being decoded when this many tasks were lost is not tried again.
+MAX_TRIES = 3
 
-@dataclass(frozen=True)
-class Job:
-    """What every actor of a run is told; see `svb.extract.run.extract`.
+# A status of `Finished`, but never of a record: the video is decoded again, at another position.
+LOST = "lost"
 
-    Attributes:
-        num_tasks: How many decode tasks an actor asks for at a time.
-        version: The driver's svb.
-    """
-
-    request: Request
-    device: str
-    precision: str
-    compile: bool
-    keep_partial: bool
-    stall_seconds: float
-    time_limit_seconds: float
-    num_tasks: int = 1
-    version: str = __version__
+# The videos of one decode task.
+TaskVideos = tuple[PlannedVideo, ...]
 
 
 @dataclass(frozen=True)
-class Opened:
-    """An actor has loaded its backbones: the settings of the store that it fills, and its device."""
+class ActorLoaded:
+    """An actor has loaded its backbones: the settings and provenance of the store that it fills, and its device."""
 
     settings: dict[str, Any]
+    provenance: dict[str, Any]
     device: str
 
 
 @dataclass(frozen=True)
-class Done:
-    """What an actor has done since it last said so; the times are in seconds, the decoders' all together."""
+class ActorDid:
+    """What an actor has done since its last report; times are in seconds, those of all its decoders together."""
 
     contents: list[Content]
     frames: int
@@ -66,57 +68,66 @@ class Done:
 
 
 class BackboneActor:
-    """Runs the backbones; `open` first, then `run` on one thread and `give` on another."""
+    """Runs the backbones on one GPU, or on the cores of one node.
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    Call `open` first, then `run` on one thread and `give` on another.
 
-    def open(self) -> Opened:
+    Args:
+        config: The options of the run.
+        num_tasks: How many decode tasks to ask for at a time.
+        version: The driver's svb.
+    """
+
+    def __init__(self, config: ExtractConfig, num_tasks: int, version: str) -> None:
+        self._config, self._num_tasks, self._version = config, num_tasks, version
+
+    def open(self) -> ActorLoaded:
         """Load the backbones.
 
         Raises:
             MismatchError: The node has another svb than the driver.
             As `load_backbone`.
         """
-        job = self._job
-        if __version__ != job.version:
+        config = self._config
+        if __version__ != self._version:
             raise MismatchError(
-                f"a node of the Ray cluster has svb {__version__}, the driver {job.version} - give all one version"
+                f"a node of the Ray cluster has svb {__version__}, the driver {self._version} - install the same "
+                "version on all"
             )
         # Ray lends frames read-only, and nothing here writes to them.
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        self._device = choose_device(job.device)
+        self._device = choose_device(config.device)
         if self._device.type == "cpu":
             keep_freed_memory()
-        dtype = choose_precision(self._device, job.precision)
+        dtype = choose_precision(self._device, config.precision)
         self._networks = [
-            load_backbone(name, self._device, dtype, compile=job.compile, batch_size=job.request.batch_size)
-            for name in job.request.backbones
+            load_backbone(name, self._device, dtype, compile=config.compile, batch_size=config.batch_size)
+            for name in config.backbones
         ]
-        self._tasks = DecodeTasks(
-            job.num_tasks, job.request.decode_options(self._networks), job.stall_seconds, job.time_limit_seconds
-        )
-        return Opened(job.request.settings(self._networks), str(self._device))
+        options = config.decode_options_for(self._networks)
+        self._tasks = DecodeTasks(self._num_tasks, options, config.stall_seconds, config.time_limit_seconds)
+        device = str(self._device)
+        return ActorLoaded(config.settings(self._networks), config.provenance(device), device)
 
-    def give(self, videos: Videos) -> None:
+    def give(self, videos: TaskVideos) -> None:
         """Take the videos of one more decode task."""
         self._tasks.give(videos)
 
-    def run(self) -> Iterator[Done]:
-        """Yield what is done, for ever: whole videos as they become so, and every half second how it gets on."""
-        records = _Records()
+    def run(self) -> Iterator[ActorDid]:
+        """Yield what is done, for ever: whole videos as soon as they are, and every half second how it gets on."""
+        records = _RecordsForDriver()
         messages: list[str] = []
-        _hear(messages)
+        _gather_messages(messages)
         frames, waiting, workers_waiting = 0, 0.0, 0.0
-        told = time.monotonic()
+        reported = time.monotonic()
         if self._device.type == "cpu":
-            torch.set_num_threads(_own_cores())  # Ray allows one, and would leave the other cores idle
-        with cores(self._device, self._job.compile) as (executor, ahead):
+            torch.set_num_threads(available_cores())  # Ray allows one, and would leave the other cores idle
+        with cores_for_batches(self._device, self._config.compile) as (executor, ahead):
             pipeline = Pipeline(
                 self._networks,
-                self._job.request.batch_size,
+                self._config.batch_size,
                 records,
-                keep_partial=self._job.keep_partial,
+                keep_partial=self._config.on_partial == "keep",
                 executor=executor,
                 ahead=ahead,
             )
@@ -125,23 +136,23 @@ class BackboneActor:
                 if position == NOBODY and self._tasks.is_idle:
                     pipeline.finish()
                 now = time.monotonic()
-                if not records.contents and now - told < TICK_SECONDS:
+                if not records.contents and now - reported < TICK_SECONDS:
                     continue
-                yield Done(
+                yield ActorDid(
                     records.contents,
                     pipeline.counts.frames - frames,
-                    now - told,
+                    now - reported,
                     self._tasks.waiting_seconds - waiting,
                     self._tasks.workers_waiting_seconds - workers_waiting,
                     list(messages),
                 )
                 records.contents = []
                 messages.clear()
-                frames, told = pipeline.counts.frames, now
+                frames, reported = pipeline.counts.frames, now
                 waiting, workers_waiting = self._tasks.waiting_seconds, self._tasks.workers_waiting_seconds
 
 
-class _Records:
+class _RecordsForDriver:
     """Where the pipeline's records go until the driver hears of them."""
 
     def __init__(self) -> None:
@@ -152,12 +163,8 @@ class _Records:
             self.contents.append((record, rows))
 
 
-def _own_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _hear(messages: list[str]) -> None:
-    """Gather what the user should hear: an actor is a process of its own, on another machine perhaps."""
+def _gather_messages(messages: list[str]) -> None:
+    """Gather what the user should hear: an actor is a process of its own, perhaps on another machine."""
 
     class Gather(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -166,3 +173,129 @@ def _hear(messages: list[str]) -> None:
     logger = logging.getLogger("svb")
     logger.setLevel(logging.INFO)
     logger.handlers = [Gather()]
+
+
+def decode(
+    videos: TaskVideos, options: DecodeOptions, stall_seconds: float, time_limit_seconds: float
+) -> Iterator[tuple[int, Message]]:
+    """Yield `(position, message)` of some videos, one video after the other: what a decode task does."""
+    pool = DecodePool(1, options, stall_seconds, time_limit_seconds)
+    with contextlib.closing(pool.run(videos)) as messages:
+        for position, message in messages:
+            if not isinstance(message, Alive):
+                # Ray has copied the frames when it asks for the next message; the pool takes them back then.
+                yield position, message
+
+
+@dataclass
+class _Task:
+    """A task under way: the position of its first video and those that it has not finished, in order."""
+
+    first: int
+    videos: TaskVideos
+    left: deque[PlannedVideo]
+
+
+class DecodeTasks:
+    """Decodes videos in Ray tasks, up to `num_tasks` at a time.
+
+    Args:
+        num_tasks: How many tasks are asked for at a time; Ray starts each where a CPU is free.
+        options: How to decode.
+        stall_seconds: As for `svb.extract.pool.decode_pool.DecodePool`.
+        time_limit_seconds: As for `svb.extract.pool.decode_pool.DecodePool`.
+
+    Attributes:
+        waiting_seconds: How long `run` waited for messages while tasks were under way.
+        workers_waiting_seconds: How long decoders waited, all together, for the consumer.
+    """
+
+    def __init__(
+        self, num_tasks: int, options: DecodeOptions, stall_seconds: float, time_limit_seconds: float
+    ) -> None:
+        self.waiting_seconds = self.workers_waiting_seconds = 0.0
+        self._num_tasks = num_tasks
+        self._decoder = options.decoder
+        self._arguments = (options, stall_seconds, time_limit_seconds)
+        # Ray's own retries skip as many messages as have come, but a second try need not give the same ones.
+        options_of_tasks: dict[str, Any] = {
+            "num_cpus": 1,
+            "max_retries": 0,
+            "_generator_backpressure_num_objects": AHEAD_MESSAGES,
+        }
+        self._decode: Any = ray.remote(**options_of_tasks)(decode)
+        self._waiting: deque[TaskVideos] = deque()
+        self._given = threading.Event()
+        self._running: dict[Any, _Task] = {}
+        self._losses: Counter[str] = Counter()
+        self._num_started = 0
+
+    def give(self, videos: TaskVideos) -> None:
+        """Take the videos of one more task. Called from another thread than `run`."""
+        self._waiting.append(videos)
+        self._given.set()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether every video that was given has its `Finished`."""
+        return not self._waiting and not self._running
+
+    def run(self) -> Iterator[tuple[int, Message]]:
+        """Yield `(position, message)`, in order for each video, for ever; `Alive` of `NOBODY` for want of one."""
+        while True:
+            while self._waiting and len(self._running) < self._num_tasks:
+                self._start(self._waiting.popleft())
+            if not self._running:
+                yield NOBODY, Alive()
+                self._given.wait(TICK_SECONDS)
+                self._given.clear()
+                continue
+            began = time.monotonic()
+            ready, _ = ray.wait(list(self._running), timeout=TICK_SECONDS)
+            self.waiting_seconds += time.monotonic() - began
+            if not ready:
+                yield NOBODY, Alive()
+            for stream in ready:
+                yield from self._next_of(stream)
+
+    def _start(self, videos: TaskVideos) -> None:
+        self._running[self._decode.remote(videos, *self._arguments)] = _Task(
+            self._num_started, videos, deque(videos)
+        )
+        self._num_started += len(videos)
+
+    def _next_of(self, stream: Any) -> Iterator[tuple[int, Message]]:
+        task = self._running[stream]
+        try:
+            position, message = ray.get(next(stream))
+        except StopIteration:
+            del self._running[stream]
+            return
+        except RayTaskError:  # raised by our own code
+            raise
+        except RayError as error:
+            del self._running[stream]
+            yield from self._do_again(task, error)
+            return
+        if isinstance(message, Finished):
+            self.workers_waiting_seconds += message.waiting_seconds
+            task.left.popleft()
+        yield task.first + position, message
+
+    def _do_again(self, task: _Task, error: RayError) -> Iterator[tuple[int, Message]]:
+        """Have decoded what a lost task left; the video that it was at is given up if that happens too often."""
+        if not task.left:
+            return
+        video = task.left[0]
+        position = task.first + len(task.videos) - len(task.left)
+        self._losses[video.video_id] += 1
+        losses = self._losses[video.video_id]
+        status = LOST if losses < MAX_TRIES else "decoder_crash"
+        if status != LOST:
+            task.left.popleft()
+        size_bytes, mtime_ns = size_and_mtime(video.path)
+        words = f"{losses} decode tasks were lost while they had it, the last to {type(error).__name__}"
+        yield position, Started(video)  # it starts anew: frames that have come are forgotten
+        yield position, Finished(status, words, self._decoder, size_bytes=size_bytes, mtime_ns=mtime_ns)
+        if task.left:
+            self._waiting.appendleft(tuple(task.left))

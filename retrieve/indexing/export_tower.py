@@ -21,7 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from svb.extract.text_encoders.text_encoder import TextEncoder, TokenNetwork
+from svb.extract.text_encoders.text_encoder import TextEncoder
+from svb.retrieve.indexing.token_network import TokenNetwork, take_apart
 from svb.retrieve.model.embedder import Embedder, heads_embedder
 from svb.retrieve.model.text_tower import FORMAT, INPUT, OUTPUT, TOKENIZER, TextTower
 
@@ -106,12 +107,13 @@ def _export(aside: Path, embedder: Embedder, encoder: TextEncoder) -> tuple[dict
 
 
 def _take_apart(encoder: TextEncoder) -> TokenNetwork:
-    if encoder.take_apart is None:
-        raise _NotExportedError("its family cannot be taken apart")
     try:
-        return encoder.take_apart()
-    except Exception as error:  # models differ in more ways than their families foresee
+        parts = take_apart(encoder)
+    except Exception as error:  # models differ in more ways than their families know
         raise _NotExportedError(_one_line(error)) from error
+    if parts is None:
+        raise _NotExportedError("its family cannot be taken apart")
+    return parts
 
 
 def _raise_if_disk_is_full(error: BaseException | None) -> None:

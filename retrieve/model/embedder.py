@@ -15,14 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from svb.config import fingerprint
-from svb.data.fusion import fuse, parts_of, shared_part
+from svb.data.fusion import parts_of, shared_part
 from svb.data.publish import hash_file
-from svb.data.rows import FrameFeatures
 from svb.data.weights import hash_tensors
 from svb.errors import InputError, MismatchError, StoreError
-from svb.extract.backbones import load_classifier, load_matching_backbone
-from svb.extract.request import stored_decode_options
-from svb.extract.run import extract_file
+from svb.extract.backbones import load_classifier
 from svb.extract.text_encoders import load_text_encoder
 from svb.extract.text_encoders.text_encoder import TextEncoder
 from svb.retrieve.model.conse import Conse, embed_class_names
@@ -294,31 +291,6 @@ def load_matching_text_encoder(settings: Mapping[str, Any], device: torch.device
             "features - install the package versions that made them, or make captions and index again"
         )
     return encoder
-
-
-def embed_file(file: Path, embedder: Embedder, device: torch.device) -> NDArray[np.float32]:
-    """Return the `(D,)` embedding of a video file, decoded and computed as the embedder's features were.
-
-    Raises:
-        InputError: The file gives no frame, or the embedder's features were imported.
-        MismatchError: A backbone's weights here are not those of the features.
-    """
-    video = embedder.model["video"]
-    if _imported(video):
-        raise InputError(
-            f"the features of {video['backbone']} were imported and cannot be computed of {file} here - search "
-            "with a text, or train on features that `svb extract` made"
-        )
-    backbones = [load_matching_backbone(name, held, device) for name, held in parts_of(video).items()]
-    extracted = extract_file(file, backbones, stored_decode_options(video), video["batch_size"])
-    loaded = fuse(
-        [
-            FrameFeatures([str(file)], features.astype(np.float16), times_seconds, np.array([0, len(features)]))
-            for features, times_seconds in extracted
-        ]
-    )
-    embedding: NDArray[np.float32] = embedder.embed_videos(FrameTable.of(loaded, embedder.max_frames, device))[0]
-    return embedding
 
 
 def _imported(video: Mapping[str, Any]) -> bool:

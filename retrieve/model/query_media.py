@@ -1,6 +1,6 @@
 """A picture or a video file as a query: decoded and computed as the rows of the index were.
 
-torch is imported inside the functions: this module may be imported by a search that needs none of it.
+torch is imported inside the functions: a search that needs none of it may import this module.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from svb.data.fusion import parts_of
 from svb.errors import InputError
-from svb.extract.decode.decoder import FrameChunk, VideoProperties, on_white, resized
+from svb.extract.decode.decoder import FrameChunk, on_white, resized
 from svb.extract.decode.sampling import TIME_TOLERANCE_SECONDS
 
 if TYPE_CHECKING:
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
     from svb.data.rows import FrameFeatures
     from svb.extract.backbones.backbone import Backbone
-    from svb.extract.decode.options import DecodeOptions
+    from svb.extract.one_file import OneFile
     from svb.retrieve.model.embedder import Embedder
 
-# What PIL reads by itself: some of its formats, such as EPS, are handed to other programs.
+# What PIL reads by itself: it hands some formats, such as EPS, to other programs.
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 MAX_PICTURE_BYTES = 256 * 2**20
-# Backbones look at a few hundred thousand; what is far beyond is scaled down before it is copied about.
+# Backbones look at a few hundred thousand: a picture that is far larger is scaled down before it is copied about.
 MAX_PICTURE_PIXELS = 12_000_000
 
 
@@ -45,7 +45,7 @@ def embed_image(file: Path, embedder: Embedder, device: torch.device) -> NDArray
         device: Where to compute.
 
     Raises:
-        InputError: The file is no picture, or too large a one; or the index is made of what moves, or of features
+        InputError: The file is not a picture, or too large; or the index holds features of moving clips, or ones
             that cannot be computed here.
         MismatchError: A backbone's weights here are not those of the index.
     """
@@ -78,24 +78,25 @@ def embed_video(
         device: Where to compute.
 
     Raises:
-        InputError: The file gives no frame, or ends before the span; or the index is of features that cannot be
+        InputError: The file gives no frame, or ends before the span; or the index holds features that cannot be
             computed here.
         MismatchError: A backbone's weights here are not those of the index.
     """
-    from svb.extract.request import stored_decode_options
+    from svb.extract.config import stored_decode_options
+    from svb.extract.one_file import OneFile
 
     video = embedder.model["video"]
     _require_computable(video, file)
     backbones = _backbones(video, device)
-    decoded = _Decoded(file, stored_decode_options(video))
-    chunks: Iterable[FrameChunk] = decoded.chunks()
+    opened = OneFile(file, stored_decode_options(video))
+    chunks: Iterable[FrameChunk] = opened.chunks()
     single = all(backbone.clip_frames == 1 for backbone in backbones)
     if span_seconds is not None and single:
         # Frames outside it need not be looked at by the backbones, which are what takes time.
         chunks = _within(chunks, span_seconds)
     rows = _rows(backbones, chunks, video["batch_size"], file)
     if span_seconds is not None:
-        decoded.require_reaches(span_seconds[0])
+        _require_reaches(opened, file, span_seconds[0])
         rows = rows if single else _cut(rows, span_seconds)
     return _embed(rows, embedder, device)
 
@@ -104,7 +105,7 @@ def read_picture(file: Path) -> NDArray[np.uint8]:
     """Return a picture `(H, W, 3)` uint8 RGB, upright, transparent parts on white; scaled down where it is huge.
 
     Raises:
-        InputError: The file is no picture, or too large a one.
+        InputError: The file is not a picture, or too large.
     """
     from PIL import Image, ImageOps
 
@@ -113,7 +114,7 @@ def read_picture(file: Path) -> NDArray[np.uint8]:
         if size > MAX_PICTURE_BYTES:
             raise InputError(f"{file} has {size} bytes - expected a picture of at most {MAX_PICTURE_BYTES}")
         with warnings.catch_warnings():
-            # PIL warns of a picture that is too large, and refuses one that is twice as large: here both are.
+            # PIL warns of a picture that is too large, and refuses one of twice the size: here both are refused.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file, formats=PICTURE_FORMATS) as picture:
                 return on_white(np.array(_rgba(ImageOps.exif_transpose(picture))))
@@ -134,13 +135,13 @@ def _rgba(picture: Image.Image) -> Image.Image:
         picture = _of_8_bits(picture)
     times = math.ceil(math.sqrt(picture.width * picture.height / MAX_PICTURE_PIXELS))
     if times > 1:
-        # Numbers of a palette have no mean.
+        # The numbers of a palette have no mean.
         picture = (picture.convert("RGBA") if picture.mode in {"1", "P", "PA"} else picture).reduce(times)
     return picture.convert("RGBA")
 
 
 def _of_8_bits(picture: Image.Image) -> Image.Image:
-    """Return a grey picture of 16 or 32 bits a pixel by the high ones, which PIL cuts off; of 32 those in use."""
+    """Return a grey picture of 16 or 32 bits a pixel in 8: the high ones, which PIL cuts off, of those in use."""
     from PIL import Image
 
     values = np.asarray(picture)
@@ -176,26 +177,12 @@ def _rows(
 ) -> FrameFeatures:
     """Return the features of frames as those of one video, of several backbones side by side."""
     from svb.data.fusion import fuse
-    from svb.data.rows import FrameFeatures
-    from svb.extract.compute.packing import Packer
-    from svb.extract.compute.pipeline import run_packers
-    from svb.extract.compute.upload import Uploader
-    from svb.extract.run import cores
+    from svb.extract.one_file import compute_rows
 
-    device = backbones[0].device
-    uploader = Uploader(device)
-    with cores(device, compile=False) as (executor, ahead):
-        packers = [Packer(backbone, batch_size, executor=executor, ahead=ahead) for backbone in backbones]
-        for chunk in chunks:
-            run_packers(packers, uploader, 0, chunk)
-        for packer in packers:
-            packer.end(0)
-            packer.flush()
-        taken = [packer.take(0) for packer in packers]
     return fuse(
         [
             FrameFeatures([str(file)], features.astype(np.float16), times, np.array([0, len(features)]))
-            for features, times in taken
+            for features, times in compute_rows(chunks, backbones, batch_size)
         ]
     )
 
@@ -207,50 +194,17 @@ def _embed(rows: FrameFeatures, embedder: Embedder, device: torch.device) -> NDA
     return embedding
 
 
-class _Decoded:
-    """A file as a decode worker gives it."""
+def _require_reaches(opened: OneFile, file: Path, seconds: float) -> None:
+    """Refuse a time at or after the end of a file that was read; the last frame's time is within.
 
-    def __init__(self, file: Path, options: DecodeOptions) -> None:
-        self._file = file
-        self._options = options
-        self._first_seconds = self._last_seconds = self._promised_seconds = math.nan
-
-    def chunks(self) -> Iterator[FrameChunk]:
-        """Yield its sampled frames.
-
-        Raises:
-            InputError: There are none.
-        """
-        from svb.data.rows import USABLE
-        from svb.extract.plan import PlannedVideo
-        from svb.extract.pool.decode_pool import DecodePool
-        from svb.extract.pool.worker import Finished
-
-        for _, message in DecodePool(1, self._options).run([PlannedVideo(str(self._file), self._file)]):
-            if isinstance(message, VideoProperties):
-                self._promised_seconds = message.duration_seconds
-            elif isinstance(message, FrameChunk):
-                if math.isnan(self._first_seconds):
-                    self._first_seconds = float(message.frame_times_seconds[0])
-                self._last_seconds = float(message.frame_times_seconds[-1])
-                yield message
-            elif isinstance(message, Finished) and message.status not in USABLE:
-                raise InputError(f"{self._file} cannot be used as a video ({message.status}): {message.error}")
-
-    def require_reaches(self, seconds: float) -> None:
-        """Refuse a time at or after the end, once all of it was decoded; the last frame's time is within.
-
-        Raises:
-            InputError: It is such.
-        """
-        end = self._last_seconds
-        if self._promised_seconds > 0:
-            end = max(end, self._first_seconds + self._promised_seconds)
-        if seconds >= end and seconds > self._last_seconds:
-            raise InputError(
-                f"the part begins at {seconds:g} s, and {self._file} lasts until {end:.1f} s - expected a part "
-                "that begins before the end"
-            )
+    Raises:
+        InputError: The file ends before that time.
+    """
+    if seconds >= opened.end_seconds and seconds > opened.last_seconds:
+        raise InputError(
+            f"the part begins at {seconds:g} s, and {file} lasts until {opened.end_seconds:.1f} s - expected a "
+            "part that begins before the end"
+        )
 
 
 def _within(chunks: Iterable[FrameChunk], span_seconds: tuple[float, float]) -> Iterator[FrameChunk]:

@@ -13,8 +13,7 @@ from svb.config import require_same
 from svb.data.caption_features import CaptionFeatures, read_caption_features
 from svb.data.feature_store import FeatureStore
 from svb.errors import InputError, UsageError
-from svb.extract.names import absolute_name
-from svb.extract.text_encoders import load_text_encoder
+from svb.extract.text_encoders import absolute_name, load_text_encoder, tower_of
 from svb.retrieve.model.embedder import (
     Embedder,
     load_matching_text_encoder,
@@ -100,10 +99,9 @@ def open_source(
         raise UsageError(f"{captions} was encoded with {caption_features.text_encoder} - leave out --text-encoder")
     if caption_features is not None:
         encoder = load_matching_text_encoder(caption_features.settings["text_encoder"], device)
-    elif text_encoder is not None or not backbone.startswith("open_clip:"):
-        encoder = load_text_encoder(absolute_name(text_encoder or DEFAULT_CLASS_TEXT_ENCODER), device)
     else:
-        encoder = load_text_encoder(backbone, device)
+        named = text_encoder or tower_of(backbone) or DEFAULT_CLASS_TEXT_ENCODER
+        encoder = load_text_encoder(absolute_name(named), device)
     embedder = zero_shot_embedder(feature_store.video_settings(backbone), encoder, device, made_before)
     return OpenedSource(embedder, feature_store, caption_features, TrainConfig(), None)
 

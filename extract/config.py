@@ -1,0 +1,307 @@
+"""All options of an extraction, and what they make of a store: its settings, which every row depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from svb.config import option, require_same
+from svb.device import PRECISIONS
+from svb.errors import InputError, UsageError
+from svb.extract.backbones import DEFAULT_BACKBONE, absolute_name, package_versions
+from svb.extract.decode.options import DecodeOptions, Limits
+from svb.extract.decode.sampling import Sampling
+
+if TYPE_CHECKING:
+    from svb.extract.backbones.backbone import Backbone
+    from svb.extract.decode.times_table import TimesTable
+
+DECODERS = ("pyav", "ffmpeg")
+RESIZES = ("device", "decoder")
+ON_PARTIAL = ("keep", "fail")
+MAX_BATCH_SIZE = 4096
+# Packages whose versions are recorded beside those that the backbones name.
+PACKAGES = ("svb-video", "torch", "av", "imageio-ffmpeg", "h5py", "numpy")
+
+
+@dataclass(frozen=True)
+class ExtractConfig:
+    """Options of an extraction: which frames, how they are decoded and computed, and who does it.
+
+    Attributes:
+        backbones: Network to run, as family:model[/weights]. Repeatable: several share one decode.
+        fps: Frames a second, on the file's own clock. [default: 1]
+        frames: Take this many frames, spread evenly, instead of --fps.
+        every_nth: Take frames 0, N, 2N and so on instead.
+        keyframes: Take the key frames instead, and decode nothing else.
+        scenes: Take the first frame of each scene instead, where ffmpeg's score of change exceeds this, from 0 to
+            1. [without a number: 0.3]
+        times: Take the frames at the times in this table (.csv, .jsonl, .parquet) with the columns video_id and
+            time_seconds instead.
+        decoder: Decoder to use; `pyav` hands what it cannot read over to ffmpeg.
+        fast_decode: Skip frames that no other frame refers to; the frames taken may move.
+        hwaccel: Hardware decoder of ffmpeg, such as `cuda`; needs --decoder ffmpeg.
+        resize: Where to scale frames; `decoder` moves less to the backbones, and changes the last bits.
+        device: Where to run the backbones: auto, cpu, cuda:0, ...
+        precision: Precision of the backbones; `auto` takes what is fast on the device.
+        compile: Compile the backbones with torch.compile.
+        workers: Decode processes to run. [default: one a core]
+        batch_size: Frames, or clips of frames, in a batch.
+        stall_seconds: Skip a video whose decoder makes no progress for this many seconds.
+        time_limit_seconds: Skip a video that decodes for more seconds than this; waiting for the backbones does not
+            count.
+        max_width: Refuse videos that are wider, in pixels.
+        max_height: Refuse videos that are higher, in pixels.
+        max_hours: Refuse videos that are longer, in hours.
+        max_streams: Refuse files with more streams.
+        on_partial: Whether to keep a video that decodes only in part, or to record it as failed.
+        retry_failed: Try failed videos again: all, or those with these codes; partial is one too.
+        prune: Remove videos from the store whose files are gone.
+        rank: Number of this process, from 0, among several that fill one store. [default: the launcher's]
+        world_size: How many processes fill the store. [default: the launcher's]
+        ray: Decode and compute on a Ray cluster: HOST:PORT of its head, auto, or local to start one here.
+
+    Raises:
+        UsageError: A value is out of its range, or two options contradict each other.
+    """
+
+    backbones: tuple[str, ...] = option((DEFAULT_BACKBONE,), flag="--backbone")
+    fps: float | None = None
+    frames: int | None = None
+    every_nth: int | None = None
+    keyframes: bool = False
+    scenes: float | None = option(None, alone=0.3)
+    times: Path | None = None
+    decoder: str = option("pyav", choices=DECODERS)
+    fast_decode: bool = False
+    hwaccel: str | None = None
+    resize: str = option("device", choices=RESIZES)
+    device: str = "auto"
+    precision: str = option("auto", choices=PRECISIONS)
+    compile: bool = False
+    workers: int | None = None
+    batch_size: int = 32
+    stall_seconds: float = 120.0
+    time_limit_seconds: float = option(4 * 3600.0, flag="--time-limit")
+    max_width: int = 16384
+    max_height: int = 16384
+    max_hours: float = 48.0
+    max_streams: int = 64
+    on_partial: str = option("keep", choices=ON_PARTIAL)
+    retry_failed: str | None = option(None, alone="all", metavar="[=CODE,...]")
+    prune: bool = False
+    rank: int | None = None
+    world_size: int | None = None
+    ray: str | None = option(None, metavar="ADDRESS")
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, choices = getattr(self, field.name), field.metadata.get("choices")
+            if choices and value not in choices:
+                raise UsageError(f"{field.name} is {value!r} - expected one of {', '.join(choices)}")
+        if not self.backbones:
+            raise UsageError("nothing to run - give at least one backbone")
+        # Local weights are found from every folder and node, and no backbone runs twice.
+        names = tuple(absolute_name(name) for name in dict.fromkeys(self.backbones))
+        object.__setattr__(self, "backbones", names)
+        if self.workers is not None and self.workers < 1:
+            raise UsageError(f"workers is {self.workers} - expected at least 1")
+        if not 1 <= self.batch_size <= MAX_BATCH_SIZE:
+            raise UsageError(f"batch_size is {self.batch_size} - expected 1 to {MAX_BATCH_SIZE}")
+        for name in ("stall_seconds", "time_limit_seconds"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{name} is {getattr(self, name)} - expected more than 0")
+        _ = self.decode_options, self.retry  # which check what they are made from
+        self._check_place()
+        self._check_ray()
+
+    def _check_place(self) -> None:
+        if self.rank is None and self.world_size is None:
+            return
+        if self.rank is None or self.world_size is None or not 0 <= self.rank < self.world_size:
+            raise UsageError(
+                f"got --rank {self.rank} and --world-size {self.world_size} - give both, the rank from 0 and below "
+                "the world size"
+            )
+
+    def _check_ray(self) -> None:
+        if self.ray is None:
+            return
+        if self.rank is not None:
+            raise UsageError("got a rank and a Ray cluster, which shares the work out itself - give one of the two")
+        if self.workers is not None:
+            raise UsageError(
+                f"got --workers {self.workers} and --ray, which decodes on all CPUs - leave out --workers"
+            )
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise UsageError(
+                f"device {self.device!r} on a Ray cluster - expected auto, cpu or cuda: Ray chooses the GPUs"
+            )
+        if self.hwaccel is not None:
+            raise UsageError(
+                f"hardware decoder {self.hwaccel!r} on a Ray cluster, which decodes on CPUs - leave it out"
+            )
+
+    @property
+    def place(self) -> tuple[int, int] | None:
+        """This process's rank and how many processes fill the store; None for one process alone."""
+        return None if self.rank is None or self.world_size is None else (self.rank, self.world_size)
+
+    @property
+    def retry(self) -> frozenset[str]:
+        """Statuses of videos that are tried again."""
+        codes = frozenset(code for code in (self.retry_failed or "").split(",") if code)
+        if not codes:
+            return codes
+        from svb.data.rows import FAILURES
+
+        if codes == {"all"}:
+            return frozenset(FAILURES)
+        if not codes <= {*FAILURES, "partial"}:
+            raise UsageError(
+                f"--retry-failed got {self.retry_failed!r} - expected codes after a =, such as "
+                f"--retry-failed=timeout, of {', '.join((*FAILURES, 'partial'))}; or nothing: then put it last, "
+                "behind VIDEOS"
+            )
+        return codes
+
+    @property
+    def decode_options(self) -> DecodeOptions:
+        """How every video is decoded, but for the size that the backbones want."""
+        return DecodeOptions(
+            self._sampling,
+            self.decoder,
+            fast=self.fast_decode,
+            hwaccel=self.hwaccel,
+            limits=Limits(self.max_width, self.max_height, self.max_hours * 3600, self.max_streams),
+        )
+
+    @property
+    def _sampling(self) -> Sampling:
+        asked = {name: getattr(self, name) for name in ("fps", "frames", "every_nth", "keyframes", "scenes")}
+        given = {name: value for name, value in asked.items() if value is not None and value is not False}
+        if self.times is None:
+            return Sampling(**given or {"fps": 1.0})
+        if given:
+            raise UsageError(f"got both a sampling ({given}) and times from {self.times} - give one of the two")
+        return Sampling(times_seconds=(0.0,))  # every video has its own in place of these
+
+    @cached_property
+    def times_table(self) -> TimesTable | None:
+        """The table of times, where every video has its own.
+
+        Raises:
+            InputError: It cannot be used.
+        """
+        if self.times is None:
+            return None
+        from svb.extract.decode.times_table import read_times
+
+        return read_times(Path(self.times))
+
+    def decode_options_for(self, networks: Sequence[Backbone]) -> DecodeOptions:
+        """Return how videos are decoded for these backbones."""
+        if self.resize == "device":
+            return self.decode_options
+        return replace(self.decode_options, resize_px=max(network.image_size for network in networks))
+
+    def settings(self, networks: Sequence[Backbone]) -> dict[str, Any]:
+        """Return the settings of the store that is asked for: all that shapes its rows."""
+        return {
+            **self._settings(self.decode_options_for(networks).resize_px),
+            "backbones": {network.name: network.settings() for network in networks},
+        }
+
+    def provenance(self, device: str) -> dict[str, Any]:
+        """Return what shapes no row but is worth recording: device, versions, and options that were changed."""
+        versions = {name: version(name) for name in PACKAGES}
+        given = {
+            field.name: str(value) if isinstance(value, Path) else value
+            for field in fields(self)
+            if (value := getattr(self, field.name)) != field.default
+        }
+        return {
+            "device": device,
+            "versions": {**versions, **package_versions(self.backbones)},
+            "options": given,
+        }
+
+    def require_fits(self, settings: Mapping[str, Any], out: Path) -> None:
+        """Compare what no network is needed for with the settings of a store.
+
+        So a run with nothing to do takes a second, and a wrong option is refused almost as fast.
+
+        Raises:
+            MismatchError: The store was made with other settings.
+        """
+        resize_px = settings["decoder"].get("resize_px", 0) if self.resize == "decoder" else None
+        require_same(
+            {**settings, "backbones": sorted(settings["backbones"])},
+            {**self._settings(resize_px), "backbones": sorted(self.backbones)},
+            what=f"the feature store {out}",
+            do_next="Give the options (and package versions) it was made with, or write to another folder with -o.",
+        )
+        if self.precision != "auto":
+            held = settings["backbones"].items()
+            stored = {name: {"precision": backbone["precision"]} for name, backbone in held}
+            wanted = {name: {"precision": self.precision} for name in stored}
+            require_same(stored, wanted, what=f"the feature store {out}", do_next="Leave out --precision.")
+
+    def _settings(self, resize_px: int | None) -> dict[str, Any]:
+        table = self.times_table
+        decoder = decoder_settings(replace(self.decode_options, resize_px=resize_px or None))
+        if resize_px == 0:
+            decoder["resize_px"] = "the largest backbone's"
+        return {
+            "sampling": {"times": table.content_hash} if table else self._sampling.settings(),
+            "decoder": decoder,
+            # In bfloat16 the last bits of a row depend on it.
+            "batch_size": self.batch_size,
+        }
+
+
+def decoder_settings(options: DecodeOptions) -> dict[str, Any]:
+    """Return a decoder, its version and what it does beyond the ordinary, as stored and fingerprinted."""
+    beyond = {"fast": options.fast, "hwaccel": options.hwaccel, "resize_px": options.resize_px}
+    return {
+        **_name_and_version(options.decoder),
+        **{name: value for name, value in beyond.items() if value},
+    }
+
+
+def stored_decode_options(settings: Mapping[str, Any]) -> DecodeOptions:
+    """Return how the videos of a store were decoded, from its settings.
+
+    Raises:
+        InputError: The features were not computed from video here, or each video had times of its own.
+    """
+    decoder, sampling = settings["decoder"], settings["sampling"]
+    if "times" in sampling:
+        raise InputError(
+            "the videos of this store were sampled at times of their own - another file can only be compared with "
+            "a store that was extracted with --fps, --frames or their like"
+        )
+    return DecodeOptions(
+        Sampling(**sampling),
+        decoder["name"],
+        fast=decoder.get("fast", False),
+        hwaccel=decoder.get("hwaccel"),
+        resize_px=decoder.get("resize_px"),
+    )
+
+
+def _name_and_version(decoder: str) -> dict[str, Any]:
+    if decoder == "pyav":
+        import av
+
+        return {
+            "name": "pyav",
+            "version": f"{av.__version__}, libavcodec {av.library_versions['libavcodec'][0]}",
+        }
+    import imageio_ffmpeg
+
+    return {"name": "ffmpeg", "version": imageio_ffmpeg.get_ffmpeg_version()}
