@@ -114,7 +114,7 @@ def make_request(
 
         table = read_times(Path(times))
     if hwaccel is not None:
-        from svb.extract.decode.hwaccel import require_hwaccel
+        from svb.extract.decode.ffmpeg_process import require_hwaccel
 
         require_hwaccel(hwaccel)
     options = DecodeOptions(

@@ -1,9 +1,9 @@
-"""Decodes with an ffmpeg program of its own: slower than PyAV, but it knows more formats.
+"""Decodes with the ffmpeg program: slower than PyAV, but it reads more formats.
 
-ffmpeg-python builds the arguments; the process is owned here, because its `run()` has no time limit
-and holds a whole video. Pictures come as PAM, which names its own size. The container's promise is
-read off ffmpeg's log (there is no ffprobe), and frame times come over a pipe of their own: the filter
-graph prints each frame's timestamp before and after the choice.
+ffmpeg-python builds the arguments; the process is run here, because `ffmpeg.run()` has no time limit
+and holds a whole video in memory. Pictures come as PAM, which includes their size. The promised
+duration comes from ffmpeg's log, and frame times come through a pipe of their own: the filter graph
+prints each frame's timestamp before and after the choice.
 """
 
 from __future__ import annotations
@@ -20,6 +20,13 @@ import ffmpeg
 import numpy as np
 from numpy.typing import NDArray
 
+from svb.extract.decode.choice import (
+    FrameChooser,
+    PacketTimes,
+    earliest,
+    scene_expression,
+    without_skipping,
+)
 from svb.extract.decode.decoder import (
     MAX_ASPECT_RATIO,
     MIN_ASPECT_RATIO,
@@ -27,34 +34,28 @@ from svb.extract.decode.decoder import (
     ChunkBuilder,
     DecodeEnd,
     DecodeError,
-    FrameChooser,
     FrameChunk,
-    PacketTimes,
     VideoProperties,
     check_file,
-    earliest,
     judge_end,
     max_pixels,
     no_video,
     on_white,
     origin_seconds,
-    scene_expression,
     unreadable,
-    without_skipping,
     zero_frames,
 )
-from svb.extract.decode.ffmpeg_log import FfmpegLog
-from svb.extract.decode.ffmpeg_process import FfmpegProcess, Lines, Pictures
+from svb.extract.decode.ffmpeg_process import FfmpegLog, FfmpegProcess, Lines, Pictures
 from svb.extract.decode.options import DecodeOptions
 from svb.extract.decode.sampling import TIME_TOLERANCE_SECONDS, Sampling, shown_at
 
-# Linux takes no argument longer than 128 KiB. Past this many positions every frame is converted and
+# Linux takes no argument longer than 128 KiB. Above this many positions every frame is converted, and
 # the unwanted ones are dropped here.
 MAX_SELECTED_POSITIONS = 5000
-# A time takes more letters than a position.
+# A time takes more characters than a position.
 MAX_SELECTED_TARGETS = 2000
 
-# libavutil's AV_NOPTS_VALUE, which framecrc prints as it is.
+# libavutil's AV_NOPTS_VALUE, which framecrc prints as a number.
 NO_TIMESTAMP = -(1 << 63)
 
 # Printed with the time of every decoded frame, and of every chosen one.
@@ -63,7 +64,7 @@ DECODED, CHOSEN = "decoded", "chosen"
 
 @dataclass(frozen=True)
 class _Source:
-    """What is decoded: the file, open, and how."""
+    """The file, its open descriptor and how to decode it."""
 
     path: Path
     fd: int
@@ -72,7 +73,7 @@ class _Source:
 
 @dataclass(frozen=True)
 class _Choice:
-    """Which frames, where they were listed before: as `FrameChooser` takes them."""
+    """The wanted frames if they were listed before, as `FrameChooser` takes them."""
 
     positions: Collection[int] | None = None
     targets_seconds: Sequence[float] | None = None
@@ -117,10 +118,10 @@ def _decode(source: _Source) -> Iterator[VideoProperties | FrameChunk | DecodeEn
 
 
 def _choice(source: _Source) -> _Choice:
-    """List what a sampling has to know beforehand: the packets' times, or the decoded frames'."""
+    """List the wanted frames beforehand, from packets or decoded frames, if the sampling needs it."""
     sampling, is_fast = source.options.sampling, source.options.fast
     if sampling.times_seconds is not None:
-        # Whether a frame is shown at a time only the next one tells, and a filter cannot look ahead.
+        # Only the next frame tells whether a frame is shown at a time, and a filter cannot look ahead.
         with contextlib.closing(_DecodeRun(source, _Choice()).times()) as times:
             return _Choice([position for position, _ in shown_at(sampling.times_seconds, enumerate(times))] or [0])
     if sampling.frames is None and (sampling.every_nth is None or not is_fast):
@@ -134,7 +135,7 @@ def _choice(source: _Source) -> _Choice:
 def _frames_or_last(run: _DecodeRun) -> Iterator[tuple[NDArray[np.uint8], float]]:
     yield from run.frames()
     if run.chooser.decoded and not run.chooser.used:
-        # Every position asked for lies in the part that does not decode: take the last that does.
+        # All the wanted frames lie in the part that does not decode: use the last one that does.
         run.choice = _Choice([run.chooser.decoded - 1])
         yield from run.frames()
 
@@ -148,12 +149,12 @@ def _failure(path: Path, log: FfmpegLog) -> DecodeError:
 
 
 class _DecodeRun:
-    """A run of ffmpeg over the file: pairs pictures with their times.
+    """Runs ffmpeg over the file and pairs pictures with their times.
 
     Attributes:
-        choice: Which frames to take.
-        log: What ffmpeg said.
-        chooser: Counts every decoded frame; drops what ffmpeg's filter graph lets through by mistake.
+        choice: The frames to use.
+        log: ffmpeg's log.
+        chooser: Counts every decoded frame; drops frames that ffmpeg's filter graph lets through by mistake.
     """
 
     def __init__(self, source: _Source, choice: _Choice) -> None:
@@ -173,7 +174,7 @@ class _DecodeRun:
         self._chosen_seconds: deque[float | None] = deque()
 
     def times(self) -> Generator[float]:
-        """Yield the time of every decoded frame; no picture is made."""
+        """Yield the time of every decoded frame without making pictures."""
 
         def arguments(times_fd: int) -> list[str]:
             stream = _print_time(
@@ -205,7 +206,7 @@ class _DecodeRun:
             yield from self._attempt()
 
     def _attempt(self) -> Generator[tuple[NDArray[np.uint8], float], None, bool]:
-        """Yield frames; returns False, before the first of them, where ffmpeg needs other options."""
+        """Yield frames; returns False, before the first frame, if ffmpeg needs other options."""
 
         def arguments(times_fd: int) -> list[str]:
             return _decode_arguments(self._source, self.choice, times_fd, self._is_turned)
@@ -225,7 +226,7 @@ class _DecodeRun:
         return True
 
     def _note_time(self, line: str) -> None:
-        # Two lines a frame: `frame:0 pts:0 pts_time:0`, then `decoded=1` or `chosen=1`.
+        # Each frame has two lines: `frame:0 pts:0 pts_time:0`, then `decoded=1` or `chosen=1`.
         if line.startswith("frame:"):
             self._timestamp = int(line.split("pts:")[1].split(maxsplit=1)[0])
         elif line.startswith(DECODED):
@@ -244,7 +245,7 @@ class _DecodeRun:
                 yield on_white(picture), time_seconds
 
     def properties(self) -> VideoProperties:
-        """Return what the log promised, with the size that frames have before they are resized."""
+        """Return the properties that the log gives, with the size of frames before resizing."""
         width, height = self.log.displayed_px
         return VideoProperties(
             duration_seconds=self.log.duration_seconds,
@@ -256,19 +257,19 @@ class _DecodeRun:
         )
 
     def decoded_seconds(self) -> float:
-        """Return how much was decoded, whether or not it was chosen."""
+        """Return how many seconds were decoded, whether or not their frames were used."""
         frame_seconds = 1 / self.log.frame_rate if self.log.frame_rate > 0 else 0.0
         end = self.chooser.last_time_seconds + frame_seconds
         return end - origin_seconds(self.log.container_format, self.chooser.first_time_seconds)
 
 
 def _input(video_fd: int, **options: Any) -> Any:
-    """Return the graph's input: the open file and nothing else, so a playlist cannot open other files."""
+    """Return the graph's input: the open file and nothing else, so that a playlist cannot open other files."""
     return ffmpeg.input("fd:", fd=video_fd, protocol_whitelist="fd", copyts=None, **options)
 
 
 def _select_expression(sampling: Sampling, choice: _Choice) -> str:
-    """Return the choice in ffmpeg's language; operation for operation that of `FrameChooser`."""
+    """Return the choice as an ffmpeg expression with the same operations as `FrameChooser`."""
     if choice.positions is not None:
         return "1" if len(choice.positions) > MAX_SELECTED_POSITIONS else _any_of(sorted(choice.positions))
     if choice.targets_seconds is not None:
@@ -291,7 +292,7 @@ def _select_expression(sampling: Sampling, choice: _Choice) -> str:
 
 
 def _any_of(positions: list[int]) -> str:
-    """Return an expression for `n` being one of them: a shallow tree, for each frame walks down it."""
+    """Return an expression for `n` being one of these: a shallow tree, because each frame walks down it."""
     if len(positions) <= 8:
         return "+".join(f"eq(n,{position})" for position in positions)
     middle = len(positions) // 2
@@ -299,7 +300,7 @@ def _any_of(positions: list[int]) -> str:
 
 
 def _num_passed(times_seconds: list[float], before: int = 0) -> str:
-    """Return an expression for how many of these ascending times have come, as shallow a tree."""
+    """Return an expression for how many of these ascending times have passed, as a shallow tree."""
     if not times_seconds:
         return str(before)
     middle = len(times_seconds) // 2
@@ -321,10 +322,10 @@ def _decode_arguments(source: _Source, choice: _Choice, times_fd: int, is_turned
     sampling = source.options.sampling
     options = _input_options(source.options)
     if not is_turned and sampling.scenes is None:
-        # Where the resolution changes ffmpeg builds the graph anew, and the choice starts over with it.
-        # Without that the scale filter adapts. The filters that turn a picture would not, so turned
-        # video keeps the default: after a change its frames may be up to a grid step late, or missing.
-        # Nor does the filter that tells scenes apart: it would read past the end of smaller frames.
+        # If the resolution changes ffmpeg would build the graph anew, and the choice would start over.
+        # Instead the scale filter adapts. The filters that turn a picture cannot, so turned video keeps
+        # the default: after a change its frames may be up to a grid step late, or missing. The filter
+        # that finds scenes cannot either: it would read past the end of smaller frames.
         options["reinit_filter"] = 0
     width, height = _scaled_size(source.options.resize_px)
     stream = _print_time(_input(source.fd, **options)["V:0"], DECODED, times_fd)
@@ -338,7 +339,7 @@ def _decode_arguments(source: _Source, choice: _Choice, times_fd: int, is_turned
 
 
 def _scaled_size(resize_px: int | None) -> tuple[str, str]:
-    """Return width and height in ffmpeg's language; those of `square_pixels_width` and `resized`."""
+    """Return width and height as ffmpeg expressions, equal to `square_pixels_width` and `resized`."""
     sane = f"between(sar,{MIN_ASPECT_RATIO!r},{MAX_ASPECT_RATIO!r})"
     width = f"if({sane},max(1,floor(iw*sar+0.5)),iw)"
     if resize_px is None:
@@ -354,20 +355,20 @@ def _scaled_size(resize_px: int | None) -> tuple[str, str]:
 
 
 def _print_time(stream: Any, key: str, times_fd: int) -> Any:
-    # The filter prints only frames that carry its key, hence the pair.
+    # The filter prints only frames that carry its key, so a first filter adds it.
     marked = stream.filter("metadata", mode="add", key=key, value=1)
     return marked.filter("metadata", mode="print", key=key, direct=1, file=f"pipe:{times_fd}")
 
 
 def _whole_file_seconds(source: _Source, container_format: str) -> float:
-    """Return how long the file's packets last, sound included."""
+    """Return the duration of all the file's packets, sound included."""
     graph = _input(source.fd)
     times = _list_packets([graph["V:0"], graph["a?"]], source)
     return times.end_seconds - origin_seconds(container_format, times.start_seconds)
 
 
 def _list_packets(streams: list[Any], source: _Source) -> PacketTimes:
-    """List the packets' times without decoding."""
+    """List the times of packets without decoding them."""
     graph = ffmpeg.output(*streams, "pipe:1", f="framecrc", c="copy", copyinkf=None)
     log, lines = FfmpegLog(), Lines()
     listed: PacketTimes | None = None

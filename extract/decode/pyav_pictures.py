@@ -1,4 +1,4 @@
-"""Pictures from PyAV's frames, and where scenes begin: with the filters that the ffmpeg program would use."""
+"""Makes pictures from PyAV's frames, and finds scenes, with the filters that the ffmpeg program uses."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from svb.extract.decode.decoder import SCALE_FLAGS, on_white, resized, scene_expression, square_pixels_width
+from svb.extract.decode.choice import scene_expression
+from svb.extract.decode.decoder import SCALE_FLAGS, on_white, resized, square_pixels_width
 
 
 class Converter:
-    """Turns decoded frames into upright RGB with square pixels, with the filters that ffmpeg would use.
+    """Turns decoded frames into upright RGB with square pixels.
 
-    Every frame has the first one's size: where a stream changes its resolution, later frames are
-    scaled, as ffmpeg does it.
+    Every frame gets the first one's size: if a stream changes its resolution, later frames are scaled,
+    as ffmpeg does.
     """
 
     def __init__(self, stream: VideoStream, resize_px: int | None) -> None:
@@ -34,7 +35,7 @@ class Converter:
         self._graph_is_for: tuple[object, ...] = ()
 
     def size(self, frame: VideoFrame) -> tuple[int, int]:
-        """Return the displayed `(width, height)` of all frames, which the first one decides."""
+        """Return the displayed `(width, height)` of all frames: that of the first one."""
         if self._size is None:
             turned = clockwise_degrees(display_matrix(frame)) in (90, 270)
             width, height, aspect = frame.width, frame.height, float(_aspect_ratio(self._stream))
@@ -65,7 +66,7 @@ class Converter:
 
 
 class SceneDetector:
-    """Says where scenes begin, by the score of libavfilter's `select`, which the ffmpeg program asks, too."""
+    """Finds where scenes begin, by the score of libavfilter's `select`, as the ffmpeg program does."""
 
     def __init__(self, stream: VideoStream, threshold: float) -> None:
         self._stream = stream
@@ -74,9 +75,9 @@ class SceneDetector:
         self._graph_is_for: tuple[object, ...] = ()
 
     def begins(self, frame: VideoFrame) -> bool:
-        """Say whether a scene begins with a frame; every one is to be shown, in order.
+        """Return whether a scene begins with this frame; call it with every frame, in order.
 
-        Frames are only compared with those that look alike: with a new size a scene begins.
+        Frames of different size or format are not compared: the first one of a new kind begins a scene.
         """
         look = *_look(frame), display_matrix(frame)
         if self._graph is None or look != self._graph_is_for:
@@ -91,7 +92,7 @@ class SceneDetector:
 
 
 def _graph(stream: VideoStream, frame: VideoFrame, *filters: tuple[str, str | None]) -> av.filter.Graph:
-    """Return a filter graph for frames that look like this one."""
+    """Return a filter graph for frames of this one's size, format and colours."""
     source = (
         f"video_size={frame.width}x{frame.height}:pix_fmt={frame.format.name}:time_base={stream.time_base}"
         f":pixel_aspect={_aspect_ratio(stream)}"
@@ -109,7 +110,7 @@ def _look(frame: VideoFrame) -> tuple[object, ...]:
 
 
 def _aspect_ratio(stream: VideoStream) -> Fraction:
-    """Return the sample aspect ratio, the container's before the codec's, 1 where neither has one."""
+    """Return the sample aspect ratio: the container's, else the codec's, else 1."""
     return stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or Fraction(1)
 
 
@@ -118,11 +119,11 @@ def _is_transparent(frame: VideoFrame) -> bool:
 
 
 def display_matrix(frame: VideoFrame) -> tuple[int, ...]:
-    """Return how the frame is to be turned and mirrored: 9 fixed-point numbers, or none."""
+    """Return the 9 fixed-point numbers that say how to turn and mirror the frame; empty if it has none."""
     try:
         data = cast("Mapping[object, bytes]", frame.side_data).get(SideDataType.DISPLAYMATRIX)
     except ValueError:
-        # PyAV does not know every kind of side data; it still knows the angle.
+        # PyAV fails on kinds of side data that it does not know; it still knows the angle.
         angle = math.radians(-frame.rotation)
         cos, sin = round(math.cos(angle) * 65536), round(math.sin(angle) * 65536)
         return (cos, sin, 0, -sin, cos, 0, 0, 0, 1 << 30) if frame.rotation else ()
@@ -130,7 +131,7 @@ def display_matrix(frame: VideoFrame) -> tuple[int, ...]:
 
 
 def clockwise_degrees(matrix: tuple[int, ...]) -> int:
-    """Return by how much a display matrix turns the picture, 0 to 359, as libavutil and ffmpeg round it."""
+    """Return the angle by which a display matrix turns the picture, 0 to 359, rounded as ffmpeg does."""
     if not matrix:
         return 0
     across, down = math.hypot(matrix[0], matrix[3]), math.hypot(matrix[1], matrix[4])
@@ -140,7 +141,7 @@ def clockwise_degrees(matrix: tuple[int, ...]) -> int:
 
 
 def _upright(matrix: tuple[int, ...]) -> list[tuple[str, str | None]]:
-    """Return the filters that apply a display matrix: ffmpeg's choice (`-autorotate`), mirrored ones too."""
+    """Return the filters that apply a display matrix, mirrored or not: those of ffmpeg's `-autorotate`."""
     degrees = clockwise_degrees(matrix)
     if not matrix:
         return []

@@ -22,7 +22,7 @@ from PIL import Image
 from svb.errors import InputError
 from svb.extract.decode.decoder import DecodeError, check_file, origin_seconds
 from svb.extract.decode.options import Limits
-from svb.extract.decode.pyav_decoder import FrameClock, opened, promised_seconds
+from svb.extract.decode.pyav_file import FrameClock, opened, promised_seconds
 from svb.extract.decode.pyav_pictures import Converter
 from svb.extract.decode.sampling import TIME_TOLERANCE_SECONDS
 
