@@ -39,6 +39,7 @@ REMOVED = "removed"
 # Why a video has no features; what each means is in docs/formats.md.
 FAILURES = (
     *("missing", "empty", "unreadable", "no_video_stream", "attached_picture", "zero_frames", "truncated"),
+    *("encrypted", "no_permission"),
     *("concealed_errors", "over_limit", "timeout", "decoder_crash", "out_of_memory", "nonfinite_features"),
 )
 

@@ -395,7 +395,7 @@ class TestHardware:
     def test_the_arguments(self) -> None:
         options = DecodeOptions(Sampling(fps=1), decoder="ffmpeg", hwaccel="cuda", fast=True)
         source = ffmpeg_decoder._Source(Path("a.mp4"), 7, options)
-        arguments = ffmpeg_decoder._decode_arguments(source, ffmpeg_decoder._Choice(), 8, is_turned=False)
+        arguments = ffmpeg_decoder._decode_arguments(source, ffmpeg_decoder._Choice(), 8)
         before_input = arguments[: arguments.index("-i")]
         for option, value in (("-hwaccel", "cuda"), ("-skip_frame", "noref"), ("-threads", "1")):
             assert before_input[before_input.index(option) + 1] == value

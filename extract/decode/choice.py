@@ -13,13 +13,13 @@ import bisect
 import math
 import sys
 from array import array
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from svb.extract.decode import decoder as decode_module
-from svb.extract.decode.decoder import require_duration
+from svb.extract.decode.decoder import DecodeEnd, FrameChunk, VideoProperties, require_duration
 from svb.extract.decode.options import DecodeOptions
 from svb.extract.decode.sampling import TIME_TOLERANCE_SECONDS, Sampling
 
@@ -27,8 +27,13 @@ if TYPE_CHECKING:
     from av.packet import Packet
     from av.video.stream import VideoStream
 
+Item = VideoProperties | FrameChunk | DecodeEnd
+
 # Earlier than any frame.
 BEFORE_ALL_SECONDS = -1e12
+
+# The frames of `Sampling.frames` are held back up to this size. More are decoded twice.
+HELD_BYTES = 256 * 2**20
 
 # Above this share of a video the rest is decoded, too: damage there is then noticed.
 WORTHWHILE_SHARE = 0.75
@@ -36,6 +41,45 @@ WORTHWHILE_SHARE = 0.75
 # Types of H.264 units.
 _IDR = 5
 _PARAMETER_SETS = (7, 8)
+
+
+# Frames whose times are out of order by less are disorder within one clock, not a clock that starts again.
+RESTART_SECONDS = 0.5
+# How long a frame is shown before a clock starts again, if the file has no frame before it to tell.
+DEFAULT_STEP_SECONDS = 0.04
+
+
+class RunningClock:
+    """Lets a clock that starts again within a file run on, as in transport streams that were joined.
+
+    A frame whose time jumps back by more than `RESTART_SECONDS` follows the frame before it, and so do the
+    frames after it. If the old clock comes back, the jump was one wrong frame, and the old clock counts.
+
+    Attributes:
+        restarts: How often a clock started again.
+    """
+
+    def __init__(self) -> None:
+        self.restarts = 0
+        self._step = DEFAULT_STEP_SECONDS
+        self._offset = self._offset_before = 0.0
+        self._last = -math.inf
+
+    def running(self, time_seconds: float) -> float:
+        """Return the time that a frame has on a clock that runs on; the file's own time before any restart."""
+        running = time_seconds + self._offset
+        before = time_seconds + self._offset_before
+        if self._last < before < self._last + RESTART_SECONDS < running:
+            self._offset, running = self._offset_before, before
+        elif running < self._last - RESTART_SECONDS:
+            self.restarts += 1
+            self._offset_before = self._offset
+            self._offset = self._last + self._step - time_seconds
+            running = time_seconds + self._offset
+        elif 0 < running - self._last < RESTART_SECONDS:
+            self._step = running - self._last
+        self._last = max(self._last, running)
+        return running
 
 
 class FrameChooser:
@@ -46,6 +90,7 @@ class FrameChooser:
         options: Says which frames are wanted, and how long a video may run.
         positions: Positions of the wanted frames in order of presentation, if they were listed before.
         targets_seconds: Use the first frame at or after each of these ascending times, instead of positions.
+        seen_seconds: Gets the time of every frame seen.
 
     Attributes:
         decoded: Number of frames seen.
@@ -60,6 +105,7 @@ class FrameChooser:
         options: DecodeOptions,
         positions: Collection[int] | None = None,
         targets_seconds: Sequence[float] | None = None,
+        seen_seconds: array[float] | None = None,
     ) -> None:
         self.decoded = 0
         self.used = 0
@@ -71,6 +117,7 @@ class FrameChooser:
         self._positions = None if positions is None else frozenset(positions)
         self._targets = None if targets_seconds is None else earliest(targets_seconds)
         self._last_used_seconds = -math.inf
+        self._seen_seconds = seen_seconds
 
     def count(self, time_seconds: float) -> None:
         """Count one more decoded frame.
@@ -83,6 +130,8 @@ class FrameChooser:
         if self.decoded == 1:
             self.first_time_seconds = time_seconds
         self.last_time_seconds = max(self.last_time_seconds, time_seconds)
+        if self._seen_seconds is not None:
+            self._seen_seconds.append(time_seconds)
         require_duration(
             self._path, self._limits, self.last_time_seconds - self.first_time_seconds, "has run on to"
         )
@@ -168,6 +217,11 @@ class PacketTimes:
         end = time_seconds + (duration_seconds if duration_seconds > 0 else self._frame_seconds)
         self.end_seconds = max(self.end_seconds, end)
 
+    @property
+    def count(self) -> int:
+        """How many packets were added."""
+        return len(self._times_seconds)
+
     def positions(self, sampling: Sampling) -> list[int]:
         """Return the positions, in order of presentation, that `frames` or `every_nth` sampling uses."""
         if not self._times_seconds:
@@ -175,6 +229,16 @@ class PacketTimes:
         if sampling.every_nth is not None:
             return list(range(0, len(self._times_seconds), sampling.every_nth))
         return sampling.spread(sorted(self._times_seconds), self.end_seconds - self.start_seconds)
+
+    def positions_among(self, decoded_seconds: Sequence[float], sampling: Sampling) -> list[int]:
+        """Return the positions that `frames` sampling uses of the frames that were in fact decoded.
+
+        Not every packet is a frame: fields are half a frame, some packets are never shown, and some cannot
+        be decoded. For a file whose packets are its frames these are the `positions` of the packets.
+        """
+        times = sorted(decoded_seconds)
+        end = self.end_seconds if times[-1] < self.end_seconds else times[-1] + self._frame_seconds
+        return sampling.spread(times, end - times[0])
 
     def targets_seconds(self, sampling: Sampling) -> list[float]:
         """Return the times of those frames: positions mean nothing when some frames are not decoded."""
@@ -269,3 +333,36 @@ def _units(data: memoryview, length_bytes: int) -> tuple[set[int], list[bytes]]:
         if data[start] & 31 in _PARAMETER_SETS:
             sets.append(bytes(data[start:at]))
     return (kinds if at == len(data) else set()), sets
+
+
+def decoded_at_right_positions(
+    decode: Callable[[list[int], array[float]], Iterator[Item]],
+    listed: PacketTimes,
+    sampling: Sampling,
+) -> Iterator[Item]:
+    """Decode the frames at the positions that the packets tell; decode again if the packets were no frames.
+
+    What the first decoding gives is held back until it is known to be right.
+
+    Args:
+        decode: Decodes the frames at these positions, and appends the time of every frame that it decodes.
+        listed: The times of the packets.
+        sampling: Has `frames`.
+    """
+    positions = listed.positions(sampling)
+    times = array("d")
+    held: list[Item] = []
+    held_bytes = 0
+    for item in decode(positions, times):
+        if isinstance(item, FrameChunk):
+            held_bytes += item.frames.nbytes
+        if held_bytes <= HELD_BYTES:
+            held.append(item)
+        else:
+            held.clear()
+    right = listed.positions_among(times, sampling)
+    if right == positions and held_bytes <= HELD_BYTES:
+        yield from held
+    else:
+        held.clear()
+        yield from decode(right, array("d"))

@@ -6,9 +6,11 @@ None of these modules imports torch or h5py: decode workers must start fast and 
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Callable, Iterator
+import stat
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -28,6 +30,23 @@ CHUNK_FRAMES = 512
 
 # Without these flags swscale rounds and places chroma less exactly, and PyAV's and ffmpeg's pixels differ.
 SCALE_FLAGS = "bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"
+
+# To map HDR to SDR; swscale does it when it is told the colours that are wanted.
+SDR_COLOURS = "out_primaries=bt709:out_transfer=bt709"
+
+# Reserved or unknown colour numbers make swscale refuse a frame: they are set to unknown. Primaries and
+# transfer go first, because a frame of SDR needs only its matrix.
+NEUTRAL_COLOURS = ((), ("color_primaries", "color_trc"), ("color_primaries", "color_trc", "colorspace"))
+
+# An MP4's fragments begin after a few boxes.
+MAX_BOXES_BEFORE_FRAGMENTS = 50
+# The index of a film of hours has some MB.
+MAX_INDEX_BYTES = 256 * 2**20
+TS_PACKET_BYTES, TS_SYNC_BYTE = 188, b"\x47"
+TS_BYTES_LOOKED_AT = 2**20
+
+# What the ffmpeg program adds to a stream's pixels for its default flag.
+DEFAULT_FLAG_PIXELS = 5_000_000
 
 # Anamorphic video has ratios from 1:2 to 64:33; a damaged header can ask for frames of gigabytes.
 MIN_ASPECT_RATIO, MAX_ASPECT_RATIO = 1 / 8, 8.0
@@ -102,10 +121,10 @@ class Decoder(Protocol):
     """Decodes one file: yields its properties once, then chunks, then the end.
 
     Raises:
-        DecodeError: With the status `missing`, `empty`, `unreadable`, `truncated` (the index is missing),
-            `no_video_stream`, `attached_picture`, `zero_frames`, or `over_limit` (the video exceeds
-            `DecodeOptions.limits`: raised before the first frame, or later if it runs on for longer than
-            it promised).
+        DecodeError: With the status `missing`, `empty`, `no_permission`, `unreadable`, `encrypted`, `truncated`
+            (the index is missing), `no_video_stream`, `attached_picture`, `zero_frames`, or `over_limit`
+            (the video exceeds `DecodeOptions.limits`: raised before the first frame, or later if it runs on
+            for longer than it promised).
     """
 
     def __call__(
@@ -130,13 +149,22 @@ def check_file(path: Path) -> None:
     """Refuse what is no file to decode.
 
     Raises:
-        DecodeError: `missing`, `empty`, or `unreadable` if it is a folder or a device.
+        DecodeError: `missing`, `empty`, `no_permission`, or `unreadable` if it is a folder or a device.
     """
-    if not path.exists():
-        raise DecodeError("missing", f"{path} does not exist - expected a video file; check the path")
-    if not path.is_file():
+    try:
+        found = path.stat()
+        if stat.S_ISREG(found.st_mode):
+            path.open("rb").close()
+    except PermissionError as error:
+        words = f"{path} cannot be read ({error.strerror}) - give yourself permission to read it, and run again"
+        raise DecodeError("no_permission", words) from error
+    except (OSError, ValueError) as error:
+        reason = "" if isinstance(error, FileNotFoundError) else f" ({getattr(error, 'strerror', error)})"
+        words = f"{path} does not exist{reason} - expected a video file; check the path"
+        raise DecodeError("missing", words) from error
+    if not stat.S_ISREG(found.st_mode):
         raise DecodeError("unreadable", f"{path} is not a regular file - expected a video file")
-    if path.stat().st_size == 0:
+    if found.st_size == 0:
         raise DecodeError("empty", f"{path} has 0 bytes - copy or download it again")
 
 
@@ -157,6 +185,40 @@ def no_video(path: Path, has_picture: bool) -> DecodeError:
             "attached_picture", f"{path} has cover art but no video stream - expected a video, not music"
         )
     return DecodeError("no_video_stream", f"{path} has no video stream - expected a video")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A video stream that may be used; `number` counts all the file's streams, `is_still` says it is one frame."""
+
+    number: int
+    num_pixels: int
+    is_default: bool
+    is_still: bool
+
+
+def best_stream(candidates: Sequence[Candidate]) -> int:
+    """Return the number of the stream to use: the one that the ffmpeg program picks, but no still before a clip.
+
+    ffmpeg takes the stream of the most pixels, and counts the default flag as `DEFAULT_FLAG_PIXELS`.
+    """
+
+    def rank(candidate: Candidate) -> tuple[bool, int]:
+        return not candidate.is_still, candidate.num_pixels + DEFAULT_FLAG_PIXELS * candidate.is_default
+
+    return max(candidates, key=rank).number
+
+
+def note_of(num_streams: int, place: int, transfer: str) -> str:
+    """Return what the record says of a video that is used otherwise than as it is; empty if nothing is special.
+
+    Args:
+        num_streams: Number of the file's video streams, cover art left out.
+        place: Which of them is used, from 1.
+        transfer: The name of a transfer function for HDR that was mapped to SDR, or empty.
+    """
+    notes = [f"used video stream {place} of {num_streams}"] if num_streams > 1 else []
+    return "; ".join([*notes, *([f"HDR ({transfer}) was mapped to SDR"] if transfer else [])])
 
 
 def zero_frames(path: Path, words: str) -> DecodeError:
@@ -217,25 +279,81 @@ def max_pixels(limits: Limits) -> int:
 
 def _lacks_index(path: Path) -> bool:
     """Return whether a file is an MP4 or MOV without its index: PyAV does not pass on what libavformat logs."""
-    kinds = {b"ftyp", b"mdat", b"free", b"skip", b"wide", b"moov", b"moof", b"uuid", b"pnot"}
+    known = {b"ftyp", b"mdat", b"free", b"skip", b"wide", b"moov", b"moof", b"uuid", b"pnot"}
+    end = 0
+    for box in _boxes(path):
+        if box.kind not in known:
+            # The first box says what the file is; unknown bytes further on are damage.
+            return box.start > 0
+        if box.kind == b"moov":
+            return False
+        end = box.end
+    return end > 0
+
+
+def is_fragmented(path: Path) -> bool:
+    """Return whether an MP4 consists of fragments: its durations then include the time at which it starts."""
+    return any(box.kind == b"moof" for box in itertools.islice(_boxes(path), MAX_BOXES_BEFORE_FRAGMENTS))
+
+
+def require_clear(path: Path, container_format: str) -> None:
+    """Refuse an encrypted file: it would decode to noise.
+
+    Raises:
+        DecodeError: `encrypted`.
+    """
+    if ("mp4" in container_format and _is_encrypted_mp4(path)) or (
+        container_format == "mpegts" and _is_scrambled(path)
+    ):
+        raise DecodeError("encrypted", f"{path} is encrypted - decrypt it, or leave it out")
+
+
+def _is_encrypted_mp4(path: Path) -> bool:
+    """Look for an encrypted video's sample entry, which begins with six zero bytes after its name."""
+    for box in _boxes(path):
+        if box.kind == b"moov":
+            with path.open("rb") as file:
+                file.seek(box.start)
+                return b"encv" + bytes(6) in file.read(min(box.end - box.start, MAX_INDEX_BYTES))
+    return False
+
+
+def _is_scrambled(path: Path) -> bool:
+    """Return whether most packets of a transport stream's beginning have their scrambling bits set."""
+    with path.open("rb") as file:
+        data = file.read(TS_BYTES_LOOKED_AT)
+    first = data.find(TS_SYNC_BYTE)
+    controls = [
+        data[at + 3] >> 6 for at in range(first, len(data) - 3, TS_PACKET_BYTES) if data[at] == TS_SYNC_BYTE[0]
+    ]
+    return sum(control != 0 for control in controls) > len(controls) / 2
+
+
+@dataclass(frozen=True)
+class _Box:
+    """A box of an MP4, from the byte `start` to the byte `end`, which is `start` where no length is known."""
+
+    kind: bytes
+    start: int
+    end: int
+
+
+def _boxes(path: Path) -> Iterator[_Box]:
+    """Yield an MP4's boxes of the top level, up to the first without a length."""
     size = path.stat().st_size
     at = 0
     with path.open("rb") as file:
         while at + 8 <= size:
             file.seek(at)
             header = file.read(16)
-            length, kind = int.from_bytes(header[:4], "big"), header[4:8]
-            if kind not in kinds:
-                # The first box says what the file is; unknown bytes further on are damage.
-                return at > 0
-            if kind == b"moov":
-                return False
+            length = int.from_bytes(header[:4], "big")
             if length == 1:
                 length = int.from_bytes(header[8:16], "big")
-            if length < 8:
-                break
-            at += length
-    return at > 0
+            end = at + length if length >= 8 else at
+            yield _Box(header[4:8], at, end)
+            if end == at:
+                return
+            at = end
 
 
 def square_pixels_width(width: int, sample_aspect_ratio: float) -> int:
@@ -338,6 +456,7 @@ def judge_end(
     decoded_seconds: float,
     errors: DecodeErrors,
     whole_file_seconds: Callable[[], float],
+    note: str = "",
 ) -> DecodeEnd:
     """Return `partial` if the decoder complained or the file holds less than it promises, else `ok`.
 
@@ -347,14 +466,16 @@ def judge_end(
         errors: The decoder's complaints.
         whole_file_seconds: Lists every packet of the file, sound included. Called only if frames end
             before the promise: a slide shown for long, or sound that outlasts the picture, is no loss.
+        note: Added to the words; see `note_of`.
     """
     promised, rate = properties.duration_seconds, properties.frame_rate
     short = promised_but_missing(promised, decoded_seconds, rate)
     if short and not errors.count:
         short = promised_but_missing(promised, whole_file_seconds(), rate)
     if not errors.count and not short:
-        return DecodeEnd("ok")
+        return DecodeEnd("ok", note)
     of_promised = f" of {promised:.1f} s" if promised > 0 else ""
     words = f"decode errors: {errors.count}, the last: {errors.last_words}" if errors.count else "the file ends"
     cause = "truncated" if short else "concealed_errors"
-    return DecodeEnd("partial", f"decoded {decoded_seconds:.1f} s{of_promised}; {words}", cause)
+    words = "; ".join([f"decoded {decoded_seconds:.1f} s{of_promised}", words, *([note] if note else [])])
+    return DecodeEnd("partial", words, cause)

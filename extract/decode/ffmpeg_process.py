@@ -12,7 +12,7 @@ import re
 import selectors
 import subprocess
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +23,9 @@ from numpy.typing import NDArray
 
 from svb.errors import UsageError
 from svb.extract.decode.decoder import (
+    Candidate,
     DecodeErrors,
+    is_fragmented,
     require_duration,
     require_size,
     require_streams,
@@ -153,12 +155,14 @@ class FfmpegLog:
         container_format: The demuxer's names, such as `matroska,webm`; empty if none opened the file.
         unit_seconds: The exact unit of timestamps; NaN before the first frame.
         num_streams: Number of streams of any kind.
+        stream: The number of the video stream that is used; None means the first that is no cover art.
+        refuses_colours: Whether swscale refuses frames because of their colour numbers.
         errors: Damage that ffmpeg found while decoding.
         last_words: The last error of any kind.
     """
 
     # The indentation separates ffmpeg's own lines from tags of the file that look like them.
-    _DURATION = re.compile(r"\[info\]   Duration: ([\d:.]+)")
+    _DURATION = re.compile(r"\[info\]   Duration: ([\d:.]+)(?:, start: ([\d.]+))?")
     _STREAM = re.compile(r"\[info\]   Stream #0:(\d+)[^ ]*: (\w+): (\w+)")
     _SIZE = re.compile(r", (\d+)x(\d+)[ ,\[]")
     _ASPECT = re.compile(r"\bSAR (\d+):(\d+)")
@@ -168,6 +172,8 @@ class FfmpegLog:
     _GRAPH = re.compile(
         r"\[graph .* input from stream .*\] \[verbose\] w:(\d+) h:(\d+) .* tb:(\d+)/(\d+) .*sar:(\d+)/(\d+)"
     )
+    _TRANSFER = re.compile(r"/(smpte2084|arib-std-b67)[,)]")
+    _COLOURS = re.compile(r"\] Unsupported input \(|^\[error\]   Color spaces:|\[error\] Invalid color space")
     _TOO_LARGE = re.compile(r"Picture size (\d+)x(\d+) exceeds specified max pixel count")
     _ERROR = re.compile(r"(?:\[[^\]]* @ 0x[0-9a-f]+\] )*\[(?:error|fatal|panic)\] (.*)")
     _DAMAGE = re.compile(
@@ -185,10 +191,14 @@ class FfmpegLog:
         self.last_words = ""
         self.has_picture = False
         self._container_seconds = math.nan
+        self._start_seconds = 0.0
         self._refused_px = (0, 0)
         self._streams: dict[int, _Stream] = {}
         self._current: _Stream | None = None
         self._in_banner = False
+        self._counts_start = False
+        self.stream: int | None = None
+        self.refuses_colours = False
         self._has_turning_filter = False
         self._lies = False
         self._first_frame: _Shape | None = None
@@ -209,6 +219,7 @@ class FfmpegLog:
     def _read_banner(self, line: str) -> None:
         if match := self._DURATION.match(line):
             self._container_seconds = tagged_seconds(match[1])
+            self._start_seconds = float(match[2] or 0)
         elif match := self._STREAM.match(line):
             self._current = None
             self.num_streams = max(self.num_streams, int(match[1]) + 1)
@@ -223,6 +234,9 @@ class FfmpegLog:
             self._current.turn_degrees = float(match[1])
 
     def _read_stream(self, line: str, stream: _Stream) -> None:
+        stream.is_default = "(default)" in line
+        if transfer := self._TRANSFER.search(line):
+            stream.hdr_transfer = transfer[1]
         if rate := self._RATE.search(line):
             stream.frame_rate = float(rate[1]) * (1000 if rate[2] else 1) or math.nan
         if size := self._SIZE.search(line):
@@ -242,6 +256,8 @@ class FfmpegLog:
             )
         if math.isnan(self.unit_seconds) and (match := self._TOO_LARGE.search(line)):
             self._refused_px = int(match[1]), int(match[2])
+        if self._COLOURS.search(line):
+            self.refuses_colours = True
         if match := self._ERROR.match(line):
             self.last_words = match[1][:500]
         if match := self._DAMAGE.search(line):
@@ -254,17 +270,18 @@ class FfmpegLog:
             DecodeError: `over_limit`.
         """
         require_streams(path, limits, self.num_streams)
-        if not self.has_video:
+        if not self.has_video or self._in_banner:
             return
         for width, height in (self._refused_px, *self._sizes_px()):
             require_size(path, limits, width, height)
-        for seconds in (self.duration_seconds, self._container_seconds):
+        self._counts_start = "mp4" in self.container_format and self._start_seconds > 0 and is_fragmented(path)
+        for seconds in (self.duration_seconds, self._promised_by_container):
             require_duration(path, limits, seconds)
 
     def _sizes_px(self) -> Iterator[tuple[int, int]]:
         """Yield the known widths and heights of frames, as coded and as displayed."""
-        lies = right_angle(self._first.turn_degrees) in (90, 270) if self._first.is_turned else self._lies
-        for shape in (self._first.shape, self._first_frame):
+        lies = right_angle(self._used.turn_degrees) in (90, 270) if self._used.is_turned else self._lies
+        for shape in (self._used.shape, self._first_frame):
             if shape is not None:
                 yield shape.width_px, shape.height_px
                 yield shape.displayed_px(lies)
@@ -277,33 +294,64 @@ class FfmpegLog:
 
     @property
     def has_video(self) -> bool:
-        return bool(self._streams)
+        return self._used_number in self._streams
 
     @property
     def is_turned(self) -> bool:
         """Whether ffmpeg turns the picture; the container says so or, seldom, the codec."""
-        return self._has_turning_filter or (self.has_video and self._first.is_turned)
+        return self._has_turning_filter or (self.has_video and self._used.is_turned)
 
     @property
-    def _first(self) -> _Stream:
-        return self._streams[min(self._streams)]
+    def is_described(self) -> bool:
+        """Whether all of the input's description has been read."""
+        return bool(self.container_format) and not self._in_banner
+
+    def candidates(self, stills: Collection[int] = ()) -> list[Candidate]:
+        """Return the video streams that are no cover art; `stills` are the numbers of those of one frame."""
+        return [
+            Candidate(number, stream.num_pixels, stream.is_default, number in stills)
+            for number, stream in sorted(self._streams.items())
+        ]
+
+    @property
+    def place_among_videos(self) -> tuple[int, int]:
+        """How many video streams the file has, cover art left out, and which one is used, from 1."""
+        numbers = sorted(self._streams)
+        return len(numbers), numbers.index(self._used_number) + 1
+
+    @property
+    def _used_number(self) -> int:
+        return min(self._streams, default=-1) if self.stream is None else self.stream
+
+    @property
+    def _used(self) -> _Stream:
+        return self._streams[self._used_number]
+
+    @property
+    def hdr_transfer(self) -> str:
+        """The name of the transfer function if that is one for HDR, else an empty string."""
+        return self._used.hdr_transfer if self.has_video else ""
 
     @property
     def codec(self) -> str:
-        return self._first.codec
+        return self._used.codec
 
     @property
     def frame_rate(self) -> float:
-        return self._first.frame_rate if self.has_video else math.nan
+        return self._used.frame_rate if self.has_video else math.nan
 
     @property
     def rotation_degrees(self) -> int:
-        return right_angle(self._first.turn_degrees) if self._first.is_turned else 0
+        return right_angle(self._used.turn_degrees) if self._used.is_turned else 0
 
     @property
     def duration_seconds(self) -> float:
-        tag = self._first.duration_seconds
-        return tag if tag > 0 else self._container_seconds
+        tag = self._used.duration_seconds
+        return tag if tag > 0 else self._promised_by_container
+
+    @property
+    def _promised_by_container(self) -> float:
+        return self._container_seconds - (self._start_seconds if self._counts_start else 0.0)
 
 
 def _ratio(across: str, down: str) -> float:
@@ -335,6 +383,12 @@ class _Stream:
         self.duration_seconds = math.nan
         self.turn_degrees = math.nan
         self.shape: _Shape | None = None
+        self.is_default = False
+        self.hdr_transfer = ""
+
+    @property
+    def num_pixels(self) -> int:
+        return self.shape.width_px * self.shape.height_px if self.shape else 0
 
     @property
     def is_turned(self) -> bool:

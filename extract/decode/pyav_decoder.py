@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,16 +20,25 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
-from svb.extract.decode.choice import FrameChooser, PacketTimes, SkipPlan, StretchList, without_skipping
+from svb.extract.decode.choice import (
+    FrameChooser,
+    Item,
+    PacketTimes,
+    RunningClock,
+    SkipPlan,
+    StretchList,
+    decoded_at_right_positions,
+    without_skipping,
+)
 from svb.extract.decode.decoder import (
     ChunkBuilder,
-    DecodeEnd,
     DecodeError,
     DecodeErrors,
     FrameChunk,
     VideoProperties,
     check_file,
     judge_end,
+    note_of,
     origin_seconds,
     require_size,
     right_angle,
@@ -39,12 +49,19 @@ from svb.extract.decode.pyav_file import (
     FrameClock,
     add_packet,
     opened,
+    place_among_videos,
     promised_seconds,
     read_packets,
     whole_file_seconds,
     words_of,
 )
-from svb.extract.decode.pyav_pictures import Converter, SceneDetector, clockwise_degrees, display_matrix
+from svb.extract.decode.pyav_pictures import (
+    Converter,
+    SceneDetector,
+    clockwise_degrees,
+    display_matrix,
+    hdr_transfer,
+)
 from svb.extract.decode.sampling import Sampling, shown_at
 
 # At this many frames a second nearly every stretch holds a wanted one: listing packets is not worth it.
@@ -61,7 +78,7 @@ class _NotAsListedError(Exception):
     """Stretches of a video did not decode to the frames that its packets listed."""
 
 
-def decode(path: Path, options: DecodeOptions) -> Iterator[VideoProperties | FrameChunk | DecodeEnd]:
+def decode(path: Path, options: DecodeOptions) -> Iterator[Item]:
     """Decode one file; see `svb.extract.decode.decoder.Decoder`.
 
     If frames are wanted seldom, only the stretches around them are decoded, provided that the packets
@@ -78,10 +95,8 @@ def decode(path: Path, options: DecodeOptions) -> Iterator[VideoProperties | Fra
     yield from _decode(path, unskipped, FrameChooser(path, unskipped))
 
 
-def _decode_what_is_needed(
-    path: Path, options: DecodeOptions
-) -> Iterator[VideoProperties | FrameChunk | DecodeEnd]:
-    chooser, plan = _listed(path, options)
+def _decode_what_is_needed(path: Path, options: DecodeOptions) -> Iterator[Item]:
+    listed, chooser, plan = _listed(path, options)
     had_properties = False
     last_seconds = -math.inf
     if plan is not None:
@@ -92,7 +107,16 @@ def _decode_what_is_needed(
                     last_seconds = float(item.frame_times_seconds[-1])
                 yield item
             return
-    for item in _decode(path, options, chooser):
+
+    def decode_at(positions: list[int], seen_seconds: array[float]) -> Iterator[Item]:
+        return _decode(path, options, FrameChooser(path, options, positions, seen_seconds=seen_seconds))
+
+    needs_count = listed is not None and options.sampling.frames is not None and not options.fast
+    for item in (
+        decoded_at_right_positions(decode_at, listed, options.sampling)
+        if listed is not None and needs_count
+        else _decode(path, options, chooser)
+    ):
         if isinstance(item, FrameChunk):
             yield from item.after(last_seconds)
         elif not (had_properties and isinstance(item, VideoProperties)):
@@ -101,7 +125,7 @@ def _decode_what_is_needed(
 
 def _decode(
     path: Path, options: DecodeOptions, chooser: FrameChooser, plan: SkipPlan | None = None
-) -> Iterator[VideoProperties | FrameChunk | DecodeEnd]:
+) -> Iterator[Item]:
     errors = DecodeErrors()
     chunks = ChunkBuilder()
     with opened(path, options.limits) as (container, stream):
@@ -113,9 +137,10 @@ def _decode(
         first = next(decoded, None)
         if first is None:
             raise zero_frames(path, errors.last_words) if plan is None else _NotAsListedError
-        properties = _properties(container, stream, converter, first[0])
+        properties = _properties(path, container, stream, converter, first[0])
         require_size(path, options.limits, properties.width_px, properties.height_px)
         yield properties
+        hdr = hdr_transfer(first[0])
         frames = _Counted(itertools.chain([first], decoded), chooser)
         chosen = (
             _chosen(frames, options.sampling, chooser, stream)
@@ -135,15 +160,16 @@ def _decode(
         if plan is not None:
             chooser.first_time_seconds, chooser.last_time_seconds = plan.first_time_seconds, plan.last_time_seconds
         decoded_seconds = _decoded_seconds(container, chooser, properties)
-    yield judge_end(properties, decoded_seconds, errors, lambda: whole_file_seconds(path, options.limits))
+        note = note_of(*place_among_videos(container, stream), hdr)
+    yield judge_end(properties, decoded_seconds, errors, lambda: whole_file_seconds(path, options.limits), note)
 
 
-def _listed(path: Path, options: DecodeOptions) -> tuple[FrameChooser, SkipPlan | None]:
-    """Return what chooses the frames, and which stretches to decode; reads the packets first if needed."""
+def _listed(path: Path, options: DecodeOptions) -> tuple[PacketTimes | None, FrameChooser, SkipPlan | None]:
+    """Return the packets' times if they are needed, what chooses the frames, and which stretches to decode."""
     sampling = options.sampling
     by_position = sampling.frames is not None or (sampling.every_nth is not None and options.fast)
     if not by_position and (options.fast or not _is_sparse(sampling)):
-        return FrameChooser(path, options), None
+        return None, FrameChooser(path, options), None
     errors = DecodeErrors()
     with opened(path, options.limits) as (container, stream):
         rate = stream.average_rate
@@ -153,10 +179,11 @@ def _listed(path: Path, options: DecodeOptions) -> tuple[FrameChooser, SkipPlan 
             add_packet(packet, times)
             stretches.add(packet)
     if options.fast:
-        return FrameChooser(path, options, targets_seconds=times.targets_seconds(sampling)), None
+        return times, FrameChooser(path, options, targets_seconds=times.targets_seconds(sampling)), None
     chooser = FrameChooser(path, options, times.positions(sampling) if by_position else None)
     shown = [] if errors.count else stretches.sorted_times_seconds()
-    return chooser, stretches.plan(_wanted(shown, path, options, times)) if shown else None
+    plan = stretches.plan(_wanted(shown, path, options, times)) if shown else None
+    return times, chooser, plan
 
 
 def _is_sparse(sampling: Sampling) -> bool:
@@ -247,15 +274,15 @@ def _decoded_frames(
     container: InputContainer, stream: VideoStream, errors: DecodeErrors, plan: SkipPlan | None
 ) -> Iterator[tuple[VideoFrame, float]]:
     """Yield frames and their times in order of presentation; continue after damage, as ffmpeg does."""
-    clock = FrameClock(stream)
+    clock, running = FrameClock(stream), RunningClock()
     packets = (packet for packet in read_packets(container, (stream,), errors) if packet.size)
     for packet in packets if plan is None else _needed_packets(packets, plan):
         for frame in _decode_packet(stream, packet, errors):
-            yield frame, clock.time_seconds(frame)
+            yield frame, running.running(clock.time_seconds(frame))
         if packet is None:
             stream.codec_context.flush_buffers()
     for frame in _decode_packet(stream, None, errors):
-        yield frame, clock.time_seconds(frame)
+        yield frame, running.running(clock.time_seconds(frame))
 
 
 def _needed_packets(packets: Iterator[Packet[VideoStream]], plan: SkipPlan) -> Iterator[Packet[VideoStream] | None]:
@@ -294,11 +321,11 @@ def _decode_packet(
 
 
 def _properties(
-    container: InputContainer, stream: VideoStream, converter: Converter, frame: VideoFrame
+    path: Path, container: InputContainer, stream: VideoStream, converter: Converter, frame: VideoFrame
 ) -> VideoProperties:
     width, height = converter.size(frame)
     return VideoProperties(
-        duration_seconds=promised_seconds(container, stream),
+        duration_seconds=promised_seconds(container, stream, path),
         frame_rate=float(stream.average_rate) if stream.average_rate else math.nan,
         width_px=width,
         height_px=height,

@@ -13,17 +13,21 @@ import av.error
 from av.container import InputContainer
 from av.container.core import Flags
 from av.packet import Packet
-from av.stream import Disposition
+from av.stream import Discard, Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from svb.extract.decode import decoder as decode_module
 from svb.extract.decode.choice import PacketTimes
 from svb.extract.decode.decoder import (
+    Candidate,
     DecodeErrors,
+    best_stream,
+    is_fragmented,
     max_pixels,
     no_video,
     origin_seconds,
+    require_clear,
     require_duration,
     require_size,
     require_streams,
@@ -54,12 +58,15 @@ def opened(path: Path, limits: Limits) -> Iterator[tuple[InputContainer, VideoSt
         pictures = [bool(s.disposition & Disposition.attached_pic) for s in container.streams.video]
         if all(pictures):
             raise no_video(path, has_picture=any(pictures))
-        stream = container.streams.video[pictures.index(False)]
+        stream = _best_stream(
+            [s for s, is_picture in zip(container.streams.video, pictures, strict=True) if not is_picture]
+        )
         if stream.codec_context is None:
             raise zero_frames(path, "its codec is unknown")
         require_size(path, limits, stream.codec_context.width, stream.codec_context.height)
-        require_duration(path, limits, promised_seconds(container, stream))
-        require_duration(path, limits, (container.duration or 0) / 1e6)
+        require_clear(path, container.format.name)
+        require_duration(path, limits, promised_seconds(container, stream, path))
+        require_duration(path, limits, (container.duration or 0) / 1e6 - _counted_start(container, path))
         stream.codec_context.options = {"max_pixels": str(max_pixels(limits))}
         # Automatic threading can hang where many decoders run at once.
         stream.codec_context.thread_count = 1
@@ -89,6 +96,9 @@ def read_packets(
     container: InputContainer, streams: tuple[object, ...], errors: DecodeErrors
 ) -> Iterator[Packet[VideoStream]]:
     """Yield packets up to the end or to the first that cannot be read."""
+    for other in container.streams:
+        # A stream that is not read must not end the file where its own part of it is missing.
+        other.discard = Discard.default if other in streams else Discard.all
     try:
         for packet in cast("Iterator[Packet[VideoStream]]", container.demux(*streams)):
             # Many packets in a row may give no frame: skipped or damaged ones.
@@ -140,14 +150,42 @@ class FrameClock:
         return dts
 
 
-def promised_seconds(container: InputContainer, stream: VideoStream) -> float:
+def _best_stream(streams: list[VideoStream]) -> VideoStream:
+    candidates = [
+        Candidate(
+            stream.index,
+            stream.codec_context.width * stream.codec_context.height if stream.codec_context else 0,
+            is_default=bool(stream.disposition & Disposition.default),
+            is_still=stream.frames == 1,
+        )
+        for stream in streams
+    ]
+    number = best_stream(candidates)
+    return next(stream for stream in streams if stream.index == number)
+
+
+def place_among_videos(container: InputContainer, stream: VideoStream) -> tuple[int, int]:
+    """Return how many video streams a file has, cover art left out, and which one this is, from 1."""
+    numbers = [s.index for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    return len(numbers), numbers.index(stream.index) + 1
+
+
+def _counted_start(container: InputContainer, path: Path) -> float:
+    """Return the start time if the container's durations include it, else 0.0."""
+    start = (container.start_time or 0) / 1e6
+    return start if start > 0 and "mp4" in container.format.name and is_fragmented(path) else 0.0
+
+
+def promised_seconds(container: InputContainer, stream: VideoStream, path: Path) -> float:
     """Return the stream's duration, else that of Matroska's tag, else the container's."""
     if stream.duration is not None and stream.time_base is not None:
-        return float(stream.duration * stream.time_base)
+        return float(stream.duration * stream.time_base) - _counted_start(container, path)
     tag = tagged_seconds(stream.metadata.get("DURATION", ""))
     if tag > 0:
         return tag
-    return container.duration / 1e6 if container.duration is not None else math.nan
+    return (
+        container.duration / 1e6 - _counted_start(container, path) if container.duration is not None else math.nan
+    )
 
 
 def words_of(error: Exception) -> str:

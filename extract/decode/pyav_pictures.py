@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import cast
 
@@ -17,7 +17,18 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from svb.extract.decode.choice import scene_expression
-from svb.extract.decode.decoder import SCALE_FLAGS, on_white, resized, square_pixels_width
+from svb.extract.decode.decoder import (
+    NEUTRAL_COLOURS,
+    SCALE_FLAGS,
+    SDR_COLOURS,
+    on_white,
+    resized,
+    square_pixels_width,
+)
+
+# libavutil's number for unknown primaries, transfer function and matrix.
+UNKNOWN_COLOUR = 2
+HDR_TRANSFERS = {16: "smpte2084", 18: "arib-std-b67"}
 
 
 class Converter:
@@ -31,8 +42,7 @@ class Converter:
         self._stream = stream
         self._resize_px = resize_px
         self._size: tuple[int, int] | None = None
-        self._graph: av.filter.Graph | None = None
-        self._graph_is_for: tuple[object, ...] = ()
+        self._filters = _Filters(stream, self._chain)
 
     def size(self, frame: VideoFrame) -> tuple[int, int]:
         """Return the displayed `(width, height)` of all frames: that of the first one."""
@@ -46,49 +56,72 @@ class Converter:
 
     def rgb(self, frame: VideoFrame) -> NDArray[np.uint8]:
         """Return `(H, W, 3)`."""
-        matrix = display_matrix(frame)
-        look = *_look(frame), matrix
-        if self._graph is None or look != self._graph_is_for:
-            self._graph, self._graph_is_for = self._build(frame, matrix), look
-        self._graph.push(frame)
-        picture = cast("NDArray[np.uint8]", self._graph.vpull().to_ndarray())
+        filtered = self._filters.apply(frame)
+        assert filtered is not None
+        picture = cast("NDArray[np.uint8]", filtered.to_ndarray())
         return on_white(picture) if picture.shape[-1] == 4 else picture
 
-    def _build(self, frame: VideoFrame, matrix: tuple[int, ...]) -> av.filter.Graph:
+    def _chain(self, frame: VideoFrame) -> list[tuple[str, str | None]]:
         width, height = resized(*self.size(frame), self._resize_px)
-        return _graph(
-            self._stream,
-            frame,
-            *_upright(matrix),
-            ("scale", f"w={width}:h={height}:flags={SCALE_FLAGS}"),
+        to_sdr = f":{SDR_COLOURS}" if hdr_transfer(frame) else ""
+        return [
+            *_upright(display_matrix(frame)),
+            ("scale", f"w={width}:h={height}:flags={SCALE_FLAGS}{to_sdr}"),
             ("format", f"pix_fmts={'rgba' if _is_transparent(frame) else 'rgb24'}"),
-        )
+        ]
 
 
 class SceneDetector:
     """Finds where scenes begin, by the score of libavfilter's `select`, as the ffmpeg program does."""
 
     def __init__(self, stream: VideoStream, threshold: float) -> None:
-        self._stream = stream
-        self._threshold = threshold
-        self._graph: av.filter.Graph | None = None
-        self._graph_is_for: tuple[object, ...] = ()
+        chain: list[tuple[str, str | None]] = [("select", scene_expression(threshold))]
+        self._filters = _Filters(stream, lambda _: chain)
 
     def begins(self, frame: VideoFrame) -> bool:
         """Return whether a scene begins with this frame; call it with every frame, in order.
 
         Frames of different size or format are not compared: the first one of a new kind begins a scene.
         """
+        return self._filters.apply(frame) is not None
+
+
+class _Filters:
+    """Applies filters to frames; builds the graph anew for a frame of another kind.
+
+    If swscale refuses a frame because of its colour numbers, they are set to unknown, for this frame and all
+    that follow.
+    """
+
+    def __init__(self, stream: VideoStream, chain: Callable[[VideoFrame], list[tuple[str, str | None]]]) -> None:
+        self._stream = stream
+        self._chain = chain
+        self._graph: av.filter.Graph | None = None
+        self._graph_is_for: tuple[object, ...] = ()
+        self._neutral = 0
+
+    def apply(self, frame: VideoFrame) -> VideoFrame | None:
+        """Return what comes out for this frame; None if a filter drops it."""
+        while True:
+            try:
+                return self._apply(frame)
+            except av.error.FFmpegError:
+                self._neutral += 1
+                self._graph = None
+                if self._neutral == len(NEUTRAL_COLOURS):
+                    raise
+
+    def _apply(self, frame: VideoFrame) -> VideoFrame | None:
+        for colour in NEUTRAL_COLOURS[self._neutral]:
+            setattr(frame, colour, UNKNOWN_COLOUR)
         look = *_look(frame), display_matrix(frame)
         if self._graph is None or look != self._graph_is_for:
-            self._graph_is_for = look
-            self._graph = _graph(self._stream, frame, ("select", scene_expression(self._threshold)))
+            self._graph, self._graph_is_for = _graph(self._stream, frame, *self._chain(frame)), look
         self._graph.push(frame)
         try:
-            self._graph.vpull()
+            return self._graph.vpull()
         except av.error.BlockingIOError:
-            return False
-        return True
+            return None
 
 
 def _graph(stream: VideoStream, frame: VideoFrame, *filters: tuple[str, str | None]) -> av.filter.Graph:
@@ -106,7 +139,12 @@ def _graph(stream: VideoStream, frame: VideoFrame, *filters: tuple[str, str | No
 
 
 def _look(frame: VideoFrame) -> tuple[object, ...]:
-    return frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range
+    return frame.width, frame.height, frame.format.name, frame.colorspace, frame.color_range, frame.color_trc
+
+
+def hdr_transfer(frame: VideoFrame) -> str:
+    """Return the name of the frame's transfer function if that is one for HDR, else an empty string."""
+    return HDR_TRANSFERS.get(int(frame.color_trc), "")
 
 
 def _aspect_ratio(stream: VideoStream) -> Fraction:

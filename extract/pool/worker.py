@@ -121,8 +121,8 @@ def decode_file(
     used = options.decoder
     status, error, cause = DUPLICATE, "", ""
     try:
-        if path.is_file():  # reading a named pipe would never end
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            if path.is_file():  # reading a named pipe would never end
                 content_hash = hash_file(path, decode.heartbeat)
         if not content_hash or is_wanted(content_hash):
             for message in _decode_or_hand_over(path, options):

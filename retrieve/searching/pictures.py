@@ -136,7 +136,7 @@ def duration_seconds(path: Path) -> float | None:
     try:
         check_file(path)
         with opened(path, Limits()) as (container, stream):
-            promised = promised_seconds(container, stream)
+            promised = promised_seconds(container, stream, path)
     except (DecodeError, OSError) as error:
         raise InputError(f"cannot tell how long it is: {error}") from error
     return promised if promised > 0 else None
