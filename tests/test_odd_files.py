@@ -22,6 +22,7 @@ from decoding import B_FRAMES, EVERY_FRAME, each_decoder, failure, run
 from svb.data.shard import VideoRecord
 from svb.extract.decode import choice
 from svb.extract.decode.decoder import DecodeEnd, Decoder, FrameChunk
+from svb.extract.decode.options import DecodeOptions
 from svb.extract.decode.sampling import Sampling
 from svb.extract.plan import plan_videos
 from svb.retrieve.model.query_media import _within
@@ -130,6 +131,39 @@ class TestStreams:
             assert decoded.properties.width_px == width
             assert decoded.end == DecodeEnd("ok", f"used video stream {place} of {len(sizes)}")
             assert len(decoded.times_seconds) == count
+
+
+@each_decoder
+class TestContainerCrop:
+    # Left, top, right and bottom, of 64x48.
+    @pytest.mark.parametrize("crop", [(0, 8, 0, 8), (4, 0, 12, 0), (3, 5, 0, 0), (0, 0, 7, 1)])
+    @pytest.mark.parametrize("resize_px", [None, 20])
+    def test_it_is_not_shown(
+        self, decoder: Decoder, crop: tuple[int, int, int, int], resize_px: int | None, tmp_path: Path
+    ) -> None:
+        left, top, right, bottom = crop
+        names = ("-color_primaries", "bt709", "-color_trc", "bt709", "-colorspace", "bt709", "-color_range", "tv")
+        path = clips.make_clip(
+            tmp_path / "a.mkv", seconds=0.3, codec=("-c:v", "ffv1", "-pix_fmt", "yuv444p"), extra=names
+        )
+        data = bytearray(path.read_bytes())
+        # What the container says of colours makes room for the crop; a Void element fills the rest.
+        at = data.index(b"\x55\xb0")
+        size = 3 + (data[at + 2] & 0x7F)
+        sides = zip((b"\x54\xcc", b"\x54\xbb", b"\x54\xdd", b"\x54\xaa"), crop, strict=True)
+        elements = b"".join(name + b"\x81" + bytes([pixels]) for name, pixels in sides if pixels)
+        rest = size - len(elements) - 2
+        assert rest >= 0
+        data[at : at + size] = elements + b"\xec" + bytes([0x80 | rest]) + bytes(rest)
+        expected = tmp_path / "expected.mkv"
+        cut = f"crop={64 - left - right}:{48 - top - bottom}:{left}:{top}:exact=1"
+        unknown = "setparams=color_primaries=unknown:color_trc=unknown:colorspace=unknown"
+        clips.run_ffmpeg("-i", f"file:{path}", "-vf", f"{cut},{unknown}", "-c:v", "ffv1", f"file:{expected}")
+        path.write_bytes(data)
+        options = DecodeOptions(EVERY_FRAME, resize_px=resize_px)
+        ours, theirs = (run(decoder, file, options) for file in (path, expected))
+        assert (ours.properties.width_px, ours.properties.height_px) == (64 - left - right, 48 - top - bottom)
+        np.testing.assert_array_equal(ours.frames, theirs.frames)
 
 
 def plain_times(path: Path) -> list[float]:

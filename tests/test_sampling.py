@@ -16,7 +16,7 @@ from decoding import B_FRAMES, DECODERS, each_decoder, run, times_of
 
 from svb.errors import InputError, UsageError
 from svb.extract.decode import decoder as decode_module
-from svb.extract.decode import ffmpeg_decoder, ffmpeg_process, pyav_decoder
+from svb.extract.decode import ffmpeg_decoder, ffmpeg_filters, ffmpeg_process, pyav_decoder
 from svb.extract.decode.choice import StretchList
 from svb.extract.decode.decoder import DecodeEnd, DecodeError, Decoder, FrameChunk, resized
 from svb.extract.decode.ffmpeg_process import require_hwaccel
@@ -395,7 +395,7 @@ class TestHardware:
     def test_the_arguments(self) -> None:
         options = DecodeOptions(Sampling(fps=1), decoder="ffmpeg", hwaccel="cuda", fast=True)
         source = ffmpeg_decoder._Source(Path("a.mp4"), 7, options)
-        arguments = ffmpeg_decoder._decode_arguments(source, ffmpeg_decoder._Choice(), 8)
+        arguments = ffmpeg_decoder._decode_arguments(source, ffmpeg_filters.Choice(), 8)
         before_input = arguments[: arguments.index("-i")]
         for option, value in (("-hwaccel", "cuda"), ("-skip_frame", "noref"), ("-threads", "1")):
             assert before_input[before_input.index(option) + 1] == value

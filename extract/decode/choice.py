@@ -234,9 +234,14 @@ class PacketTimes:
         """Return the positions that `frames` sampling uses of the frames that were in fact decoded.
 
         Not every packet is a frame: fields are half a frame, some packets are never shown, and some cannot
-        be decoded. For a file whose packets are its frames these are the `positions` of the packets.
+        be decoded. A file whose packets are its frames keeps the `positions` of the packets.
         """
+        if not self._times_seconds:
+            return [0]
         times = sorted(decoded_seconds)
+        span, listed_span = times[-1] - times[0], max(self._times_seconds) - min(self._times_seconds)
+        if len(times) == len(self._times_seconds) and abs(span - listed_span) < RESTART_SECONDS:
+            return self.positions(sampling)
         end = self.end_seconds if times[-1] < self.end_seconds else times[-1] + self._frame_seconds
         return sampling.spread(times, end - times[0])
 

@@ -6,7 +6,6 @@ None of these modules imports torch or h5py: decode workers must start fast and 
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 import stat
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svb.errors import SvbError
+from svb.extract.decode.containers import is_encrypted, lacks_index
 from svb.extract.decode.options import DecodeOptions, Limits
 
 # A chunk goes from a decode worker to the backbones in one piece; this bounds a worker's memory
@@ -38,12 +38,6 @@ SDR_COLOURS = "out_primaries=bt709:out_transfer=bt709"
 # transfer go first, because a frame of SDR needs only its matrix.
 NEUTRAL_COLOURS = ((), ("color_primaries", "color_trc"), ("color_primaries", "color_trc", "colorspace"))
 
-# An MP4's fragments begin after a few boxes.
-MAX_BOXES_BEFORE_FRAGMENTS = 50
-# The index of a film of hours has some MB.
-MAX_INDEX_BYTES = 256 * 2**20
-TS_PACKET_BYTES, TS_SYNC_BYTE = 188, b"\x47"
-TS_BYTES_LOOKED_AT = 2**20
 
 # What the ffmpeg program adds to a stream's pixels for its default flag.
 DEFAULT_FLAG_PIXELS = 5_000_000
@@ -170,7 +164,7 @@ def check_file(path: Path) -> None:
 
 def unreadable(path: Path, words: str) -> DecodeError:
     """Return the error for a file that no demuxer opens: `truncated` if its index is missing."""
-    if _lacks_index(path):
+    if lacks_index(path):
         return DecodeError(
             "truncated",
             f"{path} ends before its index (moov atom not found) - copy or download it again; {words}",
@@ -277,83 +271,14 @@ def max_pixels(limits: Limits) -> int:
     return width * height
 
 
-def _lacks_index(path: Path) -> bool:
-    """Return whether a file is an MP4 or MOV without its index: PyAV does not pass on what libavformat logs."""
-    known = {b"ftyp", b"mdat", b"free", b"skip", b"wide", b"moov", b"moof", b"uuid", b"pnot"}
-    end = 0
-    for box in _boxes(path):
-        if box.kind not in known:
-            # The first box says what the file is; unknown bytes further on are damage.
-            return box.start > 0
-        if box.kind == b"moov":
-            return False
-        end = box.end
-    return end > 0
-
-
-def is_fragmented(path: Path) -> bool:
-    """Return whether an MP4 consists of fragments: its durations then include the time at which it starts."""
-    return any(box.kind == b"moof" for box in itertools.islice(_boxes(path), MAX_BOXES_BEFORE_FRAGMENTS))
-
-
 def require_clear(path: Path, container_format: str) -> None:
     """Refuse an encrypted file: it would decode to noise.
 
     Raises:
         DecodeError: `encrypted`.
     """
-    if ("mp4" in container_format and _is_encrypted_mp4(path)) or (
-        container_format == "mpegts" and _is_scrambled(path)
-    ):
+    if is_encrypted(path, container_format):
         raise DecodeError("encrypted", f"{path} is encrypted - decrypt it, or leave it out")
-
-
-def _is_encrypted_mp4(path: Path) -> bool:
-    """Look for an encrypted video's sample entry, which begins with six zero bytes after its name."""
-    for box in _boxes(path):
-        if box.kind == b"moov":
-            with path.open("rb") as file:
-                file.seek(box.start)
-                return b"encv" + bytes(6) in file.read(min(box.end - box.start, MAX_INDEX_BYTES))
-    return False
-
-
-def _is_scrambled(path: Path) -> bool:
-    """Return whether most packets of a transport stream's beginning have their scrambling bits set."""
-    with path.open("rb") as file:
-        data = file.read(TS_BYTES_LOOKED_AT)
-    first = data.find(TS_SYNC_BYTE)
-    controls = [
-        data[at + 3] >> 6 for at in range(first, len(data) - 3, TS_PACKET_BYTES) if data[at] == TS_SYNC_BYTE[0]
-    ]
-    return sum(control != 0 for control in controls) > len(controls) / 2
-
-
-@dataclass(frozen=True)
-class _Box:
-    """A box of an MP4, from the byte `start` to the byte `end`, which is `start` where no length is known."""
-
-    kind: bytes
-    start: int
-    end: int
-
-
-def _boxes(path: Path) -> Iterator[_Box]:
-    """Yield an MP4's boxes of the top level, up to the first without a length."""
-    size = path.stat().st_size
-    at = 0
-    with path.open("rb") as file:
-        while at + 8 <= size:
-            file.seek(at)
-            header = file.read(16)
-            length = int.from_bytes(header[:4], "big")
-            if length == 1:
-                length = int.from_bytes(header[8:16], "big")
-            end = at + length if length >= 8 else at
-            yield _Box(header[4:8], at, end)
-            if end == at:
-                return
-            at = end
 
 
 def square_pixels_width(width: int, sample_aspect_ratio: float) -> int:

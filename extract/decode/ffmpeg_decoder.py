@@ -13,7 +13,7 @@ import math
 import re
 from array import array
 from collections import deque
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,9 @@ from svb.extract.decode.choice import (
     PacketTimes,
     RunningClock,
     decoded_at_right_positions,
-    earliest,
-    scene_expression,
     without_skipping,
 )
 from svb.extract.decode.decoder import (
-    MAX_ASPECT_RATIO,
-    MIN_ASPECT_RATIO,
     NEUTRAL_COLOURS,
     SCALE_FLAGS,
     SDR_COLOURS,
@@ -54,15 +50,10 @@ from svb.extract.decode.decoder import (
     unreadable,
     zero_frames,
 )
+from svb.extract.decode.ffmpeg_filters import Choice, print_time, scaled_size, select_expression
 from svb.extract.decode.ffmpeg_process import FfmpegLog, FfmpegProcess, Lines, Pictures
 from svb.extract.decode.options import DecodeOptions
-from svb.extract.decode.sampling import TIME_TOLERANCE_SECONDS, Sampling, shown_at
-
-# Linux takes no argument longer than 128 KiB. Above this many positions every frame is converted, and
-# the unwanted ones are dropped here.
-MAX_SELECTED_POSITIONS = 5000
-# A time takes more characters than a position.
-MAX_SELECTED_TARGETS = 2000
+from svb.extract.decode.sampling import shown_at
 
 # libavutil's AV_NOPTS_VALUE, which framecrc prints as a number.
 NO_TIMESTAMP = -(1 << 63)
@@ -108,19 +99,6 @@ class _StartAnewError(Exception):
         self.source = source
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """The wanted frames if they were listed before, as `FrameChooser` takes them."""
-
-    positions: Collection[int] | None = None
-    targets_seconds: Sequence[float] | None = None
-    seen_seconds: array[float] | None = None
-
-    @property
-    def is_listed(self) -> bool:
-        return self.positions is not None
-
-
 class _ClockRestartedError(Exception):
     """The file's clock starts again, which ffmpeg's own choice of frames by their times does not allow for."""
 
@@ -153,7 +131,7 @@ def _decode(source: _Source) -> Iterator[Item]:
         listed = _list_packets([source.video()], source)
 
         def decode_at(positions: list[int], seen_seconds: array[float]) -> Iterator[Item]:
-            return _decode_choice(source, _Choice(positions, seen_seconds=seen_seconds))
+            return _decode_choice(source, Choice(positions, seen_seconds=seen_seconds))
 
         yield from decoded_at_right_positions(decode_at, listed, sampling)
         return
@@ -168,7 +146,7 @@ def _decode(source: _Source) -> Iterator[Item]:
         return
     except _ClockRestartedError:
         positions = _positions_by_time(source)
-    for item in _decode_choice(source, _Choice(positions)):
+    for item in _decode_choice(source, Choice(positions)):
         if isinstance(item, FrameChunk):
             yield from item.after(last_seconds)
         elif not (had_properties and isinstance(item, VideoProperties)):
@@ -179,7 +157,7 @@ def _positions_by_time(source: _Source) -> list[int]:
     """Return the positions of the frames that the sampling uses, from the times of all frames."""
     chooser = FrameChooser(source.path, source.options)
     positions = []
-    with contextlib.closing(_DecodeRun(source, _Choice([])).times()) as times:
+    with contextlib.closing(_DecodeRun(source, Choice([])).times()) as times:
         for position, time_seconds in enumerate(times):
             chooser.count(time_seconds)
             if chooser.chooses(time_seconds):
@@ -187,7 +165,7 @@ def _positions_by_time(source: _Source) -> list[int]:
     return positions
 
 
-def _decode_choice(source: _Source, choice: _Choice) -> Iterator[Item]:
+def _decode_choice(source: _Source, choice: Choice) -> Iterator[Item]:
     run = _DecodeRun(source, choice)
     chunks = ChunkBuilder()
     properties: VideoProperties | None = None
@@ -208,23 +186,23 @@ def _decode_choice(source: _Source, choice: _Choice) -> Iterator[Item]:
     )
 
 
-def _choice(source: _Source) -> _Choice:
+def _choice(source: _Source) -> Choice:
     """List the wanted frames beforehand, from packets or decoded frames, if the sampling needs it."""
     sampling, is_fast = source.options.sampling, source.options.fast
     if sampling.times_seconds is not None:
         # Only the next frame tells whether a frame is shown at a time, and a filter cannot look ahead.
-        with contextlib.closing(_DecodeRun(source, _Choice()).times()) as times:
-            return _Choice([position for position, _ in shown_at(sampling.times_seconds, enumerate(times))] or [0])
+        with contextlib.closing(_DecodeRun(source, Choice()).times()) as times:
+            return Choice([position for position, _ in shown_at(sampling.times_seconds, enumerate(times))] or [0])
     if not is_fast or (sampling.frames is None and sampling.every_nth is None):
-        return _Choice()
-    return _Choice(targets_seconds=_list_packets([source.video()], source).targets_seconds(sampling))
+        return Choice()
+    return Choice(targets_seconds=_list_packets([source.video()], source).targets_seconds(sampling))
 
 
 def _frames_or_last(run: _DecodeRun) -> Iterator[tuple[NDArray[np.uint8], float]]:
     yield from run.frames()
     if run.chooser.decoded and not run.chooser.used:
         # All the wanted frames lie in the part that does not decode: use the last one that does.
-        run.choice = _Choice([run.chooser.decoded - 1])
+        run.choice = Choice([run.chooser.decoded - 1])
         yield from run.frames()
 
 
@@ -245,7 +223,7 @@ class _DecodeRun:
         chooser: Counts every decoded frame; drops frames that ffmpeg's filter graph lets through by mistake.
     """
 
-    def __init__(self, source: _Source, choice: _Choice) -> None:
+    def __init__(self, source: _Source, choice: Choice) -> None:
         self.choice = choice
         self._source = source
         self._clear()
@@ -269,7 +247,7 @@ class _DecodeRun:
         """Yield the time of every decoded frame without making pictures."""
 
         def arguments(times_fd: int) -> list[str]:
-            stream = _print_time(self._source.video(**_input_options(self._source.options)), DECODED, times_fd)
+            stream = print_time(self._source.video(**_input_options(self._source.options)), DECODED, times_fd)
             return list(ffmpeg.get_args(stream.output("pipe:1", f="null", fps_mode="passthrough")))
 
         with FfmpegProcess(arguments, self._source.fd) as process:
@@ -386,47 +364,6 @@ def _require_known_picture(log: FfmpegLog, source: _Source) -> None:
         raise _StartAnewError(known)
 
 
-def _select_expression(sampling: Sampling, choice: _Choice) -> str:
-    """Return the choice as an ffmpeg expression with the same operations as `FrameChooser`."""
-    if choice.positions is not None:
-        return "1" if len(choice.positions) > MAX_SELECTED_POSITIONS else _any_of(sorted(choice.positions))
-    if choice.targets_seconds is not None:
-        if len(choice.targets_seconds) > MAX_SELECTED_TARGETS:
-            return "1"
-        return f"if(gt(st(0,{_num_passed(earliest(choice.targets_seconds))}),ld(1)),st(1,ld(0)),0)"
-    if sampling.every_nth is not None:
-        return f"not(mod(n,{sampling.every_nth}))"
-    if sampling.scenes is not None:
-        return scene_expression(sampling.scenes)
-    if sampling.keyframes:
-        return "key"
-    assert sampling.fps is not None
-    fps = float(sampling.fps)
-
-    def grid_point(time: str) -> str:
-        return f"floor(({time}-start_t+{TIME_TOLERANCE_SECONDS!r})*{fps!r})"
-
-    return f"if(isnan(prev_selected_t),1,gt({grid_point('t')},{grid_point('prev_selected_t')}))"
-
-
-def _any_of(positions: list[int]) -> str:
-    """Return an expression for `n` being one of these: a shallow tree, because each frame walks down it."""
-    if len(positions) <= 8:
-        return "+".join(f"eq(n,{position})" for position in positions)
-    middle = len(positions) // 2
-    return f"if(lt(n,{positions[middle]}),{_any_of(positions[:middle])},{_any_of(positions[middle:])})"
-
-
-def _num_passed(times_seconds: list[float], before: int = 0) -> str:
-    """Return an expression for how many of these ascending times have passed, as a shallow tree."""
-    if not times_seconds:
-        return str(before)
-    middle = len(times_seconds) // 2
-    earlier = _num_passed(times_seconds[:middle], before)
-    later = _num_passed(times_seconds[middle + 1 :], before + middle + 1)
-    return f"if(lt(t,{times_seconds[middle]!r}),{earlier},{later})"
-
-
 def _input_options(options: DecodeOptions) -> dict[str, Any]:
     arguments: dict[str, Any] = {"threads": 1, "max_pixels": max_pixels(options.limits)}
     if options.sampling.keyframes or options.fast:
@@ -436,7 +373,7 @@ def _input_options(options: DecodeOptions) -> dict[str, Any]:
     return arguments
 
 
-def _decode_arguments(source: _Source, choice: _Choice, times_fd: int) -> list[str]:
+def _decode_arguments(source: _Source, choice: Choice, times_fd: int) -> list[str]:
     sampling = source.options.sampling
     options = _input_options(source.options)
     if not source.is_turned and sampling.scenes is None:
@@ -445,43 +382,21 @@ def _decode_arguments(source: _Source, choice: _Choice, times_fd: int) -> list[s
         # the default: after a change its frames may be up to a grid step late, or missing. The filter
         # that finds scenes cannot either: it would read past the end of smaller frames.
         options["reinit_filter"] = 0
-    width, height = _scaled_size(source.options.resize_px)
+    width, height = scaled_size(source.options.resize_px)
     if "colorspace" in NEUTRAL_COLOURS[source.neutral]:
         # ffmpeg refuses a reserved matrix even before the first filter.
         options["colorspace"] = "unknown"
-    stream = _print_time(source.video(**options), DECODED, times_fd)
+    stream = print_time(source.video(**options), DECODED, times_fd)
     if neutral := NEUTRAL_COLOURS[source.neutral]:
         stream = stream.filter("setparams", **dict.fromkeys(neutral, "unknown"))
     to_sdr = dict(pair.split("=") for pair in SDR_COLOURS.split(":")) if source.hdr_transfer else {}
-    stream = _print_time(stream.filter("select", _select_expression(sampling, choice)), CHOSEN, times_fd)
+    stream = print_time(stream.filter("select", select_expression(sampling, choice)), CHOSEN, times_fd)
     stream = (
         stream.filter("scale", w=width, h=height, flags=SCALE_FLAGS, **to_sdr)
         .filter("format", "rgba")
         .output("pipe:1", f="image2pipe", fps_mode="passthrough", threads=1, **{"c:v": "pam"})
     )
     return list(ffmpeg.get_args(stream))
-
-
-def _scaled_size(resize_px: int | None) -> tuple[str, str]:
-    """Return width and height as ffmpeg expressions, equal to `square_pixels_width` and `resized`."""
-    sane = f"between(sar,{MIN_ASPECT_RATIO!r},{MAX_ASPECT_RATIO!r})"
-    width = f"if({sane},max(1,floor(iw*sar+0.5)),iw)"
-    if resize_px is None:
-        return width, "ih"
-    # ld(0) is the width with square pixels, ld(1) the short side, ld(2) the long one.
-    sides = f"st(0,{width})*0+st(1,min(ld(0),ih))*0+st(2,max(ld(0),ih))*0"
-    is_strip = f"gt(ld(2),{MAX_ASPECT_RATIO!r}*ld(1))"
-    long_side = f"trunc({resize_px}*ld(2)/ld(1))"
-    return (
-        f"{sides}+if({is_strip},ld(0),if(gt(ld(0),ih),{long_side},{resize_px}))",
-        f"{sides}+if({is_strip},ih,if(gt(ld(0),ih),{resize_px},{long_side}))",
-    )
-
-
-def _print_time(stream: Any, key: str, times_fd: int) -> Any:
-    # The filter prints only frames that carry its key, so a first filter adds it.
-    marked = stream.filter("metadata", mode="add", key=key, value=1)
-    return marked.filter("metadata", mode="print", key=key, direct=1, file=f"pipe:{times_fd}")
 
 
 def _whole_file_seconds(source: _Source, container_format: str) -> float:

@@ -13,7 +13,7 @@ import selectors
 import subprocess
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -22,10 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svb.errors import UsageError
+from svb.extract.decode.containers import is_fragmented
 from svb.extract.decode.decoder import (
     Candidate,
     DecodeErrors,
-    is_fragmented,
     require_duration,
     require_size,
     require_streams,
@@ -173,6 +173,7 @@ class FfmpegLog:
         r"\[graph .* input from stream .*\] \[verbose\] w:(\d+) h:(\d+) .* tb:(\d+)/(\d+) .*sar:(\d+)/(\d+)"
     )
     _TRANSFER = re.compile(r"/(smpte2084|arib-std-b67)[,)]")
+    _CROP = re.compile(r"\[crop @ [^\]]*\] \[verbose\] w:\d+ h:\d+ .*-> w:(\d+) h:(\d+) ")
     _COLOURS = re.compile(r"\] Unsupported input \(|^\[error\]   Color spaces:|\[error\] Invalid color space")
     _TOO_LARGE = re.compile(r"Picture size (\d+)x(\d+) exceeds specified max pixel count")
     _ERROR = re.compile(r"(?:\[[^\]]* @ 0x[0-9a-f]+\] )*\[(?:error|fatal|panic)\] (.*)")
@@ -197,6 +198,7 @@ class FfmpegLog:
         self._current: _Stream | None = None
         self._in_banner = False
         self._counts_start = False
+        self._is_cropped = False
         self.stream: int | None = None
         self.refuses_colours = False
         self._has_turning_filter = False
@@ -254,6 +256,10 @@ class FfmpegLog:
             self._first_frame = self._first_frame or _Shape(
                 int(match[1]), int(match[2]), _ratio(match[5], match[6])
             )
+        if self._first_frame and not self._is_cropped and (match := self._CROP.match(line)):
+            # ffmpeg itself cuts off what the container says not to show.
+            self._is_cropped = True
+            self._first_frame = replace(self._first_frame, width_px=int(match[1]), height_px=int(match[2]))
         if math.isnan(self.unit_seconds) and (match := self._TOO_LARGE.search(line)):
             self._refused_px = int(match[1]), int(match[2])
         if self._COLOURS.search(line):

@@ -30,6 +30,7 @@ from svb.extract.decode.choice import (
     decoded_at_right_positions,
     without_skipping,
 )
+from svb.extract.decode.containers import container_crop
 from svb.extract.decode.decoder import (
     ChunkBuilder,
     DecodeError,
@@ -132,7 +133,7 @@ def _decode(
         stream.codec_context.skip_frame = (
             "NONKEY" if options.sampling.keyframes else "NONREF" if options.fast else "DEFAULT"
         )
-        converter = Converter(stream, options.resize_px)
+        converter = Converter(stream, options.resize_px, container_crop(path, container.format.name, stream.index))
         decoded = _decoded_frames(container, stream, errors, plan)
         first = next(decoded, None)
         if first is None:

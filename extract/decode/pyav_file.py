@@ -19,11 +19,11 @@ from av.video.stream import VideoStream
 
 from svb.extract.decode import decoder as decode_module
 from svb.extract.decode.choice import PacketTimes
+from svb.extract.decode.containers import is_fragmented
 from svb.extract.decode.decoder import (
     Candidate,
     DecodeErrors,
     best_stream,
-    is_fragmented,
     max_pixels,
     no_video,
     origin_seconds,

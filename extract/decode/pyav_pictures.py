@@ -17,6 +17,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from svb.extract.decode.choice import scene_expression
+from svb.extract.decode.containers import Crop
 from svb.extract.decode.decoder import (
     NEUTRAL_COLOURS,
     SCALE_FLAGS,
@@ -38,7 +39,8 @@ class Converter:
     as ffmpeg does.
     """
 
-    def __init__(self, stream: VideoStream, resize_px: int | None) -> None:
+    def __init__(self, stream: VideoStream, resize_px: int | None, crop: Crop) -> None:
+        self._crop = crop
         self._stream = stream
         self._resize_px = resize_px
         self._size: tuple[int, int] | None = None
@@ -48,7 +50,7 @@ class Converter:
         """Return the displayed `(width, height)` of all frames: that of the first one."""
         if self._size is None:
             turned = clockwise_degrees(display_matrix(frame)) in (90, 270)
-            width, height, aspect = frame.width, frame.height, float(_aspect_ratio(self._stream))
+            (width, height), aspect = self._shown(frame), float(_aspect_ratio(self._stream))
             if turned:
                 width, height, aspect = height, width, 1 / aspect
             self._size = square_pixels_width(width, aspect), height
@@ -61,10 +63,19 @@ class Converter:
         picture = cast("NDArray[np.uint8]", filtered.to_ndarray())
         return on_white(picture) if picture.shape[-1] == 4 else picture
 
+    def _shown(self, frame: VideoFrame) -> tuple[int, int]:
+        """Return the width and height that the container shows, all of the frame if its crop makes no sense."""
+        width = frame.width - self._crop.left - self._crop.right
+        height = frame.height - self._crop.top - self._crop.bottom
+        return (width, height) if width > 0 and height > 0 else (frame.width, frame.height)
+
     def _chain(self, frame: VideoFrame) -> list[tuple[str, str | None]]:
         width, height = resized(*self.size(frame), self._resize_px)
         to_sdr = f":{SDR_COLOURS}" if hdr_transfer(frame) else ""
+        shown = self._shown(frame)
+        crop = [("crop", f"w={shown[0]}:h={shown[1]}:x={self._crop.left}:y={self._crop.top}:exact=1")]
         return [
+            *(crop if shown != (frame.width, frame.height) else []),
             *_upright(display_matrix(frame)),
             ("scale", f"w={width}:h={height}:flags={SCALE_FLAGS}{to_sdr}"),
             ("format", f"pix_fmts={'rgba' if _is_transparent(frame) else 'rgb24'}"),

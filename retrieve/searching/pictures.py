@@ -20,6 +20,7 @@ from av.video.stream import VideoStream
 from PIL import Image
 
 from svb.errors import InputError
+from svb.extract.decode.containers import container_crop
 from svb.extract.decode.decoder import DecodeError, check_file, origin_seconds
 from svb.extract.decode.options import Limits
 from svb.extract.decode.pyav_file import FrameClock, opened, promised_seconds
@@ -174,7 +175,8 @@ class _Reader:
         # The frame that is shown and the one after it, each with its time.
         self._held: tuple[VideoFrame, float] | None = None
         self._next: tuple[VideoFrame, float] | None = None
-        self._sizes = Converter(stream, None)
+        self._crop = container_crop(path, container.format.name, stream.index)
+        self._sizes = Converter(stream, None, self._crop)
         self._converter: Converter | None = None
 
     def picture(self, seconds: float, tolerance_seconds: float, height: int) -> Image.Image:
@@ -250,6 +252,6 @@ class _Reader:
         width = max(1, int(width_px * height / height_px))
         if self._converter is None:
             # Scaled by the decoder's own filters: a small picture of a large frame costs little.
-            self._converter = Converter(self._stream, min(width, height))
+            self._converter = Converter(self._stream, min(width, height), self._crop)
         picture = Image.fromarray(self._converter.rgb(frame))
         return picture if picture.size == (width, height) else picture.resize((width, height))
