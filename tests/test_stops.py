@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import importlib
 import os
 import resource
 import shutil
@@ -109,7 +110,9 @@ class TestSignals:
         self, folder: Path, tmp_path: Path, run_svb: RunSvb, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         send = once_a_video_is_done(lambda: os.kill(os.getpid(), signal.SIGTERM))
-        monkeypatch.setattr(sys.modules["svb.cli.extract"], "_show", lambda meter, progress: send(progress))
+        monkeypatch.setattr(
+            importlib.import_module("svb.cli.extract"), "_show", lambda meter, progress: send(progress)
+        )
         options = ("--backbone", FRAMES, "--workers", 1, "--batch-size", 1)
         ran = run_svb("extract", folder, "-o", tmp_path / "out", *options)
         assert ran.exit_code == 75 and "Traceback" not in ran.stderr
