@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 USABLE = ("ok", "partial")
 # A record of this status takes earlier ones of its video out of the store.
 REMOVED = "removed"
-# Why a video has no features; what each means is in docs/formats.md.
+# Why a video has no features; what each means is in docs/extraction.md.
 FAILURES = (
     *("missing", "empty", "unreadable", "no_video_stream", "attached_picture", "zero_frames", "truncated"),
+    *("encrypted", "no_permission"),
     *("concealed_errors", "over_limit", "timeout", "decoder_crash", "out_of_memory", "nonfinite_features"),
 )
 

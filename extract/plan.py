@@ -141,7 +141,7 @@ def plan_videos(
             continue
         record = records.get(video_id)
         size_and_mtime = _size_and_mtime(path)
-        is_unchanged = _is_unchanged(record, size_and_mtime)
+        is_unchanged = _is_unchanged(record, path, size_and_mtime)
         tries = record.tries if record is not None and is_unchanged else 0
         asked.append(PlannedVideo(video_id, path, size_and_mtime[0] if size_and_mtime else 0, tries, times))
         if record is None or not is_unchanged or record.status in retry:
@@ -155,13 +155,15 @@ def plan_videos(
 
 
 def is_done(record: VideoRecord | None, path: Path, retry: Collection[str] = ()) -> bool:
-    """Tell whether a record describes a file as it is now, and its status is not to be tried again."""
-    return record is not None and _is_unchanged(record, _size_and_mtime(path)) and record.status not in retry
+    """Tell whether a record is of a file as it is now, and its status is none of those to be tried again."""
+    return record is not None and _is_unchanged(record, path, _size_and_mtime(path)) and record.status not in retry
 
 
-def _is_unchanged(record: VideoRecord | None, size_and_mtime: tuple[int, int] | None) -> bool:
+def _is_unchanged(record: VideoRecord | None, path: Path, size_and_mtime: tuple[int, int] | None) -> bool:
     if record is None:
         return False
+    if record.status == "no_permission":  # a permission that is given changes neither size nor time
+        return not os.access(path, os.R_OK)
     if size_and_mtime is None:  # the file is gone: what was extracted from it is kept
         return record.usable or record.status == "missing"
     return size_and_mtime == (record.size_bytes, record.mtime_ns)

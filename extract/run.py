@@ -264,7 +264,7 @@ class ThisMachine:
 
 def _require_possible(config: ExtractConfig) -> None:
     if config.hwaccel is not None:
-        from svb.extract.decode.hwaccel import require_hwaccel
+        from svb.extract.decode.ffmpeg_process import require_hwaccel
 
         require_hwaccel(config.hwaccel)
     if config.ray is not None and importlib.util.find_spec("ray") is None:

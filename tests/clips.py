@@ -164,6 +164,13 @@ def make_clip_without_keyframes(path: Path) -> Path:
     return path
 
 
+def count_frames(path: Path) -> int:
+    """Return how many frames of its video the ffmpeg program decodes, told nothing."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", f"file:{path}", "-map", "0:v:0"]
+    printed = subprocess.run([*command, "-f", "framecrc", "-"], capture_output=True, text=True, check=False).stdout
+    return sum(not line.startswith("#") for line in printed.splitlines())
+
+
 def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - /proc is not a folder of files
 

@@ -26,7 +26,6 @@ from svb.extract.pool.decode_pool import DecodePool, WorkSource
 from svb.extract.pool.worker import Message, Started
 from svb.retrieve.answer import SearchRequest
 from svb.retrieve.evaluate import evaluate
-from svb.retrieve.index import index
 from svb.retrieve.model.embedder import index_embedder, run_embedder
 from svb.retrieve.model.query_media import embed_video
 from svb.retrieve.search import Searcher

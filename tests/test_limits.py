@@ -11,17 +11,15 @@ from pathlib import Path
 
 import clips
 import pytest
+from decoding import each_decoder
 
 from svb.errors import UsageError
-from svb.extract.decode import ffmpeg_decoder, pyav_decoder
 from svb.extract.decode.decoder import DecodeEnd, DecodeError, Decoder
 from svb.extract.decode.options import DecodeOptions, Limits
 from svb.extract.decode.sampling import Sampling
 
-DECODERS: dict[str, Decoder] = {"pyav": pyav_decoder.decode, "ffmpeg": ffmpeg_decoder.decode}
 SAMPLINGS = [Sampling(fps=2), Sampling(frames=4), Sampling(times_seconds=(1.0,)), Sampling(scenes=0.3)]
 
-each_decoder = pytest.mark.parametrize("decoder", DECODERS.values(), ids=DECODERS)
 each_sampling = pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 
 

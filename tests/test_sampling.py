@@ -12,18 +12,18 @@ import clips
 import numpy as np
 import pandas as pd
 import pytest
+from decoding import B_FRAMES, DECODERS, each_decoder, run, times_of
 
 from svb.errors import InputError, UsageError
 from svb.extract.decode import decoder as decode_module
-from svb.extract.decode import ffmpeg_decoder, hwaccel, pyav_decoder
-from svb.extract.decode.decoder import DecodeEnd, DecodeError, Decoder, FrameChunk, VideoProperties, resized
-from svb.extract.decode.hwaccel import require_hwaccel
+from svb.extract.decode import ffmpeg_decoder, ffmpeg_filters, ffmpeg_process, pyav_decoder
+from svb.extract.decode.choice import StretchList
+from svb.extract.decode.decoder import DecodeEnd, DecodeError, Decoder, FrameChunk, resized
+from svb.extract.decode.ffmpeg_process import require_hwaccel
 from svb.extract.decode.options import DecodeOptions
 from svb.extract.decode.sampling import Sampling, shown_at
-from svb.extract.decode.skip_plan import StretchList
 from svb.extract.decode.times_table import read_times
 
-DECODERS: dict[str, Decoder] = {"pyav": pyav_decoder.decode, "ffmpeg": ffmpeg_decoder.decode}
 KINDS: dict[str, dict[str, Any]] = {
     "fps": {"fps": 2.0},
     "frames": {"frames": 4},
@@ -32,16 +32,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "scenes": {"scenes": 0.3},
     "times_seconds": {"times_seconds": [0.5, 1.25]},
 }
-B_FRAMES = ("-c:v", "libx264", "-bf", "3", "-pix_fmt", "yuv420p")
-
-each_decoder = pytest.mark.parametrize("decoder", DECODERS.values(), ids=DECODERS)
 each_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-def times_of(decoder: Decoder, path: Path, options: Sampling | DecodeOptions) -> list[float]:
-    given = options if isinstance(options, DecodeOptions) else DecodeOptions(options)
-    chunks = [item for item in decoder(path, given) if isinstance(item, FrameChunk)]
-    return [round(float(seconds), 6) for chunk in chunks for seconds in chunk.frame_times_seconds]
 
 
 class TestSettings:
@@ -180,13 +171,13 @@ class TestChoice:
         calls: list[int] = []
 
         def set_end(fails_at: int) -> None:
-            def got_on() -> None:
+            def heartbeat() -> None:
                 calls.append(fails_at)
                 if len(calls) == fails_at:
                     raise DecodeError("timeout", "too long")
 
             calls.clear()
-            monkeypatch.setattr(decode_module, "got_on", got_on)
+            monkeypatch.setattr(decode_module, "heartbeat", heartbeat)
 
         set_end(0)
         list(decoder(path, DecodeOptions(Sampling(**KINDS[kind]))))
@@ -363,10 +354,9 @@ class TestResize:
         expected: tuple[int, int],
         tmp_path: Path,
     ) -> None:
-        properties, chunk, _ = decoder(make(tmp_path / "a.mp4"), DecodeOptions(Sampling(frames=1), resize_px=56))
-        assert isinstance(properties, VideoProperties) and isinstance(chunk, FrameChunk)
-        assert (properties.width_px, properties.height_px) == displayed
-        assert chunk.frames.shape == (1, expected[1], expected[0], 3)
+        decoded = run(decoder, make(tmp_path / "a.mp4"), DecodeOptions(Sampling(frames=1), resize_px=56))
+        assert (decoded.properties.width_px, decoded.properties.height_px) == displayed
+        assert decoded.frames.shape == (1, expected[1], expected[0], 3)
 
     def test_nonsense(self) -> None:
         with pytest.raises(UsageError, match="cannot resize frames to 0 px"):
@@ -391,7 +381,7 @@ class TestHardware:
                 ("[CUDA @ 0x1] Cannot load libcuda.so.1\nDevice creation failed: -1.\n", 255),
             ]
         )
-        monkeypatch.setattr(hwaccel, "_ask", lambda *_: next(answers))
+        monkeypatch.setattr(ffmpeg_process, "_ask", lambda *_: next(answers))
         with pytest.raises(UsageError) as caught:
             require_hwaccel("cuda")
         for words in ("Cannot load libcuda.so.1; Device creation", "knows cuda, vaapi", "leave out --hwaccel"):
@@ -405,7 +395,7 @@ class TestHardware:
     def test_the_arguments(self) -> None:
         options = DecodeOptions(Sampling(fps=1), decoder="ffmpeg", hwaccel="cuda", fast=True)
         source = ffmpeg_decoder._Source(Path("a.mp4"), 7, options)
-        arguments = ffmpeg_decoder._decode_arguments(source, ffmpeg_decoder._Choice(), 8, is_turned=False)
+        arguments = ffmpeg_decoder._decode_arguments(source, ffmpeg_filters.Choice(), 8)
         before_input = arguments[: arguments.index("-i")]
         for option, value in (("-hwaccel", "cuda"), ("-skip_frame", "noref"), ("-threads", "1")):
             assert before_input[before_input.index(option) + 1] == value

@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,17 +30,31 @@ from svb.errors import Interrupted, StoreError, SvbError
 from svb.extract.backbones import load_backbone
 from svb.extract.backbones.backbone import Backbone
 from svb.extract.compute.packing import Packer
-from svb.extract.decode.decoder import DecodeError
+from svb.extract.decode.decoder import DecodeError, FrameChunk
 from svb.extract.decode.options import DecodeOptions
 from svb.extract.decode.sampling import Sampling
 from svb.extract.plan import PlannedVideo
 from svb.extract.pool import decode_pool as pool_module
 from svb.extract.pool import worker as worker_module
 from svb.extract.pool.decode_pool import DecodePool
-from svb.extract.pool.worker import Finished
+from svb.extract.pool.worker import SLOTS, Finished, Started
 from svb.extract.progress import ExtractProgress, what_limited
 
 pytestmark = pytest.mark.usefixtures("toy_backbones")
+
+
+@pytest.fixture
+def workers(monkeypatch: pytest.MonkeyPatch) -> list[pool_module._Worker]:
+    """Return a list that gets every decode worker that is started."""
+    started: list[pool_module._Worker] = []
+
+    class Noted(pool_module._Worker):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            started.append(self)
+
+    monkeypatch.setattr(pool_module, "_Worker", Noted)
+    return started
 
 
 def once_a_video_is_done(act: Callable[[], object], times: int = 1) -> Callable[[ExtractProgress], None]:
@@ -174,54 +189,75 @@ class TestOneVideo:
         record = FeatureStore(tmp_path / "failed").records["rotten"]
         assert record.error.startswith("decoded ") and record.elapsed_seconds > 0
 
-    def test_one_that_takes_too_long_ends(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_one_that_takes_too_long_ends(self) -> None:
         now = [100.0]
         said: list[object] = []
 
         class Pipe:
             send = said.append
 
-        monkeypatch.setattr(worker_module.time, "monotonic", lambda: now[0])
-        desk = worker_module._Desk(Pipe(), None, time_limit_seconds=30, num_videos=5)  # type: ignore[arg-type]
-        desk.got_on()
+        messenger = worker_module._Messenger(
+            Pipe(),  # type: ignore[arg-type]
+            None,  # type: ignore[arg-type]
+            time_limit_seconds=30,
+            num_videos=5,
+            clock=lambda: now[0],
+        )
+        messenger.heartbeat()
         assert not said
         now[0] += 29
-        desk.got_on()
+        messenger.heartbeat()
         assert said == [worker_module.Alive()]
         now[0] += 2
         with pytest.raises(
             DecodeError, match=r"has taken 31 s - a video may take 30 s; raise --time-limit"
         ) as caught:
-            desk.got_on()
+            messenger.heartbeat()
         assert caught.value.status == "timeout"
 
     def test_workers_are_replaced_after_some_videos(
-        self, clips_folder: Path, monkeypatch: pytest.MonkeyPatch
+        self, clips_folder: Path, workers: list[pool_module._Worker]
     ) -> None:
-        started: list[object] = []
-
-        class Counted(pool_module._Worker):
-            def __init__(self, *arguments: Any) -> None:
-                super().__init__(*arguments)
-                started.append(self.process.pid)
-
-        monkeypatch.setattr(pool_module, "_Worker", Counted)
         videos = [PlannedVideo(path.stem, path) for path in sorted(clips_folder.glob("*.*"))]
         pool = DecodePool(1, DecodeOptions(Sampling(frames=1)), videos_a_worker=2)
         ends = [message.status for _, message in pool.run(videos) if isinstance(message, Finished)]
-        assert ends == ["ok"] * 3 and len(set(started)) == 2
+        assert ends == ["ok"] * 3 and len(workers) == 2
 
-    def test_a_consumer_that_is_slow_is_no_stall(self, tmp_path: Path) -> None:
+    def test_a_consumer_that_is_slow_is_no_stall(self, tmp_path: Path, workers: list[pool_module._Worker]) -> None:
         # More chunks than there are slots: the worker waits for them for longer than it may be silent.
         clip = clips.make_clip(tmp_path / "a.mp4", seconds=2, fps=60, size="1280x720", extra=("-g", "1"))
-        pool = DecodePool(1, DecodeOptions(Sampling(fps=60)), stall_seconds=1.0)
+        hours, consumer, asked_again = [0.0], threading.get_ident(), threading.Event()
+
+        def clock() -> float:
+            if hours[0] and threading.get_ident() != consumer:
+                asked_again.set()
+            return 3600 * hours[0]
+
+        pool = DecodePool(1, DecodeOptions(Sampling(fps=60)), stall_seconds=600.0, clock=clock)
         messages = []
         for _, message in pool.run([PlannedVideo("a", clip)]):
             messages.append(message)
-            if len(messages) == 3:
-                time.sleep(2.5)
+            if isinstance(message, FrameChunk) and not hours[0]:
+                while workers[0].slots_out < SLOTS:
+                    time.sleep(0.01)
+                hours[0] = 1.0
+                assert asked_again.wait(60)
         assert isinstance(messages[-1], Finished) and messages[-1].status == "ok"
-        assert pool.workers_waiting_seconds > 1
+        assert pool.workers_waiting_seconds > 0
+
+    def test_a_worker_that_is_silent_for_long_is_a_stall(
+        self, tmp_path: Path, workers: list[pool_module._Worker]
+    ) -> None:
+        hours = [0.0]
+        pool = DecodePool(1, DecodeOptions(Sampling(fps=1)), stall_seconds=600.0, clock=lambda: 3600 * hours[0])
+        messages = []
+        for _, message in pool.run([PlannedVideo("a", clips.make_clip(tmp_path / "a.mp4"))]):
+            messages.append(message)
+            if isinstance(message, Started):
+                assert workers[0].process.pid is not None
+                os.kill(workers[0].process.pid, signal.SIGSTOP)
+                hours[0] = 1.0
+        assert isinstance(messages[-1], Finished) and messages[-1].status == "timeout"
 
 
 class TestOutOfMemory:

@@ -1,19 +1,16 @@
-"""What a decoder gives: a video's properties, then its sampled frames in chunks of bounded size.
+"""What both decoders share: they yield a video's properties, then its sampled frames in bounded chunks.
 
-Both decoders (`pyav_decoder`, `ffmpeg_decoder`) turn the same file into the same
-frames with the same times. This module and they import neither torch nor h5py: decode workers are
-processes that must start fast and stay small.
+Both (`pyav_decoder`, `ffmpeg_decoder`) turn the same file into the same frames with the same times.
+None of these modules imports torch or h5py: decode workers must start fast and stay small.
 """
 
 from __future__ import annotations
 
-import bisect
 import math
 import re
-import sys
-from array import array
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -21,36 +18,43 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svb.errors import SvbError
+from svb.extract.decode.containers import is_encrypted, lacks_index
 from svb.extract.decode.options import DecodeOptions, Limits
-from svb.extract.decode.sampling import TIME_TOLERANCE_SECONDS, Sampling
 
-# A chunk crosses from a decode worker to the backbones in one piece; this bounds a worker's memory
-# whatever the length of the video.
+# A chunk goes from a decode worker to the backbones in one piece; this bounds a worker's memory
+# however long the video is.
 CHUNK_BYTES = 16 * 2**20
 # Small frames are enlarged for the backbone: 512 squares of 224 pixels are 77 MB there.
 CHUNK_FRAMES = 512
 
-# Earlier than any frame.
-BEFORE_ALL_SECONDS = -1e12
 
-# Without these flags swscale rounds and places chroma faster but worse, and PyAV's and ffmpeg's pixels part.
+# Without these flags swscale rounds and places chroma less exactly, and PyAV's and ffmpeg's pixels differ.
 SCALE_FLAGS = "bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"
 
-# Anamorphic video lies between 1:2 and 64:33; a damaged header can ask for frames of gigabytes.
+# To map HDR to SDR; swscale does it when it is told the colours that are wanted.
+SDR_COLOURS = "out_primaries=bt709:out_transfer=bt709"
+
+# Reserved or unknown colour numbers make swscale refuse a frame: they are set to unknown. Primaries and
+# transfer go first, because a frame of SDR needs only its matrix.
+NEUTRAL_COLOURS = ((), ("color_primaries", "color_trc"), ("color_primaries", "color_trc", "colorspace"))
+
+
+# What the ffmpeg program adds to a stream's pixels for its default flag.
+DEFAULT_FLAG_PIXELS = 5_000_000
+
+# Anamorphic video has ratios from 1:2 to 64:33; a damaged header can ask for frames of gigabytes.
 MIN_ASPECT_RATIO, MAX_ASPECT_RATIO = 1 / 8, 8.0
 
 
 @dataclass(frozen=True)
 class VideoProperties:
-    """A video as displayed: rotation and sample aspect ratio applied to the size.
+    """A video as displayed, with rotation and sample aspect ratio applied to its size.
 
     Attributes:
-        duration_seconds: What the container promises for the video stream; NaN where it promises nothing.
-        frame_rate: Average frames a second; NaN where unknown.
-        width_px: Displayed width.
-        height_px: Displayed height.
-        rotation_degrees: Counter-clockwise turn that was applied: 0, 90, 180 or 270.
-        codec: The decoder's name for the codec, such as `h264`.
+        duration_seconds: The duration that the container promises for the video stream; NaN if it has none.
+        frame_rate: Average frames a second; NaN if unknown.
+        rotation_degrees: The counter-clockwise turn that was applied: 0, 90, 180 or 270.
+        codec: libavcodec's name for the codec, such as `h264`.
     """
 
     duration_seconds: float
@@ -86,8 +90,8 @@ class DecodeEnd:
 
     Attributes:
         status: `ok` or `partial`.
-        error: The decoder's last words, or empty.
-        cause: Of `partial`, the failure it is where partial videos are none to keep.
+        error: The decoder's last complaint, or empty.
+        cause: The failure code that replaces `partial` if partial videos are not kept.
     """
 
     status: str
@@ -96,10 +100,10 @@ class DecodeEnd:
 
 
 class DecodeError(SvbError):
-    """A video gave no frame at all.
+    """A video could not be decoded.
 
     Attributes:
-        status: The failure code that goes into the video's record.
+        status: The failure code for the video's record.
     """
 
     def __init__(self, status: str, message: str) -> None:
@@ -111,10 +115,10 @@ class Decoder(Protocol):
     """Decodes one file: yields its properties once, then chunks, then the end.
 
     Raises:
-        DecodeError: With the status `missing`, `empty`, `unreadable`, `truncated` (no index to read by),
-            `no_video_stream`, `attached_picture`, `zero_frames`, or `over_limit` (more than
-            `DecodeOptions.limits` allow: before the first frame, or amid the chunks of a video that runs
-            on for longer than it promised).
+        DecodeError: With the status `missing`, `empty`, `no_permission`, `unreadable`, `encrypted`, `truncated`
+            (the index is missing), `no_video_stream`, `attached_picture`, `zero_frames`, or `over_limit`
+            (the video exceeds `DecodeOptions.limits`: raised before the first frame, or later if it runs on
+            for longer than it promised).
     """
 
     def __call__(
@@ -123,9 +127,9 @@ class Decoder(Protocol):
 
 
 def promised_but_missing(promised_seconds: float, decoded_seconds: float, frame_rate: float) -> float:
-    """Return by how many seconds a decode fell short of the container's promise, 0.0 within tolerance.
+    """Return how many seconds are missing from what the container promises; 0.0 within tolerance.
 
-    Containers round durations and some count the audio's: up to 0.5 s, three frames or 5 % are no loss.
+    Containers round durations, and some count the sound's: up to 0.5 s, three frames or 5 % may be missing.
     """
     if not promised_seconds > 0:
         return 0.0
@@ -136,22 +140,31 @@ def promised_but_missing(promised_seconds: float, decoded_seconds: float, frame_
 
 
 def check_file(path: Path) -> None:
-    """Raise what needs no decoder to see.
+    """Refuse what is no file to decode.
 
     Raises:
-        DecodeError: `missing`, `empty` or, for a folder, `unreadable`.
+        DecodeError: `missing`, `empty`, `no_permission`, or `unreadable` if it is a folder or a device.
     """
-    if not path.exists():
-        raise DecodeError("missing", f"{path} does not exist - expected a video file; check the path")
-    if not path.is_file():
+    try:
+        found = path.stat()
+        if stat.S_ISREG(found.st_mode):
+            path.open("rb").close()
+    except PermissionError as error:
+        words = f"{path} cannot be read ({error.strerror}) - give yourself permission to read it, and run again"
+        raise DecodeError("no_permission", words) from error
+    except (OSError, ValueError) as error:
+        reason = "" if isinstance(error, FileNotFoundError) else f" ({getattr(error, 'strerror', error)})"
+        words = f"{path} does not exist{reason} - expected a video file; check the path"
+        raise DecodeError("missing", words) from error
+    if not stat.S_ISREG(found.st_mode):
         raise DecodeError("unreadable", f"{path} is not a regular file - expected a video file")
-    if path.stat().st_size == 0:
+    if found.st_size == 0:
         raise DecodeError("empty", f"{path} has 0 bytes - copy or download it again")
 
 
 def unreadable(path: Path, words: str) -> DecodeError:
-    """Return the error for a file that no demuxer opens: `truncated` where its index was lost."""
-    if _lacks_index(path):
+    """Return the error for a file that no demuxer opens: `truncated` if its index is missing."""
+    if lacks_index(path):
         return DecodeError(
             "truncated",
             f"{path} ends before its index (moov atom not found) - copy or download it again; {words}",
@@ -160,7 +173,7 @@ def unreadable(path: Path, words: str) -> DecodeError:
 
 
 def no_video(path: Path, has_picture: bool) -> DecodeError:
-    """Return the error for a file without a real video stream; cover art is a picture, not a video."""
+    """Return the error for a file without a video stream; cover art is a picture, not a video."""
     if has_picture:
         return DecodeError(
             "attached_picture", f"{path} has cover art but no video stream - expected a video, not music"
@@ -168,18 +181,52 @@ def no_video(path: Path, has_picture: bool) -> DecodeError:
     return DecodeError("no_video_stream", f"{path} has no video stream - expected a video")
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A video stream that may be used; `number` counts all the file's streams, `is_still` says it is one frame."""
+
+    number: int
+    num_pixels: int
+    is_default: bool
+    is_still: bool
+
+
+def best_stream(candidates: Sequence[Candidate]) -> int:
+    """Return the number of the stream to use: the one that the ffmpeg program picks, but no still before a clip.
+
+    ffmpeg takes the stream of the most pixels, and counts the default flag as `DEFAULT_FLAG_PIXELS`.
+    """
+
+    def rank(candidate: Candidate) -> tuple[bool, int]:
+        return not candidate.is_still, candidate.num_pixels + DEFAULT_FLAG_PIXELS * candidate.is_default
+
+    return max(candidates, key=rank).number
+
+
+def note_of(num_streams: int, place: int, transfer: str) -> str:
+    """Return what the record says of a video that is used otherwise than as it is; empty if nothing is special.
+
+    Args:
+        num_streams: Number of the file's video streams, cover art left out.
+        place: Which of them is used, from 1.
+        transfer: The name of a transfer function for HDR that was mapped to SDR, or empty.
+    """
+    notes = [f"used video stream {place} of {num_streams}"] if num_streams > 1 else []
+    return "; ".join([*notes, *([f"HDR ({transfer}) was mapped to SDR"] if transfer else [])])
+
+
 def zero_frames(path: Path, words: str) -> DecodeError:
-    """Return the error for a video stream of which nothing decodes."""
+    """Return the error for a video stream that gives no frame."""
     return DecodeError("zero_frames", f"{path} gave no frame - {words or 'its video stream is empty'}")
 
 
 def over_limit(path: Path, words: str, option: str) -> DecodeError:
-    """Return the error for a video that asks for more than its limits allow."""
+    """Return the error for a video that exceeds a limit."""
     return DecodeError("over_limit", f"{path} {words}; if you trust it raise {option}")
 
 
 def require_size(path: Path, limits: Limits, width_px: int, height_px: int) -> None:
-    """Refuse too large frames.
+    """Refuse frames that are too large.
 
     Raises:
         DecodeError: `over_limit`.
@@ -194,7 +241,7 @@ def require_size(path: Path, limits: Limits, width_px: int, height_px: int) -> N
 
 
 def require_duration(path: Path, limits: Limits, duration_seconds: float, verb: str = "promises") -> None:
-    """Refuse a too long video; NaN is no promise.
+    """Refuse a video that is too long; NaN means unknown.
 
     Raises:
         DecodeError: `over_limit`.
@@ -208,7 +255,7 @@ def require_duration(path: Path, limits: Limits, duration_seconds: float, verb: 
 
 
 def require_streams(path: Path, limits: Limits, num_streams: int) -> None:
-    """Refuse a file of too many streams, of any kind.
+    """Refuse a file with too many streams of any kind.
 
     Raises:
         DecodeError: `over_limit`.
@@ -219,45 +266,32 @@ def require_streams(path: Path, limits: Limits, num_streams: int) -> None:
 
 
 def max_pixels(limits: Limits) -> int:
-    """Return what libavcodec is to refuse, too: it counts whole blocks, of up to 128 pixels."""
+    """Return the most pixels that libavcodec may decode: it counts whole blocks, of up to 128 pixels."""
     width, height = (-(-size // 128) * 128 for size in (limits.max_width_px, limits.max_height_px))
     return width * height
 
 
-def _lacks_index(path: Path) -> bool:
-    """Say whether a file is an MP4 or MOV without its index: PyAV does not pass on what libavformat logs."""
-    kinds = {b"ftyp", b"mdat", b"free", b"skip", b"wide", b"moov", b"moof", b"uuid", b"pnot"}
-    size = path.stat().st_size
-    at = 0
-    with path.open("rb") as file:
-        while at + 8 <= size:
-            file.seek(at)
-            header = file.read(16)
-            length, kind = int.from_bytes(header[:4], "big"), header[4:8]
-            if kind not in kinds:
-                # Its first box says what a file is; strange bytes further on are damage.
-                return at > 0
-            if kind == b"moov":
-                return False
-            if length == 1:
-                length = int.from_bytes(header[8:16], "big")
-            if length < 8:
-                break
-            at += length
-    return at > 0
+def require_clear(path: Path, container_format: str) -> None:
+    """Refuse an encrypted file: it would decode to noise.
+
+    Raises:
+        DecodeError: `encrypted`.
+    """
+    if is_encrypted(path, container_format):
+        raise DecodeError("encrypted", f"{path} is encrypted - decrypt it, or leave it out")
 
 
 def square_pixels_width(width: int, sample_aspect_ratio: float) -> int:
-    """Return the width at which pixels are square; an absurd ratio is taken for damage and left alone."""
+    """Return the width at which pixels are square; an absurd ratio is ignored as damage."""
     if not MIN_ASPECT_RATIO <= sample_aspect_ratio <= MAX_ASPECT_RATIO:
         return width
     return max(1, math.floor(width * sample_aspect_ratio + 0.5))
 
 
 def resized(width: int, height: int, resize_px: int | None) -> tuple[int, int]:
-    """Return the size whose short side is `resize_px`, with the long one cut off as the device does it.
+    """Return the size whose short side is `resize_px`; the long side is rounded down, as on the device.
 
-    A strip longer than `MAX_ASPECT_RATIO` times its short side keeps its size: enlarged it might not fit
+    A strip longer than `MAX_ASPECT_RATIO` times its short side keeps its size: enlarged, it might not fit
     into memory.
     """
     short, long = min(width, height), max(width, height)
@@ -273,10 +307,9 @@ def right_angle(degrees: float) -> int:
 
 
 def on_white(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Lay a picture `(H, W, 4)` onto white and return it as `(H, W, 3)`.
+    """Lay a picture `(H, W, 4)` onto white, as a viewer does, and return it as `(H, W, 3)`.
 
-    A viewer does the same. The colours that lie beneath transparent pixels were never meant to be seen: an
-    encoder leaves there whatever compresses best.
+    The colours of transparent pixels were never meant to be seen: encoders store whatever compresses best.
     """
     colours, alpha = frame[..., :3], frame[..., 3:].astype(np.uint16)
     if alpha.min() == 255:
@@ -285,174 +318,30 @@ def on_white(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def origin_seconds(container_format: str, first_time_seconds: float) -> float:
-    """Return the time from which a container counts its duration: Matroska's includes a late start."""
+    """Return the time from which a container counts its duration: Matroska's duration includes a late start."""
     return min(0.0, first_time_seconds) if "matroska" in container_format else first_time_seconds
 
 
 def tagged_seconds(text: str) -> float:
-    """Return the seconds of an `hh:mm:ss.sss`, NaN where it is none."""
+    """Return the seconds of an `hh:mm:ss.sss`; NaN if the text has another form."""
     match = re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", text.strip())
     if match is None:
         return math.nan
     return int(match[1]) * 3600 + int(match[2]) * 60 + float(match[3])
 
 
-def _nobody_listens() -> None: ...
+def _no_listener() -> None: ...
 
 
-# Called whenever a decoder has got on by a frame or a packet. A decode worker sets it to tell the main
-# process that it is alive: with few frames wanted of a long video, nothing else is heard of it for minutes.
-got_on: Callable[[], None] = _nobody_listens
-
-
-class FrameChooser:
-    """Says of each decoded frame, in order of presentation, whether it is used; keeps what was seen.
-
-    Args:
-        path: The file, for messages.
-        options: Which frames, and the limit on how long a video may run.
-        positions: Which frames, in order of presentation, where they were listed before.
-        targets_seconds: Instead of positions: the first frame at or after each of these ascending times.
-
-    Attributes:
-        decoded: Frames seen.
-        used: Frames wanted.
-        first_time_seconds: The first frame's time.
-        last_time_seconds: The latest frame's time.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        options: DecodeOptions,
-        positions: Collection[int] | None = None,
-        targets_seconds: Sequence[float] | None = None,
-    ) -> None:
-        self.decoded = 0
-        self.used = 0
-        self.first_time_seconds = math.nan
-        self.last_time_seconds = -math.inf
-        self._path = path
-        self._limits = options.limits
-        self._sampling = options.sampling
-        self._positions = None if positions is None else frozenset(positions)
-        self._targets = None if targets_seconds is None else earliest(targets_seconds)
-        self._last_used_seconds = -math.inf
-
-    def count(self, time_seconds: float) -> None:
-        """Count one more decoded frame.
-
-        Raises:
-            DecodeError: `over_limit`: the video has run for too long.
-        """
-        got_on()
-        self.decoded += 1
-        if self.decoded == 1:
-            self.first_time_seconds = time_seconds
-        self.last_time_seconds = max(self.last_time_seconds, time_seconds)
-        require_duration(
-            self._path, self._limits, self.last_time_seconds - self.first_time_seconds, "has run on to"
-        )
-
-    def chooses(self, time_seconds: float) -> bool:
-        """Say whether the frame that was counted last is used."""
-        # A clock that jumps back (joined broadcasts) must not break the ascending order of times.
-        wanted = time_seconds > self._last_used_seconds and self._wants(time_seconds)
-        if wanted:
-            self.use(time_seconds)
-        return wanted
-
-    def use(self, time_seconds: float) -> None:
-        """Note that a frame is used."""
-        self.used += 1
-        self._last_used_seconds = time_seconds
-
-    def _wants(self, time_seconds: float) -> bool:
-        if self._positions is not None:
-            return self.decoded - 1 in self._positions
-        if self._targets is not None:
-            passed = bisect.bisect_right(self._targets, time_seconds)
-            return passed > bisect.bisect_right(self._targets, self._last_used_seconds)
-        if self._sampling.fps is not None:
-            return self._is_next_on_grid(time_seconds)
-        if self._sampling.every_nth is not None:
-            return (self.decoded - 1) % self._sampling.every_nth == 0
-        # What a key frame or a new scene is, is libav's to say, and every frame asked about is one.
-        return True
-
-    def _is_next_on_grid(self, time_seconds: float) -> bool:
-        if self.used == 0:
-            return True
-        first = self.first_time_seconds
-        grid_point = self._sampling.grid_point
-        return grid_point(time_seconds, first) > grid_point(self._last_used_seconds, first)
-
-
-def earliest(targets_seconds: Sequence[float]) -> list[float]:
-    """Return the time from which on a frame is at each target, given what containers round."""
-    return [target - TIME_TOLERANCE_SECONDS for target in targets_seconds]
-
-
-def scene_expression(threshold: float) -> str:
-    """Return where a scene begins, in the language of libavfilter's `select`."""
-    return f"if(n,gt(scene,{float(threshold)!r}),1)"
-
-
-def without_skipping(options: DecodeOptions) -> DecodeOptions | None:
-    """Return what to try where nothing decodes of a video whose frames were skipped; None where none were.
-
-    Of a video without key frames the first frame is used: what can be decoded of it says what it shows.
-    """
-    if options.sampling.keyframes:
-        return replace(options, fast=False, sampling=Sampling(every_nth=sys.maxsize))
-    return replace(options, fast=False) if options.fast else None
-
-
-class PacketTimes:
-    """The presentation times of a stream's packets, listed without decoding: 8 bytes a frame.
-
-    Attributes:
-        start_seconds: The earliest time.
-        end_seconds: Where the packet that is shown last ends.
-    """
-
-    def __init__(self, frame_seconds: float) -> None:
-        self.start_seconds = math.inf
-        self.end_seconds = -math.inf
-        self._frame_seconds = frame_seconds
-        self._times_seconds = array("d")
-
-    def add(self, time_seconds: float | None, duration_seconds: float) -> None:
-        """Note one packet; a duration of 0 is unknown and taken to be one frame's.
-
-        A bare stream without a container has no times: its packets follow one another.
-        """
-        got_on()
-        if time_seconds is None:
-            time_seconds = self.end_seconds if self._times_seconds else 0.0
-        self._times_seconds.append(time_seconds)
-        self.start_seconds = min(self.start_seconds, time_seconds)
-        end = time_seconds + (duration_seconds if duration_seconds > 0 else self._frame_seconds)
-        self.end_seconds = max(self.end_seconds, end)
-
-    def positions(self, sampling: Sampling) -> list[int]:
-        """Return which frames, in order of presentation, `frames` or `every_nth` sampling uses."""
-        if not self._times_seconds:
-            return [0]
-        if sampling.every_nth is not None:
-            return list(range(0, len(self._times_seconds), sampling.every_nth))
-        return sampling.spread(sorted(self._times_seconds), self.end_seconds - self.start_seconds)
-
-    def targets_seconds(self, sampling: Sampling) -> list[float]:
-        """Return the times of those frames, by which they are found where not every frame is decoded."""
-        times = sorted(self._times_seconds) or [BEFORE_ALL_SECONDS]
-        return [times[position] for position in self.positions(sampling)]
+# Called at every packet and frame. A decode worker sets it to tell the main process that it is alive:
+# while it looks for a few frames of a long video, it sends nothing else for minutes.
+heartbeat: Callable[[], None] = _no_listener
 
 
 class ChunkBuilder:
     """Gathers frames of one size into chunks of at most `CHUNK_BYTES` and `CHUNK_FRAMES`.
 
-    A frame that is larger makes a chunk of its own.
+    A larger frame makes a chunk of its own.
     """
 
     def __init__(self) -> None:
@@ -460,14 +349,14 @@ class ChunkBuilder:
         self._times_seconds: list[float] = []
 
     def add(self, frame: NDArray[np.uint8], time_seconds: float) -> Iterator[FrameChunk]:
-        """Add a frame; yields the chunk that it does not fit into any more."""
+        """Add a frame; yields the chunk before it if that is full."""
         if (len(self._frames) + 1) * frame.nbytes > CHUNK_BYTES or len(self._frames) == CHUNK_FRAMES:
             yield from self.flush()
         self._frames.append(frame)
         self._times_seconds.append(time_seconds)
 
     def flush(self) -> Iterator[FrameChunk]:
-        """Yield what is gathered, if anything."""
+        """Yield the frames gathered so far, if any."""
         if self._frames:
             chunk = FrameChunk(np.stack(self._frames), np.array(self._times_seconds, dtype=np.float64))
             self._frames, self._times_seconds = [], []
@@ -475,7 +364,7 @@ class ChunkBuilder:
 
 
 class DecodeErrors:
-    """How often a decoder complained of the video, and its last words."""
+    """How often a decoder complained about the video, and its last complaint."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -492,23 +381,26 @@ def judge_end(
     decoded_seconds: float,
     errors: DecodeErrors,
     whole_file_seconds: Callable[[], float],
+    note: str = "",
 ) -> DecodeEnd:
-    """Return `partial` where the decoder complained or the file holds less than it promises, else `ok`.
+    """Return `partial` if the decoder complained or the file holds less than it promises, else `ok`.
 
     Args:
-        properties: The promise.
-        decoded_seconds: From the first decoded frame to the end of the last.
+        properties: Hold the promised duration.
+        decoded_seconds: Time from the first decoded frame to the end of the last one.
         errors: The decoder's complaints.
-        whole_file_seconds: Lists every packet of the file, sound included. Only asked where frames fall
-            short of the promise: a slide shown for long, or sound that outlasts the picture, is no loss.
+        whole_file_seconds: Lists every packet of the file, sound included. Called only if frames end
+            before the promise: a slide shown for long, or sound that outlasts the picture, is no loss.
+        note: Added to the words; see `note_of`.
     """
     promised, rate = properties.duration_seconds, properties.frame_rate
     short = promised_but_missing(promised, decoded_seconds, rate)
     if short and not errors.count:
         short = promised_but_missing(promised, whole_file_seconds(), rate)
     if not errors.count and not short:
-        return DecodeEnd("ok")
+        return DecodeEnd("ok", note)
     of_promised = f" of {promised:.1f} s" if promised > 0 else ""
     words = f"decode errors: {errors.count}, the last: {errors.last_words}" if errors.count else "the file ends"
     cause = "truncated" if short else "concealed_errors"
-    return DecodeEnd("partial", f"decoded {decoded_seconds:.1f} s{of_promised}; {words}", cause)
+    words = "; ".join([f"decoded {decoded_seconds:.1f} s{of_promised}", words, *([note] if note else [])])
+    return DecodeEnd("partial", words, cause)

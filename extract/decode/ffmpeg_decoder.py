@@ -1,18 +1,20 @@
-"""Decodes with an ffmpeg program of its own: slower than PyAV, but it knows more formats.
+"""Decodes with the ffmpeg program: slower than PyAV, but it reads more formats.
 
-ffmpeg-python builds the arguments; the process is owned here, because its `run()` has no time limit
-and holds a whole video. Pictures come as PAM, which names its own size. The container's promise is
-read off ffmpeg's log (there is no ffprobe), and frame times come over a pipe of their own: the filter
-graph prints each frame's timestamp before and after the choice.
+ffmpeg-python builds the arguments; the process is run here, because `ffmpeg.run()` has no time limit
+and holds a whole video in memory. Pictures come as PAM, which includes their size. The promised
+duration comes from ffmpeg's log, and frame times come through a pipe of their own: the filter graph
+prints each frame's timestamp before and after the choice.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import re
+from array import array
 from collections import deque
-from collections.abc import Collection, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,41 +22,40 @@ import ffmpeg
 import numpy as np
 from numpy.typing import NDArray
 
-from svb.extract.decode.decoder import (
-    MAX_ASPECT_RATIO,
-    MIN_ASPECT_RATIO,
-    SCALE_FLAGS,
-    ChunkBuilder,
-    DecodeEnd,
-    DecodeError,
+from svb.extract.decode.choice import (
     FrameChooser,
-    FrameChunk,
+    Item,
     PacketTimes,
+    RunningClock,
+    decoded_at_right_positions,
+    without_skipping,
+)
+from svb.extract.decode.decoder import (
+    NEUTRAL_COLOURS,
+    SCALE_FLAGS,
+    SDR_COLOURS,
+    ChunkBuilder,
+    DecodeError,
+    FrameChunk,
     VideoProperties,
+    best_stream,
     check_file,
-    earliest,
     judge_end,
     max_pixels,
     no_video,
+    note_of,
     on_white,
     origin_seconds,
-    scene_expression,
+    require_clear,
     unreadable,
-    without_skipping,
     zero_frames,
 )
-from svb.extract.decode.ffmpeg_log import FfmpegLog
-from svb.extract.decode.ffmpeg_process import FfmpegProcess, Lines, Pictures
+from svb.extract.decode.ffmpeg_filters import Choice, print_time, scaled_size, select_expression
+from svb.extract.decode.ffmpeg_process import FfmpegLog, FfmpegProcess, Lines, Pictures
 from svb.extract.decode.options import DecodeOptions
-from svb.extract.decode.sampling import TIME_TOLERANCE_SECONDS, Sampling, shown_at
+from svb.extract.decode.sampling import shown_at
 
-# Linux takes no argument longer than 128 KiB. Past this many positions every frame is converted and
-# the unwanted ones are dropped here.
-MAX_SELECTED_POSITIONS = 5000
-# A time takes more letters than a position.
-MAX_SELECTED_TARGETS = 2000
-
-# libavutil's AV_NOPTS_VALUE, which framecrc prints as it is.
+# libavutil's AV_NOPTS_VALUE, which framecrc prints as a number.
 NO_TIMESTAMP = -(1 << 63)
 
 # Printed with the time of every decoded frame, and of every chosen one.
@@ -63,22 +64,46 @@ DECODED, CHOSEN = "decoded", "chosen"
 
 @dataclass(frozen=True)
 class _Source:
-    """What is decoded: the file, open, and how."""
+    """The file, its open descriptor and how to decode it.
+
+    The last four only show once ffmpeg has described the file; then it is started anew.
+
+    Attributes:
+        stream: The number of the video stream to use; None means the first that is no cover art.
+        is_turned: Whether ffmpeg turns the picture.
+        hdr_transfer: The name of a transfer function for HDR, or empty.
+        neutral: How many of `NEUTRAL_COLOURS` were tried.
+    """
 
     path: Path
     fd: int
     options: DecodeOptions
+    stream: int | None = None
+    is_turned: bool = False
+    hdr_transfer: str = ""
+    neutral: int = 0
+
+    def input(self, **options: Any) -> Any:
+        """Return the graph's input: the open file and nothing else, so that a playlist cannot open other files."""
+        return ffmpeg.input("fd:", fd=self.fd, protocol_whitelist="fd", copyts=None, **options)
+
+    def video(self, **options: Any) -> Any:
+        """Return the graph's video stream."""
+        return self.input(**options)["V:0" if self.stream is None else str(self.stream)]
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """Which frames, where they were listed before: as `FrameChooser` takes them."""
+class _StartAnewError(Exception):
+    """ffmpeg's log shows, before the first frame, that the file must be decoded otherwise."""
 
-    positions: Collection[int] | None = None
-    targets_seconds: Sequence[float] | None = None
+    def __init__(self, source: _Source) -> None:
+        self.source = source
 
 
-def decode(path: Path, options: DecodeOptions) -> Iterator[VideoProperties | FrameChunk | DecodeEnd]:
+class _ClockRestartedError(Exception):
+    """The file's clock starts again, which ffmpeg's own choice of frames by their times does not allow for."""
+
+
+def decode(path: Path, options: DecodeOptions) -> Iterator[Item]:
     """Decode one file; see `svb.extract.decode.decoder.Decoder`."""
     check_file(path)
     try:
@@ -86,18 +111,62 @@ def decode(path: Path, options: DecodeOptions) -> Iterator[VideoProperties | Fra
     except OSError as error:
         raise unreadable(path, str(error)) from error
     with file:
-        try:
-            yield from _decode(_Source(path, file.fileno(), options))
-            return
-        except DecodeError as error:
-            unskipped = without_skipping(options)
-            if error.status != "zero_frames" or unskipped is None:
-                raise
-        yield from _decode(_Source(path, file.fileno(), unskipped))
+        source = _Source(path, file.fileno(), options)
+        while True:
+            try:
+                yield from _decode(source)
+                return
+            except _StartAnewError as anew:
+                source = anew.source
+            except DecodeError as error:
+                unskipped = without_skipping(source.options)
+                if error.status != "zero_frames" or unskipped is None:
+                    raise
+                source = replace(source, options=unskipped)
 
 
-def _decode(source: _Source) -> Iterator[VideoProperties | FrameChunk | DecodeEnd]:
-    run = _DecodeRun(source, _choice(source))
+def _decode(source: _Source) -> Iterator[Item]:
+    sampling, is_fast = source.options.sampling, source.options.fast
+    if sampling.frames is not None and not is_fast:
+        listed = _list_packets([source.video()], source)
+
+        def decode_at(positions: list[int], seen_seconds: array[float]) -> Iterator[Item]:
+            return _decode_choice(source, Choice(positions, seen_seconds=seen_seconds))
+
+        yield from decoded_at_right_positions(decode_at, listed, sampling)
+        return
+    last_seconds = -math.inf
+    had_properties = False
+    try:
+        for item in _decode_choice(source, _choice(source)):
+            had_properties = True
+            if isinstance(item, FrameChunk):
+                last_seconds = float(item.frame_times_seconds[-1])
+            yield item
+        return
+    except _ClockRestartedError:
+        positions = _positions_by_time(source)
+    for item in _decode_choice(source, Choice(positions)):
+        if isinstance(item, FrameChunk):
+            yield from item.after(last_seconds)
+        elif not (had_properties and isinstance(item, VideoProperties)):
+            yield item
+
+
+def _positions_by_time(source: _Source) -> list[int]:
+    """Return the positions of the frames that the sampling uses, from the times of all frames."""
+    chooser = FrameChooser(source.path, source.options)
+    positions = []
+    with contextlib.closing(_DecodeRun(source, Choice([])).times()) as times:
+        for position, time_seconds in enumerate(times):
+            chooser.count(time_seconds)
+            if chooser.chooses(time_seconds):
+                positions.append(position)
+    return positions
+
+
+def _decode_choice(source: _Source, choice: Choice) -> Iterator[Item]:
+    run = _DecodeRun(source, choice)
     chunks = ChunkBuilder()
     properties: VideoProperties | None = None
     for frame, time_seconds in _frames_or_last(run):
@@ -113,29 +182,27 @@ def _decode(source: _Source) -> Iterator[VideoProperties | FrameChunk | DecodeEn
         run.decoded_seconds(),
         run.log.errors,
         lambda: _whole_file_seconds(source, run.log.container_format),
+        note_of(*run.log.place_among_videos, source.hdr_transfer),
     )
 
 
-def _choice(source: _Source) -> _Choice:
-    """List what a sampling has to know beforehand: the packets' times, or the decoded frames'."""
+def _choice(source: _Source) -> Choice:
+    """List the wanted frames beforehand, from packets or decoded frames, if the sampling needs it."""
     sampling, is_fast = source.options.sampling, source.options.fast
     if sampling.times_seconds is not None:
-        # Whether a frame is shown at a time only the next one tells, and a filter cannot look ahead.
-        with contextlib.closing(_DecodeRun(source, _Choice()).times()) as times:
-            return _Choice([position for position, _ in shown_at(sampling.times_seconds, enumerate(times))] or [0])
-    if sampling.frames is None and (sampling.every_nth is None or not is_fast):
-        return _Choice()
-    listed = _list_packets([_input(source.fd)["V:0"]], source)
-    if is_fast:
-        return _Choice(targets_seconds=listed.targets_seconds(sampling))
-    return _Choice(listed.positions(sampling))
+        # Only the next frame tells whether a frame is shown at a time, and a filter cannot look ahead.
+        with contextlib.closing(_DecodeRun(source, Choice()).times()) as times:
+            return Choice([position for position, _ in shown_at(sampling.times_seconds, enumerate(times))] or [0])
+    if not is_fast or (sampling.frames is None and sampling.every_nth is None):
+        return Choice()
+    return Choice(targets_seconds=_list_packets([source.video()], source).targets_seconds(sampling))
 
 
 def _frames_or_last(run: _DecodeRun) -> Iterator[tuple[NDArray[np.uint8], float]]:
     yield from run.frames()
     if run.chooser.decoded and not run.chooser.used:
-        # Every position asked for lies in the part that does not decode: take the last that does.
-        run.choice = _Choice([run.chooser.decoded - 1])
+        # All the wanted frames lie in the part that does not decode: use the last one that does.
+        run.choice = Choice([run.chooser.decoded - 1])
         yield from run.frames()
 
 
@@ -148,89 +215,79 @@ def _failure(path: Path, log: FfmpegLog) -> DecodeError:
 
 
 class _DecodeRun:
-    """A run of ffmpeg over the file: pairs pictures with their times.
+    """Runs ffmpeg over the file and pairs pictures with their times.
 
     Attributes:
-        choice: Which frames to take.
-        log: What ffmpeg said.
-        chooser: Counts every decoded frame; drops what ffmpeg's filter graph lets through by mistake.
+        choice: The frames to use.
+        log: ffmpeg's log.
+        chooser: Counts every decoded frame; drops frames that ffmpeg's filter graph lets through by mistake.
     """
 
-    def __init__(self, source: _Source, choice: _Choice) -> None:
+    def __init__(self, source: _Source, choice: Choice) -> None:
         self.choice = choice
         self._source = source
-        self._is_turned = False
         self._clear()
 
     def _clear(self) -> None:
-        self.log = FfmpegLog()
+        self.log = _new_log(self._source)
         choice = self.choice
         self.chooser = FrameChooser(
-            self._source.path, self._source.options, choice.positions, choice.targets_seconds
+            self._source.path,
+            self._source.options,
+            choice.positions,
+            choice.targets_seconds,
+            choice.seen_seconds,
         )
+        self._clock = RunningClock()
         self._pictures = Pictures()
         self._times = Lines()
         self._chosen_seconds: deque[float | None] = deque()
 
     def times(self) -> Generator[float]:
-        """Yield the time of every decoded frame; no picture is made."""
+        """Yield the time of every decoded frame without making pictures."""
 
         def arguments(times_fd: int) -> list[str]:
-            stream = _print_time(
-                _input(self._source.fd, **_input_options(self._source.options))["V:0"], DECODED, times_fd
-            )
+            stream = print_time(self._source.video(**_input_options(self._source.options)), DECODED, times_fd)
             return list(ffmpeg.get_args(stream.output("pipe:1", f="null", fps_mode="passthrough")))
 
         with FfmpegProcess(arguments, self._source.fd) as process:
             for source, data in process.output():
                 if source == "log":
-                    self._read_log(data)
+                    _read_log(self.log, data, self._source)
                 elif source == "times":
                     for line in self._times.feed(data):
                         self._note_time(line)
                         if line.startswith(DECODED):
                             yield self._time_seconds
 
-    def _read_log(self, data: bytes) -> None:
-        self.log.feed(data)
-        self.log.require_within(self._source.path, self._source.options.limits)
-
     def frames(self) -> Iterator[tuple[NDArray[np.uint8], float]]:
         """Yield the chosen frames, `(H, W, 3)`, with their times."""
         self._clear()
-        complete = yield from self._attempt()
-        if not complete:
-            self._is_turned = True
-            self._clear()
-            yield from self._attempt()
-
-    def _attempt(self) -> Generator[tuple[NDArray[np.uint8], float], None, bool]:
-        """Yield frames; returns False, before the first of them, where ffmpeg needs other options."""
 
         def arguments(times_fd: int) -> list[str]:
-            return _decode_arguments(self._source, self.choice, times_fd, self._is_turned)
+            return _decode_arguments(self._source, self.choice, times_fd)
 
         with FfmpegProcess(arguments, self._source.fd) as process:
             for source, data in process.output():
                 if source == "log":
-                    self._read_log(data)
-                    if self.log.is_turned and not self._is_turned:
-                        return False
+                    _read_log(self.log, data, self._source)
+                    _require_known_picture(self.log, self._source)
                 elif source == "times":
                     for line in self._times.feed(data):
                         self._note_time(line)
                 else:
                     self._pictures.feed(data)
                 yield from self._pairs()
-        return True
 
     def _note_time(self, line: str) -> None:
-        # Two lines a frame: `frame:0 pts:0 pts_time:0`, then `decoded=1` or `chosen=1`.
+        # Each frame has two lines: `frame:0 pts:0 pts_time:0`, then `decoded=1` or `chosen=1`.
         if line.startswith("frame:"):
             self._timestamp = int(line.split("pts:")[1].split(maxsplit=1)[0])
         elif line.startswith(DECODED):
             # The same double as the filters' `t` and as PyAV's decoder has.
-            self._time_seconds = self._timestamp * self.log.unit_seconds
+            self._time_seconds = self._clock.running(self._timestamp * self.log.unit_seconds)
+            if self._clock.restarts and self._source.options.sampling.fps is not None and not self.choice.is_listed:
+                raise _ClockRestartedError
             self.chooser.count(self._time_seconds)
         elif line.startswith(CHOSEN):
             wanted = self.chooser.chooses(self._time_seconds)
@@ -244,7 +301,7 @@ class _DecodeRun:
                 yield on_white(picture), time_seconds
 
     def properties(self) -> VideoProperties:
-        """Return what the log promised, with the size that frames have before they are resized."""
+        """Return the properties that the log gives, with the size of frames before resizing."""
         width, height = self.log.displayed_px
         return VideoProperties(
             duration_seconds=self.log.duration_seconds,
@@ -256,56 +313,55 @@ class _DecodeRun:
         )
 
     def decoded_seconds(self) -> float:
-        """Return how much was decoded, whether or not it was chosen."""
+        """Return how many seconds were decoded, whether or not their frames were used."""
         frame_seconds = 1 / self.log.frame_rate if self.log.frame_rate > 0 else 0.0
         end = self.chooser.last_time_seconds + frame_seconds
         return end - origin_seconds(self.log.container_format, self.chooser.first_time_seconds)
 
 
-def _input(video_fd: int, **options: Any) -> Any:
-    """Return the graph's input: the open file and nothing else, so a playlist cannot open other files."""
-    return ffmpeg.input("fd:", fd=video_fd, protocol_whitelist="fd", copyts=None, **options)
+def _new_log(source: _Source) -> FfmpegLog:
+    log = FfmpegLog()
+    log.stream = source.stream
+    return log
 
 
-def _select_expression(sampling: Sampling, choice: _Choice) -> str:
-    """Return the choice in ffmpeg's language; operation for operation that of `FrameChooser`."""
-    if choice.positions is not None:
-        return "1" if len(choice.positions) > MAX_SELECTED_POSITIONS else _any_of(sorted(choice.positions))
-    if choice.targets_seconds is not None:
-        if len(choice.targets_seconds) > MAX_SELECTED_TARGETS:
-            return "1"
-        return f"if(gt(st(0,{_num_passed(earliest(choice.targets_seconds))}),ld(1)),st(1,ld(0)),0)"
-    if sampling.every_nth is not None:
-        return f"not(mod(n,{sampling.every_nth}))"
-    if sampling.scenes is not None:
-        return scene_expression(sampling.scenes)
-    if sampling.keyframes:
-        return "key"
-    assert sampling.fps is not None
-    fps = float(sampling.fps)
+def _read_log(log: FfmpegLog, data: bytes, source: _Source) -> None:
+    """Feed a log.
 
-    def grid_point(time: str) -> str:
-        return f"floor(({time}-start_t+{TIME_TOLERANCE_SECONDS!r})*{fps!r})"
-
-    return f"if(isnan(prev_selected_t),1,gt({grid_point('t')},{grid_point('prev_selected_t')}))"
-
-
-def _any_of(positions: list[int]) -> str:
-    """Return an expression for `n` being one of them: a shallow tree, for each frame walks down it."""
-    if len(positions) <= 8:
-        return "+".join(f"eq(n,{position})" for position in positions)
-    middle = len(positions) // 2
-    return f"if(lt(n,{positions[middle]}),{_any_of(positions[:middle])},{_any_of(positions[middle:])})"
+    Raises:
+        DecodeError: `over_limit` or `encrypted`.
+        _StartAnewError: Another video stream than the first must be used.
+    """
+    had_description = log.is_described
+    log.feed(data)
+    if log.is_described and source.stream is None and len(candidates := log.candidates()) > 1:
+        stills: list[int] = []
+        if "mp4" in log.container_format:
+            numbers = [candidate.number for candidate in candidates]
+            stills = [
+                n for n in numbers if _list_packets([source.input()[str(n)]], replace(source, stream=n)).count == 1
+            ]
+        raise _StartAnewError(replace(source, stream=best_stream(log.candidates(stills))))
+    log.require_within(source.path, source.options.limits)
+    if log.has_video and log.is_described and not had_description:
+        require_clear(source.path, log.container_format)
 
 
-def _num_passed(times_seconds: list[float], before: int = 0) -> str:
-    """Return an expression for how many of these ascending times have come, as shallow a tree."""
-    if not times_seconds:
-        return str(before)
-    middle = len(times_seconds) // 2
-    earlier = _num_passed(times_seconds[:middle], before)
-    later = _num_passed(times_seconds[middle + 1 :], before + middle + 1)
-    return f"if(lt(t,{times_seconds[middle]!r}),{earlier},{later})"
+def _require_known_picture(log: FfmpegLog, source: _Source) -> None:
+    """Start anew if the picture needs other filters.
+
+    Raises:
+        _StartAnewError: It does.
+    """
+    known = replace(
+        source,
+        is_turned=source.is_turned or log.is_turned,
+        hdr_transfer=source.hdr_transfer or log.hdr_transfer,
+    )
+    if log.refuses_colours and source.neutral + 1 < len(NEUTRAL_COLOURS):
+        known = replace(known, neutral=source.neutral + 1)
+    if log.is_described and known != source:
+        raise _StartAnewError(known)
 
 
 def _input_options(options: DecodeOptions) -> dict[str, Any]:
@@ -317,66 +373,50 @@ def _input_options(options: DecodeOptions) -> dict[str, Any]:
     return arguments
 
 
-def _decode_arguments(source: _Source, choice: _Choice, times_fd: int, is_turned: bool) -> list[str]:
+def _decode_arguments(source: _Source, choice: Choice, times_fd: int) -> list[str]:
     sampling = source.options.sampling
     options = _input_options(source.options)
-    if not is_turned and sampling.scenes is None:
-        # Where the resolution changes ffmpeg builds the graph anew, and the choice starts over with it.
-        # Without that the scale filter adapts. The filters that turn a picture would not, so turned
-        # video keeps the default: after a change its frames may be up to a grid step late, or missing.
-        # Nor does the filter that tells scenes apart: it would read past the end of smaller frames.
+    if not source.is_turned and sampling.scenes is None:
+        # If the resolution changes ffmpeg would build the graph anew, and the choice would start over.
+        # Instead the scale filter adapts. The filters that turn a picture cannot, so turned video keeps
+        # the default: after a change its frames may be up to a grid step late, or missing. The filter
+        # that finds scenes cannot either: it would read past the end of smaller frames.
         options["reinit_filter"] = 0
-    width, height = _scaled_size(source.options.resize_px)
-    stream = _print_time(_input(source.fd, **options)["V:0"], DECODED, times_fd)
-    stream = _print_time(stream.filter("select", _select_expression(sampling, choice)), CHOSEN, times_fd)
+    width, height = scaled_size(source.options.resize_px)
+    if "colorspace" in NEUTRAL_COLOURS[source.neutral]:
+        # ffmpeg refuses a reserved matrix even before the first filter.
+        options["colorspace"] = "unknown"
+    stream = print_time(source.video(**options), DECODED, times_fd)
+    if neutral := NEUTRAL_COLOURS[source.neutral]:
+        stream = stream.filter("setparams", **dict.fromkeys(neutral, "unknown"))
+    to_sdr = dict(pair.split("=") for pair in SDR_COLOURS.split(":")) if source.hdr_transfer else {}
+    stream = print_time(stream.filter("select", select_expression(sampling, choice)), CHOSEN, times_fd)
     stream = (
-        stream.filter("scale", w=width, h=height, flags=SCALE_FLAGS)
+        stream.filter("scale", w=width, h=height, flags=SCALE_FLAGS, **to_sdr)
         .filter("format", "rgba")
         .output("pipe:1", f="image2pipe", fps_mode="passthrough", threads=1, **{"c:v": "pam"})
     )
     return list(ffmpeg.get_args(stream))
 
 
-def _scaled_size(resize_px: int | None) -> tuple[str, str]:
-    """Return width and height in ffmpeg's language; those of `square_pixels_width` and `resized`."""
-    sane = f"between(sar,{MIN_ASPECT_RATIO!r},{MAX_ASPECT_RATIO!r})"
-    width = f"if({sane},max(1,floor(iw*sar+0.5)),iw)"
-    if resize_px is None:
-        return width, "ih"
-    # ld(0) is the width with square pixels, ld(1) the short side, ld(2) the long one.
-    sides = f"st(0,{width})*0+st(1,min(ld(0),ih))*0+st(2,max(ld(0),ih))*0"
-    is_strip = f"gt(ld(2),{MAX_ASPECT_RATIO!r}*ld(1))"
-    long_side = f"trunc({resize_px}*ld(2)/ld(1))"
-    return (
-        f"{sides}+if({is_strip},ld(0),if(gt(ld(0),ih),{long_side},{resize_px}))",
-        f"{sides}+if({is_strip},ih,if(gt(ld(0),ih),{resize_px},{long_side}))",
-    )
-
-
-def _print_time(stream: Any, key: str, times_fd: int) -> Any:
-    # The filter prints only frames that carry its key, hence the pair.
-    marked = stream.filter("metadata", mode="add", key=key, value=1)
-    return marked.filter("metadata", mode="print", key=key, direct=1, file=f"pipe:{times_fd}")
-
-
 def _whole_file_seconds(source: _Source, container_format: str) -> float:
-    """Return how long the file's packets last, sound included."""
-    graph = _input(source.fd)
-    times = _list_packets([graph["V:0"], graph["a?"]], source)
+    """Return the duration of all the file's packets, sound included."""
+    # With several video streams ffmpeg only names the duration of the longest.
+    others = ["a?"] if source.stream is None else ["a?", "V?"]
+    times = _list_packets([source.video(), *(source.input()[other] for other in others)], source)
     return times.end_seconds - origin_seconds(container_format, times.start_seconds)
 
 
 def _list_packets(streams: list[Any], source: _Source) -> PacketTimes:
-    """List the packets' times without decoding."""
+    """List the times of packets without decoding them."""
     graph = ffmpeg.output(*streams, "pipe:1", f="framecrc", c="copy", copyinkf=None)
-    log, lines = FfmpegLog(), Lines()
+    log, lines = _new_log(source), Lines()
     listed: PacketTimes | None = None
     units: dict[str, float] = {}
     with FfmpegProcess(lambda _: list(ffmpeg.get_args(graph)), source.fd) as process:
         for kind, data in process.output():
             if kind == "log":
-                log.feed(data)
-                log.require_within(source.path, source.options.limits)
+                _read_log(log, data, source)
                 continue
             listed = listed or PacketTimes(1 / log.frame_rate if log.frame_rate > 0 else 0.0)
             for line in lines.feed(data):

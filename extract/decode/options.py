@@ -1,4 +1,4 @@
-"""How every video of an extraction is decoded: what a decode worker is told."""
+"""How the videos of an extraction are decoded: the options that a decode worker is given."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from svb.extract.decode.sampling import Sampling
 
 @dataclass(frozen=True)
 class Limits:
-    """What a video may ask for before it is refused as `over_limit`: files come from strangers.
+    """The limits above which a video is refused as `over_limit`: files come from strangers.
 
     Attributes:
-        max_width_px: Of a coded or displayed frame.
-        max_height_px: Of a coded or displayed frame.
-        max_duration_seconds: Of what the container promises, and of what is decoded.
-        max_streams: Of any kind, in one file.
+        max_width_px: Largest width of a coded or displayed frame.
+        max_height_px: Largest height of a coded or displayed frame.
+        max_duration_seconds: Longest duration, both promised by the container and decoded.
+        max_streams: Most streams in one file, of any kind.
 
     Raises:
         UsageError: A limit is not positive.
@@ -37,17 +37,17 @@ class Limits:
 
 @dataclass(frozen=True)
 class DecodeOptions:
-    """What both decoders need to know beside the file.
+    """The options of both decoders.
 
     Attributes:
-        sampling: Which frames.
-        decoder: `pyav`, which hands over to ffmpeg what it cannot read, or `ffmpeg`.
-        fast: Skip frames that no other frame refers to; picked frames may move by a few.
+        sampling: Which frames are used.
+        decoder: `pyav`, which leaves files that it cannot read to ffmpeg, or `ffmpeg`.
+        fast: Skip frames that no other frame refers to; the frames used may move by a few.
         hwaccel: ffmpeg's name of a hardware decoder, such as `cuda`; only with the decoder `ffmpeg`. Ask
-            `svb.extract.decode.hwaccel.require_hwaccel` first: ffmpeg falls back to software without a word.
+            `svb.extract.decode.ffmpeg_process.require_hwaccel` first: ffmpeg falls back to software silently.
         resize_px: Scale the short side to this in the decoder; None leaves the size to the device. A strip
             longer than 8 times its short side keeps its size.
-        limits: What is refused.
+        limits: Which videos are refused.
 
     Raises:
         UsageError: `hwaccel` without the decoder `ffmpeg`, or a `resize_px` that is not positive.
@@ -61,7 +61,7 @@ class DecodeOptions:
     limits: Limits = field(default_factory=Limits)
 
     def at_times(self, times_seconds: tuple[float, ...]) -> DecodeOptions:
-        """Return the options for a video that has times of its own, or these where it has none."""
+        """Return these options with the video's own times as the sampling, if it has any."""
         return replace(self, sampling=Sampling(times_seconds=times_seconds)) if times_seconds else self
 
     def __post_init__(self) -> None:

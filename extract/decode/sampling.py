@@ -18,22 +18,22 @@ Frame = TypeVar("Frame")
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which frames are used; exactly one kind is set. A video that decodes at all gives at least one frame.
+    """Which frames are used; exactly one kind is set. A video that decodes gives at least one frame.
 
     Attributes:
-        fps: This many a second on a grid that starts at the first frame: the first frame at or after each
-            grid point, and no frame twice. A video slower than that gives every frame once.
-        frames: This many spread evenly: the video is cut into equal parts, and the frame shown in the
-            middle of each is used.
-        every_nth: Frames 0, n, 2n and so on, in order of presentation.
-        keyframes: Those that decode without any other; the others are not decoded.
-        scenes: One a scene: the first frame, and every frame that differs from the one before it by a
-            score, libavfilter's, above this threshold between 0 and 1.
-        times_seconds: For each of these times, on the file's own clock, the frame shown then: the last at
-            or before it, the first where it is before the first; no frame twice. Stored sorted and unique.
+        fps: Use this many frames a second, on a grid that starts at the first frame: the first frame at or
+            after each grid point, and no frame twice. A video slower than that gives every frame once.
+        frames: Use this many frames, spread evenly: the video is cut into equal parts, and each gives the
+            frame shown in its middle.
+        every_nth: Use frames 0, n, 2n and so on, in order of presentation.
+        keyframes: Use the frames that decode without any other; the others are not decoded.
+        scenes: Use one frame a scene: the first frame, and every frame whose libavfilter score against the
+            frame before it is above this threshold between 0 and 1.
+        times_seconds: Use the frame shown at each of these times on the file's own clock: the last frame at
+            or before it, or else the first frame; no frame twice. Stored sorted and unique.
 
     Raises:
-        UsageError: None or several are set, or one is out of its range.
+        UsageError: No kind or several are set, or a value is out of its range.
     """
 
     fps: float | None = None
@@ -64,19 +64,19 @@ class Sampling:
             object.__setattr__(self, "times_seconds", tuple(sorted({float(time) for time in self.times_seconds})))
 
     def grid_point(self, time_seconds: float, first_time_seconds: float) -> int:
-        """Return the number of the last grid point at or before a time; only with `fps`."""
+        """Return the number of the last grid point at or before a time; needs `fps`."""
         assert self.fps is not None
         return math.floor((time_seconds - first_time_seconds + TIME_TOLERANCE_SECONDS) * self.fps)
 
     def spread(self, frame_times_seconds: Sequence[float], duration_seconds: float) -> list[int]:
-        """Return the positions of the frames shown in the middle of `frames` equal parts; only with `frames`.
+        """Return the positions of the frames shown in the middle of `frames` equal parts; needs `frames`.
 
         Args:
             frame_times_seconds: Ascending presentation times of all frames, at least one.
-            duration_seconds: From the first frame's start to the last one's end.
+            duration_seconds: Time from the first frame's start to the last one's end.
 
         Returns:
-            Ascending positions without repeats: fewer than `frames` where the video has fewer.
+            Ascending positions without repeats; fewer than `frames` if the video has fewer.
         """
         assert self.frames is not None
         first = frame_times_seconds[0]
@@ -106,9 +106,9 @@ def shown_at(
     """Yield the frames shown at wanted times, in one pass that holds one frame.
 
     Args:
-        times_seconds: Wanted, ascending, at least one.
-        frames: Frames and their times in order of presentation; is read no further than needed. A frame
-            whose clock jumped back is passed over.
+        times_seconds: The wanted times, ascending, at least one.
+        frames: Frames and their times in order of presentation; read no further than needed. A frame
+            whose time jumps back is skipped.
     """
     held: tuple[Frame, float] | None = None
     wanted = 0

@@ -24,8 +24,8 @@ class TimesTable:
     """The times at which frames are wanted, on each file's own clock.
 
     Attributes:
-        times_seconds: By video_id: ascending, none twice.
-        content_hash: The same for the same times, whatever the order of rows or the format of the file.
+        times_seconds: Ascending unique times by video_id.
+        content_hash: A hash of the times; neither the order of rows nor the file's format changes it.
     """
 
     times_seconds: dict[str, tuple[float, ...]]
@@ -35,12 +35,11 @@ class TimesTable:
 def read_times(path: Path) -> TimesTable:
     """Read a times table.
 
-    Args:
-        path: The file; its suffix tells the format.
+    The suffix of the file tells its format.
 
     Raises:
-        InputError: The file is missing, not readable in its format or encoding, lacks a column, has no
-            rows, or a row has no video_id or no time from 0 on; names the row.
+        InputError: The file is missing, not readable in its format or encoding, lacks a column, or has no
+            rows; or a row has no video_id or no time of 0 or more. The error names the row.
     """
     times: defaultdict[str, set[float]] = defaultdict(set)
     for place, row in read_table(path, _KIND):
@@ -62,5 +61,5 @@ def _seconds(place: str, value: object) -> float:
     except ValueError:
         seconds = math.nan
     if not (math.isfinite(seconds) and seconds >= 0):
-        raise InputError(f"{place}: time_seconds is {text!r} - expected a number of seconds from 0 on")
+        raise InputError(f"{place}: time_seconds is {text!r} - expected a number of seconds, 0 or more")
     return seconds + 0.0  # no negative zero: it would hash as another time

@@ -1,8 +1,7 @@
-"""The decode pool: worker processes that are given videos, watched, and replaced when they fail.
+"""The decode pool: worker processes that decode videos, are watched, and are replaced when they fail.
 
-A damaged file can hang a decoder or take its process down, so no decoder runs in the main process. A
-worker waits when the backbones have not taken its frames: memory is bounded whatever the length of a
-video.
+A damaged file can hang a decoder or crash its process, so no decoder runs in the main process. A
+worker waits while the backbones have not taken its frames: memory is bounded however long a video is.
 """
 
 from __future__ import annotations
@@ -25,11 +24,12 @@ from numpy.typing import NDArray
 from svb.extract.decode.decoder import FrameChunk
 from svb.extract.decode.options import DecodeOptions
 from svb.extract.plan import PlannedVideo
-from svb.extract.pool.frame_memory import SLOTS, FrameMemory
 from svb.extract.pool.worker import (
+    SLOTS,
     VIDEOS_A_WORKER,
     Alive,
     Finished,
+    FrameMemory,
     Hashed,
     Message,
     SharedChunk,
@@ -39,7 +39,7 @@ from svb.extract.pool.worker import (
 )
 
 QUEUED_MESSAGES = 64
-# How often the consumer hears of nothing, to publish what is due and to see whether it was interrupted.
+# How often an idle consumer gets `Alive`, so that it can publish what is due and notice an interrupt.
 TICK_SECONDS = 0.5
 NOBODY = -1
 
@@ -48,14 +48,14 @@ DEFAULT_TIME_LIMIT_SECONDS = 4 * 3600.0
 
 
 class WorkSource(Protocol):
-    """Where a pool gets its videos from, one when a worker is free."""
+    """Gives a pool its videos, one whenever a worker is free."""
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether there will never be another one."""
+        """Whether no video will ever come again."""
 
     def take(self) -> PlannedVideo | None:
-        """Return the next video; None where there is none now. Must not wait."""
+        """Return the next video, or None if there is none now; must not wait."""
 
 
 class Listed:
@@ -78,18 +78,18 @@ class DecodePool:
     """Decodes videos in `num_workers` processes.
 
     Args:
-        num_workers: How many processes.
-        options: How to decode.
-        stall_seconds: A worker that does not get on for this long, by a frame, a packet or a block of the
-            file, is killed and its video recorded as `timeout`.
+        stall_seconds: A worker that reads no frame, packet or block of the file for this long is killed,
+            and its video recorded as `timeout`.
         time_limit_seconds: A video that decodes for longer is recorded as `timeout`.
-        is_wanted: Asked, from a thread, with a video's position, the video and its content hash before it is
-            decoded; where it says no the video ends as `DUPLICATE`.
-        videos_a_worker: After so many a worker is replaced: decoders leak. So is one that has grown large.
+        is_wanted: Called in a thread with a video's position, the video and its content hash, before it is
+            decoded; if it returns False the video ends as `DUPLICATE`.
+        videos_a_worker: A worker is replaced after this many videos, or when it has grown large: decoders
+            leak memory.
+        clock: Gives the seconds by which workers are judged silent.
 
     Attributes:
-        waiting_seconds: How long the consumer waited for a message, after the first one.
-        workers_waiting_seconds: How long workers waited, all together, for the consumer.
+        waiting_seconds: How long the consumer waited for messages, after the first one.
+        workers_waiting_seconds: How long all workers together waited for the consumer.
     """
 
     def __init__(
@@ -100,6 +100,7 @@ class DecodePool:
         time_limit_seconds: float = DEFAULT_TIME_LIMIT_SECONDS,
         is_wanted: Callable[[int, PlannedVideo, str], bool] | None = None,
         videos_a_worker: int = VIDEOS_A_WORKER,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.waiting_seconds = self.workers_waiting_seconds = 0.0
         self._first_message = math.nan
@@ -109,13 +110,14 @@ class DecodePool:
         self._time_limit_seconds = time_limit_seconds
         self._is_wanted = is_wanted
         self._videos_a_worker = videos_a_worker
+        self._clock = clock
         self._messages: queue.Queue[_Item | BaseException | None] = queue.Queue(QUEUED_MESSAGES)
         self._stop = threading.Event()
         self._num_started = 0
 
     @property
     def seconds(self) -> float:
-        """How long ago the first message came: workers have started by then."""
+        """How long ago the first message came, when workers had started."""
         return 0.0 if math.isnan(self._first_message) else time.monotonic() - self._first_message
 
     @property
@@ -124,10 +126,10 @@ class DecodePool:
         return self._messages.qsize()
 
     def run(self, videos: Sequence[PlannedVideo] | WorkSource) -> Generator[tuple[int, Message], None, None]:
-        """Yield `(position, message)`, in order for each video, until every one has its `Finished`.
+        """Yield `(position, message)`, in order for each video, until every video has its `Finished`.
 
-        A chunk's frames are valid until the next message is asked for. Where nothing comes for a while,
-        `Alive` of `NOBODY` does.
+        A chunk's frames are valid until the next message is asked for. While nothing else comes,
+        `(NOBODY, Alive())` comes every `TICK_SECONDS`.
         """
         source = Listed(videos) if isinstance(videos, Sequence) else videos
         thread = threading.Thread(target=self._feed_safely, args=(source,), daemon=True)
@@ -195,21 +197,23 @@ class DecodePool:
             if video is None:
                 return
             if idle is None:
-                asks = self._is_wanted is not None
-                idle = _Worker(self._options, asks, self._time_limit_seconds, self._videos_a_worker)
+                asks_first = self._is_wanted is not None
+                idle = _Worker(
+                    self._options, asks_first, self._time_limit_seconds, self._videos_a_worker, self._clock
+                )
                 workers.append(idle)
             idle.position, idle.video = self._num_started, video
             self._num_started += 1
             self._put((idle.position, Started(video), _nothing))
-            idle.heard = idle.given = time.monotonic()
-            idle.send(video)  # a dead worker is noticed when it is listened to
+            idle.heard = idle.given = self._clock()
+            idle.send(video)  # a dead worker is noticed when its messages are read
 
     def _serve(self, worker: _Worker) -> bool:
-        """Pass on what a worker has to say; return False when it is of no more use."""
+        """Pass on a worker's next message; return False if the worker must be replaced."""
         assert worker.video is not None
         try:
             if not worker.connection.poll():
-                silent_seconds = time.monotonic() - worker.heard
+                silent_seconds = self._clock() - worker.heard
                 if worker.slots_out == SLOTS or silent_seconds < self._stall_seconds:
                     return True
                 self._put_failure(worker, "timeout", f"the decoder gave nothing for {silent_seconds:.0f} s")
@@ -228,8 +232,8 @@ class DecodePool:
             self._put((worker.position, chunk, lambda: worker.release(message.slot)))
         else:
             self._put((worker.position, message, _nothing))
-        # Time that the queue was full is not the worker's silence.
-        worker.heard = time.monotonic()
+        # Time that the queue was full does not count as the worker's silence.
+        worker.heard = self._clock()
         if isinstance(message, Finished):
             self.workers_waiting_seconds += message.waiting_seconds
             worker.video = None
@@ -237,7 +241,7 @@ class DecodePool:
         return True
 
     def _put_failure(self, worker: _Worker, status: str, words: str) -> None:
-        # With the file's size and time the record says which file failed: an unchanged one is not tried again.
+        # The record holds the file's size and time, so that an unchanged file is not tried again.
         assert worker.video is not None
         size_bytes, mtime_ns = size_and_mtime(worker.video.path)
         failed = Finished(
@@ -246,7 +250,7 @@ class DecodePool:
             self._options.decoder,
             size_bytes=size_bytes,
             mtime_ns=mtime_ns,
-            elapsed_seconds=time.monotonic() - worker.given,
+            elapsed_seconds=self._clock() - worker.given,
         )
         self._put((worker.position, failed, _nothing))
 
@@ -257,7 +261,7 @@ class DecodePool:
                 return
 
 
-# A video's position, its message, and what is to be called when the consumer is done with that.
+# A video's position, its message, and a function to call when the consumer is done with the message.
 _Item = tuple[int, Message, Callable[[], None]]
 
 
@@ -265,46 +269,54 @@ def _nothing() -> None: ...
 
 
 class _Worker:
-    """One decode process, the pipe to it and the memory shared with it; `video`, at `position`, is what it has."""
+    """One decode process, its pipe and its shared memory; it decodes `video`, which has this `position`."""
 
-    def __init__(self, options: DecodeOptions, asks: bool, time_limit_seconds: float, num_videos: int) -> None:
-        # spawn: a fork would copy torch's threads and CUDA's state in a broken condition.
+    def __init__(
+        self,
+        options: DecodeOptions,
+        asks_first: bool,
+        time_limit_seconds: float,
+        num_videos: int,
+        clock: Callable[[], float],
+    ) -> None:
+        # spawn: a fork would copy torch's threads and CUDA's state, and break them.
         context = multiprocessing.get_context("spawn")
         self.memory = FrameMemory()
         self.connection, theirs = context.Pipe()
-        arguments = (theirs, self.memory, options, asks, time_limit_seconds, num_videos)
+        arguments = (theirs, self.memory, options, asks_first, time_limit_seconds, num_videos)
         self.process = context.Process(target=work, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
         self.position = NOBODY
         self.video: PlannedVideo | None = None
-        self.heard = self.given = time.monotonic()
+        self._clock = clock
+        self.heard = self.given = clock()
         self.slots_out = 0
         self._sending = threading.Lock()
 
     def send(self, thing: object) -> None:
-        """Send something, from whichever thread; a worker that is dead does not hear it."""
+        """Send something, from any thread; nothing happens if the worker is dead."""
         with self._sending, contextlib.suppress(OSError):
             self.connection.send(thing)
 
     def borrow(self, chunk: SharedChunk) -> NDArray[np.uint8]:
-        """Return a chunk's frames, which stay as they are until its slot is released."""
+        """Return a chunk's frames, which do not change until its slot is released."""
         with self._sending:
             self.slots_out += 1
         return self.memory.view(chunk.slot, chunk.shape)
 
     def release(self, slot: int) -> None:
-        """Give a slot back to the worker; time that it waited for it was not silence."""
+        """Give a slot back to the worker; the time that it waited does not count as silence."""
         with self._sending:
             self.slots_out -= 1
-            self.heard = time.monotonic()
+            self.heard = self._clock()
         self.send(slot)
 
     def kill(self) -> None:
         assert self.process.pid is not None
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:  # not yet a group of its own
+        except ProcessLookupError:  # it has no process group of its own yet
             self.process.kill()
         self.process.join()
         self.process.close()

@@ -1,58 +1,68 @@
-"""What runs in a decode worker: a process that turns files into frame chunks.
+"""Runs in a decode worker: a process that turns files into frame chunks.
 
-It imports neither torch nor h5py: it must start fast and stay small. What it says goes through a pipe,
-frames through shared memory (`svb.extract.pool.frame_memory`).
+It imports neither torch nor h5py, because it must start fast and stay small. Messages go through a
+pipe, and frames through memory that the worker shares with the main process.
 """
 
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from svb.data.publish import hash_file
 from svb.extract.decode import decoder as decode
 from svb.extract.decode.decoder import DecodeEnd, DecodeError, FrameChunk, VideoProperties
 from svb.extract.decode.options import DecodeOptions
 from svb.extract.plan import PlannedVideo
-from svb.extract.pool.frame_memory import SLOT_BYTES, SLOTS, FrameMemory
 
-# What PyAV's ffmpeg cannot read, a newer ffmpeg may: animated WebP, for one.
+# How many chunks a worker may be ahead of the backbones. Memory that is never written to is not allocated.
+SLOTS = 4
+# The largest chunk that goes through shared memory: one frame of 4K. A larger one goes through the pipe, slower.
+SLOT_BYTES = 32 * 2**20
+
+# The ffmpeg program is newer than PyAV's libraries and reads more, such as animated WebP.
 RETRIED_WITH_FFMPEG = ("unreadable", "zero_frames")
 
-# Decoders leak, and their heaps grow ragged: a worker is replaced after so many videos or with so much memory.
+# Decoders leak memory and fragment it: a worker is replaced after this many videos or at this much memory.
 VIDEOS_A_WORKER = 1000
 RECYCLED_AT_BYTES = 1536 * 2**20
 
-# A status of `Finished` alone, never of a record: the content is another video's, and was not decoded.
+# A status of `Finished`, never of a record: another video has the same content, so this one was not decoded.
 DUPLICATE = "duplicate"
 
 
 @dataclass(frozen=True)
 class Started:
-    """A video's first message: a worker has been given it."""
+    """A video's first message: a worker has taken it."""
 
     video: PlannedVideo
 
 
 @dataclass(frozen=True)
 class Hashed:
-    """A video's content hash, before it is decoded: the worker waits to hear whether it should be."""
+    """A video's content hash before decoding: the worker waits for the answer whether to decode it."""
 
     content_hash: str
 
 
 @dataclass(frozen=True)
 class SharedChunk:
-    """A `FrameChunk` whose frames lie in a slot of the shared memory."""
+    """A `FrameChunk` whose frames are in a slot of the shared memory."""
 
     slot: int
     shape: tuple[int, ...]
@@ -65,15 +75,15 @@ class Finished:
 
     Attributes:
         status: `ok`, `partial`, a failure code, or `DUPLICATE`.
-        error: The decoder's last words, or empty.
-        decoder: The one that gave the frames, or the last that was tried.
-        cause: Of `partial`, the failure it is where partial videos are none to keep.
-        content_hash: SHA-256 of the file; empty where it could not be read.
-        size_bytes: As it was when decoding began.
-        mtime_ns: As it was when decoding began.
-        elapsed_seconds: What hashing and decoding took, without waiting for the backbones.
+        error: The decoder's last complaint, or empty.
+        decoder: The decoder that gave the frames, or the last one that was tried.
+        cause: The failure code that replaces `partial` if partial videos are not kept.
+        content_hash: SHA-256 of the file; empty if it could not be read.
+        size_bytes: The file's size when decoding began.
+        mtime_ns: The file's time of change when decoding began.
+        elapsed_seconds: How long hashing and decoding took, without waiting for the backbones.
         waiting_seconds: How long the worker waited for the backbones to take its frames.
-        is_last: The worker ends itself now and wants to be replaced.
+        is_last: The worker ends now and must be replaced.
     """
 
     status: str
@@ -90,7 +100,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Alive:
-    """A worker has got on, though it has nothing to give yet."""
+    """The worker is making progress but has no frames to send yet."""
 
 
 Message = Started | VideoProperties | FrameChunk | Alive | Finished
@@ -99,21 +109,21 @@ Message = Started | VideoProperties | FrameChunk | Alive | Finished
 def decode_file(
     path: Path, options: DecodeOptions, is_wanted: Callable[[str], bool] = lambda content_hash: True
 ) -> Iterator[VideoProperties | FrameChunk | Finished]:
-    """Yield a file's properties and chunks, then `Finished`; a file that cannot be decoded only that.
+    """Yield a file's properties and chunks, then `Finished`; only that if the file cannot be decoded.
 
     Args:
         path: The file.
         options: How to decode.
-        is_wanted: Asked with the content hash, where there is one, before anything is decoded.
+        is_wanted: Called with the content hash, if there is one, before anything is decoded.
     """
     size_bytes, mtime_ns = size_and_mtime(path)
     content_hash = ""
     used = options.decoder
     status, error, cause = DUPLICATE, "", ""
     try:
-        if path.is_file():  # reading a named pipe would wait for ever
-            with contextlib.suppress(OSError):
-                content_hash = hash_file(path, decode.got_on)
+        with contextlib.suppress(OSError):
+            if path.is_file():  # reading a named pipe would never end
+                content_hash = hash_file(path, decode.heartbeat)
         if not content_hash or is_wanted(content_hash):
             for message in _decode_or_hand_over(path, options):
                 if isinstance(message, str):
@@ -126,13 +136,13 @@ def decode_file(
         status, error = failure.status, str(failure)
     except MemoryError:
         status, error = "out_of_memory", "the decoder ran out of memory"
-    except Exception as unexpected:  # one strange file must not cost the others, and its words must not be lost
+    except Exception as unexpected:  # one strange file must not fail the others
         status, error = "decoder_crash", f"{type(unexpected).__name__}: {unexpected}"
     yield Finished(status, error, used, cause, content_hash, size_bytes, mtime_ns)
 
 
 def size_and_mtime(path: Path) -> tuple[int, int]:
-    """Return a file's size in bytes and time of change in ns; zeros where it cannot be asked."""
+    """Return a file's size in bytes and time of change in ns; zeros if they cannot be read."""
     try:
         stat = path.stat()
     except (OSError, ValueError):
@@ -164,70 +174,76 @@ def work(
     connection: Connection,
     memory: FrameMemory,
     options: DecodeOptions,
-    asks: bool,
+    asks_first: bool,
     time_limit_seconds: float,
     num_videos: int,
 ) -> None:
-    """Decode what comes through the pipe until it closes.
+    """Decode the videos that come through the pipe until it closes.
 
     Args:
-        connection: Videos and released slots come in, messages go out.
-        memory: Where frames go.
+        connection: Receives videos and released slots, and sends messages.
+        memory: Memory for frames.
         options: How to decode.
-        asks: Ask before a file is decoded whether its content is wanted.
-        time_limit_seconds: After so long a video ends as `timeout`, waiting for the backbones left out.
-        num_videos: After so many it ends itself.
+        asks_first: Ask before decoding a file whether its content is wanted.
+        time_limit_seconds: A video that decodes for longer ends as `timeout`; waiting is not counted.
+        num_videos: The worker ends after this many videos.
     """
-    # The terminal's Ctrl-C reaches the whole group; the main process decides when workers end.
+    # Ctrl-C reaches the whole process group, but the main process decides when workers end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.setsid()  # an ffmpeg that this worker starts is killed with it
+    os.setsid()  # an ffmpeg process of this worker is killed with it
     _die_with_parent()
-    desk = _Desk(connection, memory, time_limit_seconds, num_videos)
-    decode.got_on = desk.got_on
+    messenger = _Messenger(connection, memory, time_limit_seconds, num_videos)
+    decode.heartbeat = messenger.heartbeat
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        while not desk.is_tired:
-            video = desk.next_video()
+        while not messenger.is_worn_out:
+            video = messenger.next_video()
             its_options = options.at_times(video.times_seconds)
             for message in decode_file(
-                video.path, its_options, desk.is_wanted if asks else lambda content_hash: True
+                video.path, its_options, messenger.is_wanted if asks_first else lambda content_hash: True
             ):
-                desk.send(message)
+                messenger.send(message)
 
 
-class _Desk:
-    """A worker's side of the pipe and of the shared memory."""
+class _Messenger:
+    """Sends and receives for the worker, through the pipe and the shared memory."""
 
     def __init__(
-        self, connection: Connection, memory: FrameMemory, time_limit_seconds: float, num_videos: int
+        self,
+        connection: Connection,
+        memory: FrameMemory,
+        time_limit_seconds: float,
+        num_videos: int,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._connection = connection
         self._memory = memory
         self._time_limit_seconds = time_limit_seconds
         self._free = deque(range(SLOTS))
         self._videos_left = num_videos
-        self._sent = self._began = time.monotonic()
+        self._clock = clock
+        self._sent = self._began = clock()
         self._waiting_seconds = 0.0
-        self.is_tired = False
+        self.is_worn_out = False
 
     def next_video(self) -> PlannedVideo:
-        """Wait for the next video, and start its clock."""
+        """Wait for the next video and start its clock."""
         video = self._receive()
-        self._began, self._waiting_seconds = time.monotonic(), 0.0
+        self._began, self._waiting_seconds = self._clock(), 0.0
         assert isinstance(video, PlannedVideo)
         return video
 
     def is_wanted(self, content_hash: str) -> bool:
-        """Ask whether a content should be decoded."""
+        """Ask the main process whether a content should be decoded."""
         self._connection.send(Hashed(content_hash))
         return bool(self._receive())
 
-    def got_on(self) -> None:
-        """Tell the main process, at most once a second, that the decoder is alive; end a video that takes too long.
+    def heartbeat(self) -> None:
+        """Tell the main process at most once a second that the decoder is alive; end a video that takes too long.
 
         Raises:
             DecodeError: `timeout`.
         """
-        now = time.monotonic()
+        now = self._clock()
         if now - self._sent < 1.0:
             return
         self._sent = now
@@ -247,24 +263,24 @@ class _Desk:
             self._connection.send(SharedChunk(slot, message.frames.shape, message.frame_times_seconds))
         elif isinstance(message, Finished):
             self._videos_left -= 1
-            self.is_tired = self._videos_left <= 0 or resident_bytes() >= RECYCLED_AT_BYTES
+            self.is_worn_out = self._videos_left <= 0 or resident_bytes() >= RECYCLED_AT_BYTES
             waited = self._waiting_seconds
-            elapsed = time.monotonic() - self._began - waited
+            elapsed = self._clock() - self._began - waited
             self._connection.send(
-                replace(message, elapsed_seconds=elapsed, waiting_seconds=waited, is_last=self.is_tired)
+                replace(message, elapsed_seconds=elapsed, waiting_seconds=waited, is_last=self.is_worn_out)
             )
         else:
             self._connection.send(message)
 
     def _take_slot(self) -> int:
-        began = time.monotonic()
+        began = self._clock()
         while not self._free:
             self._free.append(self._connection.recv())
-        self._waiting_seconds += time.monotonic() - began
+        self._waiting_seconds += self._clock() - began
         return self._free.popleft()
 
     def _receive(self) -> PlannedVideo | bool:
-        """Return the next thing that is no released slot."""
+        """Return the next message; collect slots that are released before it."""
         while True:
             received = self._connection.recv()
             if isinstance(received, bool) or not isinstance(received, int):
@@ -273,7 +289,7 @@ class _Desk:
 
 
 def resident_bytes() -> int:
-    """Return the memory that this process has now; 0 where the system does not say."""
+    """Return the memory that this process uses now; 0 if the system does not say."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
     except (OSError, ValueError, IndexError):
@@ -288,3 +304,41 @@ def _die_with_parent() -> None:
 
     set_parent_death_signal = 1
     ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
+
+
+class FrameMemory:
+    """`SLOTS` places for chunks of frames, in memory that is shared with a spawned process.
+
+    It is an unnamed file in memory: /dev/shm is not used, because containers keep it small, and nothing
+    is left behind if either process is killed.
+    """
+
+    def __init__(self, descriptor: int | None = None) -> None:
+        if descriptor is None:
+            descriptor = _unnamed_file()
+            os.ftruncate(descriptor, SLOTS * SLOT_BYTES)
+        self._descriptor = descriptor
+        self._map = mmap.mmap(descriptor, SLOTS * SLOT_BYTES)
+
+    def __reduce__(self) -> tuple[Callable[[Any], FrameMemory], tuple[object]]:
+        return _attached, (reduction.DupFd(self._descriptor),)
+
+    def view(self, slot: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        """Return a slot as a uint8 array of this shape, without a copy."""
+        size = int(np.prod(shape))
+        return np.frombuffer(self._map, np.uint8, size, offset=slot * SLOT_BYTES).reshape(shape)
+
+    def close(self) -> None:
+        """Close the file; the memory is freed with the last array that uses it."""
+        os.close(self._descriptor)
+
+
+def _attached(duplicate: Any) -> FrameMemory:
+    return FrameMemory(duplicate.detach())
+
+
+def _unnamed_file() -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("svb-frames")
+    with tempfile.TemporaryFile() as file:  # macOS
+        return os.dup(file.fileno())

@@ -208,8 +208,8 @@ def _require_reaches(opened: OneFile, file: Path, seconds: float) -> None:
 
 
 def _within(chunks: Iterable[FrameChunk], span_seconds: tuple[float, float]) -> Iterator[FrameChunk]:
-    """Yield the frames of a span, or the one that is nearest to it."""
-    nearest: tuple[float, FrameChunk | None] = math.inf, None
+    """Yield the frames of a span; if it has none, the frame shown then, or else the first frame."""
+    shown: FrameChunk | None = None
     has_any = False
     for chunk in chunks:
         away = _seconds_away(chunk.frame_times_seconds, span_seconds)
@@ -217,12 +217,14 @@ def _within(chunks: Iterable[FrameChunk], span_seconds: tuple[float, float]) -> 
         if inside.any():
             has_any = True
             yield FrameChunk(chunk.frames[inside], chunk.frame_times_seconds[inside])
-        elif away.min() < nearest[0]:
-            row = slice(int(away.argmin()), int(away.argmin()) + 1)
+            continue
+        num_before = int((chunk.frame_times_seconds < span_seconds[0]).sum())
+        if num_before or shown is None:
+            row = slice(max(0, num_before - 1), max(1, num_before))
             # A copy: the chunk's memory is written to again.
-            nearest = float(away.min()), FrameChunk(chunk.frames[row].copy(), chunk.frame_times_seconds[row])
-    if not has_any and nearest[1] is not None:
-        yield nearest[1]
+            shown = FrameChunk(chunk.frames[row].copy(), chunk.frame_times_seconds[row])
+    if not has_any and shown is not None:
+        yield shown
 
 
 def _cut(rows: FrameFeatures, span_seconds: tuple[float, float]) -> FrameFeatures:

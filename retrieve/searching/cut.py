@@ -183,7 +183,7 @@ def _run(arguments: list[str], video_fd: int, files: tuple[Path, Path], time_lim
 
 def _first_frame_seconds(clip: Path) -> float:
     """Return when the first frame of a clip is shown; infinity if it has none."""
-    from svb.extract.decode.pyav_decoder import opened
+    from svb.extract.decode.pyav_file import opened
 
     try:
         with opened(clip, Limits()) as (container, stream):

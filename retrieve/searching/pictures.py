@@ -20,9 +20,10 @@ from av.video.stream import VideoStream
 from PIL import Image
 
 from svb.errors import InputError
+from svb.extract.decode.containers import container_crop
 from svb.extract.decode.decoder import DecodeError, check_file, origin_seconds
 from svb.extract.decode.options import Limits
-from svb.extract.decode.pyav_decoder import FrameClock, opened, promised_seconds
+from svb.extract.decode.pyav_file import FrameClock, opened, promised_seconds
 from svb.extract.decode.pyav_pictures import Converter
 from svb.extract.decode.sampling import TIME_TOLERANCE_SECONDS
 
@@ -135,7 +136,7 @@ def duration_seconds(path: Path) -> float | None:
     try:
         check_file(path)
         with opened(path, Limits()) as (container, stream):
-            promised = promised_seconds(container, stream)
+            promised = promised_seconds(container, stream, path)
     except (DecodeError, OSError) as error:
         raise InputError(f"cannot tell its duration: {error}") from error
     return promised if promised > 0 else None
@@ -173,7 +174,8 @@ class _Reader:
         # The frame that is shown and the one after it, each with its time.
         self._held: tuple[VideoFrame, float] | None = None
         self._next: tuple[VideoFrame, float] | None = None
-        self._sizes = Converter(stream, None)
+        self._crop = container_crop(path, container.format.name, stream.index)
+        self._sizes = Converter(stream, None, self._crop)
         self._converter: Converter | None = None
 
     def picture(self, seconds: float, tolerance_seconds: float, height: int) -> Image.Image:
@@ -249,6 +251,6 @@ class _Reader:
         width = max(1, int(width_px * height / height_px))
         if self._converter is None:
             # The decoder's own filters scale: a small picture of a large frame costs little.
-            self._converter = Converter(self._stream, min(width, height))
+            self._converter = Converter(self._stream, min(width, height), self._crop)
         picture = Image.fromarray(self._converter.rgb(frame))
         return picture if picture.size == (width, height) else picture.resize((width, height))

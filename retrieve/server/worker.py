@@ -47,7 +47,7 @@ def probe(source: str) -> dict[str, Any]:
     """
     from svb.extract.decode.decoder import DecodeError, check_file
     from svb.extract.decode.options import Limits
-    from svb.extract.decode.pyav_decoder import opened
+    from svb.extract.decode.pyav_file import opened
     from svb.retrieve.searching.pictures import begins_at
 
     path = Path(source)

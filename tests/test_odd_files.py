@@ -1,0 +1,344 @@
+"""Odd files that people have: both decoders give what an independent one gives, or say in the record what is wrong.
+
+The right frames come from plain PyAV or the plain ffmpeg program, or from how the test made the file.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import av
+import clips
+import numpy as np
+import pytest
+from decoding import B_FRAMES, EVERY_FRAME, each_decoder, failure, run
+
+from svb.data.rows import VideoRecord
+from svb.extract.decode import choice
+from svb.extract.decode.decoder import DecodeEnd, Decoder, FrameChunk
+from svb.extract.decode.options import DecodeOptions
+from svb.extract.decode.sampling import Sampling
+from svb.extract.plan import plan_videos
+from svb.retrieve.model.query_media import _within
+
+SDR = "scale=out_color_matrix=bt709:out_range=tv,format=yuv444p,setparams=color_primaries=bt709:color_trc=bt709"
+
+
+def make_clip_with_colours(path: Path, primaries: int, transfer: int, matrix: int) -> Path:
+    """Write a clip whose container, unlike its bitstream, names colours: any numbers, as some phones do."""
+    plain = clips.make_clip(path.with_name(f"plain-{path.name}"), seconds=0.3)
+    names = ("-color_primaries", "bt709", "-color_trc", "bt709", "-colorspace", "bt709", "-movflags", "write_colr")
+    clips.run_ffmpeg("-i", f"file:{plain}", "-c", "copy", *names, f"file:{path}")
+    data = bytearray(path.read_bytes())
+    at = data.index(b"colrnclx") + 8
+    for number, value in enumerate((primaries, transfer, matrix)):
+        data[at + 2 * number : at + 2 * number + 2] = value.to_bytes(2, "big")
+    path.write_bytes(data)
+    return plain
+
+
+@each_decoder
+class TestColours:
+    @pytest.mark.parametrize("colours", [(3, 3, 6), (3, 1, 2), (1, 0, 2), (2, 2, 3), (2, 2, 13), (12, 17, 255)])
+    def test_numbers_that_mean_nothing(
+        self, decoder: Decoder, colours: tuple[int, int, int], tmp_path: Path
+    ) -> None:
+        plain = make_clip_with_colours(tmp_path / "a.mp4", *colours)
+        decoded = run(decoder, tmp_path / "a.mp4", EVERY_FRAME)
+        assert decoded.end == DecodeEnd("ok")
+        # 6 and unknown are both BT.601, the matrix of the clip that names none.
+        np.testing.assert_array_equal(decoded.frames, run(decoder, plain, EVERY_FRAME).frames)
+
+    @pytest.mark.parametrize("transfer", ["smpte2084", "arib-std-b67"])
+    def test_hdr_is_mapped(self, decoder: Decoder, transfer: str, tmp_path: Path) -> None:
+        # Eight greys and colours of SDR, put into HDR by zscale, which no decoder here uses.
+        to_hdr = (
+            f"{SDR}:colorspace=bt709:range=tv,zscale=t=linear:npl=203,format=gbrpf32le,"
+            f"zscale=p=bt2020:t={transfer}:m=bt2020nc:r=tv:npl=203,format=yuv420p10le"
+        )
+        path = clips.make_clip(
+            tmp_path / "a.mkv",
+            source="smptebars",
+            seconds=0.3,
+            filters=to_hdr,
+            codec=("-c:v", "ffv1"),
+            extra=("-color_primaries", "bt2020", "-color_trc", transfer, "-colorspace", "bt2020nc"),
+        )
+        sdr = clips.make_clip(tmp_path / "sdr.mkv", source="smptebars", seconds=0.3, codec=("-c:v", "ffv1"))
+        decoded, expected = (run(decoder, file, Sampling(frames=1)) for file in (path, sdr))
+        assert decoded.end == DecodeEnd("ok", f"HDR ({transfer}) was mapped to SDR")
+        # Not the same numbers, as the two standards differ in how bright white is; the same picture.
+        ours, theirs = (item.frames.reshape(-1).astype(float) for item in (decoded, expected))
+        assert np.corrcoef(ours, theirs)[0, 1] > 0.95
+
+
+@each_decoder
+class TestStreams:
+    def make(self, path: Path, sizes: list[str], seconds: list[float], *options: str) -> Path:
+        sources = [
+            f"testsrc2=size={size}:rate=10:duration={length}" for size, length in zip(sizes, seconds, strict=True)
+        ]
+        inputs = [argument for source in sources for argument in ("-f", "lavfi", "-i", source)]
+        maps = [argument for number in range(len(sources)) for argument in ("-map", str(number))]
+        clips.run_ffmpeg(*inputs, *maps, *clips.X264, *options, f"file:{path}")
+        return path
+
+    @pytest.mark.parametrize(
+        ("name", "sizes", "seconds", "options", "expected"),
+        [
+            # A phone's still before its clip, small and large.
+            ("a.mp4", ["64x48", "160x120"], [0.1, 2.0], (), (160, 2, 20)),
+            ("a.mp4", ["320x240", "160x120"], [0.1, 2.0], (), (160, 2, 20)),
+            # A small proxy before the film, which has the default flag or more pixels.
+            ("a.mkv", ["64x48", "160x120"], [1.0, 2.0], ("-disposition:v:0", "0"), (160, 2, 20)),
+            (
+                "a.mkv",
+                ["160x120", "64x48"],
+                [2.0, 1.0],
+                ("-disposition:v:0", "0", "-disposition:v:1", "default"),
+                (64, 2, 10),
+            ),
+            (
+                "a.mkv",
+                ["160x120", "64x48"],
+                [2.0, 1.0],
+                ("-disposition:v:0", "default", "-disposition:v:1", "0"),
+                (160, 1, 20),
+            ),
+            ("a.ts", ["64x48", "160x120", "160x120"], [1.0, 1.0, 2.0], (), (160, 2, 10)),
+        ],
+    )
+    def test_the_one_that_ffmpeg_takes(
+        self,
+        decoder: Decoder,
+        name: str,
+        sizes: list[str],
+        seconds: list[float],
+        options: tuple[str, ...],
+        expected: tuple[int, int, int],
+        tmp_path: Path,
+    ) -> None:
+        path = self.make(tmp_path / name, sizes, seconds, *options)
+        width, place, num_frames = expected
+        for sampling, count in ((EVERY_FRAME, num_frames), (Sampling(frames=4), 4)):
+            decoded = run(decoder, path, sampling)
+            assert decoded.properties.width_px == width
+            assert decoded.end == DecodeEnd("ok", f"used video stream {place} of {len(sizes)}")
+            assert len(decoded.times_seconds) == count
+
+
+@each_decoder
+class TestContainerCrop:
+    # Left, top, right and bottom, of 64x48.
+    @pytest.mark.parametrize("crop", [(0, 8, 0, 8), (4, 0, 12, 0), (3, 5, 0, 0), (0, 0, 7, 1)])
+    @pytest.mark.parametrize("resize_px", [None, 20])
+    def test_it_is_not_shown(
+        self, decoder: Decoder, crop: tuple[int, int, int, int], resize_px: int | None, tmp_path: Path
+    ) -> None:
+        left, top, right, bottom = crop
+        names = ("-color_primaries", "bt709", "-color_trc", "bt709", "-colorspace", "bt709", "-color_range", "tv")
+        path = clips.make_clip(
+            tmp_path / "a.mkv", seconds=0.3, codec=("-c:v", "ffv1", "-pix_fmt", "yuv444p"), extra=names
+        )
+        data = bytearray(path.read_bytes())
+        # What the container says of colours makes room for the crop; a Void element fills the rest.
+        at = data.index(b"\x55\xb0")
+        size = 3 + (data[at + 2] & 0x7F)
+        sides = zip((b"\x54\xcc", b"\x54\xbb", b"\x54\xdd", b"\x54\xaa"), crop, strict=True)
+        elements = b"".join(name + b"\x81" + bytes([pixels]) for name, pixels in sides if pixels)
+        rest = size - len(elements) - 2
+        assert rest >= 0
+        data[at : at + size] = elements + b"\xec" + bytes([0x80 | rest]) + bytes(rest)
+        expected = tmp_path / "expected.mkv"
+        cut = f"crop={64 - left - right}:{48 - top - bottom}:{left}:{top}:exact=1"
+        unknown = "setparams=color_primaries=unknown:color_trc=unknown:colorspace=unknown"
+        clips.run_ffmpeg("-i", f"file:{path}", "-vf", f"{cut},{unknown}", "-c:v", "ffv1", f"file:{expected}")
+        path.write_bytes(data)
+        options = DecodeOptions(EVERY_FRAME, resize_px=resize_px)
+        ours, theirs = (run(decoder, file, options) for file in (path, expected))
+        assert (ours.properties.width_px, ours.properties.height_px) == (64 - left - right, 48 - top - bottom)
+        np.testing.assert_array_equal(ours.frames, theirs.frames)
+
+
+def plain_times(path: Path) -> list[float]:
+    """Return the time of every frame, by PyAV alone, in the order of its decoder."""
+    with av.open(str(path)) as container:
+        return [float(frame.time) for frame in container.decode(video=0) if frame.time is not None]
+
+
+def join(path: Path, *parts: Path) -> Path:
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    return path
+
+
+@each_decoder
+class TestClocks:
+    def test_joined_transport_streams(self, decoder: Decoder, tmp_path: Path) -> None:
+        # Each part has a grey of its own and a clock of its own.
+        parts = [
+            clips.make_clip(tmp_path / f"{grey}.ts", source=f"color=c=0x{grey}{grey}{grey}", extra=("-g", "10"))
+            for grey in ("20", "60", "a0", "e0")
+        ]
+        path = join(tmp_path / "a.ts", *parts)
+        raw = plain_times(path)
+        assert len(raw) == 80 and max(raw) < 4
+        greys = np.repeat([0x20, 0x60, 0xA0, 0xE0], 20)
+        for sampling, step in ((EVERY_FRAME, 1), (Sampling(fps=5), 2), (Sampling(fps=1000), 1)):
+            decoded = run(decoder, path, sampling)
+            assert decoded.end == DecodeEnd("ok")
+            np.testing.assert_allclose(decoded.times_seconds, raw[0] + np.arange(0, 80, step) / 10, atol=1e-6)
+            np.testing.assert_allclose(decoded.frames.mean(axis=(1, 2, 3)), greys[::step], atol=3)
+        for sampling in (Sampling(frames=8), Sampling(times_seconds=tuple(raw[0] + np.arange(8) + 0.5))):
+            decoded = run(decoder, path, sampling)
+            np.testing.assert_allclose(decoded.frames.mean(axis=(1, 2, 3)), greys[5::10], atol=3)
+
+    def test_fragments_of_a_clock_that_began_long_ago(self, decoder: Decoder, tmp_path: Path) -> None:
+        flags = ("-movflags", "frag_keyframe+empty_moov+default_base_moof", "-g", "10")
+        path = clips.make_clip(tmp_path / "a.mp4", extra=flags)
+        data = bytearray(path.read_bytes())
+        scale = struct.unpack(">I", data[(at := data.index(b"mdhd") + 16) : at + 4])[0]
+        at = -1
+        while (at := data.find(b"tfdt", at + 1)) >= 0:
+            assert data[at + 4] == 1  # 64 bits
+            (began,) = struct.unpack(">Q", data[at + 8 : at + 16])
+            data[at + 8 : at + 16] = struct.pack(">Q", began + 50 * 3600 * scale)
+        path.write_bytes(data)
+        decoded = run(decoder, path, EVERY_FRAME)
+        assert decoded.end == DecodeEnd("ok")
+        assert decoded.properties.duration_seconds == pytest.approx(2.0, abs=0.2)
+        np.testing.assert_allclose(decoded.times_seconds, plain_times(path), atol=1e-6)
+        path.write_bytes(data[: len(data) * 2 // 3])
+        assert run(decoder, path, EVERY_FRAME).end.status == "partial"
+
+    def test_a_cut_file_whose_sound_lies_last(self, decoder: Decoder, tmp_path: Path) -> None:
+        path = tmp_path / "a.mp4"
+        clips.make_clip_with_sound(tmp_path / "src.mkv", seconds=5, sound_seconds=5)
+        packets: dict[str, list[av.Packet]] = {"video": [], "audio": []}
+        options = {"movflags": "faststart", "max_interleave_delta": "1"}
+        with av.open(str(tmp_path / "src.mkv")) as source, av.open(str(path), "w", options=options) as out:
+            made = {stream.index: out.add_stream_from_template(stream) for stream in source.streams}
+            for packet in source.demux():
+                if packet.size:
+                    packets[packet.stream.type].append(packet)
+            for packet in packets["video"] + packets["audio"]:
+                packet.stream = made[packet.stream.index]
+                out.mux(packet)
+        num_sound_bytes = sum(packet.size for packet in packets["audio"])
+        path.write_bytes(path.read_bytes()[: -num_sound_bytes // 2])
+        num_frames = clips.count_frames(path)
+        assert num_frames >= 49
+        assert len(run(decoder, path, EVERY_FRAME).times_seconds) == num_frames
+
+
+def make_hidden_frames(path: Path) -> Path:
+    """Write VP8 with frames that are never shown: others refer to them."""
+    source = (
+        "-f",
+        "lavfi",
+        "-i",
+        "testsrc2=size=64x48:rate=25:duration=4",
+        "-passlogfile",
+        str(path.with_suffix(".log")),
+    )
+    codec = ("-c:v", "libvpx", "-auto-alt-ref", "1", "-lag-in-frames", "25", "-arnr-maxframes", "7", "-g", "999")
+    for number in ("1", "2"):
+        clips.run_ffmpeg(*source, *codec, "-b:v", "100k", "-pass", number, f"file:{path}")
+    return path
+
+
+def make_tuned_in(path: Path) -> Path:
+    """Write a transport stream that begins amid a group of pictures."""
+    whole = clips.make_clip(path, seconds=10, codec=B_FRAMES, extra=("-g", "40", "-sc_threshold", "0"))
+    data = whole.read_bytes()
+    path.write_bytes(data[: 188 * 3] + data[188 * (len(data) // 188 * 20 // 100) :])
+    return path
+
+
+@each_decoder
+@pytest.mark.parametrize(("name", "make"), [("a.webm", make_hidden_frames), ("a.ts", make_tuned_in)])
+def test_packets_are_no_frames(
+    decoder: Decoder, name: str, make: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make(tmp_path / name)
+    shown = np.array(plain_times(path))
+    with av.open(str(path)) as container:
+        assert sum(1 for packet in container.demux(video=0) if packet.size) > len(shown)
+    end = shown[-1] + (shown[-1] - shown[-2])
+    middles = shown[0] + (np.arange(8) + 0.5) * (end - shown[0]) / 8
+    expected = shown[np.searchsorted(shown, middles + 1e-3, side="right") - 1]
+    decoded = run(decoder, path, Sampling(frames=8))
+    np.testing.assert_allclose(decoded.times_seconds, expected, atol=1e-6)
+    # What is too much to be held back is decoded twice, to the same frames.
+    monkeypatch.setattr(choice, "HELD_BYTES", 1)
+    np.testing.assert_array_equal(run(decoder, path, Sampling(frames=8)).frames, decoded.frames)
+
+
+@each_decoder
+class TestRefused:
+    def test_without_permission(self, decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = clips.make_clip(tmp_path / "a.mp4", seconds=0.3)
+
+        def refuse(*_: object, **__: object) -> NoReturn:
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+        with monkeypatch.context() as patch:  # root may read everything
+            patch.setattr(Path, "open", refuse)
+            assert failure(decoder, path) == "no_permission"
+            patch.setattr(Path, "stat", refuse)
+            assert failure(decoder, path) == "no_permission"
+        assert run(decoder, path, EVERY_FRAME).end == DecodeEnd("ok")
+
+    def test_a_name_that_is_too_long(self, decoder: Decoder, tmp_path: Path) -> None:
+        assert failure(decoder, tmp_path / ("a" * 300 + ".mp4")) == "missing"
+
+    def test_encrypted(self, decoder: Decoder, tmp_path: Path) -> None:
+        key = ("-encryption_scheme", "cenc-aes-ctr", "-encryption_key", "76a6c65c5ea762046bd749a2e632ccbb")
+        path = clips.make_clip(
+            tmp_path / "a.mp4", extra=(*key, "-encryption_kid", "a7e61c373e219033c21091fa607bf3b8")
+        )
+        assert failure(decoder, path) == "encrypted"
+
+    def test_scrambled(self, decoder: Decoder, tmp_path: Path) -> None:
+        path = clips.make_clip(tmp_path / "a.ts", size="640x480")
+        data = bytearray(path.read_bytes())
+        for at in range(0, len(data), 188):
+            if (data[at + 1] & 31, data[at + 2]) == (1, 0):  # the video's packets
+                data[at + 3] |= 0x80
+        path.write_bytes(data)
+        assert failure(decoder, path) == "encrypted"
+
+
+def test_a_file_is_tried_again_when_it_may_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = clips.make_clip(tmp_path / "a.mp4", seconds=0.3)
+    found = path.stat()
+    record = VideoRecord(
+        **{"video_id": "a", "source_path": str(path), "size_bytes": found.st_size, "mtime_ns": found.st_mtime_ns},
+        **{"content_hash": "", "duration_seconds": math.nan, "frame_rate": math.nan, "width_px": 0, "height_px": 0},
+        **{"rotation_degrees": 0, "codec": "", "decoder": "pyav", "status": "no_permission", "error": "no"},
+    )
+    for may_read in (False, True):  # root may read everything
+        monkeypatch.setattr(os, "access", lambda *_, may_read=may_read: may_read)
+        assert bool(plan_videos([path], {"a": record}).todo) == may_read
+
+
+def test_a_part_between_two_frames_is_the_frame_shown_then() -> None:
+    frames = np.arange(3, dtype=np.uint8).reshape(3, 1, 1, 1).repeat(3, axis=3)
+    for size in (1, 3):
+        times = np.array([0.0, 10.0, 100.0])
+        chunks = [FrameChunk(frames[at : at + size], times[at : at + size]) for at in range(0, 3, size)]
+        for span, expected in (
+            ((20.0, 99.0), 10.0),
+            ((1.0, 2.0), 0.0),
+            ((101.0, 102.0), 100.0),
+            ((10.0, 11.0), 10.0),
+        ):
+            (chunk,) = _within(iter(chunks), span)
+            assert chunk.frame_times_seconds.tolist() == [expected]
+    late = FrameChunk(frames[:1], np.array([5.0]))
+    assert [chunk.frame_times_seconds.tolist() for chunk in _within([late], (1.0, 2.0))] == [[5.0]]
