@@ -430,7 +430,8 @@ class TestErrors:
         monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fail)
         monkeypatch.setitem(sys.modules, "google.protobuf", None)
         with pytest.raises(
-            ModelUnavailableError, match=r"google.protobuf is not installed - pip install '\.\[t5\]' in svb's folder"
+            ModelUnavailableError,
+            match=r"google.protobuf is not installed - pip install '\.\[t5\]' in svb's folder",
         ):
             load_text_encoder(f"t5:{tied}", CPU)
 
