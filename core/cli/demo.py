@@ -13,7 +13,7 @@ from svb.cli.output import Meter, say
 from svb.errors import SvbError
 
 BACKBONE, TEXT_ENCODER = "offline:efficientnet-lite0", "offline:minilm-l6"
-QUERIES = ("a red star", "a green heart in front of a checkerboard", "something yellow that gets bigger")
+QUERIES = ("a green heart in front of a checkerboard", "something yellow that gets bigger", "a red star")
 
 
 @click.command()
