@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
 import hashlib
 import importlib.util
 import io
@@ -113,15 +112,6 @@ def npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put_npm(monkeypatch, tmp_path, f'cp "{tmp_path}/registry/$file" .')
 
 
-def captions(folder: Path) -> dict[str, list[str]]:
-    """Return the captions by the pictures' code points."""
-    found = defaultdict(list)
-    with (folder / "captions.csv").open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            found[row["video_id"].split("/")[1]].append(row["caption"])
-    return found
-
-
 @pytest.mark.parametrize(
     ("variants", "group"),
     [
@@ -151,55 +141,39 @@ def test_split_never_changes(script: ModuleType) -> None:
 
 
 @pytest.mark.usefixtures("npm")
-def test_table_and_files_name_the_same_videos(script: ModuleType, tmp_path: Path) -> None:
-    script.make(tmp_path / "a")
+def test_what_is_made(script: ModuleType, tmp_path: Path) -> None:
+    """The table and the files name the same videos; groups stay whole; only train holds variants and doubles."""
+    videos = script.make(tmp_path / "a")
     table = read_caption_table(tmp_path / "a" / "captions.csv")
     files = {path.relative_to(tmp_path / "a" / "videos"): path for path in (tmp_path / "a/videos").rglob("*.*")}
     assert {path.with_suffix("").as_posix() for path in files} == set(table.video_ids)
     assert all(path.read_text() == path.stem for path in files.values())
-    assert "pinata/1fa85" in table.video_ids
-    assert {"keycap-23-20e3/0023-fe0f-20e3", "keycap-2a-20e3/002a-fe0f-20e3"} <= set(table.video_ids)
-    assert not any("flag" in video_id for video_id in table.video_ids)
+    expected = {"pinata/1fa85", "keycap-23-20e3/0023-fe0f-20e3", "keycap-2a-20e3/002a-fe0f-20e3"}
+    assert expected <= set(table.video_ids) and not any("flag" in video_id for video_id in table.video_ids)
 
-
-@pytest.mark.usefixtures("npm")
-def test_groups_stay_whole_and_only_train_holds_variants(script: ModuleType, tmp_path: Path) -> None:
-    split_of = {video.video_id: video.split for video in script.make(tmp_path / "a")}
     by_emoji = defaultdict(set)
-    for video_id, split in split_of.items():
-        by_emoji[video_id.split("/")[0]].add((video_id.split("/")[1], split))
+    for video in videos:
+        by_emoji[video.video_id.split("/")[0]].add((video.video_id.split("/")[1], video.split))
     assert {split for _, split in by_emoji["farmer"]} == {"train"}
     assert len(by_emoji["farmer"]) == len(by_emoji["person-running"]) == 12
     assert by_emoji["superhero"] == {("1f9b8", "test")}
-    assert all(len(videos) == 1 for videos in by_emoji.values() if {split for _, split in videos} != {"train"})
+    assert all(len(of_one) == 1 for of_one in by_emoji.values() if {split for _, split in of_one} != {"train"})
 
-
-@pytest.mark.usefixtures("npm")
-def test_captions(script: ModuleType, tmp_path: Path) -> None:
-    script.make(tmp_path / "a")
-    found = captions(tmp_path / "a")
-    assert found["1f3c3"] == ["person running", "person running: fast", "runner"]
-    assert found["1f3c3-1f3fd"] == ["person running, tone 3", "person running: fast", "runner"]
-    assert found["1f3c3-1f3fb-200d-2640-fe0f"][0] == "woman running, tone 1"
-    assert found["1f3c3-1f3fb-200d-2640-fe0f"][1:] == ["woman running: fast", "running woman"]
-    assert found["1f389"] == ["party popper", "party popper: celebration", "party", "tada"]
-    # `dog` is another emoji's name, `+1` is no word.
-    assert found["1f436"] == ["dog face", "dog face: pet"]
-    assert found["1f415"] == ["dog", "dog: animal, pet"]
-    assert found["1f9b8"] == ["superhero", "superhero: good"]
-
-
-@pytest.mark.usefixtures("npm")
-def test_no_caption_outside_train_means_two_videos(script: ModuleType, tmp_path: Path) -> None:
-    script.make(tmp_path / "a")
-    table = read_caption_table(tmp_path / "a" / "captions.csv")
-    videos = defaultdict(set)
+    captions, meant = defaultdict(list), defaultdict(set)
     for video_id, caption in zip(table.video_ids, table.captions, strict=True):
-        videos[caption].add(video_id)
-    is_shared = {split: set() for split in ("train", "val", "test")}
-    for caption, split in zip(table.captions, table.splits, strict=True):
-        is_shared[split].add(len(videos[caption]) > 1)
-    assert True in is_shared["train"] and True not in is_shared["val"] | is_shared["test"]
+        captions[video_id.split("/")[1]].append(caption)
+        meant[caption].add(video_id)
+    assert captions["1f3c3"] == ["person running", "person running: fast", "runner"]
+    assert captions["1f3c3-1f3fd"] == ["person running, tone 3", "person running: fast", "runner"]
+    woman = ["woman running, tone 1", "woman running: fast", "running woman"]
+    assert captions["1f3c3-1f3fb-200d-2640-fe0f"] == woman
+    assert captions["1f389"] == ["party popper", "party popper: celebration", "party", "tada"]
+    # `dog` is another emoji's name, `+1` is no word.
+    assert captions["1f436"] == ["dog face", "dog face: pet"]
+    assert captions["1f415"] == ["dog", "dog: animal, pet"]
+    assert captions["1f9b8"] == ["superhero", "superhero: good"]
+    shared = {split for caption, split in zip(table.captions, table.splits, strict=True) if len(meant[caption]) > 1}
+    assert shared == {"train"}
 
 
 @pytest.mark.usefixtures("npm")
