@@ -158,12 +158,12 @@ def read_needles(table: Path) -> list[Needle]:
 
 def measure_set(held: Set, folder: Path, lengths: Sequence[float]) -> dict[str, dict[str, list[float]]]:
     """Return the numbers of each method."""
-    from svb.retrieve.index import index
+    from svb.retrieve.index import IndexConfig, index
     from svb.retrieve.search import Searcher
 
     def searcher(seconds: float, stride: float) -> Searcher:
-        out, lengths = folder / f"{seconds:g}", {"moment_seconds": seconds, "moment_stride_seconds": stride}
-        return Searcher(index(held.run, out, store=held.store, **lengths))
+        config = IndexConfig(store=held.store, moment_seconds=seconds, moment_stride_seconds=stride)
+        return Searcher(index(held.run, folder / f"{seconds:g}", config))
 
     chunks = searcher(CHUNK_SECONDS, CHUNK_SECONDS)
     embeddings = {caption: chunks.embed_text(caption) for caption in {n.caption for n in held.needles}}

@@ -70,7 +70,7 @@ def make_index_and_rivals(folder: Path, num_rows: int) -> Path:
     from safetensors.torch import save_file
 
     from svb.extract.backbones import load_backbone
-    from svb.retrieve.index import index
+    from svb.retrieve.index import IndexConfig, index
     from svb.retrieve.search import Searcher
 
     weights = folder / "ViT-B-32.safetensors"
@@ -81,7 +81,7 @@ def make_index_and_rivals(folder: Path, num_rows: int) -> Path:
     settings = load_backbone(name, torch.device("cpu"), torch.float32).settings()
     videos = num_rows // ROWS_A_VIDEO
     store = shared.make_store(folder / "features", name, settings, videos=videos, frames=ROWS_A_VIDEO)
-    built = index(store, folder / "index", moment_seconds=1, moment_stride_seconds=1)
+    built = index(store, folder / "index", IndexConfig(moment_seconds=1, moment_stride_seconds=1))
     searcher = Searcher(built)
     rows = searcher.vectors.embeddings(np.arange(searcher.catalog.num_moments), by="moment")
     np.save(folder / "query.npy", searcher.embed_text(TEXT))

@@ -104,12 +104,12 @@ def write_index(path: Path, num_windows: int, noise: float | None = None, num_to
         segment = random_segment(first, min(SEGMENT_ROWS, num_windows - first), noise, num_topics)
         entry = publish_part(path, "segments", lambda folder, made=segment: write_segment(folder, made))
         entries.append({**entry, "videos": segment.num_videos, "moments": segment.num_moments, "deleted": None})
-    empty: dict[str, Any] = {part: [] for part in ("captions", "metadata", "heads", "text", "hubs")}
+    empty: dict[str, Any] = {part: [] for part in ("captions", "metadata", "heads", "text")}
     manifest = {
         **{"format": "svb index", "generation": 1, "model": {"kind": "random"}, "model_fingerprint": "0" * 16},
         **{"moments": {"seconds": 1.0, "stride_seconds": 1.0}, "embedding_size": SIZE, "store": ""},
         **{"videos": num_windows // ROWS_A_VIDEO, "moments_total": num_windows, "segments": entries},
-        **{"normalise": None, "vectors": None, **empty},
+        **{"vectors": None, **empty},
     }
     commit(path, manifest)
     return path

@@ -205,21 +205,13 @@ def extract_features(
 ) -> Path:
     """Extract with one backbone on the CPU."""
     from svb.extract.backbones import FAMILIES
-    from svb.extract.decode.sampling import Sampling
+    from svb.extract.config import ExtractConfig
     from svb.extract.run import extract
 
     FAMILIES["free"] = __name__
-    return extract(
-        videos,
-        out,
-        backbones=[backbone],
-        sampling=Sampling(fps=fps),
-        num_workers=workers,
-        batch_size=BATCH_SIZE,
-        precision=precision,
-        device="cpu",
-        on_progress=on_progress,
-    )
+    options: dict[str, Any] = {"batch_size": BATCH_SIZE, "precision": precision, "device": "cpu"}
+    config = ExtractConfig(backbones=(backbone,), fps=fps, workers=workers, **options)
+    return extract(videos, out, config, on_progress=on_progress)
 
 
 def require_all_ok(statuses: Mapping[str, int], num_videos: int) -> None:
