@@ -1,11 +1,11 @@
-# The two commands that do all the set-up on a fresh machine are `make demo` and `make test`.
+# `make demo` and `make test` do all the set-up on a fresh machine.
 PYTHON ?= python3
 VENV := .venv
 SOURCES := setup.cfg pyproject.toml $(shell find core data extract train retrieve -type f -not -path '*/__pycache__/*')
 
 .PHONY: demo test test-all check format clean
 
-# The package is installed as a user gets it, not linked: what setup.cfg forgets is missed here.
+# Install the package as a user does, not linked: then what setup.cfg forgets is missing here too.
 $(VENV)/installed: $(SOURCES)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	rm -rf build

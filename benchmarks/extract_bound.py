@@ -1,46 +1,32 @@
-"""What svb could reach at best: the slower of decoding alone and the backbone alone, on the cores svb has.
+"""How close does `svb extract` come to what it could reach at best? `python benchmarks/extract_bound.py`.
 
-Decoding has one worker, which keeps one core busy, and the backbone one thread: no time is lost where both run
-for as long as the slower of them takes by itself.
+svb, with one worker and one thread on two cores, beside the slower of its halves: decoding alone (the same worker,
+frames thrown away) and the backbone alone (the same batches from memory, resized and normalised). No time is lost
+where both run for as long as the slower of them takes by itself. A backbone that costs nothing leaves decoding to
+decide; EfficientNet-lite0 decides itself.
+
+Starting (imports, loading the model, starting and ending workers, the first batch) is not counted but given. It
+takes about 15 minutes on two quiet cores.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from extract_clips import ClipSet
-from extract_measure import (
-    ALL_CORES,
-    BATCH_SIZE,
-    FREE,
-    LITE0,
-    SAMPLING,
-    Cost,
-    cold_and_steady,
-    cost_of,
-    extract_with,
-    pin_to,
-    precisions,
-    require_all_ok,
-    spread,
-)
-from numpy.typing import NDArray
+import shared
 
-from svb.device import choose_device, choose_precision
-from svb.extract.backbones import load_backbone
-from svb.extract.backbones.backbone import Backbone
-from svb.extract.compute.transform import to_squares
-from svb.extract.decode.decoder import FrameChunk
-from svb.extract.decode.options import DecodeOptions
-from svb.extract.plan import PlannedVideo
-from svb.extract.pool.decode_pool import DecodePool
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+    from svb.extract.backbones.backbone import Backbone
 
 # Frames of a long video are held up to this much, and the held ones repeated.
 HELD_BYTES = 256 * 2**20
@@ -54,26 +40,40 @@ class Frames:
     num_frames: int
 
 
-def measure_bound(
-    clip_sets: Sequence[ClipSet], lead: Sequence[Path], folder: Path, rounds: int, workers: int = 1
-) -> Iterator[dict[str, Any]]:
-    """Yield a row for each number of cores, set of clips and backbone."""
+def measure(folder: Path, options: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
+    """Return a row for each set of clips and backbone, and their table."""
+    import torch
+
+    shared.pin_to(2)
     torch.set_num_threads(1)
+    lead = shared.make_clips(folder / "lead", shared.LEAD_IN, 1)
     # svb changes how its process asks for memory, which speeds up the backbone alone as well: from the start, then.
-    extract_with(FREE, "float32", folder, workers)(lead[:1])
-    for num_cores in sorted({min(len(ALL_CORES), cores) for cores in (2, 3)}):
-        pinned = pin_to(num_cores)
-        for clips in clip_sets:
-            rows = [
-                {"cores": num_cores, "pinned": pinned, "clips": clips.name, "videos": len(clips.paths)}
-                | {"backbone": name, "precision": precision, "rounds": []}
-                for name, precision in [(FREE, "float32"), *((LITE0, precision) for precision in precisions())]
-            ]
-            held = hold_frames(clips.paths)
-            for number in range(rounds):
-                print(f"bound, {num_cores} cores, {clips.name}: round {number + 1} of {rounds}", file=sys.stderr)
-                measure_round(rows, held, lead, clips.paths, folder, workers)
-            yield from rows
+    shared.extract_with(shared.FREE, folder, workers=1)(lead)
+    rows = []
+    for name, clips, rounds in clip_sets(folder, options):
+        held = hold_frames(clips)
+        of_set = [
+            {"clips": name, "videos": len(clips), "backbone": backbone, "rounds": []}
+            for backbone in (shared.FREE, shared.LITE0)
+        ]
+        for number in range(rounds):
+            print(f"{name}: round {number + 1} of {rounds}", file=sys.stderr)
+            measure_round(of_set, held, lead, clips, folder, options.precision)
+        rows += of_set
+    return rows, table_of(rows)
+
+
+def clip_sets(folder: Path, options: argparse.Namespace) -> Iterator[tuple[str, list[Path], int]]:
+    """Yield each set's name, clips and rounds: none for a count of 0 or where MSR-VTT's clips are missing."""
+    long = shared.Footage("1280x720", "2500k", options.long_seconds)
+    made = (shared.SHORT, options.short), (shared.MEDIUM, options.medium), (long, options.long)
+    for footage, count in made:
+        if count:
+            clips = shared.make_clips(folder / footage.size, footage, count)
+            yield str(footage), clips, 1 if footage is long else options.rounds
+    if options.msrvtt and shared.MSRVTT_MINI.is_dir():
+        clips = sorted((shared.MSRVTT_MINI / "clips").glob("*.mp4"))[: options.msrvtt]
+        yield "msrvtt-mini", clips, options.rounds
 
 
 def measure_round(
@@ -82,102 +82,106 @@ def measure_round(
     lead: Sequence[Path],
     clips: Sequence[Path],
     folder: Path,
-    workers: int,
+    precision: str,
 ) -> None:
     """Measure everything once, side by side, and add it to the rows."""
-    lead = lead[:workers]
-    _, decoding = cold_and_steady(lambda paths: decode(paths, workers), lead, clips)
+    from svb.device import choose_device, choose_precision
+    from svb.extract.backbones import load_backbone
+
+    _, decoding = shared.cold_and_steady(decode, lead, clips)
+    device = choose_device("cpu")
     for row in rows:
-        network = load(row["backbone"], row["precision"])
-        row["computed_in"] = network.settings()["precision"]
-        alone = cost_of_backbone(network, held)
-        svb = extract_with(row["backbone"], row["precision"], folder, workers)
-        cold, ours = cold_and_steady(svb, lead, clips)
-        costs = {"decode": decoding, "backbone": alone, "svb": ours, "start": cold}
-        row["rounds"].append({name: asdict(cost) for name, cost in costs.items()})
+        network = load_backbone(row["backbone"], device, choose_precision(device, precision))
+        row["precision"] = network.settings()["precision"]
+        next(run_backbone(network, held))  # warms up
+        alone = shared.cost_of(lambda: sum(1 for _ in run_backbone(network, held)))  # noqa: B023 - called at once
+        svb = shared.extract_with(row["backbone"], folder, workers=1, precision=precision)
+        start, ours = shared.cold_and_steady(svb, lead, clips)
+        row["rounds"].append({"decode": decoding, "backbone": alone, "svb": ours, "start": start})
 
 
-def decode(paths: Sequence[Path], workers: int) -> None:
+def decode(paths: Sequence[Path]) -> None:
     """Read the frames that svb reads, into nothing."""
-    ended = [message.status for _, message in messages_of(paths, workers) if hasattr(message, "status")]
-    require_all_ok(Counter(ended), len(paths))
+    ended = Counter(message.status for message in messages_of(paths) if hasattr(message, "status"))
+    shared.require_all_ok(ended, len(paths))
 
 
-def messages_of(paths: Sequence[Path], workers: int) -> Iterator[tuple[int, Any]]:
+def messages_of(paths: Sequence[Path]) -> Iterator[Any]:
+    """Yield what a decode worker says of some videos."""
+    from svb.extract.decode.options import DecodeOptions
+    from svb.extract.decode.sampling import Sampling
+    from svb.extract.plan import PlannedVideo
+    from svb.extract.pool.decode_pool import DecodePool
+
     planned = [PlannedVideo(f"video{number}", path) for number, path in enumerate(paths)]
-    return DecodePool(workers, DecodeOptions(SAMPLING, "pyav"), 120.0).run(planned)
+    for _, message in DecodePool(1, DecodeOptions(Sampling(fps=1.0), "pyav"), 120.0).run(planned):
+        yield message
 
 
 def hold_frames(paths: Sequence[Path]) -> Frames:
+    """Decode the clips into memory."""
     chunks: list[NDArray[np.uint8]] = []
-    num_frames = held_bytes = 0
-    for _, message in messages_of(paths, 1):
-        if isinstance(message, FrameChunk):
+    num_frames = 0
+    for message in messages_of(paths):
+        if hasattr(message, "frames"):
             num_frames += len(message.frames)
-            if held_bytes < HELD_BYTES:
+            if sum(chunk.nbytes for chunk in chunks) < HELD_BYTES:
                 chunks.append(message.frames.copy())
-                held_bytes += message.frames.nbytes
     return Frames(chunks, num_frames)
 
 
-def load(name: str, precision: str) -> Backbone:
-    device = choose_device("cpu")
-    return load_backbone(name, device, choose_precision(device, precision))
-
-
-def cost_of_backbone(network: Backbone, held: Frames) -> Cost:
-    """Return the cost of all the clips' batches, the last one padded, after one that warms up."""
-    next(iter(run_backbone(network, held)))
-    return cost_of(lambda: sum(1 for _ in run_backbone(network, held)))
-
-
 def run_backbone(network: Backbone, held: Frames) -> Iterator[torch.Tensor]:
-    """Yield the features of every batch: frames from memory, resized chunk by chunk as svb does."""
-    batch = torch.zeros(BATCH_SIZE, 3, network.image_size, network.image_size, dtype=torch.uint8)
+    """Yield the features of every batch, the last padded: frames from memory, resized chunk by chunk as in svb."""
+    import torch
+
+    from svb.extract.compute.transform import to_squares
+
+    batch = torch.zeros(shared.BATCH_SIZE, 3, network.image_size, network.image_size, dtype=torch.uint8)
     filled = done = 0
     while done < held.num_frames:
         for chunk in held.chunks:
-            if done == held.num_frames:
-                break
             squares = to_squares(torch.from_numpy(chunk[: held.num_frames - done]), network.image_size)
             done += len(squares)
-            for part in squares.split(1):
-                batch[filled : filled + 1] = part
+            for square in squares:
+                batch[filled] = square
                 filled += 1
-                if filled == BATCH_SIZE:
+                if filled == shared.BATCH_SIZE:
                     yield network(batch)
                     filled = 0
+            if done == held.num_frames:
+                break
     if filled:
         yield network(batch)
 
 
-def table_of_bound(rows: Sequence[dict[str, Any]]) -> str:
+def table_of(rows: Sequence[dict[str, Any]]) -> str:
     """Return a Markdown table: videos per second and CPU-seconds a video, alone and together."""
-    lines = [
-        "| cores | clips | backbone | svb, videos/s | decoding alone | backbone alone "
-        "| svb's share of the slower, % | svb, CPU-s a video | both alone | start of svb, s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    titles = ["clips", "backbone", "svb, videos/s", "decoding alone", "backbone alone", "svb's share of the slower"]
+    titles += ["svb, CPU-s a video", "both alone, CPU-s", "start of svb, s"]
+    lines = []
     for row in rows:
         videos, rounds = row["videos"], row["rounds"]
-        rates = {
-            name: spread([videos / taken[name]["wall_seconds"] for taken in rounds], ".3g")
-            for name in ("svb", "decode", "backbone")
-        }
-        cpu = [taken["svb"]["cpu_seconds"] / videos for taken in rounds]
-        both = [(taken["decode"]["cpu_seconds"] + taken["backbone"]["cpu_seconds"]) / videos for taken in rounds]
-        lines.append(
-            f"| {row['cores']} | {videos} of {row['clips']} | `{row['backbone']}`, {row['computed_in']} "
-            f"| {rates['svb']} | {rates['decode']} | {rates['backbone']} | {spread(shares(rounds), '.0f')} "
-            f"| {spread(cpu, '.3g')} | {spread(both, '.3g')} "
-            f"| {spread([taken['start']['wall_seconds'] for taken in rounds], '.2g')} |"
-        )
-    return "\n".join(lines)
+        wall = {name: [taken[name].wall_seconds for taken in rounds] for name in rounds[0]}
+        cpu = {name: [taken[name].cpu_seconds / videos for taken in rounds] for name in rounds[0]}
+        slower = [max(halves) for halves in zip(wall["decode"], wall["backbone"], strict=True)]
+        shares = [100 * bound / taken for bound, taken in zip(slower, wall["svb"], strict=True)]
+        both = [sum(halves) for halves in zip(cpu["decode"], cpu["backbone"], strict=True)]
+        rates = [shared.spread([videos / s for s in wall[name]]) for name in ("svb", "decode", "backbone")]
+        lines.append([f"{videos} of {row['clips']}", f"`{row['backbone']}`, {row['precision']}", *rates])
+        lines[-1] += [f"{shared.spread(shares, '.0f')} %", shared.spread(cpu["svb"]), shared.spread(both)]
+        lines[-1].append(shared.spread(wall["start"], ".2g"))
+    return shared.table(titles, lines)
 
 
-def shares(rounds: Sequence[dict[str, dict[str, float]]]) -> list[float]:
-    """Return each round's percentage of the bound that was measured beside it."""
-    return [
-        100 * max(taken["decode"]["wall_seconds"], taken["backbone"]["wall_seconds"]) / taken["svb"]["wall_seconds"]
-        for taken in rounds
-    ]
+if __name__ == "__main__":
+    shared.run_benchmark(
+        __doc__,
+        measure,
+        rounds=(3, "how often everything is measured, in turn"),
+        short=(16, "clips of 15 s"),
+        medium=(3, "clips of 60 s"),
+        long=(1, "clips of --long-seconds, measured in one round"),
+        long_seconds=(600, "length of a long clip"),
+        msrvtt=(32, "clips of the small MSR-VTT"),
+        precision=("float32", "of the backbone"),
+    )

@@ -94,7 +94,7 @@ class Emoji:
     Attributes:
         label: Unicode's short name, such as `waving hand: light skin tone`.
         plain_label: The same without a skin tone.
-        keywords: Unicode's, but for those that the label holds.
+        keywords: Unicode's, without those that the label contains.
         phrases: What chat programs call it, such as `tada` for `party popper`.
     """
 
@@ -121,13 +121,13 @@ def code_points(name: str) -> str:
 
 
 def group_of(code: str) -> str:
-    """Return the emoji that a variant is one of, by its code points."""
+    """Return the code points of the emoji that a variant belongs to."""
     points = [point for point in code.split("-") if point not in SKIN_TONES] or code.split("-")
     neutral = "-".join(NEUTRAL.get(point, point) for point in points)
     for ending in VARIANT_ENDINGS:
         neutral = neutral.removesuffix(ending)
     if JOINER in neutral and not set(neutral.split("-")) - {PERSON, CHILD, JOINER}:
-        return "1f46a"  # a family, of whomever
+        return "1f46a"  # a family, whoever its members are
     return SAME_EMOJI.get(neutral, neutral)
 
 
@@ -232,15 +232,15 @@ def _listed(names: str | list[str]) -> list[str]:
 
 
 def fetch(package: str, integrity: str, folder: Path) -> Path:
-    """Return where a package of npm lies in `folder`, fetched if it is not there.
+    """Return the path of an npm package in `folder`; fetch it if it is not there.
 
     Args:
         package: Name and version.
         integrity: Its sha512, base64.
-        folder: Of packages.
+        folder: Where packages are kept.
 
     Raises:
-        InputError: There is no npm, it fails, or the package is not the one that was asked for.
+        InputError: npm is missing or fails, or the package has another sha512.
     """
     path = folder / (package.removeprefix("@").replace("/", "-").replace("@", "-") + ".tgz")
     if path.exists():
@@ -249,7 +249,7 @@ def fetch(package: str, integrity: str, folder: Path) -> Path:
     npm = shutil.which("npm")
     if npm is None:
         raise InputError(
-            f"npm is not there to fetch {package} - install Node.js, or put the package into {path} by hand"
+            f"npm is not on the PATH to fetch {package} - install Node.js, or put the package into {path} yourself"
         )
     say(f"fetching {package}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -264,10 +264,10 @@ def fetch(package: str, integrity: str, folder: Path) -> Path:
         )
         fetched = list(Path(aside).glob("*.tgz"))
         if done.returncode or len(fetched) != 1:
-            words = " / ".join(done.stderr.strip().splitlines()[:2]) or "it says nothing"
+            words = " / ".join(done.stderr.strip().splitlines()[:2]) or "it printed nothing"
             raise InputError(
                 f"npm could not fetch {package} (exit status {done.returncode}: {words}) - check that npm reaches "
-                "its registry and run the same command again: what was fetched is kept"
+                "its registry and run the same command again: fetched packages are kept"
             )
         _check(fetched[0], integrity, package)
         fetched[0].replace(path)
@@ -283,7 +283,7 @@ def _check(path: Path, integrity: str, package: str) -> None:
     if found != integrity:
         raise InputError(
             f"{path} is not {package}: its sha512 is {found} - expected {integrity}; remove the file if it is "
-            "still there and run the same command again"
+            "there and run the same command again"
         )
 
 

@@ -4,7 +4,7 @@
 - `sqlite`: the same tower, and numpy over all rows read from SQLite, as rclip does;
 - `faiss`, `numpy-sqlite`: the two searches alone, with a query vector that is there already.
 
-`make_ways` writes what they read: `rows.sqlite`, `rows.faiss`, `query.npy`, and the weights' path in `weights.txt`.
+`search_first.py` writes what it reads, and times it as a process of its own: it imports nothing else.
 """
 
 from __future__ import annotations
@@ -17,23 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 K = 10
-MODEL = "ViT-B-32"
-
-
-def make_ways(folder: Path, rows: NDArray[np.float32], query: NDArray[np.float32], weights: Path) -> None:
-    import faiss
-
-    folder.mkdir(parents=True, exist_ok=True)
-    index = faiss.IndexFlatIP(rows.shape[1])
-    index.add(rows)
-    faiss.write_index(index, str(folder / "rows.faiss"))
-    with sqlite3.connect(folder / "rows.sqlite") as database:
-        database.execute("CREATE TABLE images (id INTEGER PRIMARY KEY, filepath TEXT UNIQUE, vector BLOB)")
-        named = ((f"/videos/{number}.mp4", row.tobytes()) for number, row in enumerate(rows))
-        database.executemany("INSERT INTO images (filepath, vector) VALUES (?, ?)", named)
-    database.close()
-    np.save(folder / "query.npy", query)
-    (folder / "weights.txt").write_text(str(weights), "utf-8")
 
 
 def main() -> None:
@@ -48,9 +31,9 @@ def embed(folder: Path, text: str) -> NDArray[np.float32]:
     import torch
 
     weights = (folder / "weights.txt").read_text("utf-8")
-    model = open_clip.create_model(MODEL, pretrained=weights).eval()
+    model = open_clip.create_model("ViT-B-32", pretrained=weights).eval()
     with torch.inference_mode():
-        features = model.encode_text(open_clip.get_tokenizer(MODEL)([text]), normalize=True)
+        features = model.encode_text(open_clip.get_tokenizer("ViT-B-32")([text]), normalize=True)
     embedding: NDArray[np.float32] = features[0].numpy()
     return embedding
 
@@ -66,8 +49,7 @@ def search_sqlite(folder: Path, query: NDArray[np.float32]) -> list[str]:
     with sqlite3.connect(folder / "rows.sqlite") as database:
         held = database.execute("SELECT filepath, vector FROM images").fetchall()
     rows = np.stack([np.frombuffer(vector, np.float32) for _, vector in held])
-    scores = rows @ query
-    return [held[row][0] for row in np.argsort(-scores)[:K]]
+    return [held[row][0] for row in np.argsort(-(rows @ query))[:K]]
 
 
 if __name__ == "__main__":

@@ -13,8 +13,7 @@ from svb.cli.output import Meter, say
 from svb.errors import SvbError
 
 BACKBONE, TEXT_ENCODER = "offline:efficientnet-lite0", "offline:minilm-l6"
-# The first names colour, shape and background: it finds its clip with confidence.
-QUERIES = ("a green heart in front of a checkerboard", "a red star", "something yellow that gets bigger")
+QUERIES = ("a green heart in front of a checkerboard", "something yellow that gets bigger", "a red star")
 
 
 @click.command()
