@@ -177,6 +177,7 @@ def _rows(
 ) -> FrameFeatures:
     """Return the features of frames as those of one video, of several backbones side by side."""
     from svb.data.fusion import fuse
+    from svb.data.rows import FrameFeatures
     from svb.extract.one_file import compute_rows
 
     return fuse(
