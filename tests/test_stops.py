@@ -130,7 +130,7 @@ class TestDisks:
 
         try:
             with pytest.raises(
-                StoreError, match=r"cannot write .* \(File too large\) .* free space, and run the same command"
+                StoreError, match=r"cannot write .* \(File too large\) .* make room, and run the same command"
             ):
                 run(folder, tmp_path / "out", batch_size=1, on_progress=once_a_video_is_done(fill))
         finally:

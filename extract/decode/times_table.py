@@ -1,4 +1,4 @@
-"""A times table: CSV, TSV, JSON or Parquet with `video_id, time_seconds`, a row for every frame that is wanted."""
+"""Reads a times table: CSV, TSV, JSON or Parquet with `video_id, time_seconds`, one row for each wanted frame."""
 
 from __future__ import annotations
 
