@@ -340,7 +340,7 @@ def test_a_page_of_odd_captions(world: World, explained: Callable[..., Explanati
     page = explain(world.run("tokens"), **query, out=tmp_path / "out")
     assert page == tmp_path / "out" / "index.html"
     gone = world.videos / "gone.mp4"
-    assert len(messages) == 1 and f"cannot show frames of {gone} (missing)" in messages[0]
+    assert len(messages) == 1 and f"cannot show frames: {gone} cannot be used as a video (missing)" in messages[0]
     read, text = assert_stands_alone(page), page.read_text("utf-8")
     assert ODD in read.text and html.escape(ODD) in text
     assert read.text.count("no frames: its file can no longer be read") == 1

@@ -15,12 +15,11 @@ from numpy.typing import NDArray
 
 from svb.data.feature_store import FeatureStore
 from svb.data.publish import published_file
+from svb.errors import InputError
 from svb.extract.decode.decoder import FrameChunk
 from svb.extract.decode.options import DecodeOptions
 from svb.extract.decode.sampling import Sampling
-from svb.extract.plan import PlannedVideo
-from svb.extract.pool.decode_pool import DecodePool
-from svb.extract.pool.worker import Finished
+from svb.extract.one_file import decode_files
 
 logger = logging.getLogger(__name__)
 
@@ -115,12 +114,12 @@ def summary(explanation: Explanation) -> str:
 def _frame_strips(videos: list[SupportVideo], decoder: str) -> list[Strip]:
     """Return a few small frames of each video, or none if its file can no longer be decoded."""
     strips: list[Strip] = [[] for _ in videos]
-    planned = [PlannedVideo(video.video_id, video.file) for video in videos]
-    for position, message in DecodePool(2, DecodeOptions(Sampling(frames=STRIP_FRAMES), decoder)).run(planned):
-        if isinstance(message, FrameChunk):
-            strips[position] += [_small(frame) for frame in message.frames]
-        elif isinstance(message, Finished) and not strips[position]:
-            logger.info(f"cannot show frames of {videos[position].file} ({message.status}): {message.error}")
+    options = DecodeOptions(Sampling(frames=STRIP_FRAMES), decoder)
+    for position, item in decode_files([video.file for video in videos], options, num_workers=2):
+        if isinstance(item, FrameChunk):
+            strips[position] += [_small(frame) for frame in item.frames]
+        elif isinstance(item, InputError) and not strips[position]:
+            logger.info(f"cannot show frames: {item}")
     return strips
 
 
