@@ -11,6 +11,10 @@ from svb.config import option
 from svb.errors import UsageError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+_PUBLIC_URL = re.compile(
+    r"(?P<scheme>https?)://(?P<host>[a-z0-9.-]+|\[[0-9a-f:.]+\])(:(?P<port>\d{1,5}))?(?P<path>(/[\w.~-]+)*/?)",
+    re.ASCII | re.IGNORECASE,
+)
 
 
 def num_bytes(text: str) -> int:
@@ -26,12 +30,48 @@ def num_bytes(text: str) -> int:
 
 
 @dataclass(frozen=True)
+class PublicUrl:
+    """The address at which a proxy shows the server to others.
+
+    Attributes:
+        origin: Scheme, host and port, as browsers send them in `Origin`.
+        path: The path below which the server is shown: empty, or like `/svb`.
+    """
+
+    origin: str
+    path: str
+
+    @property
+    def host(self) -> str:
+        """The host without its port."""
+        return re.sub(r":\d+$", "", self.origin.partition("://")[2])
+
+    def __str__(self) -> str:
+        return f"{self.origin}{self.path}/"
+
+
+def public_url(text: str) -> PublicUrl:
+    """Return what the text of an address says.
+
+    Raises:
+        UsageError: The text is not the address of a server.
+    """
+    match = _PUBLIC_URL.fullmatch(text.strip())
+    if match is None or "/." in match["path"]:
+        raise UsageError(f"--public-url is {text!r} - expected an address such as https://videos.example.org/svb")
+    scheme, host, port = match["scheme"].lower(), match["host"].lower(), match["port"]
+    is_usual = port is None or int(port) == {"http": 80, "https": 443}[scheme]
+    return PublicUrl(f"{scheme}://{host}{'' if is_usual else f':{int(port)}'}", match["path"].rstrip("/"))
+
+
+@dataclass(frozen=True)
 class ServeOptions:
     """How an index is served.
 
     Attributes:
         host: Address to listen at; any but this machine's own needs a token.
         port: Port to listen at; 0 takes a free one.
+        public_url: Address at which a proxy shows the server to others, e.g. https://videos.example.org/svb.
         token_file: File with the token that clients must show; else SVB_TOKEN, else a new one for other machines.
         max_upload_bytes: Largest file accepted for upload.
         max_upload_seconds: Longest video accepted for upload, in seconds.
@@ -51,6 +91,7 @@ class ServeOptions:
 
     host: str = "127.0.0.1"
     port: int = 8765
+    public_url: PublicUrl | None = option(None, metavar="URL", read=public_url)
     token_file: Path | None = None
     max_upload_bytes: int = option(200_000_000, flag="--max-upload", metavar="SIZE", read=num_bytes, text="200MB")
     max_upload_seconds: float = 3600.0
