@@ -151,7 +151,7 @@ def serving(
     cache.mkdir(exist_ok=True)
     open_searcher = open_searcher or (lambda previous: FakeSearcher(folder))
     state = ServerState(folder, cache, open_searcher, ServeOptions(**options))
-    access = Access(token, is_loopback=is_loopback, port=8765, public_url=state.options.public_url)
+    access = Access(token, is_loopback=is_loopback, port=8765, public_url=state.options.public)
     app = make_app(state, access)
     with TestClient(app, base_url=BASE_URL, follow_redirects=False) as client:
         try:

@@ -9,7 +9,6 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx2
 import pytest
@@ -19,7 +18,7 @@ import watching as w
 from conftest import RunSvb
 
 from svb.retrieve.server.access import choose_token
-from svb.retrieve.server.options import public_url
+from svb.retrieve.server.options import PublicUrl
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "search.md"
 NGINX = shutil.which("nginx", path="/usr/sbin:/usr/bin")
@@ -136,7 +135,9 @@ def test_the_page_works_through_nginx(index: Path, tmp_path: Path, setup: str) -
         page.keyboard.press("Enter")
         page.wait_for_selector(".card")
         assert page.url == f"{url}?like=tall"
-        w.until(page, "[...document.querySelectorAll('.card h3')].some(name => name.textContent === 'harbour/boat')")
+        w.until(
+            page, "[...document.querySelectorAll('.card h3')].some(name => name.textContent === 'harbour/boat')"
+        )
         boat = page.locator(".card", has=page.get_by_role("heading", name="harbour/boat"))
         w.until(page, "[...document.querySelectorAll('.poster img')].some(image => image.naturalWidth > 0)")
         boat.locator(".poster").click()
@@ -159,7 +160,7 @@ def test_the_page_works_through_nginx(index: Path, tmp_path: Path, setup: str) -
     ],
 )
 def test_the_public_address_is_answered_too(tmp_path: Path, host: str, origin: str | None, status: int) -> None:
-    public = public_url("https://Videos.example.org:443/svb/")
+    public = "https://Videos.example.org:443/svb/"
     headers = {"host": host, **({"origin": origin} if origin else {})}
     with s.serving(s.make_index(tmp_path / "index", {}), public_url=public) as served:
         for path in ("/api/search", "/svb/api/search"):
@@ -180,7 +181,7 @@ def test_a_session_is_for_the_address_that_its_page_has(tmp_path: Path) -> None:
         ("https://a.example/b/c", "http://localhost:8765", "/", False),
         ("http://a.example:80", "http://a.example", "/", False),
     ):
-        with s.serving(index, token=TOKEN, public_url=public_url(address)) as served:
+        with s.serving(index, token=TOKEN, public_url=address) as served:
             headers = {"origin": origin} if origin else {}
             cookie = served.client.post("/login", data={"token": TOKEN}, headers=headers).headers["set-cookie"]
         assert (f"Path={path};" in cookie, "Secure" in cookie) == (True, is_secure), (address, origin, cookie)
@@ -188,7 +189,7 @@ def test_a_session_is_for_the_address_that_its_page_has(tmp_path: Path) -> None:
 
 def test_behind_a_proxy_there_is_always_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SVB_TOKEN", raising=False)
-    token, is_new = choose_token("127.0.0.1", None, public_url("https://a.example"))
+    token, is_new = choose_token("127.0.0.1", None, PublicUrl.of("https://a.example"))
     assert token and is_new
 
 

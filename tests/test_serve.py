@@ -297,6 +297,7 @@ def test_a_file_is_searched_with_and_removed(worked: Path, served: Serving) -> N
     response = post_file(served, b"pixels", request='{"k": 1}')
     assert response.status_code == 200, response.text
     assert response.json()["request"] == {"image": "a b.PNG", "k": 1}
+    assert response.json()["elapsed_seconds"] == {"embed": 3.0, "load": 2.0, "total": 3.0}
     assert post_file(served, kind="video", request='{"span_seconds": [1, 2.5]}').status_code == 200
     first, second = [line for line in worked.read_text().splitlines() if line.startswith("embedded")]
     _, path, content, _ = first.split(maxsplit=3)

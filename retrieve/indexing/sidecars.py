@@ -97,9 +97,8 @@ def read_sidecar(path: Path, max_bytes: int = MAX_BYTES) -> list[Cue]:
         )
     said = [(cue, lines) for cue, lines in cues if not _is_telemetry(cue.text)]
     if len(said) < len(cues):
-        logger.info(
-            f"{path}: {len(cues) - len(said)} of {len(cues)} cues are a drone's readings, not speech, and were left out"
-        )
+        num = len(cues) - len(said)
+        logger.info(f"{path}: {num} of {len(cues)} cues are a drone's readings, not speech, and were left out")
     return _without_repeats(said)
 
 

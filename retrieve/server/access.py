@@ -59,7 +59,9 @@ class Access:
             names = ", ".join((*LOOPBACK_NAMES, public.host) if public else LOOPBACK_NAMES)
             return f"the Host header is {host!r} - this server answers to {names}{self._about_proxies}"
         origin = headers.get("origin")
-        is_own = origin is None or origin.split("://")[-1] == host or (public is not None and origin == public.origin)
+        is_own = (
+            origin is None or origin.split("://")[-1] == host or (public is not None and origin == public.origin)
+        )
         if method not in {"GET", "HEAD"} and not is_own:
             says = f"the request comes from a page of {origin} - only the server's own page may send one"
             return f"{says}{self._about_proxies}"

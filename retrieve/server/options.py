@@ -49,19 +49,19 @@ class PublicUrl:
     def __str__(self) -> str:
         return f"{self.origin}{self.path}/"
 
+    @classmethod
+    def of(cls, text: str) -> PublicUrl:
+        """Return what an address says.
 
-def public_url(text: str) -> PublicUrl:
-    """Return what the text of an address says.
-
-    Raises:
-        UsageError: The text is not the address of a server.
-    """
-    match = _PUBLIC_URL.fullmatch(text.strip())
-    if match is None or "/." in match["path"]:
-        raise UsageError(f"--public-url is {text!r} - expected an address such as https://videos.example.org/svb")
-    scheme, host, port = match["scheme"].lower(), match["host"].lower(), match["port"]
-    is_usual = port is None or int(port) == {"http": 80, "https": 443}[scheme]
-    return PublicUrl(f"{scheme}://{host}{'' if is_usual else f':{int(port)}'}", match["path"].rstrip("/"))
+        Raises:
+            UsageError: The text is not the address of a server.
+        """
+        match = _PUBLIC_URL.fullmatch(text.strip())
+        if match is None or "/." in match["path"]:
+            raise UsageError(f"public_url is {text!r} - expected an address such as https://videos.example.org/svb")
+        scheme, host, port = match["scheme"].lower(), match["host"].lower(), match["port"]
+        is_usual = port is None or int(port) == {"http": 80, "https": 443}[scheme]
+        return cls(f"{scheme}://{host}{'' if is_usual else f':{int(port)}'}", match["path"].rstrip("/"))
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,12 @@ class ServeOptions:
         preview_seconds: Time limit for making a preview.
 
     Raises:
-        UsageError: A number is out of its range.
+        UsageError: A number is out of its range, or the public address is not one.
     """
 
     host: str = "127.0.0.1"
     port: int = 8765
-    public_url: PublicUrl | None = option(None, metavar="URL", read=public_url)
+    public_url: str | None = option(None, metavar="URL")
     token_file: Path | None = None
     max_upload_bytes: int = option(200_000_000, flag="--max-upload", metavar="SIZE", read=num_bytes, text="200MB")
     max_upload_seconds: float = 3600.0
@@ -105,7 +105,13 @@ class ServeOptions:
     upload_seconds: float = option(300.0, hidden=True)
     preview_seconds: float = option(1800.0, hidden=True)
 
+    @property
+    def public(self) -> PublicUrl | None:
+        """Return the public address, if there is one."""
+        return None if self.public_url is None else PublicUrl.of(self.public_url)
+
     def __post_init__(self) -> None:
+        _ = self.public
         if not 0 <= self.port <= 65535:
             raise UsageError(f"port is {self.port} - expected 0 to 65535")
         for name in ("max_upload_bytes", "uploads_at_once", "max_searches", "threads"):
