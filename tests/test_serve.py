@@ -102,8 +102,7 @@ def test_beyond_the_queue_there_is_a_clear_refusal(index: Path) -> None:
         waiting = [threading.Thread(target=ask, args=(served,), kwargs={"text": "slow"}) for _ in range(2)]
         for thread in waiting:
             thread.start()
-        while "svb_searches_in_flight 2" not in served.client.get("/metrics").text:
-            time.sleep(0.01)
+        s.until(lambda: "svb_searches_in_flight 2" in served.client.get("/metrics").text)
         response = ask(served)
         assert (response.status_code, response.headers["retry-after"]) == (503, "1")
         FakeSearcher.release.set()

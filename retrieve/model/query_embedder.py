@@ -175,7 +175,7 @@ class QueryEmbedder:
         for entry in self._manifest["text"]:
             from svb.retrieve.model.text_tower import TextTower
 
-            return TextTower(part_folder(self._folder, "text", entry), entry)
+            return TextTower(part_folder(self._folder, "text", entry), entry).load()
         from svb.retrieve.model.embedder import TorchTower
 
         return TorchTower(self._text_encoder, self._embedder)
