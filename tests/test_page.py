@@ -428,6 +428,7 @@ def test_how_to_rank_is_left_to_the_question_until_it_is_chosen(page: Any) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("url")  # it makes up the model
 def test_a_token_stays_out_of_the_address_and_keeps_the_moment_of_a_link(chromium: Any, index: Path) -> None:
     with (
         shown.served(index, token="0123456789abcdef") as guarded,
