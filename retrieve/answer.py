@@ -237,7 +237,7 @@ class Answer:
         exact: Whether every row was compared.
         recall: Recall at 10 of the approximate index against exact search; null if exact.
         generation: Generation of the index; it grows with every change.
-        elapsed_seconds: Duration of each part: `embed`, `scan` and `total`.
+        elapsed_seconds: Duration of each part: `embed`, of which `load` is loading the model, `scan` and `total`.
         notes: What the user should know about this answer.
     """
 

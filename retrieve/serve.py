@@ -42,7 +42,7 @@ def serve(index: Path | str, options: ServeOptions | None = None) -> Path:
         StoreError: The index is damaged or has a newer format.
     """
     index, options = Path(index), options or ServeOptions()
-    token, is_new = choose_token(options.host, options.token_file)
+    token, is_new = choose_token(options.host, options.token_file, options.public)
     with listening(options.host, options.port) as listener, deferred_interrupts() as interrupted:
         port = listener.getsockname()[1]
         url = f"http://{_address(options.host)}:{port}"
@@ -54,7 +54,7 @@ def serve(index: Path | str, options: ServeOptions | None = None) -> Path:
                 lambda previous: Searcher(index, options.device, previous=previous),
                 options,
             )
-            access = Access(token, is_loopback=is_loopback(options.host), port=port)
+            access = Access(token, is_loopback=is_loopback(options.host), port=port, public_url=options.public)
             server = make_server(make_app(state, access))
             for line in _greeting(url, index, token, is_new=is_new, options=options):
                 logger.info(line)
@@ -100,6 +100,8 @@ def _greeting(url: str, index: Path, token: str | None, *, is_new: bool, options
     yield f"serving {index} at {url} - press Ctrl-C to stop"
     if is_new:
         yield f"token, shown only this once: {token}"
+    if options.public is not None:
+        yield f"through your proxy: {options.public}"
     if options.host.strip("[]") in {"0.0.0.0", "::"}:
         yield f"from other machines: http://{socket.gethostname()}:{url.rpartition(':')[2]}"
     if not is_loopback(options.host):

@@ -31,7 +31,9 @@ def embed(index: str, request: dict[str, Any], device: str, max_seconds: float) 
     if content == b"noise":
         raise InputError(f"{path} is no picture")
     note(f"embedded {path} {content.decode()} {request}")
-    return {"embedding": [1.0, 0.0], "model_fingerprint": "another" if content == b"another" else "fake"}
+    took = {"embed": 3.0, "load": 2.0}
+    fingerprint = "another" if content == b"another" else "fake"
+    return {"embedding": [1.0, 0.0], "model_fingerprint": fingerprint, "elapsed_seconds": took}
 
 
 def note(line: str) -> None:

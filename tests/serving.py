@@ -151,9 +151,14 @@ def serving(
     cache.mkdir(exist_ok=True)
     open_searcher = open_searcher or (lambda previous: FakeSearcher(folder))
     state = ServerState(folder, cache, open_searcher, ServeOptions(**options))
-    access = Access(token, is_loopback=is_loopback, port=8765)
+    access = Access(token, is_loopback=is_loopback, port=8765, public_url=state.options.public)
     app = make_app(state, access)
-    with TestClient(app, base_url=BASE_URL, follow_redirects=False) as client:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        TestClient(app, base_url=BASE_URL, follow_redirects=False) as client,
+    ):
+        # A busy machine may take longer to open a generation than a server's clients are asked to wait.
+        patch.setattr("svb.retrieve.server.state.PATIENCE_SECONDS", 60)
         try:
             yield Serving(folder, client, app, state)
         finally:
@@ -198,6 +203,12 @@ class Server:
 
     def memory_maps(self) -> str:
         return Path(f"/proc/{self.process.pid}/maps").read_text()
+
+    def num_unread(self, client: socket.socket) -> int:
+        """Return how many bytes of a client the server has not read yet."""
+        ends = f"0100007F:{self.port:04X} 0100007F:{client.getsockname()[1]:04X}"
+        (queue,) = re.findall(rf"{ends} \S+ \S+:(\S+)", Path("/proc/net/tcp").read_text())
+        return int(queue, 16)
 
     def raw(self, request: bytes) -> bytes:
         """Send bytes as they are and return what comes until the server closes."""

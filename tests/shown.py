@@ -139,7 +139,8 @@ def made_up_model(slow: threading.Event) -> Iterator[None]:
 
     async def embed_file(self: WorkerPool, name: str, **arguments: Any) -> Any:
         if name == "embed":
-            return {"embedding": embed("boat").tolist(), "model_fingerprint": "made up"}
+            took = {"embed": 0.0, "load": 0.0}
+            return {"embedding": embed("boat").tolist(), "model_fingerprint": "made up", "elapsed_seconds": took}
         return await do(self, name, **arguments)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -199,6 +199,14 @@ def ask_slowly(page: Any) -> None:
     page.wait_for_selector("body.busy")
 
 
+def answer_slowly(page: Any) -> None:
+    """Give the slow answer, and wait until it can no longer come to the page."""
+    SLOW.set()
+    while "svb_searches_in_flight 0" not in page.request.get("metrics").text():
+        page.wait_for_timeout(10)
+    page.evaluate("fetch('api/index').then(answer => answer.json())")  # what was sent before this has come
+
+
 @pytest.mark.slow
 def test_an_answer_that_comes_late_overwrites_nothing(page: Any) -> None:
     page.goto(f"?q=boat#v={BOAT_KEY}&t=4.00")
@@ -207,16 +215,14 @@ def test_an_answer_that_comes_late_overwrites_nothing(page: Any) -> None:
     page.evaluate("window.seeks = []")
     page.go_back()  # before the answer
     wait_for_seek(page, 4)
-    SLOW.set()
-    page.wait_for_timeout(500)
+    answer_slowly(page)
     assert names(page)[0] == "harbour/boat" and page.locator(".player").count() == 1
     assert page.url.endswith(f"?q=boat#v={BOAT_KEY}&t=4.00")
     assert page.locator("body.busy").count() == 0
     assert "of 45 videos" in page.inner_text("#summary")
     ask_slowly(page)
     ask(page, "film")  # a newer question
-    SLOW.set()
-    page.wait_for_timeout(500)
+    answer_slowly(page)
     assert names(page)[0] == "old"
 
 
@@ -422,6 +428,7 @@ def test_how_to_rank_is_left_to_the_question_until_it_is_chosen(page: Any) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("url")  # it makes up the model
 def test_a_token_stays_out_of_the_address_and_keeps_the_moment_of_a_link(chromium: Any, index: Path) -> None:
     with (
         shown.served(index, token="0123456789abcdef") as guarded,

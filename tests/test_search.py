@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from svb.retrieve.searching.results import video_key
 from svb.retrieve.stored.metadata import publish_metadata
 from svb.retrieve.stored.segment import Segment
 
+EMBED_TEXT = QueryEmbedder.embed_text
 SIZE = 32
 BY = ("moment", "video")
 TEXT = SearchRequest(text="a dog")
@@ -91,7 +94,8 @@ def test_videos_are_found_exactly(
     check(answer, naive_scores(world[1], by, wanted, [text_vector(text) for text in without]), k)
     assert (answer.num_videos, answer.exact, answer.recall, answer.generation) == (62, True, None, 1)
     assert answer.num_windows == sum(np.delete(np.diff(s.moment_offsets), s.deleted).sum() for s in world[1])
-    assert set(answer.elapsed_seconds) == {"embed", "scan", "total"} and not answer.captions and not answer.notes
+    assert set(answer.elapsed_seconds) == {"embed", "load", "scan", "total"}
+    assert not answer.captions and not answer.notes
 
 
 @pytest.mark.parametrize("by", BY)
@@ -256,6 +260,36 @@ def test_filters_narrow_what_is_compared(
     answer = Searcher(filtered_world(tmp_path)).search(SearchRequest(text="a dog", by=by, k=20, **filters))
     assert {int(video_id.split("clip")[1]) for video_id in found(answer)} == expected
     assert answer.num_videos == len(expected) and not answer.notes
+
+
+def test_an_answer_says_what_took_its_time(
+    world: tuple[Path, list[Segment]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+
+    def takes(seconds: float, value: Any) -> Any:
+        nonlocal now
+        now += seconds
+        return value
+
+    tower = SimpleNamespace(
+        max_tokens=9,
+        num_tokens=lambda text: 1,
+        embed=lambda texts: takes(2.0, np.stack([text_vector(text) for text in texts])),
+    )
+    clock = SimpleNamespace(perf_counter=lambda: now, time=time.time)
+    for module in ("searching.searcher", "model.query_embedder"):
+        monkeypatch.setattr(f"svb.retrieve.{module}.time", clock)
+    monkeypatch.setattr(rank, "FIRST_ROWS", 256)
+    monkeypatch.setattr(QueryEmbedder, "embed_text", EMBED_TEXT)
+    monkeypatch.setattr(QueryEmbedder, "_tower", property(lambda self: takes(5.0, tower)))
+    searcher = Searcher(shutil.copytree(world[0], tmp_path / "index"))
+    nearest = searcher.vectors.nearest
+    monkeypatch.setattr(searcher.vectors, "nearest", lambda *given, **more: takes(0.5, nearest(*given, **more)))
+    took = searcher.search(SearchRequest(text="a dog", fold=False)).elapsed_seconds
+    assert took == {"embed": 7.0, "load": 5.0, "scan": 0.5, "total": 7.5}
+    took = searcher.search(SearchRequest(text="a dog", fold=False)).elapsed_seconds  # its embedding was kept
+    assert took == {"embed": 0.0, "load": 0.0, "scan": 0.5, "total": 0.5}
 
 
 def test_a_date_without_a_zone_is_of_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,7 @@ class FakeSearcher:
     opened: ClassVar[list[Path]] = []
     asked: ClassVar[list[SearchRequest]] = []
     videos: ClassVar[list[tuple[str, str, str]]] = []  # video_id, path, confidence
+    took: ClassVar[dict[str, float]] = {"embed": 0.01, "load": 0.0, "scan": 0.02, "total": 0.03}
 
     def __init__(self, path: Path, device: str = "auto") -> None:
         self.opened.append(path)
@@ -77,7 +78,7 @@ class FakeSearcher:
             exact=request.exact,
             recall=None if request.exact else 0.994,
             generation=7,
-            elapsed_seconds={"embed": 0.01, "scan": 0.02, "total": 0.03},
+            elapsed_seconds=self.took,
             notes=() if self.videos else ("--folder leaves nothing: none of the 9 videos passes",),
         )
 
@@ -202,6 +203,11 @@ def test_the_tables_and_what_is_said_of_them(
         "is now, then `svb index`",
     ]
     assert "12,345 windows) exactly, " in run_svb("search", "a", "--exact").stderr
+    monkeypatch.setattr(fake, "took", {"embed": 5.1, "load": 4.8, "scan": 0.04, "total": 5.14})
+    took = "exactly, 5.14 s (5.10 s to embed the query, of which 4.80 s to load the model; 0.04 s to scan)\n"
+    assert took in run_svb("search", "a", "--exact").stderr
+    monkeypatch.setattr(fake, "took", {"embed": 0.1, "load": 0.0, "scan": 1.25, "total": 1.35})
+    assert "1.35 s (0.10 s to embed the query; 1.25 s to scan)\n" in run_svb("search", "a").stderr
     # Captions answer a video first.
     lines = run_svb("search", "--video", "c.mp4").stdout.splitlines()
     assert lines[:4] == [

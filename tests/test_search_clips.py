@@ -80,6 +80,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 def test_a_clip_finds_itself_first(world: World) -> None:
     for number in range(len(SOURCES)):
         answer = world.searcher.search(SearchRequest(video=str(world.clip(number)), by="video"))
+        assert 0 < answer.elapsed_seconds["load"] < answer.elapsed_seconds["embed"]
         assert answer.results[0].video_id == f"clip{number}"
         assert answer.results[0].score == pytest.approx(1, abs=5e-3)
         assert len(answer.results) == len(SOURCES) and len(answer.captions) == 5

@@ -102,8 +102,7 @@ def test_beyond_the_queue_there_is_a_clear_refusal(index: Path) -> None:
         waiting = [threading.Thread(target=ask, args=(served,), kwargs={"text": "slow"}) for _ in range(2)]
         for thread in waiting:
             thread.start()
-        while "svb_searches_in_flight 2" not in served.client.get("/metrics").text:
-            time.sleep(0.01)
+        s.until(lambda: "svb_searches_in_flight 2" in served.client.get("/metrics").text)
         response = ask(served)
         assert (response.status_code, response.headers["retry-after"]) == (503, "1")
         FakeSearcher.release.set()
@@ -226,7 +225,7 @@ def test_the_form_gives_a_session_that_is_not_the_token(index: Path, monkeypatch
         wrong = post("/login", data={"token": "wrong"})
         assert wrong.status_code == 401 and "set-cookie" not in wrong.headers
         right = post("/login", data={"token": TOKEN, "query": "q=a\r\nSet-Cookie:x"})
-        assert (right.status_code, right.headers["location"]) == (303, "/?q=aSet-Cookie:x")
+        assert (right.status_code, right.headers["location"]) == (303, "./?q=aSet-Cookie:x")
         cookie = right.headers["set-cookie"]
         assert "HttpOnly" in cookie and "samesite=strict" in cookie.lower() and TOKEN not in cookie
         name, value = cookie.split(";")[0].split("=", 1)
@@ -297,6 +296,7 @@ def test_a_file_is_searched_with_and_removed(worked: Path, served: Serving) -> N
     response = post_file(served, b"pixels", request='{"k": 1}')
     assert response.status_code == 200, response.text
     assert response.json()["request"] == {"image": "a b.PNG", "k": 1}
+    assert response.json()["elapsed_seconds"] == {"embed": 3.0, "load": 2.0, "total": 3.0}
     assert post_file(served, kind="video", request='{"span_seconds": [1, 2.5]}').status_code == 200
     first, second = [line for line in worked.read_text().splitlines() if line.startswith("embedded")]
     _, path, content, _ = first.split(maxsplit=3)

@@ -6,7 +6,6 @@ import json
 import shutil
 import signal
 import socket
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -193,7 +192,7 @@ def test_a_client_that_hangs_up_leaves_no_trace(served: Server, request_bytes: b
     for _ in range(5):
         with socket.create_connection(("127.0.0.1", served.port)) as connection:
             connection.sendall(request_bytes)
-            time.sleep(0.05)  # let it be read
+            until(lambda: not served.num_unread(connection))
             # A reset, not a goodbye.
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
     assert post(served, "a dog")["results"]

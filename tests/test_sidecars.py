@@ -116,6 +116,27 @@ NOTE Another remark
         cues = read(tmp_path, content)[0]
         assert cues == [Cue("No.", 1, 2), Cue("Yes.", 2, 4), Cue("Ha!", 3, 5), Cue("Ha!", 9, 10)]
 
+    @pytest.mark.parametrize(
+        "readings",
+        [
+            '<font size="28">SrtCnt : 51, DiffTime : 16ms\n2023-08-27 12:52:16.000\n[iso : 100] [fnum : 280] '
+            "[ev : 0] [ct : 5500] [latitude: 0.608553] [longitude: 0.0] [rel_alt: 1.2 abs_alt: 30] </font>",
+            "HOME(149.0251,-20.2532) 2017.08.05 14:11:51\nGPS(149.0251,-20.2533,16) BAROMETER:1.9\n"
+            "ISO:100 Shutter:60 EV: Fnum:2.2",
+            "F/2.8, SS 206.14, ISO 150, EV 0, GPS (-0.02, 51.5, 15), D 1.1m, H 0.5m, H.S 0.00m/s, V.S 0.00m/s",
+        ],
+    )
+    def test_a_drone_s_readings_are_no_captions(self, readings: str, tmp_path: Path) -> None:
+        flown = "".join(f"{n}\n00:00:{n:02},000 --> 00:00:{n:02},033\n{readings}\n\n" for n in range(5, 9))
+        for spoken, cues in (("", []), (SRT, CUES)):
+            found, messages = read(tmp_path, f"{spoken}\n{flown}")
+            of = f"4 of {4 + len(cues)} cues"
+            assert found == cues
+            assert messages == [f"{tmp_path}/a.srt: {of} are a drone's readings, not speech, and were left out"]
+        words = SRT.replace("A dog runs.", "We are at latitude 41: set ISO 100, shutter 1/50, f/2.8.")
+        cues, messages = read(tmp_path, words)
+        assert "shutter" in cues[0].text and not messages
+
     def test_a_text_file_is_a_caption_a_line(self, tmp_path: Path) -> None:
         assert read(tmp_path, "\ufeffa dog runs \r\n\r\n<i>a cat</i>\n", "a.txt") == (
             [Cue("a dog runs"), Cue("a cat")],

@@ -19,6 +19,8 @@ CSV_HEADER = (
     *("moment", "begin_seconds", "end_seconds", "best_seconds", "moment_score"),
 )
 MOST_NAMED = 3
+# A shorter search is over before anyone asks what took the time.
+WORTH_DIVIDING_SECONDS = 0.1
 
 
 def print_tables(answers: Sequence[Answer]) -> None:
@@ -61,9 +63,8 @@ def say_what_was_compared(answers: Sequence[Answer], server: str | None) -> None
     """Say on stderr how much was compared and how, and what the user should know about the answers."""
     last = answers[-1]
     how = "exactly" if last.exact else f"approximately ({_recall(last.recall)}; --exact compares every row)"
-    seconds = sum(answer.elapsed_seconds.get("total", 0.0) for answer in answers)
     say(
-        f"compared {last.num_videos:,} videos ({last.num_windows:,} windows) {how}, {seconds:.2f} s"
+        f"compared {last.num_videos:,} videos ({last.num_windows:,} windows) {how}, {_what_it_took(answers)}"
         f"{f', by the server at {server}' if server else ''}"
     )
     # If nothing could be compared, `require_a_match` says why: it is the reason for the exit status.
@@ -75,6 +76,16 @@ def say_what_was_compared(answers: Sequence[Answer], server: str | None) -> None
     _say_of_files("no longer where it was extracted from", missing, "`svb extract` it where it is now")
     changed = [path for path in problems if path not in missing]
     _say_of_files("changed since it was extracted, and may show something else", changed, "`svb extract` it again")
+
+
+def _what_it_took(answers: Sequence[Answer]) -> str:
+    parts = ("total", "embed", "load", "scan")
+    took = {part: sum(answer.elapsed_seconds.get(part, 0.0) for answer in answers) for part in parts}
+    said = f"{took['total']:.2f} s"
+    if took["total"] < WORTH_DIVIDING_SECONDS:
+        return said
+    load = f", of which {took['load']:.2f} s to load the model" if took["load"] >= 0.005 else ""
+    return f"{said} ({took['embed']:.2f} s to embed the query{load}; {took['scan']:.2f} s to scan)"
 
 
 def _say_of_files(what: str, paths: Sequence[str], remedy: str) -> None:

@@ -36,6 +36,14 @@ _NO_CUE = re.compile(r"(WEBVTT|NOTE|STYLE|REGION)(\s|$)")
 # A letter or a digit must follow `<`, so that `1 < 2` stays: <i>, </font>, <v Roger>, <00:00:01.000>; and {\an8}.
 _TAGS = re.compile(r"</?[A-Za-z][^<>]*>|<\d[\d:.]*>|\{\\[^{}]*\}")
 _LINE_BREAKS = re.compile(r"\\[Nnh]")
+# What drones write beside each video: a cue a frame or a second, with the camera's settings and where it flew.
+_READING = re.compile(
+    r"\b(SrtCnt|FrameCnt|DiffTime|GPS|HOME|BAROMETER|latitude|longt?itude|rel_alt|abs_alt|altitude|iso|shutter|fnum|ev"
+    r"|ct|focal_len|SS|[HV]\.S) ?[:(]? ?-?\d",
+    re.ASCII | re.IGNORECASE,
+)
+# A photographer who talks names fewer of them at a time.
+MIN_READINGS = 4
 _INVISIBLE = re.compile("[\u200b-\u200f\u202a-\u202e\u2060\ufeff]")
 
 
@@ -68,7 +76,8 @@ def find_sidecars(videos: Iterable[Path]) -> dict[Path, list[Path]]:
 def read_sidecar(path: Path, max_bytes: int = MAX_BYTES) -> list[Cue]:
     """Read a sidecar's cues, in order of time; of a `.txt` file its lines, which have no times.
 
-    Tags and positions are left out. Words that the next cue repeats, as rolling subtitles do, are one cue.
+    Tags, positions and cues of a drone's readings are left out. Words that the next cue repeats, as rolling
+    subtitles do, are one cue.
 
     Args:
         path: The file; its suffix tells the format.
@@ -86,7 +95,15 @@ def read_sidecar(path: Path, max_bytes: int = MAX_BYTES) -> list[Cue]:
         logger.info(
             f"{path}: {num_broken} of {num_broken + len(cues)} cues have no readable times and were left out"
         )
-    return _without_repeats(cues)
+    said = [(cue, lines) for cue, lines in cues if not _is_telemetry(cue.text)]
+    if len(said) < len(cues):
+        num = len(cues) - len(said)
+        logger.info(f"{path}: {num} of {len(cues)} cues are a drone's readings, not speech, and were left out")
+    return _without_repeats(said)
+
+
+def _is_telemetry(text: str) -> bool:
+    return len({name.lower() for name in _READING.findall(text)}) >= MIN_READINGS
 
 
 def _candidates(folder: Path) -> list[Path]:

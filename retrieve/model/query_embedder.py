@@ -16,7 +16,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -32,6 +32,7 @@ from svb.retrieve.stored.manifest import part_folder
 if TYPE_CHECKING:
     import torch
 
+    from svb.extract.backbones.backbone import Backbone
     from svb.extract.text_encoders.text_encoder import TextEncoder
     from svb.retrieve.model.embedder import Embedder
 
@@ -66,6 +67,9 @@ class QueryEmbedder:
         folder: The index's.
         manifest: As `svb.retrieve.stored.manifest.read_manifest` gives it.
         device: Device for torch, if it is needed.
+
+    Attributes:
+        load_seconds: How long queries have waited for models to be loaded.
     """
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any], device: str) -> None:
@@ -73,6 +77,7 @@ class QueryEmbedder:
         self._manifest = manifest
         self._device_name = device
         self._lock = threading.Lock()
+        self.load_seconds = 0.0
         exported = [entry["key"] for entry in manifest["text"]]
         # Another export of the same model rounds differently.
         self._cache = QueryCache(folder / "cache", "-".join([manifest["model_fingerprint"], *exported]))
@@ -100,7 +105,7 @@ class QueryEmbedder:
             raise InputError(f"{what} {text!r} is not UTF-8 - type it in a UTF-8 terminal") from error
         embedding = self._cache.get(text)
         if embedding is None:
-            with self._lock:
+            with self._loading(), self._lock:
                 tower = self._tower
             tokens = tower.num_tokens(text)
             if tokens > tower.max_tokens:
@@ -124,14 +129,28 @@ class QueryEmbedder:
             InputError: The file gives no picture.
             MismatchError: A backbone's weights here differ from those that made the index.
         """
-        from svb.retrieve.model.query_media import embed_image, embed_video
+        with self._loading(), self._lock:
+            from svb.retrieve.model.query_media import embed_image, embed_video
 
-        with self._lock:
             embedder, device = self._embedder, self._device
         if request.image is not None:
-            return embed_image(Path(request.image), embedder, device)
+            return embed_image(Path(request.image), embedder, device, self._load_backbones)
         assert request.video is not None
-        return embed_video(Path(request.video), request.span_seconds, embedder, device)
+        return embed_video(Path(request.video), request.span_seconds, embedder, device, self._load_backbones)
+
+    @contextlib.contextmanager
+    def _loading(self) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.load_seconds += time.perf_counter() - began
+
+    def _load_backbones(self, video: dict[str, Any], device: torch.device) -> list[Backbone]:
+        from svb.retrieve.model.query_media import load_backbones
+
+        with self._loading():
+            return load_backbones(video, device)
 
     @cached_property
     def _device(self) -> torch.device:
@@ -156,7 +175,7 @@ class QueryEmbedder:
         for entry in self._manifest["text"]:
             from svb.retrieve.model.text_tower import TextTower
 
-            return TextTower(part_folder(self._folder, "text", entry), entry)
+            return TextTower(part_folder(self._folder, "text", entry), entry).load()
         from svb.retrieve.model.embedder import TorchTower
 
         return TorchTower(self._text_encoder, self._embedder)

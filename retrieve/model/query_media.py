@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from svb.extract.one_file import OneFile
     from svb.retrieve.model.embedder import Embedder
 
+    LoadBackbones = Callable[[dict[str, Any], torch.device], list[Backbone]]
+
 # What PIL reads by itself: it hands some formats, such as EPS, to other programs.
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 MAX_PICTURE_BYTES = 256 * 2**20
@@ -36,13 +38,16 @@ MAX_PICTURE_BYTES = 256 * 2**20
 MAX_PICTURE_PIXELS = 12_000_000
 
 
-def embed_image(file: Path, embedder: Embedder, device: torch.device) -> NDArray[np.float32]:
+def embed_image(
+    file: Path, embedder: Embedder, device: torch.device, load: LoadBackbones | None = None
+) -> NDArray[np.float32]:
     """Return the `(D,)` embedding of a picture: that of a video of one frame.
 
     Args:
         file: JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF.
         embedder: What made the index.
         device: Where to compute.
+        load: Loads the backbones, in place of `load_backbones`.
 
     Raises:
         InputError: The file is not a picture, or too large; or the index holds features of moving clips, or ones
@@ -62,11 +67,17 @@ def embed_image(file: Path, embedder: Embedder, device: torch.device) -> NDArray
     if resize_px is not None:
         frame = _scaled(frame, resize_px)
     chunk = FrameChunk(frame[None], np.zeros(1))
-    return _embed(_rows(_backbones(video, device), [chunk], video["batch_size"], file), embedder, device)
+    return _embed(
+        _rows((load or load_backbones)(video, device), [chunk], video["batch_size"], file), embedder, device
+    )
 
 
 def embed_video(
-    file: Path, span_seconds: tuple[float, float] | None, embedder: Embedder, device: torch.device
+    file: Path,
+    span_seconds: tuple[float, float] | None,
+    embedder: Embedder,
+    device: torch.device,
+    load: LoadBackbones | None = None,
 ) -> NDArray[np.float32]:
     """Return the `(D,)` embedding of a video file, or of a part of it.
 
@@ -76,6 +87,7 @@ def embed_video(
             frame lies in it, the nearest one stands for it.
         embedder: What made the index.
         device: Where to compute.
+        load: Loads the backbones, in place of `load_backbones`.
 
     Raises:
         InputError: The file gives no frame, or ends before the span; or the index holds features that cannot be
@@ -87,7 +99,7 @@ def embed_video(
 
     video = embedder.model["video"]
     _require_computable(video, file)
-    backbones = _backbones(video, device)
+    backbones = (load or load_backbones)(video, device)
     opened = OneFile(file, stored_decode_options(video))
     chunks: Iterable[FrameChunk] = opened.chunks()
     single = all(backbone.clip_frames == 1 for backbone in backbones)
@@ -166,7 +178,8 @@ def _require_computable(video: dict[str, Any], file: Path) -> None:
         )
 
 
-def _backbones(video: dict[str, Any], device: torch.device) -> list[Backbone]:
+def load_backbones(video: dict[str, Any], device: torch.device) -> list[Backbone]:
+    """Return the backbones that a store's settings name, as `load_matching_backbone` loads each."""
     from svb.extract.backbones import load_matching_backbone
 
     return [load_matching_backbone(name, held, device) for name, held in parts_of(video).items()]

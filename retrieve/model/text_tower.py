@@ -33,7 +33,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 class TextTower:
-    """A text encoder with its text head; loaded with the first text. Threads may share it.
+    """A text encoder with its text head; loaded by `load`, or with the first text. Threads may share it.
 
     It embeds one text at a time, so an embedding does not depend on the texts beside it.
 
@@ -60,6 +60,16 @@ class TextTower:
             if not path.is_file() or path.stat().st_size != size:
                 found = f"has {path.stat().st_size} bytes" if path.is_file() else "is missing"
                 raise StoreError(f"{path} {found} - expected {size} bytes; restore it, or {_DO_NEXT}")
+
+    def load(self) -> TextTower:
+        """Load it now, and return it.
+
+        Raises:
+            StoreError: A file of it is damaged.
+        """
+        self._tokenizer()
+        self._session()
+        return self
 
     @property
     def max_tokens(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -86,12 +87,10 @@ class Searcher:
             MismatchError: The weights here are not those that made the index.
             StoreError: The index is damaged.
         """
-        started = time.perf_counter()
-        return self._ask(lambda searcher: searcher._answer(request, searcher._embed(request), started))
+        return self._ask(lambda searcher: searcher._timed(request))
 
     def search_embedding(self, embedding: NDArray[np.float32], request: SearchRequest) -> Answer:
         """Answer a request whose main query is already embedded, as `(D,)`; errors as in `search`."""
-        started = time.perf_counter()
         size = int(self.manifest["embedding_size"])
         if embedding.shape != (size,):
             raise UsageError(f"the embedding is {embedding.shape} - expected ({size},), the index's size")
@@ -99,7 +98,7 @@ class Searcher:
         if not 0 < length < np.inf:  # False of NaN as well
             raise UsageError(f"the embedding has the length {length} - expected finite numbers, not all of them 0")
         unit = (embedding / length).astype(np.float32)
-        return self._ask(lambda searcher: searcher._answer(request, searcher._embed(request, unit), started))
+        return self._ask(lambda searcher: searcher._timed(request, unit))
 
     def embed_text(self, text: str) -> NDArray[np.float32]:
         """Return the `(D,)` embedding of a text; errors as in `search`."""
@@ -133,6 +132,22 @@ class Searcher:
                 raise
         return Searcher(self.path, self._device)._ask(question)
 
+    def _timed(self, request: SearchRequest, main: NDArray[np.float32] | None = None) -> Answer:
+        """Answer a request, and say how long its parts took."""
+        started, loaded = time.perf_counter(), self._opened.embedder.load_seconds
+        embedded = self._embed(request, main)
+        embed_seconds = time.perf_counter() - started
+        load_seconds = self._opened.embedder.load_seconds - loaded
+        answer = self._answer(request, embedded)
+        total = time.perf_counter() - started
+        took = {
+            "embed": embed_seconds,
+            "load": min(load_seconds, embed_seconds),  # other threads may have waited too
+            "scan": total - embed_seconds,
+            "total": total,
+        }
+        return replace(answer, elapsed_seconds=took)
+
     def _embed(self, request: SearchRequest, main: NDArray[np.float32] | None = None) -> EmbeddedRequest:
         """Embed the queries of a request; `main`, if given, is the main one."""
         embed_text = self._opened.embedder.embed_text
@@ -153,8 +168,7 @@ class Searcher:
         require_cosines(np.array([length, 1 / length], np.float32))
         return embedding / length
 
-    def _answer(self, request: SearchRequest, embedded: EmbeddedRequest, started: float) -> Answer:
-        embedded_at = time.perf_counter()
+    def _answer(self, request: SearchRequest, embedded: EmbeddedRequest) -> Answer:
         vectors = self._opened.exact_vectors if request.exact else self.vectors
         if request.exact and not vectors.exact:
             raise StoreError(
@@ -171,7 +185,6 @@ class Searcher:
             )
         num_videos, num_windows = int(compared.sum()), int(self.catalog.moment_counts[compared].sum())
         results, confidence = build_results(self._opened, request, embedded, found)
-        scanned = time.perf_counter()
         return Answer(
             request=request,
             results=tuple(results),
@@ -182,11 +195,7 @@ class Searcher:
             exact=vectors.exact,
             recall=vectors.recall,
             generation=self.generation,
-            elapsed_seconds={
-                "embed": embedded_at - started,
-                "scan": scanned - embedded_at,
-                "total": time.perf_counter() - started,
-            },
+            elapsed_seconds={},
             notes=tuple(note for note in (about_filters, self._opened.note) if note is not None),
         )
 

@@ -19,6 +19,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from svb.errors import InputError
 from svb.retrieve.server.http import content_security_policy, read_body
+from svb.retrieve.server.options import PublicUrl
 
 SESSION_SECONDS = 7 * 24 * 3600
 MIN_TOKEN_LENGTH = 16
@@ -33,12 +34,16 @@ class Access:
         token: The token that a client must show; None lets everybody on this machine in.
         is_loopback: Whether the server can be reached from this machine alone.
         port: The server's port; cookies know no ports, so the session's name has it.
+        public_url: The address at which a proxy shows the server to others.
     """
 
-    def __init__(self, token: str | None, *, is_loopback: bool, port: int) -> None:
-        self.token = token
+    def __init__(
+        self, token: str | None, *, is_loopback: bool, port: int, public_url: PublicUrl | None = None
+    ) -> None:
+        self.token, self.public_url = token, public_url
         self.cookie = f"svb_session_{port}"
         self._is_loopback = is_loopback
+        self._about_proxies = "; behind a proxy, start it with --public-url" if public_url is None else ""
         self._secret = secrets.token_bytes(32)
 
     def problem_with(self, method: str, headers: Headers) -> str | None:
@@ -46,14 +51,20 @@ class Access:
 
         The Host header shows when an attacker's page has had a name of its own resolve to 127.0.0.1; Origin or
         Sec-Fetch-Site, which pages cannot forge, show another site's form or script. Any port is fine: an ssh
-        tunnel may end at any.
+        tunnel may end at any. A proxy sends the site's Host or this machine's own, and the site's Origin.
         """
-        host = headers.get("host", "")
-        if self._is_loopback and not is_loopback(re.sub(r":\d+$", "", host).lower()):
-            return f"the Host header is {host!r} - this server answers to {', '.join(LOOPBACK_NAMES)}"
+        host, public = headers.get("host", ""), self.public_url
+        name = re.sub(r":\d+$", "", host).lower()
+        if self._is_loopback and not is_loopback(name) and (public is None or name != public.host):
+            names = ", ".join((*LOOPBACK_NAMES, public.host) if public else LOOPBACK_NAMES)
+            return f"the Host header is {host!r} - this server answers to {names}{self._about_proxies}"
         origin = headers.get("origin")
-        if method not in {"GET", "HEAD"} and origin is not None and origin.split("://")[-1] != host:
-            return f"the request comes from a page of {origin} - only the server's own page may send one"
+        is_own = (
+            origin is None or origin.split("://")[-1] == host or (public is not None and origin == public.origin)
+        )
+        if method not in {"GET", "HEAD"} and not is_own:
+            says = f"the request comes from a page of {origin} - only the server's own page may send one"
+            return f"{says}{self._about_proxies}"
         if headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-mode") != "navigate":
             return "the request comes from another site's page"
         return None
@@ -73,10 +84,29 @@ class Access:
             return True
         return hmac.compare_digest(_digest(shown), _digest(self.token))
 
-    def new_session(self) -> str:
+    def _new_session(self) -> str:
         """Return a cookie's value, valid for `SESSION_SECONDS` or until the server ends; it is not the token."""
         end = str(int(time.time()) + SESSION_SECONDS)
         return f"{end}.{self._sign(end)}"
+
+    def add_session(self, response: Response, headers: Headers) -> None:
+        """Give the client of a request a session, for the server's pages alone.
+
+        Through the proxy its cookie is for the public path, and for https if that is what people use.
+        """
+        origin, path, is_https = headers.get("origin"), "/", False
+        is_direct = origin == f"http://{headers.get('host', '')}"
+        if self.public_url is not None and (origin == self.public_url.origin or not is_direct):
+            path, is_https = f"{self.public_url.path}/", self.public_url.origin.startswith("https:")
+        response.set_cookie(
+            self.cookie,
+            self._new_session(),
+            max_age=SESSION_SECONDS,
+            path=path,
+            secure=is_https,
+            httponly=True,
+            samesite="strict",
+        )
 
     def _is_session(self, value: str) -> bool:
         end, _, signature = value.partition(".")
@@ -97,11 +127,13 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def choose_token(host: str, token_file: Path | None) -> tuple[str | None, bool]:
-    """Return the token to ask for and whether it was made just now; None where only this machine can connect.
+def choose_token(
+    host: str, token_file: Path | None, public_url: PublicUrl | None = None
+) -> tuple[str | None, bool]:
+    """Return the token to ask for and whether it was made just now; None if only this machine can connect.
 
-    The token file comes before the environment's `SVB_TOKEN`; where both are missing, a token is made for an
-    address that others can reach.
+    The token file comes before the environment's `SVB_TOKEN`; if both are missing, a token is made for an address
+    that others can reach, by themselves or through a proxy.
 
     Raises:
         InputError: The file cannot be read, or the token is too short or not printable ASCII without spaces.
@@ -114,7 +146,8 @@ def choose_token(host: str, token_file: Path | None) -> tuple[str | None, bool]:
     else:
         given, place = os.environ.get("SVB_TOKEN", "").strip(), "SVB_TOKEN"
         if not given:
-            return (None, False) if is_loopback(host) else (secrets.token_urlsafe(24), True)
+            is_private = is_loopback(host) and public_url is None
+            return (None, False) if is_private else (secrets.token_urlsafe(24), True)
     if len(given) < MIN_TOKEN_LENGTH or not re.fullmatch(r"[!-~]+", given):
         raise InputError(
             f"the token in {place} has {len(given)} characters - expected at least {MIN_TOKEN_LENGTH} of printable "
@@ -140,7 +173,7 @@ form { display: grid; gap: .75rem; width: min(24rem, 100%); }
 input, button { font: inherit; padding: .6rem .8rem; border-radius: .5rem; border: 1px solid #8888; }
 p { margin: 0; }
 </style>
-<form method="post" action="/login">
+<form method="post" action="login">
 <label for="token">This server needs its token: <code>svb serve</code> printed it, or it is in the token file.
 </label>
 <input id="token" name="token" type="password" autocomplete="current-password" required autofocus>
@@ -167,7 +200,7 @@ def login_routes(access: Access) -> APIRouter:
 
     @router.get("/login")
     async def form() -> Response:
-        return login_page(200) if access.token else RedirectResponse("/", 303)
+        return login_page(200) if access.token else RedirectResponse("./", 303)
 
     @router.post("/login")
     async def log_in(request: Request) -> Response:
@@ -176,10 +209,8 @@ def login_routes(access: Access) -> APIRouter:
         if not access.is_token(fields.get("token", [""])[0].strip()):
             return login_page(401, query, "That is not the token.")
         # Always to the page: an address from the form could lead anywhere.
-        response = RedirectResponse(f"/?{query}" if query else "/", 303)
-        response.set_cookie(
-            access.cookie, access.new_session(), max_age=SESSION_SECONDS, httponly=True, samesite="strict"
-        )
+        response = RedirectResponse(f"./?{query}" if query else "./", 303)
+        access.add_session(response, request.headers)
         return response
 
     return router

@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from svb._version import __version__
@@ -36,8 +36,16 @@ INTERNAL_ERROR = "internal error; see the server's log"
 
 def make_app(state: ServerState, access: Access) -> ASGIApp:
     """Return the application."""
-    # FastAPI's own pages of documentation load scripts from other hosts.
-    app = FastAPI(title="svb", version=__version__, docs_url=None, redoc_url=None)
+    # FastAPI's own pages of documentation load scripts from other hosts, and its redirects name a proxy's Host.
+    shown_at = [{"url": str(access.public_url).rstrip("/")}] if access.public_url else None
+    app = FastAPI(
+        title="svb",
+        version=__version__,
+        servers=shown_at,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     counts = RequestCounts()
     app.include_router(search_routes(state))
     app.include_router(media_routes(state))
@@ -95,7 +103,7 @@ class Guard:
         """Let a request in, or answer it."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        began, status = time.perf_counter(), 0
+        began, status, scope = time.perf_counter(), 0, self._without_public_path(scope)
 
         async def send_protected(message: Message) -> None:
             nonlocal status
@@ -121,11 +129,21 @@ class Guard:
         finally:
             self._counts.observe(_method(scope), _route(scope), status or HUNG_UP, time.perf_counter() - began)
 
+    def _without_public_path(self, scope: Scope) -> Scope:
+        """Return a request with the path that we know, whether or not the proxy has cut the public one off."""
+        public = self._access.public_url
+        if public is None or not public.path or not scope["path"].startswith(f"{public.path}/"):
+            return scope
+        return {**scope, "path": scope["path"].removeprefix(public.path)}
+
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = Request(scope)
+        request, public = Request(scope), self._access.public_url
         problem = self._access.problem_with(scope["method"], request.headers)
         if problem is not None:
             return await error_response(403, problem)(scope, receive, send)
+        if public is not None and public.path and scope["path"] == public.path:
+            query = request.url.query
+            return await RedirectResponse(f"{public}{query and '?'}{query}", 308)(scope, receive, send)
         known = self._access.is_known(request.headers, request.cookies)
         scope.setdefault("state", {})["is_known"] = known
         if known or scope["path"] in OPEN_PATHS:

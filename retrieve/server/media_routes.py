@@ -116,7 +116,7 @@ class OpenFileResponse(FileResponse):
             await send(message)
 
         try:
-            if self._etag in re.split(r"\s*,\s*", headers.get("if-none-match", "")):
+            if self._is_held(headers.get("if-none-match", "")):
                 del self.headers["content-length"]
                 await send({"type": "http.response.start", "status": 304, "headers": self.raw_headers})
                 await send({"type": "http.response.body", "body": b""})
@@ -126,6 +126,10 @@ class OpenFileResponse(FileResponse):
                 await super().__call__(scope, receive, send_while_whole)
         finally:
             os.close(self._descriptor)
+
+    def _is_held(self, tags: str) -> bool:
+        """Tell whether a client holds the file, by If-None-Match; a proxy that compresses marks tags as weak."""
+        return tags.strip() == "*" or self._etag in re.findall(r'(?:W/)?("[^"]*")', tags)
 
 
 def _is_one_range(header: str) -> bool:

@@ -11,6 +11,10 @@ from svb.config import option
 from svb.errors import UsageError
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+_PUBLIC_URL = re.compile(
+    r"(?P<scheme>https?)://(?P<host>[a-z0-9.-]+|\[[0-9a-f:.]+\])(:(?P<port>\d{1,5}))?(?P<path>(/[\w.~-]+)*/?)",
+    re.ASCII | re.IGNORECASE,
+)
 
 
 def num_bytes(text: str) -> int:
@@ -26,12 +30,48 @@ def num_bytes(text: str) -> int:
 
 
 @dataclass(frozen=True)
+class PublicUrl:
+    """The address at which a proxy shows the server to others.
+
+    Attributes:
+        origin: Scheme, host and port, as browsers send them in `Origin`.
+        path: The path below which the server is shown: empty, or like `/svb`.
+    """
+
+    origin: str
+    path: str
+
+    @property
+    def host(self) -> str:
+        """The host without its port."""
+        return re.sub(r":\d+$", "", self.origin.partition("://")[2])
+
+    def __str__(self) -> str:
+        return f"{self.origin}{self.path}/"
+
+    @classmethod
+    def of(cls, text: str) -> PublicUrl:
+        """Return what an address says.
+
+        Raises:
+            UsageError: The text is not the address of a server.
+        """
+        match = _PUBLIC_URL.fullmatch(text.strip())
+        if match is None or "/." in match["path"]:
+            raise UsageError(f"public_url is {text!r} - expected an address such as https://videos.example.org/svb")
+        scheme, host, port = match["scheme"].lower(), match["host"].lower(), match["port"]
+        is_usual = port is None or int(port) == {"http": 80, "https": 443}[scheme]
+        return cls(f"{scheme}://{host}{'' if is_usual else f':{int(port)}'}", match["path"].rstrip("/"))
+
+
+@dataclass(frozen=True)
 class ServeOptions:
     """How an index is served.
 
     Attributes:
         host: Address to listen at; any but this machine's own needs a token.
         port: Port to listen at; 0 takes a free one.
+        public_url: Address at which a proxy shows the server to others, e.g. https://videos.example.org/svb.
         token_file: File with the token that clients must show; else SVB_TOKEN, else a new one for other machines.
         max_upload_bytes: Largest file accepted for upload.
         max_upload_seconds: Longest video accepted for upload, in seconds.
@@ -46,11 +86,12 @@ class ServeOptions:
         preview_seconds: Time limit for making a preview.
 
     Raises:
-        UsageError: A number is out of its range.
+        UsageError: A number is out of its range, or the public address is not one.
     """
 
     host: str = "127.0.0.1"
     port: int = 8765
+    public_url: str | None = option(None, metavar="URL")
     token_file: Path | None = None
     max_upload_bytes: int = option(200_000_000, flag="--max-upload", metavar="SIZE", read=num_bytes, text="200MB")
     max_upload_seconds: float = 3600.0
@@ -64,7 +105,13 @@ class ServeOptions:
     upload_seconds: float = option(300.0, hidden=True)
     preview_seconds: float = option(1800.0, hidden=True)
 
+    @property
+    def public(self) -> PublicUrl | None:
+        """Return the public address, if there is one."""
+        return None if self.public_url is None else PublicUrl.of(self.public_url)
+
     def __post_init__(self) -> None:
+        _ = self.public
         if not 0 <= self.port <= 65535:
             raise UsageError(f"port is {self.port} - expected 0 to 65535")
         for name in ("max_upload_bytes", "uploads_at_once", "max_searches", "threads"):

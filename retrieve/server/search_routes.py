@@ -114,7 +114,10 @@ async def _search_file(state: ServerState, upload: Upload, request: SearchReques
 
         if index.manifest["model_fingerprint"] != held["model_fingerprint"]:
             raise StoreError("the index changed to another model while the file was embedded - send the file again")
-        return _as_json(index.search_embedding(np.asarray(held["embedding"], np.float32), request))
+        answer = index.search_embedding(np.asarray(held["embedding"], np.float32), request)
+        took = Counter(answer.elapsed_seconds)
+        took.update({**held["elapsed_seconds"], "total": held["elapsed_seconds"]["embed"]})
+        return _as_json(dataclasses.replace(answer, elapsed_seconds=dict(took)))
 
     return await state.search(search)
 

@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,7 +69,8 @@ def probe(source: str) -> dict[str, Any]:
 
 
 def embed(index: str, request: dict[str, Any], device: str, max_seconds: float) -> dict[str, Any]:
-    """Return the `(D,)` embedding of a request's image or video, and the fingerprint of the model that made it."""
+    """Return the `(D,)` embedding of a request's image or video, its model and what took the time."""
+    began = time.perf_counter()
     from svb.retrieve.answer import SearchRequest
     from svb.retrieve.stored.manifest import read_manifest
 
@@ -76,8 +78,15 @@ def embed(index: str, request: dict[str, Any], device: str, max_seconds: float) 
     if wanted.video is not None:
         _require_short(Path(wanted.video), wanted.span_seconds, max_seconds)
     fingerprint = read_manifest(Path(index))["model_fingerprint"]
-    embedding = _embedder(index, fingerprint, device).embed_media(wanted)
-    return {"embedding": [float(number) for number in embedding], "model_fingerprint": fingerprint}
+    embedder = _embedder(index, fingerprint, device)
+    loaded = embedder.load_seconds
+    embedding = embedder.embed_media(wanted)
+    took = {"embed": time.perf_counter() - began, "load": embedder.load_seconds - loaded}
+    return {
+        "embedding": [float(number) for number in embedding],
+        "model_fingerprint": fingerprint,
+        "elapsed_seconds": took,
+    }
 
 
 TASKS: dict[str, Callable[..., Any]] = {"poster": poster, "strip": strip, "probe": probe, "embed": embed}
