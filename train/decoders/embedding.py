@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from svb.train.dropout import Dropout
-from svb.train.heads import masked_mean
+from svb.train.heads import Dropout, masked_mean
 
 
 class EmbeddingDecoder(nn.Module):
