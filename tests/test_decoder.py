@@ -6,9 +6,8 @@ import torch.nn.functional as F
 
 from svb.errors import InputError, UsageError
 from svb.train.config import TrainConfig
+from svb.train.decoders import EmbeddingDecoder, pad
 from svb.train.decoders import make_decoder as make_decoder_of
-from svb.train.decoders import pad
-from svb.train.decoders.embedding import EmbeddingDecoder
 from svb.train.decoders.transformer import CaptionDecoder
 from svb.train.losses import cross_captioning, embedding_distance
 from svb.train.support_set import mix, own_mask, support_weights

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from svb.train.config import NEGATIVES, REBUILD, SUPPORT_VALUES, VARIANTS, TrainConfig
-from svb.train.decoders.embedding import EmbeddingDecoder
+from svb.train.decoders import EmbeddingDecoder
 from svb.train.decoders.transformer import CaptionDecoder
 from svb.train.memory_bank import MemoryBank
 from svb.train.model import RetrievalModel

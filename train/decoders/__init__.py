@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from svb.data.t5 import absolute_t5_name
 from svb.train.config import TrainConfig
-from svb.train.decoders.embedding import EmbeddingDecoder
 from svb.train.decoders.t5 import T5Decoder
 from svb.train.decoders.transformer import CaptionDecoder
+from svb.train.heads import Dropout, masked_mean
 from svb.train.vocabulary import Vocabulary
 
 __all__ = ["EmbeddingDecoder", "WordDecoder", "absolute_decoder", "make_decoder", "needs_vocabulary", "pad"]
@@ -96,3 +97,28 @@ def pad(encoded: Sequence[Sequence[int]], padding: int) -> torch.Tensor:
     for row, caption in enumerate(encoded):
         tokens[row, : len(caption)] = torch.tensor(caption)
     return tokens
+
+
+class EmbeddingDecoder(nn.Module):
+    """Predicts the frozen features of a caption from a mixture of frame sequences, through one hidden layer.
+
+    Args:
+        memory_size: D of the frame sequences.
+        text_feature_size: F of the text encoder.
+        dropout: Dropout probability in the hidden layer.
+    """
+
+    def __init__(self, memory_size: int, text_feature_size: int, *, dropout: float) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.LayerNorm(memory_size),
+            nn.Linear(memory_size, 2 * memory_size),
+            nn.GELU(),
+            Dropout(dropout),
+            nn.Linear(2 * memory_size, text_feature_size),
+        )
+
+    def forward(self, frame_sequences: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
+        """Shape: `(B, T, D)`, `(B, T)` bool -> `(B, F)`."""
+        predicted: torch.Tensor = self.layers(masked_mean(frame_sequences, frame_mask))
+        return predicted
