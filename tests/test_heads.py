@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from svb.errors import UsageError
 from svb.train.config import MAX_LOGIT_SCALE, TrainConfig
-from svb.train.decoders.transformer import CaptionDecoder
+from svb.train.decoders.transformer import CaptionDecoder, Vocabulary
 from svb.train.heads import (
     AttentionPooling,
     PartNorm,
@@ -25,7 +25,6 @@ from svb.train.losses import cross_captioning, info_nce
 from svb.train.model import RetrievalModel
 from svb.train.retrieval_metrics import t2v_ranks
 from svb.train.support_set import mix, own_mask, support_weights
-from svb.train.vocabulary import Vocabulary
 
 FEATURE_SIZE, EMBEDDING_SIZE = 12, 128
 LENGTHS = (1, 3, 5, 2)

@@ -10,8 +10,8 @@ from torch import nn
 
 from svb.train.config import MAX_LOGIT_SCALE, TrainConfig
 from svb.train.decoders import make_decoder
+from svb.train.decoders.transformer import Vocabulary
 from svb.train.heads import TextHead, VideoHead
-from svb.train.vocabulary import Vocabulary
 
 
 class RetrievalModel(nn.Module):

@@ -26,11 +26,11 @@ from svb.train.cost import EpochClock
 from svb.train.curves import TensorBoard, draw_curves
 from svb.train.decoders import absolute_decoder, needs_vocabulary
 from svb.train.decoders.t5 import T5Decoder
+from svb.train.decoders.transformer import SPECIAL, Vocabulary
 from svb.train.loop import Loop
 from svb.train.model import RetrievalModel
 from svb.train.processes import Processes, joined_processes
 from svb.train.training_data import SplitData, draw_captions, load_split, positions_of_splits
-from svb.train.vocabulary import SPECIAL, Vocabulary
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,8 @@ from torch import nn
 from svb.data.t5 import absolute_t5_name
 from svb.train.config import TrainConfig
 from svb.train.decoders.t5 import T5Decoder
-from svb.train.decoders.transformer import CaptionDecoder
+from svb.train.decoders.transformer import CaptionDecoder, Vocabulary
 from svb.train.heads import Dropout, masked_mean
-from svb.train.vocabulary import Vocabulary
 
 __all__ = ["EmbeddingDecoder", "WordDecoder", "absolute_decoder", "make_decoder", "needs_vocabulary", "pad"]
 
