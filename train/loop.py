@@ -19,9 +19,8 @@ from svb.errors import InputError, StoreError, UsageError
 from svb.train.checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
 from svb.train.config import TrainConfig
 from svb.train.decoders import EmbeddingDecoder
-from svb.train.embed import split_metrics
 from svb.train.memory_bank import MemoryBank
-from svb.train.model import RetrievalModel
+from svb.train.model import RetrievalModel, split_metrics
 from svb.train.objective import Objective
 from svb.train.processes import Processes
 from svb.train.retrieval_metrics import recall_sum
