@@ -2,6 +2,9 @@
 
 If backbone and text encoder already share a space, as the two towers of CLIP do, the heads are residuals that start
 at zero: before the first step the model is the zero-shot model.
+
+The layers along time take the N real frames of a batch in one tensor, and give each video the same as it would get
+alone: neither padding nor other videos change it.
 """
 
 from __future__ import annotations
@@ -263,15 +266,15 @@ class AttentionPooling(nn.Module):
         return torch.einsum("bthd,bth->bhd", values, weights).flatten(1)
 
 
-def num_heads(size: int) -> int:
-    """Return the number of attention heads of 64 in a size.
+def num_heads(size: int, what: str = "embedding size") -> int:
+    """Return the number of attention heads of 64 in a size; errors call it `what`.
 
     Raises:
         UsageError: The size is no multiple of 64.
     """
     heads = max(1, size // 64)
     if size % heads:
-        raise UsageError(f"embedding size {size} - expected a multiple of 64, the size of an attention head")
+        raise UsageError(f"{what} {size} - expected a multiple of 64, the size of an attention head")
     return heads
 
 
@@ -283,6 +286,8 @@ def unpack(flat: torch.Tensor, real: torch.Tensor, frame_mask: torch.Tensor) -> 
 
 class Dropout(nn.Module):
     """Zero elements at random and scale up the others, while training (Srivastava et al. 2014).
+
+    It draws one byte per element; on a CPU, drawing floats would take a sixth of a training step.
 
     Args:
         probability: Probability that an element is zeroed, on the CPU rounded to the nearest 256th.

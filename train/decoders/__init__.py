@@ -54,6 +54,33 @@ class WordDecoder(Protocol):
         ...
 
 
+class EmbeddingDecoder(nn.Module):
+    """Predicts the frozen features of a caption from a mixture of frame sequences, through one hidden layer.
+
+    It costs far less than rebuilding the caption's words.
+
+    Args:
+        memory_size: D of the frame sequences.
+        text_feature_size: F of the text encoder.
+        dropout: Dropout probability in the hidden layer.
+    """
+
+    def __init__(self, memory_size: int, text_feature_size: int, *, dropout: float) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.LayerNorm(memory_size),
+            nn.Linear(memory_size, 2 * memory_size),
+            nn.GELU(),
+            Dropout(dropout),
+            nn.Linear(2 * memory_size, text_feature_size),
+        )
+
+    def forward(self, frame_sequences: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
+        """Shape: `(B, T, D)`, `(B, T)` bool -> `(B, F)`."""
+        predicted: torch.Tensor = self.layers(masked_mean(frame_sequences, frame_mask))
+        return predicted
+
+
 def make_decoder(
     config: TrainConfig, *, memory_size: int, text_feature_size: int, vocabulary: Vocabulary | None
 ) -> CaptionDecoder | T5Decoder | EmbeddingDecoder:
@@ -96,28 +123,3 @@ def pad(encoded: Sequence[Sequence[int]], padding: int) -> torch.Tensor:
     for row, caption in enumerate(encoded):
         tokens[row, : len(caption)] = torch.tensor(caption)
     return tokens
-
-
-class EmbeddingDecoder(nn.Module):
-    """Predicts the frozen features of a caption from a mixture of frame sequences, through one hidden layer.
-
-    Args:
-        memory_size: D of the frame sequences.
-        text_feature_size: F of the text encoder.
-        dropout: Dropout probability in the hidden layer.
-    """
-
-    def __init__(self, memory_size: int, text_feature_size: int, *, dropout: float) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.LayerNorm(memory_size),
-            nn.Linear(memory_size, 2 * memory_size),
-            nn.GELU(),
-            Dropout(dropout),
-            nn.Linear(2 * memory_size, text_feature_size),
-        )
-
-    def forward(self, frame_sequences: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
-        """Shape: `(B, T, D)`, `(B, T)` bool -> `(B, F)`."""
-        predicted: torch.Tensor = self.layers(masked_mean(frame_sequences, frame_mask))
-        return predicted

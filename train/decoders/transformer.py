@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from svb.errors import InputError, UsageError
-from svb.train.heads import sinusoids
+from svb.errors import InputError
+from svb.train.heads import num_heads, sinusoids
 
 PADDING, START, END, UNKNOWN = range(4)
 SPECIAL = ("<padding>", "<start>", "<end>", "<unknown>")
@@ -85,15 +85,12 @@ class CaptionDecoder(nn.Module):
 
     def __init__(self, vocabulary: Vocabulary, memory_size: int, *, size: int, layers: int, dropout: float) -> None:
         super().__init__()
-        heads = max(1, size // 64)
-        if size % heads:
-            raise UsageError(f"decoder size {size} - expected a multiple of 64, the size of an attention head")
         self.embedding = nn.Embedding(len(vocabulary), size)
         nn.init.normal_(self.embedding.weight, std=size**-0.5)
         self.project_memory = nn.Linear(memory_size, size)
         layer = nn.TransformerDecoderLayer(
             size,
-            nhead=heads,
+            nhead=num_heads(size, "decoder size"),
             dim_feedforward=4 * size,
             dropout=dropout,
             activation="gelu",
