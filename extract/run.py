@@ -17,7 +17,7 @@ from svb.data.rows import VideoRecord
 from svb.device import choose_device, choose_precision
 from svb.errors import Interrupted, UsageError
 from svb.extract.backbones import load_backbone
-from svb.extract.compute.cores import cores_for_batches, share_of_cores
+from svb.extract.compute.machine import cores_for_batches, keep_freed_memory, share_of_cores
 from svb.extract.config import ExtractConfig
 from svb.extract.plan import Plan, PlannedVideo, is_done, plan_videos
 from svb.extract.pool.decode_pool import NOBODY, DecodePool, Listed
@@ -26,7 +26,6 @@ from svb.extract.progress import ExtractProgress, RunLog, what_limited
 from svb.extract.together.leases import Leases, start_at, units
 from svb.extract.together.ranks import UNIT_VIDEOS, LeasedVideos
 from svb.interrupts import deferred_interrupts
-from svb.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from svb.extract.compute.pipeline import Contents
