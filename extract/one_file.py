@@ -86,7 +86,7 @@ def compute_rows(chunks: Iterable[FrameChunk], backbones: Sequence[Backbone], ba
     from svb.extract.compute.machine import cores_for_batches
     from svb.extract.compute.packing import Packer
     from svb.extract.compute.pipeline import run_packers
-    from svb.extract.compute.upload import Uploader
+    from svb.extract.compute.transform import Uploader
 
     device = backbones[0].device
     uploader = Uploader(device)

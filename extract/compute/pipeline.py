@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from svb.data.rows import USABLE, VideoRecord, VideoRows
 from svb.extract.backbones.backbone import Backbone
 from svb.extract.compute.packing import Packer, to_rows
-from svb.extract.compute.transform import to_squares
-from svb.extract.compute.upload import Uploader
+from svb.extract.compute.transform import Uploader, to_squares
 from svb.extract.decode.decoder import FrameChunk, VideoProperties
 from svb.extract.plan import PlannedVideo
 from svb.extract.pool.worker import DUPLICATE, Alive, Finished, Message, Started
