@@ -18,7 +18,7 @@ from svb.extract.decode.sampling import Sampling
 
 if TYPE_CHECKING:
     from svb.extract.backbones.backbone import Backbone
-    from svb.extract.decode.times_table import TimesTable
+    from svb.extract.decode.sampling import TimesTable
 
 DECODERS = ("pyav", "ffmpeg")
 RESIZES = ("device", "decoder")
@@ -199,7 +199,7 @@ class ExtractConfig:
         """
         if self.times is None:
             return None
-        from svb.extract.decode.times_table import read_times
+        from svb.extract.decode.sampling import read_times
 
         return read_times(Path(self.times))
 
