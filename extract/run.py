@@ -23,8 +23,7 @@ from svb.extract.plan import Plan, PlannedVideo, is_done, plan_videos
 from svb.extract.pool.decode_pool import NOBODY, DecodePool, Listed
 from svb.extract.pool.worker import Started
 from svb.extract.progress import ExtractProgress, RunLog, what_limited
-from svb.extract.together.leases import Leases, start_at, units
-from svb.extract.together.ranks import UNIT_VIDEOS, LeasedVideos
+from svb.extract.together.leases import UNIT_VIDEOS, LeasedVideos, Leases, start_at, units
 from svb.interrupts import deferred_interrupts
 
 if TYPE_CHECKING:

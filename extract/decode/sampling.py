@@ -17,7 +17,6 @@ from svb.errors import InputError, UsageError
 # A container that counts in milliseconds rounds a frame's time by up to half of one.
 TIME_TOLERANCE_SECONDS = 1e-3
 
-# What a times table is called in messages, its columns, and what to do about a wrong one.
 _TIMES_TABLE = TableKind(
     "times table", ("video_id", "time_seconds"), "video_id,time_seconds", "write decimals with a point"
 )
