@@ -45,12 +45,7 @@ class FeatureStoreWriter:
     """
 
     def __init__(
-        self,
-        path: Path,
-        settings: Mapping[str, Any],
-        provenance: Mapping[str, Any],
-        *,
-        shared: bool = False,
+        self, path: Path, settings: Mapping[str, Any], provenance: Mapping[str, Any], *, shared: bool = False
     ) -> None:
         self.path = path
         (path / "shards").mkdir(parents=True, exist_ok=True)

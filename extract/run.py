@@ -128,16 +128,10 @@ def _open_store(
 
 
 def _fill(
-    writer: FeatureStoreWriter,
-    log: RunLog,
-    workplace: Workplace,
-    on_progress: Callable[[ExtractProgress], None],
+    writer: FeatureStoreWriter, log: RunLog, workplace: Workplace, on_progress: Callable[[ExtractProgress], None]
 ) -> int:
     """Fill the store; returns the signal that ended it early, or 0."""
-    with (
-        deferred_interrupts() as interrupted,
-        contextlib.closing(workplace.fill(writer, interrupted)) as steps,
-    ):
+    with deferred_interrupts() as interrupted, contextlib.closing(workplace.fill(writer, interrupted)) as steps:
         for _ in steps:
             writer.publish_if_due()  # a long video must not hold back those that are finished
             on_progress(workplace.progress())
@@ -183,10 +177,7 @@ class ThisMachine:
         from svb.extract.compute.pipeline import Pipeline  # and with it torch
 
         config = self._config
-        with (
-            self._source(writer) as source,
-            cores_for_batches(self._device, config.compile) as (executor, ahead),
-        ):
+        with self._source(writer) as source, cores_for_batches(self._device, config.compile) as (executor, ahead):
             self._contents = None if config.times else _known_contents(self._out, self._plan, config, writer)
             self._pool = DecodePool(
                 self._num_workers,

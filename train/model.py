@@ -63,10 +63,7 @@ class RetrievalModel(nn.Module):
         )
         self.decoder = (
             make_decoder(
-                config,
-                memory_size=self.embedding_size,
-                text_feature_size=text_feature_size,
-                vocabulary=vocabulary,
+                config, memory_size=self.embedding_size, text_feature_size=text_feature_size, vocabulary=vocabulary
             )
             if with_decoder and config.variant != "none"
             else None

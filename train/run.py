@@ -117,13 +117,7 @@ def _train(
     if isinstance(model.decoder, T5Decoder):
         description["decoder_weights_hash"] = model.decoder.weights_hash
     loop = Loop(
-        model,
-        train_split,
-        choosing_split,
-        config,
-        out,
-        processes=processes,
-        decoder_dtype=_decoder_dtype(device),
+        model, train_split, choosing_split, config, out, processes=processes, decoder_dtype=_decoder_dtype(device)
     )
     lock = None
     try:
@@ -202,10 +196,7 @@ def _describe(config: TrainConfig, store: FeatureStore, backbone: str, captions:
         "config": asdict(config),
         "shared_space": shared_part(store.video_settings(backbone), captions.settings["text_encoder"]) is not None,
         "video": store.video_settings(backbone),
-        "text": {
-            "captions_fingerprint": captions.fingerprint,
-            "text_encoder": captions.settings["text_encoder"],
-        },
+        "text": {"captions_fingerprint": captions.fingerprint, "text_encoder": captions.settings["text_encoder"]},
     }
 
 
@@ -253,11 +244,7 @@ def _open_run(
 
 
 def _load_splits(
-    store: FeatureStore,
-    backbone: str,
-    captions: CaptionFeatures,
-    config: TrainConfig,
-    device: torch.device,
+    store: FeatureStore, backbone: str, captions: CaptionFeatures, config: TrainConfig, device: torch.device
 ) -> tuple[SplitData, SplitData | None]:
     _say_what_is_left_out(store, captions)
     positions = positions_of_splits(captions, val_fraction=config.put_aside)

@@ -114,11 +114,7 @@ class Clip:
 
 
 def make_demo_clips(
-    folder: Path,
-    *,
-    num_videos: int = 300,
-    seed: int = 0,
-    on_progress: Callable[[int, int], None] | None = None,
+    folder: Path, *, num_videos: int = 300, seed: int = 0, on_progress: Callable[[int, int], None] | None = None
 ) -> Path:
     """Render the demo's clips and write their caption table.
 

@@ -43,11 +43,7 @@ def info(path: Path, failures: bool, everything: bool, as_json: bool) -> None:
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option(
-    "--recompute",
-    type=int,
-    help="Extract or embed this many videos again, and compare.",
-)
+@click.option("--recompute", type=int, help="Extract or embed this many videos again, and compare.")
 @click.option("--device", default="auto", show_default=True, help="Device to recompute on: auto, cpu, cuda:0, ...")
 def verify(path: Path, recompute: int | None, device: str) -> None:
     """Check that PATH is whole: a feature store, a caption features file, a run or an index.

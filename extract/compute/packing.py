@@ -58,12 +58,7 @@ class Packer:
     """
 
     def __init__(
-        self,
-        backbone: Backbone,
-        batch_size: int,
-        *,
-        executor: Executor | None = None,
-        ahead: int = 1,
+        self, backbone: Backbone, batch_size: int, *, executor: Executor | None = None, ahead: int = 1
     ) -> None:
         self.backbone = backbone
         self._batch_size = self._at_once = batch_size
