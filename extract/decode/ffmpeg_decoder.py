@@ -51,7 +51,7 @@ from svb.extract.decode.decoder import (
     zero_frames,
 )
 from svb.extract.decode.ffmpeg_filters import Choice, print_time, scaled_size, select_expression
-from svb.extract.decode.ffmpeg_process import FfmpegLog, FfmpegProcess, Lines, Pictures
+from svb.extract.decode.ffmpeg_process import FfmpegLog, FfmpegProcess, Lines, PamPictures
 from svb.extract.decode.options import DecodeOptions
 from svb.extract.decode.sampling import shown_at
 
@@ -235,7 +235,7 @@ class _DecodeRun:
             self._source.path, self._source.options, choice.positions, choice.targets_seconds, choice.seen_seconds
         )
         self._clock = RunningClock()
-        self._pictures = Pictures()
+        self._pictures = PamPictures()
         self._times = Lines()
         self._chosen_seconds: deque[float | None] = deque()
 
