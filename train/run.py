@@ -22,11 +22,10 @@ from svb.device import choose_device, choose_precision, precision_name
 from svb.errors import InputError
 from svb.interrupts import deferred_interrupts
 from svb.train.config import TrainConfig, selection_note, stored_options
-from svb.train.cost import EpochClock
-from svb.train.curves import TensorBoard, draw_curves
 from svb.train.decoders import absolute_decoder, needs_vocabulary
 from svb.train.decoders.t5 import T5Decoder
 from svb.train.decoders.transformer import SPECIAL, Vocabulary
+from svb.train.epoch_log import EpochClock, TensorBoard, draw_curves
 from svb.train.loop import Loop
 from svb.train.model import RetrievalModel
 from svb.train.processes import Processes, joined_processes
