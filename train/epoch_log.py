@@ -52,7 +52,6 @@ class TensorBoard:
     """Writes every epoch's metrics as scalars under `tensorboard/` in the run.
 
     Args:
-        run: The run's folder.
         epoch: The number of finished epochs; what a killed training wrote after them is hidden.
     """
 
@@ -114,8 +113,7 @@ class EpochClock:
     def stamp(self, epoch: int) -> None:
         """Write the line of an epoch that ends now."""
         cpu, wall = time.process_time(), time.monotonic()
-        line = {"epoch": epoch, "cpu_seconds": cpu - self._cpu, "wall_seconds": wall - self._wall}
-        _append(self._path, line)
+        _append(self._path, {"epoch": epoch, "cpu_seconds": cpu - self._cpu, "wall_seconds": wall - self._wall})
         self._cpu, self._wall = cpu, wall
 
 

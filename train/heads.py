@@ -97,9 +97,6 @@ class VideoHead(nn.Module):
 class PartNorm(nn.Module):
     """Layer normalisation of each part of a row by itself; for one part it equals `nn.LayerNorm`.
 
-    Args:
-        sizes: The sizes of the parts, in order.
-
     Shape:
         `(N, F)` -> `(N, F)`, F the sum of sizes.
     """
@@ -125,7 +122,6 @@ class TextHead(nn.Module):
     Args:
         feature_size: F of the text encoder.
         embedding_size: D; equals F for a residual head.
-        dropout: Dropout probability in the hidden layer.
         residual: Add to the normalised caption features, starting from zero.
 
     Shape:
@@ -210,10 +206,6 @@ class TemporalConvolution(nn.Module):
 
 class TemporalLayer(nn.Module):
     """One pre-norm transformer layer (Vaswani et al. 2017) over the frames of each video of a batch.
-
-    Args:
-        size: D.
-        dropout: Dropout probability on both branches.
 
     Shape:
         flat `(N, D)`, the real frames of all videos; real `(N,)`, their places in the flattened batch;

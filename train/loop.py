@@ -38,12 +38,7 @@ class Loop:
     Random draws depend only on the seed, the epoch and the step, so a resumed run draws the same.
 
     Args:
-        model: The model, on its device.
-        train_split: The data to learn from.
         choosing_split: The split `config.select_on`, which chooses the best checkpoint; None without one.
-        config: The options.
-        out: The run's folder.
-        processes: The processes that train together.
         decoder_dtype: The type of the caption decoder's matrix products.
     """
 

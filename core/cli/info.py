@@ -87,19 +87,8 @@ def _print_failures(path: Path, as_json: bool) -> None:
 
     records = [record for record in FeatureStore(path).records.values() if record.status != "ok"]
     if as_json:
-        print_json(
-            [
-                {
-                    "video_id": record.video_id,
-                    "status": record.status,
-                    "error": record.error,
-                    "source_path": record.source_path,
-                    "tries": record.tries,
-                    "elapsed_seconds": record.elapsed_seconds,
-                }
-                for record in records
-            ]
-        )
+        names = ("video_id", "status", "error", "source_path", "tries", "elapsed_seconds")
+        print_json([{name: getattr(record, name) for name in names} for record in records])
     elif records:
         rows = [[r.status, str(r.tries), f"{r.elapsed_seconds:.1f}", repr(r.video_id), r.error] for r in records]
         print_table(["status", "tries", "seconds", "video", "error"], rows)

@@ -51,10 +51,8 @@ class Packer:
     and a CPU's cores each have a batch of their own.
 
     Args:
-        backbone: What to run.
         batch_size: B, of every batch.
         executor: Runs batches on the CPU's cores; without one the backbone starts them itself.
-        ahead: How many batches may be under way.
     """
 
     def __init__(

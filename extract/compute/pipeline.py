@@ -57,7 +57,6 @@ class Pipeline:
     Args:
         networks: The backbones; each sees every frame.
         batch_size: B, of every batch.
-        records: Where records and rows go.
         keep_partial: Keep a video that decodes in part; otherwise it has failed.
         contents: What is known of videos whose content was seen before.
         executor: Runs batches on the CPU's cores.

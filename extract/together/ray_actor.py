@@ -72,7 +72,6 @@ class BackboneActor:
     Call `open` first, then `run` on one thread and `give` on another.
 
     Args:
-        config: The options of the run.
         num_tasks: How many decode tasks to ask for at a time.
         version: The driver's svb.
     """

@@ -62,7 +62,6 @@ class EmbeddingDecoder(nn.Module):
     Args:
         memory_size: D of the frame sequences.
         text_feature_size: F of the text encoder.
-        dropout: Dropout probability in the hidden layer.
     """
 
     def __init__(self, memory_size: int, text_feature_size: int, *, dropout: float) -> None:

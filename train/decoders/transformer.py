@@ -73,9 +73,7 @@ class CaptionDecoder(nn.Module):
     Args:
         vocabulary: The words that it can say.
         memory_size: D of the frame sequences.
-        size: Width.
-        layers: Transformer layers.
-        dropout: Dropout probability in the layers.
+        size: Width of the layers.
 
     Raises:
         UsageError: The attention heads do not divide the width.
