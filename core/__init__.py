@@ -5,6 +5,4 @@ The stages, in the order the data flows: `svb.extract.run.extract`, `svb.extract
 `svb.retrieve.search.Searcher`. Importing `svb` itself loads nothing heavy.
 """
 
-from svb._version import __version__
-
-__all__ = ["__version__"]
+__version__ = "0.1.0"

@@ -85,19 +85,18 @@ def default_path(variable: str, fallback: str) -> Path:
     return Path(os.environ.get(variable) or fallback)
 
 
-def newest_run(runs: Path | None = None) -> Path:
+def newest_run() -> Path:
     """Return the run written last: `SVB_RUN`, or the newest folder under `./runs` that holds a config.json.
 
     Raises:
         InputError: There is none.
     """
-    if runs is None and os.environ.get("SVB_RUN"):
+    if os.environ.get("SVB_RUN"):
         return Path(os.environ["SVB_RUN"])
-    folder = runs or Path("runs")
-    found = sorted(folder.glob("*/config.json"), key=lambda path: path.stat().st_mtime_ns)
+    found = sorted(Path("runs").glob("*/config.json"), key=lambda path: path.stat().st_mtime_ns)
     if not found:
         raise InputError(
-            f"no run in {folder}/ - expected a folder with a config.json; "
+            "no run in runs/ - expected a folder with a config.json; "
             "train one with `svb train`, or name a run or a feature store"
         )
     return found[-1].parent

@@ -38,13 +38,7 @@ MAX_PATH_BYTES = 1000
 ROW_GROUP_BYTES = 64 * 2**20
 
 
-def export(
-    store: FeatureStore,
-    out: Path,
-    *,
-    layout: str = "h5",
-    backbone: str | None = None,
-) -> Path:
+def export(store: FeatureStore, out: Path, *, layout: str = "h5", backbone: str | None = None) -> Path:
     """Write a store's features in a layout that other tools read; whole or not at all.
 
     Args:

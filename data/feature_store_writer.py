@@ -31,7 +31,6 @@ class FeatureStoreWriter:
     whichever is first. Use it as a context manager: leaving it publishes the rest, also after an error.
 
     Args:
-        path: The store's folder.
         settings: What shapes every row; must equal the store's.
         provenance: What does not shape rows but is worth recording, such as versions and device.
         shared: Other writers that are `shared` too may add to the store at the same time.
@@ -45,12 +44,7 @@ class FeatureStoreWriter:
     """
 
     def __init__(
-        self,
-        path: Path,
-        settings: Mapping[str, Any],
-        provenance: Mapping[str, Any],
-        *,
-        shared: bool = False,
+        self, path: Path, settings: Mapping[str, Any], provenance: Mapping[str, Any], *, shared: bool = False
     ) -> None:
         self.path = path
         (path / "shards").mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from svb.errors import InputError, UsageError
 
 
 @dataclass(frozen=True)
-class Clip:
+class ClipModel:
     """A CLIP model: both towers, tokenizer, and what its images must look like.
 
     Attributes:
@@ -34,7 +34,7 @@ class Clip:
     std: tuple[float, float, float]
 
 
-def load_clip(name: str, model: str, weights: str) -> Clip:
+def load_clip(name: str, model: str, weights: str) -> ClipModel:
     """Load `<model>/<tag>` from a hub or its cache, `<model>/<file>`, or `local-dir:<folder>`.
 
     Raises:
@@ -62,7 +62,7 @@ def load_clip(name: str, model: str, weights: str) -> Clip:
         raise unavailable(name, error) from error
     preprocess = open_clip.get_model_preprocess_cfg(module)
     size = preprocess["size"]
-    return Clip(
+    return ClipModel(
         module,
         tokenizer,
         image_size=size if isinstance(size, int) else size[0],

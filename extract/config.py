@@ -18,7 +18,7 @@ from svb.extract.decode.sampling import Sampling
 
 if TYPE_CHECKING:
     from svb.extract.backbones.backbone import Backbone
-    from svb.extract.decode.times_table import TimesTable
+    from svb.extract.decode.sampling import TimesTable
 
 DECODERS = ("pyav", "ffmpeg")
 RESIZES = ("device", "decoder")
@@ -199,7 +199,7 @@ class ExtractConfig:
         """
         if self.times is None:
             return None
-        from svb.extract.decode.times_table import read_times
+        from svb.extract.decode.sampling import read_times
 
         return read_times(Path(self.times))
 
@@ -224,11 +224,7 @@ class ExtractConfig:
             for field in fields(self)
             if (value := getattr(self, field.name)) != field.default
         }
-        return {
-            "device": device,
-            "versions": {**versions, **package_versions(self.backbones)},
-            "options": given,
-        }
+        return {"device": device, "versions": {**versions, **package_versions(self.backbones)}, "options": given}
 
     def require_fits(self, settings: Mapping[str, Any], out: Path) -> None:
         """Compare what no network is needed for with the settings of a store.
@@ -267,10 +263,7 @@ class ExtractConfig:
 def decoder_settings(options: DecodeOptions) -> dict[str, Any]:
     """Return a decoder, its version and what it does beyond the ordinary, as stored and fingerprinted."""
     beyond = {"fast": options.fast, "hwaccel": options.hwaccel, "resize_px": options.resize_px}
-    return {
-        **_name_and_version(options.decoder),
-        **{name: value for name, value in beyond.items() if value},
-    }
+    return {**_name_and_version(options.decoder), **{name: value for name, value in beyond.items() if value}}
 
 
 def stored_decode_options(settings: Mapping[str, Any]) -> DecodeOptions:
@@ -298,10 +291,7 @@ def _name_and_version(decoder: str) -> dict[str, Any]:
     if decoder == "pyav":
         import av
 
-        return {
-            "name": "pyav",
-            "version": f"{av.__version__}, libavcodec {av.library_versions['libavcodec'][0]}",
-        }
+        return {"name": "pyav", "version": f"{av.__version__}, libavcodec {av.library_versions['libavcodec'][0]}"}
     import imageio_ffmpeg
 
     return {"name": "ffmpeg", "version": imageio_ffmpeg.get_ffmpeg_version()}

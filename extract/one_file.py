@@ -83,10 +83,10 @@ class OneFile:
 
 def compute_rows(chunks: Iterable[FrameChunk], backbones: Sequence[Backbone], batch_size: int) -> list[Rows]:
     """Return the rows of one video's frames, by each backbone; all are on one device."""
-    from svb.extract.compute.cores import cores_for_batches
+    from svb.extract.compute.machine import cores_for_batches
     from svb.extract.compute.packing import Packer
     from svb.extract.compute.pipeline import run_packers
-    from svb.extract.compute.upload import Uploader
+    from svb.extract.compute.transform import Uploader
 
     device = backbones[0].device
     uploader = Uploader(device)

@@ -19,44 +19,11 @@ if TYPE_CHECKING:
     from svb.data.rows import VideoRecord
 
 VIDEO_SUFFIXES = frozenset(
-    [
-        ".3g2",
-        ".3gp",
-        ".apng",
-        ".asf",
-        ".avi",
-        ".divx",
-        ".dv",
-        ".f4v",
-        ".flv",
-        ".gif",
-        ".h264",
-        ".h265",
-        ".ivf",
-        ".m2ts",
-        ".m2v",
-        ".m4v",
-        ".mjpeg",
-        ".mkv",
-        ".mov",
-        ".mp4",
-        ".mpeg",
-        ".mpg",
-        ".mts",
-        ".mxf",
-        ".nut",
-        ".obu",
-        ".ogv",
-        ".rm",
-        ".rmvb",
-        ".swf",
-        ".ts",
-        ".vob",
-        ".webm",
-        ".webp",
-        ".wmv",
-        ".y4m",
-    ]
+    (
+        *(".3g2", ".3gp", ".apng", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".gif", ".h264", ".h265"),
+        *(".ivf", ".m2ts", ".m2v", ".m4v", ".mjpeg", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf"),
+        *(".nut", ".obu", ".ogv", ".rm", ".rmvb", ".swf", ".ts", ".vob", ".webm", ".webp", ".wmv", ".y4m"),
+    )
 )
 LIST_SUFFIXES = frozenset({".txt", ".csv", ".parquet"})
 

@@ -23,10 +23,7 @@ logger = logging.getLogger(__name__)
 def recompute(path: Path, num_videos: int, *, device: str = "auto") -> list[str]:
     """Extract some videos of a store again, chosen by a hash of what it holds, and compare.
 
-    Args:
-        path: The store.
-        num_videos: How many.
-        device: Where to compute; another device than the store's may change the last bits.
+    Another device than the store's may change the last bits.
 
     Returns:
         A line for each difference of more than float16's last bit.

@@ -17,16 +17,14 @@ from svb.data.rows import VideoRecord
 from svb.device import choose_device, choose_precision
 from svb.errors import Interrupted, UsageError
 from svb.extract.backbones import load_backbone
-from svb.extract.compute.cores import cores_for_batches, share_of_cores
+from svb.extract.compute.machine import cores_for_batches, keep_freed_memory, share_of_cores
 from svb.extract.config import ExtractConfig
 from svb.extract.plan import Plan, PlannedVideo, is_done, plan_videos
 from svb.extract.pool.decode_pool import NOBODY, DecodePool, Listed
 from svb.extract.pool.worker import Started
 from svb.extract.progress import ExtractProgress, RunLog, what_limited
-from svb.extract.together.leases import Leases, start_at, units
-from svb.extract.together.ranks import UNIT_VIDEOS, LeasedVideos
+from svb.extract.together.leases import UNIT_VIDEOS, LeasedVideos, Leases, start_at, units
 from svb.interrupts import deferred_interrupts
-from svb.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from svb.extract.compute.pipeline import Contents
@@ -130,16 +128,10 @@ def _open_store(
 
 
 def _fill(
-    writer: FeatureStoreWriter,
-    log: RunLog,
-    workplace: Workplace,
-    on_progress: Callable[[ExtractProgress], None],
+    writer: FeatureStoreWriter, log: RunLog, workplace: Workplace, on_progress: Callable[[ExtractProgress], None]
 ) -> int:
     """Fill the store; returns the signal that ended it early, or 0."""
-    with (
-        deferred_interrupts() as interrupted,
-        contextlib.closing(workplace.fill(writer, interrupted)) as steps,
-    ):
+    with deferred_interrupts() as interrupted, contextlib.closing(workplace.fill(writer, interrupted)) as steps:
         for _ in steps:
             writer.publish_if_due()  # a long video must not hold back those that are finished
             on_progress(workplace.progress())
@@ -185,10 +177,7 @@ class ThisMachine:
         from svb.extract.compute.pipeline import Pipeline  # and with it torch
 
         config = self._config
-        with (
-            self._source(writer) as source,
-            cores_for_batches(self._device, config.compile) as (executor, ahead),
-        ):
+        with self._source(writer) as source, cores_for_batches(self._device, config.compile) as (executor, ahead):
             self._contents = None if config.times else _known_contents(self._out, self._plan, config, writer)
             self._pool = DecodePool(
                 self._num_workers,

@@ -48,7 +48,7 @@ def run(videos: str, out: str, rank: tuple[int, int] | None = None) -> None:
     from svb.extract import run as run_module
     from svb.extract.backbones import FAMILIES
     from svb.extract.config import ExtractConfig
-    from svb.extract.together import ranks
+    from svb.extract.together import leases
     from svb.extract.together.leases import Leases
 
     compact = FeatureStoreWriter.compact
@@ -62,7 +62,7 @@ def run(videos: str, out: str, rank: tuple[int, int] | None = None) -> None:
 
     FeatureStoreWriter.compact = say_and_compact  # type: ignore[method-assign]
     feature_store_writer.SHARD_VIDEOS = SHARD_VIDEOS
-    run_module.UNIT_VIDEOS, ranks.LOOK_SECONDS = 4, 0.1
+    run_module.UNIT_VIDEOS, leases.LOOK_SECONDS = 4, 0.1
     Leases.__init__.__defaults__ = (HEARTBEAT_SECONDS, STALE_SECONDS)
     FAMILIES["toy"] = "toy_backbone"
     if rank is not None:

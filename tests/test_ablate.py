@@ -39,8 +39,8 @@ from svb.retrieve.measure.ablation_plan import PlannedRun, plan_runs
 from svb.retrieve.measure.ablation_report import AblationReport
 from svb.retrieve.measure.paired import RECALLS, paired_differences
 from svb.retrieve.measure.query_ranks import read_ranks
-from svb.train import cost
 from svb.train.config import TrainConfig
+from svb.train.epoch_log import CPU_SECONDS, read_cpu_seconds
 from svb.train.run import read_run
 
 torch.set_num_threads(1)
@@ -510,10 +510,10 @@ def change_config(run: Path, description: dict[str, Any]) -> None:
 def test_an_epoch_that_was_trained_again_counts_once(tmp_path: Path) -> None:
     lines = [(1, 5.0), (2, 1.0), (2, 3.0), (3, 1.0)]
     text = "".join(json.dumps({"epoch": epoch, "cpu_seconds": seconds}) + "\n" for epoch, seconds in lines)
-    (tmp_path / cost.FILE).write_text(text + '{"epoch": 3, "cpu_sec')
-    assert cost.read_cpu_seconds(tmp_path, 3) == 9.0
-    assert cost.read_cpu_seconds(tmp_path, 4) is None
-    assert cost.read_cpu_seconds(tmp_path / "nowhere", 1) is None
+    (tmp_path / CPU_SECONDS).write_text(text + '{"epoch": 3, "cpu_sec')
+    assert read_cpu_seconds(tmp_path, 3) == 9.0
+    assert read_cpu_seconds(tmp_path, 4) is None
+    assert read_cpu_seconds(tmp_path / "nowhere", 1) is None
 
 
 class TestFailures:

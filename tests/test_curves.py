@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from svb.train import loop
 from svb.train import run as train_run
-from svb.train.curves import PANELS, draw_curves
+from svb.train.epoch_log import PANELS, draw_curves
 from svb.train.run import train
 
 # Tensors this small are slower on two threads than on one.

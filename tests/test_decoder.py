@@ -6,13 +6,21 @@ import torch.nn.functional as F
 
 from svb.errors import InputError, UsageError
 from svb.train.config import TrainConfig
+from svb.train.decoders import EmbeddingDecoder, pad
 from svb.train.decoders import make_decoder as make_decoder_of
-from svb.train.decoders import pad
-from svb.train.decoders.embedding import EmbeddingDecoder
-from svb.train.decoders.transformer import CaptionDecoder
+from svb.train.decoders.transformer import (
+    END,
+    MAX_WORDS,
+    PADDING,
+    SPECIAL,
+    START,
+    UNKNOWN,
+    CaptionDecoder,
+    Vocabulary,
+    split_words,
+)
 from svb.train.losses import cross_captioning, embedding_distance
 from svb.train.support_set import mix, own_mask, support_weights
-from svb.train.vocabulary import END, MAX_WORDS, PADDING, SPECIAL, START, UNKNOWN, Vocabulary, split_words
 
 # Tensors this small are slower on two threads than on one.
 torch.set_num_threads(1)

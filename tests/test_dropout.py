@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from svb.train.dropout import Dropout
+from svb.train.heads import Dropout
 
 
 @pytest.mark.parametrize("probability", [0.1, 0.25, 0.5, 0.9, 0.999])

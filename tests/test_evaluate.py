@@ -22,7 +22,7 @@ from svb.retrieve.evaluate import Missing, evaluate
 from svb.retrieve.measure.hub_normalisation import METHODS
 from svb.retrieve.model.embedder import run_embedder
 from svb.train.config import TrainConfig
-from svb.train.embed import split_metrics
+from svb.train.model import split_metrics
 from svb.train.retrieval_metrics import V2T_CONVENTIONS
 from svb.train.run import build_model, read_run, train
 from svb.train.training_data import SplitData, load_split

@@ -28,8 +28,8 @@ from svb.data import export as export_module
 from svb.data.export import LAYOUTS, dataset_names, export, file_names
 from svb.data.feature_store import FeatureStore, verify_store
 from svb.data.importing import files as import_files
+from svb.data.importing.import_features import LAYOUTS as IMPORT_LAYOUTS
 from svb.data.importing.import_features import import_features
-from svb.data.importing.layouts import LAYOUTS as IMPORT_LAYOUTS
 from svb.data.rows import VideoRows
 from svb.errors import InputError, MismatchError, UsageError
 from svb.retrieve.answer import SearchRequest

@@ -11,14 +11,20 @@ import torch.nn.functional as F
 
 from svb.errors import UsageError
 from svb.train.config import MAX_LOGIT_SCALE, TrainConfig
-from svb.train.decoders.transformer import CaptionDecoder
-from svb.train.heads import PartNorm, TextHead, VideoHead, mean_of_frames, sinusoids
+from svb.train.decoders.transformer import CaptionDecoder, Vocabulary
+from svb.train.heads import (
+    AttentionPooling,
+    PartNorm,
+    TemporalConvolution,
+    TextHead,
+    VideoHead,
+    mean_of_frames,
+    sinusoids,
+)
 from svb.train.losses import cross_captioning, info_nce
 from svb.train.model import RetrievalModel
 from svb.train.retrieval_metrics import t2v_ranks
 from svb.train.support_set import mix, own_mask, support_weights
-from svb.train.temporal import AttentionPooling, TemporalConvolution
-from svb.train.vocabulary import Vocabulary
 
 FEATURE_SIZE, EMBEDDING_SIZE = 12, 128
 LENGTHS = (1, 3, 5, 2)

@@ -12,14 +12,13 @@ import pytest
 import torch
 
 from svb.train.config import NEGATIVES, REBUILD, SUPPORT_VALUES, VARIANTS, TrainConfig
-from svb.train.decoders.embedding import EmbeddingDecoder
-from svb.train.decoders.transformer import CaptionDecoder
+from svb.train.decoders import EmbeddingDecoder
+from svb.train.decoders.transformer import CaptionDecoder, Vocabulary
 from svb.train.memory_bank import MemoryBank
 from svb.train.model import RetrievalModel
 from svb.train.objective import Objective
 from svb.train.processes import Processes
 from svb.train.training_data import FrameTable, SplitData
-from svb.train.vocabulary import Vocabulary
 
 # Tensors this small are slower on two threads than on one.
 torch.set_num_threads(1)

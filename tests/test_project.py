@@ -22,7 +22,7 @@ SOURCES = ("core", "data", "extract", "train", "retrieve")
 HEAVY = ("torch", "numpy", "h5py", "faiss", "pandas", "av", "timm", "open_clip", "transformers")
 
 # What a folder may import of svb, as design.md says: imports run back along the data.
-CORE = ("svb.config", "svb.device", "svb.errors", "svb.interrupts", "svb.memory", "svb._version")
+CORE = ("svb.config", "svb.device", "svb.errors", "svb.interrupts")
 ALLOWED = {
     "core": (*CORE,),
     "data": (*CORE, "svb.data"),

@@ -21,8 +21,7 @@ from svb.extract.decode.choice import StretchList
 from svb.extract.decode.decoder import DecodeEnd, DecodeError, Decoder, FrameChunk, resized
 from svb.extract.decode.ffmpeg_process import require_hwaccel
 from svb.extract.decode.options import DecodeOptions
-from svb.extract.decode.sampling import Sampling, shown_at
-from svb.extract.decode.times_table import read_times
+from svb.extract.decode.sampling import Sampling, read_times, shown_at
 
 KINDS: dict[str, dict[str, Any]] = {
     "fps": {"fps": 2.0},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -14,14 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from svb.data.publish import published_file
 from svb.errors import InputError, StoreError, UsageError
 from svb.train.checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
 from svb.train.config import TrainConfig
 from svb.train.decoders import EmbeddingDecoder
-from svb.train.embed import split_metrics
+from svb.train.epoch_log import add_metrics, drop_metrics_after
 from svb.train.memory_bank import MemoryBank
-from svb.train.model import RetrievalModel
+from svb.train.model import RetrievalModel, split_metrics
 from svb.train.objective import Objective
 from svb.train.processes import Processes
 from svb.train.retrieval_metrics import recall_sum
@@ -40,12 +38,7 @@ class Loop:
     Random draws depend only on the seed, the epoch and the step, so a resumed run draws the same.
 
     Args:
-        model: The model, on its device.
-        train_split: The data to learn from.
         choosing_split: The split `config.select_on`, which chooses the best checkpoint; None without one.
-        config: The options.
-        out: The run's folder.
-        processes: The processes that train together.
         decoder_dtype: The type of the caption decoder's matrix products.
     """
 
@@ -168,7 +161,7 @@ class Loop:
             if recall_sum(measured) > self._best:
                 self._best = recall_sum(measured)
                 self._save("best", measured)
-        _append_line(self._out / "metrics.jsonl", metrics)
+        add_metrics(self._out, metrics)
         if is_last or self._is_checkpoint_due():
             self._save_last()
         if is_last and self._choosing is None:
@@ -222,7 +215,7 @@ class Loop:
         if self._best > -math.inf:
             self._require_best()
         if self._processes.is_first:
-            _keep_lines(self._out / "metrics.jsonl", self.epoch)
+            drop_metrics_after(self._out, self.epoch)
 
     def _newest_whole(self) -> tuple[Path, Checkpoint] | None:
         last, previous = self._out / "last", self._out / "previous"
@@ -303,22 +296,3 @@ def _parameter_groups(model: RetrievalModel, weight_decay: float) -> list[dict[s
     matrices = [parameter for parameter in learned if parameter.ndim >= 2]
     others = [parameter for parameter in learned if parameter.ndim < 2]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-
-
-def _append_line(path: Path, metrics: dict[str, float]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(metrics) + "\n")
-
-
-def _keep_lines(path: Path, epochs: int) -> None:
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text("utf-8").splitlines():
-        try:
-            if json.loads(line)["epoch"] <= epochs:
-                kept.append(line + "\n")
-        except ValueError:  # a kill cut this line short
-            continue
-    with published_file(path) as aside:
-        aside.write_text("".join(kept), "utf-8")

@@ -39,11 +39,7 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def add(
-        self,
-        embeddings: torch.Tensor,
-        frame_sequences: torch.Tensor,
-        frame_mask: torch.Tensor,
-        video: torch.Tensor,
+        self, embeddings: torch.Tensor, frame_sequences: torch.Tensor, frame_mask: torch.Tensor, video: torch.Tensor
     ) -> None:
         """Replace the oldest rows by those of a batch; of a batch larger than the bank, keep the end.
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from svb.train.config import MAX_LOGIT_SCALE, TrainConfig
 from svb.train.decoders import make_decoder
+from svb.train.decoders.transformer import Vocabulary
 from svb.train.heads import TextHead, VideoHead
-from svb.train.vocabulary import Vocabulary
+from svb.train.retrieval_metrics import require_finite, retrieval_metrics
+from svb.train.training_data import SplitData
 
 
 class RetrievalModel(nn.Module):
@@ -59,10 +63,7 @@ class RetrievalModel(nn.Module):
         )
         self.decoder = (
             make_decoder(
-                config,
-                memory_size=self.embedding_size,
-                text_feature_size=text_feature_size,
-                vocabulary=vocabulary,
+                config, memory_size=self.embedding_size, text_feature_size=text_feature_size, vocabulary=vocabulary
             )
             if with_decoder and config.variant != "none"
             else None
@@ -83,3 +84,32 @@ class RetrievalModel(nn.Module):
             self.log_logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
         if self.log_support_temperature.requires_grad:
             self.log_support_temperature.clamp_(min=-math.log(MAX_LOGIT_SCALE))
+
+
+BATCH = 512
+
+
+@torch.inference_mode()
+def embed_in_batches(embed: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor) -> NDArray[np.float32]:
+    """Apply `embed` to `rows` in batches: `(N, ...)` -> `(N, D)` float32 on the CPU."""
+    embeddings: NDArray[np.float32] = torch.cat([embed(batch) for batch in rows.split(BATCH)]).cpu().numpy()
+    return embeddings
+
+
+def split_metrics(model: RetrievalModel, split: SplitData) -> dict[str, float]:
+    """Return the metrics of a split, and leave the model in the mode that it was in.
+
+    Raises:
+        InputError: An embedding is not finite; the error names the first bad video.
+    """
+    was_training = model.training
+    model.eval()
+    captions = embed_in_batches(lambda batch: model.text_head(batch.float()), split.caption_features)
+    videos = embed_in_batches(
+        lambda rows: model.video_head(*split.frames.gather(rows)).video_embeddings,
+        torch.arange(split.num_videos, device=split.caption_video.device),
+    )
+    model.train(was_training)
+    similarity = captions @ videos.T
+    require_finite(similarity, split.caption_ids, split.frames.video_ids)
+    return retrieval_metrics(similarity, split.caption_video.cpu().numpy())

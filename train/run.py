@@ -22,15 +22,14 @@ from svb.device import choose_device, choose_precision, precision_name
 from svb.errors import InputError
 from svb.interrupts import deferred_interrupts
 from svb.train.config import TrainConfig, selection_note, stored_options
-from svb.train.cost import EpochClock
-from svb.train.curves import TensorBoard, draw_curves
 from svb.train.decoders import absolute_decoder, needs_vocabulary
 from svb.train.decoders.t5 import T5Decoder
+from svb.train.decoders.transformer import SPECIAL, Vocabulary
+from svb.train.epoch_log import EpochClock, TensorBoard, draw_curves
 from svb.train.loop import Loop
 from svb.train.model import RetrievalModel
 from svb.train.processes import Processes, joined_processes
 from svb.train.training_data import SplitData, draw_captions, load_split, positions_of_splits
-from svb.train.vocabulary import SPECIAL, Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -117,13 +116,7 @@ def _train(
     if isinstance(model.decoder, T5Decoder):
         description["decoder_weights_hash"] = model.decoder.weights_hash
     loop = Loop(
-        model,
-        train_split,
-        choosing_split,
-        config,
-        out,
-        processes=processes,
-        decoder_dtype=_decoder_dtype(device),
+        model, train_split, choosing_split, config, out, processes=processes, decoder_dtype=_decoder_dtype(device)
     )
     lock = None
     try:
@@ -202,10 +195,7 @@ def _describe(config: TrainConfig, store: FeatureStore, backbone: str, captions:
         "config": asdict(config),
         "shared_space": shared_part(store.video_settings(backbone), captions.settings["text_encoder"]) is not None,
         "video": store.video_settings(backbone),
-        "text": {
-            "captions_fingerprint": captions.fingerprint,
-            "text_encoder": captions.settings["text_encoder"],
-        },
+        "text": {"captions_fingerprint": captions.fingerprint, "text_encoder": captions.settings["text_encoder"]},
     }
 
 
@@ -253,11 +243,7 @@ def _open_run(
 
 
 def _load_splits(
-    store: FeatureStore,
-    backbone: str,
-    captions: CaptionFeatures,
-    config: TrainConfig,
-    device: torch.device,
+    store: FeatureStore, backbone: str, captions: CaptionFeatures, config: TrainConfig, device: torch.device
 ) -> tuple[SplitData, SplitData | None]:
     _say_what_is_left_out(store, captions)
     positions = positions_of_splits(captions, val_fraction=config.put_aside)

@@ -18,7 +18,7 @@ from types import FrameType
 
 import click
 
-from svb._version import __version__
+from svb import __version__
 from svb.errors import SvbError
 
 # Where each command is, in the order the data flows.

@@ -98,7 +98,7 @@ _INSIDE = {
 
 
 @dataclass(frozen=True)
-class Clip:
+class DemoClip:
     """What one clip shows, and what it is called."""
 
     video_id: str
@@ -114,11 +114,7 @@ class Clip:
 
 
 def make_demo_clips(
-    folder: Path,
-    *,
-    num_videos: int = 300,
-    seed: int = 0,
-    on_progress: Callable[[int, int], None] | None = None,
+    folder: Path, *, num_videos: int = 300, seed: int = 0, on_progress: Callable[[int, int], None] | None = None
 ) -> Path:
     """Render the demo's clips and write their caption table.
 
@@ -151,7 +147,7 @@ def make_demo_clips(
     return _write_whole(folder / "captions.csv", table.getvalue())
 
 
-def plan_demo_clips(num_videos: int, seed: int) -> list[Clip]:
+def plan_demo_clips(num_videos: int, seed: int) -> list[DemoClip]:
     """Choose what every clip shows and says, with no combination of attributes twice.
 
     Raises:
@@ -165,7 +161,7 @@ def plan_demo_clips(num_videos: int, seed: int) -> list[Clip]:
     looks = rng.sample(looks, num_videos)
     val = _choose_val(looks, rng)
     return [
-        Clip(
+        DemoClip(
             video_id=f"{look[0]}/clip-{number + 1:04d}",
             split="val" if number in val else "train",
             object=look[0],
@@ -261,7 +257,7 @@ def _write_whole(path: Path, text: str) -> Path:
     return path
 
 
-def _render_missing(clips: Sequence[Clip], videos: Path, on_progress: Callable[[int, int], None]) -> None:
+def _render_missing(clips: Sequence[DemoClip], videos: Path, on_progress: Callable[[int, int], None]) -> None:
     try:
         command = imageio_ffmpeg.get_ffmpeg_exe()
     except RuntimeError as error:
@@ -280,11 +276,11 @@ def _render_missing(clips: Sequence[Clip], videos: Path, on_progress: Callable[[
         pool.shutdown(cancel_futures=True)
 
 
-def _path_of(clip: Clip, videos: Path) -> Path:
+def _path_of(clip: DemoClip, videos: Path) -> Path:
     return videos / f"{clip.video_id}.mp4"
 
 
-def _render(clip: Clip, videos: Path, command: str) -> None:
+def _render(clip: DemoClip, videos: Path, command: str) -> None:
     """Draw one clip beside its place and move it there whole."""
     path = _path_of(clip, videos)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -315,7 +311,7 @@ def _render(clip: Clip, videos: Path, command: str) -> None:
     part.replace(path)
 
 
-def _draw(clip: Clip) -> Any:
+def _draw(clip: DemoClip) -> Any:
     """Return the stream of the clip's frames: its background with the object laid over it."""
     rng = random.Random(clip.draw_seed)
     size = rng.randrange(60, 77, 2)

@@ -46,9 +46,7 @@ if TYPE_CHECKING:
     "queries at once. Repeatable.",
 )
 @click.option(
-    "--allow-missing",
-    is_flag=True,
-    help="Leave out captions whose videos have no features, and say how many.",
+    "--allow-missing", is_flag=True, help="Leave out captions whose videos have no features, and say how many."
 )
 @click.option(
     "--ranks", type=click.Path(path_type=Path), help="File for each query's rank (.npz). [default: RUN/ranks.npz]"

@@ -43,11 +43,7 @@ def info(path: Path, failures: bool, everything: bool, as_json: bool) -> None:
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option(
-    "--recompute",
-    type=int,
-    help="Extract or embed this many videos again, and compare.",
-)
+@click.option("--recompute", type=int, help="Extract or embed this many videos again, and compare.")
 @click.option("--device", default="auto", show_default=True, help="Device to recompute on: auto, cpu, cuda:0, ...")
 def verify(path: Path, recompute: int | None, device: str) -> None:
     """Check that PATH is whole: a feature store, a caption features file, a run or an index.
@@ -91,19 +87,8 @@ def _print_failures(path: Path, as_json: bool) -> None:
 
     records = [record for record in FeatureStore(path).records.values() if record.status != "ok"]
     if as_json:
-        print_json(
-            [
-                {
-                    "video_id": record.video_id,
-                    "status": record.status,
-                    "error": record.error,
-                    "source_path": record.source_path,
-                    "tries": record.tries,
-                    "elapsed_seconds": record.elapsed_seconds,
-                }
-                for record in records
-            ]
-        )
+        names = ("video_id", "status", "error", "source_path", "tries", "elapsed_seconds")
+        print_json([{name: getattr(record, name) for name in names} for record in records])
     elif records:
         rows = [[r.status, str(r.tries), f"{r.elapsed_seconds:.1f}", repr(r.video_id), r.error] for r in records]
         print_table(["status", "tries", "seconds", "video", "error"], rows)

@@ -24,12 +24,7 @@ from svb.train.config import TrainConfig
 @click.option("--device", default="auto", show_default=True, help="Device to train on: auto, cpu, cuda:0, ...")
 @config_options(TrainConfig)
 def train(
-    store: Path | None,
-    captions: Path | None,
-    out: Path | None,
-    backbone: str | None,
-    device: str,
-    **options: Any,
+    store: Path | None, captions: Path | None, out: Path | None, backbone: str | None, device: str, **options: Any
 ) -> None:
     """Train heads on the features in STORE and CAPTIONS.
 
@@ -60,15 +55,7 @@ def train(
             )
         say(line)
 
-    run.train(
-        store,
-        captions,
-        out,
-        TrainConfig(**options),
-        backbone=backbone,
-        device=device,
-        on_epoch=show,
-    )
+    run.train(store, captions, out, TrainConfig(**options), backbone=backbone, device=device, on_epoch=show)
     if is_first:
         click.echo(out)
 

@@ -60,11 +60,7 @@ class OfficialCaptions:
 
 
 def read_dataset(
-    name: str,
-    folder: Path,
-    *,
-    protocol: str | None = None,
-    splits: Collection[str] = (),
+    name: str, folder: Path, *, protocol: str | None = None, splits: Collection[str] = ()
 ) -> OfficialCaptions:
     """Read a data set's official annotation files.
 

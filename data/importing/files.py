@@ -13,14 +13,18 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from svb.data.importing.source import (
+from svb.data.importing.found import (
+    EXPECTED,
     FEATURES,
+    PICKLES,
     TIMES,
     UNREADABLE,
+    Find,
     FoundRows,
     FoundVideo,
     Source,
     choose_array,
+    pickle_error,
     reading,
     times_of,
 )
@@ -32,6 +36,8 @@ if TYPE_CHECKING:
 
 # Rows of Parquet that are decoded at a time: feature rows, and whole videos.
 BATCH_ROWS, BATCH_VIDEOS = 4096, 16
+SUFFIXES = {".parquet": "parquet", ".pq": "parquet", ".pt": "torch", ".pth": "torch"}
+PARQUET_MAGIC = b"PAR1"
 
 
 def find_h5_per_video(path: Path, array: str | None) -> Source:
@@ -46,7 +52,7 @@ def find_h5_per_video(path: Path, array: str | None) -> Source:
             return FoundRows(_read_dataset(file[name]), times_of(readers))
 
     with reading(str(path)), h5py.File(path, "r", locking=False) as file:
-        ids = {name: _video_id(file[name], name) for names in arrays_by_group(file).values() for name in names}
+        ids = {name: _video_id(file[name], name) for names in _arrays_by_group(file).values() for name in names}
     places = {name: f"{path}, dataset {name!r}" for name in ids}
     videos = (
         FoundVideo(video_id, places[name], path, False, functools.partial(read, name, places[name]))
@@ -66,7 +72,7 @@ def find_h5_groups(path: Path, array: str | None) -> Source:
             return FoundRows(readers[chosen](), times_of(readers))
 
     with reading(str(path)), h5py.File(path, "r", locking=False) as file:
-        ids = {group: _video_id(file[group], group) for group in arrays_by_group(file) if group}
+        ids = {group: _video_id(file[group], group) for group in _arrays_by_group(file) if group}
     places = {group: f"{path}, group {group!r}" for group in ids}
     videos = (
         FoundVideo(video_id, places[group], path, False, functools.partial(read, group, places[group]))
@@ -75,7 +81,7 @@ def find_h5_groups(path: Path, array: str | None) -> Source:
     return Source(len(ids), videos)
 
 
-def arrays_by_group(file: h5py.File) -> dict[str, list[str]]:
+def _arrays_by_group(file: h5py.File) -> dict[str, list[str]]:
     """Return the full names of all datasets by their group, which is `""` for the root; soft links are left out."""
     groups: dict[str, list[str]] = {}
 
@@ -87,7 +93,7 @@ def arrays_by_group(file: h5py.File) -> dict[str, list[str]]:
     return groups
 
 
-def has_group_a_video(groups: dict[str, list[str]], array: str | None) -> bool:
+def _has_group_a_video(groups: dict[str, list[str]], array: str | None) -> bool:
     """Tell `v_1/c3d_features, v_2/c3d_features` from ids with a `/`: every group holds the same names.
 
     A single group is a video if it holds one array, beside times.
@@ -290,3 +296,30 @@ def _read_tensor(tensor: torch.Tensor, place: str) -> FoundRows:
     with reading(place):
         dense = tensor.detach().to_dense()
         return FoundRows((dense.float() if dense.dtype == torch.bfloat16 else dense).numpy())
+
+
+# What a video is in each layout, for messages, and what reads it.
+FILES: dict[str, tuple[str, Find]] = {
+    "h5-per-video": ("an HDF5 dataset a video", find_h5_per_video),
+    "h5-groups": ("an HDF5 group a video", find_h5_groups),
+    "parquet": ("a table with video_id and lists of numbers", find_parquet),
+    "torch": ("a dict of video_id to tensor", find_torch),
+}
+
+
+def layout_of_file(source: Path, array: str | None) -> str:
+    """Tell which layout of `FILES` a file has; errors as `svb.data.importing.folders.layout_of_folder`."""
+    suffix = source.suffix.lower()
+    if suffix in PICKLES:
+        raise pickle_error(source)
+    if h5py.is_hdf5(source):
+        with reading(str(source)), h5py.File(source, "r", locking=False) as file:
+            return "h5-groups" if _has_group_a_video(_arrays_by_group(file), array) else "h5-per-video"
+    with source.open("rb") as file:
+        if file.read(len(PARQUET_MAGIC)) == PARQUET_MAGIC:
+            return "parquet"
+    if suffix in SUFFIXES:
+        return SUFFIXES[suffix]
+    if suffix in (".npy", ".npz"):
+        raise InputError(f"{source} is one {suffix} file - give the folder that holds one for every video")
+    raise InputError(f"cannot tell what {source} is - {EXPECTED}; --format says which where the name does not")

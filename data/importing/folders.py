@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,18 +13,32 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from svb.data.importing.source import TIMES, FoundRows, FoundVideo, Source, choose_array, reading, times_of
+from svb.data.importing.found import (
+    EXPECTED,
+    PICKLES,
+    TIMES,
+    Find,
+    FoundRows,
+    FoundVideo,
+    Source,
+    choose_array,
+    pickle_error,
+    reading,
+    times_of,
+)
 from svb.errors import InputError, UsageError
 
 # Beside `<id>_<feature>.npy`, video_features writes when each row was taken and the video's frame rate.
 STAMPS, RATE = "_timestamps_ms", "_fps"
+# clip-retrieval's files, which hold a row for each of many images.
+CLIP_RETRIEVAL = re.compile(r"(img|text)_emb_\d+")
 
 
 def find_npy(folder: Path, array: str | None) -> Source:
     """Find `<video_id>.npy` files."""
     if array is not None:
         raise UsageError(".npy files hold one array each - leave out --array")
-    files = visible_files(folder, ".npy")
+    files = _visible_files(folder, ".npy")
 
     def read(file: Path) -> FoundRows:
         return FoundRows(_load_npy(file))
@@ -34,10 +49,10 @@ def find_npy(folder: Path, array: str | None) -> Source:
 
 def find_video_features(folder: Path, array: str | None) -> Source:
     """Find `<video_id>_<feature>.npy` files with their `<video_id>_timestamps_ms.npy` and `<video_id>_fps.npy`."""
-    names = {_name(folder, file): file for file in visible_files(folder, ".npy")}
+    names = {_name(folder, file): file for file in _visible_files(folder, ".npy")}
     of_features: dict[str, tuple[str, str]] = {}
     for name, file in names.items():
-        if not is_beside_features(name):
+        if not _is_beside_features(name):
             video_id, underscore, feature = name.rpartition("_")
             if not underscore or "/" in feature or not video_id.rpartition("/")[2]:
                 raise InputError(
@@ -71,7 +86,7 @@ def find_video_features(folder: Path, array: str | None) -> Source:
 
 def find_npz(folder: Path, array: str | None) -> Source:
     """Find `<video_id>.npz` files; an array `video_id` in a file takes the place of its name."""
-    files = visible_files(folder, ".npz")
+    files = _visible_files(folder, ".npz")
 
     def read(file: Path) -> FoundRows:
         with reading(str(file)), np.load(file, allow_pickle=False) as arrays:
@@ -88,7 +103,7 @@ def find_npz(folder: Path, array: str | None) -> Source:
     return Source(len(files), videos())
 
 
-def visible_files(folder: Path, suffix: str) -> list[Path]:
+def _visible_files(folder: Path, suffix: str) -> list[Path]:
     """Return the files below a folder with this suffix, sorted; hidden ones, which a Mac leaves, are left out."""
     return [
         path
@@ -99,7 +114,7 @@ def visible_files(folder: Path, suffix: str) -> list[Path]:
     ]
 
 
-def is_beside_features(name: str) -> bool:
+def _is_beside_features(name: str) -> bool:
     """Tell whether a file's name, without suffix, is one that video_features writes beside features."""
     return name.endswith((STAMPS, RATE))
 
@@ -120,3 +135,39 @@ def _load_npy(file: Path) -> NDArray[Any]:
 def _number(file: Path) -> float:
     with reading(str(file)):
         return float(_load_npy(file).reshape(()))
+
+
+# What a video is in each layout, for messages, and what reads it.
+FOLDERS: dict[str, tuple[str, Find]] = {
+    "npy": ("a .npy file a video", find_npy),
+    "video-features": ("<video_id>_<feature>.npy files as video_features writes them", find_video_features),
+    "npz": ("a .npz file a video", find_npz),
+}
+
+
+def layout_of_folder(source: Path) -> str:
+    """Tell which layout of `FOLDERS` a folder has.
+
+    Raises:
+        InputError: It has none that is known, or runs code.
+    """
+    npy, npz = _visible_files(source, ".npy"), _visible_files(source, ".npz")
+    if npy and npz:
+        raise InputError(
+            f"{source} holds {len(npy)} .npy and {len(npz)} .npz files - choose with --format npy or npz"
+        )
+    if npz:
+        return "npz"
+    if of_images := [file for file in npy if CLIP_RETRIEVAL.fullmatch(file.stem)]:
+        raise InputError(
+            f"{of_images[0]} has a row for each of many images, as clip-retrieval writes it, and does not say "
+            "which rows are of one video - save each video's rows as <video_id>.npy, or take every file for one "
+            "video with --format npy"
+        )
+    if npy:
+        return "video-features" if any(_is_beside_features(file.stem) for file in npy) else "npy"
+    others = Counter(path.suffix.lower() for path in source.rglob("*") if path.is_file())
+    if any(suffix in PICKLES for suffix in others):
+        raise pickle_error(source)
+    held = ", ".join(f"{count} {suffix or 'without a suffix'}" for suffix, count in others.most_common(5))
+    raise InputError(f"{source} holds no .npy or .npz file (it holds {held or 'nothing'}) - {EXPECTED}")

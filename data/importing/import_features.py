@@ -18,13 +18,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from svb.data.feature_store import FeatureStore
 from svb.data.feature_store_writer import FeatureStoreWriter
-from svb.data.importing.layouts import LAYOUTS, find_videos
-from svb.data.importing.source import FoundRows, FoundVideo
+from svb.data.importing.files import FILES, layout_of_file
+from svb.data.importing.folders import FOLDERS, layout_of_folder
+from svb.data.importing.found import EXPECTED, FoundRows, FoundVideo, Source, reading
 from svb.data.publish import hash_file
 from svb.data.rows import VideoRecord, VideoRows
 from svb.data.shard import group_name
@@ -33,6 +35,7 @@ from svb.errors import InputError, UsageError
 
 logger = logging.getLogger(__name__)
 
+LAYOUTS = {**FOLDERS, **FILES}
 FLOAT16_MAX = 65504.0
 # What such a store says in place of the decoder, the weights and the precision.
 IMPORTED = "imported"
@@ -54,7 +57,7 @@ def import_features(
     imported again.
 
     Args:
-        source: A folder or file; see `svb.data.importing.layouts`.
+        source: A folder or file; see `FOLDERS` and `FILES`.
         out: The store's folder.
         backbone: The name of the network that made the features.
         layout: One of `LAYOUTS`; told from the source by default.
@@ -73,7 +76,7 @@ def import_features(
     """
     source, out = Path(source), Path(out)
     _check_request(source, out, backbone, fps)
-    layout, found = find_videos(source, layout, array)
+    layout, found = _find_videos(source, layout, array)
     logger.info(f"importing {source} into {out} as {backbone}: {LAYOUTS[layout][0]}")
     stored = FeatureStore(out) if (out / "store.json").exists() else None
     first = next(found.videos, None)
@@ -110,6 +113,29 @@ def _check_request(source: Path, out: Path, backbone: str, fps: float | None) ->
         raise InputError(
             f"{out} is {'a file' if out.is_file() else 'the source itself'} - name another folder with -o"
         )
+
+
+def _find_videos(source: Path, layout: str | None, array: str | None) -> tuple[str, Source]:
+    """Return a source's layout, which is told from it where none is given, and its videos."""
+    if not source.exists():
+        raise InputError(f"no such file or folder: {source} - {EXPECTED}")
+    if layout is not None and layout not in LAYOUTS:
+        raise UsageError(f"unknown layout {layout!r} - expected one of {', '.join(LAYOUTS)}")
+    if layout is not None and (layout in FOLDERS) != source.is_dir():
+        wanted, is_there = ("a folder", "a file") if layout in FOLDERS else ("a file", "a folder")
+        raise InputError(f"{source} is {is_there} - {layout} is {wanted}: {LAYOUTS[layout][0]}")
+    _refuse_a_store(source)
+    layout = layout or (layout_of_folder(source) if source.is_dir() else layout_of_file(source, array))
+    return layout, LAYOUTS[layout][1](source, array)
+
+
+def _refuse_a_store(source: Path) -> None:
+    is_store = (source / "store.json").is_file()
+    if not is_store and source.is_file() and h5py.is_hdf5(source):
+        with reading(str(source)), h5py.File(source, "r", locking=False) as file:
+            is_store = "videos" in file and "store" in file.attrs
+    if is_store:
+        raise InputError(f"{source} is a feature store already - give it to `svb train` or any command as it is")
 
 
 def _stored_size(stored: FeatureStore | None, backbone: str) -> int | None:

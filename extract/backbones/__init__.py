@@ -66,12 +66,7 @@ def load_backbone(
 
 
 def load_matching_backbone(name: str, settings: Mapping[str, Any], device: torch.device) -> Backbone:
-    """Load the backbone that made some features, in their precision.
-
-    Args:
-        name: The backbone's.
-        settings: Its settings, as the features' store holds them.
-        device: Where it runs.
+    """Load the backbone that made some features, in their precision; `settings` are those in their store.
 
     Raises:
         MismatchError: The weights found under its name are others.

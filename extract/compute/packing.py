@@ -51,19 +51,12 @@ class Packer:
     and a CPU's cores each have a batch of their own.
 
     Args:
-        backbone: What to run.
         batch_size: B, of every batch.
         executor: Runs batches on the CPU's cores; without one the backbone starts them itself.
-        ahead: How many batches may be under way.
     """
 
     def __init__(
-        self,
-        backbone: Backbone,
-        batch_size: int,
-        *,
-        executor: Executor | None = None,
-        ahead: int = 1,
+        self, backbone: Backbone, batch_size: int, *, executor: Executor | None = None, ahead: int = 1
     ) -> None:
         self.backbone = backbone
         self._batch_size = self._at_once = batch_size

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from svb.data.rows import USABLE, VideoRecord, VideoRows
 from svb.extract.backbones.backbone import Backbone
 from svb.extract.compute.packing import Packer, to_rows
-from svb.extract.compute.transform import to_squares
-from svb.extract.compute.upload import Uploader
+from svb.extract.compute.transform import Uploader, to_squares
 from svb.extract.decode.decoder import FrameChunk, VideoProperties
 from svb.extract.plan import PlannedVideo
 from svb.extract.pool.worker import DUPLICATE, Alive, Finished, Message, Started
@@ -58,7 +57,6 @@ class Pipeline:
     Args:
         networks: The backbones; each sees every frame.
         batch_size: B, of every batch.
-        records: Where records and rows go.
         keep_partial: Keep a video that decodes in part; otherwise it has failed.
         contents: What is known of videos whose content was seen before.
         executor: Runs batches on the CPU's cores.

@@ -341,9 +341,7 @@ def _units(data: memoryview, length_bytes: int) -> tuple[set[int], list[bytes]]:
 
 
 def decoded_at_right_positions(
-    decode: Callable[[list[int], array[float]], Iterator[Item]],
-    listed: PacketTimes,
-    sampling: Sampling,
+    decode: Callable[[list[int], array[float]], Iterator[Item]], listed: PacketTimes, sampling: Sampling
 ) -> Iterator[Item]:
     """Decode the frames at the positions that the packets tell; decode again if the packets were no frames.
 

@@ -166,8 +166,7 @@ def unreadable(path: Path, words: str) -> DecodeError:
     """Return the error for a file that no demuxer opens: `truncated` if its index is missing."""
     if lacks_index(path):
         return DecodeError(
-            "truncated",
-            f"{path} ends before its index (moov atom not found) - copy or download it again; {words}",
+            "truncated", f"{path} ends before its index (moov atom not found) - copy or download it again; {words}"
         )
     return DecodeError("unreadable", f"{path} is not a video that can be read - {words}")
 

@@ -51,7 +51,7 @@ from svb.extract.decode.decoder import (
     zero_frames,
 )
 from svb.extract.decode.ffmpeg_filters import Choice, print_time, scaled_size, select_expression
-from svb.extract.decode.ffmpeg_process import FfmpegLog, FfmpegProcess, Lines, Pictures
+from svb.extract.decode.ffmpeg_process import FfmpegLog, FfmpegProcess, Lines, PamPictures
 from svb.extract.decode.options import DecodeOptions
 from svb.extract.decode.sampling import shown_at
 
@@ -232,14 +232,10 @@ class _DecodeRun:
         self.log = _new_log(self._source)
         choice = self.choice
         self.chooser = FrameChooser(
-            self._source.path,
-            self._source.options,
-            choice.positions,
-            choice.targets_seconds,
-            choice.seen_seconds,
+            self._source.path, self._source.options, choice.positions, choice.targets_seconds, choice.seen_seconds
         )
         self._clock = RunningClock()
-        self._pictures = Pictures()
+        self._pictures = PamPictures()
         self._times = Lines()
         self._chosen_seconds: deque[float | None] = deque()
 
@@ -354,9 +350,7 @@ def _require_known_picture(log: FfmpegLog, source: _Source) -> None:
         _StartAnewError: It does.
     """
     known = replace(
-        source,
-        is_turned=source.is_turned or log.is_turned,
-        hdr_transfer=source.hdr_transfer or log.hdr_transfer,
+        source, is_turned=source.is_turned or log.is_turned, hdr_transfer=source.hdr_transfer or log.hdr_transfer
     )
     if log.refuses_colours and source.neutral + 1 < len(NEUTRAL_COLOURS):
         known = replace(known, neutral=source.neutral + 1)

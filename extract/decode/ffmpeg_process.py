@@ -118,7 +118,7 @@ class Lines:
         return [line.decode("utf-8", "replace").rstrip("\r") for line in lines]
 
 
-class Pictures:
+class PamPictures:
     """Cuts bytes into PAM pictures.
 
     Attributes:

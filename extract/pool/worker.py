@@ -111,10 +111,7 @@ def decode_file(
 ) -> Iterator[VideoProperties | FrameChunk | Finished]:
     """Yield a file's properties and chunks, then `Finished`; only that if the file cannot be decoded.
 
-    Args:
-        path: The file.
-        options: How to decode.
-        is_wanted: Called with the content hash, if there is one, before anything is decoded.
+    Before anything is decoded, `is_wanted` is called with the content hash, if there is one.
     """
     size_bytes, mtime_ns = size_and_mtime(path)
     content_hash = ""

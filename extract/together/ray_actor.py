@@ -25,14 +25,13 @@ from svb.data.rows import VideoRecord, VideoRows
 from svb.device import choose_device, choose_precision
 from svb.errors import MismatchError
 from svb.extract.backbones import load_backbone
-from svb.extract.compute.cores import available_cores, cores_for_batches
+from svb.extract.compute.machine import available_cores, cores_for_batches, keep_freed_memory
 from svb.extract.compute.pipeline import Content, Pipeline
 from svb.extract.config import ExtractConfig
 from svb.extract.decode.options import DecodeOptions
 from svb.extract.plan import PlannedVideo
 from svb.extract.pool.decode_pool import NOBODY, TICK_SECONDS, DecodePool
 from svb.extract.pool.worker import Alive, Finished, Message, Started, size_and_mtime
-from svb.memory import keep_freed_memory
 
 # How many messages a task may be ahead of the backbones; most chunks of frames take at most 16 MB.
 AHEAD_MESSAGES = 3
@@ -73,7 +72,6 @@ class BackboneActor:
     Call `open` first, then `run` on one thread and `give` on another.
 
     Args:
-        config: The options of the run.
         num_tasks: How many decode tasks to ask for at a time.
         version: The driver's svb.
     """

@@ -17,7 +17,7 @@ from svb.retrieve.measure.ablation_plan import PlannedRun
 from svb.retrieve.measure.paired import Difference, Interval, difference_texts, is_chance, paired_differences
 from svb.retrieve.measure.query_ranks import FILE, Queries, Ranks, read_ranks, require_same_queries
 from svb.train.config import selection_note
-from svb.train.cost import read_cpu_seconds
+from svb.train.epoch_log import read_cpu_seconds
 from svb.train.retrieval_metrics import ranks_metrics
 
 if TYPE_CHECKING:

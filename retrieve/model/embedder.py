@@ -25,8 +25,8 @@ from svb.extract.text_encoders.text_encoder import TextEncoder
 from svb.retrieve.model.conse import Conse, embed_class_names
 from svb.retrieve.stored.manifest import part_folder
 from svb.train.checkpoint import load_checkpoint, load_weights
-from svb.train.embed import embed_in_batches
 from svb.train.heads import mean_of_frames
+from svb.train.model import embed_in_batches
 from svb.train.run import build_model, read_run
 from svb.train.training_data import FrameTable
 

@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from svb._version import __version__
+from svb import __version__
 from svb.errors import SvbError
 from svb.retrieve.page.page import page_with_nonce
 from svb.retrieve.server.access import Access, login_page, login_routes

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from fastapi import APIRouter, Request
 from starlette.responses import PlainTextResponse, Response
 
-from svb._version import __version__
+from svb import __version__
 from svb.retrieve.server.http import json_response
 from svb.retrieve.server.state import ServerState
 

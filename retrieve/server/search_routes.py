@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, HTTPException, Request
 from starlette.responses import Response
 
-from svb._version import __version__
+from svb import __version__
 from svb.errors import InputError, StoreError, UsageError
 from svb.retrieve.answer import Answer, SearchRequest, request_schema
 from svb.retrieve.searching.catalog import FileState

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from svb.data.t5 import absolute_t5_name
 from svb.train.config import TrainConfig
-from svb.train.decoders.embedding import EmbeddingDecoder
 from svb.train.decoders.t5 import T5Decoder
-from svb.train.decoders.transformer import CaptionDecoder
-from svb.train.vocabulary import Vocabulary
+from svb.train.decoders.transformer import CaptionDecoder, Vocabulary
+from svb.train.heads import Dropout, masked_mean
 
 __all__ = ["EmbeddingDecoder", "WordDecoder", "absolute_decoder", "make_decoder", "needs_vocabulary", "pad"]
 
@@ -52,6 +52,32 @@ class WordDecoder(Protocol):
     def write(self, frame_sequences: torch.Tensor, frame_mask: torch.Tensor) -> list[str]:
         """Return the B captions that are likeliest word by word, from `(B, T, D)` and `(B, T)` bool."""
         ...
+
+
+class EmbeddingDecoder(nn.Module):
+    """Predicts the frozen features of a caption from a mixture of frame sequences, through one hidden layer.
+
+    It costs far less than rebuilding the caption's words.
+
+    Args:
+        memory_size: D of the frame sequences.
+        text_feature_size: F of the text encoder.
+    """
+
+    def __init__(self, memory_size: int, text_feature_size: int, *, dropout: float) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.LayerNorm(memory_size),
+            nn.Linear(memory_size, 2 * memory_size),
+            nn.GELU(),
+            Dropout(dropout),
+            nn.Linear(2 * memory_size, text_feature_size),
+        )
+
+    def forward(self, frame_sequences: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
+        """Shape: `(B, T, D)`, `(B, T)` bool -> `(B, F)`."""
+        predicted: torch.Tensor = self.layers(masked_mean(frame_sequences, frame_mask))
+        return predicted
 
 
 def make_decoder(

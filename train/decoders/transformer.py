@@ -2,15 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from svb.errors import UsageError
-from svb.train.heads import sinusoids
-from svb.train.vocabulary import END, MAX_WORDS, PADDING, START, UNKNOWN, Vocabulary
+from svb.errors import InputError
+from svb.train.heads import num_heads, sinusoids
+
+PADDING, START, END, UNKNOWN = range(4)
+SPECIAL = ("<padding>", "<start>", "<end>", "<unknown>")
+# Longer captions are rare, and the longest caption of a batch sets its cost.
+MAX_WORDS = 24
+_WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
+
+
+class Vocabulary:
+    """Translates words to tokens.
+
+    Args:
+        words: The words in token order, without the special ones.
+    """
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.words = [*SPECIAL, *words]
+        self._token = {word: token for token, word in enumerate(self.words)}
+
+    @classmethod
+    def of(cls, captions: Iterable[str], min_count: int) -> Vocabulary:
+        """Build a vocabulary of the words that occur in captions at least `min_count` times.
+
+        Raises:
+            InputError: No word does.
+        """
+        counts = Counter(word for caption in captions for word in split_words(caption))
+        words = sorted(word for word, count in counts.items() if count >= min_count)
+        if not words:
+            raise InputError(
+                f"no word occurs {min_count} times in the training captions - lower --min-word-count, or train "
+                "with --variant none"
+            )
+        return cls(words)
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def encode(self, caption: str) -> list[int]:
+        """Return a caption's tokens from start to end, without words beyond the 24th."""
+        words = split_words(caption)[:MAX_WORDS]
+        return [START, *(self._token.get(word, UNKNOWN) for word in words), END]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Return the words of a caption's tokens, without the special ones."""
+        return " ".join(self.words[token] for token in tokens if token >= len(SPECIAL))
+
+
+def split_words(caption: str) -> list[str]:
+    """Return the words of a caption in lower case, without punctuation."""
+    return _WORD.findall(caption.lower())
 
 
 class CaptionDecoder(nn.Module):
@@ -21,9 +73,7 @@ class CaptionDecoder(nn.Module):
     Args:
         vocabulary: The words that it can say.
         memory_size: D of the frame sequences.
-        size: Width.
-        layers: Transformer layers.
-        dropout: Dropout probability in the layers.
+        size: Width of the layers.
 
     Raises:
         UsageError: The attention heads do not divide the width.
@@ -33,15 +83,12 @@ class CaptionDecoder(nn.Module):
 
     def __init__(self, vocabulary: Vocabulary, memory_size: int, *, size: int, layers: int, dropout: float) -> None:
         super().__init__()
-        heads = max(1, size // 64)
-        if size % heads:
-            raise UsageError(f"decoder size {size} - expected a multiple of 64, the size of an attention head")
         self.embedding = nn.Embedding(len(vocabulary), size)
         nn.init.normal_(self.embedding.weight, std=size**-0.5)
         self.project_memory = nn.Linear(memory_size, size)
         layer = nn.TransformerDecoderLayer(
             size,
-            nhead=heads,
+            nhead=num_heads(size, "decoder size"),
             dim_feedforward=4 * size,
             dropout=dropout,
             activation="gelu",

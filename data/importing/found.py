@@ -28,6 +28,10 @@ UNREADABLE = (
 )
 
 
+PICKLES = (".pickle", ".pkl")
+EXPECTED = "expected a folder of .npy or .npz files, or one HDF5, Parquet (.parquet) or PyTorch (.pt, .pth) file"
+
+
 @dataclass(frozen=True)
 class FoundRows:
     """One video's features as they were found, not yet checked; `times_seconds` if the source has times."""
@@ -63,6 +67,10 @@ class Source:
 
     num_videos: int | None
     videos: Iterator[FoundVideo]
+
+
+# Finds the videos of a folder or file; `--array` names the features of a video with several arrays.
+Find = Callable[[Path, "str | None"], Source]
 
 
 @contextlib.contextmanager
@@ -104,3 +112,11 @@ def times_of(arrays: Mapping[str, Callable[[], NDArray[Any]]]) -> NDArray[Any] |
         if name in arrays:
             return np.asarray(arrays[name](), np.float64) * seconds
     return None
+
+
+def pickle_error(source: Path) -> InputError:
+    """Return the error of a source that runs code when it is read."""
+    return InputError(
+        f"{source} holds pickles, and reading one runs whatever code is in it - load them where you trust them and "
+        "save every video with numpy.save as <video_id>.npy, then import that folder"
+    )
