@@ -15,11 +15,12 @@ import torch
 from numpy.typing import NDArray
 
 from svb.data.publish import published_file
+from svb.data.relevance import Relevance
 from svb.errors import InputError, StoreError, UsageError
 from svb.train.checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
 from svb.train.config import TrainConfig
 from svb.train.decoders import EmbeddingDecoder
-from svb.train.embed import split_metrics
+from svb.train.embed import graded_score, split_metrics
 from svb.train.memory_bank import MemoryBank
 from svb.train.model import RetrievalModel
 from svb.train.objective import Objective
@@ -43,6 +44,7 @@ class Loop:
         model: The model, on its device.
         train_split: The data to learn from.
         choosing_split: The split `config.select_on`, which chooses the best checkpoint; None without one.
+        relevance: The relevance by which nDCG chooses it; None where recalls choose it.
         config: The options.
         out: The run's folder.
         processes: The processes that train together.
@@ -54,6 +56,7 @@ class Loop:
         model: RetrievalModel,
         train_split: SplitData,
         choosing_split: SplitData | None,
+        relevance: Relevance | None,
         config: TrainConfig,
         out: Path,
         *,
@@ -63,7 +66,7 @@ class Loop:
         self.epoch, self._step, self._best = 0, 0, -math.inf
         self._totals = torch.zeros(len(_WATCHED))
         self._model, self._config, self._out, self._processes = model, config, out, processes
-        self._train, self._choosing = train_split, choosing_split
+        self._train, self._choosing, self._relevance = train_split, choosing_split, relevance
         self._caption_video = train_split.caption_video.cpu().numpy()
         self._batches = self._batches_of(0)
         if min(map(len, self._batches)) < processes.world:
@@ -163,10 +166,11 @@ class Loop:
         if not self._processes.is_first:
             return metrics
         if is_due and self._choosing is not None:
-            measured = split_metrics(self._model, self._choosing)
+            measured = split_metrics(self._model, self._choosing, self._relevance)
             metrics |= {f"{self._config.select_on}/{name}": value for name, value in measured.items()}
-            if recall_sum(measured) > self._best:
-                self._best = recall_sum(measured)
+            score = recall_sum(measured) if self._relevance is None else graded_score(measured, self._relevance)
+            if score > self._best:
+                self._best = score
                 self._save("best", measured)
         _append_line(self._out / "metrics.jsonl", metrics)
         if is_last or self._is_checkpoint_due():
