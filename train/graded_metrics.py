@@ -16,7 +16,7 @@ any relevant candidate has no value: it is NaN here, and is left out of means an
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,23 +120,23 @@ def query_measures(
         similarity, gains = np.where(taken_out, -np.inf, similarity), np.where(taken_out, 0.0, gains)
         counted = counted - taken_out.sum(axis=1)
     order = np.argsort(-similarity, axis=1)
-    begins = _begins_of_ties(np.take_along_axis(similarity, order, axis=1))
+    ties = _ties(np.take_along_axis(similarity, order, axis=1))
     ranked = np.take_along_axis(gains, order, axis=1)
     is_right = (ranked >= RIGHT_FROM).astype(np.float64)
     discount = 1 / np.log2(np.arange(2, gains.shape[1] + 2))
-    dcg = (_mean_of_ties(ranked, begins) * discount).cumsum(axis=1)
+    dcg = (_mean_of_ties(ranked, ties) * discount).cumsum(axis=1)
     ideal = (-np.sort(-gains, axis=1) * discount).cumsum(axis=1)
     num_relevant, num_right = (gains > 0).sum(axis=1), is_right.sum(axis=1).astype(np.int64)
     first = np.minimum(_AT, counted)
     found = {
         "nDCG": _at(dcg, num_relevant) / _at(ideal, num_relevant),
         "nDCG@10": _at(dcg, first) / np.where(num_relevant > 0, _at(ideal, first), np.nan),
-        "mAP@R": _at(_precision_of_right(is_right, begins).cumsum(axis=1), num_right) / _or_nan(num_right),
-        "R-Precision": _at(_mean_of_ties(is_right, begins).cumsum(axis=1), num_right) / _or_nan(num_right),
+        "mAP@R": _at(_precision_of_right(is_right, ties).cumsum(axis=1), num_right) / _or_nan(num_right),
+        "R-Precision": _at(_mean_of_ties(is_right, ties).cumsum(axis=1), num_right) / _or_nan(num_right),
     }
     if judged is not None:
         is_judged = np.take_along_axis(judged if taken_out is None else judged & ~taken_out, order, axis=1)
-        share = _mean_of_ties(is_judged.astype(np.float64), begins).cumsum(axis=1)
+        share = _mean_of_ties(is_judged.astype(np.float64), ties).cumsum(axis=1)
         found[JUDGED] = _at(share, first) / _or_nan(first)
     return {name: 100 * values for name, values in found.items()}
 
@@ -159,36 +159,66 @@ def _slices(num_queries: int, num_candidates: int) -> list[slice]:
     return [slice(begin, min(begin + step, num_queries)) for begin in range(0, num_queries, step)]
 
 
-def _begins_of_ties(ranked: Values) -> NDArray[np.int64]:
-    """Return where runs of equal similarities begin in the flattened `(Q, N)`; a row always begins one."""
-    is_new = np.ones(ranked.shape, dtype=bool)
-    is_new[:, 1:] = ranked[:, 1:] != ranked[:, :-1]
-    return cast("NDArray[np.int64]", np.flatnonzero(is_new))
+@dataclass(frozen=True)
+class _Ties:
+    """The runs of equal similarities in a flattened `(Q, N)` ranking; most candidates are in none.
+
+    Attributes:
+        places: `(M,)` the tied places, run by run.
+        sizes: The number of places of each run, at least 2.
+    """
+
+    places: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+
+    @property
+    def begins(self) -> NDArray[np.int64]:
+        return np.cumsum(self.sizes) - self.sizes
+
+    def sums(self, ranked: Values) -> Values:
+        """Return the sum of `(Q, N)` values over each run."""
+        summed: Values = np.add.reduceat(ranked.ravel()[self.places], self.begins)
+        return summed
 
 
-def _mean_of_ties(ranked: Values, begins: NDArray[np.int64]) -> Values:
+def _ties(ranked: Values) -> _Ties:
+    """Return the ties of `(Q, N)` falling similarities; candidates that were taken out are in none."""
+    follows = np.zeros(ranked.shape, dtype=bool)
+    follows[:, 1:] = (ranked[:, 1:] == ranked[:, :-1]) & np.isfinite(ranked[:, 1:])
+    flat = follows.ravel()
+    is_tied = flat | np.append(flat[1:], False)
+    places = np.flatnonzero(is_tied)
+    begins = np.flatnonzero(~flat[places])
+    return _Ties(places, np.diff(begins, append=len(places)))
+
+
+def _mean_of_ties(ranked: Values, ties: _Ties) -> Values:
     """Return `(Q, N)` values with those of tied candidates replaced by their mean."""
-    sizes = np.diff(begins, append=ranked.size)
-    mean: Values = np.repeat(np.add.reduceat(ranked.ravel(), begins) / sizes, sizes).reshape(ranked.shape)
+    if not len(ties.places):
+        return ranked
+    mean = ranked.copy()
+    mean.ravel()[ties.places] = np.repeat(ties.sums(ranked) / ties.sizes, ties.sizes)
     return mean
 
 
-def _precision_of_right(is_right: Values, begins: NDArray[np.int64]) -> Values:
+def _precision_of_right(is_right: Values, ties: _Ties) -> Values:
     """Return `(Q, N)`: at each place the precision if the candidate is right, else 0, over all orders of ties.
 
     Of m tied candidates t are right. The j-th of them is right with a chance of t / m, and the j - 1 before it then
     hold (j - 1) (t - 1) / (m - 1) right ones on average.
     """
-    sizes = np.diff(begins, append=is_right.size)
-    num_right = np.add.reduceat(is_right.ravel(), begins)
-    size, right = np.repeat(sizes, sizes), np.repeat(num_right, sizes)
-    earlier = np.arange(is_right.size) - np.repeat(begins, sizes)  # j - 1
-    within = np.where(size > 1, earlier * (right - 1) / np.maximum(size - 1, 1), 0.0)
-    counted = is_right.cumsum(axis=1)
+    counted, place = is_right.cumsum(axis=1), np.arange(1, is_right.shape[1] + 1)
+    expected: Values = is_right * counted / place
+    if not len(ties.places):
+        return expected
+    first = ties.places[ties.begins]
+    right = np.repeat(ties.sums(is_right), ties.sizes)
+    size = np.repeat(ties.sizes, ties.sizes)
+    earlier = ties.places - np.repeat(first, ties.sizes)  # j - 1
     # Right ones before the tie: all up to its first candidate, without that candidate itself.
-    before = np.repeat(counted.ravel()[begins] - is_right.ravel()[begins], sizes)
-    place = np.tile(np.arange(1, is_right.shape[1] + 1), len(is_right))
-    expected: Values = (right / size * (before + 1 + within) / place).reshape(is_right.shape)
+    before = np.repeat(counted.ravel()[first] - is_right.ravel()[first], ties.sizes)
+    within = earlier * (right - 1) / (size - 1)
+    expected.ravel()[ties.places] = right / size * (before + 1 + within) / place[ties.places % len(place)]
     return expected
 
 
