@@ -28,7 +28,7 @@ from svb.errors import InputError, MismatchError, UsageError
 from svb.retrieve.compare import compare
 from svb.retrieve.evaluate import evaluate, evaluate_similarities
 from svb.retrieve.measure.query_ranks import read_ranks
-from svb.retrieve.model.inputs import open_inputs
+from svb.retrieve.model.source import open_source
 from svb.train import graded_metrics
 from svb.train.config import TrainConfig
 from svb.train.graded_metrics import MEASURES, RIGHT_FROM, graded_means, graded_values, query_measures
@@ -491,13 +491,30 @@ def test_a_run_that_is_older_than_select_by_resumes(runs: Path, tmp_path: Path) 
     train(runs / "features", runs / "captions.h5", run, config, device="cpu")
 
 
+def test_an_ablation_has_columns_and_differences_by_relevance(runs: Path, tmp_path: Path, run_svb: RunSvb) -> None:
+    config = tmp_path / "ablation.toml"
+    config.write_text(
+        f"store = '{runs}/features'\ncaptions = '{runs}/captions.h5'\nseeds = [0]\nrelevance = ['words']\n"
+        "[config]\nembedding_size = 16\nbatch_size = 16\nepochs = 1\n[grid]\nvariant = ['none', 'cross']\n"
+    )
+    ran = run_svb("ablate", config, "-o", tmp_path / "out")
+    assert ran.exit_code == 0, ran
+    assert "| t2v nDCG@10 of others by words | t2v mAP@R of others by words |" in ran.stdout
+    assert "| variant=cross | t2v nDCG@10 of others by words |" in ran.stdout
+    assert "--relevance words" in ran.stdout
+    again = run_svb("ablate", config, "-o", tmp_path / "out", "--dry-run")
+    assert again.stdout.count("finished") == 2
+    config.write_text(config.read_text().replace("'words'", "'words', 'group'"))
+    assert run_svb("ablate", config, "-o", tmp_path / "out", "--dry-run").stdout.count("finished") == 0
+
+
 # -- anybody's similarities
 
 
 def test_given_similarities_read_as_the_run_that_made_them(runs: Path, tmp_path: Path) -> None:
     run = runs / "set" / "seed-0"
     expected = evaluate(run, relevance=["words", "group"], ranks=tmp_path / "run.npz")
-    inputs = open_inputs(run, device=torch.device("cpu"))
+    inputs = open_source(run, device=torch.device("cpu"))
     assert inputs.captions is not None
     table = inputs.captions.table
     positions = [row for row, split in enumerate(table.splits) if split == "val"]
@@ -518,6 +535,20 @@ def test_given_similarities_read_as_the_run_that_made_them(runs: Path, tmp_path:
         tmp_path / "s.npy", runs / "captions.h5", relevance=["words"], videos=tmp_path / "videos.txt"
     )
     assert other.metrics == expected.metrics
+
+
+def test_rows_and_columns_follow_the_table(tmp_path: Path) -> None:
+    """Whatever the order of the table, ranks are written in the order of svb's own evaluations."""
+    matrix = np.random.default_rng(0).random((6, 4))
+    order = [5, 3, 4, 2, 0, 1]  # of captions; videos are first named as v4, v3, v2, v1
+    found = []
+    for name, rows, columns in (("a", range(6), range(4)), ("b", order, [3, 2, 1, 0])):
+        table = caption_table(tmp_path / f"{name}.csv", [CAPTIONS[row] for row in rows])
+        np.save(tmp_path / f"{name}.npy", matrix[np.ix_(list(rows), list(columns))])
+        ranks = tmp_path / f"{name}.npz"
+        found.append(evaluate_similarities(tmp_path / f"{name}.npy", table, relevance=["words"], ranks=ranks))
+    assert found[0].metrics == found[1].metrics and found[0].graded == found[1].graded
+    assert all(one.difference == 0 for one in compare(tmp_path / "a.npz", tmp_path / "b.npz").differences)
 
 
 def similarities(folder: Path, matrix: Any = None) -> tuple[Path, Path]:

@@ -21,7 +21,7 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class GivenSimilarities:
-    """A matrix with the meaning of its rows and columns.
+    """A matrix with the meaning of its rows and columns, in the order of svb's own evaluations.
 
     Attributes:
         similarity: `(C, V)`, finite.
@@ -62,19 +62,22 @@ def read_similarities(path: Path, captions: Path, split: str, videos: Path | Non
     video_ids = list(dict.fromkeys(of_captions))
     if videos is not None:
         video_ids = _read_columns(videos, video_ids)
-    column_of = {video_id: column for column, video_id in enumerate(video_ids)}
     similarity, content_hash = _read_matrix(path, len(rows), len(video_ids))
-    caption_ids = [table.caption_ids[row] for row in rows]
-    require_finite(similarity, caption_ids, video_ids)
+    require_finite(similarity, [table.caption_ids[row] for row in rows], video_ids)
+    # In the order of svb's own evaluations, so that `svb compare` can pair the two.
+    columns = sorted(range(len(video_ids)), key=lambda column: video_ids[column])
+    order = sorted(range(len(rows)), key=lambda place: of_captions[place])
+    rows, video_ids = [rows[place] for place in order], [video_ids[column] for column in columns]
+    column_of = {video_id: column for column, video_id in enumerate(video_ids)}
     return GivenSimilarities(
-        similarity,
+        similarity[np.ix_(order, columns)],
         content_hash,
         split if table.has_split else ALL,
         table,
         [table.captions[row] for row in rows],
-        caption_ids,
+        [table.caption_ids[row] for row in rows],
         video_ids,
-        np.array([column_of[video_id] for video_id in of_captions]),
+        np.array([column_of[table.video_ids[row]] for row in rows]),
     )
 
 
