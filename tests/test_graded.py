@@ -495,7 +495,8 @@ def test_an_ablation_has_columns_and_differences_by_relevance(runs: Path, tmp_pa
     config = tmp_path / "ablation.toml"
     config.write_text(
         f"store = '{runs}/features'\ncaptions = '{runs}/captions.h5'\nseeds = [0]\nrelevance = ['words']\n"
-        "[config]\nembedding_size = 16\nbatch_size = 16\nepochs = 6\nlearning_rate = 5e-3\n[grid]\nvariant = ['none', 'cross']\n"
+        "[config]\nembedding_size = 16\nbatch_size = 16\nepochs = 6\nlearning_rate = 5e-3\n"
+        "[grid]\nvariant = ['none', 'cross']\n"
     )
     ran = run_svb("ablate", config, "-o", tmp_path / "out")
     assert "| t2v nDCG@10 of others by words | t2v mAP@R of others by words |" in ran.stdout
