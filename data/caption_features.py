@@ -3,6 +3,7 @@
 One HDF5 file, for C captions and a text encoder with features of size F:
 
     caption_id, video_id, caption, split   (C,) UTF-8
+    group                                  (C,) UTF-8, only where the table names groups of videos
     <text encoder>/features                (C, F) float16, not normalised
     attributes                             format_version, settings (JSON), has_split
 
@@ -67,6 +68,8 @@ def write_caption_features(path: Path, captions: CaptionFeatures) -> Path:
             "caption": table.captions,
             "split": table.splits,
         }
+        if table.groups:
+            columns["group"] = table.groups
         for name, column in columns.items():
             file.create_dataset(name, data=column, dtype=h5py.string_dtype("utf-8"))
         group = file.create_group(group_name(captions.text_encoder))
@@ -95,9 +98,10 @@ def read_caption_features(path: Path, stored: Collection[str] = ()) -> CaptionFe
             caption_ids, video_ids, captions, splits = (
                 list(file[name].asstr()[...]) for name in ("caption_id", "video_id", "caption", "split")
             )
-            table = CaptionTable(caption_ids, video_ids, captions, splits, bool(file.attrs["has_split"]))
+            groups = list(file["group"].asstr()[...]) if "group" in file else []
+            table = CaptionTable(caption_ids, video_ids, captions, splits, bool(file.attrs["has_split"]), groups)
             features = file[group_name(settings["text_encoder"]["name"])]["features"][...]
-            lengths = {len(caption_ids), len(video_ids), len(captions), len(splits)}
+            lengths = {len(caption_ids), len(video_ids), len(captions), len(splits), len(groups or captions)}
             if features.ndim != 2 or lengths != {len(features)}:
                 raise ValueError(f"features of shape {features.shape} for {len(table)} captions")
     except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:

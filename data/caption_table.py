@@ -1,11 +1,11 @@
-"""A caption table: `video_id, caption` and optionally `caption_id, split`, in any format of `svb.data.tables`."""
+"""A caption table in a format of `svb.data.tables`: `video_id, caption`, optionally `caption_id, split, group`."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ _OTHER_NAMES = {"validation": "val"}
 _KIND = TableKind(
     "caption table",
     ("video_id", "caption"),
-    "video_id,caption (and optionally caption_id, split)",
+    "video_id,caption (and optionally caption_id, split, group)",
     "quote captions that hold a comma",
 )
 
@@ -33,6 +33,8 @@ class CaptionTable:
         captions: Sentences, none empty.
         splits: `train`, `val` or `test`; all `train` if the table has no split.
         has_split: Whether the table named splits itself.
+        groups: The group of each caption's video, empty texts where the table gives none; videos of one group mean
+            the same. An empty list if the table has no such column.
     """
 
     caption_ids: list[str]
@@ -40,6 +42,7 @@ class CaptionTable:
     captions: list[str]
     splits: list[str]
     has_split: bool
+    groups: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -62,6 +65,7 @@ def read_caption_table(path: Path, *, drop_empty: bool = False) -> CaptionTable:
             "--dataset"
         )
     rows: list[tuple[str, str, str, str]] = []
+    groups: list[str] = []
     empty: list[str] = []
     per_video: Counter[str] = Counter()
     has_split = False
@@ -71,6 +75,7 @@ def read_caption_table(path: Path, *, drop_empty: bool = False) -> CaptionTable:
             raise InputError(f"{place}: video_id is empty - give every caption the id of its video")
         split = _split_of(place, row.get("split"))
         has_split = has_split or bool(split)
+        group = text_of(place, "group", row.get("group"))
         given_id = text_of(place, "caption_id", row.get("caption_id"))
         held = row.get("caption")
         for number, sentence in enumerate(held if isinstance(held, list) else [held]):
@@ -80,6 +85,7 @@ def read_caption_table(path: Path, *, drop_empty: bool = False) -> CaptionTable:
                 continue
             caption_id = f"{given_id}#{number}" if given_id and isinstance(held, list) else given_id
             rows.append((caption_id or f"{video_id}#{per_video[video_id]}", video_id, caption, split or "train"))
+            groups.append(group)
             per_video[video_id] += 1
     if empty and not drop_empty:
         raise InputError(
@@ -88,7 +94,10 @@ def read_caption_table(path: Path, *, drop_empty: bool = False) -> CaptionTable:
         )
     if not rows:
         raise InputError(f"{path} holds no captions - expected rows with video_id, caption")
-    return make_caption_table(rows, has_split=has_split, source=str(path))
+    table = make_caption_table(rows, has_split=has_split, source=str(path))
+    if not any(groups):
+        return table
+    return replace(table, groups=groups)
 
 
 def _split_of(place: str, value: object) -> str:

@@ -171,4 +171,6 @@ def _blocks_folder(out: Path) -> Path:
 
 def _hash_table(table: CaptionTable) -> str:
     columns = [table.caption_ids, table.video_ids, table.captions, table.splits]
+    if table.groups:  # a table without them keeps the hash that it always had
+        columns.append(table.groups)
     return hashlib.sha256(canonical_json(columns).encode()).hexdigest()[:16]

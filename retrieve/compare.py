@@ -62,6 +62,12 @@ class Comparison:
         """Whether the test split chose the best checkpoint of a run."""
         return any(ranks.selected_on == "test" for side in (self.a, self.b) for ranks in side.ranks)
 
+    @property
+    def relevances_of_one_side(self) -> list[str]:
+        """The relevances by which some of the evaluations were measured, and others not."""
+        named = [set(ranks.relevances) for side in (self.a, self.b) for ranks in side.ranks]
+        return sorted(named[0].union(*named) - named[0].intersection(*named))
+
     def as_json(self) -> dict[str, Any]:
         queries = self.a.ranks[0].queries
         return {

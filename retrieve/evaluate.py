@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from svb.data.caption_table import CaptionTable
 from svb.data.publish import published_file
+from svb.data.relevance import make_relevance
 from svb.device import choose_device
 from svb.errors import InputError, UsageError
+from svb.retrieve.measure.given_similarities import read_similarities
 from svb.retrieve.measure.hub_normalisation import (
     CLIP_LOGIT_SCALE,
     METHODS,
@@ -24,9 +27,10 @@ from svb.retrieve.measure.hub_normalisation import (
     Embeddings,
     normalised_scores,
 )
-from svb.retrieve.measure.query_ranks import FILE
+from svb.retrieve.measure.query_ranks import FILE, GRADED, RELEVANCE
 from svb.retrieve.model.embedder import Embedder
 from svb.retrieve.model.source import OpenedSource, open_source
+from svb.train.graded_metrics import Values, graded_means, graded_values, left_out
 from svb.train.retrieval_metrics import TIE_RULE, V2T_CONVENTIONS, ranks_metrics, t2v_ranks, v2t_ranks
 from svb.train.run import split_contents
 from svb.train.training_data import SplitData, load_split, positions_of_splits
@@ -70,6 +74,23 @@ class Normalised:
 
 
 @dataclass(frozen=True)
+class Graded:
+    """Graded measures by one relevance, see `svb.train.graded_metrics`.
+
+    Attributes:
+        description: How the relevance is counted.
+        fingerprint: Equal for equal relevances; only values of one relevance can be compared.
+        metrics: Means in percent, such as `t2v/nDCG@10 of others`; a measure that no query has is not there.
+        left_out: The number of queries without any relevant candidate, by measure.
+    """
+
+    description: str
+    fingerprint: str
+    metrics: dict[str, float]
+    left_out: dict[str, int]
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """The result of `evaluate`, with all that a reader needs to repeat it.
 
@@ -89,6 +110,7 @@ class Evaluation:
         selected_on: The split that chose the run's best checkpoint; empty for a store.
         metrics: Metrics of the plain similarities, such as `t2v/R@1`; recalls are in percent.
         normalised: The same for each requested method of `svb.retrieve.measure.hub_normalisation`.
+        graded: Graded measures of the plain similarities for each requested relevance.
     """
 
     source: str
@@ -106,9 +128,13 @@ class Evaluation:
     selected_on: str
     metrics: dict[str, float]
     normalised: dict[str, Normalised]
+    graded: dict[str, Graded] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, object]:
-        return asdict(self)
+        held = asdict(self)
+        if not self.graded:
+            del held["graded"]
+        return held
 
 
 def evaluate(
@@ -121,6 +147,7 @@ def evaluate(
     checkpoint: str | None = None,
     v2t_convention: str = "set",
     normalise_by: Sequence[str] = (),
+    relevance: Sequence[str] = (),
     allow_missing: bool = False,
     ranks: Path | None = None,
     device: str = "auto",
@@ -136,6 +163,8 @@ def evaluate(
         checkpoint: `best` or `last` of a run, by default best.
         v2t_convention: `set` or `best`; see `svb.train.retrieval_metrics.V2T_CONVENTIONS`.
         normalise_by: Methods of `svb.retrieve.measure.hub_normalisation.METHODS` to measure too.
+        relevance: Relevances of `svb.data.relevance.make_relevance` for graded measures: `words`, `verbs-nouns`,
+            `group`, or a file of judgements.
         allow_missing: Leave out captions whose videos have no features instead of refusing them.
         ranks: File for each query's rank (.npz); by default `ranks.npz` in a run, and none for a store.
         device: `auto`, `cpu`, `cuda:0`, ...
@@ -177,10 +206,22 @@ def evaluate(
         t2v, v2t = normalised_scores(method, embeddings, bank, scale)
         ranks_by[method] = t2v_ranks(t2v, caption_video), v2t_ranks(v2t, caption_video, v2t_convention)
         normalised[method] = _describe(method, scale, scale_source, bank, ranks_metrics(*ranks_by[method]))
+    graded, graded_by_query = _graded(
+        relevance,
+        similarity,
+        inputs.captions.table,
+        (data.captions, data.caption_ids, data.frames.video_ids),
+        caption_video,
+    )
     selected_on = inputs.config.select_on if is_run else ""
     if ranks is not None:
+        ids = (
+            data.caption_ids,
+            [data.frames.video_ids[row] for row in caption_video.tolist()],
+            data.frames.video_ids,
+        )
         how = {"split": split, "model": embedder.fingerprint, "tie_rule": TIE_RULE, "selected_on": selected_on}
-        _write_ranks(ranks, ranks_by, data, {**how, "v2t_convention": v2t_convention})
+        _write_ranks(ranks, ranks_by, ids, {**how, "v2t_convention": v2t_convention, **graded_by_query})
     return Evaluation(
         source=str(source),
         model=embedder.model["kind"],
@@ -197,7 +238,104 @@ def evaluate(
         selected_on=selected_on,
         metrics=ranks_metrics(*ranks_by[""]),
         normalised=normalised,
+        graded=graded,
     )
+
+
+def evaluate_similarities(
+    path: Path | str,
+    captions: Path | str,
+    *,
+    split: str = "val",
+    videos: Path | str | None = None,
+    v2t_convention: str = "set",
+    relevance: Sequence[str] = (),
+    ranks: Path | None = None,
+) -> Evaluation:
+    """Measure anybody's similarities as `evaluate` measures a run's, so that different systems can be compared.
+
+    Args:
+        path: A `(C, V)` matrix of a split's captions and videos (.npy). The rows are the split's captions in the
+            order of the table.
+        captions: A caption table or a caption features file. The split is ignored if the table names none.
+        split: `train`, `val` or `test`.
+        videos: A text file with the video_id of each column, one a line; by default the columns are the split's
+            videos in the order in which the table first names them.
+        v2t_convention: As of `evaluate`.
+        relevance: As of `evaluate`.
+        ranks: File for each query's rank and values (.npz), for `svb compare`.
+
+    Raises:
+        InputError: The matrix has another shape or a value that is not finite, the split is empty, or the columns
+            are not the split's videos; as `evaluate` for a relevance.
+    """
+    given = read_similarities(Path(path), Path(captions), split, Path(videos) if videos is not None else None)
+    similarity, caption_video = given.similarity, given.caption_video
+    ranks_of_both = t2v_ranks(similarity, caption_video), v2t_ranks(similarity, caption_video, v2t_convention)
+    graded, graded_by_query = _graded(
+        relevance, similarity, given.table, (given.captions, given.caption_ids, given.video_ids), caption_video
+    )
+    if ranks is not None:
+        ids = given.caption_ids, [given.video_ids[column] for column in caption_video.tolist()], given.video_ids
+        how = {"split": given.split, "model": given.content_hash, "tie_rule": TIE_RULE, "selected_on": ""}
+        _write_ranks(ranks, {"": ranks_of_both}, ids, {**how, "v2t_convention": v2t_convention, **graded_by_query})
+    return Evaluation(
+        source=str(path),
+        model="similarities",
+        model_fingerprint=given.content_hash,
+        checkpoint="",
+        epoch=0,
+        split=given.split,
+        num_captions=len(given.captions),
+        num_videos=len(given.video_ids),
+        missing=Missing(0, len(given.captions), 0, len(given.video_ids)),
+        tie_rule=TIE_RULE,
+        v2t_convention=f"{v2t_convention}: {V2T_CONVENTIONS[v2t_convention]}",
+        selected_on_split=False,
+        selected_on="",
+        metrics=ranks_metrics(*ranks_of_both),
+        normalised={},
+        graded=graded,
+    )
+
+
+def _graded(
+    names: Sequence[str],
+    similarity: NDArray[np.floating],
+    table: CaptionTable,
+    measured: tuple[list[str], list[str], list[str]],
+    caption_video: NDArray[np.int64],
+) -> tuple[dict[str, Graded], dict[str, Any]]:
+    """Return the graded measures by each relevance, and every query's value as `ranks.npz` holds it.
+
+    Args:
+        names: As `relevance` of `evaluate`.
+        similarity: `(C, V)`.
+        table: The whole caption table.
+        measured: The C captions and caption_ids, and the V video_ids.
+        caption_video: `(C,)` column of each caption's own video.
+    """
+    captions, caption_ids, video_ids = measured
+    graded: dict[str, Graded] = {}
+    held: dict[str, Any] = {}
+    for name in dict.fromkeys(names):
+        relevance = make_relevance(
+            name,
+            table,
+            captions=captions,
+            caption_ids=caption_ids,
+            video_ids=video_ids,
+            caption_video=caption_video,
+        )
+        values: dict[str, Values] = graded_values(similarity, caption_video, relevance)
+        if relevance.name in graded:
+            raise UsageError(f"two relevances are named {relevance.name} - give the files different names")
+        graded[relevance.name] = Graded(
+            relevance.description, relevance.fingerprint, graded_means(values), left_out(values)
+        )
+        held |= {f"{GRADED}{measure} by {relevance.name}": of_queries for measure, of_queries in values.items()}
+        held[f"{RELEVANCE}{relevance.name}"] = relevance.fingerprint
+    return graded, held
 
 
 def _check_methods(methods: Sequence[str], split: str) -> None:
@@ -285,20 +423,17 @@ def _embed(embedder: Embedder, data: SplitData) -> Embeddings:
 def _write_ranks(
     path: Path,
     found: dict[str, RanksOfBoth],
-    data: SplitData,
-    how: dict[str, str],
+    ids: tuple[Sequence[str], Sequence[str], Sequence[str]],
+    how: dict[str, Any],
 ) -> None:
+    """Write ranks.npz; `ids` are the caption_ids, each caption's video_id, and the video_ids."""
     arrays = {
         f"{direction}_{method}" if method else direction: values
         for method, pair in found.items()
         for direction, values in zip(("t2v", "v2t"), pair, strict=True)
     }
-    ids = {
-        "caption_ids": data.caption_ids,
-        "caption_video_ids": [data.frames.video_ids[row] for row in data.caption_video.tolist()],
-        "video_ids": data.frames.video_ids,
-    }
-    held: dict[str, Any] = {**arrays, **ids, **how}
+    names = ("caption_ids", "caption_video_ids", "video_ids")
+    held: dict[str, Any] = {**arrays, **dict(zip(names, ids, strict=True)), **how}
     with published_file(path) as aside, aside.open("wb") as file:
         np.savez(file, **held)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
@@ -281,3 +282,37 @@ def _mixture(weights: Sequence[float], videos: Sequence[Matrix]) -> list[list[fl
             size = len(videos[0][0])
             mixture.append([sum(weight * frame[d] for weight, frame in going_on) / total for d in range(size)])
     return mixture
+
+
+def graded_measures(similarity: Sequence[float], gains: Sequence[float], right_from: float) -> dict[str, float]:
+    """nDCG, nDCG@10, mAP@R and R-Precision of one query, in percent: the mean over all orders of tied candidates.
+
+    Only for a handful of candidates, and a query with something relevant for every measure.
+    """
+    orders = [
+        order
+        for order in itertools.permutations(range(len(gains)))
+        if all(similarity[a] >= similarity[b] for a, b in itertools.pairwise(order))
+    ]
+    found = [_graded_of_order([gains[row] for row in order], right_from) for order in orders]
+    return {name: 100 * sum(one[name] for one in found) / len(found) for name in found[0]}
+
+
+def _graded_of_order(gains: Sequence[float], right_from: float) -> dict[str, float]:
+    def dcg(ranked: Sequence[float], places: int) -> float:
+        return sum(gain / math.log2(place + 1) for place, gain in enumerate(ranked[:places], start=1))
+
+    best, relevant = sorted(gains, reverse=True), sum(gain > 0 for gain in gains)
+    right = [gain >= right_from for gain in gains]
+    number = sum(right)
+    precision = [sum(right[:place]) / place for place in range(1, len(right) + 1)]
+    return {
+        "nDCG": dcg(gains, relevant) / dcg(best, relevant),
+        "nDCG@10": dcg(gains, 10) / dcg(best, 10),
+        "mAP@R": sum(precision[r] for r in range(number) if right[r]) / number,
+        "R-Precision": precision[number - 1],
+    }
+
+
+def iou(a: set[str], b: set[str]) -> float:
+    return len(a & b) / len(a | b) if a | b else 0.0

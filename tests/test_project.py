@@ -78,7 +78,13 @@ def test_every_folder_is_packaged() -> None:
 
 def test_what_is_imported_is_required() -> None:
     extras = setup()["options.extras_require"]
-    options = setup()["options"]["install_requires"] + extras["offline"] + extras["ray"] + extras["milvus"]
+    options = (
+        setup()["options"]["install_requires"]
+        + extras["offline"]
+        + extras["ray"]
+        + extras["milvus"]
+        + extras["graded"]
+    )
     required = {re.split(r"[ <>=;]", line)[0].lower().replace("-", "_") for line in options.strip().splitlines()}
     distributions = importlib.metadata.packages_distributions()
     for path in source_files():

@@ -19,6 +19,7 @@ SUPPORT_VALUES = ("frames", "pooled")
 CAPTION_SAMPLING = ("one", "all")
 POOLING = ("mean", "attention")
 SELECT_ON = ("val", "test")
+SELECT_BY = ("recalls", "words", "group")
 MAX_LOGIT_SCALE = 100.0
 _ABOVE_ZERO = ("support_temperature", "logit_scale", "learning_rate")
 _MAY_BE_ZERO = {"convolution", "layers", "seed", "memory_bank", "captions_per_video"}
@@ -68,6 +69,8 @@ class TrainConfig:
         val_fraction: Share of training videos to hold out where captions name no val split.
         select_on: Split that chooses the best checkpoint; `test` repeats numbers published that way, and every
             output says so.
+        select_by: Measure that chooses the best checkpoint: the sum of the `recalls` at 1, 5 and 10, or nDCG@10 of
+            others by the relevance `words` or `group`.
         seed: Seed of all random numbers.
 
     Raises:
@@ -109,6 +112,7 @@ class TrainConfig:
     evaluate_every: int = 5
     val_fraction: float = 0.1
     select_on: str = option("val", choices=SELECT_ON)
+    select_by: str = option("recalls", choices=SELECT_BY)
     seed: int = 0
 
     @property

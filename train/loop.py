@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from svb.data.relevance import Relevance
 from svb.errors import InputError, StoreError, UsageError
 from svb.train.checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
 from svb.train.config import TrainConfig
 from svb.train.decoders import EmbeddingDecoder
 from svb.train.epoch_log import add_metrics, drop_metrics_after
 from svb.train.memory_bank import MemoryBank
-from svb.train.model import RetrievalModel, split_metrics
+from svb.train.model import RetrievalModel, graded_score, split_metrics
 from svb.train.objective import Objective
 from svb.train.processes import Processes
 from svb.train.retrieval_metrics import recall_sum
@@ -39,6 +40,7 @@ class Loop:
 
     Args:
         choosing_split: The split `config.select_on`, which chooses the best checkpoint; None without one.
+        relevance: The relevance by which nDCG chooses it; None where recalls choose it.
         decoder_dtype: The type of the caption decoder's matrix products.
     """
 
@@ -47,6 +49,7 @@ class Loop:
         model: RetrievalModel,
         train_split: SplitData,
         choosing_split: SplitData | None,
+        relevance: Relevance | None,
         config: TrainConfig,
         out: Path,
         *,
@@ -56,7 +59,7 @@ class Loop:
         self.epoch, self._step, self._best = 0, 0, -math.inf
         self._totals = torch.zeros(len(_WATCHED))
         self._model, self._config, self._out, self._processes = model, config, out, processes
-        self._train, self._choosing = train_split, choosing_split
+        self._train, self._choosing, self._relevance = train_split, choosing_split, relevance
         self._caption_video = train_split.caption_video.cpu().numpy()
         self._batches = self._batches_of(0)
         if min(map(len, self._batches)) < processes.world:
@@ -156,10 +159,11 @@ class Loop:
         if not self._processes.is_first:
             return metrics
         if is_due and self._choosing is not None:
-            measured = split_metrics(self._model, self._choosing)
+            measured = split_metrics(self._model, self._choosing, self._relevance)
             metrics |= {f"{self._config.select_on}/{name}": value for name, value in measured.items()}
-            if recall_sum(measured) > self._best:
-                self._best = recall_sum(measured)
+            score = recall_sum(measured) if self._relevance is None else graded_score(measured, self._relevance)
+            if score > self._best:
+                self._best = score
                 self._save("best", measured)
         add_metrics(self._out, metrics)
         if is_last or self._is_checkpoint_due():

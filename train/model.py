@@ -10,9 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from svb.data.relevance import Relevance
+from svb.errors import InputError
 from svb.train.config import MAX_LOGIT_SCALE, TrainConfig
 from svb.train.decoders import make_decoder
 from svb.train.decoders.transformer import Vocabulary
+from svb.train.graded_metrics import graded_means, graded_values
 from svb.train.heads import TextHead, VideoHead
 from svb.train.retrieval_metrics import require_finite, retrieval_metrics
 from svb.train.training_data import SplitData
@@ -96,8 +99,10 @@ def embed_in_batches(embed: Callable[[torch.Tensor], torch.Tensor], rows: torch.
     return embeddings
 
 
-def split_metrics(model: RetrievalModel, split: SplitData) -> dict[str, float]:
+def split_metrics(model: RetrievalModel, split: SplitData, relevance: Relevance | None = None) -> dict[str, float]:
     """Return the metrics of a split, and leave the model in the mode that it was in.
+
+    With a relevance, the graded measures are among them, under keys such as `t2v/nDCG@10 of others by words`.
 
     Raises:
         InputError: An embedding is not finite; the error names the first bad video.
@@ -112,4 +117,24 @@ def split_metrics(model: RetrievalModel, split: SplitData) -> dict[str, float]:
     model.train(was_training)
     similarity = captions @ videos.T
     require_finite(similarity, split.caption_ids, split.frames.video_ids)
-    return retrieval_metrics(similarity, split.caption_video.cpu().numpy())
+    caption_video = split.caption_video.cpu().numpy()
+    metrics = retrieval_metrics(similarity, caption_video)
+    if relevance is not None:
+        graded = graded_means(graded_values(similarity, caption_video, relevance))
+        metrics |= {f"{name} by {relevance.name}": value for name, value in graded.items()}
+    return metrics
+
+
+def graded_score(metrics: dict[str, float], relevance: Relevance) -> float:
+    """Return the mean of nDCG@10 of others of both directions, which chooses the best checkpoint by a relevance.
+
+    Raises:
+        InputError: No query has another relevant candidate.
+    """
+    names = [f"{way}/nDCG@10 of others by {relevance.name}" for way in ("t2v", "v2t")]
+    if not all(name in metrics for name in names):
+        raise InputError(
+            f"no caption has a relevant video by {relevance.name} but its own, so nothing can choose the best "
+            "checkpoint by it - train with --select-by recalls"
+        )
+    return sum(metrics[name] for name in names) / 2

@@ -18,6 +18,7 @@ from svb.data.description import publish_description, read_description
 from svb.data.feature_store import FeatureStore
 from svb.data.fusion import parts_of, shared_part
 from svb.data.publish import lock_folder, recover_folder, remove_leftovers
+from svb.data.relevance import Relevance, make_relevance
 from svb.device import choose_device, choose_precision, precision_name
 from svb.errors import InputError
 from svb.interrupts import deferred_interrupts
@@ -116,7 +117,14 @@ def _train(
     if isinstance(model.decoder, T5Decoder):
         description["decoder_weights_hash"] = model.decoder.weights_hash
     loop = Loop(
-        model, train_split, choosing_split, config, out, processes=processes, decoder_dtype=_decoder_dtype(device)
+        model,
+        train_split,
+        choosing_split,
+        _choosing_relevance(config, caption_features, choosing_split),
+        config,
+        out,
+        processes=processes,
+        decoder_dtype=_decoder_dtype(device),
     )
     lock = None
     try:
@@ -137,6 +145,22 @@ def _train(
         if lock is not None:
             os.close(lock)
     return out
+
+
+def _choosing_relevance(
+    config: TrainConfig, captions: CaptionFeatures, split: SplitData | None
+) -> Relevance | None:
+    """Return the relevance by which nDCG chooses the best checkpoint; None where recalls choose it."""
+    if config.select_by == "recalls" or split is None:
+        return None
+    return make_relevance(
+        config.select_by,
+        captions.table,
+        captions=split.captions,
+        caption_ids=split.caption_ids,
+        video_ids=split.frames.video_ids,
+        caption_video=split.caption_video.cpu().numpy(),
+    )
 
 
 def _run_epochs(
@@ -230,7 +254,8 @@ def _open_run(
         return
     stored = read_run(out)
     del stored["paths"], stored["format_version"]
-    stored["config"] = stored_options(stored["config"])
+    # An option that is newer than the run has its default, which changes nothing.
+    stored["config"] = {**asdict(TrainConfig()), **stored_options(stored["config"])}
     require_same(
         stored,
         description,

@@ -9,15 +9,18 @@ import click
 
 from svb.cli.output import print_json, print_table
 from svb.config import newest_run
+from svb.errors import UsageError
 
 if TYPE_CHECKING:
-    from svb.retrieve.evaluate import Evaluation
+    from svb.retrieve.evaluate import Evaluation, Graded
 
 
 @click.command()
 @click.argument("source", required=False, type=click.Path(path_type=Path))
 @click.option(
-    "--captions", type=click.Path(path_type=Path), help="Caption features to measure on. [default: the run's own]"
+    "--captions",
+    type=click.Path(path_type=Path),
+    help="Caption features to measure on; with --similarities a caption table will do. [default: the run's own]",
 )
 @click.option("--store", type=click.Path(path_type=Path), help="Feature store of the run, if moved.")
 @click.option("--backbone", help="Backbone to measure, if a store holds several.")
@@ -46,7 +49,26 @@ if TYPE_CHECKING:
     "queries at once. Repeatable.",
 )
 @click.option(
-    "--allow-missing", is_flag=True, help="Leave out captions whose videos have no features, and say how many."
+    "--relevance",
+    multiple=True,
+    metavar="SOURCE",
+    help="Also measure nDCG, mAP@R and R-Precision by this relevance: words, verbs-nouns (either with :mean), "
+    "group, or a file of judgements. Repeatable.",
+)
+@click.option(
+    "--similarities",
+    type=click.Path(path_type=Path),
+    help="Measure this matrix (.npy, captions by videos) instead of a run; needs --captions.",
+)
+@click.option(
+    "--videos",
+    type=click.Path(path_type=Path),
+    help="File with the video_id of each column of --similarities, one a line. [default: in the captions' order]",
+)
+@click.option(
+    "--allow-missing",
+    is_flag=True,
+    help="Leave out captions whose videos have no features, and say how many.",
 )
 @click.option(
     "--ranks", type=click.Path(path_type=Path), help="File for each query's rank (.npz). [default: RUN/ranks.npz]"
@@ -62,6 +84,9 @@ def evaluate(
     checkpoint: str | None,
     v2t: str,
     normalise_by: tuple[str, ...],
+    relevance: tuple[str, ...],
+    similarities: Path | None,
+    videos: Path | None,
     allow_missing: bool,
     ranks: Path | None,
     device: str,
@@ -75,27 +100,57 @@ def evaluate(
     svb evaluate runs/cross
     svb evaluate features/ --captions captions.h5
     svb evaluate runs/cross --checkpoint last --normalise qb-norm --normalise dual-softmax
+    svb evaluate runs/cross --relevance words --relevance group
+    svb evaluate --similarities similarity.npy --captions captions.csv --split test --relevance words
     """
-    from svb.retrieve.evaluate import evaluate as measure
+    from svb.retrieve import evaluate as library
 
-    source = source or newest_run()
-    evaluation = measure(
-        source,
-        store=store,
-        captions=captions,
-        backbone=backbone,
-        split=split,
-        checkpoint=checkpoint,
-        v2t_convention=v2t,
-        normalise_by=normalise_by,
-        allow_missing=allow_missing,
-        ranks=ranks,
-        device=device,
-    )
+    if similarities is not None:
+        _refuse_options_of_runs(
+            SOURCE=source,
+            **{"--store": store, "--backbone": backbone, "--checkpoint": checkpoint, "--normalise": normalise_by},
+            **{"--allow-missing": allow_missing},
+        )
+        if captions is None:
+            raise UsageError(
+                "--similarities says nothing of captions and videos - name their caption table with --captions"
+            )
+        evaluation = library.evaluate_similarities(
+            similarities,
+            captions,
+            split=split,
+            videos=videos,
+            v2t_convention=v2t,
+            relevance=relevance,
+            ranks=ranks,
+        )
+    else:
+        if videos is not None:
+            raise UsageError(f"--videos {videos} goes with --similarities - leave it out, or name a matrix")
+        evaluation = library.evaluate(
+            source or newest_run(),
+            store=store,
+            captions=captions,
+            backbone=backbone,
+            split=split,
+            checkpoint=checkpoint,
+            v2t_convention=v2t,
+            normalise_by=normalise_by,
+            relevance=relevance,
+            allow_missing=allow_missing,
+            ranks=ranks,
+            device=device,
+        )
     if as_json:
         print_json(evaluation.as_json())
         return
     _print(evaluation)
+
+
+def _refuse_options_of_runs(**given: object) -> None:
+    for name, value in given.items():
+        if value:
+            raise UsageError(f"{name} goes with a run or a store, and --similarities is neither - leave it out")
 
 
 def _print(evaluation: Evaluation) -> None:
@@ -130,3 +185,36 @@ def _print(evaluation: Evaluation) -> None:
         if one.bank_split:
             uses = f"bank: {one.bank_captions} captions and {one.bank_videos} videos of {one.bank_split}"
         click.echo(f"{method}: {one.description}; {uses}; scale {one.scale:.4g}, {one.scale_source}")
+    for name, graded in evaluation.graded.items():
+        _print_graded(name, graded)
+
+
+def _print_graded(name: str, graded: Graded) -> None:
+    from svb.train.graded_metrics import JUDGED, MEASURES, OF_OTHERS, RIGHT_FROM
+
+    has_judgements = f"t2v/{JUDGED}" in graded.metrics
+    measures = [*MEASURES, *([JUDGED] if has_judgements else [])]
+    click.echo()
+    rows = [
+        [f"{way}{others} by {name}", *(_number(graded.metrics.get(f"{way}/{one}{others}")) for one in measures)]
+        for way in ("t2v", "v2t", "both")
+        for others in ("", OF_OTHERS)
+    ]
+    print_table(["", *measures], rows)
+    click.echo(
+        f"{name}: {graded.description}; mAP@R and R-Precision count a relevance of {RIGHT_FROM:g} or more as "
+        "right; of others: without the own video or captions; both: over the queries of both directions"
+    )
+    for way, queries in (("t2v", "captions"), ("v2t", "videos")):
+        counts = [
+            (graded.left_out[f"{way}/{measure}{others}"], f"{measure}{others}")
+            for others in ("", OF_OTHERS)
+            for measure in ("nDCG", "R-Precision")
+        ]
+        said = ", ".join(f"{count} from {measure}" for count, measure in counts if count)
+        if said:
+            click.echo(f"left out, {way} {queries} with nothing relevant to find: {said}")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"

@@ -31,7 +31,15 @@ SPLITS = ("train", "val", "test")
 CHECKPOINTS = ("best", "last")
 _TOP: dict[str, type] = {
     **{"store": str, "captions": str, "backbone": str, "seeds": list, "split": str, "checkpoint": str, "v2t": str},
-    **{"allow_missing": bool, "jobs": int, "config": dict, "baseline": object, "grid": dict, "cells": list},
+    **{
+        "relevance": list,
+        "allow_missing": bool,
+        "jobs": int,
+        "config": dict,
+        "baseline": object,
+        "grid": dict,
+        "cells": list,
+    },
 }
 _TYPE_NAMES = {str: "a string", bool: "true or false", int: "a whole number", float: "a number"}
 _TYPE_NAMES |= {list: "an array", dict: "a table"}
@@ -76,6 +84,7 @@ class Ablation:
         split: The split to measure.
         checkpoint: The checkpoint to measure, `best` or `last`.
         v2t_convention: One of `svb.train.retrieval_metrics.V2T_CONVENTIONS`.
+        relevance: Relevances to measure graded retrieval by, as `--relevance` of `svb evaluate`.
         allow_missing: Leave out captions whose videos have no features.
         jobs: Number of runs at a time.
     """
@@ -86,6 +95,7 @@ class Ablation:
     split: str
     checkpoint: str
     v2t_convention: str
+    relevance: tuple[str, ...]
     allow_missing: bool
     jobs: int
 
@@ -139,7 +149,20 @@ def _ablation(written: dict[str, Any]) -> Ablation:
     v2t_convention = _choice(written, "v2t", tuple(V2T_CONVENTIONS), "set")
     allow_missing = written.get("allow_missing", False)
     seeds = _seeds(written.get("seeds", [0, 1, 2]))
-    return Ablation(tuple(cells), baseline, seeds, split, checkpoint, v2t_convention, allow_missing, jobs)
+    relevance = written.get("relevance", [])
+    for name in relevance:
+        _require_type("a relevance", name, str)
+    return Ablation(
+        tuple(cells),
+        baseline,
+        seeds,
+        split,
+        checkpoint,
+        v2t_convention,
+        tuple(dict.fromkeys(relevance)),
+        allow_missing,
+        jobs,
+    )
 
 
 def _grid_cells(grid: Mapping[str, Any], common: Mapping[str, Any]) -> list[Cell]:

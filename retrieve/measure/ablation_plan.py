@@ -16,6 +16,7 @@ import torch
 from svb.config import fingerprint
 from svb.data.caption_features import CaptionFeatures, read_caption_features
 from svb.data.feature_store import FeatureStore
+from svb.data.relevance import relevance_name
 from svb.errors import InputError, SvbError
 from svb.retrieve.measure.ablation_config import FIELDS, Ablation, Cell
 from svb.retrieve.measure.query_ranks import FILE, Queries, read_ranks, require_same_queries
@@ -150,6 +151,7 @@ def _train_command(cell: Cell, seed: int, folder: Path) -> list[str]:
 def _evaluate_command(ablation: Ablation, cell: Cell, folder: Path) -> list[str]:
     words = ["svb", "evaluate", str(folder), "--store", str(cell.store), "--captions", str(cell.captions)]
     words += ["--split", ablation.split, "--checkpoint", ablation.checkpoint, "--v2t", ablation.v2t_convention]
+    words += [word for name in ablation.relevance for word in ("--relevance", name)]
     return [*words, *(["--allow-missing"] if ablation.allow_missing else [])]
 
 
@@ -245,7 +247,8 @@ def _is_measured(run: PlannedRun, ablation: Ablation, queries: Queries) -> bool:
         measured = run_embedder(run.folder, ablation.checkpoint, torch.device("cpu")).fingerprint
     except SvbError:
         return False
-    return ranks.model == measured and ranks.v2t_convention == ablation.v2t_convention
+    is_graded = {relevance_name(name) for name in ablation.relevance} <= set(ranks.relevances)
+    return ranks.model == measured and ranks.v2t_convention == ablation.v2t_convention and is_graded
 
 
 def _named(key: _Key) -> str:

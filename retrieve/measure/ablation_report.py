@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from svb.data.relevance import relevance_name
 from svb.retrieve.measure.ablation_config import Ablation, Cell
 from svb.retrieve.measure.ablation_plan import PlannedRun
 from svb.retrieve.measure.paired import Difference, Interval, difference_texts, is_chance, paired_differences
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 PLOTTED = "t2v/R@1"
 VIDEOS_COLOUR, SEEDS_COLOUR = "#1f5fa8", "#c8641e"
 COLUMNS = ("t2v/R@1", "t2v/R@5", "t2v/R@10", "t2v/MedR", "v2t/R@1", "v2t/R@10")
+# Of each relevance that the config file names.
+GRADED_COLUMNS = ("t2v/nDCG@10 of others", "t2v/mAP@R of others", "t2v/R-Precision of others")
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def gather_report(
     ranks: dict[str, dict[int, Ranks]] = {}
     runs: dict[str, dict[int, PlannedRun]] = {}
     for run in finished:
-        held = read_ranks(run.folder / FILE)
+        held = _only_relevances(read_ranks(run.folder / FILE), ablation)
         require_same_queries(held.queries, queries, str(held.path), "what was planned")
         ranks.setdefault(run.cell.name, {})[run.seed] = held
         runs.setdefault(run.cell.name, {})[run.seed] = run
@@ -109,7 +112,7 @@ def gather_report(
             Row(
                 cell,
                 runs[cell.name],
-                [ranks_metrics(held.t2v, held.v2t) for held in own.values()],
+                [{**ranks_metrics(held.t2v, held.v2t), **held.graded_means()} for held in own.values()],
                 [value for value in seconds if value is not None],
                 sum(map(is_chance, own.values())),
                 differences,
@@ -118,19 +121,39 @@ def gather_report(
     return AblationReport(ablation, queries, rows, dict(failed), folder)
 
 
+def _only_relevances(ranks: Ranks, ablation: Ablation) -> Ranks:
+    """Return ranks without the measures by relevances that the config file does not name."""
+    names = {relevance_name(option) for option in ablation.relevance}
+    return dataclasses.replace(
+        ranks,
+        graded={key: values for key, values in ranks.graded.items() if key.partition(" by ")[2] in names},
+        relevances={name: key for name, key in ranks.relevances.items() if name in names},
+    )
+
+
+def _columns(report: AblationReport) -> list[str]:
+    """Return the measures of the first table; of the graded ones those that every run has."""
+    wanted = [
+        f"{column} by {relevance_name(name)}" for name in report.ablation.relevance for column in GRADED_COLUMNS
+    ]
+    runs = [metrics for row in report.rows for metrics in row.metrics]
+    return [*COLUMNS, *(name for name in wanted if all(name in metrics for metrics in runs))]
+
+
 def markdown(report: AblationReport) -> str:
     """Return both tables, their meaning and the commands, as Markdown."""
     ablation, baseline = report.ablation, report.ablation.baseline.name
+    columns = _columns(report)
     lines = [
         f"{len(report.queries.caption_ids)} captions of the {report.queries.split} split against "
         f"{len(report.queries.video_ids)} videos, {ablation.checkpoint} checkpoint. Mean ± standard deviation over "
         "seeds; recalls in percent; the cost is the CPU-seconds of one training.",
         "",
-        _line(["cell", "seeds", *(name.replace("/", " ") for name in COLUMNS), "CPU-seconds"]),
-        _rule(len(COLUMNS) + 3),
+        _line(["cell", "seeds", *(name.replace("/", " ") for name in columns), "CPU-seconds"]),
+        _rule(len(columns) + 3),
     ]
     for row in report.rows:
-        spread = [_mean_and_deviation(row, metric) for metric in COLUMNS]
+        spread = [_mean_and_deviation(row, metric) for metric in columns]
         name = f"**{_cell_text(row.cell.name)}**" if row.cell.name == baseline else _cell_text(row.cell.name)
         seconds = f"{np.mean(row.seconds):.0f}" if row.seconds else "unknown"
         lines.append(_line([name + "†" * bool(row.num_at_chance), str(len(row.runs)), *spread, seconds]))

@@ -1,4 +1,4 @@
-"""Is B better than A, or could it be chance? Paired differences of recalls, with two kinds of intervals.
+"""Is B better than A, or could it be chance? Paired differences of measures, with two kinds of intervals.
 
 Over videos: queries are paired, those of one video stay together, and videos are drawn again with replacement (a
 bootstrap over clusters). The interval says how far the difference would move with other videos of the same kind,
@@ -44,10 +44,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference:
-    """B - A of one recall.
+    """B - A of one recall or graded measure.
 
     Attributes:
-        metric: `t2v/R@1` and so on.
+        metric: `t2v/R@1`, `t2v/nDCG@10 of others by words` and so on.
         a: Mean over A's runs, in percent.
         b: Mean over B's runs, in percent.
         difference: `b - a`, in percentage points.
@@ -88,18 +88,29 @@ def paired_differences(
         require_comparable(a[0], other)
     queries = a[0].queries
     video_of = {"t2v": queries.caption_video(), "v2t": np.arange(len(queries.video_ids))}
+    graded = shared_graded([*a, *b])
     sums, sizes, differences = [], [], []  # M of each: (V,), (V,), (S,)
-    for metric in RECALLS:
+    for metric in (*RECALLS, *graded):
         way, _, k = metric.partition("/R@")
-        # Whole numbers, so that no difference is exactly 0 in every resample: (S, Q) of -1, 0 and 1.
-        hits = np.stack(
-            [_hits(in_b, way, int(k)) - _hits(in_a, way, int(k)) for in_a, in_b in zip(a, b, strict=True)]
-        )
-        sums.append(np.bincount(video_of[way], hits.sum(axis=0), len(queries.video_ids)))
-        sizes.append(len(a) * np.bincount(video_of[way], minlength=len(queries.video_ids)))
+        if metric in graded:
+            way = metric.partition("/")[0]
+            # Whether a query has a value depends on the relevance alone, which all share: (S, Q).
+            gains = np.stack([in_b.graded[metric] - in_a.graded[metric] for in_a, in_b in zip(a, b, strict=True)])
+            counted = ~np.isnan(gains[0])
+            hits, of_video = gains[:, counted] / 100, video_of[way][counted]
+        else:
+            # Whole numbers, so that no difference is exactly 0 in every resample: (S, Q) of -1, 0 and 1.
+            hits = np.stack(
+                [_hits(in_b, way, int(k)) - _hits(in_a, way, int(k)) for in_a, in_b in zip(a, b, strict=True)]
+            )
+            of_video = video_of[way]
+        sums.append(np.bincount(of_video, hits.sum(axis=0), len(queries.video_ids)))
+        sizes.append(len(a) * np.bincount(of_video, minlength=len(queries.video_ids)))
         differences.append(100 * hits.mean(axis=1))
     draws = resampled_ratios(np.stack(sums, axis=1), np.stack(sizes, axis=1), resamples, seed)  # (R, M)
-    of_a, of_b = ([ranks_metrics(ranks.t2v, ranks.v2t) for ranks in side] for side in (a, b))
+    of_a, of_b = (
+        [{**ranks_metrics(ranks.t2v, ranks.v2t), **ranks.graded_means()} for ranks in side] for side in (a, b)
+    )
     return [
         Difference(
             metric,
@@ -110,7 +121,17 @@ def paired_differences(
             t_interval(differences[m]) if len(a) > 1 else None,
             len(a),
         )
-        for m, metric in enumerate(RECALLS)
+        for m, metric in enumerate((*RECALLS, *graded))
+    ]
+
+
+def shared_graded(evaluations: Sequence[Ranks]) -> list[str]:
+    """Return the graded measures of t2v and v2t that all evaluations have, without those that no query has."""
+    first = evaluations[0]
+    return [
+        name
+        for name, values in first.graded.items()
+        if all(name in other.graded for other in evaluations) and not np.isnan(values).all()
     ]
 
 
@@ -140,7 +161,8 @@ def resampled_ratios(
         # With the number of times that each cluster was drawn, sums of clusters are one matrix product.
         counts = np.bincount(drawn.ravel(), minlength=rows * num_clusters).reshape(rows, num_clusters)
         totals = counts.astype(np.float64) @ both
-        ratios[begin : begin + rows] = totals[:, :num_columns] / totals[:, num_columns:]
+        # A draw of videos without any query of a measure has the difference 0.
+        ratios[begin : begin + rows] = totals[:, :num_columns] / np.maximum(totals[:, num_columns:], 1)
     return ratios
 
 

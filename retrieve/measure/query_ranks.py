@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from svb.errors import InputError, MismatchError, StoreError
 
 FILE = "ranks.npz"
+# The names of the arrays of graded measures, and of the fingerprints of their relevances, begin with these.
+GRADED, RELEVANCE = "graded/", "relevance/"
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Ranks:
         tie_rule: How equal similarities count.
         model: Fingerprint of the measured model.
         selected_on: The split that chose the run's best checkpoint; empty for a store.
+        graded: Values of every query in percent, such as `t2v/nDCG by words`; NaN where a query has none.
+        relevances: The fingerprint of each relevance, by its name.
     """
 
     path: Path
@@ -59,6 +63,12 @@ class Ranks:
     tie_rule: str
     model: str
     selected_on: str
+    graded: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+    relevances: dict[str, str] = field(default_factory=dict)
+
+    def graded_means(self) -> dict[str, float]:
+        """Return the mean over the queries that have a value, in percent, for each of `graded`."""
+        return {name: float(np.nanmean(held)) for name, held in self.graded.items() if not np.isnan(held).all()}
 
 
 def read_ranks(path: Path) -> Ranks:
@@ -90,9 +100,21 @@ def read_ranks(path: Path) -> Ranks:
         ranks = Ranks(
             path,
             queries,
-            *(held[name].astype(np.float64) for name in ("t2v", "v2t")),
-            *(str(held[name]) for name in ("v2t_convention", "tie_rule", "model", "selected_on")),
+            held["t2v"].astype(np.float64),
+            held["v2t"].astype(np.float64),
+            v2t_convention=str(held["v2t_convention"]),
+            tie_rule=str(held["tie_rule"]),
+            model=str(held["model"]),
+            selected_on=str(held["selected_on"]),
+            graded={name.removeprefix(GRADED): held[name] for name in held if name.startswith(GRADED)},
+            relevances={
+                name.removeprefix(RELEVANCE): str(held[name]) for name in held if name.startswith(RELEVANCE)
+            },
         )
+        lengths = {"t2v": len(queries.caption_ids), "v2t": len(queries.video_ids)}
+        for name, values in ranks.graded.items():
+            if values.shape != (lengths[name.partition("/")[0]],) or values.dtype != np.float64:
+                raise ValueError(f"{values.shape} values of {name} do not fit its ids")
         if ranks.t2v.shape != (len(queries.caption_ids),) or ranks.v2t.shape != (len(queries.video_ids),):
             raise ValueError(f"{ranks.t2v.shape} and {ranks.v2t.shape} ranks do not fit its ids")
         queries.caption_video()
@@ -119,6 +141,12 @@ def require_comparable(a: Ranks, b: Ranks) -> None:
             raise MismatchError(
                 f"{a.path} was written with the {what} {of_a!r}, {b.path} with {of_b!r} - "
                 "evaluate both in the same way"
+            )
+    for name in sorted(a.relevances.keys() & b.relevances.keys()):
+        if a.relevances[name] != b.relevances[name]:
+            raise MismatchError(
+                f"{a.path} and {b.path} were measured by different relevances {name} (other words, groups or "
+                "judgements) - evaluate both with the same captions and the same file"
             )
 
 
