@@ -14,7 +14,7 @@ from svb.data.caption_features import read_caption_features
 from svb.data.feature_store import FeatureStore
 from svb.data.importing.import_features import import_features
 from svb.data.text import spelled_as
-from svb.retrieve.searching.filters import _below
+from svb.retrieve.searching.catalog import _below
 from svb.retrieve.stored.columns import StringColumn
 from svb.retrieve.stored.metadata import Metadata
 

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from svb.errors import InputError, StoreError, UsageError
 from svb.retrieve.answer import Answer, CaptionResult, SearchRequest
-from svb.retrieve.searching.catalog import Catalog
-from svb.retrieve.searching.filters import allowed_videos
+from svb.retrieve.searching.catalog import Catalog, allowed_videos
 from svb.retrieve.searching.opened import OpenedIndex, ServerVectors, open_index
 from svb.retrieve.searching.rank import EmbeddedRequest, Found, rank_videos, require_cosines
 from svb.retrieve.searching.results import VideoInfo, build_results, info_of, video_key
