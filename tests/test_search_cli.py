@@ -347,9 +347,9 @@ def test_the_page_is_written_with_curves(
         written.append((answers, out, index))
         return out
 
-    report = ModuleType("svb.retrieve.page.report")
+    report = ModuleType("svb.retrieve.page.page")
     report.write_report = write_report  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "svb.retrieve.page.report", report)
+    monkeypatch.setitem(sys.modules, "svb.retrieve.page.page", report)
     ran = run_svb("search", "a dog", "--html", "page.html", "--index", "index")
     ((answers, out, index),) = written
     assert (out, index, "wrote page.html" in ran.stderr) == (Path("page.html"), Path("index"), True)
