@@ -21,7 +21,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from svb.data.publish import ASIDE_PREFIX
 from svb.errors import InputError
 from svb.interrupts import deferred_interrupts
-from svb.retrieve.search import Searcher
+from svb.retrieve.search import open_searcher
 from svb.retrieve.server import http
 from svb.retrieve.server.access import Access, choose_token, is_loopback
 from svb.retrieve.server.app import make_app
@@ -56,7 +56,7 @@ def serve(index: Path | str, options: ServeOptions | None = None) -> Path:
             state = ServerState(
                 index,
                 cache.path,
-                lambda previous: Searcher(index, options.device, previous=previous),
+                lambda previous: open_searcher(index, options.device, previous=previous),
                 options,
             )
             access = Access(token, is_loopback=is_loopback(options.host), port=port, public_url=options.public)

@@ -92,7 +92,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[FakeS
     videos = [("deep/a", str(tmp_path / "a.mp4"), "fair"), ("b", str(tmp_path / "gone\n.mp4"), "weak")]
     monkeypatch.setattr(FakeSearcher, "videos", videos)
     library = ModuleType("svb.retrieve.search")
-    library.Searcher = FakeSearcher  # type: ignore[attr-defined]
+    library.open_searcher = FakeSearcher  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, library.__name__, library)
     monkeypatch.chdir(tmp_path)
     yield FakeSearcher
