@@ -31,9 +31,8 @@ from svb.retrieve.milvus.milvus_vectors import MilvusVectors
 from svb.retrieve.search import open_searcher
 from svb.retrieve.searching.rank import Query, rank_videos
 from svb.retrieve.searching.vectors import SegmentVectors
-from svb.retrieve.stored.columns import StringColumn
 from svb.retrieve.stored.manifest import commit
-from svb.retrieve.stored.segment import Segment, open_segments
+from svb.retrieve.stored.segment import Segment, StringColumn, open_segments
 
 milvus_lite = pytest.importorskip(
     "milvus_lite", reason="pip install '.[milvus]': Milvus Lite stands for the server"
