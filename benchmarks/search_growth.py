@@ -119,8 +119,7 @@ def random_segment(first: int, num_windows: int, noise: float | None, num_topics
     """Return a segment in memory, reproducible by its first row."""
     import numpy as np
 
-    from svb.retrieve.stored.columns import StringColumn
-    from svb.retrieve.stored.segment import Segment
+    from svb.retrieve.stored.segment import Segment, StringColumn
 
     random, num_videos = np.random.default_rng(first), num_windows // ROWS_A_VIDEO
     vectors = np.empty((num_windows, SIZE), np.float16)

@@ -15,6 +15,7 @@ committed by itself; then merge small segments, and make the parts that depend o
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -29,7 +30,7 @@ from svb.retrieve.indexing.index_parts import IndexParts, keep_scan_within_budge
 from svb.retrieve.indexing.index_plan import IndexPlan, plan_index
 from svb.retrieve.indexing.index_source import IndexModel, IndexSource
 from svb.retrieve.indexing.index_writer import IndexWriter, copy_videos, writing
-from svb.retrieve.indexing.watch import SidecarWatch, watch
+from svb.retrieve.indexing.sidecars import SidecarWatch
 from svb.retrieve.stored.segment import MomentWindows
 
 logger = logging.getLogger(__name__)
@@ -224,3 +225,58 @@ def _require_utf8(paths: Sequence[Path | str | None]) -> None:
             raise InputError(
                 f"the path {str(path)!r} is not UTF-8, which an index cannot store - rename the file or folder"
             ) from error
+
+
+# --- --watch
+
+# A failure that may pass, such as a full disk, is tried again after this time.
+RETRY_SECONDS = 60.0
+# Longest time before a signal is seen.
+SLICE_SECONDS = 0.2
+
+
+def watch(
+    work: Callable[[], None],
+    watched: Callable[[], object],
+    seconds: float,
+) -> None:
+    """Do work, and do it again after every change, until SIGINT or SIGTERM.
+
+    A failure of the first time is raised. Later, a damaged or missing file, a full disk or another writer is
+    reported, and the work is tried again with the next change or after a minute; what the user must decide, such
+    as another model, ends it.
+
+    Args:
+        work: What to do.
+        watched: Returns a value that differs after a change.
+        seconds: Time between two looks.
+
+    Raises:
+        Interrupted: By a signal, which is how it ends; nothing is left half-done.
+    """
+    seen = watched()
+    work()
+    retry_at: float | None = None
+    with deferred_interrupts() as interrupted:
+        logger.info(f"watching: looking for changes every {seconds:g} s")
+        while _wait(seconds, interrupted):
+            try:
+                now = watched()
+                if now == seen and (retry_at is None or time.monotonic() < retry_at):
+                    continue
+                seen, retry_at = now, None
+                work()
+            except (StoreError, InputError, OSError) as error:
+                if retry_at is not None and time.monotonic() < retry_at:
+                    continue  # reported already
+                retry_at = time.monotonic() + RETRY_SECONDS
+                logger.info(f"{error} - trying again when something changes, or in {RETRY_SECONDS:g} s")
+        raise Interrupted(interrupted(), "told to stop watching; run the same command again to go on")
+
+
+def _wait(seconds: float, interrupted: Callable[[], int]) -> bool:
+    """Wait, and return whether to go on: False as soon as a signal comes."""
+    until = time.monotonic() + seconds
+    while not interrupted() and time.monotonic() < until:
+        time.sleep(min(SLICE_SECONDS, max(until - time.monotonic(), 0)))
+    return not interrupted()

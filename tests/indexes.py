@@ -22,9 +22,8 @@ from svb.retrieve.index import index as build
 from svb.retrieve.indexing.index_config import IndexConfig
 from svb.retrieve.indexing.index_plan import live_videos
 from svb.retrieve.model.query_embedder import QueryEmbedder
-from svb.retrieve.stored.columns import StringColumn
 from svb.retrieve.stored.manifest import commit, publish_part, read_manifest, read_whole
-from svb.retrieve.stored.segment import Segment, open_segments, write_segment, write_tombstones
+from svb.retrieve.stored.segment import Segment, StringColumn, open_segments, write_segment, write_tombstones
 from svb.train.config import TrainConfig
 
 # Tensors this small are slower on two threads than on one.

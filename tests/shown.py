@@ -25,10 +25,9 @@ from svb.retrieve.server.app import make_app
 from svb.retrieve.server.child_processes import WorkerPool
 from svb.retrieve.server.options import ServeOptions
 from svb.retrieve.server.state import ServerState
-from svb.retrieve.stored.columns import StringColumn
 from svb.retrieve.stored.metadata import publish_metadata
 from svb.retrieve.stored.pools import Pool, publish_pool
-from svb.retrieve.stored.segment import Segment
+from svb.retrieve.stored.segment import Segment, StringColumn
 
 TOPICS = ("boat", "onion", "gull", "film")
 NOISE = 12

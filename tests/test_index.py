@@ -38,9 +38,8 @@ from svb.errors import InputError, MismatchError, StoreError, UsageError
 from svb.retrieve.indexing import embed_segment, index_writer
 from svb.retrieve.indexing.verify_index import verify_index
 from svb.retrieve.stored import manifest as manifest_module
-from svb.retrieve.stored.columns import StringColumn
 from svb.retrieve.stored.manifest import read_manifest, read_whole
-from svb.retrieve.stored.segment import Segment, open_segments
+from svb.retrieve.stored.segment import Segment, StringColumn, open_segments
 from svb.train.run import train
 
 

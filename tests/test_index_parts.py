@@ -18,8 +18,8 @@ from messages import heard
 
 from svb.data.caption_features import read_caption_features, write_caption_features
 from svb.errors import InputError, Interrupted, ModelUnavailableError
+from svb.retrieve.indexing.sidecars import SidecarWatch
 from svb.retrieve.indexing.verify_index import verify_index
-from svb.retrieve.indexing.watch import SidecarWatch
 from svb.retrieve.stored.manifest import read_manifest
 from svb.retrieve.stored.pools import open_pool
 

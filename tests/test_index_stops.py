@@ -21,9 +21,9 @@ from indexes import MOMENTS, add, content, edit_store, frames_of, index, remove,
 from messages import heard
 
 from svb.errors import InputError, Interrupted, MismatchError, StoreError, UsageError
+from svb.retrieve.index import watch
 from svb.retrieve.indexing import embed_segment
 from svb.retrieve.indexing.verify_index import verify_index
-from svb.retrieve.indexing.watch import watch
 from svb.retrieve.stored.manifest import read_manifest
 from svb.train.config import TrainConfig
 from svb.train.run import train
@@ -239,7 +239,7 @@ class TestWatch:
         "error", [StoreError("a shard is damaged"), OSError("the disk is full"), InputError("the table is empty")]
     )
     def test_what_may_pass_is_told_and_tried_again(self, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("svb.retrieve.indexing.watch.RETRY_SECONDS", 0.1)
+        monkeypatch.setattr("svb.retrieve.index.RETRY_SECONDS", 0.1)
         state, runs, said = [0], list[str](), heard()
 
         def work() -> None:

@@ -28,12 +28,11 @@ from svb.retrieve.milvus import milvus_vectors as milvus
 from svb.retrieve.milvus.milvus_mirror import mirror, remove_gone
 from svb.retrieve.milvus.milvus_server import Target, connect, moment_ids, video_keys
 from svb.retrieve.milvus.milvus_vectors import MilvusVectors
-from svb.retrieve.search import Searcher
+from svb.retrieve.search import open_searcher
 from svb.retrieve.searching.rank import Query, rank_videos
 from svb.retrieve.searching.vectors import SegmentVectors
-from svb.retrieve.stored.columns import StringColumn
 from svb.retrieve.stored.manifest import commit
-from svb.retrieve.stored.segment import Segment, open_segments
+from svb.retrieve.stored.segment import Segment, StringColumn, open_segments
 
 milvus_lite = pytest.importorskip(
     "milvus_lite", reason="pip install '.[milvus]': Milvus Lite stands for the server"
@@ -185,7 +184,7 @@ class TestAnswers:
         answers = []
         for vectors in (None, mirror(tmp_path, manifest, uri)):
             commit(tmp_path, {**manifest, "vectors": vectors})
-            searcher = Searcher(tmp_path)
+            searcher = open_searcher(tmp_path)
             answers.append([searcher.search_embedding(query, request) for request in requests])
         for expected, found in zip(*answers, strict=True):
             assert [each.video_id for each in found.results] == [each.video_id for each in expected.results]
@@ -358,18 +357,18 @@ class TestMirror:
         opened = MilvusVectors.open(tmp_path, {**manifest, "vectors": where})
         assert not opened.exact and opened.recall == where["recall"]
         commit(tmp_path, {**manifest, "vectors": where})
-        searcher, query = Searcher(tmp_path), queries(1)[0]
+        searcher, query = open_searcher(tmp_path), queries(1)[0]
         asked = SearchRequest(text="not read", num_captions=0)
         assert not searcher.search_embedding(query, asked).exact
         exact = searcher.search_embedding(query, replace(asked, exact=True))
         commit(tmp_path, {**manifest, "vectors": None})
-        expected = Searcher(tmp_path).search_embedding(query, asked)
+        expected = open_searcher(tmp_path).search_embedding(query, asked)
         assert exact.exact and exact.recall is None
         assert [(r.video_id, r.score) for r in exact.results] == [(r.video_id, r.score) for r in expected.results]
         commit(tmp_path, {**manifest, "vectors": where})
         for path in tmp_path.glob("segments/*/*_embeddings.npy"):
             path.rename(path.with_suffix(".away"))
-        elsewhere = Searcher(tmp_path)
+        elsewhere = open_searcher(tmp_path)
         assert elsewhere.search_embedding(query, asked).results
         with pytest.raises(StoreError, match="an exact search compares all vectors, which do not lie in"):
             elsewhere.search_embedding(query, replace(asked, exact=True))

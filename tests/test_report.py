@@ -21,8 +21,7 @@ from watching import EVIL
 
 from svb.errors import UsageError
 from svb.retrieve.answer import Answer, CaptionResult, Curve, Moment, SearchRequest, VideoResult
-from svb.retrieve.page.page import page_with_nonce
-from svb.retrieve.page.report import write_report
+from svb.retrieve.page.page import page_with_nonce, write_report
 from svb.retrieve.searching.pictures import strip
 
 HOSTILE = "</script><script>window.hacked=1</script><!-- \u2028 & @embedded@ @nonce@"
@@ -148,7 +147,7 @@ def test_a_report_needs_no_torch(clip: Path, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(answer_of(SearchRequest(text="a"), result_of(clip)).as_json()))
     script = (
         "import json, sys; from pathlib import Path; from svb.retrieve.answer import Answer;"
-        "from svb.retrieve.page.report import write_report;"
+        "from svb.retrieve.page.page import write_report;"
         "write_report([Answer.from_json(json.load(open('a.json')))], Path('a.html'), Path('index'));"
         "sys.exit(str([m for m in ('torch', 'h5py', 'pandas', 'scipy', 'faiss') if m in sys.modules]))"
     )

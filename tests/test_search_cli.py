@@ -92,7 +92,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[FakeS
     videos = [("deep/a", str(tmp_path / "a.mp4"), "fair"), ("b", str(tmp_path / "gone\n.mp4"), "weak")]
     monkeypatch.setattr(FakeSearcher, "videos", videos)
     library = ModuleType("svb.retrieve.search")
-    library.Searcher = FakeSearcher  # type: ignore[attr-defined]
+    library.open_searcher = FakeSearcher  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, library.__name__, library)
     monkeypatch.chdir(tmp_path)
     yield FakeSearcher
@@ -347,9 +347,9 @@ def test_the_page_is_written_with_curves(
         written.append((answers, out, index))
         return out
 
-    report = ModuleType("svb.retrieve.page.report")
+    report = ModuleType("svb.retrieve.page.page")
     report.write_report = write_report  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "svb.retrieve.page.report", report)
+    monkeypatch.setitem(sys.modules, "svb.retrieve.page.page", report)
     ran = run_svb("search", "a dog", "--html", "page.html", "--index", "index")
     ((answers, out, index),) = written
     assert (out, index, "wrote page.html" in ran.stderr) == (Path("page.html"), Path("index"), True)

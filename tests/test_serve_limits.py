@@ -20,7 +20,7 @@ from messages import heard
 from serving import FakeSearcher, Serving, key_of
 from starlette.types import Message
 
-from svb.retrieve.server.listening import listening, make_server
+from svb.retrieve.serve import listening, make_server
 
 
 @pytest.fixture(scope="module")

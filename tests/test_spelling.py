@@ -14,9 +14,9 @@ from svb.data.caption_features import read_caption_features
 from svb.data.feature_store import FeatureStore
 from svb.data.importing.import_features import import_features
 from svb.data.text import spelled_as
-from svb.retrieve.searching.filters import _below
-from svb.retrieve.stored.columns import StringColumn
+from svb.retrieve.searching.catalog import _below
 from svb.retrieve.stored.metadata import Metadata
+from svb.retrieve.stored.segment import StringColumn
 
 COMPOSED, APART = "caf\u00e9/\u00fcber", "cafe\u0301/u\u0308ber"
 BOTH_WAYS = pytest.mark.parametrize(("here", "there"), [(COMPOSED, APART), (APART, COMPOSED)])

@@ -16,7 +16,7 @@ from indexes import random_segment, units
 from numpy.typing import NDArray
 
 from svb.retrieve.searching import catalog as catalog_module
-from svb.retrieve.searching import scan as scan_module
+from svb.retrieve.searching import vectors as scan_module
 from svb.retrieve.searching.catalog import Catalog
 from svb.retrieve.searching.vectors import SegmentVectors
 from svb.retrieve.stored.segment import Segment

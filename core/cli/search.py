@@ -126,9 +126,9 @@ class _Asker:
             # numpy's BLAS starts its threads when it is imported, a quarter of what a repeated query takes. FAISS,
             # which scans, has threads of its own, and so has torch.
             os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-            from svb.retrieve.search import Searcher
+            from svb.retrieve.search import open_searcher
 
-            self._searcher = Searcher(self._index, self._device)
+            self._searcher = open_searcher(self._index, self._device)
         found: Answer = self._searcher.search(request)
         return found
 

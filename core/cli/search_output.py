@@ -97,7 +97,7 @@ def _say_of_files(what: str, paths: Sequence[str], remedy: str) -> None:
 
 def write_page(answers: Sequence[Answer], html: Path, index: Path) -> None:
     """Write answers as one page with their pictures."""
-    from svb.retrieve.page.report import write_report
+    from svb.retrieve.page.page import write_report
 
     meter = Meter("videos")
     try:

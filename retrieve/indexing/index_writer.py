@@ -32,12 +32,12 @@ from svb.data.publish import FolderLock
 from svb.data.rows import VideoRecord
 from svb.errors import MismatchError, StoreError
 from svb.retrieve.indexing.index_plan import Place
-from svb.retrieve.stored.columns import StringColumn
 from svb.retrieve.stored.manifest import OLD_PARTS, commit, publish_part, read_manifest, remove_unnamed
 from svb.retrieve.stored.segment import (
     COLUMNS,
     DTYPES,
     Segment,
+    StringColumn,
     open_segment,
     segment_of,
     write_segment,

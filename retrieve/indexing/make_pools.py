@@ -17,8 +17,8 @@ from svb.config import fingerprint
 from svb.data.tables import TableKind, read_table, text_of
 from svb.errors import InputError
 from svb.retrieve.indexing.sidecars import SUFFIXES, Cue, find_sidecars, read_sidecar
-from svb.retrieve.stored.columns import StringColumn
 from svb.retrieve.stored.pools import Pool, SidecarRows
+from svb.retrieve.stored.segment import StringColumn
 
 if TYPE_CHECKING:
     from svb.data.caption_features import CaptionFeatures

@@ -16,10 +16,9 @@ from svb.config import require_same
 from svb.data.publish import hash_file
 from svb.errors import InputError, StoreError, UsageError
 from svb.retrieve.indexing.index_plan import Place, live_videos
-from svb.retrieve.stored.columns import StringColumn
 from svb.retrieve.stored.ivf_file import verify_ivf
 from svb.retrieve.stored.manifest import named_parts, part_folder, read_manifest
-from svb.retrieve.stored.segment import COLUMNS, MomentWindows, Segment, content_of, open_segment
+from svb.retrieve.stored.segment import COLUMNS, MomentWindows, Segment, StringColumn, content_of, open_segment
 
 if TYPE_CHECKING:
     from svb.data.feature_store import FeatureStore

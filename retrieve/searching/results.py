@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 from svb.retrieve.answer import CONFIDENCES, SearchRequest, VideoResult, at_least
 from svb.retrieve.searching.catalog import Catalog
 from svb.retrieve.searching.moments import curve_of, find_moments
-from svb.retrieve.searching.opened import OpenedIndex
 from svb.retrieve.searching.rank import EmbeddedRequest, Found, Query, require_unit_length
 from svb.retrieve.searching.vectors import Vectors
+from svb.retrieve.stored.metadata import Metadata
 
 FAIR = 0.9
 # Among fewer rows than this, chance leaves little room: a single row would always be strong.
@@ -69,30 +69,34 @@ def video_key(video_id: str) -> str:
     return hashlib.sha256(video_id.encode()).hexdigest()[:16]
 
 
-def info_of(opened: OpenedIndex, row: int) -> VideoInfo:
+def info_of(catalog: Catalog, metadata: Metadata, row: int) -> VideoInfo:
     """Return what an index knows about the video in a row."""
-    video_id = opened.catalog.video_id(row)
+    video_id = catalog.video_id(row)
     return VideoInfo(
         video_key(video_id),
         video_id,
-        opened.catalog.source_path(row),
-        opened.catalog.duration_seconds(row),
-        opened.metadata.of(video_id),
-        *opened.catalog.file_state(row),
+        catalog.source_path(row),
+        catalog.duration_seconds(row),
+        metadata.of(video_id),
+        *catalog.file_state(row),
     )
 
 
 def build_results(
-    opened: OpenedIndex, request: SearchRequest, embedded: EmbeddedRequest, found: Sequence[Found]
+    vectors: Vectors,
+    metadata: Metadata,
+    request: SearchRequest,
+    embedded: EmbeddedRequest,
+    found: Sequence[Found],
 ) -> tuple[list[VideoResult], str]:
     """Return the results for the videos that were found, best first, and the confidence of the best of them."""
     if not found:
         return [], CONFIDENCES[-1]
-    vectors = opened.vectors
+    catalog = vectors.catalog
     windows = embedded.query(vectors, "moment")
     ranked = windows if request.ranked_by == "moment" else embedded.query(vectors, request.ranked_by)
     # The spread is that of the whole index, whatever a filter leaves: a video's score means the same with a filter.
-    independent = independent_rows(opened.catalog, request.ranked_by)
+    independent = independent_rows(catalog, request.ranked_by)
     spread = Spread.of(ranked.scores(vectors.background(request.ranked_by)), independent)
     deviation = spread.deviation
     if request.ranked_by != "moment":
@@ -100,7 +104,7 @@ def build_results(
     results = []
     for video in found:
         seconds, scores = _scores_over_time(vectors, video.row, windows)
-        info = info_of(opened, video.row)
+        info = info_of(catalog, metadata, video.row)
         score = float(scores.max())
         if request.ranked_by == "video":
             embedding = vectors.embeddings(np.array([video.row]), by="video")
@@ -116,7 +120,7 @@ def build_results(
                 source_path=info.source_path,
                 duration_seconds=info.duration_seconds,
                 moments=tuple(find_moments(seconds, scores, deviation, request.num_moments)),
-                duplicates=tuple(opened.catalog.video_id(row) for row in video.duplicates),
+                duplicates=tuple(catalog.video_id(row) for row in video.duplicates),
                 metadata=info.metadata,
                 curve=curve_of(seconds, scores) if request.with_curves else None,
                 size_bytes=info.size_bytes,

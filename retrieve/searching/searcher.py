@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import importlib
+import contextlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from svb.errors import InputError, StoreError, UsageError
 from svb.retrieve.answer import Answer, CaptionResult, SearchRequest
-from svb.retrieve.searching.catalog import Catalog
-from svb.retrieve.searching.filters import allowed_videos
-from svb.retrieve.searching.opened import OpenedIndex, ServerVectors, open_index
+from svb.retrieve.model.query_embedder import QueryEmbedder
+from svb.retrieve.searching.catalog import Catalog, allowed_videos
+from svb.retrieve.searching.ivf import open_ivf
 from svb.retrieve.searching.rank import EmbeddedRequest, Found, rank_videos, require_cosines
 from svb.retrieve.searching.results import VideoInfo, build_results, info_of, video_key
-from svb.retrieve.searching.vectors import Vectors
+from svb.retrieve.searching.vectors import CaptionPools, SegmentVectors, Vectors
 from svb.retrieve.stored.manifest import read_manifest, read_whole
+from svb.retrieve.stored.metadata import Metadata
+from svb.retrieve.stored.segment import open_segments
 
 T = TypeVar("T")
-
-# Opens the vectors of an index that a server holds. It is imported by name because it needs this room in turn.
-SERVER = "svb.retrieve.milvus.milvus_vectors"
 
 
 class Searcher:
@@ -37,19 +36,27 @@ class Searcher:
         device: Device that embeds images and videos; texts and the search itself run on the CPU.
         previous: The searcher of another generation of the index. If the model is the same, what it has loaded to
             embed queries is used further, and with it its device.
+        open_server: Opens the vectors of an index whose manifest says that a server searches them.
 
     Raises:
         InputError: There is no index.
         StoreError: It is damaged or has another format.
     """
 
-    def __init__(self, path: Path | str, device: str = "auto", *, previous: Searcher | None = None) -> None:
+    def __init__(
+        self,
+        path: Path | str,
+        device: str = "auto",
+        *,
+        previous: Searcher | None = None,
+        open_server: OpenServer | None = None,
+    ) -> None:
         self.path = Path(path)
-        self._device = device
+        self._device, self._open_server = device, open_server
         embedder = None if previous is None else previous._opened.embedder
         self._opened: OpenedIndex = read_whole(
             self.path,
-            lambda manifest: open_index(self.path, manifest, device, embedder, open_server=_open_server),
+            lambda manifest: _open_index(self.path, manifest, device, embedder, open_server),
         )
         self._seen: tuple[int, int, int] | None = None
 
@@ -71,7 +78,7 @@ class Searcher:
     @property
     def catalog(self) -> Catalog:
         """Return what the index knows about its videos."""
-        return self._opened.catalog
+        return self.vectors.catalog
 
     def __len__(self) -> int:
         """Return the number of videos."""
@@ -107,7 +114,7 @@ class Searcher:
     def video(self, key: str) -> VideoInfo | None:
         """Return what the index knows about a video, by its `video_key`; None if it has no such video."""
         row = self._rows_of_keys.get(key)
-        return None if row is None else info_of(self._opened, row)
+        return None if row is None else info_of(self.catalog, self._opened.metadata, row)
 
     def is_stale(self) -> bool:
         """Tell whether the index has changed since it was opened; False if its manifest cannot be read."""
@@ -130,7 +137,7 @@ class Searcher:
         except StoreError:
             if not self.is_stale():
                 raise
-        return Searcher(self.path, self._device)._ask(question)
+        return Searcher(self.path, self._device, open_server=self._open_server)._ask(question)
 
     def _timed(self, request: SearchRequest, main: NDArray[np.float32] | None = None) -> Answer:
         """Answer a request, and say how long its parts took."""
@@ -184,7 +191,7 @@ class Searcher:
                 vectors, query, request.k, by=request.ranked_by, allowed=allowed, folded=request.fold
             )
         num_videos, num_windows = int(compared.sum()), int(self.catalog.moment_counts[compared].sum())
-        results, confidence = build_results(self._opened, request, embedded, found)
+        results, confidence = build_results(self.vectors, self._opened.metadata, request, embedded, found)
         return Answer(
             request=request,
             results=tuple(results),
@@ -226,6 +233,84 @@ class Searcher:
         return {video_key(video_ids[row]): row for row in np.flatnonzero(self.catalog.alive).tolist()}
 
 
-def _open_server(folder: Path, manifest: Mapping[str, Any]) -> ServerVectors:
-    vectors: ServerVectors = importlib.import_module(SERVER).MilvusVectors.open(folder, manifest)
-    return vectors
+# --- opening
+
+
+@dataclass(frozen=True)
+class OpenedIndex:
+    """One generation of an index: everything a search reads, mapped.
+
+    Attributes:
+        manifest: The manifest of this generation.
+        vectors: All rows, or an approximate index over them.
+        exact_vectors: All rows; equal to `vectors` if the embeddings do not lie here.
+        note: What the user should know about the search; None if nothing.
+    """
+
+    manifest: dict[str, Any]
+    vectors: Vectors
+    exact_vectors: Vectors
+    note: str | None
+    pools: CaptionPools
+    metadata: Metadata
+    embedder: QueryEmbedder
+
+
+class ServerVectors(Vectors, Protocol):
+    """`Vectors` that a server searches; `num_missing` counts the videos that it lacks."""
+
+    @property
+    def num_missing(self) -> int: ...
+
+
+# Opens the vectors of an index, by its folder and manifest.
+OpenServer = Callable[[Path, dict[str, Any]], ServerVectors]
+
+
+def _open_index(
+    folder: Path,
+    manifest: dict[str, Any],
+    device: str,
+    previous: QueryEmbedder | None,
+    open_server: OpenServer | None,
+) -> OpenedIndex:
+    """Map what a manifest names; no vector is read.
+
+    Args:
+        folder: The index's.
+        manifest: The manifest of a generation.
+        device: Device that embeds images and videos.
+        previous: Embedder of another generation on the same device; kept if the model is the same.
+        open_server: Opens the vectors of an index whose manifest says that a server searches them.
+
+    Raises:
+        StoreError: A file is missing or damaged, or a server has the vectors and `open_server` is None.
+    """
+    exact: Vectors
+    approximate: Vectors | None = None
+    note: str | None = None
+    if manifest["vectors"] is not None:
+        if open_server is None:
+            raise StoreError(
+                f"a server has the vectors of {folder} - open the index with svb.retrieve.search.open_searcher"
+            )
+        exact = remote = open_server(folder, manifest)
+        if remote.num_missing:
+            note = f"{remote.num_missing} videos are not on the server yet: `svb index` has not finished"
+        if not remote.exact:
+            approximate = remote
+            with contextlib.suppress(StoreError):  # the embeddings may not be here
+                exact = SegmentVectors(open_segments(folder, manifest))
+    else:
+        segments = open_segments(folder, manifest)
+        exact = SegmentVectors(segments)
+        approximate, note = open_ivf(folder, exact, segments)
+    return OpenedIndex(
+        manifest,
+        approximate or exact,
+        exact,
+        note,
+        CaptionPools(folder, manifest),
+        Metadata.open(folder, manifest),
+        previous if previous is not None and previous.fits(manifest) else QueryEmbedder(folder, manifest, device),
+    )

@@ -1,19 +1,28 @@
-"""The vectors of an index: what a search asks of them, and exact scans of its segments and caption pools."""
+"""The vectors of an index: what a search asks of them, and exact scans of its segments and caption pools.
+
+On the CPU, FAISS reads float16 rows where they lie, so a mapped file is never copied. The GPU's half has only been
+tested with mocks, on machines without a GPU.
+"""
 
 from __future__ import annotations
 
+import functools
+import os
 import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
+import faiss
 import numpy as np
 from numpy.typing import NDArray
 
 from svb.retrieve.answer import CaptionResult
 from svb.retrieve.searching.catalog import Catalog
-from svb.retrieve.searching.scan import GpuScan, Piece, cut_into_pieces, scan
 from svb.retrieve.stored.pools import Pool, open_pool
 from svb.retrieve.stored.segment import Segment
 
@@ -205,3 +214,174 @@ def _pool_of(opened: Sequence[tuple[Pool, list[Piece]]], row: int) -> tuple[Pool
 def _result(pool: Pool, row: int, rank: int, score: float) -> CaptionResult:
     begin, end = (None if np.isnan(edge) else float(edge) for edge in pool.seconds[row])
     return CaptionResult(rank, score, pool.captions[row], pool.name, pool.video_ids[row], begin, end)
+
+
+# --- scans through FAISS
+
+
+# One thread scans this much at a time, in about 2.5 ms: fewer bytes are not worth the hand-over.
+PIECE_BYTES = 64 << 20
+BLOCK = 65536
+# The most that FAISS finds on a GPU at a time.
+MAX_K = 2048
+# Copying all rows to the GPU costs about as much as this many scans on the CPU.
+FIRST_QUERIES = 32
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Neighbouring rows that one thread scans.
+
+    Attributes:
+        begin: The number of its first row among all that are scanned together.
+        rows: `(N, D)` float16, contiguous; `index` points into it.
+        index: FAISS's view of it.
+    """
+
+    begin: int
+    rows: NDArray[np.float16]
+    index: faiss.Index
+
+
+def cut_into_pieces(rows: NDArray[np.float16], begin: int) -> list[Piece]:
+    """Prepare `(N, D)` rows to be scanned, the first of which has the number `begin`; reads none of them."""
+    num_pieces = max(1, -(-rows.nbytes // PIECE_BYTES)) if len(rows) else 0
+    edges = [len(rows) * piece // num_pieces for piece in range(num_pieces + 1)] if num_pieces else []
+    return [
+        Piece(begin + first, part := np.ascontiguousarray(rows[first:end]), _view(part))
+        for first, end in pairwise(edges)
+    ]
+
+
+def scan(
+    pieces: Sequence[Piece], embedding: NDArray[np.float32], k: int, selected: NDArray[np.bool_] | None
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Return the scores and numbers of the k rows with the highest inner product, best first.
+
+    All scans of a process share as many threads as it has cores, however many queries run at once.
+
+    Args:
+        pieces: Of the rows, in order.
+        embedding: `(D,)`.
+        k: How many; fewer if there are fewer rows.
+        selected: By row number, whether it counts; None for all.
+    """
+    masks = [None if selected is None else selected[p.begin : p.begin + len(p.rows)] for p in pieces]
+    jobs = [
+        _threads(os.getpid()).submit(_scan_piece, piece, embedding, k, mask)
+        for piece, mask in zip(pieces, masks, strict=True)
+        if mask is None or mask.any()
+    ]
+    found = [job.result() for job in jobs]
+    if not found:
+        return np.empty(0, np.float32), np.empty(0, np.int64)
+    scores, rows = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    order = np.lexsort((rows, -scores))[:k]
+    return scores[order], rows[order]
+
+
+def _scan_piece(
+    piece: Piece, embedding: NDArray[np.float32], k: int, mask: NDArray[np.bool_] | None
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    params = None
+    if mask is not None and not mask.all():  # a selector costs half as much again as the scan
+        params = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(np.packbits(mask, bitorder="little")))
+    scores, rows = piece.index.search(embedding[None], min(k, len(piece.rows)), params=params)
+    held = rows[0] >= 0
+    return scores[0][held], rows[0][held] + piece.begin
+
+
+@functools.cache
+def _threads(process: int) -> ThreadPoolExecutor:
+    """Return the process's threads; a forked one has none of its parent's and makes its own."""
+    cores = len(os.sched_getaffinity(process)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # One thread for each piece: OpenMP's own threads would compete with the pool's.
+    return ThreadPoolExecutor(cores, "scan", initializer=faiss.omp_set_num_threads, initargs=(1,))
+
+
+def _view(rows: NDArray[np.float16]) -> faiss.Index:
+    """Return an exact inner-product index over rows that stay where they are, and must outlive it.
+
+    A FAISS that cannot use foreign memory copies them.
+    """
+    index = faiss.IndexScalarQuantizer(rows.shape[1], faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+    if not hasattr(faiss, "MaybeOwnedVectorUInt8"):
+        for begin in range(0, len(rows), BLOCK):
+            index.add(np.ascontiguousarray(rows[begin : begin + BLOCK], np.float32))
+        return index
+    pointer = faiss.swig_ptr(rows.view(np.uint8).reshape(-1))
+    # The owner of the empty index is nobody: Python keeps the rows alive, so FAISS need not.
+    index.codes = faiss.MaybeOwnedVectorUInt8.create_view(pointer, rows.nbytes, index.codes.owner)
+    index.ntotal = len(rows)
+    return index
+
+
+class GpuScan:
+    """Scans rows on the first GPU after enough queries; returns None when the CPU must do it.
+
+    Float32 takes twice the memory of the rows, and gives the CPU's scores; FAISS's float16 would round them.
+
+    Args:
+        arrays: `(N, D)` float16 each, numbered through.
+
+    Attributes:
+        is_usable: Whether there is a GPU that has not run out of memory.
+    """
+
+    def __init__(self, arrays: Sequence[NDArray[np.float16]]) -> None:
+        self._arrays = arrays
+        self._lock = threading.Lock()  # FAISS's GPU indexes may not be searched by two threads at once
+        self._queries = 0
+        self._index: Any = None
+        self._is_filling = False
+        self.is_usable = _num_gpus() > 0 and any(len(rows) for rows in arrays)
+
+    def nearest(
+        self, embedding: NDArray[np.float32], k: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]] | None:
+        """Return the scores and numbers of the k rows with the highest inner product, best first."""
+        if not self.is_usable or k > MAX_K or not self._is_ready():
+            return None
+        try:
+            with self._lock:
+                if self._index is None:
+                    return None
+                scores, rows = self._index.search(embedding[None], min(k, self._index.ntotal))
+        except RuntimeError:
+            self._give_up()
+            return None
+        order = np.lexsort((rows[0], -scores[0]))
+        return scores[0][order], rows[0][order]
+
+    def _is_ready(self) -> bool:
+        """Tell whether the GPU has the rows; the first query that makes it worthwhile copies them, others go on."""
+        with self._lock:
+            self._queries += 1
+            if self._queries <= FIRST_QUERIES or self._is_filling:
+                return False
+            if self._index is not None:
+                return True
+            self._is_filling = True
+        try:
+            self._index = self._copy()
+        except RuntimeError:  # above all: not enough memory
+            self._give_up()
+        finally:
+            self._is_filling = False
+        return self.is_usable
+
+    def _give_up(self) -> None:
+        with self._lock:
+            self.is_usable, self._index = False, None
+
+    def _copy(self) -> Any:
+        self._resources = faiss.StandardGpuResources()  # must outlive the index
+        index = faiss.GpuIndexFlatIP(self._resources, self._arrays[0].shape[1])
+        for rows in self._arrays:
+            for begin in range(0, len(rows), BLOCK):
+                index.add(np.ascontiguousarray(rows[begin : begin + BLOCK], np.float32))
+        return index
+
+
+def _num_gpus() -> int:
+    return int(faiss.get_num_gpus()) if hasattr(faiss, "StandardGpuResources") else 0

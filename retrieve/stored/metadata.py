@@ -2,7 +2,7 @@
 
 They lie in `metadata/<key>/` of an index, for the R videos that the table names, sorted by video_id:
 
-video_id                   column of R strings, see `svb.retrieve.stored.columns`
+video_id                   column of R strings, see `svb.retrieve.stored.segment.StringColumn`
 column<i>.npy              (R,) float64 i-th column, if it holds numbers; NaN for a missing one
 column<i>                  i-th column, if it holds text: R strings, empty for a missing one
 """
@@ -25,9 +25,8 @@ from numpy.typing import NDArray
 
 from svb.data.text import plain_name
 from svb.errors import InputError, StoreError
-from svb.retrieve.stored.columns import StringColumn, open_array
 from svb.retrieve.stored.manifest import part_folder, publish_part
-from svb.retrieve.stored.segment import require_sizes
+from svb.retrieve.stored.segment import StringColumn, open_array, require_sizes
 
 logger = logging.getLogger(__name__)
 

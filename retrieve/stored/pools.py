@@ -2,7 +2,7 @@
 
 A pool's files lie in `captions/<key>/` of an index, for C captions:
 
-caption, video_id          columns of C strings, see `columns`; the video_id is empty if not known
+caption, video_id          columns of C strings, see `StringColumn`; the video_id is empty if not known
 seconds.npy                (C, 2) float64, when each is said, half-open; NaN if not known
 caption_embeddings.npy     (C, D) float16, L2-normalised before rounding
 
@@ -24,9 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svb.errors import StoreError
-from svb.retrieve.stored.columns import StringColumn, open_array
 from svb.retrieve.stored.manifest import part_folder, publish_part
-from svb.retrieve.stored.segment import require_sizes
+from svb.retrieve.stored.segment import StringColumn, open_array, require_sizes
 
 KINDS = ("training", "file", "sidecar")
 

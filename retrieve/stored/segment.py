@@ -6,7 +6,7 @@ moment_offsets.npy       (V + 1,) int64, video v owns moments offsets[v]:offsets
 moment_seconds.npy       (M, 2) float64, each moment's half-open interval [begin, end)
 duration_seconds.npy     (V,) float64, NaN if not known
 size_bytes.npy, mtime_ns.npy    (V,) int64, of the extracted file
-video_id, source_path, content_hash    columns of V strings, see `svb.retrieve.stored.columns`
+video_id, source_path, content_hash    columns of V strings, see `StringColumn`
 
 A video that was deleted or changed stays in its segment, and its row is listed in the segment's tombstones,
 `tombstones/<key>/videos.npy`, until the segment is merged.
@@ -14,8 +14,9 @@ A video that was deleted or changed stays in its segment, and its row is listed 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svb.errors import StoreError
-from svb.retrieve.stored.columns import StringColumn, open_array
 
 if TYPE_CHECKING:
     from svb.data.rows import VideoRecord
@@ -261,3 +261,72 @@ def _require_fitting(segment: Segment, entry: Mapping[str, Any], embedding_size:
     for attribute in COLUMNS.values():
         if len(getattr(segment, attribute)) != V:
             raise ValueError(f"{attribute} has {len(getattr(segment, attribute))} values for {V} videos")
+
+
+# --- columns of strings
+
+
+@dataclass(frozen=True)
+class StringColumn:
+    """N strings, mapped from their files or in memory.
+
+    <name>_utf8.npy      (B,) uint8, the strings' UTF-8 one after the other
+    <name>_offsets.npy   (N + 1,) int64, string i is bytes offsets[i]:offsets[i + 1]
+    """
+
+    utf8: NDArray[np.uint8]
+    offsets: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, strings: Iterable[str]) -> StringColumn:
+        """Return a column in memory."""
+        encoded = [string.encode() for string in strings]
+        offsets = np.concatenate([[0], np.cumsum([len(string) for string in encoded])]).astype(np.int64)
+        return cls(np.frombuffer(b"".join(encoded), np.uint8), offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> str:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of a column of {len(self)} strings")
+        return self.utf8[self.offsets[row] : self.offsets[row + 1]].tobytes().decode()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tolist())
+
+    def tolist(self) -> list[str]:
+        """Return all strings; many times faster than row by row."""
+        held, ends = self.utf8.tobytes(), self.offsets.tolist()
+        return [held[begin:end].decode() for begin, end in pairwise(ends)]
+
+    def write(self, folder: Path, name: str) -> None:
+        """Write the column's two files into a folder."""
+        np.save(folder / f"{name}_utf8.npy", self.utf8)
+        np.save(folder / f"{name}_offsets.npy", self.offsets)
+
+    @classmethod
+    def open(cls, folder: Path, name: str) -> StringColumn:
+        """Map a column's files; nothing but their ends is read.
+
+        Raises:
+            OSError: A file is missing.
+            ValueError, EOFError: A file is damaged, or the two do not belong together.
+        """
+        utf8, offsets = (open_array(folder / f"{name}_{kind}.npy") for kind in ("utf8", "offsets"))
+        if utf8.dtype != np.uint8 or offsets.dtype != np.int64 or utf8.ndim != 1 or offsets.ndim != 1:
+            raise ValueError(f"{name} is of {utf8.dtype} and {offsets.dtype}, expected uint8 and int64")
+        if len(offsets) < 1 or offsets[0] != 0 or offsets[-1] != len(utf8):
+            raise ValueError(f"{name}'s offsets do not cover its {len(utf8)} bytes")
+        return cls(utf8, offsets)
+
+
+def open_array(path: Path) -> NDArray[Any]:
+    """Map a .npy file; nothing but its header is read.
+
+    Raises:
+        OSError: It is missing.
+        ValueError, EOFError: It is damaged.
+    """
+    # A plain view: numpy's own memmap class makes every single index many times slower.
+    return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
