@@ -60,6 +60,26 @@ def toy_backbones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FAMILIES, "toy", "toy_backbone")
 
 
+@pytest.fixture
+def decodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that gets the number of videos with every decode that ends."""
+    from svb.extract.pool.decode_pool import DecodePool, WorkSource
+    from svb.extract.pool.worker import Message, Started
+
+    counts: list[int] = []
+    pool_run = DecodePool.run
+
+    def counted(pool: DecodePool, source: WorkSource) -> Iterator[tuple[int, Message]]:
+        started = 0
+        for position, message in pool_run(pool, source):
+            started += isinstance(message, Started)
+            yield position, message
+        counts.append(started)
+
+    monkeypatch.setattr(DecodePool, "run", counted)
+    return counts
+
+
 @pytest.fixture(scope="session")
 def clips_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder of four clips of 1 to 4 s, one of them in a sub-folder. Not to be written to."""
