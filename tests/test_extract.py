@@ -181,18 +181,17 @@ class TestResume:
         run(folder, tmp_path / "at-once")
         assert_same_bytes(out, tmp_path / "at-once")
 
-    def test_a_changed_file_is_extracted_again(self, folder: Path, tmp_path: Path) -> None:
-        run(folder, tmp_path / "out")
-        before = features(tmp_path / "out")
-        old = FeatureStore(tmp_path / "out").records["a"]
+    def test_a_changed_file_is_extracted_again(self, folder: Path, out: Path) -> None:
+        before = features(out)
+        old = FeatureStore(out).records["a"]
         clips.make_clip(folder / "a.mp4", seconds=3, filters="hflip")
-        assert num_extracted(folder, tmp_path / "out") == 1
-        after, new = features(tmp_path / "out"), FeatureStore(tmp_path / "out").records["a"]
+        assert num_extracted(folder, out) == 1
+        after, new = features(out), FeatureStore(out).records["a"]
         assert len(after["a"]) == 3
         assert new.content_hash != old.content_hash
         np.testing.assert_array_equal(before["b"], after["b"])
-        assert len(FeatureStore(tmp_path / "out").shards) == 1
-        assert len(FeatureStore(tmp_path / "out").shards[0].records) == 4
+        assert len(FeatureStore(out).shards) == 1
+        assert len(FeatureStore(out).shards[0].records) == 4
 
     def test_failed_videos_are_taken_up_only_when_asked(self, folder: Path, tmp_path: Path) -> None:
         shutil.copy(folder / "a.mp4", folder / "aside")
@@ -208,22 +207,20 @@ class TestResume:
         assert len(FeatureStore(tmp_path / "out").records) == 4
 
     def test_a_folder_is_known_by_another_path_and_name(
-        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, folder: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        run(folder, tmp_path / "out")
         (tmp_path / "elsewhere").mkdir()
         monkeypatch.chdir(tmp_path / "elsewhere")
         (tmp_path / "link").symlink_to(folder)
         for name in (Path("../clips"), tmp_path / "link"):
-            assert run(name, tmp_path / "out")[-1].startswith("nothing to do: all 4")
+            assert run(name, out)[-1].startswith("nothing to do: all 4")
         folder.rename(tmp_path / "moved")
-        assert run(tmp_path / "moved", tmp_path / "out")[-1].startswith("nothing to do: all 4")
+        assert run(tmp_path / "moved", out)[-1].startswith("nothing to do: all 4")
 
     def test_other_settings_are_refused_before_a_network_is_loaded(
-        self, clips_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        run(clips_folder, tmp_path / "out")
-        before = shards(tmp_path / "out")
+        before = shards(out)
         monkeypatch.setattr(run_module, "load_backbone", None)
         for options, words in (
             ({"fps": 2.0}, "sampling.fps: stored 1.0, wanted 2.0"),
@@ -232,10 +229,10 @@ class TestResume:
             ({"precision": "bfloat16"}, r"precision: stored 'float32', wanted 'bfloat16'"),
         ):
             with pytest.raises(MismatchError, match=words):
-                run(clips_folder, tmp_path / "out", **options)
+                run(folder, out, **options)
         with pytest.raises(MismatchError, match=r"backbones: stored \['toy:frames'\], wanted \['toy:wide'\]"):
-            run(clips_folder, tmp_path / "out", WIDE)
-        assert shards(tmp_path / "out") == before
+            run(folder, out, WIDE)
+        assert shards(out) == before
 
 
 class TestClips:
