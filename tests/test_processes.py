@@ -211,6 +211,7 @@ def test_a_command_that_torchrun_starts_is_interrupted_and_goes_on(task: Task, t
 def test_an_error_ends_all_processes_with_its_message(task: Task, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert run_to_its_end(svb_train(task, out, "--epochs", 1)).returncode == 0
+    assert len(list((out / "tensorboard").iterdir())) == 1, "the first process alone writes"
     before = contents(out)
     done = run_to_its_end(svb_train(task, out, "--epochs", 1, "--seed", 5))
     assert done.returncode == 1
