@@ -67,7 +67,7 @@ def test_learns_a_task(task: Task, tmp_path: Path, options: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize(
-    ("variant", "caption_sampling"), zip(VARIANTS, itertools.cycle(CAPTION_SAMPLING), strict=False)
+    ("variant", "caption_sampling"), [*zip(VARIANTS, itertools.cycle(CAPTION_SAMPLING), strict=False)]
 )
 def test_every_variant_trains(task: Task, tmp_path: Path, variant: str, caption_sampling: str) -> None:
     config = small(variant=variant, caption_sampling=caption_sampling, epochs=2, memory_bank=10)
