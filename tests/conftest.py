@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -60,6 +61,26 @@ def toy_backbones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FAMILIES, "toy", "toy_backbone")
 
 
+@pytest.fixture
+def decodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that gets the number of videos with every decode that ends."""
+    from svb.extract.pool.decode_pool import DecodePool, WorkSource
+    from svb.extract.pool.worker import Message, Started
+
+    counts: list[int] = []
+    pool_run = DecodePool.run
+
+    def counted(pool: DecodePool, source: WorkSource) -> Iterator[tuple[int, Message]]:
+        started = 0
+        for position, message in pool_run(pool, source):
+            started += isinstance(message, Started)
+            yield position, message
+        counts.append(started)
+
+    monkeypatch.setattr(DecodePool, "run", counted)
+    return counts
+
+
 @pytest.fixture(scope="session")
 def clips_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder of four clips of 1 to 4 s, one of them in a sub-folder. Not to be written to."""
@@ -85,6 +106,33 @@ def extracted_store(clips_folder: Path, tmp_path_factory: pytest.TempPathFactory
 
     config = ExtractConfig(("offline:efficientnet-lite0",), precision="float32", workers=1, batch_size=4)
     return extract([clips_folder], tmp_path_factory.mktemp("store") / "features", config)
+
+
+@pytest.fixture(scope="session")
+def toy_store(clips_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a feature store of `clips_folder` as `extraction.run` makes it. Not to be written to."""
+    import extraction
+
+    from svb.extract.backbones import FAMILIES
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAMILIES, "toy", "toy_backbone")
+        extraction.run(clips_folder, out := tmp_path_factory.mktemp("toy") / "features")
+    return out
+
+
+@pytest.fixture
+def out(toy_store: Path, clips_folder: Path, folder: Path, tmp_path: Path) -> Path:
+    """Return a store of `folder` that the test may change: what `extraction.run` would make, in no time."""
+    from svb.data.feature_store import FeatureStore
+    from svb.data.feature_store_writer import FeatureStoreWriter
+
+    made = FeatureStore(toy_store)
+    with FeatureStoreWriter(tmp_path / "out", made.settings, {}) as writer:
+        for video_id, record in made.records.items():
+            path = folder / Path(record.source_path).relative_to(clips_folder)
+            writer.add(dataclasses.replace(record, source_path=str(path)), made.rows_of(video_id))
+    return tmp_path / "out"
 
 
 @pytest.fixture

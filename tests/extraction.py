@@ -33,6 +33,13 @@ def run(
     return messages
 
 
+def num_extracted(videos: Path, out: Path, *backbones: str, **options: Any) -> int:
+    """Extract; returns how many videos there were to do."""
+    counts = [0]
+    run(videos, out, *backbones, on_progress=lambda progress: counts.append(progress.num_videos), **options)
+    return counts[-1]
+
+
 def statuses(out: Path) -> dict[str, str]:
     return {video_id: record.status for video_id, record in FeatureStore(out).records.items()}
 
@@ -45,6 +52,15 @@ def features(out: Path, backbone: str = FRAMES) -> dict[str, NDArray[np.float16]
     loaded = FeatureStore(out).load(backbone)
     spans = zip(loaded.offsets[:-1], loaded.offsets[1:], strict=True)
     return {v: loaded.features[begin:end] for v, (begin, end) in zip(loaded.video_ids, spans, strict=True)}
+
+
+def assert_same_bytes(out: Path, other: Path, *backbones: str) -> None:
+    for backbone in backbones or (FRAMES,):
+        one, two = (
+            {video_id: rows.tobytes() for video_id, rows in features(folder, backbone).items()}
+            for folder in (out, other)
+        )
+        assert one == two
 
 
 def times(out: Path, video_id: str, backbone: str = FRAMES) -> list[float]:

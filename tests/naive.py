@@ -5,9 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
-T = TypeVar("T")
 Matrix = Sequence[Sequence[float]]
 Mask = Sequence[Sequence[bool]]
 
@@ -202,10 +201,6 @@ def paired_t_p(differences: Sequence[float]) -> float:
 
 def dot(a: Sequence[float], b: Sequence[float]) -> float:
     return sum(x * y for x, y in zip(a, b, strict=True))
-
-
-def transpose(matrix: Sequence[Sequence[T]]) -> list[list[T]]:
-    return [list(column) for column in zip(*matrix, strict=True)]
 
 
 def info_nce(positive: float, negatives: Sequence[float], logit_scale: float) -> float:

@@ -10,7 +10,9 @@ from typing import Any
 
 import synthetic
 
+from svb.data.description import publish_description
 from svb.train.config import TrainConfig
+from svb.train.run import read_run
 
 SMALL = TrainConfig(
     embedding_size=32,
@@ -69,3 +71,15 @@ def kill_after(epochs: int) -> Callable[[dict[str, float]], None]:
             raise Killed
 
     return on_epoch
+
+
+def change_config(run: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change what a run's config.json says, as if it had been written so."""
+    description = read_run(run)
+    change(description)
+    publish_description(run / "config.json", {k: v for k, v in description.items() if k != "format_version"})
+
+
+def as_of_an_older_svb(description: dict[str, Any]) -> None:
+    """Give an option the name that it once had."""
+    description["config"]["decoder"] = description["config"].pop("caption_decoder")

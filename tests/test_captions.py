@@ -179,15 +179,6 @@ def test_splits_ids_and_order_are_kept(letters: Letters, tmp_path: Path) -> None
     assert kept.has_split
 
 
-def test_parquet_reads_like_csv(tmp_path: Path) -> None:
-    import pandas as pd
-
-    rows = {"video_id": ["a", "b"], "caption": ["a dog", "a cat"], "split": ["train", None]}
-    pd.DataFrame(rows).to_parquet(tmp_path / "t.parquet")
-    (tmp_path / "t.csv").write_text("video_id,caption,split\na,a dog,train\nb,a cat,\n")
-    assert read_caption_table(tmp_path / "t.parquet") == read_caption_table(tmp_path / "t.csv")
-
-
 def without_rows(file: h5py.File) -> None:
     del file[NAME]["features"]
     file[NAME]["features"] = np.zeros((1, 5), np.float16)
@@ -233,5 +224,4 @@ def test_the_offline_encoder_end_to_end(tmp_path: Path) -> None:
     read = read_caption_features(tmp_path / "c.h5")
     assert read.text_encoder == "offline:minilm-l6" and read.features.shape == (3, 384)
     np.testing.assert_array_equal(read.features[0], read.features[2])
-    norms = np.linalg.norm(read.features.astype(np.float32), axis=1)
-    assert (norms > 0).all()
+    assert read.features.any(axis=1).all()

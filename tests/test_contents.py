@@ -9,7 +9,7 @@ from pathlib import Path
 import clips
 import numpy as np
 import pytest
-from extraction import FRAMES, features, run, statuses
+from extraction import FRAMES, features, num_extracted, run, statuses
 
 from svb.data.feature_store import FeatureStore, verify_store
 from svb.data.rows import VideoRecord
@@ -27,47 +27,43 @@ def frames_decoded(videos: Path | list[Path], out: Path, **options: object) -> t
 
 
 class TestRenamed:
-    def test_a_renamed_file_is_not_decoded_again(self, folder: Path, tmp_path: Path) -> None:
-        run(folder, tmp_path / "out")
-        before = features(tmp_path / "out")
+    def test_a_renamed_file_is_not_decoded_again(self, folder: Path, out: Path) -> None:
+        before = features(out)
         (folder / "a.mp4").rename(folder / "z.mp4")
-        frames, messages = frames_decoded(folder, tmp_path / "out")
+        frames, messages = frames_decoded(folder, out)
         assert frames == 0
         assert "not decoded, because their content is known: 1 renamed, 0 duplicates" in messages
-        after = features(tmp_path / "out")
+        after = features(out)
         assert set(after) == {"z", "b", "c", "deep/d"}
         np.testing.assert_array_equal(after["z"], before["a"])
-        record = FeatureStore(tmp_path / "out").records["z"]
+        record = FeatureStore(out).records["z"]
         assert record.source_path == str(folder / "z.mp4")
-        assert verify_store(tmp_path / "out") == []
-        assert run(folder, tmp_path / "out")[-1].startswith("nothing to do")
+        assert verify_store(out) == []
+        assert run(folder, out)[-1].startswith("nothing to do")
 
-    def test_two_new_names_of_one_vanished_file(self, folder: Path, tmp_path: Path) -> None:
-        run(folder, tmp_path / "out")
-        before = features(tmp_path / "out")["a"]
+    def test_two_new_names_of_one_vanished_file(self, folder: Path, out: Path) -> None:
+        before = features(out)["a"]
         shutil.copy(folder / "a.mp4", folder / "y.mp4")
         (folder / "a.mp4").rename(folder / "z.mp4")
-        frames, messages = frames_decoded(folder, tmp_path / "out")
+        frames, messages = frames_decoded(folder, out)
         assert frames == 0
         assert "not decoded, because their content is known: 1 renamed, 1 duplicates" in messages
-        after = features(tmp_path / "out")
+        after = features(out)
         assert "a" not in after and after["y"].tobytes() == after["z"].tobytes() == before.tobytes()
 
-    def test_a_file_that_was_only_touched_is_not_decoded_again(self, folder: Path, tmp_path: Path) -> None:
-        run(folder, tmp_path / "out")
+    def test_a_file_that_was_only_touched_is_not_decoded_again(self, folder: Path, out: Path) -> None:
         os.utime(folder / "a.mp4", ns=(1, 1))
-        frames, messages = frames_decoded(folder, tmp_path / "out")
+        frames, messages = frames_decoded(folder, out)
         assert frames == 0 and not any("known" in message for message in messages)
-        assert FeatureStore(tmp_path / "out").records["a"].mtime_ns == 1
-        assert run(folder, tmp_path / "out")[-1].startswith("nothing to do")
+        assert FeatureStore(out).records["a"].mtime_ns == 1
+        assert run(folder, out)[-1].startswith("nothing to do")
 
-    def test_old_content_under_a_new_name_is_not_mixed_up_with_the_new(self, folder: Path, tmp_path: Path) -> None:
-        run(folder, tmp_path / "out")
-        before = features(tmp_path / "out")
+    def test_old_content_under_a_new_name_is_not_mixed_up_with_the_new(self, folder: Path, out: Path) -> None:
+        before = features(out)
         (folder / "a.mp4").rename(folder / "old-a.mp4")
         clips.make_clip(folder / "a.mp4", seconds=3, filters="hflip")
-        run(folder, tmp_path / "out")
-        after = features(tmp_path / "out")
+        run(folder, out)
+        after = features(out)
         assert after["old-a"].tobytes() == before["a"].tobytes()
         assert len(after["a"]) == 3 and len(before["a"]) == 1
 
@@ -87,11 +83,10 @@ class TestDuplicates:
         paths = {record.source_path for record in FeatureStore(tmp_path / "out").records.values()}
         assert len(paths) == 7
 
-    def test_a_copy_of_what_was_extracted_before(self, folder: Path, tmp_path: Path) -> None:
-        run(folder, tmp_path / "out")
+    def test_a_copy_of_what_was_extracted_before(self, folder: Path, out: Path) -> None:
         shutil.copy(folder / "b.mkv", folder / "copy.mkv")
-        frames, _ = frames_decoded(folder, tmp_path / "out")
-        rows = features(tmp_path / "out")
+        frames, _ = frames_decoded(folder, out)
+        rows = features(out)
         assert frames == 0 and rows["copy"].tobytes() == rows["b"].tobytes()
 
     def test_copies_of_a_failure_fail_alike_and_are_tried_again_together(
@@ -110,13 +105,10 @@ class TestDuplicates:
         (folder / "x.mp4").write_text("no video")
         (folder / "y.mp4").touch()
         run(folder, tmp_path / "out")
-        done: list[int] = []
-        run(folder, tmp_path / "out", retry_failed="empty", on_progress=lambda p: done.append(p.num_videos))
+        assert num_extracted(folder, tmp_path / "out", retry_failed="empty") == 1
         records = FeatureStore(tmp_path / "out").records
-        assert done[-1] == 1
-        assert [(records[name].status, records[name].tries) for name in ("x", "y")] == [
-            *(("unreadable", 1), ("empty", 2))
-        ]
+        tries = [(records[name].status, records[name].tries) for name in ("x", "y")]
+        assert tries == [("unreadable", 1), ("empty", 2)]
 
 
 class TestVanished:
@@ -141,13 +133,12 @@ class TestVanished:
         assert set(statuses(tmp_path / "out")) == set(features(tmp_path / "out")) == {"b", "c", "new"}
         assert verify_store(tmp_path / "out") == []
 
-    def test_a_pruned_video_may_come_back(self, folder: Path, tmp_path: Path) -> None:
-        run(folder, tmp_path / "out")
+    def test_a_pruned_video_may_come_back(self, folder: Path, out: Path, tmp_path: Path) -> None:
         (folder / "a.mp4").rename(tmp_path / "a.mp4")
-        run(folder, tmp_path / "out", prune=True)
+        run(folder, out, prune=True)
         (tmp_path / "a.mp4").rename(folder / "a.mp4")
-        frames, _ = frames_decoded(folder, tmp_path / "out")
-        assert frames == 1 and set(statuses(tmp_path / "out")) == {"a", "b", "c", "deep/d"}
+        frames, _ = frames_decoded(folder, out)
+        assert frames == 1 and set(statuses(out)) == {"a", "b", "c", "deep/d"}
 
     def test_videos_of_other_folders_are_left_alone(self, folder: Path, tmp_path: Path) -> None:
         (tmp_path / "other").mkdir()

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -126,19 +123,3 @@ def scalars_in_order(run: Path) -> dict[str, list[tuple[int, float]]]:
     for number, file in enumerate(files):
         file.rename(file.with_name(f"events.out.tfevents.{number:010}.test"))
     return scalars(run)
-
-
-@pytest.mark.slow
-def test_of_processes_started_together_the_first_alone_writes(task: Task, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    options = {"embedding-size": 8, "decoder-size": 8, "decoder-layers": 1, "batch-size": 4, "epochs": 2}
-    given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    command += ["-m", "svb", "train", *map(str, task), "-o", str(run), *given, "--device", "cpu"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr
-    assert len(list((run / "tensorboard").iterdir())) == 1
-    assert_scalars_are_the_metrics(run)
-    assert picture(run).any()

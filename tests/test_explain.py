@@ -23,10 +23,9 @@ from conftest import RunSvb
 from messages import heard
 from numpy.typing import NDArray
 from PIL import Image
-from runs import tiny
+from runs import as_of_an_older_svb, change_config, tiny
 
 from svb.data.caption_features import read_caption_features
-from svb.data.description import publish_description
 from svb.data.feature_store import FeatureStore
 from svb.errors import InputError
 from svb.extract.backbones import FAMILIES as BACKBONES
@@ -44,15 +43,8 @@ from svb.train.training_data import FrameTable
 torch.set_num_threads(1)
 
 CPU = torch.device("cpu")
-TRAIN = {
-    "v0": (250, 20, 20),
-    "v1": (20, 250, 20),
-    "v2": (20, 20, 250),
-    "v3": (250, 250, 20),
-    "v4": (250, 20, 250),
-    "v5": (20, 250, 250),
-    "gone": (120, 120, 120),
-}
+COLOURS = [(250, 20, 20), (20, 250, 20), (20, 20, 250), (250, 250, 20), (250, 20, 250), (20, 250, 250)]
+TRAIN = {**{f"v{number}": colour for number, colour in enumerate(COLOURS)}, "gone": (120, 120, 120)}
 VAL = {"w0": (250, 120, 20), "w1": (120, 20, 250), "w2": (20, 120, 120)}
 ODD = """<script>alert("1")</script> & 100% 'sure' {of} $\\nothing{$ 50%"""
 ODD_ON_VAL = "$a$ <b>bold</b> $\\frac"
@@ -118,10 +110,8 @@ def explained(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Explanation]:
 
 
 def video_embeddings(world: World, run: Path, video_ids: list[str]) -> list[list[float]]:
-    loaded = FeatureStore(world.store).load("toy:frames", video_ids)
-    embeddings: list[list[float]] = (
-        run_embedder(run, "best", CPU).embed_videos(FrameTable.of(loaded, 32, CPU)).tolist()
-    )
+    frames = FrameTable.of(FeatureStore(world.store).load("toy:frames", video_ids), 32, CPU)
+    embeddings: list[list[float]] = run_embedder(run, "best", CPU).embed_videos(frames).tolist()
     return embeddings
 
 
@@ -400,10 +390,7 @@ def test_the_command(world: World, run_svb: RunSvb, tmp_path: Path) -> None:
     run = world.run("none")
     ran = run_svb("explain", run, "a dog", "-k", 2, "--support-size", 0, "--checkpoint", "last")
     assert ran.exit_code == 0 and ran.stdout == f"{run / 'explain' / 'index.html'}\n"
-    held = read_run(run)
-    held["config"]["decoder"] = held["config"].pop("caption_decoder")  # as runs of an older svb have it
-    del held["format_version"]
-    publish_description(run / "config.json", held)
+    change_config(run, as_of_an_older_svb)
     moved = json.loads((run / "config.json").read_text())["paths"]
     options = ("--store", moved["store"], "--captions", moved["captions"], "-o", tmp_path / "out")
     ran = run_svb("explain", run, "--video", "v2", *options)

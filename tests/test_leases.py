@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -25,8 +24,8 @@ from svb.extract.together.leases import RANK_VARIABLES, Leases, rank_and_world, 
 
 # A noisy machine may not run a thread for tenths of a second: where a live holder must keep its lease, it has
 # STALE of them; where one is to become stale, its file is dated back instead of waiting.
-HEARTBEAT, STALE = 0.1, 3.0
-PATIENCE_SECONDS = 60.0
+HEARTBEAT, STALE = 0.1, 30.0
+PATIENCE_SECONDS = 300.0
 SPAWN = multiprocessing.get_context("spawn")
 
 
@@ -113,31 +112,28 @@ def kill(process: BaseProcess, number: int) -> None:
     os.kill(process.pid, number)
 
 
+def work_together(start: Start, folder: Path, num_workers: int, stale: float) -> dict[str, int]:
+    """Have several processes do all units; returns how often each was done."""
+    done = folder.parent / "done"
+    done.mkdir()
+    for worker in [start(work, folder, done, rank, num_workers, stale) for rank in range(num_workers)]:
+        worker.join(PATIENCE_SECONDS)
+        assert worker.exitcode == 0
+    assert list(folder.iterdir()) == []
+    return {path.name: len(path.read_text().split()) for path in done.iterdir()}
+
+
 class TestManyProcesses:
     def test_every_unit_is_done_exactly_once(self, start: Start, tmp_path: Path) -> None:
-        folder, done = tmp_path / "leases", tmp_path / "done"
-        done.mkdir()
-        workers = [start(work, folder, done, rank, 4, STALE) for rank in range(4)]
-        for worker in workers:
-            worker.join(PATIENCE_SECONDS)
-            assert worker.exitcode == 0
-        assert sorted(path.name for path in done.iterdir()) == sorted(unit.key for unit in units(planned(200), 1))
-        assert all(len(path.read_text().split()) == 1 for path in done.iterdir())
-        assert list(folder.iterdir()) == []
+        keys = [unit.key for unit in units(planned(200), 1)]
+        assert work_together(start, tmp_path / "leases", 4, STALE) == dict.fromkeys(keys, 1)
 
     def test_others_finish_what_a_killed_process_held(self, start: Start, tmp_path: Path) -> None:
-        folder, done = tmp_path / "leases", tmp_path / "done"
-        done.mkdir()
-        held = [unit.key for unit in units(planned(200), 1)[::40]]
-        holder, _ = start_holder(start, folder, held, 0.8)
+        keys = [unit.key for unit in units(planned(200), 1)]
+        holder, _ = start_holder(start, tmp_path / "leases", keys[::40], 0.8)
         kill(holder, signal.SIGKILL)
-        workers = [start(work, folder, done, rank, 2, 0.8) for rank in range(2)]
-        for worker in workers:
-            worker.join(PATIENCE_SECONDS)
-            assert worker.exitcode == 0
-        counts = Counter(path.name for path in done.iterdir() for _ in path.read_text().split())
-        assert len(counts) == 200 and all(counts[key] >= 1 for key in held)
-        assert list(folder.iterdir()) == []
+        # One that gets no time for so long is robbed, and does a unit again.
+        assert work_together(start, tmp_path / "leases", 2, 0.8).keys() == set(keys)
 
     def test_a_suspended_holder_notices_that_it_was_robbed(self, start: Start, tmp_path: Path) -> None:
         holder, connection = start_holder(start, tmp_path, ["a", "b"], 0.5)

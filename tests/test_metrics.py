@@ -47,13 +47,6 @@ def test_the_conventions_differ_where_a_video_has_several_captions() -> None:
     assert v2t_ranks(similarity, caption_video, "best").tolist() == [3, 1]
 
 
-def test_one_caption_a_video_makes_the_conventions_equal() -> None:
-    similarity = np.random.default_rng(0).integers(0, 4, size=(12, 12)).astype(np.float32)
-    caption_video = np.random.default_rng(1).permutation(12)
-    ranks = [v2t_ranks(similarity, caption_video, convention) for convention in ("set", "best")]
-    np.testing.assert_array_equal(*ranks)
-
-
 def test_a_collapsed_model_scores_chance() -> None:
     metrics = retrieval_metrics(np.full((200, 100), 0.5, np.float32), np.arange(200) % 100)
     for direction in ("t2v", "v2t"):
@@ -61,18 +54,6 @@ def test_a_collapsed_model_scores_chance() -> None:
         assert [metrics[f"{direction}/R@{k}"] for k in (1, 5, 10, 50)] == [0, 0, 0, 0]
     best = retrieval_metrics(np.full((200, 100), 0.5, np.float32), np.arange(200) % 100, "best")
     assert best["v2t/MeanR"] == 100.0  # 198 captions of other videos, all equal
-
-
-def test_no_order_of_captions_or_videos_changes_a_number() -> None:
-    similarity, caption_video = make_similarity(5, levels=3)
-    random = np.random.default_rng(0)
-    captions, videos = random.permutation(30), random.permutation(9)
-    shuffled = similarity[np.ix_(captions, videos)]
-    moved = np.argsort(videos)[caption_video[captions]]
-    for convention in ("set", "best"):
-        assert retrieval_metrics(similarity, caption_video, convention) == pytest.approx(
-            retrieval_metrics(shuffled, moved, convention)
-        )
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -102,29 +83,6 @@ def test_the_refusal_says_whose_fault_it_is(captions: slice | int, videos: slice
         t2v_ranks(similarity, caption_video)
 
 
-@pytest.mark.parametrize("convention", ["set", "best"])
-@pytest.mark.parametrize("levels", [1, 3])
-def test_ranks_are_the_mean_over_all_ways_to_break_ties(levels: int, convention: str) -> None:
-    """A rank lies midway between the best and the worst that any order of equal candidates could give."""
-    similarity, caption_video = make_similarity(3, levels=levels)
-    own = np.zeros(similarity.shape, bool)
-    own[np.arange(30), caption_video] = True
-    # Levels are 1 apart, so this moves own candidates past their equals and past nothing else.
-    hopeful, fearful = similarity + 0.25 * own, similarity - 0.25 * own
-    for ranks in (
-        lambda values: t2v_ranks(values, caption_video),
-        lambda values: v2t_ranks(values, caption_video, convention),
-    ):
-        np.testing.assert_array_equal(ranks(similarity), (ranks(hopeful) + ranks(fearful)) / 2)
-
-
-def test_no_increasing_function_changes_a_number() -> None:
-    similarity, caption_video = make_similarity(4, levels=4)
-    for convention in ("set", "best"):
-        plain = retrieval_metrics(similarity, caption_video, convention)
-        assert retrieval_metrics(np.exp(3 * similarity) - 7, caption_video, convention) == plain
-
-
 def test_what_cannot_be_ranked_is_refused() -> None:
     for shape, captions in (((3, 2), 4), ((6,), 6), ((0, 3), 0)):
         with pytest.raises(InputError, match=r"expected \(captions, videos\)"):
@@ -138,14 +96,9 @@ def test_what_cannot_be_ranked_is_refused() -> None:
 
 
 def test_summary_of_known_ranks() -> None:
-    assert summarise(np.array([1, 1.5, 5, 10, 51])) == {
-        "R@1": 20.0,
-        "R@5": 60.0,
-        "R@10": 80.0,
-        "R@50": 80.0,
-        "MedR": 5.0,
-        "MeanR": pytest.approx(13.7),
-    }
+    recalls = {"R@1": 20.0, "R@5": 60.0, "R@10": 80.0, "R@50": 80.0}
+    expected = {**recalls, "MedR": 5.0, "MeanR": pytest.approx(13.7)}
+    assert summarise(np.array([1, 1.5, 5, 10, 51])) == expected
 
 
 def test_a_perfect_model_has_the_highest_recall_sum() -> None:
@@ -159,10 +112,7 @@ def test_a_perfect_model_has_the_highest_recall_sum() -> None:
 def test_the_published_matrix_gives_the_published_numbers(convention: str) -> None:
     similarity = np.load(PUBLISHED)
     metrics = retrieval_metrics(similarity, np.arange(1000), convention)
-    expected = {
-        "t2v": (48.0, 73.0, 82.9, 95.1, 2, 13.129),
-        "v2t": (45.6, 74.1, 82.7, 97.1, 2, 8.680),
-    }
+    expected = {"t2v": (48.0, 73.0, 82.9, 95.1, 2, 13.129), "v2t": (45.6, 74.1, 82.7, 97.1, 2, 8.680)}
     for direction, values in expected.items():
         names = ("R@1", "R@5", "R@10", "R@50", "MedR", "MeanR")
         assert [metrics[f"{direction}/{name}"] for name in names] == pytest.approx(values, abs=1e-9)

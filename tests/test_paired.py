@@ -66,12 +66,9 @@ def test_means_are_those_of_the_metrics() -> None:
     queries = make_queries([2] * 30)
     a, b = ([random_ranks(queries, random) for _ in range(3)] for _ in range(2))
     for difference in paired_differences(a, b, resamples=10):
-        assert difference.a == pytest.approx(
-            np.mean([ranks_metrics(ranks.t2v, ranks.v2t)[difference.metric] for ranks in a])
-        )
-        assert difference.b == pytest.approx(
-            np.mean([ranks_metrics(ranks.t2v, ranks.v2t)[difference.metric] for ranks in b])
-        )
+        for side, value in ((a, difference.a), (b, difference.b)):
+            metrics = [ranks_metrics(ranks.t2v, ranks.v2t)[difference.metric] for ranks in side]
+            assert value == pytest.approx(np.mean(metrics))
         assert difference.num_pairs == 3
     assert {d.metric for d in paired_differences(a, b, resamples=1)} == {*RECALLS}
 

@@ -41,11 +41,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "margins and embedding": {**WORDS_AND_MARGINS, "rebuild": "embedding", "negatives": "mean"},
     "memory bank of tokens": {"memory_bank": 20, "caption_sampling": "all", "learn_logit_scale": False},
     "memory bank of embeddings": {
-        "memory_bank": 7,
-        "rebuild": "embedding",
-        "support_values": "pooled",
-        "variant": "full",
-        "loss": "max_margin",
+        **{"memory_bank": 7, "rebuild": "embedding", "support_values": "pooled"},
+        **{"variant": "full", "loss": "max_margin"},
     },
     # Of 15 captions 1 is rebuilt, so that all processes but one have none.
     "one caption of tokens": {"decode_fraction": 0.05},
@@ -86,13 +83,7 @@ def together(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
                 train_together.train_all(plan, Processes())
             return out
         (out / "plan.json").write_text(json.dumps({**plan, "interrupted": ["interrupted"]}))
-        done = subprocess.run(
-            torchrun(world, str(DRIVER), out / "plan.json"),
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+        done = run_to_its_end(torchrun(world, str(DRIVER), out / "plan.json"))
         assert done.returncode == 0, done.stderr
         return out
 
@@ -148,18 +139,6 @@ def test_a_gather_carries_the_gradients_of_all_processes(world: int, together: C
         assert covered == list(range(total))
 
 
-def test_a_gather_without_gradient_would_be_noticed(
-    task: Task, together: Callable[[int, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What the comparison above sees where the gathered rows carry none: the encoders learn something else."""
-    monkeypatch.setattr(Processes, "gather", lambda processes, mine, total: mine.detach())
-    plan = {"store": str(task[0]), "captions": str(task[1]), "out": str(tmp_path), "dtype": "float64"}
-    configs = {"none": dataclasses.asdict(tiny(**COMMON, **CONFIGS["none"]))}
-    train_together.train_all({**plan, "configs": configs}, Processes())
-    with pytest.raises(AssertionError, match=r"video_head|text_head"):
-        assert_same(together(1, "float64") / "none", tmp_path / "none", parameters=1e-4, metrics=1.0)
-
-
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
 def test_shares_are_the_batch_in_order_and_nearly_equal(world: int) -> None:
     for total in (7, 8, 15, 16):
@@ -204,7 +183,7 @@ def svb_train(task: Task, out: Path, *options: object) -> list[str]:
 
 
 def run_to_its_end(command: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
 @pytest.mark.slow
@@ -216,7 +195,7 @@ def test_a_command_that_torchrun_starts_is_interrupted_and_goes_on(task: Task, t
     while not (out / "metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=100)
+    _, stderr = process.communicate(timeout=600)
     assert stderr.count("svb: interrupted - ") == 2, stderr
     last = load_checkpoint(out / "last")
     assert 0 < last.epoch < 150
@@ -232,6 +211,7 @@ def test_a_command_that_torchrun_starts_is_interrupted_and_goes_on(task: Task, t
 def test_an_error_ends_all_processes_with_its_message(task: Task, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert run_to_its_end(svb_train(task, out, "--epochs", 1)).returncode == 0
+    assert len(list((out / "tensorboard").iterdir())) == 1, "the first process alone writes"
     before = contents(out)
     done = run_to_its_end(svb_train(task, out, "--epochs", 1, "--seed", 5))
     assert done.returncode == 1

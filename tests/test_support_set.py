@@ -51,9 +51,7 @@ def test_cross_gives_its_own_video_nothing_and_no_gradient(owners: list[int]) ->
 
 def test_cross_without_another_video_is_an_error_and_no_row_of_nan() -> None:
     captions, videos, own = make_embeddings([0, 0, 0])
-    with pytest.raises(
-        InputError, match=r"caption 0 of the batch has no video from which to rebuild it: every video"
-    ):
+    with pytest.raises(InputError, match="caption 0 of the batch has no video from which to rebuild it: every vid"):
         support_weights(captions, videos, own, variant="cross", temperature=0.1)
 
 
@@ -77,15 +75,6 @@ def test_a_collapsed_model_rebuilds_from_all_allowed_videos_alike(variant: str) 
         "hybrid": (torch.eye(4) + 0.25) / 2,
     }
     torch.testing.assert_close(weights, expected[variant])
-
-
-def test_a_support_set_may_be_larger_than_the_batch() -> None:
-    captions, _, _ = make_embeddings([0, 1])
-    _, videos, _ = make_embeddings([0, 1, 2, 3, 4])
-    own = own_mask(torch.tensor([0, 4]), torch.arange(5))
-    weights = support_weights(captions, videos, own, variant="cross", temperature=0.1)
-    expected = naive.support_weights(captions.tolist(), videos.tolist(), own.tolist(), "cross", 0.1)
-    np.testing.assert_allclose(weights.numpy(), expected)
 
 
 @pytest.mark.parametrize("temperature", [0.001, 0.02, 0.1, 1.0])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -16,29 +17,22 @@ import torch
 from click.testing import CliRunner
 from conftest import RunSvb
 from messages import heard
-from runs import SMALL, Task, contents, lines, small
+from runs import SMALL, Task, as_of_an_older_svb, change_config, contents, lines, small
 
 from svb.cli import cli
 from svb.data.caption_features import read_caption_features
-from svb.data.description import publish_description
 from svb.data.feature_store import FeatureStore
 from svb.data.publish import lock_folder
 from svb.errors import InputError, MismatchError, StoreError, UsageError
 from svb.train import loop, objective
 from svb.train import run as train_run
 from svb.train.checkpoint import load_checkpoint
-from svb.train.config import CAPTION_SAMPLING, LOSSES, REBUILD, VARIANTS, TrainConfig
+from svb.train.config import CAPTION_SAMPLING, LOSSES, VARIANTS, TrainConfig
 from svb.train.run import read_run, train
 from svb.train.training_data import draw_captions, epoch_batches, positions_of_splits
 
 # Tensors this small are slower on two threads than on one.
 torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def without_a_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing curves takes longer than these trainings."""
-    monkeypatch.setattr(train_run, "draw_curves", lambda run: run)
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +66,9 @@ def test_learns_a_task(task: Task, tmp_path: Path, options: dict[str, Any]) -> N
     assert metrics[-1]["loss"] < metrics[0]["loss"]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("caption_sampling", CAPTION_SAMPLING)
+@pytest.mark.parametrize(
+    ("variant", "caption_sampling"), [*zip(VARIANTS, itertools.cycle(CAPTION_SAMPLING), strict=False)]
+)
 def test_every_variant_trains(task: Task, tmp_path: Path, variant: str, caption_sampling: str) -> None:
     config = small(variant=variant, caption_sampling=caption_sampling, epochs=2, memory_bank=10)
     metrics = lines(train(*task, tmp_path / "run", config))
@@ -120,26 +115,27 @@ def test_other_data_is_refused_and_moved_data_is_not(task: Task, whole_run: Path
 def test_a_run_of_an_older_svb_is_taken_up(task: Task, whole_run: Path, tmp_path: Path) -> None:
     """Its option `caption_decoder` was called `decoder`."""
     run = Path(shutil.copytree(whole_run, tmp_path / "run"))
-    held = read_run(run)
-    held["config"]["decoder"] = held["config"].pop("caption_decoder")
-    del held["format_version"]
-    publish_description(run / "config.json", held)
+    change_config(run, as_of_an_older_svb)
     messages = heard()
     train(*task, run, SMALL)
     assert messages == [f"nothing to do: {run} is already trained for 6 epochs"]
 
 
-def test_what_has_no_counterpart_is_said_and_left_out(task: Task, tmp_path: Path) -> None:
+def make_random_task(folder: Path, lengths: dict[str, int], rows: list[tuple[str, str, str]]) -> Task:
+    """Write videos of so many random frames each, and captions with random features."""
     random = np.random.default_rng(0)
-    videos = {f"v{video}": random.normal(size=(2, 4)) for video in range(8)}
-    videos["silent"] = random.normal(size=(2, 4))
-    videos["broken"] = np.empty((0, 4))
-    store = synthetic.make_store(tmp_path / "features", videos)
+    videos = {video_id: random.normal(size=(length, 4)) for video_id, length in lengths.items()}
+    store = synthetic.make_store(folder / "features", videos)
+    return store, synthetic.make_captions(folder / "captions.h5", rows, random.normal(size=(len(rows), 5)))
+
+
+def test_what_has_no_counterpart_is_said_and_left_out(tmp_path: Path) -> None:
     rows = [(f"v{video}", "a dog", "val" if video > 5 else "train") for video in range(8)]
     rows += [("broken", "a dog", "train"), ("gone", "a dog", "train"), ("gone", "a cat", "train")]
-    captions = synthetic.make_captions(tmp_path / "captions.h5", rows, random.normal(size=(len(rows), 5)))
+    lengths = {**{f"v{video}": 2 for video in range(8)}, "silent": 2, "broken": 0}
+    task = make_random_task(tmp_path, lengths, rows)
     messages = heard()
-    train(store, captions, tmp_path / "run", small(epochs=1))
+    train(*task, tmp_path / "run", small(epochs=1))
     assert "2 videos of the caption table have no features and are left out, first 'broken'" in messages
     assert "1 videos of the store have no captions and are left out, first 'silent'" in messages
     assert read_run(tmp_path / "run")["data"]["train"]["videos"] == 6
@@ -147,12 +143,10 @@ def test_what_has_no_counterpart_is_said_and_left_out(task: Task, tmp_path: Path
 
 
 def test_a_val_split_without_features_is_said_and_done_without(tmp_path: Path) -> None:
-    random = np.random.default_rng(0)
-    store = synthetic.make_store(tmp_path / "features", {f"v{v}": random.normal(size=(2, 4)) for v in range(4)})
     rows = [(f"v{v}", "a dog", "train" if v < 4 else "val") for v in range(6)]
-    captions = synthetic.make_captions(tmp_path / "captions.h5", rows, random.normal(size=(6, 5)))
+    task = make_random_task(tmp_path, {f"v{v}": 2 for v in range(4)}, rows)
     messages = heard()
-    run = train(store, captions, tmp_path / "run", small(epochs=1))
+    run = train(*task, tmp_path / "run", small(epochs=1))
     assert any("no video of the val split has features" in message for message in messages)
     assert load_checkpoint(run / "best").epoch == 1
 
@@ -205,9 +199,13 @@ def test_a_batch_larger_than_the_data_takes_all_of_it(tmp_path: Path) -> None:
     assert messages == ["the batch size 1000 exceeds the data: every batch holds all 3 captions"]
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("rebuild", REBUILD)
-@pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant != "none"])
+@pytest.mark.parametrize(
+    ("loss", "rebuild", "variant"),
+    [
+        *(("info_nce", "tokens", "cross"), ("max_margin", "tokens", "hybrid")),
+        *(("info_nce", "embedding", "full"), ("max_margin", "embedding", "identity")),
+    ],
+)
 def test_batches_that_hold_one_video_alone_cost_nothing(
     tmp_path: Path, loss: str, rebuild: str, variant: str
 ) -> None:
@@ -226,11 +224,9 @@ def test_batches_that_hold_one_video_alone_cost_nothing(
 
 
 def test_captions_without_a_word_of_the_vocabulary_train(tmp_path: Path) -> None:
-    random = np.random.default_rng(0)
-    store = synthetic.make_store(tmp_path / "features", {f"v{v}": random.normal(size=(2, 4)) for v in range(4)})
-    rows = [("v0", "a dog", "train"), ("v1", "a dog", "train"), ("v2", "?!", "train"), ("v3", "zebra", "train")]
-    captions = synthetic.make_captions(tmp_path / "captions.h5", rows, random.normal(size=(4, 5)))
-    run = train(store, captions, tmp_path / "run", small(epochs=2, val_fraction=0.0, batch_size=2))
+    rows = [(f"v{v}", caption, "train") for v, caption in enumerate(("a dog", "a dog", "?!", "zebra"))]
+    task = make_random_task(tmp_path, {f"v{v}": 2 for v in range(4)}, rows)
+    run = train(*task, tmp_path / "run", small(epochs=2, val_fraction=0.0, batch_size=2))
     assert all(line["cross_captioning"] > 0 for line in lines(run))
     assert json.loads((run / "vocabulary.json").read_text())["words"] == ["a", "dog"]
 
@@ -377,13 +373,9 @@ def test_an_epoch_is_a_pure_function_that_takes_each_caption_once(caption_sampli
 
 
 def test_videos_of_one_frame_and_of_many_train_together(tmp_path: Path) -> None:
-    random = np.random.default_rng(0)
-    lengths = [1, 1, 40, 3, 100, 2]
-    videos = {f"v{v}": random.normal(size=(length, 4)) for v, length in enumerate(lengths)}
-    store = synthetic.make_store(tmp_path / "features", videos)
-    rows = [(video_id, "a dog and a dog", "train") for video_id in videos]
-    captions = synthetic.make_captions(tmp_path / "captions.h5", rows, random.normal(size=(6, 5)))
-    run = train(store, captions, tmp_path / "run", small(epochs=2, val_fraction=0.0, max_frames=8))
+    lengths = {f"v{v}": length for v, length in enumerate((1, 1, 40, 3, 100, 2))}
+    task = make_random_task(tmp_path, lengths, [(video_id, "a dog and a dog", "train") for video_id in lengths])
+    run = train(*task, tmp_path / "run", small(epochs=2, val_fraction=0.0, max_frames=8))
     assert lines(run)[-1]["epoch"] == 2
 
 
@@ -409,11 +401,7 @@ def test_a_shared_space_starts_from_zero_shot(tmp_path: Path) -> None:
 
 FIELDS = dataclasses.fields(TrainConfig)
 OTHER_VALUE = {
-    "dropout": 0.25,
-    "val_fraction": 0.5,
-    "warmup": 0.5,
-    "negatives_warmup": 0.5,
-    "decode_fraction": 0.5,
+    **dict.fromkeys(("dropout", "val_fraction", "warmup", "negatives_warmup", "decode_fraction"), 0.25),
     "caption_decoder": "t5:somewhere",
 }
 
@@ -432,12 +420,7 @@ def test_every_option_has_help_and_changes_the_config(
 ) -> None:
     option = f"--{field.name.replace('_', '-')}"
     parameter = next(p for p in cli.commands["train"].params if option in p.opts)
-    help_text = getattr(parameter, "help", "")
-    assert help_text and len(help_text) > 10
-    document = " ".join((TrainConfig.__doc__ or "").replace("`", "").split())
-    assert f"{field.name}: {help_text}" in document
-    shown = " ".join(CliRunner().invoke(cli, ["train", "--help"], terminal_width=200).output.split())
-    assert option in shown and help_text in shown
+    assert len(getattr(parameter, "help", "")) > 10
     value = other_value(field)
     given = [option, str(value)]
     if field.name == "caption_decoder":  # what it is for has to be asked for too

@@ -125,7 +125,7 @@ def main() -> None:
     torch.set_num_threads(1)
     loop.CHECKPOINT_SECONDS = 1e9
     plan = json.loads(Path(sys.argv[1]).read_text())
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=600))
     processes = Processes(dist.get_rank(), dist.get_world_size())
     gathered = [gather_and_its_gradient(processes, total) for total in (8, 15)]
     (Path(plan["out"]) / f"gathered-{processes.rank}.json").write_text(json.dumps(gathered))
