@@ -12,9 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_index import embed_text, naive_scores, text_vector, write_index
+from indexes import (
+    clustered,
+    embed_text,
+    make_segment,
+    naive_scores,
+    random_segment,
+    text_vector,
+    units,
+    write_index,
+)
 from numpy.typing import NDArray
-from segments import clustered, make_segment, random_segment, units
 
 from svb.errors import InputError, StoreError, UsageError
 from svb.retrieve.answer import Answer, SearchRequest
