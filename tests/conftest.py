@@ -121,6 +121,15 @@ def indexed_store(indexed_run: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def words_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Load the text encoder of the made-up world for every index and run."""
+    import synthetic
+
+    encoder = synthetic.make_text_encoder()
+    monkeypatch.setattr("svb.retrieve.model.embedder.load_matching_text_encoder", lambda settings, device: encoder)
+
+
+@pytest.fixture
 def said() -> list[str]:
     """Return a list that gets every message of the library in the test."""
     return heard()

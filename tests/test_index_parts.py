@@ -24,15 +24,9 @@ from svb.retrieve.stored.manifest import read_manifest
 from svb.retrieve.stored.pools import open_pool
 
 
+@pytest.mark.usefixtures("words_encoder")
 class TestParts:
     """Captions, metadata and settings of the scan."""
-
-    @pytest.fixture(autouse=True)
-    def text_encoder(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        encoder = synthetic.make_text_encoder()
-        monkeypatch.setattr(
-            "svb.retrieve.model.embedder.load_matching_text_encoder", lambda settings, device: encoder
-        )
 
     def pools(self, folder: Path) -> dict[str, int]:
         return {entry["name"]: entry["captions"] for entry in read_manifest(folder)["captions"]}
@@ -224,7 +218,10 @@ class TestParts:
             assert after[name] == before[name]
         assert verify_index(own_index) == [] and not list((own_index / "metadata").iterdir())
 
-    def test_the_latency_budget_is_kept(self, own_index: Path, indexed_run: Path, run_svb: RunSvb) -> None:
+    def test_the_latency_budget_is_kept(
+        self, own_index: Path, indexed_run: Path, run_svb: RunSvb, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("svb.retrieve.indexing.tune_ivf.seconds_a_query", lambda vectors, queries: 0.2)
         ran = run_svb("index", indexed_run, "-o", own_index, "--latency-budget", "250ms")
         assert ran.exit_code == 0 and "within the budget of 250 ms" in ran.stderr
         shutil.rmtree(own_index / "cache")

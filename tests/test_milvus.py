@@ -15,7 +15,6 @@ from typing import Any
 import indexes as made
 import numpy as np
 import pytest
-import synthetic
 from indexes import files_of, index, remove
 from messages import heard
 from numpy.typing import NDArray
@@ -517,15 +516,9 @@ class TestUris:
         assert asked["token"] == "root:Milvus"
 
 
+@pytest.mark.usefixtures("words_encoder")
 class TestIndex:
     """`svb index --to`: whatever became of the collections, the next run fills them."""
-
-    @pytest.fixture(autouse=True)
-    def text_encoder(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        encoder = synthetic.make_text_encoder()
-        monkeypatch.setattr(
-            "svb.retrieve.model.embedder.load_matching_text_encoder", lambda settings, device: encoder
-        )
 
     def test_what_a_server_has_lost_is_sent_again(
         self, indexed_run: Path, indexed_store: Path, own_index: Path, uri: str, said: list[str]
