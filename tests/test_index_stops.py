@@ -74,7 +74,7 @@ class World:
         return int(code), int(num_writes)
 
     def close(self) -> None:
-        self._process.communicate(timeout=60)
+        self._process.communicate()
 
 
 @pytest.fixture(scope="module")
