@@ -22,7 +22,7 @@ from svb.cli.client import Server, running_server
 from svb.retrieve.answer import Answer, CaptionResult, Moment, SearchRequest, VideoResult
 
 HEAVY = {
-    *("torch", "numpy", "h5py", "faiss", "pandas", "av", "PIL", "onnxruntime", "tokenizers", "http.client", "ssl"),
+    *("torch", "numpy", "h5py", "faiss", "pandas", "av", "PIL", "onnxruntime", "tokenizers", "http.client", "ssl")
 }
 
 

@@ -20,16 +20,7 @@ from torch import nn
 
 from svb.data.caption_features import CaptionFeatures, read_caption_features
 from svb.data.caption_table import CaptionTable, hash_lines
-from svb.data.datasets import (
-    DATASETS,
-    activitynet,
-    match_names,
-    msrvtt,
-    msvd,
-    read_dataset,
-    vatex,
-    with_names_of,
-)
+from svb.data.datasets import DATASETS, activitynet, match_names, msrvtt, msvd, read_dataset, vatex, with_names_of
 from svb.data.datasets.official import KnownSplit, OfficialFile
 from svb.errors import InputError, UsageError
 from svb.extract import captions as stage
@@ -363,8 +354,7 @@ class TestBadFiles:
         self.refused("msrvtt", made, "train_val_annotation.zip cannot be read", "get it again")
 
     @pytest.mark.parametrize(
-        ("name", "file"),
-        [("msrvtt", "MSRVTT_train.9k.csv"), ("msvd", "test_list.txt"), ("vatex", "test_list.txt")],
+        ("name", "file"), [("msrvtt", "MSRVTT_train.9k.csv"), ("msvd", "test_list.txt"), ("vatex", "test_list.txt")]
     )
     def test_lists_that_are_not_the_official_ones(self, folder: Folder, name: str, file: str) -> None:
         made = folder(name)

@@ -48,10 +48,7 @@ def assert_same(path: Path, given: Sampling | DecodeOptions, mean_difference: fl
 
 CLIPS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "h264": ("a.mp4", clips.make_clip),
-    "h264 with B-frames": (
-        "a.mp4",
-        lambda path: clips.make_clip(path, fps=29.97, codec=B_FRAMES),
-    ),
+    "h264 with B-frames": ("a.mp4", lambda path: clips.make_clip(path, fps=29.97, codec=B_FRAMES)),
     "h265": ("a.mp4", lambda path: clips.make_clip(path, codec=("-c:v", "libx265"))),
     "h265 10 bit": (
         "a.mkv",
@@ -68,10 +65,7 @@ CLIPS: dict[str, tuple[str, Callable[[Path], Path]]] = {
         "a.mp4",
         lambda path: clips.make_clip(path, filters="scale=out_color_matrix=bt709", extra=("-colorspace", "bt709")),
     ),
-    "full range": (
-        "a.mp4",
-        lambda path: clips.make_clip(path, codec=("-c:v", "libx264", "-pix_fmt", "yuvj420p")),
-    ),
+    "full range": ("a.mp4", lambda path: clips.make_clip(path, codec=("-c:v", "libx264", "-pix_fmt", "yuvj420p"))),
     "variable rate": ("a.mp4", clips.make_variable_rate_clip),
     "starts late, mp4": ("a.mp4", clips.make_late_clip),
     "starts late, mkv": ("a.mkv", clips.make_late_clip),

@@ -66,14 +66,7 @@ class TestParts:
         mine.write_text("a dog\na cat\n")
         other.write_text("a boat\n")
         training = self.pools(own_index)
-        index(
-            indexed_run,
-            own_index,
-            pools=(
-                mine,
-                other,
-            ),
-        )
+        index(indexed_run, own_index, pools=(mine, other))
         assert (
             self.pools(own_index) == {**training, "mine.txt": 2, "other.txt": 1} and verify_index(own_index) == []
         )
