@@ -108,9 +108,22 @@ ZOO = (
 )
 
 
+LARGE = ("action.avi", "corrupted.mp4", "sintel.avi", "vid1.mp4")
+
+
 @pytest.mark.skipif(not clips.VIDEO_ZOO.is_dir(), reason=f"no real footage: {clips.VIDEO_ZOO} is missing")
-@pytest.mark.parametrize("sampling", [kind for kind in SAMPLINGS if kind != "every"])
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize(
+    ("name", "sampling"),
+    [
+        # Every kind of sampling on the small files; on the large ones two, and the rest in the long run.
+        pytest.param(
+            name, kind, marks=pytest.mark.slow if name in LARGE and kind not in ("frames", "times") else ()
+        )
+        for name in ZOO
+        for kind in SAMPLINGS
+        if kind != "every"
+    ],
+)
 def test_decoders_agree_on_real_footage(name: str, sampling: str) -> None:
     decoded = assert_same(clips.VIDEO_ZOO / name, SAMPLINGS[sampling])
     assert decoded.end.status == ("partial" if name == "corrupted.mp4" else "ok")
@@ -228,7 +241,7 @@ class TestEachDecoder:
         self, decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(decode_module, "CHUNK_BYTES", 1)
-        path = clips.make_clip(tmp_path / "a.mp4", seconds=20, size="320x240")
+        path = clips.make_clip(tmp_path / "a.mp4", seconds=20, size="160x120")
         (tmp_path / "text.mp4").write_text("not a video")
         before = clips.open_files(), clips.child_processes()
         for items in (1, 2):  # after the properties, and after a chunk

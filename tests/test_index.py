@@ -126,7 +126,6 @@ class TestUsage:
             {"moment_seconds": 2.0, "moment_stride_seconds": 3.0},
             {"latency_budget_seconds": 0.0},
             {"latency_budget_seconds": float("nan")},
-            {"watch": True, "watch_seconds": 0.0},
         ],
     )
     def test_options(self, indexed_run: Path, tmp_path: Path, options: dict[str, Any]) -> None:
@@ -162,16 +161,14 @@ class TestUsage:
             index(indexed_run, **options)
         assert not (tmp_path / "index").exists()
 
-    def test_a_file_where_the_index_should_be(self, indexed_run: Path, tmp_path: Path) -> None:
+    def test_a_file_where_the_index_should_be_and_no_run(self, indexed_run: Path, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="is neither a run"):
+            index(tmp_path, tmp_path / "index")
+        assert not (tmp_path / "index").exists()
         (tmp_path / "index").write_text("mine")
         with pytest.raises(InputError, match="index is a file - expected a folder for the index"):
             index(indexed_run, tmp_path / "index")
         assert (tmp_path / "index").read_text() == "mine"
-
-    def test_what_is_no_run_leaves_no_folder(self, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match="is neither a run"):
-            index(tmp_path, tmp_path / "index")
-        assert not (tmp_path / "index").exists()
 
 
 class TestSegments:
@@ -323,14 +320,13 @@ def test_times_that_are_far_off_or_all_the_same_make_moments_too() -> None:
         assert moments_of(times, 0.0, 4, 2) == [(times[0], times[0] + embed_segment.SHORTEST_SECONDS)]
 
 
-def of_size(num_moments: int, deleted: int = 0) -> Segment:
+def of_size(num_moments: int) -> Segment:
     """Return a segment of videos of one moment."""
-    nothing = StringColumn.of([])
     rows = np.zeros((num_moments, 1), np.float16)
-    numbers = np.zeros(num_moments, np.int64)
+    numbers, nothing = np.zeros(num_moments, np.int64), StringColumn.of([])
     return Segment(
         *("", rows, rows, np.arange(num_moments + 1), np.zeros((num_moments, 2)), numbers.astype(float)),
-        *(numbers, numbers, nothing, nothing, nothing, np.arange(deleted)),
+        *(numbers, numbers, nothing, nothing, nothing, np.arange(0)),
     )
 
 

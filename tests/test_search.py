@@ -327,7 +327,7 @@ def test_a_date_without_a_zone_is_of_here(tmp_path: Path, monkeypatch: pytest.Mo
         ({"folders": ("c",), "where": ("year=2001",)}, "'year=2001' leaves nothing: none of the 3 videos"),
         ({"after": "yesterday"}, "after is 'yesterday' - expected a date such as"),
         ({"before": "2023-13-01"}, "before is '2023-13-01' - expected a date"),
-        ({"folders": ("",)}, "the name of a folder is empty"),
+        ({"folders": ("",)}, "a folder is empty - name one"),
         ({"where": ("colour=red",)}, "no column 'colour' - expected one of year, place"),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,6 @@ import synthetic
 import torch
 from indexes import edit_manifest
 
-from svb.config import fingerprint
 from svb.errors import InputError, MismatchError, StoreError
 from svb.retrieve.answer import SearchRequest
 from svb.retrieve.model.embedder import run_embedder
@@ -129,17 +127,9 @@ def test_a_model_that_gives_no_numbers_is_refused(copied: Path, monkeypatch: pyt
         Searcher(copied).search(TEXT)
 
 
-def test_what_is_not_a_whole_index_of_this_format_is_refused(copied: Path) -> None:
+def test_what_is_not_a_whole_index_is_refused(copied: Path) -> None:
     path = copied / "manifest.json"
-    data = path.read_text()
-    edit_manifest(copied, format_version=3)
-    with pytest.raises(StoreError, match="has format 3 - this svb reads up to 2; upgrade svb"):
-        Searcher(copied)
-    manifest = {"format_version": 1, "segments": []}
-    path.write_text(json.dumps({**manifest, "checksum": fingerprint(manifest)}))
-    with pytest.raises(StoreError, match=r"has format 1 .* make the index again with `svb index --rebuild"):
-        Searcher(copied)
-    path.write_text(data[: len(data) // 2])
+    path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(StoreError, match=r"manifest\.json is damaged"):
         Searcher(copied)
     path.unlink()
