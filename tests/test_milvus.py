@@ -474,34 +474,28 @@ except MismatchError:
 
 
 class TestUris:
-    @pytest.mark.parametrize(
-        ("uri", "expected"),
-        [
+    def test_addresses(self) -> None:
+        for uri, expected in (
             ("milvus://host:19530/videos", ("http://host:19530", "videos", "", False)),
             ("milvus+tls://host/videos?index=autoindex", ("https://host", "videos", "AUTOINDEX", False)),
             ("milvus:///data/v.db", ("/data/v.db", "svb", "", True)),
             ("milvus:///data/v.db?collection=x&index=HNSW", ("/data/v.db", "x", "HNSW", True)),
-        ],
-    )
-    def test_addresses(self, uri: str, expected: tuple[str, str, str, bool]) -> None:
-        target = Target.parse(uri)
-        assert (target.address, target.collection, target.index_type, target.is_file) == expected
-        assert (target.uri, target.name_of("video")) == (uri, f"{target.collection}_videos")
+        ):
+            target = Target.parse(uri)
+            assert (target.address, target.collection, target.index_type, target.is_file) == expected
+            assert (target.uri, target.name_of("video")) == (uri, f"{target.collection}_videos")
 
-    @pytest.mark.parametrize(
-        "uri",
-        [
+    def test_what_is_no_address_or_holds_a_secret(self) -> None:
+        for uri in (
             *("", "videos", "http://host/videos", "milvus://host:1", "milvus://host/a-b", "milvus://host/a/b"),
             *("milvus:///data/v", "milvus://host/a?secret=1", "milvus:///v.db?collection="),
             *("milvus://root:hunter2@host/videos", "https://root:hunter2@host/videos", "root:hunter2@host/videos"),
             *("milvus://host/videos?token=hunter2", "milvus:///v.db?password=hunter2"),
-        ],
-    )
-    def test_what_is_no_address_or_holds_a_secret(self, uri: str) -> None:
-        words = "put `user:password` or a token into SVB_MILVUS_TOKEN" if "hunter2" in uri else "expected"
-        with pytest.raises(UsageError, match=words) as caught:
-            Target.parse(uri)
-        assert "hunter2" not in str(caught.value)
+        ):
+            words = "put `user:password` or a token into SVB_MILVUS_TOKEN" if "hunter2" in uri else "expected"
+            with pytest.raises(UsageError, match=words) as caught:
+                Target.parse(uri)
+            assert "hunter2" not in str(caught.value)
 
     def test_the_token_comes_from_the_environment(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         import pymilvus

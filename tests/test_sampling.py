@@ -44,9 +44,8 @@ class TestSettings:
         assert json.dumps(Sampling(frames=3).settings()) == '{"frames": 3}'
         assert Sampling(times_seconds=(3, 1.5, 3.0)).times_seconds == (1.5, 3.0)
 
-    @pytest.mark.parametrize(
-        ("kinds", "words"),
-        [
+    def test_what_means_nothing(self) -> None:
+        cases: list[tuple[dict[str, Any], str]] = [
             ({}, "got no kind of sampling - give exactly one of fps, frames, every_nth, keyframes, scenes"),
             ({"fps": 1, "frames": 8}, "got fps=1 and frames=8 - give exactly one"),
             ({"keyframes": True, "scenes": 0.0}, "got keyframes=True and scenes=0.0"),
@@ -58,12 +57,11 @@ class TestSettings:
             ({"scenes": float("nan")}, "a score of nan"),
             ({"times_seconds": ()}, "at the times [] - give at least one"),
             ({"times_seconds": (1.0, float("inf"))}, "at the times [1.0, inf]"),
-        ],
-    )
-    def test_what_means_nothing(self, kinds: dict[str, Any], words: str) -> None:
-        with pytest.raises(UsageError) as caught:
-            Sampling(**kinds)
-        assert words in str(caught.value)
+        ]
+        for kinds, words in cases:
+            with pytest.raises(UsageError) as caught:
+                Sampling(**kinds)
+            assert words in str(caught.value)
 
 
 class TestShownAt:

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from svb.retrieve.searching import catalog as catalog_module
 from svb.retrieve.searching import vectors as scan_module
-from svb.retrieve.searching.catalog import Catalog
 from svb.retrieve.searching.vectors import SegmentVectors
 from svb.retrieve.stored.segment import Segment
 
@@ -90,31 +89,6 @@ def test_rows_are_scanned_where_they_lie() -> None:
     segment.moment_embeddings[17] = 2 * query  # seen at once: nothing was copied
     scores, rows = vectors.nearest(query, 1, by="moment", allowed=None)
     assert rows.tolist() == [17] and scores[0] == pytest.approx(2, abs=1e-2)
-
-
-def test_rows_are_numbered_through_all_segments() -> None:
-    segments = some_segments(deleted=True)
-    vectors = SegmentVectors(segments)
-    catalog = vectors.catalog
-    assert (catalog.num_videos, catalog.embedding_size) == (66, SIZE)
-    assert catalog.num_moments == len(all_rows(segments, "moment"))
-    rows = np.random.default_rng(0).permutation(catalog.num_moments)
-    np.testing.assert_array_equal(vectors.embeddings(rows, by="moment"), all_rows(segments, "moment")[rows])
-    np.testing.assert_array_equal(catalog.videos_of(rows), owners(segments, "moment")[rows])
-    seconds = np.concatenate([s.moment_seconds for s in segments])
-    np.testing.assert_array_equal(catalog.moment_seconds(rows), seconds[rows])
-    for video in (0, 39, 40, 41, 65):
-        mine = np.flatnonzero(owners(segments, "moment") == video)
-        assert catalog.moment_range(video) == (mine[0], mine[-1] + 1)
-        assert catalog.video_id(video) == catalog.video_ids[video] == f"v{video}"
-        assert catalog.source_path(video) == catalog.source_paths[video] == f"/videos/v{video}.mp4"
-        assert catalog.duration_seconds(video) == catalog.durations[video] == 2.0 * len(mine) + 2
-        assert catalog.file_state(video) == (1, 1, f"hash of v{video}")
-    assert np.flatnonzero(~catalog.alive).tolist() == [0, 7, 8, 39, 40]
-    assert (catalog.row_of("v41"), catalog.row_of("v7"), catalog.row_of("nobody")) == (41, None, None)
-    assert catalog.moment_counts.sum() == catalog.num_moments and len(catalog.mtime_ns) == 66
-    segments[0].duration_seconds[1] = np.nan
-    assert Catalog(segments).duration_seconds(1) is None
 
 
 @pytest.mark.parametrize("by", BY)
