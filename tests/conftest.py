@@ -5,13 +5,16 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import clips
 import pytest
 from messages import heard, stop_hearing
 
 from svb.cli import run
+
+if TYPE_CHECKING:
+    from indexes import Kept
 
 
 class Ran(NamedTuple):
@@ -139,6 +142,14 @@ def said() -> list[str]:
 def own_index(built_index: Path, tmp_path: Path) -> Path:
     """Return a copy of `built_index` that the test may change."""
     return Path(shutil.copytree(built_index, tmp_path / "index"))
+
+
+@pytest.fixture
+def kept(indexed_run: Path, indexed_store: Path, own_index: Path, said: list[str]) -> Kept:
+    """Return `built_index` with its store and run, and what is said of it; the test may change all but the run."""
+    from indexes import Kept
+
+    return Kept(indexed_run, indexed_store, own_index, said)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from conftest import RunSvb
 from indexes import (
     CONFIG,
     MOMENTS,
+    Kept,
     add,
     content,
     edit_manifest,
@@ -248,19 +249,17 @@ class TestSegments:
         assert len(open_index(out)) == 1 and content(out) == before and verify_index(out) == []
         assert len(list((out / "segments").iterdir())) == 1
 
-    def test_a_segment_with_many_deletions_is_copied_without_them(
-        self, indexed_run: Path, indexed_store: Path, own_index: Path
-    ) -> None:
-        (key,) = (entry["key"] for entry in read_manifest(own_index)["segments"])
-        remove(indexed_store, *(f"clip{number:03}" for number in range(5)))
-        index(indexed_run, own_index, store=indexed_store, prune=True)
-        (entry,) = read_manifest(own_index)["segments"]
+    def test_a_segment_with_many_deletions_is_copied_without_them(self, kept: Kept) -> None:
+        (key,) = (entry["key"] for entry in read_manifest(kept.out)["segments"])
+        remove(kept.store, *(f"clip{number:03}" for number in range(5)))
+        kept.update(prune=True)
+        (entry,) = read_manifest(kept.out)["segments"]
         assert entry["key"] == key and entry["deleted"]["videos"] == 5
-        remove(indexed_store, *(f"clip{number:03}" for number in range(5, 30)))
-        index(indexed_run, own_index, store=indexed_store, prune=True)
-        (entry,) = read_manifest(own_index)["segments"]
+        remove(kept.store, *(f"clip{number:03}" for number in range(5, 30)))
+        kept.update(prune=True)
+        (entry,) = read_manifest(kept.out)["segments"]
         assert entry["key"] != key and entry["deleted"] is None and entry["videos"] == 50
-        assert not list((own_index / "tombstones").iterdir())
+        assert not list((kept.out / "tombstones").iterdir())
 
     @pytest.mark.parametrize("seed", range(20))
     def test_there_are_few_segments_and_rows_are_seldom_copied(self, seed: int) -> None:
@@ -371,23 +370,21 @@ class TestCommits:
         assert manifests[1] > manifests[0] and (np.diff(segment.moment_seconds).max()) <= 1
 
     @pytest.mark.parametrize("damage", ["cut", "gone"])
-    def test_a_damaged_segment_is_made_again(
-        self, own_index: Path, indexed_run: Path, indexed_store: Path, damage: str, said: list[str]
-    ) -> None:
-        add(indexed_store, {"new": frames_of(1)})
-        index(indexed_run, own_index, store=indexed_store)
-        before = content(own_index)
-        first, second = read_manifest(own_index)["segments"]
-        path = own_index / "segments" / second["key"] / "moment_embeddings.npy"
+    def test_a_damaged_segment_is_made_again(self, kept: Kept, damage: str) -> None:
+        add(kept.store, {"new": frames_of(1)})
+        kept.update()
+        before = content(kept.out)
+        first, second = read_manifest(kept.out)["segments"]
+        path = kept.out / "segments" / second["key"] / "moment_embeddings.npy"
         if damage == "cut":
             path.write_bytes(path.read_bytes()[:-1])
         else:
             shutil.rmtree(path.parent)
-        index(indexed_run, own_index, store=indexed_store)
-        assert content(own_index) == before and verify_index(own_index) == []
-        assert read_manifest(own_index)["segments"] == [first, second]
-        assert any(f"segments/{second['key']} is damaged" in line and "its 1 videos" in line for line in said)
-        assert f"+1 new ~0 changed >0 renamed -0 gone ={len(before) - 1} same" in said
+        kept.update()
+        assert content(kept.out) == before
+        assert read_manifest(kept.out)["segments"] == [first, second]
+        assert any(f"segments/{second['key']} is damaged" in line and "its 1 videos" in line for line in kept.said)
+        assert f"+1 new ~0 changed >0 renamed -0 gone ={len(before) - 1} same" in kept.said
 
     def test_a_segment_that_cannot_be_read_now_is_not_given_up(
         self, own_index: Path, indexed_run: Path, monkeypatch: pytest.MonkeyPatch

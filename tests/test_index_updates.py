@@ -15,36 +15,26 @@ import numpy as np
 import pytest
 import synthetic
 from conftest import RunSvb
-from indexes import MOMENTS, add, content, edit_store, files_of, frames_of, index, open_index, remove, rename, touch
+from indexes import (
+    MOMENTS,
+    Kept,
+    add,
+    content,
+    edit_store,
+    files_of,
+    frames_of,
+    index,
+    open_index,
+    remove,
+    rename,
+    touch,
+)
 
 from svb.data.feature_store import FeatureStore
 from svb.data.feature_store_writer import FeatureStoreWriter
 from svb.data.rows import VideoRows
 from svb.errors import InputError
-from svb.retrieve.indexing.verify_index import verify_index
 from svb.retrieve.stored.manifest import read_manifest
-
-
-@dataclasses.dataclass
-class Kept:
-    """An index of a store that a test may change."""
-
-    run: Path
-    store: Path
-    out: Path
-    said: list[str]
-
-    def update(self, **options: Any) -> str:
-        """Bring the index up to date, and return the line that says what there was to do."""
-        begin = len(self.said)
-        index(self.run, self.out, store=self.store, **options)
-        assert verify_index(self.out) == []
-        return self.said[begin]
-
-
-@pytest.fixture
-def kept(indexed_run: Path, indexed_store: Path, own_index: Path, said: list[str]) -> Kept:
-    return Kept(indexed_run, indexed_store, own_index, said)
 
 
 class TestKeepingUp:
