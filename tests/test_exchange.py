@@ -240,7 +240,6 @@ class TestLayouts:
         assert record.source_path == str(source / "deep" / "b.npy") and record.decoder == "imported"
         assert record.size_bytes == (source / "deep" / "b.npy").stat().st_size and len(record.content_hash) == 64
         assert record.status == "ok" and np.isnan(record.duration_seconds)
-
         assert "holds no times" not in said(source, tmp_path / "faster", fps=2.5)
         assert content(tmp_path / "faster")["a"][1] == [0.0, 0.4, 0.8]
 
@@ -249,7 +248,7 @@ class TestLayouts:
         files = {"my_clip_rgb": rgb, "my_clip_flow": flow, "my_clip_fps": np.array(25.0)}
         source = npy_folder(tmp_path / "s", {**files, "my_clip_timestamps_ms": np.array([40.0, 1000.0, 2500.0])})
         with pytest.raises(
-            InputError, match=r"holds flow, rgb - expected one array of features; name it with --arr"
+            InputError, match="holds flow, rgb - expected one array of features; name it with --arr"
         ):
             imported(source, tmp_path / "out")
         text = said(source, tmp_path / "out", array="rgb", fps=3.0)
@@ -257,12 +256,9 @@ class TestLayouts:
         assert content(tmp_path / "out") == {"my_clip": (rgb.tolist(), [0.04, 1.0, 2.5])}
         assert FeatureStore(tmp_path / "out").records["my_clip"].frame_rate == 25.0
 
-    def test_video_features_without_times(self, tmp_path: Path) -> None:
-        source = npy_folder(tmp_path / "s", {"v_1_r21d": numbers(), "v_2_r21d": numbers(seed=1)})
-        imported(source, tmp_path / "out", layout="video-features")
-        assert list(content(tmp_path / "out")) == ["v_1", "v_2"]
-        imported(source, tmp_path / "plain")
-        assert list(content(tmp_path / "plain")) == ["v_1_r21d", "v_2_r21d"]
+        source = npy_folder(tmp_path / "other", {"v_1_r21d": numbers(), "v_2_r21d": numbers(seed=1)})  # no times
+        assert list(content(imported(source, tmp_path / "named", layout="video-features"))) == ["v_1", "v_2"]
+        assert list(content(imported(source, tmp_path / "plain"))) == ["v_1_r21d", "v_2_r21d"]
 
     def test_npz_of_others(self, tmp_path: Path) -> None:
         (tmp_path / "s").mkdir()
@@ -310,22 +306,19 @@ class TestLayouts:
         with pytest.raises(MismatchError, match=r"array: stored 'i3d', wanted 'c3d'"):
             imported(tmp_path / "s.h5", tmp_path / "out", array="c3d")
 
-    @pytest.mark.parametrize("is_old", [False, True])
-    def test_pytorch(self, is_old: bool, tmp_path: Path) -> None:
+    def test_pytorch(self, tmp_path: Path) -> None:
         tensors = {"a": torch.from_numpy(numbers()).bfloat16(), 7: torch.ones(4, requires_grad=True)}
-        torch.save(tensors, tmp_path / "s.pt", _use_new_zipfile_serialization=not is_old)
-        imported(tmp_path / "s.pt", tmp_path / "out")
-        held = content(tmp_path / "out")
-        assert held["7"] == ([[1.0] * 4], [0.0]) and held["a"][0] == tensors["a"].float().tolist()
+        for is_old in (False, True):
+            torch.save(tensors, tmp_path / "s.pt", _use_new_zipfile_serialization=not is_old)
+            held = content(imported(tmp_path / "s.pt", tmp_path / f"out{is_old}"))
+            assert held["7"] == ([[1.0] * 4], [0.0]) and held["a"][0] == tensors["a"].float().tolist()
 
     def test_parquet_a_row_a_video(self, tmp_path: Path) -> None:
         features = [numbers(1 + v, seed=v).tolist() for v in range(40)]
         times = [[0.5 * t for t in range(1 + v)] for v in range(40)]
-        table = pa.table(
-            {"video_id": [f"v{v:02}" for v in range(40)], "features": features, "times_seconds": times}
-        )
-        pq.write_table(table, tmp_path / "s.parquet")
-        imported(tmp_path / "s.parquet", tmp_path / "out")
+        names = [f"v{v:02}" for v in range(40)]
+        source = parquet(video_id=names, features=features, times_seconds=times)(tmp_path)
+        imported(source, tmp_path / "out")
         assert list(content(tmp_path / "out").values()) == list(zip(features, times, strict=True))
 
     def test_parquet_a_row_a_feature_row(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -554,12 +547,12 @@ class TestAgain:
         assert content(tmp_path / "out")["a"][0] == numbers(5, seed=9).tolist()
         assert verify_store(tmp_path / "out") == []
 
-    def test_a_file_that_grew(self, tmp_path: Path) -> None:
+        # So is a file that grew.
         source = h5(a=GOOD)(tmp_path)
-        imported(source, tmp_path / "out")
+        imported(source, tmp_path / "other")
         with h5py.File(source, "a") as file:
             file["b"] = numbers(seed=1)
-        assert "1 videos imported, 1 unchanged; 3 rows" in said(source, tmp_path / "out")
+        assert "1 videos imported, 1 unchanged; 3 rows" in said(source, tmp_path / "other")
 
     def test_moved_and_foreign_sources(self, tmp_path: Path) -> None:
         source = npy_folder(tmp_path / "s", {"a": GOOD})
@@ -568,7 +561,7 @@ class TestAgain:
         assert "0 videos imported, 1 unchanged" in said(moved, tmp_path / "out")
         other = npy_folder(tmp_path / "other", {"a": numbers(seed=5)})
         with pytest.raises(
-            InputError, match=r"the store holds other features of 'a', from .*/s/a.npy - import these"
+            InputError, match=r"the store holds other features of 'a', from .*/s/a.npy - import the"
         ):
             imported(other, tmp_path / "out")
         assert content(tmp_path / "out")["a"][0] == GOOD.tolist()

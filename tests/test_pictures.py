@@ -280,10 +280,7 @@ def test_a_part_of_a_video_is_the_rows_that_lie_in_it(
     toy: Path, clips_folder: Path, backbone: str, span: tuple[float, float] | None
 ) -> None:
     found = embed_video(clips_folder / "deep" / "d.avi", span, make_embedder(toy, backbone), CPU)
-    if span is None:
-        np.testing.assert_array_equal(
-            found, embed_video(clips_folder / "deep" / "d.avi", None, make_embedder(toy, backbone), CPU)
-        )
+    assert np.linalg.norm(found) == pytest.approx(1, abs=1e-5)
     if "+" in backbone:
         return
     rows, times = rows_of(toy, backbone, "deep/d")
@@ -359,19 +356,16 @@ def test_pictures_are_turned_and_laid_on_white(tmp_path: Path) -> None:
     assert (read_picture(tmp_path / "clear.png") == 255).all()
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I"])
-def test_pictures_of_any_mode(tmp_path: Path, mode: str) -> None:
-    value: Any = {"1": 1, "I;16": 40_000, "I": 40_000}.get(mode, 200)
-    grey = (
-        Image.new(mode, (5, 3), value)
-        if mode in {"1", "L", "I;16", "I"}
-        else Image.new("L", (5, 3), 200).convert("RGB").convert(mode)
-    )
-    path = tmp_path / ("x.tif" if mode in {"CMYK", "I", "I;16"} else "x.png")
-    grey.save(path)
-    picture = read_picture(path)
-    assert picture.shape == (3, 5, 3) and picture.dtype == np.uint8
-    assert picture[0, 0].mean() == pytest.approx({"1": 255, "I;16": 156, "I": 156}.get(mode, 200), abs=5)
+def test_pictures_of_any_mode(tmp_path: Path) -> None:
+    single: dict[str, tuple[Any, int]] = {"1": (1, 255), "L": (200, 200), "I;16": (40_000, 156), "I": (40_000, 156)}
+    grey = Image.new("RGB", (5, 3), (200, 200, 200))
+    for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I"):
+        value, expected = single.get(mode, (None, 200))
+        path = tmp_path / ("x.tif" if mode in {"CMYK", "I", "I;16"} else "x.png")
+        (Image.new(mode, (5, 3), value) if mode in single else grey.convert(mode)).save(path)
+        picture = read_picture(path)
+        assert picture.shape == (3, 5, 3) and picture.dtype == np.uint8
+        assert picture[0, 0].mean() == pytest.approx(expected, abs=5), mode
 
 
 @pytest.mark.parametrize(("highest", "expected"), [(200, 200), (60_000, 234), (2**31 - 1, 255)])
