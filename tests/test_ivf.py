@@ -302,7 +302,7 @@ def test_a_disk_that_takes_nothing_leaves_search_exact(
 
     monkeypatch.setattr(tune_ivf.faiss, "write_index", full)
     decision = build(tmp_path, segments)
-    assert re.search(r"could not be made \(.*No space left on device\)", describe(decision))
+    assert re.search(r"could not be made \(.*No space left on device", describe(decision))
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["ivf.json"]
 
 
