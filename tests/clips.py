@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +27,20 @@ def run_ffmpeg(*arguments: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@functools.cache
+def _drawn(suffix: str, arguments: tuple[str, ...]) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"drawn{suffix}"
+        run_ffmpeg(*arguments, f"file:{path}")
+        return path.read_bytes()
+
+
+def draw(path: Path, *arguments: str) -> Path:
+    """Write what ffmpeg makes of its own generators; the same is drawn once a process."""
+    path.write_bytes(_drawn(path.suffix, arguments))
+    return path
+
+
 def make_clip(
     path: Path,
     *,
@@ -38,8 +54,7 @@ def make_clip(
 ) -> Path:
     """Write a clip whose every frame differs; `extra` are further output options."""
     pattern = f"{source}{':' if '=' in source else '='}size={size}:rate={fps}:duration={seconds}"
-    run_ffmpeg("-f", "lavfi", "-i", pattern, "-vf", filters, *codec, *extra, f"file:{path}")
-    return path
+    return draw(path, "-f", "lavfi", "-i", pattern, "-vf", filters, *codec, *extra)
 
 
 def make_odd_size_clip(path: Path) -> Path:
@@ -110,21 +125,18 @@ def make_rotten_clip(path: Path) -> Path:
 
 
 def make_sound(path: Path, seconds: float = 1.0) -> Path:
-    run_ffmpeg("-f", "lavfi", "-i", f"sine=duration={seconds}", f"file:{path}")
-    return path
+    return draw(path, "-f", "lavfi", "-i", f"sine=duration={seconds}")
 
 
 def make_clip_with_sound(path: Path, *, seconds: float, sound_seconds: float) -> Path:
     pattern = f"testsrc2=size=64x48:rate=10:duration={seconds}"
     sound = f"sine=duration={sound_seconds}"
-    run_ffmpeg("-f", "lavfi", "-i", pattern, "-f", "lavfi", "-i", sound, *X264, f"file:{path}")
-    return path
+    return draw(path, "-f", "lavfi", "-i", pattern, "-f", "lavfi", "-i", sound, *X264)
 
 
 def make_song_with_cover(path: Path) -> Path:
     """Write an mp3 whose cover art is its only video stream."""
-    cover = path.with_suffix(".png")
-    run_ffmpeg("-f", "lavfi", "-i", "testsrc2=size=64x64", "-frames:v", "1", f"file:{cover}")
+    cover = draw(path.with_suffix(".png"), "-f", "lavfi", "-i", "testsrc2=size=64x64", "-frames:v", "1")
     sound = make_sound(path.with_name(f"sound-{path.name}"))
     inputs = ("-i", f"file:{sound}", "-i", f"file:{cover}", "-map", "0", "-map", "1")
     run_ffmpeg(*inputs, "-c", "copy", "-disposition:v:0", "attached_pic", f"file:{path}")
@@ -152,8 +164,7 @@ def make_scenes(path: Path, *, num_scenes: int, scene_seconds: float) -> Path:
     freeze = f"select='eq(n,0)',loop=loop={round(scene_seconds * 10) - 1}:size=1,setpts=N/10/TB"
     still = "".join(f"[{number}]format=yuv420p,{freeze}[s{number}];" for number in range(num_scenes))
     joined = "".join(f"[s{number}]" for number in range(num_scenes)) + f"concat=n={num_scenes}:v=1"
-    run_ffmpeg(*inputs, "-filter_complex", still + joined, "-r", "10", *X264, "-bf", "2", f"file:{path}")
-    return path
+    return draw(path, *inputs, "-filter_complex", still + joined, "-r", "10", *X264, "-bf", "2")
 
 
 def make_clip_without_keyframes(path: Path) -> Path:

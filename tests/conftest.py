@@ -6,13 +6,16 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import clips
 import pytest
 from messages import heard, stop_hearing
 
 from svb.cli import run
+
+if TYPE_CHECKING:
+    from indexes import Kept
 
 
 class Ran(NamedTuple):
@@ -169,6 +172,15 @@ def indexed_store(indexed_run: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def words_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Load the text encoder of the made-up world for every index and run."""
+    import synthetic
+
+    encoder = synthetic.make_text_encoder()
+    monkeypatch.setattr("svb.retrieve.model.embedder.load_matching_text_encoder", lambda settings, device: encoder)
+
+
+@pytest.fixture
 def said() -> list[str]:
     """Return a list that gets every message of the library in the test."""
     return heard()
@@ -178,6 +190,14 @@ def said() -> list[str]:
 def own_index(built_index: Path, tmp_path: Path) -> Path:
     """Return a copy of `built_index` that the test may change."""
     return Path(shutil.copytree(built_index, tmp_path / "index"))
+
+
+@pytest.fixture
+def kept(indexed_run: Path, indexed_store: Path, own_index: Path, said: list[str]) -> Kept:
+    """Return `built_index` with its store and run, and what is said of it; the test may change all but the run."""
+    from indexes import Kept
+
+    return Kept(indexed_run, indexed_store, own_index, said)
 
 
 @pytest.fixture

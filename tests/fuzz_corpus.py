@@ -66,15 +66,10 @@ def make_clips(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in names}
 
 
-def _truncated(data: bytes, other: bytes, chance: random.Random) -> bytes:
-    return data[: chance.randrange(1, len(data))]
+Damage = Callable[[bytes, bytes, random.Random], bytes]
 
 
-def _beheaded(data: bytes, other: bytes, chance: random.Random) -> bytes:
-    return data[chance.randrange(1, len(data) // 2) :]
-
-
-def _flipped(num_bits: int, begin: float, end: float) -> Callable[[bytes, bytes, random.Random], bytes]:
+def _flipped(num_bits: int, begin: float, end: float) -> Damage:
     """Return what flips bits between two shares of the length."""
 
     def flip(data: bytes, other: bytes, chance: random.Random) -> bytes:
@@ -87,29 +82,15 @@ def _flipped(num_bits: int, begin: float, end: float) -> Callable[[bytes, bytes,
     return flip
 
 
-def _block(data: bytes, chance: random.Random) -> tuple[int, int]:
-    begin = chance.randrange(len(data) - 16)
-    return begin, min(len(data), begin + chance.randrange(16, 3000))
+def _in_block(change: Callable[[bytes, random.Random], bytes]) -> Damage:
+    """Return what puts something else in the place of a block."""
 
+    def damage(data: bytes, other: bytes, chance: random.Random) -> bytes:
+        begin = chance.randrange(len(data) - 16)
+        end = min(len(data), begin + chance.randrange(16, 3000))
+        return data[:begin] + change(data[begin:end], chance) + data[end:]
 
-def _zeroed(data: bytes, other: bytes, chance: random.Random) -> bytes:
-    begin, end = _block(data, chance)
-    return data[:begin] + bytes(end - begin) + data[end:]
-
-
-def _repeated(data: bytes, other: bytes, chance: random.Random) -> bytes:
-    begin, end = _block(data, chance)
-    return data[:begin] + data[begin:end] * chance.randrange(2, 20) + data[end:]
-
-
-def _holed(data: bytes, other: bytes, chance: random.Random) -> bytes:
-    begin, end = _block(data, chance)
-    return data[:begin] + data[end:]
-
-
-def _noisy(data: bytes, other: bytes, chance: random.Random) -> bytes:
-    begin, end = _block(data, chance)
-    return data[:begin] + chance.randbytes(end - begin) + data[end:]
+    return damage
 
 
 def _extreme(data: bytes, other: bytes, chance: random.Random) -> bytes:
@@ -124,29 +105,21 @@ def _extreme(data: bytes, other: bytes, chance: random.Random) -> bytes:
     return bytes(changed[: len(data)])
 
 
-def _swapped_header(data: bytes, other: bytes, chance: random.Random) -> bytes:
-    return other[:4096] + data[4096:]
-
-
-def _joined(data: bytes, other: bytes, chance: random.Random) -> bytes:
-    return data + other
-
-
-DAMAGES: dict[str, Callable[[bytes, bytes, random.Random], bytes]] = {
-    "truncated": _truncated,
+DAMAGES: dict[str, Damage] = {
+    "truncated": lambda data, other, chance: data[: chance.randrange(1, len(data))],
     "few-bits": _flipped(4, 0, 1),
     "many-bits": _flipped(200, 0.05, 1),
     "few-bits-in-header": _flipped(4, 0, 0.04),
     "many-bits-in-header": _flipped(30, 0, 0.04),
     "few-bits-at-end": _flipped(6, 0.9, 1),
-    "zeroed": _zeroed,
-    "repeated": _repeated,
-    "holed": _holed,
-    "noisy": _noisy,
+    "zeroed": _in_block(lambda block, chance: bytes(len(block))),
+    "repeated": _in_block(lambda block, chance: block * chance.randrange(2, 20)),
+    "holed": _in_block(lambda block, chance: b""),
+    "noisy": _in_block(lambda block, chance: chance.randbytes(len(block))),
     "extreme": _extreme,
-    "swapped-header": _swapped_header,
-    "joined": _joined,
-    "beheaded": _beheaded,
+    "swapped-header": lambda data, other, chance: other[:4096] + data[4096:],
+    "joined": lambda data, other, chance: data + other,
+    "beheaded": lambda data, other, chance: data[chance.randrange(1, len(data) // 2) :],
 }
 
 
@@ -173,13 +146,7 @@ LIES = (
     Lie("faststart.mp4", b"mdhd", 20, ">I", _ENDS),
     Lie("faststart.mp4", b"stsd", 8, ">I", (0, 0xFFFFFFFF)),
     Lie("faststart.mp4", b"stsd", 44, ">HH", (b"\xff\xff\xff\xff", b"\0\0\0\0")),
-    Lie(
-        "animation.mov",
-        b"stsd",
-        44,
-        ">HH",
-        (b"\xff\xff\xff\xff", b"\0\1\0\1", b"\x0f\xa0\x0f\xa0", b"\xff\xff\0\1"),
-    ),
+    Lie("animation.mov", b"stsd", 44, ">HH", (b"\xff" * 4, b"\0\1\0\1", b"\x0f\xa0\x0f\xa0", b"\xff\xff\0\1")),
     Lie("mjpeg.mov", b"stsd", 44, ">HH", (b"\xff\xff\xff\xff", b"\0\1\0\1")),
     Lie("faststart.mp4", b"stsz", 8, ">I", _ENDS[1:]),
     Lie("faststart.mp4", b"stsz", 12, ">I", _ENDS),
@@ -193,7 +160,11 @@ LIES = (
     Lie("faststart.mp4", b"elst", 12, ">I", _ENDS),
     Lie("index-at-end.mp4", b"elst", 16, ">I", _ENDS),
     Lie(
-        "index-at-end.mp4", b"pasp", 4, ">II", (b"\0\0\0\1\x7f\xff\xff\xff", b"\x7f\xff\xff\xff\0\0\0\1", b"\0" * 8)
+        "index-at-end.mp4",
+        b"pasp",
+        4,
+        ">II",
+        (b"\0\0\0\1\x7f" + b"\xff" * 3, b"\x7f" + b"\xff" * 3 + b"\0\0\0\1", b"\0" * 8),
     ),
     Lie("index-at-end.mp4", b"moov", -4, ">I", _ENDS),
     Lie("faststart.mp4", b"mdat", -4, ">I", (0, 1, 0xFFFFFFFF)),

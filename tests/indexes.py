@@ -21,6 +21,7 @@ from svb.data.feature_store_writer import FeatureStoreWriter
 from svb.retrieve.index import index as build
 from svb.retrieve.indexing.index_config import IndexConfig
 from svb.retrieve.indexing.index_plan import live_videos
+from svb.retrieve.indexing.verify_index import verify_index
 from svb.retrieve.model.query_embedder import QueryEmbedder
 from svb.retrieve.stored.manifest import commit, publish_part, read_manifest, read_whole
 from svb.retrieve.stored.segment import Segment, StringColumn, open_segments, write_segment, write_tombstones
@@ -46,6 +47,23 @@ def index(
 ) -> Path:
     """Make an index or bring it up to date, with `IndexConfig(**options)`."""
     return build(source, out, IndexConfig(**options), on_progress=on_progress)
+
+
+@dataclasses.dataclass
+class Kept:
+    """An index of a store that a test may change."""
+
+    run: Path
+    store: Path
+    out: Path
+    said: list[str]
+
+    def update(self, **options: Any) -> str:
+        """Bring the index up to date, and return the line that says what there was to do."""
+        begin = len(self.said)
+        index(self.run, self.out, store=self.store, **options)
+        assert verify_index(self.out) == []
+        return self.said[begin]
 
 
 def open_index(folder: Path) -> list[Segment]:

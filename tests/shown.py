@@ -131,7 +131,7 @@ def made_up_model(slow: threading.Event) -> Iterator[None]:
 
     def embed_text(self: QueryEmbedder, text: str, what: str = "the query") -> NDArray[np.float32]:
         if "slow" in text:
-            assert slow.wait(60)
+            assert slow.wait(600)
         return embed(text)
 
     do = WorkerPool.do

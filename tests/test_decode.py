@@ -48,10 +48,7 @@ def assert_same(path: Path, given: Sampling | DecodeOptions, mean_difference: fl
 
 CLIPS: dict[str, tuple[str, Callable[[Path], Path]]] = {
     "h264": ("a.mp4", clips.make_clip),
-    "h264 with B-frames": (
-        "a.mp4",
-        lambda path: clips.make_clip(path, fps=29.97, codec=B_FRAMES),
-    ),
+    "h264 with B-frames": ("a.mp4", lambda path: clips.make_clip(path, fps=29.97, codec=B_FRAMES)),
     "h265": ("a.mp4", lambda path: clips.make_clip(path, codec=("-c:v", "libx265"))),
     "h265 10 bit": (
         "a.mkv",
@@ -68,10 +65,7 @@ CLIPS: dict[str, tuple[str, Callable[[Path], Path]]] = {
         "a.mp4",
         lambda path: clips.make_clip(path, filters="scale=out_color_matrix=bt709", extra=("-colorspace", "bt709")),
     ),
-    "full range": (
-        "a.mp4",
-        lambda path: clips.make_clip(path, codec=("-c:v", "libx264", "-pix_fmt", "yuvj420p")),
-    ),
+    "full range": ("a.mp4", lambda path: clips.make_clip(path, codec=("-c:v", "libx264", "-pix_fmt", "yuvj420p"))),
     "variable rate": ("a.mp4", clips.make_variable_rate_clip),
     "starts late, mp4": ("a.mp4", clips.make_late_clip),
     "starts late, mkv": ("a.mkv", clips.make_late_clip),
@@ -89,13 +83,8 @@ CLIPS: dict[str, tuple[str, Callable[[Path], Path]]] = {
 
 # What decoding with `fast` is compared on.
 FAST = (
-    "h264",
-    "h264 with B-frames",
-    "h264 with B-frames, mkv",
-    "h265",
-    "av1",
-    "starts late, ts",
-    "transparent gif",
+    *("h264", "h264 with B-frames", "h264 with B-frames, mkv", "h265", "av1"),
+    *("starts late, ts", "transparent gif"),
 )
 
 
@@ -119,9 +108,22 @@ ZOO = (
 )
 
 
+LARGE = ("action.avi", "corrupted.mp4", "sintel.avi", "vid1.mp4")
+
+
 @pytest.mark.skipif(not clips.VIDEO_ZOO.is_dir(), reason=f"no real footage: {clips.VIDEO_ZOO} is missing")
-@pytest.mark.parametrize("sampling", [kind for kind in SAMPLINGS if kind != "every"])
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize(
+    ("name", "sampling"),
+    [
+        # Every kind of sampling on the small files; on the large ones two, and the rest in the long run.
+        pytest.param(
+            name, kind, marks=pytest.mark.slow if name in LARGE and kind not in ("frames", "times") else ()
+        )
+        for name in ZOO
+        for kind in SAMPLINGS
+        if kind != "every"
+    ],
+)
 def test_decoders_agree_on_real_footage(name: str, sampling: str) -> None:
     decoded = assert_same(clips.VIDEO_ZOO / name, SAMPLINGS[sampling])
     assert decoded.end.status == ("partial" if name == "corrupted.mp4" else "ok")
@@ -143,24 +145,18 @@ class TestEachDecoder:
         mean = run(decoder, path, Sampling(frames=1)).frames.mean(axis=(0, 1, 2))
         np.testing.assert_allclose(mean, (0xC8, 0x32, 0x14), atol=3)
 
-    @pytest.mark.parametrize("degrees", [0, 90, 180, 270])
-    def test_turned_video_is_upright(self, decoder: Decoder, degrees: int, tmp_path: Path) -> None:
-        path = clips.make_turned_clip(tmp_path / "a.mp4", degrees)
-        turned = run(decoder, path, Sampling(frames=1))
-        lying = run(decoder, tmp_path / "upright-a.mp4", Sampling(frames=1)).frames[0]
-        assert turned.properties.rotation_degrees == degrees
-        # Chroma is interpolated along the other axis, hence not the same to the bit.
-        expected = np.rot90(lying, degrees // 90).astype(np.int16)
-        assert np.abs(turned.frames[0] - expected).mean() < 3
-
-    def test_mirrored_video_is_mirrored_back(self, decoder: Decoder, tmp_path: Path) -> None:
+    def test_pictures_are_upright_straight_and_of_square_pixels(self, decoder: Decoder, tmp_path: Path) -> None:
+        for degrees in (0, 90, 180, 270):
+            path = clips.make_turned_clip(tmp_path / "a.mp4", degrees)
+            turned = run(decoder, path, Sampling(frames=1))
+            lying = run(decoder, tmp_path / "upright-a.mp4", Sampling(frames=1)).frames[0].astype(np.int16)
+            assert turned.properties.rotation_degrees == degrees
+            # Chroma is interpolated along the other axis, hence not the same to the bit.
+            assert np.abs(turned.frames[0] - np.rot90(lying, degrees // 90)).mean() < 3
         path = clips.make_turned_clip(tmp_path / "a.mp4", 0, hflip=True)
         mirrored = run(decoder, path, Sampling(frames=1)).frames[0]
-        straight = run(decoder, tmp_path / "upright-a.mp4", Sampling(frames=1)).frames[0]
-        assert np.abs(mirrored - straight[:, ::-1].astype(np.int16)).mean() < 3
-
-    def test_pixels_are_square(self, decoder: Decoder, tmp_path: Path) -> None:
-        properties = run(decoder, clips.make_anamorphic_clip(tmp_path / "a.mp4"), Sampling(fps=1)).properties
+        assert np.abs(mirrored - lying[:, ::-1]).mean() < 3
+        properties = run(decoder, clips.make_anamorphic_clip(tmp_path / "wide.mp4"), Sampling(fps=1)).properties
         assert (properties.width_px, properties.height_px) == (85, 48)
 
     def test_times_are_the_files_own(self, decoder: Decoder, tmp_path: Path) -> None:
@@ -169,8 +165,6 @@ class TestEachDecoder:
         np.testing.assert_allclose(times, 4.7 + np.arange(20) / 10, atol=1e-9)
         times = run(decoder, path, Sampling(fps=1)).times_seconds
         np.testing.assert_allclose(times, [4.7, 5.7], atol=1e-9)
-
-    def test_milliseconds_do_not_move_the_grid(self, decoder: Decoder, tmp_path: Path) -> None:
         # Matroska counts in milliseconds: frame 10 lies at 0.333, before the grid point it belongs to.
         path = clips.make_clip(tmp_path / "a.mkv", fps=30, seconds=3)
         times = run(decoder, path, Sampling(fps=3)).times_seconds
@@ -181,11 +175,8 @@ class TestEachDecoder:
         times = run(decoder, path, Sampling(frames=4)).times_seconds
         np.testing.assert_allclose(times, [0.2, 0.7, 1.2, 1.7], atol=1e-9)
         assert len(run(decoder, path, Sampling(frames=6000)).times_seconds) == 20
-
-    def test_every_frame_keeps_the_first_ones_size(self, decoder: Decoder, tmp_path: Path) -> None:
-        path = clips.make_resized_clip(tmp_path / "a.ts")
-        decoded = run(decoder, path, Sampling(fps=2))
-        assert decoded.frames.shape == (8, 48, 64, 3)
+        resized = run(decoder, clips.make_resized_clip(tmp_path / "a.ts"), Sampling(fps=2))
+        assert resized.frames.shape == (8, 48, 64, 3)  # every frame keeps the first one's size
 
     def test_chunks_are_bounded(self, decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(decode_module, "CHUNK_BYTES", 5 * 64 * 48 * 3)
@@ -193,16 +184,14 @@ class TestEachDecoder:
         chunks = [chunk for chunk in decoder(path, DecodeOptions(EVERY_FRAME)) if isinstance(chunk, FrameChunk)]
         assert [len(chunk.frames) for chunk in chunks] == [5, 5, 5, 5]
 
-    @pytest.mark.parametrize(
-        "name",
-        ["a b.mp4", "'q\" $x.mp4", "-i.mp4", "a:b=c.mp4", "100%d.mp4", "line\nbreak.mp4", "Видео 動画.mp4"],
-    )
     def test_any_name_is_only_a_name(
-        self, decoder: Decoder, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        (tmp_path / name).write_bytes(clips.make_clip(tmp_path / "plain.mp4", seconds=0.5).read_bytes())
         monkeypatch.chdir(tmp_path)
-        assert run(decoder, Path(name), Sampling(frames=2)).end.status == "ok"
+        names = ("a b.mp4", "'q\" $x.mp4", "-i.mp4", "a:b=c.mp4", "100%d.mp4", "line\nbreak.mp4", "Видео 動画.mp4")
+        for name in names:
+            clips.make_clip(Path(name), seconds=0.5)
+            assert run(decoder, Path(name), Sampling(frames=2)).end.status == "ok"
 
     def test_statuses(self, decoder: Decoder, tmp_path: Path) -> None:
         (tmp_path / "empty.mp4").touch()
@@ -220,21 +209,21 @@ class TestEachDecoder:
         }
         assert {name: failure(decoder, tmp_path / name) for name in expected} == expected
         assert failure(decoder, tmp_path) == "unreadable"
-
-    def test_a_stream_without_decodable_frames(self, decoder: Decoder, tmp_path: Path) -> None:
+        # A stream without a frame that can be decoded.
         path = clips.make_clip(tmp_path / "a.mkv", codec=("-c:v", "libxvid"))
         data = path.read_bytes()
         start = data.index(b"\x00\x00\x01\xb6")
         path.write_bytes(data[:start] + b"\x11" * (len(data) - start))
         assert failure(decoder, path) == "zero_frames"
 
-    @pytest.mark.parametrize("sampling", [Sampling(fps=5), Sampling(frames=8)], ids=["fps", "frames"])
-    def test_cut_file_is_partial(self, decoder: Decoder, sampling: Sampling, tmp_path: Path) -> None:
+    def test_cut_and_rotten_files_are_partial(self, decoder: Decoder, tmp_path: Path) -> None:
         path = clips.make_truncated_clip(tmp_path / "a.mp4", keeps_index=True)
-        decoded = run(decoder, path, sampling)
-        assert decoded.end.status == "partial"
-        assert "s of 3.0 s; decode errors: 1, the last: " in decoded.end.error
-        assert 0 < decoded.times_seconds[-1] < 2
+        for sampling in (Sampling(fps=5), Sampling(frames=8)):
+            decoded = run(decoder, path, sampling)
+            assert decoded.end.status == "partial" and 0 < decoded.times_seconds[-1] < 2
+            assert "s of 3.0 s; decode errors: 1, the last: " in decoded.end.error
+        decoded = run(decoder, clips.make_rotten_clip(tmp_path / "b.mp4"), Sampling(fps=2))
+        assert decoded.end.status == "partial" and "decode errors" in decoded.end.error
 
     def test_the_last_frame_stands_in_for_what_does_not_decode(
         self, decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -243,36 +232,26 @@ class TestEachDecoder:
         decoded = run(decoder, clips.make_clip(tmp_path / "a.mp4"), Sampling(frames=1))
         np.testing.assert_allclose(decoded.times_seconds, [1.9], atol=1e-9)
 
-    def test_rotten_file_is_partial(self, decoder: Decoder, tmp_path: Path) -> None:
-        decoded = run(decoder, clips.make_rotten_clip(tmp_path / "a.mp4"), Sampling(fps=2))
-        assert decoded.end.status == "partial" and "decode errors" in decoded.end.error
+    def test_sound_that_outlasts_the_picture_is_no_loss(self, decoder: Decoder, tmp_path: Path) -> None:
+        for suffix in ("mp4", "mkv", "avi"):
+            path = clips.make_clip_with_sound(tmp_path / f"a.{suffix}", seconds=1, sound_seconds=4)
+            assert run(decoder, path, Sampling(fps=2)).end == DecodeEnd("ok")
 
-    @pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi"])
-    def test_sound_that_outlasts_the_picture_is_no_loss(
-        self, decoder: Decoder, suffix: str, tmp_path: Path
-    ) -> None:
-        path = clips.make_clip_with_sound(tmp_path / f"a.{suffix}", seconds=1, sound_seconds=4)
-        assert run(decoder, path, Sampling(fps=2)).end == DecodeEnd("ok")
-
-    @pytest.mark.parametrize("items", [1, 2], ids=["after the properties", "after a chunk"])
-    def test_closing_leaves_nothing_behind(
-        self, decoder: Decoder, items: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    def test_closing_and_finishing_leave_nothing_behind(
+        self, decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(decode_module, "CHUNK_BYTES", 1)
-        path = clips.make_clip(tmp_path / "a.mp4", seconds=20, size="320x240")
-        before = clips.open_files(), clips.child_processes()
-        decoding = decoder(path, DecodeOptions(EVERY_FRAME))
-        for _ in range(items):
-            next(decoding)
-        decoding.close()  # type: ignore[attr-defined]
-        gc.collect()
-        assert (clips.open_files(), clips.child_processes()) == before
-
-    def test_finishing_leaves_nothing_behind(self, decoder: Decoder, tmp_path: Path) -> None:
-        path = clips.make_clip(tmp_path / "a.mp4")
+        path = clips.make_clip(tmp_path / "a.mp4", seconds=20, size="160x120")
         (tmp_path / "text.mp4").write_text("not a video")
         before = clips.open_files(), clips.child_processes()
-        run(decoder, path, Sampling(frames=3))
+        for items in (1, 2):  # after the properties, and after a chunk
+            decoding = decoder(path, DecodeOptions(EVERY_FRAME))
+            for _ in range(items):
+                next(decoding)
+            decoding.close()  # type: ignore[attr-defined]
+            gc.collect()
+            assert (clips.open_files(), clips.child_processes()) == before
+        run(decoder, clips.make_clip(tmp_path / "short.mp4"), Sampling(frames=3))
         failure(decoder, tmp_path / "text.mp4")
         gc.collect()
         assert (clips.open_files(), clips.child_processes()) == before

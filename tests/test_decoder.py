@@ -156,42 +156,21 @@ def test_a_config_chooses_its_decoder() -> None:
 
 def test_the_vocabulary_is_the_words_of_the_captions_alone() -> None:
     vocabulary = Vocabulary.of(["A dog, a DOG!", "the dog's ball", "a ball"], 2)
-    assert vocabulary.words == [*SPECIAL, "a", "ball", "dog"]
-    assert len(vocabulary) == 7
+    assert vocabulary.words == [*SPECIAL, "a", "ball", "dog"] and len(vocabulary) == 7
     assert vocabulary.encode("a dog catches the ball") == [START, 4, 6, UNKNOWN, UNKNOWN, 5, END]
-
-
-def test_the_vocabulary_does_not_depend_on_the_order_of_captions() -> None:
-    captions = ["one two", "three two one", "four"]
-    assert Vocabulary.of(captions, 1).words == Vocabulary.of(captions[::-1], 1).words
-
-
-def test_a_vocabulary_without_words_is_an_error() -> None:
-    with pytest.raises(InputError, match=r"no word stands 3 times .* --min-word-count"):
-        Vocabulary.of(["a dog", "a cat"], 3)
-    with pytest.raises(InputError, match="no word"):
-        Vocabulary.of(["?!", "..."], 1)
-
-
-def test_tokens_are_words_again() -> None:
-    vocabulary = Vocabulary(["a", "dog"])
     assert vocabulary.decode(vocabulary.encode("A dog, a cat")) == "a dog a"
-
-
-def test_words_of_any_language_are_words() -> None:
+    assert len(vocabulary.encode("dog " * 500)) == MAX_WORDS + 2
+    captions = ["one two", "three two one", "four"]  # in any order
+    assert Vocabulary.of(captions, 1).words == Vocabulary.of(captions[::-1], 1).words
     assert split_words("L'été, 2 Hunde -- und 猫!") == ["l'été", "2", "hunde", "und", "猫"]
     assert split_words("snake_case don't") == ["snake", "case", "don't"]
-
-
-def test_a_very_long_caption_is_cut() -> None:
-    vocabulary = Vocabulary.of(["dog"], 1)
-    assert len(vocabulary.encode("dog " * 500)) == MAX_WORDS + 2
-
-
-def test_captions_are_padded_to_the_longest() -> None:
     assert pad([[START, 4, END], [START, END]], PADDING).tolist() == [[START, 4, END], [START, END, PADDING]]
 
 
-def test_a_width_that_heads_do_not_divide_is_refused() -> None:
+def test_what_makes_no_vocabulary_or_decoder_is_refused() -> None:
+    with pytest.raises(InputError, match=r"no word occurs 3 times .* --min-word-count"):
+        Vocabulary.of(["a dog", "a cat"], 3)
+    with pytest.raises(InputError, match="no word"):
+        Vocabulary.of(["?!", "..."], 1)
     with pytest.raises(UsageError, match="decoder size 129 - expected a multiple of 64"):
         make_decoder(size=129)

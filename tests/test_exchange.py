@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
@@ -44,20 +45,9 @@ OTHER_LAYOUTS = [layout for layout in LAYOUTS if layout != "h5"]
 # What a video_id can be made of, and what it does to those who take it for a path or a name.
 HOSTILE_IDS = (
     *("a", "A", "a@b", "a/b", "a@b@c", "a/b@c", "a@b/c", "a.npz/b", "..", "../up", "up/../../up", "/etc/x", "."),
-    *(
-        "a//b",
-        "b/",
-        ".hidden",
-        "x/.y",
-        "n" * 300,
-        "/".join("n" * 200),
-        "\u00e9",
-        "e\u0301",
-        "\u00df",
-        "ss",
-        "tab\t",
-    ),
-    *("a\\b", "con", "features", "times_seconds", "video_id", "videos", "-rf", "a~0123456789abcdef", "q\\x00z"),
+    *("a//b", "b/", ".hidden", "x/.y", "n" * 300, "/".join("n" * 200), "\u00e9", "e\u0301", "\u00df", "ss"),
+    *("tab\t", "a\\b", "con", "features", "times_seconds", "video_id", "videos", "-rf", "a~0123456789abcdef"),
+    "q\\x00z",
 )
 
 
@@ -186,18 +176,14 @@ class TestExport:
         assert rows.time_seconds.tolist() == [0.0, 0.4, 0.8]
         assert np.stack(rows.features.tolist()).tolist() == numbers(3, seed=2).tolist()
 
-    @pytest.mark.parametrize("layout", LAYOUTS)
-    def test_what_is_there_is_not_touched(self, layout: str, store: Path, tmp_path: Path, run_svb: RunSvb) -> None:
-        for there in (tmp_path / "file", tmp_path / "folder", tmp_path / "link"):
-            if there.name == "file":
-                there.write_text("mine")
-            elif there.name == "folder":
-                (there / "deep").mkdir(parents=True)
-            else:
-                there.symlink_to("nowhere")
-            ran = run_svb("export", store, "-o", there, "--format", layout)
+    def test_what_is_there_is_not_touched(self, store: Path, tmp_path: Path, run_svb: RunSvb) -> None:
+        (tmp_path / "file").write_text("mine")
+        (tmp_path / "folder" / "deep").mkdir(parents=True)
+        (tmp_path / "link").symlink_to("nowhere")
+        for layout, name in itertools.product(LAYOUTS, ("file", "folder", "link")):
+            ran = run_svb("export", store, "-o", tmp_path / name, "--format", layout)
             assert ran.exit_code == 1 and ran.stdout == ""
-            assert ran.stderr == f"svb: {there} exists - remove it, or name another with -o\n"
+            assert ran.stderr == f"svb: {tmp_path / name} exists - remove it, or name another with -o\n"
         assert (tmp_path / "file").read_text() == "mine" and (tmp_path / "folder" / "deep").is_dir()
 
     @pytest.mark.parametrize("layout", OTHER_LAYOUTS)
@@ -254,18 +240,15 @@ class TestLayouts:
         assert record.source_path == str(source / "deep" / "b.npy") and record.decoder == "imported"
         assert record.size_bytes == (source / "deep" / "b.npy").stat().st_size and len(record.content_hash) == 64
         assert record.status == "ok" and np.isnan(record.duration_seconds)
-
-    def test_rows_a_second(self, tmp_path: Path) -> None:
-        source = npy_folder(tmp_path / "s", {"a": numbers()})
-        assert "holds no times" not in said(source, tmp_path / "out", fps=2.5)
-        assert content(tmp_path / "out")["a"][1] == [0.0, 0.4, 0.8]
+        assert "holds no times" not in said(source, tmp_path / "faster", fps=2.5)
+        assert content(tmp_path / "faster")["a"][1] == [0.0, 0.4, 0.8]
 
     def test_video_features(self, tmp_path: Path) -> None:
         rgb, flow = numbers(seed=1), numbers(seed=2)
         files = {"my_clip_rgb": rgb, "my_clip_flow": flow, "my_clip_fps": np.array(25.0)}
         source = npy_folder(tmp_path / "s", {**files, "my_clip_timestamps_ms": np.array([40.0, 1000.0, 2500.0])})
         with pytest.raises(
-            InputError, match=r"holds flow, rgb - expected one array of features; name it with --arr"
+            InputError, match="holds flow, rgb - expected one array of features; name it with --arr"
         ):
             imported(source, tmp_path / "out")
         text = said(source, tmp_path / "out", array="rgb", fps=3.0)
@@ -273,12 +256,9 @@ class TestLayouts:
         assert content(tmp_path / "out") == {"my_clip": (rgb.tolist(), [0.04, 1.0, 2.5])}
         assert FeatureStore(tmp_path / "out").records["my_clip"].frame_rate == 25.0
 
-    def test_video_features_without_times(self, tmp_path: Path) -> None:
-        source = npy_folder(tmp_path / "s", {"v_1_r21d": numbers(), "v_2_r21d": numbers(seed=1)})
-        imported(source, tmp_path / "out", layout="video-features")
-        assert list(content(tmp_path / "out")) == ["v_1", "v_2"]
-        imported(source, tmp_path / "plain")
-        assert list(content(tmp_path / "plain")) == ["v_1_r21d", "v_2_r21d"]
+        source = npy_folder(tmp_path / "other", {"v_1_r21d": numbers(), "v_2_r21d": numbers(seed=1)})  # no times
+        assert list(content(imported(source, tmp_path / "named", layout="video-features"))) == ["v_1", "v_2"]
+        assert list(content(imported(source, tmp_path / "plain"))) == ["v_1_r21d", "v_2_r21d"]
 
     def test_npz_of_others(self, tmp_path: Path) -> None:
         (tmp_path / "s").mkdir()
@@ -326,38 +306,31 @@ class TestLayouts:
         with pytest.raises(MismatchError, match=r"array: stored 'i3d', wanted 'c3d'"):
             imported(tmp_path / "s.h5", tmp_path / "out", array="c3d")
 
-    @pytest.mark.parametrize("is_old", [False, True])
-    def test_pytorch(self, is_old: bool, tmp_path: Path) -> None:
+    def test_pytorch(self, tmp_path: Path) -> None:
         tensors = {"a": torch.from_numpy(numbers()).bfloat16(), 7: torch.ones(4, requires_grad=True)}
-        torch.save(tensors, tmp_path / "s.pt", _use_new_zipfile_serialization=not is_old)
-        imported(tmp_path / "s.pt", tmp_path / "out")
-        held = content(tmp_path / "out")
-        assert held["7"] == ([[1.0] * 4], [0.0]) and held["a"][0] == tensors["a"].float().tolist()
+        for is_old in (False, True):
+            torch.save(tensors, tmp_path / "s.pt", _use_new_zipfile_serialization=not is_old)
+            held = content(imported(tmp_path / "s.pt", tmp_path / f"out{is_old}"))
+            assert held["7"] == ([[1.0] * 4], [0.0]) and held["a"][0] == tensors["a"].float().tolist()
 
     def test_parquet_a_row_a_video(self, tmp_path: Path) -> None:
         features = [numbers(1 + v, seed=v).tolist() for v in range(40)]
         times = [[0.5 * t for t in range(1 + v)] for v in range(40)]
-        table = pa.table(
-            {"video_id": [f"v{v:02}" for v in range(40)], "features": features, "times_seconds": times}
-        )
-        pq.write_table(table, tmp_path / "s.parquet")
-        imported(tmp_path / "s.parquet", tmp_path / "out")
+        names = [f"v{v:02}" for v in range(40)]
+        source = parquet(video_id=names, features=features, times_seconds=times)(tmp_path)
+        imported(source, tmp_path / "out")
         assert list(content(tmp_path / "out").values()) == list(zip(features, times, strict=True))
 
-    @pytest.mark.parametrize(
-        "kind", [pa.list_(pa.float64()), pa.large_list(pa.float32()), pa.list_(pa.float16(), 4)]
-    )
-    def test_parquet_a_row_a_feature_row(
-        self, kind: pa.DataType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_parquet_a_row_a_feature_row(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(import_files, "BATCH_ROWS", 2)
-        rows = pa.array([[np.float16(x) for x in row] for row in numbers(6)], kind)
-        table = pa.table({"video_id": pa.array([3, 3, 3, 1, 1, 2]), "clip": rows, "label": list("abcdef")})
-        pq.write_table(table, tmp_path / "s.pq", row_group_size=4)
-        imported(tmp_path / "s.pq", tmp_path / "out")
-        held = content(tmp_path / "out")
-        assert {v: len(f) for v, (f, _) in held.items()} == {"1": 2, "2": 1, "3": 3}
-        assert held["3"][0] + held["1"][0] + held["2"][0] == numbers(6).tolist()
+        kinds = (pa.list_(pa.float64()), pa.large_list(pa.float32()), pa.list_(pa.float16(), 4))
+        for number, kind in enumerate(kinds):
+            rows = pa.array([[np.float16(x) for x in row] for row in numbers(6)], kind)
+            table = pa.table({"video_id": pa.array([3, 3, 3, 1, 1, 2]), "clip": rows, "label": list("abcdef")})
+            pq.write_table(table, tmp_path / "s.pq", row_group_size=4)
+            held = content(imported(tmp_path / "s.pq", tmp_path / f"out{number}"))
+            assert {v: len(f) for v, (f, _) in held.items()} == {"1": 2, "2": 1, "3": 3}
+            assert held["3"][0] + held["1"][0] + held["2"][0] == numbers(6).tolist()
 
     def test_every_layout_can_be_forced(self, run_svb: RunSvb, tmp_path: Path) -> None:
         npy_folder(tmp_path / "s", {"a": numbers()})
@@ -373,63 +346,57 @@ class RunsCode:
         return (os.system, ("touch ran",))
 
 
-def h5(**arrays: Any) -> Callable[[Path], Path]:
-    def make(folder: Path) -> Path:
-        with h5py.File(folder / "s.h5", "w") as file:
-            for name, array in arrays.items():
-                file[name] = array
-        return folder / "s.h5"
-
-    return make
+Make = Callable[[Path], Path]
 
 
-def npy(**arrays: Any) -> Callable[[Path], Path]:
-    return lambda folder: npy_folder(folder / "s", arrays)
-
-
-def files(**contents: bytes) -> Callable[[Path], Path]:
-    """Make a folder; the last underscore of a name stands for its dot."""
+def at(name: str, write: Callable[[Path], object]) -> Make:
+    """Return what writes a file or a folder of that name into a folder, and returns its path."""
 
     def make(folder: Path) -> Path:
-        (folder / "s").mkdir()
-        for name, held in contents.items():
-            (folder / "s" / ".".join(name.rsplit("_", 1))).write_bytes(held)
-        return folder / "s"
-
-    return make
-
-
-def parquet(**columns: Any) -> Callable[[Path], Path]:
-    def make(folder: Path) -> Path:
-        pq.write_table(pa.table(columns), folder / "s.parquet")
-        return folder / "s.parquet"
-
-    return make
-
-
-def torch_file(value: Any) -> Callable[[Path], Path]:
-    def make(folder: Path) -> Path:
-        torch.save(value, folder / "s.pt")
-        return folder / "s.pt"
-
-    return make
-
-
-def file(name: str, held: bytes) -> Callable[[Path], Path]:
-    def make(folder: Path) -> Path:
-        (folder / name).write_bytes(held)
+        write(folder / name)
         return folder / name
 
     return make
 
 
-def npz(**arrays: Any) -> Callable[[Path], Path]:
-    def make(folder: Path) -> Path:
-        (folder / "s").mkdir()
-        np.savez(folder / "s" / "a.npz", **arrays)
-        return folder / "s"
+def h5(**arrays: Any) -> Make:
+    def write(path: Path) -> None:
+        with h5py.File(path, "w") as file:
+            for name, array in arrays.items():
+                file[name] = array
 
-    return make
+    return at("s.h5", write)
+
+
+def files(**contents: bytes) -> Make:
+    """Make a folder; the last underscore of a name stands for its dot."""
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        for name, held in contents.items():
+            (folder / ".".join(name.rsplit("_", 1))).write_bytes(held)
+
+    return at("s", write)
+
+
+def npy(**arrays: Any) -> Make:
+    return lambda folder: npy_folder(folder / "s", arrays)
+
+
+def npz(**arrays: Any) -> Make:
+    return at("s", lambda path: (path.mkdir(), np.savez(path / "a.npz", **arrays)))
+
+
+def parquet(**columns: Any) -> Make:
+    return at("s.parquet", lambda path: pq.write_table(pa.table(columns), path))
+
+
+def torch_file(value: Any) -> Make:
+    return at("s.pt", lambda path: torch.save(value, path))
+
+
+def file(name: str, held: bytes) -> Make:
+    return at(name, lambda path: path.write_bytes(held))
 
 
 def huge_h5(folder: Path) -> Path:
@@ -536,14 +503,10 @@ class TestOptions:
         ran = run_svb("import", source, "-o", tmp_path / "out", "--backbone", NAME, *arguments)
         assert ran.exit_code == 2 and words in ran.stderr and not (tmp_path / "out").exists()
 
-    @pytest.mark.parametrize(
-        ("make", "layout"), [(h5(a=GOOD), "h5-per-video"), (torch_file({"a": torch.ones(2)}), None)]
-    )
-    def test_one_array_a_video(self, make: Callable[[Path], Path], layout: str | None, tmp_path: Path) -> None:
-        with pytest.raises(UsageError, match=r"one (array|tensor).* - leave out --array"):
-            imported(make(tmp_path), tmp_path / "out", layout=layout, array="x")
-
-    def test_a_store_is_no_source(self, store: Path, tmp_path: Path) -> None:
+    def test_one_array_a_video_and_no_store(self, store: Path, tmp_path: Path) -> None:
+        for make, layout in ((h5(a=GOOD), "h5-per-video"), (torch_file({"a": torch.ones(2)}), None)):
+            with pytest.raises(UsageError, match=r"one (array|tensor).* - leave out --array"):
+                imported(make(tmp_path), tmp_path / "out", layout=layout, array="x")
         one = export(FeatureStore(store), tmp_path / "one.h5")
         for source in (store, one):
             with pytest.raises(InputError, match=r"is a feature store already - give it to `svb train`"):
@@ -584,12 +547,12 @@ class TestAgain:
         assert content(tmp_path / "out")["a"][0] == numbers(5, seed=9).tolist()
         assert verify_store(tmp_path / "out") == []
 
-    def test_a_file_that_grew(self, tmp_path: Path) -> None:
+        # So is a file that grew.
         source = h5(a=GOOD)(tmp_path)
-        imported(source, tmp_path / "out")
+        imported(source, tmp_path / "other")
         with h5py.File(source, "a") as file:
             file["b"] = numbers(seed=1)
-        assert "1 videos imported, 1 unchanged; 3 rows" in said(source, tmp_path / "out")
+        assert "1 videos imported, 1 unchanged; 3 rows" in said(source, tmp_path / "other")
 
     def test_moved_and_foreign_sources(self, tmp_path: Path) -> None:
         source = npy_folder(tmp_path / "s", {"a": GOOD})
@@ -598,7 +561,7 @@ class TestAgain:
         assert "0 videos imported, 1 unchanged" in said(moved, tmp_path / "out")
         other = npy_folder(tmp_path / "other", {"a": numbers(seed=5)})
         with pytest.raises(
-            InputError, match=r"the store holds other features of 'a', from .*/s/a.npy - import these"
+            InputError, match=r"the store holds other features of 'a', from .*/s/a.npy - import the"
         ):
             imported(other, tmp_path / "out")
         assert content(tmp_path / "out")["a"][0] == GOOD.tolist()
@@ -620,7 +583,7 @@ class TestAgain:
 
     @pytest.mark.parametrize("make", [npy, h5])
     def test_stopped_half_way(
-        self, make: Callable[..., Callable[[Path], Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, make: Callable[..., Make], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("svb.data.feature_store_writer.SHARD_VIDEOS", 2)
         videos = {f"v{v}": numbers(seed=v) for v in range(7)}
@@ -685,7 +648,7 @@ class TestInUse:
             ran = run_svb(*command)
             assert ran.exit_code == 1 and not (tmp_path / "index").exists()
             assert (
-                f"svb: the features of {name} were imported, and which weights made them is not known: they "
+                f"svb: the features of {name} were imported, and we do not know which weights made them: they "
                 "cannot be searched without training - train heads with `svb train`" in ran.stderr
             )
 

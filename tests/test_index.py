@@ -6,8 +6,6 @@ import dataclasses
 import itertools
 import math
 import shutil
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from conftest import RunSvb
 from indexes import (
     CONFIG,
     MOMENTS,
+    Kept,
     add,
     content,
     edit_manifest,
@@ -43,12 +42,6 @@ from svb.retrieve.stored.segment import Segment, StringColumn, open_segments
 from svb.train.run import train
 
 
-@pytest.fixture
-def store(indexed_run: Path, tmp_path: Path) -> Path:
-    """A copy of the store of `built_index` that the test may change."""
-    return Path(shutil.copytree(indexed_run.parent / "features", tmp_path / "features"))
-
-
 @pytest.fixture(scope="module")
 def other(indexed_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another run on the same store."""
@@ -69,10 +62,9 @@ class TestContent:
         for embeddings in (segment.video_embeddings, segment.moment_embeddings):
             np.testing.assert_allclose(np.linalg.norm(embeddings.astype(np.float64), axis=1), 1, atol=1e-3)
 
-    @pytest.mark.parametrize(("seconds", "stride"), [(4.0, 2.0), (1.0, 1.0), (2.5, 0.7), (100.0, 3.0)])
     @pytest.mark.parametrize("gap", [1.0, 0.37])
     def test_moments_lie_within_the_video_and_cover_every_frame(
-        self, indexed_run: Path, tmp_path: Path, seconds: float, stride: float, gap: float
+        self, indexed_run: Path, tmp_path: Path, gap: float
     ) -> None:
         random = np.random.default_rng(0)
         lengths = [1, 2, 3, 9, 30]
@@ -81,27 +73,24 @@ class TestContent:
         store = synthetic.make_store(
             tmp_path / "features", videos, seconds_between_frames=gap, durations_seconds=durations
         )
-        if gap == 1.0:
-            folder = index(
-                indexed_run, tmp_path / "index", store=store, moment_seconds=seconds, moment_stride_seconds=stride
-            )
-        else:  # indexed_run on features of another sampling: a run of its own
+        run = indexed_run
+        if gap != 1.0:  # indexed_run on features of another sampling: a run of its own
             rows = [(video_id, "a dog and a dog", "train") for video_id in videos]
             captions = synthetic.make_captions(tmp_path / "captions.h5", rows, random.normal(size=(5, 20)))
-            own = train(store, captions, tmp_path / "run", CONFIG)
-            folder = index(own, tmp_path / "index", moment_seconds=seconds, moment_stride_seconds=stride)
-        segment = only_segment(folder)
-        assert math.isnan(segment.duration_seconds[lengths.index(9)])
-        for video, length in enumerate(lengths):
-            own_moments = segment.moment_seconds[segment.moment_offsets[video] : segment.moment_offsets[video + 1]]
-            duration = durations.get(f"v{length:02}", length * gap)
-            end = length * gap if np.isnan(duration) else duration
-            begins, ends = own_moments.T
-            assert (begins < ends).all() and (ends - begins <= seconds + 1e-9).all()
-            assert begins[0] == 0 and (begins >= 0).all() and (ends <= end + 1e-6).all()
-            assert np.diff(begins) == pytest.approx(stride)
-            for time_seconds in np.arange(length) * gap:
-                assert any(begin - 1e-6 <= time_seconds < end for begin, end in own_moments), (length, time_seconds)
+            run = train(store, captions, tmp_path / "run", CONFIG)
+        for seconds, stride in ((4.0, 2.0), (1.0, 1.0), (2.5, 0.7), (100.0, 3.0)):
+            options = {"moment_seconds": seconds, "moment_stride_seconds": stride, "rebuild": True}
+            segment = only_segment(index(run, tmp_path / "index", store=store, **options))
+            assert math.isnan(segment.duration_seconds[lengths.index(9)])
+            for video, length in enumerate(lengths):
+                begins, ends = segment.moment_seconds[slice(*segment.moment_offsets[video : video + 2])].T
+                duration = durations.get(f"v{length:02}", length * gap)
+                end = length * gap if np.isnan(duration) else duration
+                assert (begins < ends).all() and (ends - begins <= seconds + 1e-9).all()
+                assert begins[0] == 0 and (begins >= 0).all() and (ends <= end + 1e-6).all()
+                assert np.diff(begins) == pytest.approx(stride)
+                for time_seconds in np.arange(length) * gap:
+                    assert ((begins - 1e-6 <= time_seconds) & (time_seconds < ends)).any(), (length, time_seconds)
 
     def test_one_moment_as_long_as_the_video_is_the_video(self, indexed_run: Path, tmp_path: Path) -> None:
         segment = only_segment(index(indexed_run, tmp_path / "index", moment_seconds=1000))
@@ -110,29 +99,8 @@ class TestContent:
     def test_the_same_run_gives_the_same_index(self, indexed_run: Path, built_index: Path, tmp_path: Path) -> None:
         again = index(indexed_run, tmp_path / "index", **MOMENTS)
         assert (again / "manifest.json").read_bytes() == (built_index / "manifest.json").read_bytes()
-
-    def test_it_opens_without_reading_vectors(self, built_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        manifest = read_manifest(built_index)
-        mapped = [
-            open_segments(built_index, manifest)[0].video_embeddings,
-            only_segment(built_index).moment_embeddings,
-        ]
-        assert all(isinstance(array.base, np.memmap) for array in mapped)
-
-    def test_nothing_heavy_is_imported_to_open_it(self, built_index: Path) -> None:
-        program = (
-            "import sys; from pathlib import Path\n"
-            "import svb.retrieve.stored.ivf_file, svb.retrieve.stored.metadata, svb.retrieve.stored.pools\n"
-            "from svb.retrieve.stored.manifest import read_manifest, read_whole\n"
-            "from svb.retrieve.stored.segment import open_segments; folder = Path(sys.argv[1]);"
-            "print(read_whole(folder, lambda manifest: open_segments(folder, manifest))[0].num_videos);"
-            "heavy = ('torch', 'h5py', 'pandas', 'pyarrow', 'scipy', 'faiss')\n"
-            "print([name for name in heavy if name in sys.modules])"
-        )
-        ran = subprocess.run(
-            [sys.executable, "-c", program, built_index], capture_output=True, text=True, check=True
-        )
-        assert ran.stdout == "80\n[]\n"
+        segment = only_segment(again)  # opened without reading vectors
+        assert all(isinstance(a.base, np.memmap) for a in (segment.video_embeddings, segment.moment_embeddings))
 
 
 @pytest.mark.parametrize("strings", [[], [""], ["a", "", "ünïcödé 🎬", "x" * 1000], ["", ""]])
@@ -159,7 +127,6 @@ class TestUsage:
             {"moment_seconds": 2.0, "moment_stride_seconds": 3.0},
             {"latency_budget_seconds": 0.0},
             {"latency_budget_seconds": float("nan")},
-            {"watch": True, "watch_seconds": 0.0},
         ],
     )
     def test_options(self, indexed_run: Path, tmp_path: Path, options: dict[str, Any]) -> None:
@@ -195,16 +162,14 @@ class TestUsage:
             index(indexed_run, **options)
         assert not (tmp_path / "index").exists()
 
-    def test_a_file_where_the_index_should_be(self, indexed_run: Path, tmp_path: Path) -> None:
+    def test_a_file_where_the_index_should_be_and_no_run(self, indexed_run: Path, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="is neither a run"):
+            index(tmp_path, tmp_path / "index")
+        assert not (tmp_path / "index").exists()
         (tmp_path / "index").write_text("mine")
         with pytest.raises(InputError, match="index is a file - expected a folder for the index"):
             index(indexed_run, tmp_path / "index")
         assert (tmp_path / "index").read_text() == "mine"
-
-    def test_what_is_no_run_leaves_no_folder(self, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match="is neither a run"):
-            index(tmp_path, tmp_path / "index")
-        assert not (tmp_path / "index").exists()
 
 
 class TestSegments:
@@ -215,7 +180,6 @@ class TestSegments:
     ) -> None:
         out, commits = tmp_path / "index", []
         monkeypatch.setattr(embed_segment, "SEGMENT_VIDEOS", 30)
-        monkeypatch.setattr(index_writer, "choose_merges", lambda segments: [])
         monkeypatch.setattr(index_writer, "choose_merges", lambda segments: [])
         commit = index_writer.commit
 
@@ -275,13 +239,8 @@ class TestSegments:
         self, indexed_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(embed_segment, "SEGMENT_VIDEOS", 7)
-        before: dict[str, tuple[object, ...]] = {}
-
-        def no_merges(segments: Sequence[Segment]) -> list[tuple[int, int]]:
-            return []
-
         with monkeypatch.context() as patch:
-            patch.setattr(index_writer, "choose_merges", no_merges)
+            patch.setattr(index_writer, "choose_merges", lambda segments: [])
             out = index(indexed_run, tmp_path / "index")
             before = content(out)
             assert len(open_index(out)) == 12
@@ -290,19 +249,17 @@ class TestSegments:
         assert len(open_index(out)) == 1 and content(out) == before and verify_index(out) == []
         assert len(list((out / "segments").iterdir())) == 1
 
-    def test_a_segment_with_many_deletions_is_copied_without_them(
-        self, indexed_run: Path, store: Path, own_index: Path
-    ) -> None:
-        (key,) = (entry["key"] for entry in read_manifest(own_index)["segments"])
-        remove(store, *(f"clip{number:03}" for number in range(5)))
-        index(indexed_run, own_index, store=store, prune=True)
-        (entry,) = read_manifest(own_index)["segments"]
+    def test_a_segment_with_many_deletions_is_copied_without_them(self, kept: Kept) -> None:
+        (key,) = (entry["key"] for entry in read_manifest(kept.out)["segments"])
+        remove(kept.store, *(f"clip{number:03}" for number in range(5)))
+        kept.update(prune=True)
+        (entry,) = read_manifest(kept.out)["segments"]
         assert entry["key"] == key and entry["deleted"]["videos"] == 5
-        remove(store, *(f"clip{number:03}" for number in range(5, 30)))
-        index(indexed_run, own_index, store=store, prune=True)
-        (entry,) = read_manifest(own_index)["segments"]
+        remove(kept.store, *(f"clip{number:03}" for number in range(5, 30)))
+        kept.update(prune=True)
+        (entry,) = read_manifest(kept.out)["segments"]
         assert entry["key"] != key and entry["deleted"] is None and entry["videos"] == 50
-        assert not list((own_index / "tombstones").iterdir())
+        assert not list((kept.out / "tombstones").iterdir())
 
     @pytest.mark.parametrize("seed", range(20))
     def test_there_are_few_segments_and_rows_are_seldom_copied(self, seed: int) -> None:
@@ -362,14 +319,13 @@ def test_times_that_are_far_off_or_all_the_same_make_moments_too() -> None:
         assert moments_of(times, 0.0, 4, 2) == [(times[0], times[0] + embed_segment.SHORTEST_SECONDS)]
 
 
-def of_size(num_moments: int, deleted: int = 0) -> Segment:
+def of_size(num_moments: int) -> Segment:
     """Return a segment of videos of one moment."""
-    nothing = StringColumn.of([])
     rows = np.zeros((num_moments, 1), np.float16)
-    numbers = np.zeros(num_moments, np.int64)
+    numbers, nothing = np.zeros(num_moments, np.int64), StringColumn.of([])
     return Segment(
         *("", rows, rows, np.arange(num_moments + 1), np.zeros((num_moments, 2)), numbers.astype(float)),
-        *(numbers, numbers, nothing, nothing, nothing, np.arange(deleted)),
+        *(numbers, numbers, nothing, nothing, nothing, np.arange(0)),
     )
 
 
@@ -414,23 +370,21 @@ class TestCommits:
         assert manifests[1] > manifests[0] and (np.diff(segment.moment_seconds).max()) <= 1
 
     @pytest.mark.parametrize("damage", ["cut", "gone"])
-    def test_a_damaged_segment_is_made_again(
-        self, own_index: Path, indexed_run: Path, indexed_store: Path, damage: str, said: list[str]
-    ) -> None:
-        add(indexed_store, {"new": frames_of(1)})
-        index(indexed_run, own_index, store=indexed_store)
-        before = content(own_index)
-        first, second = read_manifest(own_index)["segments"]
-        path = own_index / "segments" / second["key"] / "moment_embeddings.npy"
+    def test_a_damaged_segment_is_made_again(self, kept: Kept, damage: str) -> None:
+        add(kept.store, {"new": frames_of(1)})
+        kept.update()
+        before = content(kept.out)
+        first, second = read_manifest(kept.out)["segments"]
+        path = kept.out / "segments" / second["key"] / "moment_embeddings.npy"
         if damage == "cut":
             path.write_bytes(path.read_bytes()[:-1])
         else:
             shutil.rmtree(path.parent)
-        index(indexed_run, own_index, store=indexed_store)
-        assert content(own_index) == before and verify_index(own_index) == []
-        assert read_manifest(own_index)["segments"] == [first, second]
-        assert any(f"segments/{second['key']} is damaged" in line and "its 1 videos" in line for line in said)
-        assert f"+1 new ~0 changed >0 renamed -0 gone ={len(before) - 1} same" in said
+        kept.update()
+        assert content(kept.out) == before
+        assert read_manifest(kept.out)["segments"] == [first, second]
+        assert any(f"segments/{second['key']} is damaged" in line and "its 1 videos" in line for line in kept.said)
+        assert f"+1 new ~0 changed >0 renamed -0 gone ={len(before) - 1} same" in kept.said
 
     def test_a_segment_that_cannot_be_read_now_is_not_given_up(
         self, own_index: Path, indexed_run: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -301,40 +302,33 @@ def test_a_disk_that_takes_nothing_leaves_search_exact(
 
     monkeypatch.setattr(tune_ivf.faiss, "write_index", full)
     decision = build(tmp_path, segments)
-    assert "could not be made (No space left on device)" in describe(decision)
+    assert re.search(r"could not be made \(.*No space left on device", describe(decision))
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["ivf.json"]
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut", "longer", "head", "lists", "description", "edited", "size"])
-def test_a_damaged_file_is_not_believed(built: Path, segments: list[Segment], damage: str) -> None:
-    decision = decision_of(built)
-    file = built / "cache" / decision["file"]
-    held = file.read_bytes()
-    if damage == "missing":
-        file.unlink()
-    elif damage == "cut":
-        file.write_bytes(held[:-100])
-    elif damage == "longer":
-        file.write_bytes(held + b"\0")
-    elif damage in ("head", "lists"):
-        place = decision["head_bytes"] + (-9 if damage == "head" else 0)
-        file.write_bytes(held[:place] + bytes([held[place] ^ 1]) + held[place + 1 :])
-    elif damage == "description":
-        (built / "cache" / "ivf.json").write_text("{")
-    elif damage == "edited":
-        text = (built / "cache" / "ivf.json").read_text()
-        (built / "cache" / "ivf.json").write_text(text.replace('"nprobe": ', '"nprobe": 1'))
-    else:
-        publish_description(built / "cache" / "ivf.json", {**decision, "embedding_size": 8})
-    vectors, note = open_ivf(built, SegmentVectors(segments), segments)
-    if damage == "lists":  # not seen when it is opened: the next test tells what comes of it
-        assert vectors is not None and verify_ivf(built) == [f"{file} has changed since it was written"]
-    else:
-        assert vectors is None and note is not None
+def flipped(data: bytes, place: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
+def test_a_damaged_file_is_not_believed(built: Path, segments: list[Segment]) -> None:
+    decision, note_file = decision_of(built), built / "cache" / "ivf.json"
+    file, exact = built / "cache" / decision["file"], SegmentVectors(segments)
+    held, described = file.read_bytes(), note_file.read_bytes()
+    damages: list[tuple[Path, bytes | None]] = [
+        *((file, data) for data in (None, held[:-100], held + b"\0", flipped(held, decision["head_bytes"] - 9))),
+        *((note_file, data) for data in (b"{", described.replace(b'"nprobe": ', b'"nprobe": 1'))),
+    ]
+    for path, data in damages:
+        path.unlink() if data is None else path.write_bytes(data)
+        vectors, note = open_ivf(built, exact, segments)
+        assert vectors is None and note is not None and verify_ivf(built)
         assert note.startswith("the approximate index is damaged (") and "search is exact" in note
-        assert damage == "size" or verify_ivf(built)
-        build(built, segments)
-        assert opened(built, segments) and verify_ivf(built) == []
+        file.write_bytes(held)
+        note_file.write_bytes(described)
+    publish_description(note_file, {**decision, "embedding_size": 8})
+    assert open_ivf(built, exact, segments)[0] is None
+    build(built, segments)
+    assert opened(built, segments) and verify_ivf(built) == []
 
 
 @pytest.mark.parametrize("noise", ["ones", "random"])
@@ -346,6 +340,7 @@ def test_damaged_lists_make_no_wrong_row(built: Path, segments: list[Segment], n
     places = random.random(len(lists)) < 0.2
     lists[places] = 255 if noise == "ones" else random.integers(0, 256, int(places.sum()))
     file.write_bytes(held.tobytes())
+    assert verify_ivf(built) == [f"{file} has changed since it was written"]  # not seen when it is opened
     now = [replace(segments[0], deleted=np.arange(0, 1500, 2)), segments[1]]
     vectors = opened(built, now)
     vectors._rows_in_budget = 0.0

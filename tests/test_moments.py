@@ -91,7 +91,9 @@ def test_flat_curves_and_single_windows(deviation: float, score: float) -> None:
         assert moment.begin_seconds <= moment.best_seconds < moment.end_seconds
 
 
-def test_a_moment_does_not_reach_over_a_gap_in_the_footage() -> None:
+def test_a_moment_does_not_reach_over_a_gap_and_a_curve_is_read_at_the_middles_of_windows() -> None:
+    held = curve_of(np.array([[0.0, 4.0], [2.0, 5.0]]), np.array([0.25, 0.5], np.float32))
+    assert held.times_seconds == (2.0, 3.5) and held.scores == (0.25, 0.5)
     seconds = np.array([[0.0, 4.0], [2.0, 6.0], [100.0, 104.0], [102.0, 106.0]])
     first, second = find_moments(seconds, np.array([0.1, 0.9, 0.88, 0.1], np.float32), 0.01, 3)
     assert first.end_seconds <= 6 and second.begin_seconds >= 100
@@ -110,11 +112,6 @@ def test_any_curve_gives_moments_that_hold_their_best_and_do_not_overlap(seed: i
         assert moment.begin_seconds < moment.end_seconds
     spans = sorted((moment.begin_seconds, moment.end_seconds) for moment in found)
     assert all(before[1] <= after[0] + 1e-9 for before, after in itertools.pairwise(spans))
-
-
-def test_a_curve_is_read_at_the_middles_of_windows() -> None:
-    held = curve_of(np.array([[0.0, 4.0], [2.0, 5.0]]), np.array([0.25, 0.5], np.float32))
-    assert held.times_seconds == (2.0, 3.5) and held.scores == (0.25, 0.5)
 
 
 # --- confidence

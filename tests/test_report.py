@@ -143,11 +143,12 @@ def test_videos_that_are_gone_broken_or_changed_keep_their_cards(clip: Path, tmp
     assert not (tmp_path / "empty.html").exists()
 
 
-def test_a_report_needs_no_torch(clip: Path, tmp_path: Path) -> None:
+def test_a_report_and_pictures_need_no_torch(clip: Path, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps(answer_of(SearchRequest(text="a"), result_of(clip)).as_json()))
     script = (
         "import json, sys; from pathlib import Path; from svb.retrieve.answer import Answer;"
         "from svb.retrieve.page.page import write_report;"
+        "from svb.retrieve.searching import cut; from svb.retrieve.model import query_media;"
         "write_report([Answer.from_json(json.load(open('a.json')))], Path('a.html'), Path('index'));"
         "sys.exit(str([m for m in ('torch', 'h5py', 'pandas', 'scipy', 'faiss') if m in sys.modules]))"
     )
@@ -209,7 +210,7 @@ def test_many_questions_leave_room_for_their_answers(chromium: Any, clip: Path, 
         page.locator(".card h3").wait_for()
         assert page.evaluate("document.querySelector('.card').getBoundingClientRect().top") < 700
         page.locator(".card").scroll_into_view_if_needed()
-        page.locator(".peak.best").click(timeout=5000)  # which fails where something lies over it
+        page.locator(".peak.best").click()  # which fails where something lies over it
         page.locator("#queries button").nth(1).focus()
         page.keyboard.press("Enter")
         w.until(page, "document.activeElement.textContent.startsWith('question 1')")

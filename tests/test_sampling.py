@@ -31,26 +31,21 @@ KINDS: dict[str, dict[str, Any]] = {
     "scenes": {"scenes": 0.3},
     "times_seconds": {"times_seconds": [0.5, 1.25]},
 }
-each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 class TestSettings:
-    @each_kind
-    def test_they_read_back(self, kind: str) -> None:
-        sampling = Sampling(**KINDS[kind])
-        assert sampling.settings() == KINDS[kind]
-        assert Sampling(**json.loads(json.dumps(sampling.settings()))) == sampling
-
-    def test_those_of_old_stores(self) -> None:
+    def test_they_read_back(self) -> None:
+        for settings in KINDS.values():
+            sampling = Sampling(**settings)
+            assert sampling.settings() == settings
+            assert Sampling(**json.loads(json.dumps(sampling.settings()))) == sampling
+        # Those of old stores; times are sorted and unique.
         assert json.dumps(Sampling(fps=1).settings()) == '{"fps": 1.0}'
         assert json.dumps(Sampling(frames=3).settings()) == '{"frames": 3}'
-
-    def test_times_are_sorted_and_unique(self) -> None:
         assert Sampling(times_seconds=(3, 1.5, 3.0)).times_seconds == (1.5, 3.0)
 
-    @pytest.mark.parametrize(
-        ("kinds", "words"),
-        [
+    def test_what_means_nothing(self) -> None:
+        cases: list[tuple[dict[str, Any], str]] = [
             ({}, "got no kind of sampling - give exactly one of fps, frames, every_nth, keyframes, scenes"),
             ({"fps": 1, "frames": 8}, "got fps=1 and frames=8 - give exactly one"),
             ({"keyframes": True, "scenes": 0.0}, "got keyframes=True and scenes=0.0"),
@@ -62,48 +57,26 @@ class TestSettings:
             ({"scenes": float("nan")}, "a score of nan"),
             ({"times_seconds": ()}, "at the times [] - give at least one"),
             ({"times_seconds": (1.0, float("inf"))}, "at the times [1.0, inf]"),
-        ],
-    )
-    def test_what_means_nothing(self, kinds: dict[str, Any], words: str) -> None:
-        with pytest.raises(UsageError) as caught:
-            Sampling(**kinds)
-        assert words in str(caught.value)
+        ]
+        for kinds, words in cases:
+            with pytest.raises(UsageError) as caught:
+                Sampling(**kinds)
+            assert words in str(caught.value)
 
 
 class TestShownAt:
-    TIMES = (1.0, 1.1, 1.2, 1.4, 1.5)
-
-    @pytest.mark.parametrize(
-        ("wanted", "positions"),
-        [
-            ((0.0,), [0]),
-            ((0.0, 1.0), [0]),
-            ((1.0,), [0]),
-            ((1.05, 1.06, 1.09), [0]),
-            ((1.0995,), [1]),  # within what a container rounds
-            ((1.3,), [2]),
-            ((1.1, 1.4), [1, 3]),
-            ((1.5, 99.0), [4]),
-            ((99.0,), [4]),
-            ((0.0, 1.25, 99.0), [0, 2, 4]),
-        ],
-    )
-    def test_the_last_frame_at_or_before(self, wanted: tuple[float, ...], positions: list[int]) -> None:
-        assert [position for position, _ in shown_at(wanted, enumerate(self.TIMES))] == positions
-
-    def test_against_every_frame_at_once(self) -> None:
+    def test_the_last_frame_at_or_before_as_a_slow_reading_says(self) -> None:
+        assert [n for n, _ in shown_at((1.0995,), enumerate((1.0, 1.1, 1.2)))] == [1]  # a container rounds
         random = np.random.default_rng(0)
         for _ in range(200):
             times = np.unique(random.integers(0, 40, random.integers(1, 20))) / 4
-            wanted = np.unique(random.integers(-4, 44, random.integers(1, 20))) / 4 + 0.125
+            wanted = np.unique(random.integers(-8, 88, random.integers(1, 20))) / 8  # on frames and between
             expected = sorted({max(0, int((times <= seconds).sum()) - 1) for seconds in wanted})
             assert [position for position, _ in shown_at(wanted.tolist(), enumerate(times.tolist()))] == expected
 
-    def test_a_clock_that_jumps_back(self) -> None:
+    def test_a_clock_that_jumps_back_and_no_further_than_needed(self) -> None:
         frames = enumerate((5.0, 6.0, 0.0, 7.0))
         assert [position for position, _ in shown_at((0.5, 6.5, 7.0), frames)] == [0, 1, 3]
-
-    def test_it_reads_no_further_than_needed(self) -> None:
         frames = iter([(0, 0.0), (1, 1.0), (2, 2.0)])
         assert list(shown_at((0.5,), frames)) == [(0, 0.0)]
         assert next(frames) == (2, 2.0)
@@ -123,7 +96,7 @@ class TestChoice:
         # What was skipped is not missing.
         assert list(decoder(path, DecodeOptions(Sampling(keyframes=True))))[-1] == DecodeEnd("ok")
 
-    def test_keyframes_of_a_codec_that_has_no_others(self, decoder: Decoder, tmp_path: Path) -> None:
+        # Of a codec that has no others.
         path = clips.make_clip(tmp_path / "a.mkv", codec=("-c:v", "mjpeg"))
         assert len(times_of(decoder, path, Sampling(keyframes=True))) == 20
 
@@ -138,17 +111,13 @@ class TestChoice:
         assert times_of(decoder, path, Sampling(scenes=0.3)) == [0, 1, 2]
         assert times_of(decoder, path, Sampling(scenes=1.0)) == [0]
         assert times_of(decoder, path, DecodeOptions(Sampling(scenes=0.3), fast=True))[0] == 0
-
-    def test_a_video_that_never_changes_is_one_scene(self, decoder: Decoder, tmp_path: Path) -> None:
-        path = clips.make_clip(tmp_path / "a.mp4", source="color=c=red")
+        path = clips.make_clip(tmp_path / "a.mp4", source="color=c=red")  # never changes
         assert times_of(decoder, path, Sampling(scenes=0.0)) == [0]
 
     def test_times(self, decoder: Decoder, tmp_path: Path) -> None:
         path = clips.make_late_clip(tmp_path / "a.mkv", start_seconds=4.7)
         wanted = Sampling(times_seconds=(0.0, 4.75, 5.0, 5.05, 6.24, 6.25, 100.0))
         assert times_of(decoder, path, wanted) == [4.7, 5.0, 6.2, 6.6]
-
-    def test_times_of_an_uneven_rate(self, decoder: Decoder, tmp_path: Path) -> None:
         path = clips.make_variable_rate_clip(tmp_path / "a.mp4")
         shown = times_of(decoder, path, Sampling(fps=1000))
         wanted = np.arange(0, 3, 0.15) + 0.01
@@ -162,7 +131,7 @@ class TestChoice:
             assert isinstance(end, DecodeEnd) and end.status == "partial"
         assert times_of(decoder, path, Sampling(times_seconds=(2.9,)))[0] < 2
 
-    @each_kind
+    @pytest.mark.parametrize("kind", KINDS)
     def test_whatever_the_decoder_is_told_gets_out_and_leaves_nothing(
         self, decoder: Decoder, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -190,20 +159,17 @@ class TestChoice:
 
 @each_decoder
 class TestFast:
-    @each_kind
-    def test_about_the_same_frames(self, decoder: Decoder, kind: str, tmp_path: Path) -> None:
+    def test_about_the_same_frames_and_fewer_decoded(self, decoder: Decoder, tmp_path: Path) -> None:
         path = clips.make_clip(tmp_path / "a.mp4", seconds=4, fps=30, codec=B_FRAMES)
-        sampling = Sampling(**KINDS[kind])
-        plain = times_of(decoder, path, sampling)
-        fast = times_of(decoder, path, DecodeOptions(sampling, fast=True))
-        nearest = [min(abs(moved - seconds) for moved in fast) for seconds in plain]
-        assert 0 < len(fast) <= len(plain)
-        # Of every third frame some fall together: of four frames about one is referred to by another.
-        assert len(fast) >= (0.5 if kind == "every_nth" else 0.8) * len(plain)
-        assert max(nearest) <= 4 / 30 + 1e-6
-
-    def test_it_skips(self, decoder: Decoder, tmp_path: Path) -> None:
-        path = clips.make_clip(tmp_path / "a.mp4", seconds=4, fps=30, codec=B_FRAMES)
+        for kind, settings in KINDS.items():
+            sampling = Sampling(**settings)
+            plain = times_of(decoder, path, sampling)
+            fast = times_of(decoder, path, DecodeOptions(sampling, fast=True))
+            nearest = [min(abs(moved - seconds) for moved in fast) for seconds in plain]
+            assert 0 < len(fast) <= len(plain)
+            # Of every third frame some fall together: of four frames about one is referred to by another.
+            assert len(fast) >= (0.5 if kind == "every_nth" else 0.8) * len(plain)
+            assert max(nearest) <= 4 / 30 + 1e-6
         every = Sampling(fps=1000)
         assert len(times_of(decoder, path, DecodeOptions(every, fast=True))) < 100
         assert len(times_of(decoder, path, every)) == 120
@@ -227,7 +193,6 @@ SPARSE = {
 class TestSkippedStretches:
     """What is decoded of a sparsely sampled video gives the frames that all of it would give."""
 
-    @pytest.mark.parametrize("kind", SPARSE)
     @pytest.mark.parametrize(
         ("name", "extra", "skips"),
         [
@@ -245,27 +210,22 @@ class TestSkippedStretches:
         ids=str,
     )
     def test_they_change_nothing(
-        self,
-        name: str,
-        extra: tuple[str, ...],
-        skips: bool,
-        kind: str,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
+        self, name: str, extra: tuple[str, ...], skips: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         path = clips.make_clip(tmp_path / name, seconds=12, codec=X264, extra=extra)
-        sparse, num_decoded = self.decoded(path, SPARSE[kind], monkeypatch)
-        monkeypatch.setattr(StretchList, "sorted_times_seconds", lambda _: [])
-        whole, num_all = self.decoded(path, SPARSE[kind], monkeypatch)
-        assert num_all > 120
-        assert (num_decoded < 60) if skips else (num_decoded == num_all)
-        assert len(sparse) == len(whole)
-        for ours, theirs in zip(sparse, whole, strict=True):
-            if isinstance(ours, FrameChunk) and isinstance(theirs, FrameChunk):
-                np.testing.assert_array_equal(ours.frames, theirs.frames)
-                np.testing.assert_array_equal(ours.frame_times_seconds, theirs.frame_times_seconds)
-            else:
-                assert ours == theirs
+        for kind, sampling in SPARSE.items():
+            sparse, num_decoded = self.decoded(path, sampling, monkeypatch)
+            with monkeypatch.context() as patch:
+                patch.setattr(StretchList, "sorted_times_seconds", lambda _: [])
+                whole, num_all = self.decoded(path, sampling, monkeypatch)
+            assert num_all > 120
+            assert (num_decoded < 60) if skips else (num_decoded == num_all), kind
+            for ours, theirs in zip(sparse, whole, strict=True):
+                if isinstance(ours, FrameChunk) and isinstance(theirs, FrameChunk):
+                    np.testing.assert_array_equal(ours.frames, theirs.frames)
+                    np.testing.assert_array_equal(ours.frame_times_seconds, theirs.frame_times_seconds)
+                else:
+                    assert ours == theirs
 
     @pytest.mark.parametrize("kind", SPARSE)
     def test_damage_where_it_is_looked_at(self, kind: str, tmp_path: Path) -> None:
@@ -319,20 +279,11 @@ class TestSkippedStretches:
 
 
 class TestResize:
-    @pytest.mark.parametrize(
-        ("size", "expected"),
-        [
-            ((640, 360), (398, 224)),
-            ((360, 640), (224, 398)),
-            ((64, 48), (298, 224)),
-            ((224, 224), (224, 224)),
-            ((801, 100), (801, 100)),
-            ((800, 100), (1792, 224)),
-        ],
-    )
-    def test_sizes(self, size: tuple[int, int], expected: tuple[int, int]) -> None:
-        assert resized(*size, 224) == expected
-        assert resized(*size, None) == size
+    def test_sizes(self) -> None:
+        sizes = [(640, 360), (360, 640), (64, 48), (224, 224), (801, 100), (800, 100)]
+        expected = [(398, 224), (224, 398), (298, 224), (224, 224), (801, 100), (1792, 224)]
+        assert [resized(*size, 224) for size in sizes] == expected
+        assert [resized(*size, None) for size in sizes] == sizes
 
     @each_decoder
     @pytest.mark.parametrize(
@@ -357,13 +308,11 @@ class TestResize:
         assert (decoded.properties.width_px, decoded.properties.height_px) == displayed
         assert decoded.frames.shape == (1, expected[1], expected[0], 3)
 
-    def test_nonsense(self) -> None:
-        with pytest.raises(UsageError, match="cannot resize frames to 0 px"):
-            DecodeOptions(Sampling(fps=1), resize_px=0)
-
 
 class TestHardware:
     def test_only_ffmpeg_has_it(self) -> None:
+        with pytest.raises(UsageError, match="cannot resize frames to 0 px"):
+            DecodeOptions(Sampling(fps=1), resize_px=0)
         with pytest.raises(UsageError, match=r"the decoder pyav cannot use .*'cuda'.* choose the decoder ffmpeg"):
             DecodeOptions(Sampling(fps=1), hwaccel="cuda")
 
@@ -413,42 +362,27 @@ class TestTimesTable:
         (tmp_path / "a.csv").write_text("video_id,time_seconds\nb,2\na,1.5\n")
         assert read_times(tmp_path / "a.csv").content_hash != tables[0].content_hash
 
-    @pytest.mark.parametrize(
-        ("text", "words"),
-        [
-            ("", "no column video_id and no column time_seconds, only nothing"),
-            ("video_id,seconds\na,1\n", "no column time_seconds, only video_id, seconds"),
-            ("video_id,time_seconds\n", "holds no times - expected rows with video_id,time_seconds"),
-            ("video_id,time_seconds\na,1\n,1\n", "line 3: video_id is empty"),
-            ("video_id,time_seconds\na,1\na,soon\n", "line 3: time_seconds is 'soon' - expected a number"),
-            ("video_id,time_seconds\na,-1\n", "line 2: time_seconds is '-1'"),
-            ("video_id,time_seconds\na,nan\n", "line 2: time_seconds is 'nan'"),
-            ("video_id,time_seconds\na,inf\n", "line 2: time_seconds is 'inf'"),
-            ("video_id,time_seconds\na\n", "line 2: 1 fields where the header has 2"),
-            (
-                "video_id,time_seconds\na,1,5\n",
-                "line 2: 3 fields where the header has 2 - write decimals with a point",
-            ),
-        ],
-    )
-    def test_bad_csv(self, text: str, words: str, tmp_path: Path) -> None:
-        (tmp_path / "a.csv").write_text(text)
-        with pytest.raises(InputError) as caught:
-            read_times(tmp_path / "a.csv")
-        assert words in str(caught.value) and str(tmp_path / "a.csv") in str(caught.value)
-
-    def test_bad_files(self, tmp_path: Path) -> None:
-        (tmp_path / "latin.csv").write_bytes(b"video_id,time_seconds\ncaf\xe9,1\n")
-        (tmp_path / "text.parquet").write_text("video_id,time_seconds\na,1\n")
-        (tmp_path / "a.txt").write_text("a 1\n")
-        pd.DataFrame({"video_id": ["a", "b"], "time_seconds": [1.0, None]}).to_parquet(tmp_path / "gap.parquet")
-        for name, words in (
-            ("latin.csv", "line 2: byte 0xe9 is not UTF-8"),
-            ("text.parquet", "is not readable as Parquet"),
-            ("a.txt", "cannot tell the format from '.txt' - expected .csv, .tsv, .jsonl"),
-            ("gap.parquet", "row 2: time_seconds is ''"),
-            ("nowhere.csv", "no times table at"),
+    def test_what_is_refused(self, tmp_path: Path) -> None:
+        """How tables are read in general, test_tables tells."""
+        path = tmp_path / "a.csv"
+        for rows, words in (
+            ("", "holds no times - expected rows with video_id,time_seconds"),
+            ("a,1\n,1\n", "line 3: video_id is empty"),
+            ("a,1\na,soon\n", "line 3: time_seconds is 'soon' - expected a number"),
+            ("a,-1\n", "line 2: time_seconds is '-1'"),
+            ("a,nan\n", "line 2: time_seconds is 'nan'"),
+            ("a,inf\n", "line 2: time_seconds is 'inf'"),
+            ("a,1,5\n", "line 2: 3 fields where the header has 2 - write decimals with a point"),
         ):
+            path.write_text(f"video_id,time_seconds\n{rows}")
             with pytest.raises(InputError) as caught:
-                read_times(tmp_path / name)
-            assert words in str(caught.value)
+                read_times(path)
+            assert words in str(caught.value) and str(path) in str(caught.value)
+        path.write_text("video_id,seconds\na,1\n")
+        with pytest.raises(InputError, match="no column time_seconds, only video_id, seconds"):
+            read_times(path)
+        pd.DataFrame({"video_id": ["a", "b"], "time_seconds": [1.0, None]}).to_parquet(tmp_path / "gap.parquet")
+        with pytest.raises(InputError, match="row 2: time_seconds is ''"):
+            read_times(tmp_path / "gap.parquet")
+        with pytest.raises(InputError, match="no times table at"):
+            read_times(tmp_path / "nowhere.csv")

@@ -107,9 +107,9 @@ def asked_of(fake: type[FakeSearcher], run_svb: RunSvb, *arguments: object) -> S
 
 
 def test_options_become_the_request(fake: type[FakeSearcher], run_svb: RunSvb) -> None:
-    given = "--plus x --plus y --not z -k 3 --by video --folder f --min-duration 1:30 --max-duration 2:00:00.5"
+    given = "--plus x --plus y --not z -k 3 --by video --folder f --min-duration 1:30 --max-duration 2:00:00.5 "
     given += (
-        " --after 2026-01-01 --before 2026-02-01 --where a=1 --where b~2 --min-confidence weak --no-fold --exact"
+        "--after 2026-01-01 --before 2026-02-01 --where a=1 --where b~2 --min-confidence weak --no-fold --exact"
     )
     request = asked_of(fake, run_svb, "a dog", *given.split(), "--moments", "2", "--captions", "0")
     values: dict[str, Any] = {"plus": ("x", "y"), "without": ("z",), "k": 3, "by": "video", "folders": ("f",)}
@@ -139,9 +139,9 @@ def test_a_folder_that_exists_is_looked_for_by_both_names(
     assert request.folders == ("../nowhere", str(here), str(there))
 
 
-@pytest.mark.parametrize(
-    ("given", "file", "span"),
-    [
+def test_a_part_of_a_video(tmp_path: Path) -> None:
+    (tmp_path / "there@1-2").write_text("")
+    for given, file, span in (
         ("clip.mp4", "clip.mp4", None),
         ("clip.mp4@5-7.5", "clip.mp4", (5.0, 7.5)),
         ("clip.mp4@0:05-1:02:03.25", "clip.mp4", (5.0, 3723.25)),
@@ -150,11 +150,8 @@ def test_a_folder_that_exists_is_looked_for_by_both_names(
         ("there@1-2", "there@1-2", None),
         ("there@1-2@3-4", "there@1-2", (3.0, 4.0)),
         ("clip.mp4@5", "clip.mp4@5", None),
-    ],
-)
-def test_a_part_of_a_video(given: str, file: str, span: tuple[float, float] | None, tmp_path: Path) -> None:
-    (tmp_path / "there@1-2").write_text("")
-    assert part_of_file(given) == (file, span)
+    ):
+        assert part_of_file(given) == (file, span)
 
 
 @pytest.mark.parametrize(
@@ -392,12 +389,9 @@ def test_a_full_disk_is_what_ends_the_cutting(
     assert not list((tmp_path / "cuts").iterdir())
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0:00"), (4.04, "0:04"), (59.96, "1:00"), (61.5, "1:01.5"), (3723, "1:02:03"), (36000.25, "10:00:00.2")],
-)
-def test_clock(seconds: float, text: str) -> None:
-    assert clock(seconds) == text
+def test_clock() -> None:
+    times = {0: "0:00", 4.04: "0:04", 59.96: "1:00", 61.5: "1:01.5", 3723: "1:02:03", 36000.25: "10:00:00.2"}
+    assert {seconds: clock(seconds) for seconds in times} == times
 
 
 def test_a_server_is_asked_unless_a_device_is_named(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
@@ -17,7 +18,6 @@ from numpy.typing import NDArray
 
 from svb.retrieve.searching import catalog as catalog_module
 from svb.retrieve.searching import vectors as scan_module
-from svb.retrieve.searching.catalog import Catalog
 from svb.retrieve.searching.vectors import SegmentVectors
 from svb.retrieve.stored.segment import Segment
 
@@ -53,14 +53,13 @@ def make_query(seed: int) -> NDArray[np.float32]:
 @pytest.mark.parametrize("by", BY)
 @pytest.mark.parametrize("deleted", [False, True])
 @pytest.mark.parametrize("share", [None, 1.0, 0.5, 0.02, 0.0])
-@pytest.mark.parametrize("k", [1, 7, 10_000])
 def test_the_nearest_rows_are_found_exactly(
-    by: str, deleted: bool, share: float | None, k: int, monkeypatch: pytest.MonkeyPatch
+    by: str, deleted: bool, share: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scan_module, "PIECE_BYTES", 1000)  # of the larger segments many pieces
     segments = some_segments(deleted=deleted)
     vectors, random = SegmentVectors(segments), np.random.default_rng(0)
-    for seed in range(3):
+    for seed, k in itertools.product(range(3), (1, 7, 10_000)):
         query = make_query(seed)
         allowed = None if share is None else random.random(66) < share
         scores = all_rows(segments, by) @ query
@@ -92,31 +91,6 @@ def test_rows_are_scanned_where_they_lie() -> None:
     assert rows.tolist() == [17] and scores[0] == pytest.approx(2, abs=1e-2)
 
 
-def test_rows_are_numbered_through_all_segments() -> None:
-    segments = some_segments(deleted=True)
-    vectors = SegmentVectors(segments)
-    catalog = vectors.catalog
-    assert (catalog.num_videos, catalog.embedding_size) == (66, SIZE)
-    assert catalog.num_moments == len(all_rows(segments, "moment"))
-    rows = np.random.default_rng(0).permutation(catalog.num_moments)
-    np.testing.assert_array_equal(vectors.embeddings(rows, by="moment"), all_rows(segments, "moment")[rows])
-    np.testing.assert_array_equal(catalog.videos_of(rows), owners(segments, "moment")[rows])
-    seconds = np.concatenate([s.moment_seconds for s in segments])
-    np.testing.assert_array_equal(catalog.moment_seconds(rows), seconds[rows])
-    for video in (0, 39, 40, 41, 65):
-        mine = np.flatnonzero(owners(segments, "moment") == video)
-        assert catalog.moment_range(video) == (mine[0], mine[-1] + 1)
-        assert catalog.video_id(video) == catalog.video_ids[video] == f"v{video}"
-        assert catalog.source_path(video) == catalog.source_paths[video] == f"/videos/v{video}.mp4"
-        assert catalog.duration_seconds(video) == catalog.durations[video] == 2.0 * len(mine) + 2
-        assert catalog.file_state(video) == (1, 1, f"hash of v{video}")
-    assert np.flatnonzero(~catalog.alive).tolist() == [0, 7, 8, 39, 40]
-    assert (catalog.row_of("v41"), catalog.row_of("v7"), catalog.row_of("nobody")) == (41, None, None)
-    assert catalog.moment_counts.sum() == catalog.num_moments and len(catalog.mtime_ns) == 66
-    segments[0].duration_seconds[1] = np.nan
-    assert Catalog(segments).duration_seconds(1) is None
-
-
 @pytest.mark.parametrize("by", BY)
 def test_the_background_is_of_live_rows_and_always_the_same(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
     segments = some_segments(deleted=True)
@@ -130,19 +104,12 @@ def test_the_background_is_of_live_rows_and_always_the_same(by: str, monkeypatch
     np.testing.assert_array_equal(SegmentVectors(segments).background(by), sample)
 
 
-def test_no_segments_have_no_rows() -> None:
-    vectors = SegmentVectors([])
-    scores, rows = vectors.nearest(make_query(0), 5, by="moment", allowed=None)
-    assert (len(scores), len(rows), vectors.catalog.num_videos) == (0, 0, 0)
-    assert vectors.catalog.row_of("v0") is None and not vectors.catalog.alive.any()
-
-
 def test_a_forked_process_scans_too() -> None:
     vectors, query = SegmentVectors(some_segments()), make_query(0)
     expected = vectors.nearest(query, 3, by="moment", allowed=None)[1].tolist()
     child = os.fork()
     if child == 0:
-        signal.alarm(30)  # a scan that waits for threads of the parent would wait for ever
+        signal.alarm(600)  # a scan that waits for threads of the parent would wait for ever
         found = vectors.nearest(query, 3, by="moment", allowed=None)[1].tolist()
         os._exit(0 if found == expected else 1)
     assert os.waitpid(child, 0)[1] == 0
@@ -181,7 +148,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> list[FakeGpuIndex]:
 
 
 @pytest.mark.parametrize("by", BY)
-def test_a_scan_modules_what_it_can(by: str, fake_gpu: list[FakeGpuIndex]) -> None:
+def test_a_gpu_scans_what_it_can(by: str, fake_gpu: list[FakeGpuIndex]) -> None:
     segments, query = some_segments(), make_query(0)
     vectors = SegmentVectors(segments)
     everything = np.ones(66, np.bool_)
@@ -212,7 +179,7 @@ def test_nobody_waits_while_a_gpu_is_filled(fake_gpu: list[FakeGpuIndex], monkey
 
     def slow(self: scan_module.GpuScan) -> Any:
         filling.set()
-        assert go_on.wait(20)
+        assert go_on.wait(600)
         return copy(self)
 
     monkeypatch.setattr(scan_module.GpuScan, "_copy", slow)
@@ -220,7 +187,7 @@ def test_nobody_waits_while_a_gpu_is_filled(fake_gpu: list[FakeGpuIndex], monkey
     vectors.nearest(query, 5, by="moment", allowed=None)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(vectors.nearest, query, 5, by="moment", allowed=None)
-        assert filling.wait(20)
+        assert filling.wait(600)
         for _ in range(3):
             assert vectors.nearest(query, 5, by="moment", allowed=None)[1].tolist() == expected
         assert not first.done() and not fake_gpu
