@@ -26,7 +26,7 @@ from svb.extract.text_encoders.text_encoder import TextEncoder
 from svb.retrieve.answer import Answer, SearchRequest
 from svb.retrieve.evaluate import evaluate
 from svb.retrieve.indexing.verify_index import verify_index
-from svb.retrieve.model import conse, embedder
+from svb.retrieve.model import embedder
 from svb.retrieve.search import Searcher
 from svb.retrieve.stored.manifest import read_manifest
 
@@ -68,7 +68,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             return kept[text_encoder.name]
 
         patch.setattr(embedder, "embed_class_names", once)
-        patch.setattr(conse, "PROMPTS", conse.PROMPTS[:1])  # a quarter of the time, and less good, but alike
+        patch.setattr(embedder, "PROMPTS", embedder.PROMPTS[:1])  # a quarter of the time, and less good, but alike
         config = ExtractConfig(("offline:efficientnet-lite0",), workers=1)
         store = extract([folder / "videos"], folder / "features", config)
         features = captions(folder / "captions.csv", folder / "captions.h5", text_encoder="offline:minilm-l6")
