@@ -15,7 +15,7 @@ from svb.data.feature_store import FeatureStore, GrowingRecords
 from svb.data.feature_store_writer import FeatureStoreWriter
 from svb.data.rows import VideoRecord
 from svb.device import choose_device, choose_precision
-from svb.errors import Interrupted, UsageError
+from svb.errors import Interrupted, StoreError, UsageError
 from svb.extract.backbones import load_backbone
 from svb.extract.compute.machine import cores_for_batches, keep_freed_memory, share_of_cores
 from svb.extract.config import ExtractConfig
@@ -72,12 +72,29 @@ def extract(
         signal_number = _fill(writer, log, workplace, on_progress)  # frames -> backbones -> shards
         vanished = workplace.vanished
         if not signal_number:
+            _require_records(plan, out)
             _remove(vanished if config.prune else (), writer)
             writer.compact()
         sentence = _end(log, workplace.progress(), out, signal_number)
     _tell_of_vanished(vanished, config.prune)
     logger.info(sentence)
     return out
+
+
+def _require_records(plan: Plan, out: Path) -> None:
+    """Check that each planned video ended with a record.
+
+    Raises:
+        StoreError: One did not.
+    """
+    records = FeatureStore(out).records
+    missing = [video.video_id for video in plan.todo if video.video_id not in records]
+    if missing:
+        names = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
+        raise StoreError(
+            f"{len(missing)} of {len(plan.todo)} planned videos have no record in {out}: {names} - expected one "
+            "for each; run the same command again, and report this as a fault of svb"
+        )
 
 
 class Workplace(Protocol):

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import clips
 import numpy as np
 import pytest
+import torch
 from extraction import FRAMES, features, num_extracted, run, statuses
 
 from svb.data.feature_store import FeatureStore, verify_store
-from svb.data.rows import VideoRecord
-from svb.extract.compute.pipeline import Contents
+from svb.data.feature_store_writer import FeatureStoreWriter
+from svb.data.rows import VideoRecord, VideoRows
+from svb.errors import StoreError
+from svb.extract.backbones import load_backbone
+from svb.extract.compute.pipeline import Contents, Pipeline
+from svb.extract.decode.decoder import FrameChunk, VideoProperties
 from svb.extract.plan import PlannedVideo
+from svb.extract.pool.worker import DUPLICATE, Finished, Started
 
 pytestmark = pytest.mark.usefixtures("toy_backbones")
 
@@ -68,7 +75,54 @@ class TestRenamed:
         assert len(after["a"]) == 3 and len(before["a"]) == 1
 
 
+class Records:
+    """What a pipeline passes on, in memory."""
+
+    def __init__(self) -> None:
+        self.held: dict[str, tuple[VideoRecord, Mapping[str, VideoRows]]] = {}
+
+    def add(self, record: VideoRecord, rows: Mapping[str, VideoRows]) -> None:
+        self.held[record.video_id] = record, rows
+
+
 class TestDuplicates:
+    def test_a_copy_that_stands_before_its_original_is_recorded_too(self) -> None:
+        """The workers hash the second file first, so that the first is its copy."""
+        records = Records()
+        backbone = load_backbone("toy:frames", torch.device("cpu"), torch.float32)
+        contents = Contents([], [], [], lambda video_id: records.held[video_id], lambda record: None)
+        pipeline = Pipeline([backbone], 4, records, contents=contents)
+        copy, original = PlannedVideo("a", Path("a.mp4")), PlannedVideo("b", Path("b.mp4"))
+        assert contents.is_wanted(1, original, "same") and not contents.is_wanted(0, copy, "same")
+        frames = FrameChunk(np.zeros((2, 48, 64, 3), np.uint8), np.arange(2.0))
+        for position, message in (
+            (0, Started(copy)),
+            (1, Started(original)),
+            (0, Finished(DUPLICATE, "", "pyav", content_hash="same")),
+            (1, VideoProperties(1.0, 10.0, 64, 48, 0, "h264")),
+            (1, frames),
+            (1, Finished("ok", "", "pyav", content_hash="same")),
+        ):
+            pipeline.take(position, message)
+        pipeline.finish()
+        assert sorted(records.held) == ["a", "b"]
+
+    def test_a_run_that_loses_a_video_says_so(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        add = FeatureStoreWriter.add
+
+        def losing(writer: FeatureStoreWriter, record: VideoRecord, rows: Mapping[str, VideoRows]) -> None:
+            if record.video_id != "b":
+                add(writer, record, rows)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(FeatureStoreWriter, "add", losing)
+            with pytest.raises(StoreError, match=r"1 of 4 planned videos have no record in .*: b - expected one"):
+                run(folder, tmp_path / "out")
+        run(folder, tmp_path / "out")
+        assert set(features(tmp_path / "out")) == {"a", "b", "c", "deep/d"}
+
     @pytest.mark.parametrize("num_workers", [1, 3])
     def test_each_content_is_decoded_once(self, folder: Path, tmp_path: Path, num_workers: int) -> None:
         frames_of_one, _ = frames_decoded(folder, tmp_path / "plain")

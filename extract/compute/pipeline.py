@@ -122,6 +122,13 @@ class Pipeline:
         self._pass_on_complete()
 
     def _pass_on_complete(self) -> None:
+        """Pass on every video that is complete; a copy may become so by its original, which may stand after it."""
+        num_before = -1
+        while len(self._in_flight) != num_before:
+            num_before = len(self._in_flight)
+            self._pass_on_once()
+
+    def _pass_on_once(self) -> None:
         for position, video in list(self._in_flight.items()):
             if video.finished is None:
                 continue
