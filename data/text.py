@@ -1,7 +1,8 @@
-"""Text as HDF5 can store it, and names as people mean them."""
+"""Text and times as HDF5 can store them, and names as people mean them."""
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from collections.abc import Iterable
 
@@ -34,3 +35,8 @@ def spelled_as(names: Iterable[str], stored: Iterable[str]) -> dict[str, str]:
             by_plain.setdefault(plain_name(name), []).append(name)
     found = {name: by_plain.get(plain_name(name), []) for name in set(names) - held if not name.isascii()}
     return {name: spellings[0] for name, spellings in found.items() if len(spellings) == 1}
+
+
+def mtime_ns_of(stat: os.stat_result) -> int:
+    """Return a file's time of change in ns as a record holds it: the nearest int64, which ends in the year 2262."""
+    return max(-(2**63), min(stat.st_mtime_ns, 2**63 - 1))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from svb.data.publish import hash_file
-from svb.data.text import storable_text
+from svb.data.text import mtime_ns_of, storable_text
 from svb.errors import InputError
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def _size_and_mtime(path: Path) -> tuple[int, int] | None:
         stat = path.stat()
     except (OSError, ValueError):
         return None
-    return stat.st_size, stat.st_mtime_ns
+    return stat.st_size, mtime_ns_of(stat)
 
 
 def _vanished(

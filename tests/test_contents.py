@@ -65,6 +65,15 @@ class TestRenamed:
         assert FeatureStore(out).records["a"].mtime_ns == 1
         assert run(folder, out)[-1].startswith("nothing to do")
 
+    def test_a_file_from_after_2262_is_extracted_and_known_again(self, folder: Path, tmp_path: Path) -> None:
+        """Its time of change in nanoseconds is more than an int64 holds."""
+        os.utime(folder / "b.mkv", (15_000_000_000, 15_000_000_000))
+        if (folder / "b.mkv").stat().st_mtime_ns < 2**63:
+            pytest.skip("this file system holds no time after 2262")
+        run(folder, tmp_path / "out")
+        assert statuses(tmp_path / "out")["b"] == "ok"
+        assert run(folder, tmp_path / "out")[-1].startswith("nothing to do")
+
     def test_old_content_under_a_new_name_is_not_mixed_up_with_the_new(self, folder: Path, out: Path) -> None:
         before = features(out)
         (folder / "a.mp4").rename(folder / "old-a.mp4")

@@ -30,7 +30,7 @@ from svb.data.importing.found import EXPECTED, FoundRows, FoundVideo, Source, re
 from svb.data.publish import hash_file
 from svb.data.rows import VideoRecord, VideoRows
 from svb.data.shard import group_name
-from svb.data.text import plain_name, storable_text
+from svb.data.text import mtime_ns_of, plain_name, storable_text
 from svb.errors import InputError, UsageError
 
 logger = logging.getLogger(__name__)
@@ -185,7 +185,7 @@ class _Intake:
         self._require_new(video_id, video)
         record = self.records.get(video_id)
         source_path = storable_text(str(video.file.absolute()))
-        if record is not None and (source_path, stat.st_size, stat.st_mtime_ns) == (
+        if record is not None and (source_path, stat.st_size, mtime_ns_of(stat)) == (
             record.source_path,
             record.size_bytes,
             record.mtime_ns,
@@ -215,7 +215,7 @@ class _Intake:
                 video_id=video_id,
                 source_path=source_path,
                 size_bytes=stat.st_size,
-                mtime_ns=stat.st_mtime_ns,
+                mtime_ns=mtime_ns_of(stat),
                 content_hash=content_hash,
                 duration_seconds=math.nan,
                 frame_rate=video.frame_rate,

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svb.data.publish import hash_file
+from svb.data.text import mtime_ns_of
 from svb.extract.decode import decoder as decode
 from svb.extract.decode.decoder import DecodeEnd, DecodeError, FrameChunk, VideoProperties
 from svb.extract.decode.options import DecodeOptions
@@ -144,7 +145,7 @@ def size_and_mtime(path: Path) -> tuple[int, int]:
         stat = path.stat()
     except (OSError, ValueError):
         return 0, 0
-    return stat.st_size, stat.st_mtime_ns
+    return stat.st_size, mtime_ns_of(stat)
 
 
 def _decode_or_hand_over(path: Path, options: DecodeOptions) -> Iterator[Any]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from svb.config import fingerprint
 from svb.data.tables import TableKind, read_table, text_of
+from svb.data.text import mtime_ns_of
 from svb.errors import InputError
 from svb.retrieve.indexing.sidecars import SUFFIXES, Cue, find_sidecars, read_sidecar
 from svb.retrieve.stored.pools import Pool, SidecarRows
@@ -151,7 +152,9 @@ def _states(videos: Iterable[tuple[str, str]]) -> dict[tuple[str, str], State]:
         for sidecar in sidecars:
             with contextlib.suppress(OSError):  # it is gone by now
                 stat = sidecar.stat()
-                states |= {(str(sidecar), video_id): (stat.st_size, stat.st_mtime_ns) for video_id in ids_of[video]}
+                states |= {
+                    (str(sidecar), video_id): (stat.st_size, mtime_ns_of(stat)) for video_id in ids_of[video]
+                }
     return states
 
 

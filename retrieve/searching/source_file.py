@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
+from svb.data.text import mtime_ns_of
 from svb.retrieve.answer import VideoResult
 
 
@@ -30,8 +31,8 @@ def changes_of(stat: os.stat_result, size_bytes: int, mtime_ns: int) -> str:
 def _changes(stat: os.stat_result, size_bytes: int, mtime_ns: int) -> Iterator[str]:
     if size_bytes and size_bytes != stat.st_size:
         yield f"{stat.st_size:,} bytes, was {size_bytes:,}"
-    if mtime_ns and mtime_ns != stat.st_mtime_ns:
-        yield f"from {_clock(stat.st_mtime_ns)}, was from {_clock(mtime_ns)}"
+    if mtime_ns and mtime_ns != mtime_ns_of(stat):
+        yield f"from {_clock(mtime_ns_of(stat))}, was from {_clock(mtime_ns)}"
 
 
 def _clock(mtime_ns: int) -> str:
