@@ -33,8 +33,8 @@ def make_many_clips(folder: Path, count: int) -> None:
     lengths = [0.5 + 0.5 * (number % 3) for number in range(count)]
     ends = ",".join(str(end) for end in itertools.accumulate(lengths[:-1]))
     cut = ("-force_key_frames", ends, "-f", "segment", "-segment_times", ends, "-reset_timestamps", "1")
-    pattern = folder / "%03d.mp4"
-    clips.make_clip(pattern, seconds=sum(lengths), filters="hue=h=7*t", extra=cut)
+    drawn = ("-f", "lavfi", "-i", f"testsrc2=size=64x48:rate=10:duration={sum(lengths)}", "-vf", "hue=h=7*t")
+    clips.run_ffmpeg(*drawn, *clips.X264, *cut, str(folder / "%03d.mp4"))
     assert len(list(folder.iterdir())) == count
 
 
