@@ -39,6 +39,14 @@ def option(
     return dataclasses.field(default=default, metadata=said)
 
 
+def typed(field: dataclasses.Field[Any], value: Any) -> str:
+    """Return a field's value as it is typed on the command line."""
+    flag = field.metadata.get("flag") or f"--{field.name.replace('_', '-')}"
+    return (
+        flag if value is True else " ".join(f"{flag} {one}" for one in (value if type(value) is tuple else [value]))
+    )
+
+
 def described(config: type, name: str) -> str:
     """Return a field's entry under `Attributes:` in the docstring of its dataclass, as one line."""
     found = re.search(rf"^ +{name}: (.*?)(?=^ +\w+: |^ *$|\Z)", config.__doc__ or "", re.MULTILINE | re.DOTALL)

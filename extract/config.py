@@ -15,6 +15,7 @@ from svb.errors import InputError, UsageError
 from svb.extract.backbones import DEFAULT_BACKBONE, absolute_name, package_versions
 from svb.extract.decode.options import DecodeOptions, Limits
 from svb.extract.decode.sampling import Sampling
+from svb.extract.plan import FolderRules
 
 if TYPE_CHECKING:
     from svb.extract.backbones.backbone import Backbone
@@ -22,8 +23,15 @@ if TYPE_CHECKING:
 
 DECODERS = ("pyav", "ffmpeg")
 RESIZES = ("device", "decoder")
+SAMPLINGS = ("fps", "frames", "every_nth", "keyframes", "scenes", "times")
 ON_PARTIAL = ("keep", "fail")
 MAX_BATCH_SIZE = 4096
+# What a new store takes for options that were never given.
+DEFAULTS: dict[str, Any] = {
+    **{"backbones": (DEFAULT_BACKBONE,), "fps": 1.0, "decoder": "pyav", "resize": "device", "batch_size": 32},
+}
+# Recorded in a store. Raised when files are read otherwise than before: other frames, times, colours or streams.
+READER = 2
 # Packages whose versions are recorded beside those that the backbones name.
 PACKAGES = ("svb-video", "torch", "av", "imageio-ffmpeg", "h5py", "numpy")
 
@@ -32,9 +40,12 @@ PACKAGES = ("svb-video", "torch", "av", "imageio-ffmpeg", "h5py", "numpy")
 class ExtractConfig:
     """Options of an extraction: which frames, how they are decoded and computed, and who does it.
 
+    What shapes the rows and is not given stays as it is in a store that is there; see `settled`.
+
     Attributes:
         backbones: Network to run, as family:model[/weights]. Repeatable: several share one decode.
-        fps: Frames a second, on the file's own clock. [default: 1]
+            [default: as before, or open_clip:ViT-B-32/laion2b_s34b_b79k]
+        fps: Frames a second, on the file's own clock. [default: as before, or 1]
         frames: Take this many frames, spread evenly, instead of --fps.
         every_nth: Take frames 0, N, 2N and so on instead.
         keyframes: Take the key frames instead, and decode nothing else.
@@ -42,15 +53,16 @@ class ExtractConfig:
             1. [without a number: 0.3]
         times: Take the frames at the times in this table (.csv, .jsonl, .parquet) with the columns video_id and
             time_seconds instead.
-        decoder: Decoder to use; `pyav` hands what it cannot read over to ffmpeg.
+        decoder: Decoder to use; `pyav` hands what it cannot read over to ffmpeg. [default: as before, or pyav]
         fast_decode: Skip frames that no other frame refers to; the frames taken may move.
         hwaccel: Hardware decoder of ffmpeg, such as `cuda`; needs --decoder ffmpeg.
         resize: Where to scale frames; `decoder` moves less to the backbones, and changes the last bits.
-        device: Where to run the backbones: auto, cpu, cuda:0, ...
-        precision: Precision of the backbones; `auto` takes what is fast on the device.
+            [default: as before, or device]
+        device: Where to run the backbones: auto, cpu, cuda:0, ... A store made on the CPU stays there with `auto`.
+        precision: Precision of the backbones; `auto` keeps the store's, or takes what is fast on the device.
         compile: Compile the backbones with torch.compile.
         workers: Decode processes to run. [default: one a core]
-        batch_size: Frames, or clips of frames, in a batch.
+        batch_size: Frames, or clips of frames, in a batch. [default: as before, or 32]
         stall_seconds: Skip a video whose decoder makes no progress for this many seconds.
         time_limit_seconds: Skip a video that decodes for more seconds than this; waiting for the backbones does not
             count.
@@ -59,6 +71,9 @@ class ExtractConfig:
         max_hours: Refuse videos that are longer, in hours.
         max_streams: Refuse files with more streams.
         on_partial: Whether to keep a video that decodes only in part, or to record it as failed.
+        hidden: Take hidden files and folders too, and those in the trash.
+        exclude: Files and folders below VIDEOS to leave out, as a pattern of .gitignore. Repeatable.
+        suffixes: Suffix of files that are videos too, such as .xyz. Repeatable.
         retry_failed: Try failed videos again: all, or those with these codes; partial is one too.
         prune: Remove videos from the store whose files are gone.
         rank: Number of this process, from 0, among several that fill one store. [default: the launcher's]
@@ -69,22 +84,22 @@ class ExtractConfig:
         UsageError: A value is out of its range, or two options contradict each other.
     """
 
-    backbones: tuple[str, ...] = option((DEFAULT_BACKBONE,), flag="--backbone")
+    backbones: tuple[str, ...] = option((), flag="--backbone")
     fps: float | None = None
     frames: int | None = None
     every_nth: int | None = None
     keyframes: bool = False
     scenes: float | None = option(None, alone=0.3)
     times: Path | None = None
-    decoder: str = option("pyav", choices=DECODERS)
+    decoder: str | None = option(None, choices=DECODERS)
     fast_decode: bool = False
     hwaccel: str | None = None
-    resize: str = option("device", choices=RESIZES)
+    resize: str | None = option(None, choices=RESIZES)
     device: str = "auto"
     precision: str = option("auto", choices=PRECISIONS)
     compile: bool = False
     workers: int | None = None
-    batch_size: int = 32
+    batch_size: int | None = None
     stall_seconds: float = 120.0
     time_limit_seconds: float = option(4 * 3600.0, flag="--time-limit")
     max_width: int = 16384
@@ -92,6 +107,9 @@ class ExtractConfig:
     max_hours: float = 48.0
     max_streams: int = 64
     on_partial: str = option("keep", choices=ON_PARTIAL)
+    hidden: bool = False
+    exclude: tuple[str, ...] = option((), metavar="PATTERN")
+    suffixes: tuple[str, ...] = option((), flag="--suffix", metavar="SUFFIX")
     retry_failed: str | None = option(None, alone="all", metavar="[=CODE,...]")
     prune: bool = False
     rank: int | None = None
@@ -101,16 +119,14 @@ class ExtractConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value, choices = getattr(self, field.name), field.metadata.get("choices")
-            if choices and value not in choices:
+            if choices and value is not None and value not in choices:
                 raise UsageError(f"{field.name} is {value!r} - expected one of {', '.join(choices)}")
-        if not self.backbones:
-            raise UsageError("nothing to run - give at least one backbone")
         # Local weights are found from every folder and node, and no backbone runs twice.
         names = tuple(absolute_name(name) for name in dict.fromkeys(self.backbones))
         object.__setattr__(self, "backbones", names)
         if self.workers is not None and self.workers < 1:
             raise UsageError(f"workers is {self.workers} - expected at least 1")
-        if not 1 <= self.batch_size <= MAX_BATCH_SIZE:
+        if not 1 <= self.frames_a_batch <= MAX_BATCH_SIZE:
             raise UsageError(f"batch_size is {self.batch_size} - expected 1 to {MAX_BATCH_SIZE}")
         for name in ("stall_seconds", "time_limit_seconds"):
             if not getattr(self, name) > 0:
@@ -147,6 +163,46 @@ class ExtractConfig:
             )
 
     @property
+    def frames_a_batch(self) -> int:
+        """How many frames, or clips of frames, are in a batch."""
+        size: int = DEFAULTS["batch_size"] if self.batch_size is None else self.batch_size
+        return size
+
+    def settled(self, store: Mapping[str, Any] | None) -> ExtractConfig:
+        """Return these options, and for what was not given a store's own, or the defaults of a new store.
+
+        Args:
+            store: The description of the store that is there, if there is one.
+        """
+        if store is None or store["settings"]["decoder"]["name"] not in DECODERS:
+            return self._with_defaults(DEFAULTS)
+        settings, decoder = store["settings"], store["settings"]["decoder"]
+        precisions = {backbone.get("precision", "auto") for backbone in settings["backbones"].values()}
+        held = {
+            **{"backbones": tuple(settings["backbones"]), "decoder": decoder["name"], **settings["sampling"]},
+            "resize": "decoder" if "resize_px" in decoder else "device",
+            "batch_size": settings.get("batch_size"),
+            "precision": precisions.pop() if len(precisions) == 1 else "auto",
+        }
+        if self.decoder in (None, decoder["name"]):
+            held |= {"fast_decode": decoder.get("fast", False), "hwaccel": decoder.get("hwaccel")}
+        if "times" in settings["sampling"]:
+            table = store["provenance"].get("options", {}).get("times")
+            held["times"] = Path(table) if table and Path(table).is_file() else None
+        return self._with_defaults(held)
+
+    def _with_defaults(self, defaults: Mapping[str, Any]) -> ExtractConfig:
+        """Return these options, and others for those that were not given; a sampling is given as a whole."""
+        samples = self.times is not None or bool(self._given_sampling)
+        names = {field.name: field.default for field in fields(self)}
+        taken = {
+            name: value
+            for name, value in defaults.items()
+            if name in names and getattr(self, name) == names[name] and not (samples and name in SAMPLINGS)
+        }
+        return replace(self, **taken)
+
+    @property
     def place(self) -> tuple[int, int] | None:
         """This process's rank and how many processes fill the store; None for one process alone."""
         return None if self.rank is None or self.world_size is None else (self.rank, self.world_size)
@@ -170,11 +226,17 @@ class ExtractConfig:
         return codes
 
     @property
+    def folder_rules(self) -> FolderRules:
+        """Which files of folders are taken."""
+        suffixes = tuple(f".{suffix.removeprefix('.').lower()}" for suffix in self.suffixes)
+        return FolderRules(self.hidden, self.exclude, suffixes)
+
+    @property
     def decode_options(self) -> DecodeOptions:
         """How every video is decoded, but for the size that the backbones want."""
         return DecodeOptions(
             self._sampling,
-            self.decoder,
+            self.decoder or DEFAULTS["decoder"],
             fast=self.fast_decode,
             hwaccel=self.hwaccel,
             limits=Limits(self.max_width, self.max_height, self.max_hours * 3600, self.max_streams),
@@ -182,13 +244,17 @@ class ExtractConfig:
 
     @property
     def _sampling(self) -> Sampling:
-        asked = {name: getattr(self, name) for name in ("fps", "frames", "every_nth", "keyframes", "scenes")}
-        given = {name: value for name, value in asked.items() if value is not None and value is not False}
+        given = self._given_sampling
         if self.times is None:
-            return Sampling(**given or {"fps": 1.0})
+            return Sampling(**given or {"fps": DEFAULTS["fps"]})
         if given:
             raise UsageError(f"got both a sampling ({given}) and times from {self.times} - give one of the two")
         return Sampling(times_seconds=(0.0,))  # every video has its own in place of these
+
+    @property
+    def _given_sampling(self) -> dict[str, Any]:
+        asked = {name: getattr(self, name) for name in SAMPLINGS if name != "times"}
+        return {name: value for name, value in asked.items() if value is not None and value is not False}
 
     @cached_property
     def times_table(self) -> TimesTable | None:
@@ -205,7 +271,7 @@ class ExtractConfig:
 
     def decode_options_for(self, networks: Sequence[Backbone]) -> DecodeOptions:
         """Return how videos are decoded for these backbones."""
-        if self.resize == "device":
+        if self.resize != "decoder":
             return self.decode_options
         return replace(self.decode_options, resize_px=max(network.image_size for network in networks))
 
@@ -222,9 +288,14 @@ class ExtractConfig:
         given = {
             field.name: str(value) if isinstance(value, Path) else value
             for field in fields(self)
-            if (value := getattr(self, field.name)) != field.default
+            if (value := getattr(self, field.name)) not in (field.default, DEFAULTS.get(field.name))
         }
-        return {"device": device, "versions": {**versions, **package_versions(self.backbones)}, "options": given}
+        return {
+            "reader": READER,
+            "device": device,
+            "versions": {**versions, **package_versions(self.backbones)},
+            "options": given,
+        }
 
     def require_fits(self, settings: Mapping[str, Any], out: Path) -> None:
         """Compare what no network is needed for with the settings of a store.
@@ -256,8 +327,20 @@ class ExtractConfig:
             "sampling": {"times": table.content_hash} if table else self._sampling.settings(),
             "decoder": decoder,
             # In bfloat16 the last bits of a row depend on it.
-            "batch_size": self.batch_size,
+            "batch_size": self.frames_a_batch,
         }
+
+
+def words_of_older_reader(path: Path, description: Mapping[str, Any]) -> str:
+    """Return what to say of a store whose first videos were read by an older svb, from its description."""
+    is_older: bool = description.get("provenance", {}).get("reader", 1) < READER
+    if not is_older or description["settings"]["decoder"]["name"] not in DECODERS:
+        return ""
+    return (
+        f"{path} was begun by an older svb, which read HDR, several video streams, joined recordings and a few "
+        "other kinds of files otherwise - extract into another folder to read all alike; docs/extraction.md lists "
+        "the kinds"
+    )
 
 
 def decoder_settings(options: DecodeOptions) -> dict[str, Any]:

@@ -2,30 +2,49 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
+import errno
+import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from svb.data.publish import hash_file
-from svb.data.text import mtime_ns_of, storable_text
+from svb.data.text import mtime_ns_of, plain_name, storable_text
 from svb.errors import InputError
 
 if TYPE_CHECKING:
     from svb.data.rows import VideoRecord
 
+logger = logging.getLogger(__name__)
+
 VIDEO_SUFFIXES = frozenset(
     (
-        *(".3g2", ".3gp", ".apng", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".gif", ".h264", ".h265"),
-        *(".ivf", ".m2ts", ".m2v", ".m4v", ".mjpeg", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf"),
-        *(".nut", ".obu", ".ogv", ".rm", ".rmvb", ".swf", ".ts", ".vob", ".webm", ".webp", ".wmv", ".y4m"),
+        *(".264", ".265", ".3g2", ".3gp", ".apng", ".asf", ".avi", ".dav", ".divx", ".dv", ".f4v", ".flv", ".gif"),
+        *(".h264", ".h265", ".hevc", ".insv", ".ivf", ".lrv", ".m1v", ".m2t", ".m2ts", ".m2v", ".m4v", ".mjpeg"),
+        *(".mkv", ".mod", ".mov", ".mp2t", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".nut", ".obu", ".ogm", ".ogv"),
+        *(".qt", ".rm", ".rmvb", ".swf", ".tod", ".ts", ".vob", ".webm", ".webp", ".wmv", ".wtv", ".y4m"),
     )
 )
 LIST_SUFFIXES = frozenset({".txt", ".csv", ".parquet"})
+PLAYLIST_SUFFIXES = frozenset({".asx", ".m3u", ".m3u8", ".mpd", ".pls", ".wpl", ".xspf"})
+# Beside a video of the same name they are its thumbnail.
+PICTURE_SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".webp"})
+# TypeScript has the suffixes of transport streams.
+TYPESCRIPT_SUFFIXES = frozenset({".mts", ".ts"})
+TEXT_BYTES_LOOKED_AT = 4096
+# Where systems keep what was deleted, and what they make for themselves; names with a dot in front come on top.
+HIDDEN_NAMES = frozenset(
+    (
+        *("$recycle.bin", "recycler", "#recycle", "@recycle", "trash", "lost+found", "lost.dir"),
+        *("@eadir", "#snapshot", "system volume information"),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +64,24 @@ class PlannedVideo:
     size_bytes: int = 0
     tries: int = 0
     times_seconds: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class FolderRules:
+    """Which files of a folder are videos to extract.
+
+    Attributes:
+        hidden: Take hidden files and folders, too, and what was thrown away.
+        exclude: Patterns of files and folders to leave out, as in a .gitignore, relative to the folder given.
+        suffixes: Suffixes of videos beyond `VIDEO_SUFFIXES`, each with its dot.
+    """
+
+    hidden: bool = False
+    exclude: tuple[str, ...] = ()
+    suffixes: tuple[str, ...] = ()
+
+
+DEFAULT_RULES = FolderRules()
 
 
 @dataclass(frozen=True)
@@ -70,6 +107,7 @@ def plan_videos(
     *,
     retry: Collection[str] = (),
     times_seconds: Mapping[str, tuple[float, ...]] | None = None,
+    rules: FolderRules = DEFAULT_RULES,
 ) -> Plan:
     """Find the videos, and leave out those that the store holds and whose files have not changed.
 
@@ -82,12 +120,14 @@ def plan_videos(
         records: What the store holds, by video_id.
         retry: Statuses of videos to take up again.
         times_seconds: The times to sample each video at; videos without times are left out.
+        rules: Which files of folders are taken.
 
     Raises:
         InputError: A path does not exist, a list is unreadable, or there is no video at all.
     """
     messages: list[str] = []
-    candidates = _unique_paths(_candidates(inputs, messages.append))
+    require_there(inputs)
+    candidates = _unique_paths(_candidates(inputs, rules, messages.append))
     if not candidates:
         folders = ", ".join(str(path) for path in inputs)
         raise InputError(f"no videos in {folders} - expected files such as .mp4, .mkv, .webm, .avi or .gif")
@@ -95,6 +135,8 @@ def plan_videos(
     known = {path: id_of_path.get(storable_text(str(path))) for _, path in candidates}
     taken = {video_id for video_id in known.values() if video_id is not None}
     without_times: list[str] = []
+    # The table may spell accents otherwise than the file system.
+    times_by_name = {plain_name(video_id): times for video_id, times in (times_seconds or {}).items()}
     asked: list[PlannedVideo] = []
     todo: list[PlannedVideo] = []
     for name, path in candidates:
@@ -102,7 +144,7 @@ def plan_videos(
         if video_id != name and known[path] is None:
             messages.append(f"another video is already called {name!r}: {path} becomes {video_id!r}")
         taken.add(video_id)
-        times = () if times_seconds is None else times_seconds.get(video_id, ())
+        times = (times_seconds or {}).get(video_id) or times_by_name.get(plain_name(video_id), ())
         if times_seconds is not None and not times:
             without_times.append(video_id)
             continue
@@ -119,6 +161,22 @@ def plan_videos(
         )
     vanished = _vanished(inputs, candidates, records)
     return Plan(asked, todo, vanished, messages)
+
+
+def require_there(inputs: Sequence[Path]) -> None:
+    """Refuse a path that does not exist, and playlists.
+
+    Raises:
+        InputError: Names it.
+    """
+    for given in inputs:
+        if not os.path.exists(given):  # noqa: PTH110 - a name that is too long does not exist either
+            raise InputError(f"no such file or folder: {given} - give folders, video files or a list of them")
+        if given.suffix.lower() in PLAYLIST_SUFFIXES and not given.is_dir():
+            raise InputError(
+                f"{given} is a playlist, which svb does not follow - give the videos, or a .txt file with a path a "
+                "line"
+            )
 
 
 def is_done(record: VideoRecord | None, path: Path, retry: Collection[str] = ()) -> bool:
@@ -155,8 +213,19 @@ def _vanished(
         for record in records.values()
         if record.usable
         and (record.source_path in here or record.source_path.startswith(tuple(folders)))
-        and not here.get(record.source_path, Path(record.source_path)).exists()
+        and _is_gone(here.get(record.source_path, Path(record.source_path)))
     ]
+
+
+def _is_gone(path: Path) -> bool:
+    """Tell whether there is no such file; in a closed folder it may well be there."""
+    try:
+        path.stat()
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EPERM)
+    except ValueError:
+        return True
+    return False
 
 
 def _free_id(name: str, path: Path, taken: Collection[str], records: Mapping[str, VideoRecord]) -> str:
@@ -181,7 +250,7 @@ def _is_another_file(record: VideoRecord, path: Path) -> bool:
     try:
         return not stored.samefile(path)
     except (OSError, ValueError):
-        if stored.exists():
+        if not _is_gone(stored):
             return True
     # The stored file is gone. It was moved here if the content is the same; else its disk may not be mounted.
     try:
@@ -198,48 +267,105 @@ def _unique_paths(candidates: Iterable[tuple[str, Path]]) -> list[tuple[str, Pat
     return [(name, path) for path, name in first.items()]
 
 
-def _candidates(inputs: Sequence[Path], say: Callable[[str], None]) -> Iterable[tuple[str, Path]]:
+def _candidates(
+    inputs: Sequence[Path], rules: FolderRules, say: Callable[[str], None]
+) -> Iterable[tuple[str, Path]]:
     for given in inputs:
         if given.is_dir():
-            yield from _walk(given, say)
-        elif not given.exists():
-            raise InputError(f"no such file or folder: {given} - give folders, video files or a list of them")
+            yield from _walk(given, rules, say)
         elif given.suffix.lower() in LIST_SUFFIXES:
             yield from _listed(given)
         else:
             yield given.stem, given
 
 
-def _walk(folder: Path, say: Callable[[str], None]) -> Iterable[tuple[str, Path]]:
-    ignored: Counter[str] = Counter()
+def _walk(folder: Path, rules: FolderRules, say: Callable[[str], None]) -> Iterable[tuple[str, Path]]:
+    """Yield a folder's videos with their ids, and say what is left out."""
+    from pathspec import GitIgnoreSpec
 
-    def refuse(error: OSError) -> None:
-        raise InputError(f"cannot read the folder {error.filename} ({error.strerror}) - fix its permissions")
-
+    excluded = GitIgnoreSpec.from_lines(rules.exclude)
+    suffixes = {*VIDEO_SUFFIXES, *rules.suffixes}
+    ignored, hidden, num_excluded = Counter[str](), list[str](), 0
+    closed: list[OSError] = []
     seen: set[str] = set()
-    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        folders.sort()
+    for parent, folders, names in os.walk(folder, onerror=closed.append, followlinks=True):
         if os.path.realpath(parent) in seen:  # a link back into what was walked
             folders.clear()
             continue
         seen.add(os.path.realpath(parent))
-        for name in sorted(names):
-            path = Path(parent, name)
-            if path.suffix.lower() in VIDEO_SUFFIXES:
-                yield str(path.relative_to(folder).with_suffix("").as_posix()), path
+        below = Path(parent).relative_to(folder)
+        videos = [name for name in sorted(names) if Path(name).suffix.lower() in suffixes]
+        kept: dict[bool, list[str]] = {}
+        for are_folders, found in ((True, sorted(folders)), (False, videos)):
+            shown = [name for name in found if rules.hidden or not _is_hidden(name)]
+            hidden += (str(below / name) for name in found if name not in shown)
+            end = "/" if are_folders else ""
+            kept[are_folders] = [n for n in shown if not excluded.match_file((below / n).as_posix() + end)]
+            num_excluded += len(shown) - len(kept[are_folders])
+        folders[:] = kept[True]
+        ignored.update(Path(name).suffix.lower() or "no suffix" for name in names if name not in videos)
+        stems = {Path(name).stem for name in videos if Path(name).suffix.lower() not in PICTURE_SUFFIXES}
+        for path in (Path(parent, name) for name in kept[False]):
+            suffix = path.suffix.lower()
+            if suffix in PICTURE_SUFFIXES and path.stem in stems:
+                ignored[f"{suffix} of a video's name"] += 1
+            elif suffix in TYPESCRIPT_SUFFIXES and _is_text(path):
+                ignored[f"{suffix} of text"] += 1
             else:
-                ignored[path.suffix.lower() or "no suffix"] += 1
+                yield str((below / path.name).with_suffix("").as_posix()), path
+    _tell_of_closed(folder, closed)
     if ignored:
         kinds = ", ".join(f"{suffix} {count}" for suffix, count in ignored.most_common(5))
         say(f"{folder}: ignored {ignored.total()} files that are not videos by their suffix ({kinds})")
+    if hidden:
+        say(f"{folder}: left out {len(hidden)} hidden files and folders ({_first(hidden)}); --hidden takes them")
+    if num_excluded:
+        say(f"{folder}: left out {num_excluded} files and folders by --exclude")
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.casefold() in HIDDEN_NAMES
+
+
+def _is_text(path: Path) -> bool:
+    """Tell whether a file begins as text; a transport stream begins with NULs and bytes that are not UTF-8."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(TEXT_BYTES_LOOKED_AT)
+    except OSError:
+        return False
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(data)  # the last letter may be cut
+    except UnicodeDecodeError:
+        return False
+    return bool(data) and b"\0" not in data
+
+
+def _tell_of_closed(folder: Path, closed: Sequence[OSError]) -> None:
+    """Warn of folders that could not be looked into.
+
+    Raises:
+        InputError: The folder that was given is one of them.
+    """
+    for error in closed:
+        if error.filename == str(folder):
+            raise InputError(f"cannot read the folder {folder} ({error.strerror}) - fix its permissions")
+    if closed:
+        names = _first([str(error.filename) for error in closed])
+        logger.warning(
+            f"cannot look into {len(closed)} folders ({names}): {closed[0].strerror} - they are left out"
+        )
+
+
+def _first(names: Sequence[str], count: int = 5) -> str:
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
 def _listed(path: Path) -> Iterable[tuple[str, Path]]:
     suffix = path.suffix.lower()
     try:
         if suffix == ".txt":
-            lines = path.read_text("utf-8-sig").split("\n")
-            rows = [("", line) for line in lines if line.strip()]
+            rows = [("", listed) for listed in _listed_lines(path)]
         elif suffix == ".csv":
             with path.open(encoding="utf-8-sig", newline="") as file:
                 rows = _table_rows(path, list(csv.DictReader(file)))
@@ -256,6 +382,18 @@ def _listed(path: Path) -> Iterable[tuple[str, Path]]:
             raise InputError(f"{path}, row {number}: the path is {listed!r} - expected a video's")
         name = video_id or Path(listed).with_suffix("").as_posix().removeprefix("/")
         yield name, path.parent / listed
+
+
+def _listed_lines(path: Path) -> Iterator[str]:
+    """Yield the paths of a text file: no blank lines, no comments, no quotes around a path."""
+    for line in path.read_text("utf-8-sig").split("\n"):
+        listed = line.strip()
+        is_comment, is_quoted = listed.startswith("#"), len(listed) > 2 and listed[0] == listed[-1] in ("'", '"')
+        # A file may have such a name.
+        if (is_comment or is_quoted) and os.path.lexists(path.parent / listed):
+            yield listed
+        elif listed and not is_comment:
+            yield listed[1:-1] if is_quoted else line
 
 
 def _table_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> list[tuple[str, str]]:

@@ -8,18 +8,20 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from svb.data.feature_store import FeatureStore, GrowingRecords
+from svb.config import typed
+from svb.data.feature_store import FeatureStore, GrowingRecords, read_store_description
 from svb.data.feature_store_writer import FeatureStoreWriter
 from svb.data.rows import VideoRecord
 from svb.device import choose_device, choose_precision
 from svb.errors import Interrupted, StoreError, UsageError
 from svb.extract.backbones import load_backbone
 from svb.extract.compute.machine import cores_for_batches, keep_freed_memory, share_of_cores
-from svb.extract.config import ExtractConfig
-from svb.extract.plan import Plan, PlannedVideo, is_done, plan_videos
+from svb.extract.config import ExtractConfig, words_of_older_reader
+from svb.extract.plan import Plan, PlannedVideo, is_done, plan_videos, require_there
 from svb.extract.pool.decode_pool import NOBODY, DecodePool, Listed
 from svb.extract.pool.worker import Started
 from svb.extract.progress import ExtractProgress, RunLog, what_limited
@@ -64,6 +66,7 @@ def extract(
         UsageError: The machine lacks what an option asks for.
     """
     out = Path(out)
+    config = settled(videos, out, config)
     _require_possible(config)
     plan = _plan(videos, out, config)  # what the store does not hold yet
     if not plan.todo:
@@ -79,6 +82,27 @@ def extract(
     _tell_of_vanished(vanished, config.prune)
     logger.info(sentence)
     return out
+
+
+def settled(videos: Sequence[Path | str], out: Path | str, config: ExtractConfig) -> ExtractConfig:
+    """Return the options, with those of the store that is there for what was not given, and say which these are.
+
+    Raises:
+        InputError: There is no such file: a wrong path is told before anything about settings.
+        StoreError: The store is damaged.
+    """
+    require_there([Path(video) for video in videos])
+    out = Path(out)
+    if not (out / "store.json").exists():
+        return config.settled(None)
+    full, new = config.settled(read_store_description(out)), config.settled(None)
+    taken = [field for field in fields(full) if getattr(full, field.name) != getattr(config, field.name)]
+    words = [
+        typed(field, value) for field in taken if (value := getattr(full, field.name)) != getattr(new, field.name)
+    ]
+    if words:
+        logger.info(f"{out} was made with {' '.join(words)}: so is what is added")
+    return full
 
 
 def _require_records(plan: Plan, out: Path) -> None:
@@ -177,12 +201,12 @@ class ThisMachine:
 
     def __init__(self, config: ExtractConfig, plan: Plan, out: Path) -> None:
         self._config, self._plan, self._out = config, plan, out
-        self._device = choose_device(_own_device(config))
+        self._device = choose_device(_own_device(config, out))
         dtype = choose_precision(self._device, config.precision)
         if self._device.type == "cpu":
             keep_freed_memory()
         self._networks = [
-            load_backbone(name, self._device, dtype, compile=config.compile, batch_size=config.batch_size)
+            load_backbone(name, self._device, dtype, compile=config.compile, batch_size=config.frames_a_batch)
             for name in config.backbones
         ]
         self._num_workers = config.workers or share_of_cores()
@@ -205,7 +229,7 @@ class ThisMachine:
             )
             self._pipeline = pipeline = Pipeline(
                 self._networks,
-                config.batch_size,
+                config.frames_a_batch,
                 writer,
                 keep_partial=config.on_partial == "keep",
                 contents=self._contents,
@@ -284,6 +308,8 @@ def _plan(videos: Sequence[Path | str], out: Path, config: ExtractConfig) -> Pla
     if (out / "store.json").exists():
         store = FeatureStore(out)
         config.require_fits(store.settings, out)
+        if words := words_of_older_reader(out, store.description):
+            logger.warning(words)
         records = store.records
     times = config.times_table
     plan = plan_videos(
@@ -291,6 +317,7 @@ def _plan(videos: Sequence[Path | str], out: Path, config: ExtractConfig) -> Pla
         records,
         retry=config.retry,
         times_seconds=None if times is None else times.times_seconds,
+        rules=config.folder_rules,
     )
     for line in plan.messages:
         logger.info(line)
@@ -342,13 +369,26 @@ def _undone(
     return undone
 
 
-def _own_device(config: ExtractConfig) -> str:
-    """Return the device; of several processes of one machine each takes a GPU, where there are any."""
+def _device_of(out: Path) -> str:
+    """Return the device that a store was made on; empty if there is none, or it does not say."""
+    if not (out / "store.json").exists():
+        return ""
+    return str(read_store_description(out)["provenance"].get("device", ""))
+
+
+def _own_device(config: ExtractConfig, out: Path) -> str:
+    """Return the device; of several processes of one machine each takes a GPU, where there are any.
+
+    With `auto` a store that was made on the CPU stays there: a GPU's rows may differ in their last bits.
+    """
+    import torch
+
+    if config.device == "auto" and torch.cuda.is_available() and _device_of(out) == "cpu":
+        logger.info(f"{out} was made on the CPU: so is what is added - give --device to change that")
+        return "cpu"
     local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID")
     if config.device != "auto" or config.place is None or local is None:
         return config.device
-    import torch
-
     gpus = torch.cuda.device_count()
     return f"cuda:{int(local) % gpus}" if gpus else "cpu"
 

@@ -131,7 +131,7 @@ def out(toy_store: Path, clips_folder: Path, folder: Path, tmp_path: Path) -> Pa
     from svb.data.feature_store_writer import FeatureStoreWriter
 
     made = FeatureStore(toy_store)
-    with FeatureStoreWriter(tmp_path / "out", made.settings, {}) as writer:
+    with FeatureStoreWriter(tmp_path / "out", made.settings, made.description["provenance"]) as writer:
         for video_id, record in made.records.items():
             path = folder / Path(record.source_path).relative_to(clips_folder)
             writer.add(dataclasses.replace(record, source_path=str(path)), made.rows_of(video_id))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import RunSvb
 from extraction import CLIPS, FRAMES, WIDE, assert_same_bytes, features, num_extracted, run, shards, statuses, times
 
 from svb.data.feature_store import FeatureStore, verify_store
@@ -27,6 +30,7 @@ from svb.extract import run as run_module
 from svb.extract.backbones import load_backbone
 from svb.extract.compute.packing import Packer, to_rows
 from svb.extract.compute.transform import to_squares
+from svb.extract.config import READER, ExtractConfig
 from svb.extract.decode import pyav_decoder
 from svb.extract.decode.decoder import DecodeError, FrameChunk
 from svb.extract.decode.options import DecodeOptions
@@ -235,6 +239,51 @@ class TestResume:
         assert shards(out) == before
 
 
+class TestAdding:
+    def test_a_store_keeps_its_settings(self, folder: Path, tmp_path: Path, run_svb: RunSvb) -> None:
+        out, more = tmp_path / "out", tmp_path / "more"
+        more.mkdir()
+        (folder / "c.webm").rename(more / "c.webm")
+        times = {"frames": 2, "batch_size": 3, "resize": "decoder", "decoder": "ffmpeg"}
+        run(folder, out, WIDE, FRAMES, **times)
+        ran = run_svb("extract", more, "-o", out, "--workers", "1")
+        assert (
+            f"{out} was made with --backbone toy:wide --backbone toy:frames --frames 2 --decoder ffmpeg --resize "
+            "decoder --precision float32 --batch-size 3: so is what is added\n"
+        ) in ran.stderr
+        assert f"extracting into {out} with toy:wide, toy:frames, --frames 2\n" in ran.stderr
+        assert ran.exit_code == 0 and statuses(out)["c"] == "ok" and len(features(out)["c"]) == 2
+        refused = run_svb("extract", more, "-o", out, "--frames", "3")
+        assert refused.exit_code == 1 and "sampling.frames: stored 2, wanted 3" in refused.stderr
+        # A wrong path is told before anything about settings.
+        wrong = run_svb("extract", tmp_path / "gone", "-o", out, "--frames", "3")
+        assert wrong.stderr.count("\n") == 1 and "no such file or folder" in wrong.stderr
+
+    def test_times_of_a_table_are_kept(self, folder: Path, tmp_path: Path) -> None:
+        table = tmp_path / "times.csv"
+        table.write_text("video_id,time_seconds\na,0.5\nb,0.5\n")
+        run(folder / "a.mp4", tmp_path / "out", times=table)
+        run(folder / "b.mkv", tmp_path / "out")
+        assert times(tmp_path / "out", "b") == [0.5]
+
+    def test_a_store_that_was_made_on_the_cpu_stays_there(self, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        config = ExtractConfig()
+        assert run_module._own_device(config, out) == "cpu"
+        assert run_module._own_device(config, out / "new") == "auto"
+        assert run_module._own_device(replace(config, device="cuda"), out) == "cuda"
+
+    def test_a_store_of_an_older_reader_is_told_so(
+        self, folder: Path, out: Path, run_svb: RunSvb, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for says in (False, True):
+            monkeypatch.setattr("svb.extract.config.READER", READER + says)
+            words = f"{out} was begun by an older svb, which read HDR"
+            assert any(words in message for message in run(folder, out)) == says
+            verified = run_svb("verify", out)
+            assert verified.exit_code == 0 and (words in verified.stderr) == says
+
+
 class TestClips:
     @pytest.mark.parametrize(
         ("num_frames", "windows"),
@@ -406,6 +455,25 @@ class TestPlan:
             ("new\u2028line", f"{tmp_path}/new\u2028line.mp4"),
         ]
 
+    def test_comments_and_quotes(self, tmp_path: Path) -> None:
+        (tmp_path / "#1.mp4").touch()
+        (tmp_path / "'q'").touch()
+        lines = ("# clips", "#1.mp4", "  #2.mp4", '"a b.mp4"', "'c.mp4'", "'q'", " d.mp4")
+        (tmp_path / "list.txt").write_text("\n".join(lines))
+        assert self.ids(tmp_path / "list.txt") == ["#1", "a b", "c", "'q'", " d"]
+
+    def test_names_that_no_file_can_have(self, tmp_path: Path) -> None:
+        long = "a" * 300
+        (tmp_path / "list.txt").write_text(f"{long}.mp4\n")
+        for _ in range(2):
+            run(tmp_path / "list.txt", tmp_path / "out")
+            assert statuses(tmp_path / "out") == {long: "missing"}
+        for name, words in ((f"{long}.mp4", "no such file or folder"), ("a.m3u8", "is a playlist")):
+            with contextlib.suppress(OSError):
+                (tmp_path / name).touch()
+            with pytest.raises(InputError, match=words):
+                self.ids(tmp_path / name)
+
     def test_tables_name_the_id(self, tmp_path: Path) -> None:
         import pandas as pd
 
@@ -454,6 +522,70 @@ class TestPlan:
         after = features(tmp_path / "out")
         assert set(after) == {"a", "b", "a.avi"}
         np.testing.assert_array_equal(after["a"], before["a"])
+
+    def test_what_a_folder_holds_beside_videos(self, tmp_path: Path) -> None:
+        names = [
+            *("a.mp4", "a.webp", "still.webp", "old.gif", ".hidden.mp4", ".Trash-1000/files/b.mp4", "@eaDir/a.mp4"),
+            *("$RECYCLE.BIN/c.mp4", "lost+found/d.mp4", "raw/.stversions/e.mp4", "raw/f.mp4", "raw/keep/g.mp4"),
+            *("raw/proxy-h.mp4", "app.ts", "app.mts", "empty.ts", "i.dav", "j.xyz", "k.wtv"),
+        ]
+        for name in names:
+            (tmp_path / "v" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "v" / name).touch()
+        for name in ("app.ts", "app.mts"):
+            (tmp_path / "v" / name).write_text("export const größe: number = 1;\n" * 200, "utf-8")
+        clips.make_clip(tmp_path / "v" / "stream.ts", seconds=0.3)
+        folder = tmp_path / "v"
+
+        def planned(**rules: object) -> tuple[set[str], list[str]]:
+            plan = plan_videos([folder], {}, rules=ExtractConfig(**rules).folder_rules)  # type: ignore[arg-type]
+            return {str(video.path.relative_to(folder)) for video in plan.todo}, plan.messages
+
+        shown = {"a.mp4", "still.webp", "old.gif", "empty.ts", "stream.ts", "i.dav", "k.wtv"}
+        raw = {"raw/f.mp4", "raw/keep/g.mp4", "raw/proxy-h.mp4"}
+        videos, messages = planned()
+        assert videos == shown | raw
+        assert messages == [
+            f"{folder}: ignored 4 files that are not videos by their suffix (.xyz 1, .webp of a video's name 1, "
+            ".mts of text 1, .ts of text 1)",
+            f"{folder}: left out 6 hidden files and folders ($RECYCLE.BIN, .Trash-1000, @eaDir, lost+found, "
+            ".hidden.mp4, ...); --hidden takes them",
+        ]
+        hidden = {name for name in names if name.endswith(".mp4")}
+        assert planned(hidden=True)[0] == shown | raw | hidden
+        assert planned(suffixes=("xyz",))[0] == shown | raw | {"j.xyz"}
+        videos, messages = planned(exclude=("raw/*", "!raw/keep", "*.webp", "/i.*"))
+        assert videos == (shown - {"still.webp", "i.dav"}) | {"raw/keep/g.mp4"}
+        assert messages[-1] == f"{folder}: left out 5 files and folders by --exclude"
+        assert planned(exclude=("raw/",))[0] == shown
+
+    def test_a_closed_folder_does_not_end_the_run(self, folder: Path, out: Path) -> None:
+        scandir, stat = os.scandir, Path.stat
+
+        def closed(path: str | Path = ".") -> object:  # root may look into everything
+            if str(path).endswith("deep"):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return scandir(path)
+
+        def refused(path: Path, **options: bool) -> os.stat_result:
+            if path.parent.name == "deep":
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return stat(path, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "scandir", closed)
+            patch.setattr(Path, "stat", refused)
+            messages = run(folder, out, prune=True)
+            assert any(f"cannot look into 1 folders ({folder}/deep): Permission denied" in m for m in messages)
+            with pytest.raises(InputError, match="cannot read the folder"):
+                self.ids(folder / "deep")
+        assert statuses(out)["deep/d"] == "ok"  # it may well be there
+
+    def test_a_table_of_times_may_spell_accents_otherwise(self, tmp_path: Path) -> None:
+        (tmp_path / "cafe\u0301.mp4").touch()
+        table = {"caf\u00e9": (1.0,)}
+        (video,) = plan_videos([tmp_path], {}, times_seconds=table).todo
+        assert video.times_seconds == (1.0,)
 
     def test_the_same_file_twice_is_one_video(self, clips_folder: Path) -> None:
         assert self.ids(clips_folder / "a.mp4", clips_folder, clips_folder / "deep" / ".." / "a.mp4") == [

@@ -27,20 +27,22 @@ def extract(videos: tuple[Path, ...], out: Path | None, as_json: bool, **options
     """Extract frozen features of VIDEOS into a feature store.
 
     VIDEOS are folders (walked recursively), video files, or lists of them (.txt, .csv, .parquet). Run it again
-    to go on where it stopped: what is in the store and has not changed is not decoded again.
+    to go on where it stopped: what is in the store and has not changed is not decoded again. More videos go into a
+    store with the settings that it was made with.
 
     Under torchrun, Slurm or mpirun, or with --rank and --world-size, several processes fill one store together.
     With --ray, a Ray cluster does the work: decoders on its CPUs, backbones on its GPUs.
 
     \b
     svb extract clips/ -o features/ --backbone offline:efficientnet-lite0
+    svb extract more/ -o features/
     svb extract clips/ -o features/ --retry-failed=timeout,decoder_crash
     """
     from svb.data.feature_store import FeatureStore
     from svb.extract import run
 
-    config = _with_launcher(ExtractConfig(**options))
     out = out or default_path("SVB_FEATURES", "features")
+    config = run.settled(videos, out, _with_launcher(ExtractConfig(**options)))
     if config.ray is not None:
         # Ray tells of workers that died on stdout, which is the summary's.
         os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")

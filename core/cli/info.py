@@ -158,9 +158,13 @@ def _describe_index(path: Path) -> dict[str, Any]:
 
 
 def _verify_store(path: Path) -> list[str]:
-    from svb.data.feature_store import verify_store
+    from svb.data.feature_store import FeatureStore, verify_store
+    from svb.extract.config import words_of_older_reader
 
-    return verify_store(path)
+    problems = verify_store(path)
+    if not problems and (words := words_of_older_reader(path, FeatureStore(path).description)):
+        say(words)
+    return problems
 
 
 def _verify_captions(path: Path) -> list[str]:

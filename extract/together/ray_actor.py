@@ -99,7 +99,7 @@ class BackboneActor:
             keep_freed_memory()
         dtype = choose_precision(self._device, config.precision)
         self._networks = [
-            load_backbone(name, self._device, dtype, compile=config.compile, batch_size=config.batch_size)
+            load_backbone(name, self._device, dtype, compile=config.compile, batch_size=config.frames_a_batch)
             for name in config.backbones
         ]
         options = config.decode_options_for(self._networks)
@@ -123,7 +123,7 @@ class BackboneActor:
         with cores_for_batches(self._device, self._config.compile) as (executor, ahead):
             pipeline = Pipeline(
                 self._networks,
-                self._config.batch_size,
+                self._config.frames_a_batch,
                 records,
                 keep_partial=self._config.on_partial == "keep",
                 executor=executor,
