@@ -271,9 +271,13 @@ class ExtractConfig:
 
     def decode_options_for(self, networks: Sequence[Backbone]) -> DecodeOptions:
         """Return how videos are decoded for these backbones."""
+        options = self.decode_options
+        device = networks[0].device
+        if self.hwaccel == "cuda" and device.type == "cuda" and device.index is not None:
+            options = replace(options, hwaccel_device=str(device.index))  # else all ranks decode on the first GPU
         if self.resize != "decoder":
-            return self.decode_options
-        return replace(self.decode_options, resize_px=max(network.image_size for network in networks))
+            return options
+        return replace(options, resize_px=max(network.image_size for network in networks))
 
     def settings(self, networks: Sequence[Backbone]) -> dict[str, Any]:
         """Return the settings of the store that is asked for: all that shapes its rows."""

@@ -23,7 +23,7 @@ from svb.extract.compute.machine import cores_for_batches, keep_freed_memory, sh
 from svb.extract.config import ExtractConfig, words_of_older_reader
 from svb.extract.plan import Plan, PlannedVideo, is_done, plan_videos, require_there
 from svb.extract.pool.decode_pool import NOBODY, DecodePool, Listed
-from svb.extract.pool.worker import Started
+from svb.extract.pool.worker import Finished, Started
 from svb.extract.progress import ExtractProgress, RunLog, what_limited
 from svb.extract.together.leases import UNIT_VIDEOS, LeasedVideos, Leases, start_at, units
 from svb.interrupts import deferred_interrupts
@@ -236,10 +236,15 @@ class ThisMachine:
                 executor=executor,
                 ahead=ahead,
             )
+            num_in_software = 0
             self._finished_by_others = source.by_others if isinstance(source, LeasedVideos) else []
             with contextlib.closing(self._pool.run(source)) as messages:
                 for position, message in messages:
                     pipeline.take(position, message)
+                    if isinstance(message, Finished) and message.in_software:
+                        num_in_software += 1
+                        if num_in_software == 1:
+                            logger.warning(f"--hwaccel {config.hwaccel} fails on this machine: {message.error}")
                     if position == NOBODY and isinstance(source, LeasedVideos) and pipeline.only_waits:
                         pipeline.finish()  # others wait for the leases of what is done here
                         writer.publish()
@@ -249,6 +254,8 @@ class ThisMachine:
                         break
                 pipeline.finish()
             writer.publish()  # before the leases are given back
+        if num_in_software:
+            logger.warning(f"{num_in_software} videos were decoded in software: --hwaccel {config.hwaccel} failed")
         counts = pipeline.counts
         if (counts.renamed or counts.duplicates) and not is_interrupted():
             logger.info(

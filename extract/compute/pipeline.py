@@ -284,7 +284,7 @@ def _record(
         size_bytes=finished.size_bytes,
         mtime_ns=finished.mtime_ns,
         content_hash=finished.content_hash,
-        duration_seconds=known.duration_seconds,
+        duration_seconds=finished.duration_seconds or known.duration_seconds,
         frame_rate=known.frame_rate,
         width_px=known.width_px,
         height_px=known.height_px,

@@ -92,11 +92,15 @@ class DecodeEnd:
         status: `ok` or `partial`.
         error: The decoder's last complaint, or empty.
         cause: The failure code that replaces `partial` if partial videos are not kept.
+        duration_seconds: What was decoded, where that is more than the container promises; else None.
+        in_software: Whether the hardware decoder that was asked for failed.
     """
 
     status: str
     error: str = ""
     cause: str = ""
+    duration_seconds: float | None = None
+    in_software: bool = False
 
 
 class DecodeError(SvbError):
@@ -202,16 +206,21 @@ def best_stream(candidates: Sequence[Candidate]) -> int:
     return max(candidates, key=rank).number
 
 
-def note_of(num_streams: int, place: int, transfer: str) -> str:
+def note_of(num_streams: int, place: int, transfer: str, hardware_words: str = "") -> str:
     """Return what the record says of a video that is used otherwise than as it is; empty if nothing is special.
 
     Args:
         num_streams: Number of the file's video streams, cover art left out.
         place: Which of them is used, from 1.
         transfer: The name of a transfer function for HDR that was mapped to SDR, or empty.
+        hardware_words: Why it was decoded in software although hardware was asked for, or empty.
     """
-    notes = [f"used video stream {place} of {num_streams}"] if num_streams > 1 else []
-    return "; ".join([*notes, *([f"HDR ({transfer}) was mapped to SDR"] if transfer else [])])
+    notes = {
+        f"used video stream {place} of {num_streams}": num_streams > 1,
+        f"HDR ({transfer}) was mapped to SDR": transfer,
+        f"decoded in software, because the hardware decoder failed ({hardware_words})": hardware_words,
+    }
+    return "; ".join(note for note, holds in notes.items() if holds)
 
 
 def zero_frames(path: Path, words: str) -> DecodeError:
@@ -394,12 +403,14 @@ def judge_end(
     """
     promised, rate = properties.duration_seconds, properties.frame_rate
     short = promised_but_missing(promised, decoded_seconds, rate)
+    # Joined recordings promise the length of one of them.
+    duration = decoded_seconds if promised_but_missing(decoded_seconds, promised, rate) else None
     if short and not errors.count:
         short = promised_but_missing(promised, whole_file_seconds(), rate)
     if not errors.count and not short:
-        return DecodeEnd("ok", note)
+        return DecodeEnd("ok", note, duration_seconds=duration)
     of_promised = f" of {promised:.1f} s" if promised > 0 else ""
     words = f"decode errors: {errors.count}, the last: {errors.last_words}" if errors.count else "the file ends"
     cause = "truncated" if short else "concealed_errors"
     words = "; ".join([f"decoded {decoded_seconds:.1f} s{of_promised}", words, *([note] if note else [])])
-    return DecodeEnd("partial", words, cause)
+    return DecodeEnd("partial", words, cause, duration)

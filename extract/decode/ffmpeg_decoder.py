@@ -73,6 +73,7 @@ class _Source:
         is_turned: Whether ffmpeg turns the picture.
         hdr_transfer: The name of a transfer function for HDR, or empty.
         neutral: How many of `NEUTRAL_COLOURS` were tried.
+        hardware_words: Why the hardware decoder that was asked for is not used, or empty.
     """
 
     path: Path
@@ -82,6 +83,7 @@ class _Source:
     is_turned: bool = False
     hdr_transfer: str = ""
     neutral: int = 0
+    hardware_words: str = ""
 
     def input(self, **options: Any) -> Any:
         """Return the graph's input: the open file and nothing else, so that a playlist cannot open other files."""
@@ -103,8 +105,21 @@ class _ClockRestartedError(Exception):
     """The file's clock starts again, which ffmpeg's own choice of frames by their times does not allow for."""
 
 
+class _HardwareError(Exception):
+    """The hardware decoder failed, which says nothing about the file."""
+
+
+# After this many failures in a row the hardware decoder is not tried again by this process.
+MAX_HARDWARE_FAILURES = 3
+
+_hardware_failures: list[str] = []
+
+
 def decode(path: Path, options: DecodeOptions) -> Iterator[Item]:
-    """Decode one file; see `svb.extract.decode.decoder.Decoder`."""
+    """Decode one file; see `svb.extract.decode.decoder.Decoder`.
+
+    Where the hardware decoder fails, the file is decoded in software, from where the hardware has come to.
+    """
     check_file(path)
     try:
         file = path.open("rb")
@@ -112,10 +127,18 @@ def decode(path: Path, options: DecodeOptions) -> Iterator[Item]:
         raise unreadable(path, str(error)) from error
     with file:
         source = _Source(path, file.fileno(), options)
+        if options.hwaccel is not None and len(_hardware_failures) == MAX_HARDWARE_FAILURES:
+            source = _in_software(source, _hardware_failures[-1])
+        done = _Done()
         while True:
             try:
-                yield from _decode(source)
+                yield from done.rest_of(_decode(source))
+                if source.options.hwaccel is not None:
+                    _hardware_failures.clear()
                 return
+            except _HardwareError as error:
+                _hardware_failures.append(str(error))
+                source = _in_software(source, str(error))
             except _StartAnewError as anew:
                 source = anew.source
             except DecodeError as error:
@@ -123,6 +146,29 @@ def decode(path: Path, options: DecodeOptions) -> Iterator[Item]:
                 if error.status != "zero_frames" or unskipped is None:
                     raise
                 source = replace(source, options=unskipped)
+
+
+def _in_software(source: _Source, words: str) -> _Source:
+    options = replace(source.options, hwaccel=None, hwaccel_device=None)
+    return replace(source, options=options, hardware_words=words)
+
+
+class _Done:
+    """What has been passed on of a file, so that decoding it in another way passes on the rest."""
+
+    def __init__(self) -> None:
+        self._had_properties = False
+        self._last_seconds = -math.inf
+
+    def rest_of(self, items: Iterator[Item]) -> Iterator[Item]:
+        """Pass on what is new: frames later than the last one, and the properties once."""
+        for item in items:
+            if isinstance(item, FrameChunk):
+                yield from item.after(self._last_seconds)
+                self._last_seconds = max(self._last_seconds, float(item.frame_times_seconds[-1]))
+            elif not (self._had_properties and isinstance(item, VideoProperties)):
+                self._had_properties = True
+                yield item
 
 
 def _decode(source: _Source) -> Iterator[Item]:
@@ -135,22 +181,12 @@ def _decode(source: _Source) -> Iterator[Item]:
 
         yield from decoded_at_right_positions(decode_at, listed, sampling)
         return
-    last_seconds = -math.inf
-    had_properties = False
     try:
-        for item in _decode_choice(source, _choice(source)):
-            had_properties = True
-            if isinstance(item, FrameChunk):
-                last_seconds = float(item.frame_times_seconds[-1])
-            yield item
+        yield from _decode_choice(source, _choice(source))
         return
     except _ClockRestartedError:
         positions = _positions_by_time(source)
-    for item in _decode_choice(source, Choice(positions)):
-        if isinstance(item, FrameChunk):
-            yield from item.after(last_seconds)
-        elif not (had_properties and isinstance(item, VideoProperties)):
-            yield item
+    yield from _decode_choice(source, Choice(positions))
 
 
 def _positions_by_time(source: _Source) -> list[int]:
@@ -174,16 +210,30 @@ def _decode_choice(source: _Source, choice: Choice) -> Iterator[Item]:
             properties = run.properties()
             yield properties
         yield from chunks.add(frame, time_seconds)
+    if source.options.hwaccel is not None and (properties is None or run.log.errors.count):
+        _require_hardware(run.log, has_frames=properties is not None)
     if properties is None:
         raise _failure(source.path, run.log)
     yield from chunks.flush()
-    yield judge_end(
+    end = judge_end(
         properties,
         run.decoded_seconds(),
         run.log.errors,
         lambda: _whole_file_seconds(source, run.log.container_format),
-        note_of(*run.log.place_among_videos, source.hdr_transfer),
+        note_of(*run.log.place_among_videos, source.hdr_transfer, source.hardware_words),
     )
+    yield replace(end, in_software=bool(source.hardware_words))
+
+
+def _require_hardware(log: FfmpegLog, has_frames: bool) -> None:
+    """Check a decoding that failed for a hardware decoder that failed.
+
+    Raises:
+        _HardwareError: It did, or ffmpeg ended before its first frame without a word.
+    """
+    words = log.hardware_words or ("" if log.last_words or has_frames else "ffmpeg ended without a word")
+    if words:
+        raise _HardwareError(words)
 
 
 def _choice(source: _Source) -> Choice:
@@ -364,6 +414,8 @@ def _input_options(options: DecodeOptions) -> dict[str, Any]:
         arguments["skip_frame"] = "nokey" if options.sampling.keyframes else "noref"
     if options.hwaccel is not None:
         arguments["hwaccel"] = options.hwaccel
+        if options.hwaccel_device is not None:
+            arguments["hwaccel_device"] = options.hwaccel_device
     return arguments
 
 

@@ -158,6 +158,7 @@ class FfmpegLog:
         stream: The number of the video stream that is used; None means the first that is no cover art.
         refuses_colours: Whether swscale refuses frames because of their colour numbers.
         errors: Damage that ffmpeg found while decoding.
+        hardware_words: The first complaint about a hardware decoder.
         last_words: The last error of any kind.
     """
 
@@ -176,6 +177,10 @@ class FfmpegLog:
     _CROP = re.compile(r"\[crop @ [^\]]*\] \[verbose\] w:\d+ h:\d+ .*-> w:(\d+) h:(\d+) ")
     _COLOURS = re.compile(r"\] Unsupported input \(|^\[error\]   Color spaces:|\[error\] Invalid color space")
     _TOO_LARGE = re.compile(r"Picture size (\d+)x(\d+) exceeds specified max pixel count")
+    _HARDWARE = re.compile(
+        r"\[(?:error|fatal)\] (Could not dynamically load CUDA|Device creation failed.*|No device available.*"
+        r"|Hardware device setup failed.*|.*CUDA_ERROR_\w+.*|No decoder surfaces left.*)"
+    )
     _ERROR = re.compile(r"(?:\[[^\]]* @ 0x[0-9a-f]+\] )*\[(?:error|fatal|panic)\] (.*)")
     _DAMAGE = re.compile(
         r"\[(?:error|warning|fatal)\] "
@@ -189,6 +194,7 @@ class FfmpegLog:
         self.unit_seconds = math.nan
         self.num_streams = 0
         self.errors = DecodeErrors()
+        self.hardware_words = ""
         self.last_words = ""
         self.has_picture = False
         self._container_seconds = math.nan
@@ -264,6 +270,8 @@ class FfmpegLog:
             self._refused_px = int(match[1]), int(match[2])
         if self._COLOURS.search(line):
             self.refuses_colours = True
+        if not self.hardware_words and (match := self._HARDWARE.search(line)):
+            self.hardware_words = match[1][:200]
         if match := self._ERROR.match(line):
             self.last_words = match[1][:500]
         if match := self._DAMAGE.search(line):

@@ -45,6 +45,7 @@ class DecodeOptions:
         fast: Skip frames that no other frame refers to; the frames used may move by a few.
         hwaccel: ffmpeg's name of a hardware decoder, such as `cuda`; only with the decoder `ffmpeg`. Ask
             `svb.extract.decode.ffmpeg_process.require_hwaccel` first: ffmpeg falls back to software silently.
+        hwaccel_device: Which of several such devices, as ffmpeg names it; None is ffmpeg's first.
         resize_px: Scale the short side to this in the decoder; None leaves the size to the device. A strip
             longer than 8 times its short side keeps its size.
         limits: Which videos are refused.
@@ -57,6 +58,7 @@ class DecodeOptions:
     decoder: str = "pyav"
     fast: bool = False
     hwaccel: str | None = None
+    hwaccel_device: str | None = None
     resize_px: int | None = None
     limits: Limits = field(default_factory=Limits)
 

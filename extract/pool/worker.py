@@ -79,6 +79,8 @@ class Finished:
         error: The decoder's last complaint, or empty.
         decoder: The decoder that gave the frames, or the last one that was tried.
         cause: The failure code that replaces `partial` if partial videos are not kept.
+        duration_seconds: What was decoded, where that is more than the container promises; else None.
+        in_software: Whether the hardware decoder that was asked for failed.
         content_hash: SHA-256 of the file; empty if it could not be read.
         size_bytes: The file's size when decoding began.
         mtime_ns: The file's time of change when decoding began.
@@ -91,6 +93,8 @@ class Finished:
     error: str
     decoder: str
     cause: str = ""
+    duration_seconds: float | None = None
+    in_software: bool = False
     content_hash: str = ""
     size_bytes: int = 0
     mtime_ns: int = 0
@@ -117,7 +121,7 @@ def decode_file(
     size_bytes, mtime_ns = size_and_mtime(path)
     content_hash = ""
     used = options.decoder
-    status, error, cause = DUPLICATE, "", ""
+    end = DecodeEnd(DUPLICATE)
     try:
         with contextlib.suppress(OSError):
             if path.is_file():  # reading a named pipe would never end
@@ -127,16 +131,17 @@ def decode_file(
                 if isinstance(message, str):
                     used = message
                 elif isinstance(message, DecodeEnd):
-                    status, error, cause = message.status, message.error, message.cause
+                    end = message
                 else:
                     yield message
     except DecodeError as failure:
-        status, error = failure.status, str(failure)
+        end = DecodeEnd(failure.status, str(failure))
     except MemoryError:
-        status, error = "out_of_memory", "the decoder ran out of memory"
+        end = DecodeEnd("out_of_memory", "the decoder ran out of memory")
     except Exception as unexpected:  # one strange file must not fail the others
-        status, error = "decoder_crash", f"{type(unexpected).__name__}: {unexpected}"
-    yield Finished(status, error, used, cause, content_hash, size_bytes, mtime_ns)
+        end = DecodeEnd("decoder_crash", f"{type(unexpected).__name__}: {unexpected}")
+    finished = Finished(end.status, end.error, used, end.cause, end.duration_seconds, end.in_software)
+    yield replace(finished, content_hash=content_hash, size_bytes=size_bytes, mtime_ns=mtime_ns)
 
 
 def size_and_mtime(path: Path) -> tuple[int, int]:
