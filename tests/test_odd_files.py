@@ -15,12 +15,13 @@ from typing import NoReturn
 
 import av
 import clips
+import field_coded
 import numpy as np
 import pytest
 from decoding import B_FRAMES, EVERY_FRAME, each_decoder, failure, run
 
 from svb.data.rows import VideoRecord
-from svb.extract.decode import choice
+from svb.extract.decode import choice, pyav_decoder
 from svb.extract.decode.decoder import DecodeEnd, Decoder, FrameChunk
 from svb.extract.decode.options import DecodeOptions
 from svb.extract.decode.sampling import Sampling
@@ -191,12 +192,19 @@ class TestClocks:
         greys = np.repeat([0x20, 0x60, 0xA0, 0xE0], 20)
         for sampling, step in ((EVERY_FRAME, 1), (Sampling(fps=5), 2), (Sampling(fps=1000), 1)):
             decoded = run(decoder, path, sampling)
-            assert decoded.end == DecodeEnd("ok")
+            # The container promises one part's length.
+            assert decoded.properties.duration_seconds == pytest.approx(2, abs=0.2)
+            assert decoded.end == DecodeEnd("ok", duration_seconds=pytest.approx(8))
             np.testing.assert_allclose(decoded.times_seconds, raw[0] + np.arange(0, 80, step) / 10, atol=1e-6)
             np.testing.assert_allclose(decoded.frames.mean(axis=(1, 2, 3)), greys[::step], atol=3)
         for sampling in (Sampling(frames=8), Sampling(times_seconds=tuple(raw[0] + np.arange(8) + 0.5))):
             decoded = run(decoder, path, sampling)
             np.testing.assert_allclose(decoded.frames.mean(axis=(1, 2, 3)), greys[5::10], atol=3)
+
+    def test_one_that_was_not_joined_keeps_its_duration(self, decoder: Decoder, tmp_path: Path) -> None:
+        for name in ("a.ts", "a.mkv", "a.mp4"):
+            path = clips.make_clip(tmp_path / name)
+            assert run(decoder, path, EVERY_FRAME).end == DecodeEnd("ok")
 
     def test_fragments_of_a_clock_that_began_long_ago(self, decoder: Decoder, tmp_path: Path) -> None:
         flags = ("-movflags", "frag_keyframe+empty_moov+default_base_moof", "-g", "10")
@@ -236,6 +244,31 @@ class TestClocks:
         assert len(run(decoder, path, EVERY_FRAME).times_seconds) == num_frames
 
 
+@pytest.mark.parametrize("sound", [(), ("-f", "lavfi", "-i", "sine=duration=2", "-c:a", "libvorbis")])
+@pytest.mark.parametrize("codec", ["libtheora", "libvpx"])
+def test_joined_ogg(sound: tuple[str, ...], codec: str, tmp_path: Path) -> None:
+    parts = []
+    for size in ("64x48", "96x64", "64x48"):
+        source = ("-f", "lavfi", "-i", f"testsrc2=size={size}:rate=10:duration=2", *sound[:4])
+        parts.append(tmp_path / f"{len(parts)}.ogv")
+        clips.run_ffmpeg(*source, "-c:v", codec, *sound[4:], "-g", "5", f"file:{parts[-1]}")
+    path = join(tmp_path / "a.ogv", *parts)
+    assert [clips.count_frames(part) for part in parts] == [20, 20, 20]
+    alone = [run(pyav_decoder.decode, part, DecodeOptions(EVERY_FRAME, resize_px=16)) for part in parts]
+    joined = run(pyav_decoder.decode, path, DecodeOptions(EVERY_FRAME, resize_px=16))
+    assert joined.end == DecodeEnd("ok", duration_seconds=pytest.approx(6, abs=0.2))
+    np.testing.assert_allclose(joined.times_seconds, np.arange(60) / 10, atol=0.01)
+    np.testing.assert_array_equal(joined.frames[:20], alone[0].frames)
+    np.testing.assert_array_equal(joined.frames[40:], alone[2].frames)
+    eight = run(pyav_decoder.decode, path, DecodeOptions(Sampling(frames=8), resize_px=16))
+    np.testing.assert_allclose(eight.times_seconds, (np.arange(8) + 0.5) * 6 / 8, atol=0.2)
+
+
+def test_a_picture_that_stays_to_the_end_is_no_loss(tmp_path: Path) -> None:
+    path = clips.make_clip(tmp_path / "a.ogv", source="color=c=red", seconds=4, codec=("-c:v", "libtheora"))
+    assert run(pyav_decoder.decode, path, EVERY_FRAME).end == DecodeEnd("ok")
+
+
 def make_hidden_frames(path: Path) -> Path:
     """Write VP8 with frames that are never shown: others refer to them."""
     source = (
@@ -261,7 +294,15 @@ def make_tuned_in(path: Path) -> Path:
 
 
 @each_decoder
-@pytest.mark.parametrize(("name", "make"), [("a.webm", make_hidden_frames), ("a.ts", make_tuned_in)])
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("a.webm", make_hidden_frames),
+        ("a.ts", make_tuned_in),
+        ("b.ts", field_coded.write),
+        ("b.mkv", field_coded.write),
+    ],
+)
 def test_packets_are_no_frames(
     decoder: Decoder, name: str, make: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,6 +343,20 @@ class TestRefused:
         path = clips.make_clip(
             tmp_path / "a.mp4", extra=(*key, "-encryption_kid", "a7e61c373e219033c21091fa607bf3b8")
         )
+        assert failure(decoder, path) == "encrypted"
+
+    def test_encrypted_matroska(self, decoder: Decoder, tmp_path: Path) -> None:
+        path = clips.make_clip(tmp_path / "a.mkv", extra=("-metadata:s:v", "title=" + "x" * 60))
+        data = bytearray(path.read_bytes())
+        # The title makes room for ContentEncodings; a Void element fills the rest.
+        at = data.index(b"\x53\x6e\xbc" + b"x" * 60)
+        encryption = b"\x50\x35\x80"
+        encoding = b"\x62\x40" + bytes([0x80 | 4 + len(encryption)]) + b"\x50\x33\x81\x01" + encryption
+        element = b"\x6d\x80" + bytes([0x80 | len(encoding)]) + encoding
+        rest = 63 - len(element) - 2
+        data[at : at + 63] = element + b"\xec" + bytes([0x80 | rest]) + bytes(rest)
+        assert run(decoder, path, EVERY_FRAME).end == DecodeEnd("ok")
+        path.write_bytes(data)
         assert failure(decoder, path) == "encrypted"
 
     def test_scrambled(self, decoder: Decoder, tmp_path: Path) -> None:

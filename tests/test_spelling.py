@@ -14,7 +14,7 @@ from svb.data.caption_features import read_caption_features
 from svb.data.feature_store import FeatureStore
 from svb.data.importing.import_features import import_features
 from svb.data.text import spelled_as
-from svb.retrieve.searching.catalog import _below
+from svb.retrieve.searching.catalog import Catalog, _below
 from svb.retrieve.stored.metadata import Metadata
 from svb.retrieve.stored.segment import StringColumn
 
@@ -51,5 +51,7 @@ def test_folders_and_metadata_match(here: str, there: str) -> None:
     catalog: Any = SimpleNamespace(video_ids=[here, "b"], source_paths=[f"/v/{here}.mp4", "/v/b.mp4"], num_videos=2)
     for folder in (there, there.split("/", maxsplit=1)[0], f"/v/{there.split('/', maxsplit=1)[0]}"):
         assert _below(catalog, [folder]).tolist() == [True, False]
+    catalog.live_rows = {here: 0, "b": 1}
+    assert [Catalog.row_of(catalog, name) for name in (there, here, "b", "\u00e9")] == [0, 0, 1, None]
     metadata = Metadata({"n": "number"}, StringColumn.of([there]), [np.array([1.0])])
     assert metadata.matches(["n=1"], [here, "b"]).tolist() == [True, False]

@@ -18,10 +18,17 @@ TS_PACKET_BYTES, TS_SYNC_BYTE = 188, b"\x47"
 
 TS_BYTES_LOOKED_AT = 2**20
 
+# Of a page of Ogg: https://www.rfc-editor.org/rfc/rfc3533#section-6
+OGG_HEADER_BYTES, MAX_OGG_SEGMENTS, OGG_FIRST_PAGE = 27, 255, 2
+# What comes after is taken for one part.
+MAX_OGG_PARTS = 1000
+
 # Matroska's names of elements: https://www.matroska.org/technical/elements.html
 _SEGMENT, _TRACKS, _TRACK, _TRACK_TYPE, _VIDEO = 0x18538067, 0x1654AE6B, 0xAE, 0x83, 0xE0
 
-_STREAM_TYPES = (b"\x01", b"\x02", b"\x11")  # video, sound, subtitles
+_VIDEO_TYPE = b"\x01"
+_STREAM_TYPES = (_VIDEO_TYPE, b"\x02", b"\x11")  # video, sound, subtitles
+_ENCODINGS, _ENCODING, _ENCRYPTION = 0x6D80, 0x6240, 0x5035
 
 _CROPS = {0x54CC: "left", 0x54BB: "top", 0x54DD: "right", 0x54AA: "bottom"}
 
@@ -49,9 +56,12 @@ def is_fragmented(path: Path) -> bool:
 
 
 def is_encrypted(path: Path, container_format: str) -> bool:
-    """Return whether the pictures are encrypted: by common encryption (MP4), or scrambled (transport stream)."""
+    """Return whether the pictures are encrypted: by common encryption (MP4, Matroska), or scrambled (TS)."""
     if "mp4" in container_format:
         return _is_encrypted_mp4(path)
+    if "matroska" in container_format:
+        videos = [track for track in _matroska_tracks(path) if track.get(_TRACK_TYPE) == _VIDEO_TYPE]
+        return bool(videos) and all(_is_encrypted_track(track) for track in videos)
     return container_format == "mpegts" and _is_scrambled(path)
 
 
@@ -74,6 +84,30 @@ def _is_scrambled(path: Path) -> bool:
         data[at + 3] >> 6 for at in range(first, len(data) - 3, TS_PACKET_BYTES) if data[at] == TS_SYNC_BYTE[0]
     ]
     return sum(control != 0 for control in controls) > len(controls) / 2
+
+
+def ogg_parts(path: Path) -> list[tuple[int, int]]:
+    """Return where the parts of a joined Ogg file begin and end, in bytes; empty if a file is not joined.
+
+    libavformat reads the first part, and others only if they hold a single stream.
+    """
+    begins: list[int] = []
+    at = 0
+    was_first_page = False
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        while at + OGG_HEADER_BYTES <= size and len(begins) < MAX_OGG_PARTS:
+            file.seek(at)
+            header = file.read(OGG_HEADER_BYTES + MAX_OGG_SEGMENTS)
+            if header[:4] != b"OggS":
+                break
+            is_first_page = bool(header[5] & OGG_FIRST_PAGE)
+            if is_first_page and not was_first_page:
+                begins.append(at)
+            was_first_page = is_first_page
+            segments = header[OGG_HEADER_BYTES : OGG_HEADER_BYTES + header[26]]
+            at += OGG_HEADER_BYTES + len(segments) + sum(segments)
+    return list(zip(begins, [*begins[1:], size], strict=True)) if len(begins) > 1 else []
 
 
 @dataclass(frozen=True)
@@ -116,18 +150,27 @@ def container_crop(path: Path, container_format: str, stream_number: int) -> Cro
     """Return what Matroska says not to show of the picture; PyAV does not pass it on, and ffmpeg applies it."""
     if "matroska" not in container_format:
         return Crop()
+    # libavformat makes a stream of each of these, in this order.
+    entries = [track for track in _matroska_tracks(path) if track.get(_TRACK_TYPE) in _STREAM_TYPES]
+    if stream_number >= len(entries):
+        return Crop()
+    video = dict(_elements(entries[stream_number].get(_VIDEO, b"")))
+    return Crop(**{side: int.from_bytes(video.get(name, b""), "big") for name, side in _CROPS.items()})
+
+
+def _matroska_tracks(path: Path) -> list[dict[int, bytes]]:
+    """Return the contents of each track's elements by their names."""
     with path.open("rb") as file:
         data = file.read(_TRACKS_WITHIN_BYTES)
     for segment in _contents(data, _SEGMENT):
         for tracks in _contents(segment, _TRACKS):
-            entries = [dict(_elements(entry)) for entry in _contents(tracks, _TRACK)]
-            # libavformat makes a stream of each of these, in this order.
-            entries = [entry for entry in entries if entry.get(_TRACK_TYPE) in _STREAM_TYPES]
-            if stream_number < len(entries):
-                video = dict(_elements(entries[stream_number].get(_VIDEO, b"")))
-                pixels = {side: int.from_bytes(video.get(name, b""), "big") for name, side in _CROPS.items()}
-                return Crop(**pixels)
-    return Crop()
+            return [dict(_elements(entry)) for entry in _contents(tracks, _TRACK)]
+    return []
+
+
+def _is_encrypted_track(track: dict[int, bytes]) -> bool:
+    encodings = _contents(track.get(_ENCODINGS, b""), _ENCODING)
+    return any(_contents(encoding, _ENCRYPTION) for encoding in encodings)
 
 
 def _contents(data: bytes, wanted: int) -> list[bytes]:

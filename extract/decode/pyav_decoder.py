@@ -30,7 +30,7 @@ from svb.extract.decode.choice import (
     decoded_at_right_positions,
     without_skipping,
 )
-from svb.extract.decode.containers import container_crop
+from svb.extract.decode.containers import container_crop, ogg_parts
 from svb.extract.decode.decoder import (
     ChunkBuilder,
     DecodeError,
@@ -130,11 +130,13 @@ def _decode(
     errors = DecodeErrors()
     chunks = ChunkBuilder()
     with opened(path, options.limits) as (container, stream):
-        stream.codec_context.skip_frame = (
-            "NONKEY" if options.sampling.keyframes else "NONREF" if options.fast else "DEFAULT"
-        )
+        stream.codec_context.skip_frame = _skipped(options)
         converter = Converter(stream, options.resize_px, container_crop(path, container.format.name, stream.index))
-        decoded = _decoded_frames(container, stream, errors, plan)
+        running = RunningClock()
+        decoded = itertools.chain(
+            _decoded_frames(container, stream, errors, running, plan),
+            _frames_of_other_parts(path, options, errors, running),
+        )
         first = next(decoded, None)
         if first is None:
             raise zero_frames(path, errors.last_words) if plan is None else _NotAsListedError
@@ -163,6 +165,11 @@ def _decode(
         decoded_seconds = _decoded_seconds(container, chooser, properties)
         note = note_of(*place_among_videos(container, stream), hdr)
     yield judge_end(properties, decoded_seconds, errors, lambda: whole_file_seconds(path, options.limits), note)
+
+
+def _skipped(options: DecodeOptions) -> str:
+    """Return which frames libavcodec is to leave out."""
+    return "NONKEY" if options.sampling.keyframes else "NONREF" if options.fast else "DEFAULT"
 
 
 def _listed(path: Path, options: DecodeOptions) -> tuple[PacketTimes | None, FrameChooser, SkipPlan | None]:
@@ -272,10 +279,14 @@ def _planned(
 
 
 def _decoded_frames(
-    container: InputContainer, stream: VideoStream, errors: DecodeErrors, plan: SkipPlan | None
+    container: InputContainer,
+    stream: VideoStream,
+    errors: DecodeErrors,
+    running: RunningClock,
+    plan: SkipPlan | None = None,
 ) -> Iterator[tuple[VideoFrame, float]]:
     """Yield frames and their times in order of presentation; continue after damage, as ffmpeg does."""
-    clock, running = FrameClock(stream), RunningClock()
+    clock = FrameClock(stream)
     packets = (packet for packet in read_packets(container, (stream,), errors) if packet.size)
     for packet in packets if plan is None else _needed_packets(packets, plan):
         for frame in _decode_packet(stream, packet, errors):
@@ -284,6 +295,21 @@ def _decoded_frames(
             stream.codec_context.flush_buffers()
     for frame in _decode_packet(stream, None, errors):
         yield frame, running.running(clock.time_seconds(frame))
+
+
+def _frames_of_other_parts(
+    path: Path, options: DecodeOptions, errors: DecodeErrors, running: RunningClock
+) -> Iterator[tuple[VideoFrame, float]]:
+    """Yield the frames of all parts but the first of an Ogg file that was joined of several."""
+    for part in ogg_parts(path)[1:]:
+        with contextlib.ExitStack() as stack:
+            try:
+                container, stream = stack.enter_context(opened(path, options.limits, part))
+            except DecodeError as error:
+                errors.add(str(error))
+                return
+            stream.codec_context.skip_frame = _skipped(options)
+            yield from _decoded_frames(container, stream, errors, running)
 
 
 def _needed_packets(packets: Iterator[Packet[VideoStream]], plan: SkipPlan) -> Iterator[Packet[VideoStream] | None]:

@@ -19,7 +19,7 @@ from av.video.stream import VideoStream
 
 from svb.extract.decode import decoder as decode_module
 from svb.extract.decode.choice import PacketTimes
-from svb.extract.decode.containers import is_fragmented
+from svb.extract.decode.containers import is_fragmented, ogg_parts
 from svb.extract.decode.decoder import (
     Candidate,
     DecodeErrors,
@@ -39,17 +39,27 @@ from svb.extract.decode.options import Limits
 
 
 @contextlib.contextmanager
-def opened(path: Path, limits: Limits) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """Open a file and its first video stream that is no cover art; refuse what exceeds the limits.
+def opened(
+    path: Path, limits: Limits, part: tuple[int, int] | None = None
+) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """Open a file and its best video stream that is no cover art; refuse what exceeds the limits.
 
     The demuxer gets one open file and access to nothing else: a playlist that is named .mp4 cannot
     open other files, and no file name is ever taken for an option or a pattern.
+
+    Args:
+        path: The file.
+        limits: Which files are refused.
+        part: Where in the file a part of a joined Ogg file begins and ends, in bytes; by default the first.
     """
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(path.open("rb"))
             options = {"fd": str(file.fileno()), "protocol_whitelist": "fd"}
-            container = stack.enter_context(av.open("fd:", options=options))
+            url, (begin, end) = "fd:", part or next(iter(ogg_parts(path)), (0, 0))
+            if end:
+                url, options["protocol_whitelist"] = f"subfile,,start,{begin},end,{end},,:fd:", "fd,subfile"
+            container = stack.enter_context(av.open(url, options=options))
         except (OSError, ValueError, av.error.FFmpegError) as error:
             raise unreadable(path, words_of(error)) from error
         require_streams(path, limits, len(container.streams))
@@ -80,12 +90,14 @@ def whole_file_seconds(path: Path, limits: Limits) -> float:
         times = PacketTimes(0.0)
         streams = (stream, *container.streams.audio)
         for packet in read_packets(container, streams, DecodeErrors()):
-            add_packet(packet, times)
+            add_packet(packet, times, with_empty=True)
         return times.end_seconds - origin_seconds(container.format.name, times.start_seconds)
 
 
-def add_packet(packet: Packet[VideoStream], times: PacketTimes) -> None:
-    if packet.size and not packet.is_discard:
+def add_packet(packet: Packet[VideoStream], times: PacketTimes, with_empty: bool = False) -> None:
+    """Add a packet to a list of times; an empty one says that the picture before it stays."""
+    is_empty = not packet.size and (not with_empty or packet.pts is None)
+    if not is_empty and not packet.is_discard:
         timestamp = packet.pts if packet.pts is not None else packet.dts
         unit = packet.time_base
         seconds = None if timestamp is None else timestamp * (unit.numerator / unit.denominator)

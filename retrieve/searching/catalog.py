@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from svb.data.text import plain_name
+from svb.data.text import plain_name, spelled_as
 from svb.errors import UsageError
 from svb.retrieve.answer import SearchRequest
 from svb.retrieve.stored.metadata import Metadata
@@ -107,8 +107,11 @@ class Catalog:
         return self.alive if allowed is None else self.alive & allowed
 
     def row_of(self, video_id: str) -> int | None:
-        """Return a live video's row; None if there is none."""
-        return self.live_rows.get(video_id)
+        """Return a live video's row, however its accents are spelled; None if there is none."""
+        row = self.live_rows.get(video_id)
+        if row is None and not video_id.isascii():
+            row = self.live_rows.get(spelled_as([video_id], self.live_rows).get(video_id, ""))
+        return row
 
     @cached_property
     def alive(self) -> NDArray[np.bool_]:
