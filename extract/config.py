@@ -15,7 +15,7 @@ from svb.errors import InputError, UsageError
 from svb.extract.backbones import DEFAULT_BACKBONE, absolute_name, package_versions
 from svb.extract.decode.options import DecodeOptions, Limits
 from svb.extract.decode.sampling import Sampling
-from svb.extract.plan import FolderRules
+from svb.extract.inputs import FolderRules
 
 if TYPE_CHECKING:
     from svb.extract.backbones.backbone import Backbone
@@ -131,7 +131,7 @@ class ExtractConfig:
         for name in ("stall_seconds", "time_limit_seconds"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} is {getattr(self, name)} - expected more than 0")
-        _ = self.decode_options, self.retry  # which check what they are made from
+        _ = self.decode_options, self.retry, self.folder_rules  # which check what they are made from
         self._check_place()
         self._check_ray()
 

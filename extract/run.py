@@ -21,7 +21,8 @@ from svb.errors import Interrupted, StoreError, UsageError
 from svb.extract.backbones import load_backbone
 from svb.extract.compute.machine import cores_for_batches, keep_freed_memory, share_of_cores
 from svb.extract.config import ExtractConfig, words_of_older_reader
-from svb.extract.plan import Plan, PlannedVideo, is_done, plan_videos, require_there
+from svb.extract.inputs import require_there
+from svb.extract.plan import Plan, PlannedVideo, is_done, plan_videos
 from svb.extract.pool.decode_pool import NOBODY, DecodePool, Listed
 from svb.extract.pool.worker import Finished, Started
 from svb.extract.progress import ExtractProgress, RunLog, what_limited
