@@ -140,7 +140,7 @@ def test_imports_run_back_along_the_data(path: Path) -> None:
 _MODEL = ("answer", "stored", "model")
 _SEARCHING = (*_MODEL, "searching")
 _NETWORKS = ("names", "clip", "backbones", "text_encoders")
-_PLANNED = (*_NETWORKS, "decode", "config", "plan", "progress")
+_PLANNED = (*_NETWORKS, "decode", "inputs", "config", "plan", "progress")
 ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
     "retrieve": {
         "answer": (),
@@ -159,9 +159,10 @@ ROOMS: dict[str, dict[str, tuple[str, ...]]] = {
         "decode": (),
         "backbones": ("names", "clip"),
         "text_encoders": ("names", "clip"),
-        "config": (*_NETWORKS, "decode"),
-        "plan": (*_NETWORKS, "decode", "config"),
-        "progress": (*_NETWORKS, "decode", "config", "plan"),
+        "inputs": (),
+        "config": (*_NETWORKS, "decode", "inputs"),
+        "plan": (*_NETWORKS, "decode", "inputs", "config"),
+        "progress": (*_NETWORKS, "decode", "inputs", "config", "plan"),
         "pool": _PLANNED,
         "compute": (*_PLANNED, "pool"),
         "one_file": (*_PLANNED, "pool", "compute"),

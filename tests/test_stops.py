@@ -363,7 +363,7 @@ class TestCommand:
         held = {name: FeatureStore(tmp_path / name).settings["decoder"] for name in ("device", "decoder", "fast")}
         assert held["decoder"] == {**held["device"], "resize_px": 16}
         assert held["fast"] == {**held["device"], "fast": True}
-        ran = run_svb("extract", clips_folder, "-o", tmp_path / "decoder", "--backbone", FRAMES)
+        ran = run_svb("extract", clips_folder, "-o", tmp_path / "decoder", "--resize", "device")
         assert ran.exit_code == 1 and "decoder.resize_px: stored 16, wanted None" in ran.stderr
         arguments = ("-o", tmp_path / "decoder", "--backbone", FRAMES, "--resize", "decoder")
         assert "nothing to do" in run_svb("extract", clips_folder, *arguments).stderr

@@ -12,6 +12,7 @@ import math
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import av.error
 import av.logging
@@ -167,7 +168,7 @@ def _decode(
     yield judge_end(properties, decoded_seconds, errors, lambda: whole_file_seconds(path, options.limits), note)
 
 
-def _skipped(options: DecodeOptions) -> str:
+def _skipped(options: DecodeOptions) -> Literal["NONKEY", "NONREF", "DEFAULT"]:
     """Return which frames libavcodec is to leave out."""
     return "NONKEY" if options.sampling.keyframes else "NONREF" if options.fast else "DEFAULT"
 
