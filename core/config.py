@@ -42,9 +42,9 @@ def option(
 def typed(field: dataclasses.Field[Any], value: Any) -> str:
     """Return a field's value as it is typed on the command line."""
     flag = field.metadata.get("flag") or f"--{field.name.replace('_', '-')}"
-    return (
-        flag if value is True else " ".join(f"{flag} {one}" for one in (value if type(value) is tuple else [value]))
-    )
+    if value is True:
+        return flag
+    return " ".join(f"{flag} {one}" for one in (value if isinstance(value, tuple) else (value,)))
 
 
 def described(config: type, name: str) -> str:

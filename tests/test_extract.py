@@ -24,10 +24,11 @@ import torchvision
 from conftest import RunSvb
 from extraction import CLIPS, FRAMES, WIDE, assert_same_bytes, features, num_extracted, run, shards, statuses, times
 
+from svb.config import described
 from svb.data.feature_store import FeatureStore, verify_store
 from svb.errors import InputError, MismatchError, UsageError
 from svb.extract import run as run_module
-from svb.extract.backbones import load_backbone
+from svb.extract.backbones import DEFAULT_BACKBONE, load_backbone
 from svb.extract.compute.packing import Packer, to_rows
 from svb.extract.compute.transform import to_squares
 from svb.extract.config import READER, ExtractConfig
@@ -259,6 +260,9 @@ class TestAdding:
         # A wrong path is told before anything about settings.
         wrong = run_svb("extract", tmp_path / "gone", "-o", out, "--frames", "3")
         assert wrong.stderr.count("\n") == 1 and "no such file or folder" in wrong.stderr
+
+    def test_the_help_names_the_default_backbone(self) -> None:
+        assert f"or {DEFAULT_BACKBONE}]" in described(ExtractConfig, "backbones")
 
     def test_times_of_a_table_are_kept(self, folder: Path, tmp_path: Path) -> None:
         table = tmp_path / "times.csv"
