@@ -140,7 +140,7 @@ def run_backbone(network: Backbone, held: Frames) -> Iterator[torch.Tensor]:
     filled = done = 0
     while done < held.num_frames:
         for chunk in held.chunks:
-            squares = to_squares(torch.from_numpy(chunk[: held.num_frames - done]), network.image_size)
+            squares = to_squares(torch.from_numpy(chunk[: held.num_frames - done]), network.transform)
             done += len(squares)
             for square in squares:
                 batch[filled] = square

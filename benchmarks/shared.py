@@ -225,11 +225,12 @@ def load(name: str, model: str, weights: str) -> Backbone:
     from torch import nn
 
     from svb.extract.backbones.backbone import Backbone
+    from svb.extract.backbones.transform import Transform
 
     # (B, 3, 16, 16) -> (B, 12): the first pixel of each of four squares.
     pool = nn.Sequential(nn.AvgPool2d(1, stride=8), nn.Flatten())
     half = (0.5, 0.5, 0.5)
-    return Backbone(name, pool, 16, 12, half, half, weights_hash="none")
+    return Backbone(name, pool, Transform(16, half, half), 12, weights_hash="none")
 
 
 # Clips

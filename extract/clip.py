@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,23 +16,19 @@ from svb.errors import InputError, UsageError
 
 @dataclass(frozen=True)
 class ClipModel:
-    """A CLIP model: both towers, tokenizer, and what its images must look like.
+    """A CLIP model: both towers, tokenizer, and how its images are prepared.
 
     Attributes:
         module: Has `visual` and `encode_text`.
         tokenizer: Texts to `(C, L)` int64 tokens.
-        image_size: Pixels of the square image.
         embedding_size: D of the space both towers share.
-        mean: Of each RGB channel, for values from 0 to 1.
-        std: Of each RGB channel, for values from 0 to 1.
+        preprocess: What open_clip says of how images are prepared, by the names of its `PreprocessCfg`.
     """
 
     module: nn.Module
     tokenizer: Callable[[list[str]], torch.Tensor]
-    image_size: int
     embedding_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    preprocess: dict[str, Any]
 
 
 def load_clip(name: str, model: str, weights: str) -> ClipModel:
@@ -60,17 +57,13 @@ def load_clip(name: str, model: str, weights: str) -> ClipModel:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"the weights of {name} do not fit ({reason}) - name their own model") from error
         raise unavailable(name, error) from error
-    preprocess = open_clip.get_model_preprocess_cfg(module)
-    size = preprocess["size"]
     return ClipModel(
         module,
         tokenizer,
-        image_size=size if isinstance(size, int) else size[0],
         embedding_size=int(module.text_projection.shape[-1])
         if isinstance(getattr(module, "text_projection", None), torch.Tensor)
         else int(open_clip.get_model_config(model)["embed_dim"]),
-        mean=_triple(preprocess["mean"]),
-        std=_triple(preprocess["std"]),
+        preprocess=dict(open_clip.get_model_preprocess_cfg(module)),
     )
 
 
@@ -91,8 +84,3 @@ def _require_known(name: str, model: str, weights: str) -> None:
             f"({', '.join(tags)}) - {OFFLINE_HINT}"
         )
     load_state(Path(weights))  # names a damaged file before open_clip meets it
-
-
-def _triple(values: tuple[float, ...]) -> tuple[float, float, float]:
-    red, green, blue = (float(value) for value in values)
-    return red, green, blue

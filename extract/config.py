@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from svb.config import option, require_same
 from svb.device import PRECISIONS
-from svb.errors import InputError, UsageError
+from svb.errors import InputError, MismatchError, UsageError
 from svb.extract.backbones import DEFAULT_BACKBONE, absolute_name, package_versions
+from svb.extract.backbones.transform import stored_transform
 from svb.extract.decode.options import DecodeOptions, Limits
 from svb.extract.decode.sampling import Sampling
 from svb.extract.inputs import FolderRules
@@ -44,7 +45,7 @@ class ExtractConfig:
 
     Attributes:
         backbones: Network to run, as family:model[/weights]. Repeatable: several share one decode.
-            [default: as before, or open_clip:ViT-B-32/laion2b_s34b_b79k]
+            [default: as before, or open_clip:PE-Core-B-16/meta]
         fps: Frames a second, on the file's own clock. [default: as before, or 1]
         frames: Take this many frames, spread evenly, instead of --fps.
         every_nth: Take frames 0, N, 2N and so on instead.
@@ -270,19 +271,39 @@ class ExtractConfig:
         return read_times(Path(self.times))
 
     def decode_options_for(self, networks: Sequence[Backbone]) -> DecodeOptions:
-        """Return how videos are decoded for these backbones."""
+        """Return how videos are decoded for these backbones.
+
+        Raises:
+            UsageError: The decoder is to scale frames, and cannot do it as these backbones want it.
+        """
         options = self.decode_options
         device = networks[0].device
         if self.hwaccel == "cuda" and device.type == "cuda" and device.index is not None:
             options = replace(options, hwaccel_device=str(device.index))  # else all ranks decode on the first GPU
         if self.resize != "decoder":
             return options
-        return replace(options, resize_px=max(network.image_size for network in networks))
+        transforms = {network.name: network.transform for network in networks}
+        first = next(iter(transforms.values()))
+        for name, transform in transforms.items():
+            same_kind = (transform.mode, transform.interpolation) == (first.mode, first.interpolation)
+            same_size = transform.mode == "shortest" or transform.box_px == first.box_px
+            if transform.mode == "longest" or not transform.antialias or not same_kind or not same_size:
+                others = f"; {networks[0].name} wants: {first}" if transform != first else ""
+                raise UsageError(
+                    f"the decoder cannot scale frames as {name} wants them: {transform}{others} - leave out "
+                    "--resize decoder"
+                )
+        short_side = max(transform.box_px[0] for transform in transforms.values())
+        return replace(
+            options,
+            resize_px=short_side if first.mode == "shortest" else first.box_px,
+            interpolation=first.interpolation,
+        )
 
     def settings(self, networks: Sequence[Backbone]) -> dict[str, Any]:
         """Return the settings of the store that is asked for: all that shapes its rows."""
         return {
-            **self._settings(self.decode_options_for(networks).resize_px),
+            **self._settings(decoder_settings(self.decode_options_for(networks))),
             "backbones": {network.name: network.settings() for network in networks},
         }
 
@@ -309,10 +330,15 @@ class ExtractConfig:
         Raises:
             MismatchError: The store was made with other settings.
         """
-        resize_px = settings["decoder"].get("resize_px", 0) if self.resize == "decoder" else None
+        decoder = decoder_settings(self.decode_options)
+        if self.resize == "decoder":
+            # The backbones tell the size, and are not loaded here.
+            held = settings["decoder"]
+            decoder["resize_px"] = held.get("resize_px", "the largest backbone's")
+            decoder |= {"interpolation": held["interpolation"]} if "interpolation" in held else {}
         require_same(
             {**settings, "backbones": sorted(settings["backbones"])},
-            {**self._settings(resize_px), "backbones": sorted(self.backbones)},
+            {**self._settings(decoder), "backbones": sorted(self.backbones)},
             what=f"the feature store {out}",
             do_next="Give the options (and package versions) it was made with, or write to another folder with -o.",
         )
@@ -322,11 +348,8 @@ class ExtractConfig:
             wanted = {name: {"precision": self.precision} for name in stored}
             require_same(stored, wanted, what=f"the feature store {out}", do_next="Leave out --precision.")
 
-    def _settings(self, resize_px: int | None) -> dict[str, Any]:
+    def _settings(self, decoder: dict[str, Any]) -> dict[str, Any]:
         table = self.times_table
-        decoder = decoder_settings(replace(self.decode_options, resize_px=resize_px or None))
-        if resize_px == 0:
-            decoder["resize_px"] = "the largest backbone's"
         return {
             "sampling": {"times": table.content_hash} if table else self._sampling.settings(),
             "decoder": decoder,
@@ -335,21 +358,36 @@ class ExtractConfig:
         }
 
 
-def words_of_older_reader(path: Path, description: Mapping[str, Any]) -> str:
-    """Return what to say of a store whose first videos were read by an older svb, from its description."""
-    is_older: bool = description.get("provenance", {}).get("reader", 1) < READER
-    if not is_older or description["settings"]["decoder"]["name"] not in DECODERS:
-        return ""
-    return (
-        f"{path} was begun by an older svb, which read HDR, several video streams, joined recordings and a few "
-        "other kinds of files otherwise - extract into another folder to read all alike; docs/extraction.md lists "
-        "the kinds"
-    )
+def require_same_transforms(stored: Mapping[str, Any], wanted: Mapping[str, Any], out: Path) -> None:
+    """Refuse to add to a store whose frames were prepared in another way; `stored` and `wanted` are settings.
+
+    svb once scaled the short side for every backbone, with bicubic, whatever its library says.
+
+    Raises:
+        MismatchError: Names the backbone, both ways, and the command that extracts anew.
+    """
+    for name, settings in wanted["backbones"].items():
+        held = stored["backbones"].get(name, {})
+        if "resize" not in held or settings["weights_hash"] != held["weights_hash"]:
+            continue
+        before, now = stored_transform(held), stored_transform(settings)
+        if before != now:
+            raise MismatchError(
+                f"frames in the feature store {out} were not prepared for {name} as it wants them: there {before}, "
+                f"but the model was trained on: {now} - extract into a new store with `svb extract VIDEOS -o "
+                f"{out}-new --backbone {name}`; this one can still be trained on, indexed and searched"
+            )
 
 
 def decoder_settings(options: DecodeOptions) -> dict[str, Any]:
     """Return a decoder, its version and what it does beyond the ordinary, as stored and fingerprinted."""
-    beyond = {"fast": options.fast, "hwaccel": options.hwaccel, "resize_px": options.resize_px}
+    size = options.resize_px
+    beyond = {
+        "fast": options.fast,
+        "hwaccel": options.hwaccel,
+        "resize_px": list(size) if isinstance(size, tuple) else size,
+        "interpolation": options.interpolation if options.interpolation != "bicubic" else None,
+    }
     return {**_name_and_version(options.decoder), **{name: value for name, value in beyond.items() if value}}
 
 
@@ -370,8 +408,15 @@ def stored_decode_options(settings: Mapping[str, Any]) -> DecodeOptions:
         decoder["name"],
         fast=decoder.get("fast", False),
         hwaccel=decoder.get("hwaccel"),
-        resize_px=decoder.get("resize_px"),
+        resize_px=stored_resize_px(decoder),
+        interpolation=decoder.get("interpolation", "bicubic"),
     )
+
+
+def stored_resize_px(decoder: Mapping[str, Any]) -> int | tuple[int, int] | None:
+    """Return the size that a store's decoder scaled frames to, as `DecodeOptions` has it."""
+    size: int | list[int] | None = decoder.get("resize_px")
+    return (size[0], size[1]) if isinstance(size, list) else size
 
 
 def _name_and_version(decoder: str) -> dict[str, Any]:

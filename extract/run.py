@@ -20,7 +20,7 @@ from svb.device import choose_device, choose_precision
 from svb.errors import Interrupted, StoreError, UsageError
 from svb.extract.backbones import load_backbone
 from svb.extract.compute.machine import cores_for_batches, keep_freed_memory, share_of_cores
-from svb.extract.config import ExtractConfig, words_of_older_reader
+from svb.extract.config import ExtractConfig, require_same_transforms, words_of_older_reader
 from svb.extract.inputs import require_there
 from svb.extract.plan import Plan, PlannedVideo, is_done, plan_videos
 from svb.extract.pool.decode_pool import NOBODY, DecodePool, Listed
@@ -163,6 +163,8 @@ def _open_store(
     out: Path, config: ExtractConfig, workplace: Workplace
 ) -> Iterator[tuple[FeatureStoreWriter, RunLog]]:
     settings, provenance = workplace.settings, workplace.provenance
+    if (out / "store.json").exists():
+        require_same_transforms(FeatureStore(out).settings, settings, out)
     with FeatureStoreWriter(out, settings, provenance, shared=config.place is not None) as writer:
         log = RunLog(out)
         log.add("start", settings=settings, provenance=provenance, **workplace.description)

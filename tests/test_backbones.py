@@ -27,6 +27,7 @@ from svb.extract import backbones, text_encoders
 from svb.extract.backbones import FAMILIES, load_backbone, load_classifier
 from svb.extract.backbones.backbone import Backbone, cut_classifier
 from svb.extract.backbones.torchvision import CLIP_FRAMES
+from svb.extract.backbones.transform import Transform
 from svb.extract.compute.transform import to_squares
 from svb.extract.names import split_weights
 from svb.extract.text_encoders import FAMILIES as TEXT_FAMILIES
@@ -44,6 +45,10 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 def load(name: str) -> Backbone:
     return load_backbone(name, CPU, torch.float32)
+
+
+def plain(size: int) -> Transform:
+    return Transform(size, MEAN, STD)
 
 
 def images(size: int, count: int = 3) -> torch.Tensor:
@@ -95,7 +100,7 @@ class TestOffline:
 
     def test_bfloat16_is_close_to_float32(self) -> None:
         frames = torch.stack([torch.from_numpy(picture(seed)) for seed in range(2)])
-        squares = to_squares(frames, 224)
+        squares = to_squares(frames, plain(224))
         exact, fast = (
             load_backbone(OFFLINE, CPU, dtype)(squares).numpy() for dtype in (torch.float32, torch.bfloat16)
         )
@@ -125,7 +130,7 @@ class TestOpenClip:
     def test_a_local_folder(self, clip_folder: Path, tiny_clip: torch.nn.Module) -> None:
         backbone = load(f"open_clip:local-dir:{clip_folder}")
         assert (backbone.image_size, backbone.feature_size) == (32, 32)
-        assert (backbone.mean, backbone.std) == (MEAN, STD)
+        assert (backbone.transform.mean, backbone.transform.std) == (MEAN, STD)
         with torch.inference_mode():
             expected = tiny_clip.encode_image(normalised(images(32), MEAN, STD))  # type: ignore[operator]
         np.testing.assert_allclose(backbone(images(32)), expected, rtol=1e-4, atol=1e-5)
@@ -237,14 +242,14 @@ class TestClipBackbones:
         backbone = load(f"torchvision:{model}/{tmp_path / 'w.pth'}")
         preprocess = torchvision.models.get_model_weights(model).DEFAULT.transforms()
         assert [backbone.image_size] * 2 == preprocess.crop_size and backbone.clip_frames == CLIP_FRAMES[model]
-        assert (backbone.mean, backbone.std) == (tuple(preprocess.mean), tuple(preprocess.std))
+        assert (backbone.transform.mean, backbone.transform.std) == (tuple(preprocess.mean), tuple(preprocess.std))
         clip = images(backbone.image_size, backbone.clip_frames).transpose(0, 1)[None]
         features = backbone(clip).numpy()
         assert features.shape == (1, backbone.feature_size)
         classifier = backbone.classifier
         assert classifier is not None and classifier.class_names[0] == "abseiling"
         with torch.inference_mode():
-            logits = module(normalised(clip, backbone.mean, backbone.std)).numpy()
+            logits = module(normalised(clip, backbone.transform.mean, backbone.transform.std)).numpy()
         assert not classifier.bias.any() and logits.any()
         by_features = features @ classifier.weight.T
         np.testing.assert_allclose(by_features, logits, rtol=1e-3, atol=1e-4 * np.abs(logits).max())
@@ -299,7 +304,7 @@ def tiny_backbone() -> Backbone:
     torch.manual_seed(0)
     layers = (torch.nn.Conv2d(3, 4, 3, stride=2), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1))
     module = torch.nn.Sequential(*layers, torch.nn.Flatten()).eval().requires_grad_(False)
-    return Backbone("toy:tiny", module, image_size=32, feature_size=4, mean=MEAN, std=STD)
+    return Backbone("toy:tiny", module, Transform(32, MEAN, STD), feature_size=4)
 
 
 class TestCompiling:
@@ -351,7 +356,7 @@ class TestCompiling:
             return torch.ones(len(pixels), 2)
 
         monkeypatch.setattr(torch, "compile", lambda module, dynamic: compiled)
-        backbone = Backbone("toy:flat", torch.nn.Flatten(), 8, 192, MEAN, STD, clip_frames)
+        backbone = Backbone("toy:flat", torch.nn.Flatten(), Transform(8, MEAN, STD), 192, clip_frames)
         backbone.place(CPU, torch.bfloat16, compile=True, batch_size=5)
         assert seen == [shape]
         assert torch.equal(backbone(torch.zeros(shape, dtype=torch.uint8)), torch.ones(5, 2))
@@ -362,7 +367,7 @@ class TestCompiling:
                 raise torch.OutOfMemoryError("CUDA out of memory")
 
         monkeypatch.setattr(torch, "compile", lambda module, dynamic: module)
-        Backbone("toy:full", Full(), 8, 192, MEAN, STD).place(CPU, torch.float32, compile=True)
+        Backbone("toy:full", Full(), Transform(8, MEAN, STD), 192).place(CPU, torch.float32, compile=True)
 
 
 class TestTimm:
@@ -377,7 +382,7 @@ class TestTimm:
         module.reset_classifier(0)  # type: ignore[operator]
         with torch.inference_mode():
             size = backbone.image_size
-            expected = module(normalised(images(size), backbone.mean, backbone.std))
+            expected = module(normalised(images(size), backbone.transform.mean, backbone.transform.std))
         assert backbone.feature_size == expected.shape[1] == 512
         np.testing.assert_allclose(backbone(images(size)), expected, rtol=1e-3, atol=1e-5)
         classifier = load_classifier(f"timm:{self.NAME}/{path}")
@@ -524,7 +529,7 @@ class TestSquares:
     )
     def test_close_to_pil(self, height: int, width: int, size: int) -> None:
         frame = picture(height, height, width)
-        (square,) = to_squares(torch.from_numpy(frame[None]), size)
+        (square,) = to_squares(torch.from_numpy(frame[None]), plain(size))
         # On a PIL image torchvision's transforms are PIL's: CLIP's own preprocessing.
         resized = resize(Image.fromarray(frame), [size], InterpolationMode.BICUBIC)
         expected = np.array(center_crop(resized, [size]))
@@ -534,6 +539,6 @@ class TestSquares:
 
     def test_frames_do_not_mix(self) -> None:
         frames = torch.stack([torch.from_numpy(picture(seed)) for seed in range(3)])
-        together = to_squares(frames, 64)
+        together = to_squares(frames, plain(64))
         for frame, square in zip(frames, together, strict=True):
-            assert torch.equal(to_squares(frame[None], 64)[0], square)
+            assert torch.equal(to_squares(frame[None], plain(64))[0], square)

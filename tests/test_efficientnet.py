@@ -11,12 +11,14 @@ from efficientnet_lite_pytorch import EfficientNet
 
 from svb.extract.backbones import load_backbone, load_classifier
 from svb.extract.backbones.offline import MODELS
+from svb.extract.backbones.transform import Transform
 from svb.extract.compute.transform import to_squares
 from svb.extract.decode.decoder import FrameChunk
 from svb.extract.decode.options import DecodeOptions
 from svb.extract.decode.pyav_decoder import decode
 from svb.extract.decode.sampling import Sampling
 
+MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3
 ZOO = Path(__file__).resolve().parents[2] / "shared" / "video-zoo"
 
 
@@ -24,7 +26,9 @@ def frames_of(path: Path, size: int) -> torch.Tensor:
     chunks = [
         message for message in decode(path, DecodeOptions(Sampling(frames=4))) if isinstance(message, FrameChunk)
     ]
-    return to_squares(torch.from_numpy(np.concatenate([chunk.frames for chunk in chunks])), size)
+    return to_squares(
+        torch.from_numpy(np.concatenate([chunk.frames for chunk in chunks])), Transform(size, MEAN, STD)
+    )
 
 
 @pytest.fixture(scope="module", params=sorted(MODELS))
@@ -47,7 +51,7 @@ def assert_agrees(model: str, reference: torch.nn.Module, clip: Path) -> None:
     classifier = load_classifier(f"offline:{model}")
     assert classifier is not None
     assert (backbone.image_size, backbone.feature_size) == (images.shape[-1], 1280)
-    assert (backbone.mean, backbone.std) == ((127 / 255,) * 3, (128 / 255,) * 3)
+    assert backbone.transform == Transform(images.shape[-1], MEAN, STD)
     assert classifier.class_names[281] == "tabby"
     with torch.inference_mode():
         pixels = (images.float() - 127) / 128

@@ -29,6 +29,7 @@ from svb.data.feature_store import FeatureStore, verify_store
 from svb.errors import InputError, MismatchError, UsageError
 from svb.extract import run as run_module
 from svb.extract.backbones import DEFAULT_BACKBONE, load_backbone
+from svb.extract.backbones.transform import Transform
 from svb.extract.compute.packing import Packer, to_rows
 from svb.extract.compute.transform import to_squares
 from svb.extract.config import READER, ExtractConfig
@@ -69,7 +70,7 @@ class TestPipeline:
         sampling = Sampling(fps=1)
         _, *chunks, _ = pyav_decoder.decode(clips_folder / "deep" / "d.avi", DecodeOptions(sampling))
         frames = np.concatenate([chunk.frames for chunk in chunks])  # type: ignore[union-attr]
-        expected = backbone(to_squares(torch.from_numpy(frames), backbone.image_size)).numpy()
+        expected = backbone(to_squares(torch.from_numpy(frames), backbone.transform)).numpy()
         np.testing.assert_allclose(features(tmp_path / "out")["deep/d"], expected, atol=2e-3)
         [(alone, alone_times)] = extract_file(
             clips_folder / "deep" / "d.avi", [backbone], DecodeOptions(sampling), batch_size=4
@@ -625,8 +626,9 @@ class TestNothingGoodIsLost:
 
     def test_a_strip_is_scaled_in_little_memory(self) -> None:
         frames = torch.randint(0, 256, (5, 16, 1024, 3), dtype=torch.uint8)
+        transform = Transform(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("svb.extract.compute.transform.SCALED_BYTES", 1)
-            one_by_one = to_squares(frames, 32)
-        assert torch.equal(one_by_one, to_squares(frames, 32))
+            one_by_one = to_squares(frames, transform)
+        assert torch.equal(one_by_one, to_squares(frames, transform))
         assert one_by_one.untyped_storage().nbytes() == 5 * 3 * 32 * 32

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from svb.extract.backbones.backbone import Backbone
+from svb.extract.backbones.transform import Transform
 
 CLIP_FRAMES = 4
 
@@ -36,4 +37,4 @@ def load(name: str, model: str, weights: str) -> Backbone:
         "overflow": (8, 1e6, 1),
     }[model]
     half = (0.5, 0.5, 0.5)
-    return Backbone(name, _Pooled(feature_size, scale), 16, feature_size, half, half, clip_frames)
+    return Backbone(name, _Pooled(feature_size, scale), Transform(16, half, half), feature_size, clip_frames)

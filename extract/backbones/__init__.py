@@ -68,10 +68,13 @@ def load_backbone(
 def load_matching_backbone(name: str, settings: Mapping[str, Any], device: torch.device) -> Backbone:
     """Load the backbone that made some features, in their precision; `settings` are those in their store.
 
+    Frames are prepared as they were then, even where the model's library wants it otherwise by now.
+
     Raises:
         MismatchError: The weights found under its name are others.
     """
     from svb.device import choose_precision
+    from svb.extract.backbones.transform import stored_transform
 
     backbone = load_backbone(name, device, choose_precision(device, settings["precision"]))
     if backbone.weights_hash != settings["weights_hash"]:
@@ -79,6 +82,7 @@ def load_matching_backbone(name: str, settings: Mapping[str, Any], device: torch
             f"{name} has weights {backbone.weights_hash} here, but {settings['weights_hash']} when the features "
             "were made - install the package versions that were used then, or extract and index again"
         )
+    backbone.transform = stored_transform(settings)
     return backbone
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from svb.device import precision_name
 from svb.errors import SvbError, UsageError
+from svb.extract.backbones.transform import Transform
 
 
 @dataclass(frozen=True)
@@ -38,28 +39,35 @@ class Backbone:
     Attributes:
         name: `family:model[/weights]`, the key in every store.
         module: `(B, 3, S, S)` -> `(B, F)`, or `(B, 3, clip_frames, S, S)` -> `(B, F)` for a clip backbone.
-        image_size: S in pixels.
+        transform: How frames become the `(B, 3, S, S)` that enter the network.
         feature_size: F.
-        mean: The mean of each RGB channel, for values from 0 to 1.
-        std: The deviation of each RGB channel, for values from 0 to 1.
         clip_frames: How many frames one row is made of; 1 for a frame backbone.
         classifier: The layer that was cut off, where its classes have names.
         weights_hash: A hash of the module, or of the whole CLIP model that it is a tower of, in its file's
             precision.
+
+    Raises:
+        UsageError: svb cannot prepare frames as `transform` wants them.
     """
 
     name: str
     module: nn.Module
-    image_size: int
+    transform: Transform
     feature_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
     clip_frames: int = 1
     classifier: Classifier | None = None
     weights_hash: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     _compiled: Callable[[torch.Tensor], torch.Tensor] | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.transform.require_possible(self.name)
+
+    @property
+    def image_size(self) -> int:
+        """S in pixels."""
+        return self.transform.image_size
 
     def place(self, device: torch.device, dtype: torch.dtype, compile: bool = False, batch_size: int = 1) -> None:
         """Move the network to a device and precision; convolutions run channels-last there.
@@ -115,8 +123,8 @@ class Backbone:
         A GPU is given its work and goes on while this process does something else.
         """
         shape = (1, 3, *[1] * (images.ndim - 2))
-        mean = torch.tensor(self.mean, device=self.device).view(shape)
-        std = torch.tensor(self.std, device=self.device).view(shape)
+        mean = torch.tensor(self.transform.mean, device=self.device).view(shape)
+        std = torch.tensor(self.transform.std, device=self.device).view(shape)
         pixels = images.to(self.device, non_blocking=True).float().div_(255).sub_(mean).div_(std)
         pixels = pixels.to(self.dtype)
         if self.clip_frames == 1:
@@ -141,10 +149,7 @@ class Backbone:
         return {
             "weights_hash": self.weights_hash,
             "feature_size": self.feature_size,
-            "image_size": self.image_size,
-            "resize": "short side, antialiased bicubic on uint8, centre crop",
-            "mean": list(self.mean),
-            "std": list(self.std),
+            **self.transform.settings(),
             "clip_frames": self.clip_frames,
             "precision": precision_name(self.dtype),
             **({"compiled": True} if self._compiled else {}),

@@ -10,6 +10,7 @@ import timm
 from svb.data.weights import load_state
 from svb.errors import ModelUnavailableError, UsageError
 from svb.extract.backbones.backbone import Backbone, cut_classifier, imagenet_class_names
+from svb.extract.backbones.transform import Transform
 
 PACKAGES = ("timm", "torchvision")
 
@@ -36,10 +37,8 @@ def load(name: str, model: str, weights: str) -> Backbone:
     return Backbone(
         name,
         module,
-        image_size=MODELS[model],
-        feature_size=feature_size,
-        mean=(127 / 255, 127 / 255, 127 / 255),
-        std=(128 / 255, 128 / 255, 128 / 255),
+        Transform(MODELS[model], mean=(127 / 255,) * 3, std=(128 / 255,) * 3),
+        feature_size,
         classifier=classifier,
     )
 

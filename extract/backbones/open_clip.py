@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from typing import cast
+import logging
+from typing import Any, cast
 
+import open_clip
 import torch
+from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from torch import nn
 
 from svb.data.weights import hash_weights
 from svb.extract.backbones.backbone import Backbone
+from svb.extract.backbones.transform import Transform, square_side
 from svb.extract.clip import load_clip
+
+logger = logging.getLogger(__name__)
 
 PACKAGES = ("open_clip_torch", "torchvision", "timm")
 
@@ -34,10 +40,44 @@ def load(name: str, model: str, weights: str) -> Backbone:
     return Backbone(
         name,
         _ImageTower(clip.module),
-        image_size=clip.image_size,
-        feature_size=clip.embedding_size,
-        mean=clip.mean,
-        std=clip.std,
+        _transform(name, clip.preprocess, model, weights),
+        clip.embedding_size,
         # A hash of both towers: it tells whether a backbone and a text encoder belong to one model.
         weights_hash=hash_weights(clip.module),
     )
+
+
+def _transform(name: str, preprocess: dict[str, Any], model: str, weights: str) -> Transform:
+    told = merge_preprocess_dict(PreprocessCfg(), preprocess)
+    if weights:
+        told = _told_by_published_weights(name, told, model, weights)
+    fill = told["fill_color"]
+    # "random" is for training: there open_clip, too, takes bicubic for what is not trained on.
+    interpolation = "bicubic" if told["interpolation"] == "random" else told["interpolation"]
+    return Transform(
+        square_side(name, told["size"]),
+        tuple(told["mean"]),
+        tuple(told["std"]),
+        mode=told["resize_mode"],
+        interpolation=interpolation,
+        fill=(fill, fill, fill) if isinstance(fill, int) else tuple(fill),
+    )
+
+
+def _told_by_published_weights(name: str, told: dict[str, Any], model: str, weights: str) -> dict[str, Any]:
+    """Return how the published weights of a model want its images, for a local checkpoint of it.
+
+    open_clip itself takes OpenAI's preparation for every local checkpoint, which is wrong for SigLIP and PE-Core.
+    """
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    published = [merge_preprocess_dict(told, open_clip.get_pretrained_cfg(model, tag)) for tag in tags]
+    if weights in tags or not published:
+        return told
+    if all(one == published[0] for one in published):
+        return published[0]
+    logger.warning(
+        f"{name}: published weights of {model} want frames prepared in different ways, and a local checkpoint does "
+        "not tell its own - taken is that of OpenAI's CLIP; for another give local-dir:FOLDER with an "
+        "open_clip_config.json"
+    )
+    return told

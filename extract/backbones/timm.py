@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from timm.data.config import resolve_model_data_config
 from svb.data.weights import hub, load_state, unavailable
 from svb.errors import InputError, UsageError
 from svb.extract.backbones.backbone import Backbone, Classifier, imagenet_class_names
+from svb.extract.backbones.transform import Transform, cannot_prepare, square_side
 
 PACKAGES = ("timm",)
 
@@ -36,17 +38,34 @@ def load(name: str, model: str, weights: str) -> Backbone:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{weights} does not fit timm's {model} ({reason}) - name its own model") from error
         raise unavailable(name, error) from error
-    config = resolve_model_data_config(module)
     classifier = _classifier(module.get_classifier())
     module.reset_classifier(0)
     return Backbone(
         name,
         module,
-        image_size=int(config["input_size"][-1]),
-        feature_size=int(module.head_hidden_size),
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
+        _transform(name, resolve_model_data_config(module)),
+        int(module.head_hidden_size),
         classifier=classifier,
+    )
+
+
+# timm's crop modes, as `timm.data.transforms_factory.transforms_imagenet_eval` reads them.
+CROP_MODES = {"center": "shortest", "squash": "squash", "border": "longest"}
+
+
+def _transform(name: str, config: dict[str, Any]) -> Transform:
+    size, mean, mode = square_side(name, config["input_size"][1:]), tuple(config["mean"]), config["crop_mode"]
+    if mode not in CROP_MODES:
+        raise cannot_prepare(name, f"the crop mode {mode!r}", " or ".join(CROP_MODES))
+    scaled = math.floor(size / config["crop_pct"])
+    return Transform(
+        size,
+        mean,
+        tuple(config["std"]),
+        mode=CROP_MODES[mode],
+        resize_px=(scaled, scaled),
+        interpolation=config["interpolation"],
+        fill=tuple(round(255 * value) for value in mean) if mode == "border" else (0, 0, 0),
     )
 
 

@@ -1,18 +1,21 @@
 """torchvision's classifiers of frames (`torchvision:resnet152`) and of clips (`torchvision:r2plus1d_18`).
 
 `torchvision:<model>` takes torchvision's default weights from its hub, `torchvision:<model>/<file>` those in
-a local file.
+a local file, whose frames are prepared as for the default ones.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torchvision
+from torchvision.transforms._presets import ImageClassification, VideoClassification
 
 from svb.data.weights import load_into, unavailable
 from svb.errors import UsageError
 from svb.extract.backbones.backbone import Backbone, cut_classifier
+from svb.extract.backbones.transform import Transform, cannot_prepare, square_side
 
 PACKAGES = ("torchvision",)
 
@@ -50,14 +53,28 @@ def load(name: str, model: str, weights: str) -> Backbone:
         # torchvision corrects it inside the network, but only where it loads the weights itself.
         module.transform_input = True
     feature_size, classifier = cut_classifier(module, default.meta["categories"])
-    preprocess = default.transforms()
     return Backbone(
         name,
         module,
-        image_size=int(preprocess.crop_size[0]),
-        feature_size=feature_size,
-        mean=tuple(preprocess.mean),
-        std=tuple(preprocess.std),
+        _transform(name, default.transforms()),
+        feature_size,
         clip_frames=CLIP_FRAMES.get(model, 1),
         classifier=classifier,
+    )
+
+
+def _transform(name: str, preset: Any) -> Transform:
+    if not isinstance(preset, ImageClassification | VideoClassification):
+        raise cannot_prepare(name, f"torchvision's {type(preset).__name__}", "a preset for classification")
+    resize = [int(side) for side in preset.resize_size]
+    return Transform(
+        square_side(name, preset.crop_size),
+        tuple(preset.mean),
+        tuple(preset.std),
+        # One size is that of the short side, two are those of the whole frame.
+        mode="shortest" if len(resize) == 1 else "squash",
+        resize_px=(resize[0], resize[-1]),
+        interpolation=preset.interpolation.value,
+        # Video classifiers were trained without, and their preset says so in its code alone.
+        antialias=isinstance(preset, ImageClassification),
     )

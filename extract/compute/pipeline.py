@@ -264,14 +264,14 @@ class Contents:
 
 
 def run_packers(packers: Sequence[Packer], uploader: Uploader, position: int, chunk: FrameChunk) -> None:
-    """Give every packer a chunk's frames; those of one size share one upload and one resize."""
+    """Give every packer a chunk's frames; they share one upload, and those of one geometry share its squares."""
     frames = uploader.upload(chunk.frames)
-    squares: dict[int, torch.Tensor] = {}
+    squares: dict[tuple[object, ...], torch.Tensor] = {}
     for packer in packers:
-        size = packer.backbone.image_size
-        if size not in squares:
-            squares[size] = to_squares(frames, size)
-        packer.add(position, squares[size], chunk.frame_times_seconds)
+        transform = packer.backbone.transform
+        if transform.geometry not in squares:
+            squares[transform.geometry] = to_squares(frames, transform)
+        packer.add(position, squares[transform.geometry], chunk.frame_times_seconds)
 
 
 def _record(

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from svb.extract.backbones.transform import Transform
+
 # One staging buffer is filled while the other is on its way.
 NUM_BUFFERS = 2
 
@@ -53,34 +55,50 @@ class Uploader:
 SCALED_BYTES = 64 * 2**20
 
 
-def to_squares(frames: torch.Tensor, size: int) -> torch.Tensor:
-    """Scale the short side to `size` with antialiased bicubic, on the frames' device, and crop the centre.
+def to_squares(frames: torch.Tensor, transform: Transform) -> torch.Tensor:
+    """Scale frames and crop or pad them to squares, on their device, as a backbone's transform says.
 
-    On the CPU torch computes this on uint8 directly, within 2 of 255 of PIL's bicubic, which CLIP models
-    were trained with; elsewhere in float32, rounded.
+    On the CPU torch computes this on uint8 directly, within 2 of 255 of PIL, with which the networks were
+    trained; elsewhere in float32, rounded.
 
     Args:
         frames: `(T, H, W, 3)` uint8.
-        size: S in pixels.
+        transform: The backbone's; its mean and deviation are left to the network.
 
     Returns:
         `(T, 3, S, S)` uint8.
     """
-    height, width = frames.shape[1:3]
-    # The length is cut off and the margin rounded as torchvision does, and with it CLIP's own preprocessing.
-    long_side = int(size * max(height, width) / min(height, width))
-    scaled = (size, long_side) if height <= width else (long_side, size)
-    at_once = max(1, SCALED_BYTES // (3 * size * long_side))
-    return torch.cat([_scale_and_crop(part, scaled, size) for part in frames.split(at_once)])
+    height, width = transform.scaled_px(*frames.shape[1:3])
+    at_once = max(1, SCALED_BYTES // (3 * height * width))
+    squares = [_crop_or_pad(_scaled(part, transform), transform) for part in frames.split(at_once)]
+    return torch.cat(squares)
 
 
-def _scale_and_crop(frames: torch.Tensor, scaled: tuple[int, int], size: int) -> torch.Tensor:
+def _scaled(frames: torch.Tensor, transform: Transform) -> torch.Tensor:
     images = frames.permute(0, 3, 1, 2)  # a channels-last view, which the uint8 kernel is fastest on
-    if images.shape[-2:] != scaled:
-        if images.device.type == "cpu":
-            images = F.interpolate(images, scaled, mode="bicubic", antialias=True, align_corners=False)
-        else:
-            resized = F.interpolate(images.float(), scaled, mode="bicubic", antialias=True, align_corners=False)
-            images = resized.round_().clamp_(0, 255).to(torch.uint8)
-    top, left = round((scaled[0] - size) / 2), round((scaled[1] - size) / 2)
-    return images[:, :, top : top + size, left : left + size]
+    size = transform.scaled_px(*images.shape[-2:])
+    if images.shape[-2:] == size:
+        return images
+    on_cpu = images.device.type == "cpu"
+    scaled = F.interpolate(
+        images if on_cpu else images.float(),
+        size,
+        mode=transform.interpolation,
+        antialias=transform.antialias,
+        align_corners=False,
+    )
+    return scaled if on_cpu else scaled.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _crop_or_pad(images: torch.Tensor, transform: Transform) -> torch.Tensor:
+    # Margins are rounded as torchvision's and timm's centre crops round them.
+    (height, width), size = images.shape[-2:], transform.image_size
+    top, left = round(max(height - size, 0) / 2), round(max(width - size, 0) / 2)
+    cropped = images[:, :, top : top + size, left : left + size]
+    if cropped.shape[-2:] == (size, size):
+        return cropped
+    fill = torch.tensor(transform.fill, dtype=torch.uint8, device=images.device)
+    padded = fill.view(1, 3, 1, 1).repeat(len(images), 1, size, size)
+    top, left = max(size - height, 0) // 2, max(size - width, 0) // 2
+    padded[:, :, top : top + cropped.shape[2], left : left + cropped.shape[3]] = cropped
+    return padded

@@ -29,7 +29,7 @@ CHUNK_FRAMES = 512
 
 
 # Without these flags swscale rounds and places chroma less exactly, and PyAV's and ffmpeg's pixels differ.
-SCALE_FLAGS = "bicubic+accurate_rnd+full_chroma_int+full_chroma_inp"
+SCALE_FLAGS = "accurate_rnd+full_chroma_int+full_chroma_inp"
 
 # To map HDR to SDR; swscale does it when it is told the colours that are wanted.
 SDR_COLOURS = "out_primaries=bt709:out_transfer=bt709"
@@ -296,12 +296,16 @@ def square_pixels_width(width: int, sample_aspect_ratio: float) -> int:
     return max(1, math.floor(width * sample_aspect_ratio + 0.5))
 
 
-def resized(width: int, height: int, resize_px: int | None) -> tuple[int, int]:
-    """Return the size whose short side is `resize_px`; the long side is rounded down, as on the device.
+def resized(width: int, height: int, resize_px: int | tuple[int, int] | None) -> tuple[int, int]:
+    """Return the width and height of a scaled frame, as `DecodeOptions.resize_px` tells.
+
+    The short side is `resize_px`, and the long side is rounded down, as on the device.
 
     A strip longer than `MAX_ASPECT_RATIO` times its short side keeps its size: enlarged, it might not fit
     into memory.
     """
+    if isinstance(resize_px, tuple):
+        return resize_px[1], resize_px[0]
     short, long = min(width, height), max(width, height)
     if resize_px is None or long > MAX_ASPECT_RATIO * short:
         return width, height

@@ -438,7 +438,7 @@ def _decode_arguments(source: _Source, choice: Choice, times_fd: int) -> list[st
     to_sdr = dict(pair.split("=") for pair in SDR_COLOURS.split(":")) if source.hdr_transfer else {}
     stream = print_time(stream.filter("select", select_expression(sampling, choice)), CHOSEN, times_fd)
     stream = (
-        stream.filter("scale", w=width, h=height, flags=SCALE_FLAGS, **to_sdr)
+        stream.filter("scale", w=width, h=height, flags=f"{source.options.interpolation}+{SCALE_FLAGS}", **to_sdr)
         .filter("format", "rgba")
         .output("pipe:1", f="image2pipe", fps_mode="passthrough", threads=1, **{"c:v": "pam"})
     )

@@ -73,8 +73,10 @@ def _num_passed(times_seconds: list[float], before: int = 0) -> str:
     return f"if(lt(t,{times_seconds[middle]!r}),{earlier},{later})"
 
 
-def scaled_size(resize_px: int | None) -> tuple[str, str]:
+def scaled_size(resize_px: int | tuple[int, int] | None) -> tuple[str, str]:
     """Return width and height as ffmpeg expressions, equal to `square_pixels_width` and `resized`."""
+    if isinstance(resize_px, tuple):
+        return str(resize_px[1]), str(resize_px[0])
     sane = f"between(sar,{MIN_ASPECT_RATIO!r},{MAX_ASPECT_RATIO!r})"
     width = f"if({sane},max(1,floor(iw*sar+0.5)),iw)"
     if resize_px is None:

@@ -46,8 +46,10 @@ class DecodeOptions:
         hwaccel: ffmpeg's name of a hardware decoder, such as `cuda`; only with the decoder `ffmpeg`. Ask
             `svb.extract.decode.ffmpeg_process.require_hwaccel` first: ffmpeg falls back to software silently.
         hwaccel_device: Which of several such devices, as ffmpeg names it; None is ffmpeg's first.
-        resize_px: Scale the short side to this in the decoder; None leaves the size to the device. A strip
-            longer than 8 times its short side keeps its size.
+        resize_px: Scale the short side to this in the decoder, or the whole frame to this `(height, width)`; None
+            leaves the size to the device. A strip longer than 8 times its short side keeps its size, unless the
+            whole frame is scaled.
+        interpolation: swscale's `bicubic` or `bilinear`.
         limits: Which videos are refused.
 
     Raises:
@@ -59,7 +61,8 @@ class DecodeOptions:
     fast: bool = False
     hwaccel: str | None = None
     hwaccel_device: str | None = None
-    resize_px: int | None = None
+    resize_px: int | tuple[int, int] | None = None
+    interpolation: str = "bicubic"
     limits: Limits = field(default_factory=Limits)
 
     def at_times(self, times_seconds: tuple[float, ...]) -> DecodeOptions:
@@ -72,5 +75,6 @@ class DecodeOptions:
                 f"the decoder {self.decoder} cannot use the hardware decoder {self.hwaccel!r} - choose the decoder "
                 "ffmpeg, or leave out --hwaccel"
             )
-        if self.resize_px is not None and self.resize_px < 1:
+        sizes = self.resize_px if isinstance(self.resize_px, tuple) else (self.resize_px or 0,)
+        if self.resize_px is not None and min(sizes) < 1:
             raise UsageError(f"cannot resize frames to {self.resize_px} px - give at least 1")

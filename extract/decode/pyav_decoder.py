@@ -132,7 +132,8 @@ def _decode(
     chunks = ChunkBuilder()
     with opened(path, options.limits) as (container, stream):
         stream.codec_context.skip_frame = _skipped(options)
-        converter = Converter(stream, options.resize_px, container_crop(path, container.format.name, stream.index))
+        crop = container_crop(path, container.format.name, stream.index)
+        converter = Converter(stream, options.resize_px, crop, options.interpolation)
         running = RunningClock()
         decoded = itertools.chain(
             _decoded_frames(container, stream, errors, running, plan),

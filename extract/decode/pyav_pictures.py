@@ -39,7 +39,14 @@ class Converter:
     as ffmpeg does.
     """
 
-    def __init__(self, stream: VideoStream, resize_px: int | None, crop: Crop) -> None:
+    def __init__(
+        self,
+        stream: VideoStream,
+        resize_px: int | tuple[int, int] | None,
+        crop: Crop,
+        interpolation: str = "bicubic",
+    ) -> None:
+        self._scale_flags = f"{interpolation}+{SCALE_FLAGS}"
         self._crop = crop
         self._stream = stream
         self._resize_px = resize_px
@@ -77,7 +84,7 @@ class Converter:
         return [
             *(crop if shown != (frame.width, frame.height) else []),
             *_upright(display_matrix(frame)),
-            ("scale", f"w={width}:h={height}:flags={SCALE_FLAGS}{to_sdr}"),
+            ("scale", f"w={width}:h={height}:flags={self._scale_flags}{to_sdr}"),
             ("format", f"pix_fmts={'rgba' if _is_transparent(frame) else 'rgb24'}"),
         ]
 

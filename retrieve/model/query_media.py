@@ -63,10 +63,7 @@ def embed_image(
             f"what {file} shows - search with a text or a video, or index a backbone of single frames"
         )
     frame = read_picture(file)
-    resize_px = video["decoder"].get("resize_px")
-    if resize_px is not None:
-        frame = _scaled(frame, resize_px)
-    chunk = FrameChunk(frame[None], np.zeros(1))
+    chunk = FrameChunk(_scaled(frame, video["decoder"])[None], np.zeros(1))
     return _embed(
         _rows((load or load_backbones)(video, device), [chunk], video["batch_size"], file), embedder, device
     )
@@ -162,12 +159,18 @@ def _of_8_bits(picture: Image.Image) -> Image.Image:
     return Image.fromarray((values.clip(0) >> (bits - 8)).astype(np.uint8))
 
 
-def _scaled(frame: NDArray[np.uint8], resize_px: int) -> NDArray[np.uint8]:
-    """Return a frame as the decoder would have made it, whose own bicubic differs from PIL's by tenths."""
+def _scaled(frame: NDArray[np.uint8], decoder: dict[str, Any]) -> NDArray[np.uint8]:
+    """Return a frame as an index's decoder would have made it, whose scaling differs from PIL's by tenths."""
     from PIL import Image
 
+    from svb.extract.config import stored_resize_px
+
+    resize_px = stored_resize_px(decoder)
+    if resize_px is None:
+        return frame
     size = resized(frame.shape[1], frame.shape[0], resize_px)
-    return np.array(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC))
+    interpolation = Image.Resampling[decoder.get("interpolation", "bicubic").upper()]
+    return np.array(Image.fromarray(frame).resize(size, interpolation))
 
 
 def _require_computable(video: dict[str, Any], file: Path) -> None:

@@ -1,0 +1,89 @@
+"""How fast backbones run on a CPU: frames a CPU-second, on one thread, with random weights; a table for docs/extraction.md.
+
+    python benchmarks/backbones.py
+
+Each takes one batch of 360p frames from memory after another that warms it up: scaled, normalised and computed as in
+`svb extract`. The size on disk is that of both towers in float32, as the hub has them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+
+import open_clip
+import torch
+
+from svb.extract.backbones import load_backbone
+from svb.extract.backbones.backbone import Backbone
+from svb.extract.backbones.transform import Transform
+from svb.extract.compute.transform import to_squares
+
+OFFLINE = "offline:efficientnet-lite0"
+# Each with the weights whose preparation of frames it takes.
+MODELS = {
+    "ViT-B-32": "laion2b_s34b_b79k",
+    "PE-Core-T-16-384": "meta",
+    "PE-Core-S-16-384": "meta",
+    "ViT-B-16": "openai",
+    "PE-Core-B-16": "meta",
+    "ViT-B-32-SigLIP2-256": "webli",
+    "ViT-B-16-SigLIP2": "webli",
+    "ViT-L-14": "openai",
+    "PE-Core-L-14-336": "meta",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=[OFFLINE, *MODELS], help="which to measure")
+    parser.add_argument("--batch-size", type=int, default=8, help="frames in a batch")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in options.models:
+        print(json.dumps(measure(name, options.batch_size)), flush=True)
+
+
+def measure(name: str, batch_size: int) -> dict[str, object]:
+    backbone, num_weights = load(name)
+    frames = torch.randint(0, 256, (batch_size, 360, 640, 3), dtype=torch.uint8)
+    speeds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        backbone.place(torch.device("cpu"), dtype)
+        backbone(to_squares(frames[:1], backbone.transform))
+        begin = time.process_time()
+        backbone(to_squares(frames, backbone.transform))
+        speeds[str(dtype).removeprefix("torch.")] = round(batch_size / (time.process_time() - begin), 2)
+    megabytes = round(num_weights * 4 / 1e6)
+    return {
+        "model": name,
+        "transform": str(backbone.transform),
+        "F": backbone.feature_size,
+        "MB": megabytes,
+        **speeds,
+    }
+
+
+def load(name: str) -> tuple[Backbone, int]:
+    """Return a backbone of random weights, where they would come from a hub, and the weights of the whole model."""
+    if name == OFFLINE:
+        backbone = load_backbone(name, torch.device("cpu"), torch.float32)
+        return backbone, sum(weight.numel() for weight in backbone.module.parameters())
+    model = open_clip.create_model(name, pretrained=None)
+    told = open_clip.get_pretrained_cfg(name, MODELS[name])
+    size = model.visual.image_size
+    transform = Transform(
+        size if isinstance(size, int) else size[0],
+        told["mean"],
+        told["std"],
+        mode=told["resize_mode"],
+        interpolation=told["interpolation"],
+    )
+    feature_size = open_clip.get_model_config(name)["embed_dim"]
+    backbone = Backbone(name, model.visual.eval().requires_grad_(False), transform, feature_size)
+    return backbone, sum(weight.numel() for weight in model.parameters())
+
+
+if __name__ == "__main__":
+    main()
