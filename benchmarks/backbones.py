@@ -1,9 +1,9 @@
-"""How fast backbones run on a CPU: frames a CPU-second, on one thread, with random weights; a table for docs/extraction.md.
+"""How fast backbones run on a CPU: frames a CPU-second, on one thread, with random weights.
 
     python benchmarks/backbones.py
 
-Each takes one batch of 360p frames from memory after another that warms it up: scaled, normalised and computed as in
-`svb extract`. The size on disk is that of both towers in float32, as the hub has them.
+Each takes one batch of 360p frames from memory, after one that warms it up: scaled, normalised and computed as in
+`svb extract`. The size on disk is that of both towers in float32, as the hub has them. docs/extraction.md has the table.
 """
 
 from __future__ import annotations

@@ -18,8 +18,6 @@ import torchvision
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save_file
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.functional import center_crop, resize
 
 from svb.data.weights import hash_weights, load_state
 from svb.errors import InputError, ModelUnavailableError, SvbError, UsageError
@@ -45,10 +43,6 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 def load(name: str) -> Backbone:
     return load_backbone(name, CPU, torch.float32)
-
-
-def plain(size: int) -> Transform:
-    return Transform(size, MEAN, STD)
 
 
 def images(size: int, count: int = 3) -> torch.Tensor:
@@ -100,7 +94,7 @@ class TestOffline:
 
     def test_bfloat16_is_close_to_float32(self) -> None:
         frames = torch.stack([torch.from_numpy(picture(seed)) for seed in range(2)])
-        squares = to_squares(frames, plain(224))
+        squares = to_squares(frames, Transform(224, MEAN, STD))
         exact, fast = (
             load_backbone(OFFLINE, CPU, dtype)(squares).numpy() for dtype in (torch.float32, torch.bfloat16)
         )
@@ -519,26 +513,3 @@ def picture(seed: int, height: int = 240, width: int = 320) -> NDArray[np.uint8]
     pixels = np.array(coarse.resize((width, height), Image.Resampling.BICUBIC))
     pixels[height // 4 : height // 2, width // 3 : width // 2] = random.integers(0, 256, 3)
     return pixels
-
-
-class TestSquares:
-    @pytest.mark.parametrize("size", [32, 224])
-    @pytest.mark.parametrize(
-        ("height", "width"),
-        [(240, 320), (320, 240), (224, 224), (720, 1280), (48, 64), (16, 16), (51, 67), (20, 300)],
-    )
-    def test_close_to_pil(self, height: int, width: int, size: int) -> None:
-        frame = picture(height, height, width)
-        (square,) = to_squares(torch.from_numpy(frame[None]), plain(size))
-        # On a PIL image torchvision's transforms are PIL's: CLIP's own preprocessing.
-        resized = resize(Image.fromarray(frame), [size], InterpolationMode.BICUBIC)
-        expected = np.array(center_crop(resized, [size]))
-        assert square.dtype == torch.uint8 and square.shape == (3, size, size)
-        difference = np.abs(square.permute(1, 2, 0).numpy().astype(np.int16) - expected)
-        assert difference.max() <= 2
-
-    def test_frames_do_not_mix(self) -> None:
-        frames = torch.stack([torch.from_numpy(picture(seed)) for seed in range(3)])
-        together = to_squares(frames, plain(64))
-        for frame, square in zip(frames, together, strict=True):
-            assert torch.equal(to_squares(frame[None], plain(64))[0], square)

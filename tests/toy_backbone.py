@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -9,6 +11,12 @@ from svb.extract.backbones.backbone import Backbone
 from svb.extract.backbones.transform import Transform
 
 CLIP_FRAMES = 4
+TRANSFORMS: dict[str, dict[str, Any]] = {
+    "squash": {"mode": "squash", "interpolation": "bilinear"},
+    "small-squash": {"mode": "squash", "interpolation": "bilinear", "resize_px": (12, 12)},
+    "longest": {"mode": "longest", "fill": (9, 9, 9)},
+    "rough": {"antialias": False},
+}
 
 
 class _Pooled(nn.Module):
@@ -29,12 +37,14 @@ class _Pooled(nn.Module):
 
 
 def load(name: str, model: str, weights: str) -> Backbone:
-    """Load `toy:frames`, `toy:wide`, `toy:clips` or `toy:overflow`."""
+    """Load `toy:frames`, `toy:wide`, `toy:clips`, `toy:overflow`, or one that wants frames prepared in its own way."""
+    half = (0.5, 0.5, 0.5)
+    if model in TRANSFORMS:
+        return Backbone(name, _Pooled(8, 1.0), Transform(16, half, half, **TRANSFORMS[model]), 8)
     feature_size, scale, clip_frames = {
         "frames": (8, 1.0, 1),
         "wide": (12, 1.0, 1),
         "clips": (6, 1.0, CLIP_FRAMES),
         "overflow": (8, 1e6, 1),
     }[model]
-    half = (0.5, 0.5, 0.5)
     return Backbone(name, _Pooled(feature_size, scale), Transform(16, half, half), feature_size, clip_frames)
