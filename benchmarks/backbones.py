@@ -3,7 +3,8 @@
     python benchmarks/backbones.py
 
 Each takes one batch of 360p frames from memory, after one that warms it up: scaled, normalised and computed as in
-`svb extract`. The size on disk is that of both towers in float32, as the hub has them. docs/extraction.md has the table.
+`svb extract`. Then its text tower takes one caption, padded, in float32. Sizes are those of weights in float32,
+as the hub has them. The table is in docs/extraction.md.
 """
 
 from __future__ import annotations
@@ -46,32 +47,32 @@ def main() -> None:
 
 
 def measure(name: str, batch_size: int) -> dict[str, object]:
-    backbone, num_weights = load(name)
+    measured, backbone = (offline if name == OFFLINE else of_open_clip)(name)
     frames = torch.randint(0, 256, (batch_size, 360, 640, 3), dtype=torch.uint8)
-    speeds = {}
     for dtype in (torch.float32, torch.bfloat16):
         backbone.place(torch.device("cpu"), dtype)
         backbone(to_squares(frames[:1], backbone.transform))
         begin = time.process_time()
         backbone(to_squares(frames, backbone.transform))
-        speeds[str(dtype).removeprefix("torch.")] = round(batch_size / (time.process_time() - begin), 2)
-    megabytes = round(num_weights * 4 / 1e6)
-    return {
-        "model": name,
-        "transform": str(backbone.transform),
-        "F": backbone.feature_size,
-        "MB": megabytes,
-        **speeds,
-    }
+        measured[str(dtype).removeprefix("torch.")] = round(batch_size / (time.process_time() - begin), 2)
+    return {"model": name, "transform": str(backbone.transform), "F": backbone.feature_size, **measured}
 
 
-def load(name: str) -> tuple[Backbone, int]:
-    """Return a backbone of random weights, where they would come from a hub, and the weights of the whole model."""
-    if name == OFFLINE:
-        backbone = load_backbone(name, torch.device("cpu"), torch.float32)
-        return backbone, sum(weight.numel() for weight in backbone.module.parameters())
-    model = open_clip.create_model(name, pretrained=None)
-    told = open_clip.get_pretrained_cfg(name, MODELS[name])
+def offline(name: str) -> tuple[dict[str, object], Backbone]:
+    backbone = load_backbone(name, torch.device("cpu"), torch.float32)
+    return {"MB": megabytes(backbone.module)}, backbone
+
+
+def of_open_clip(name: str) -> tuple[dict[str, object], Backbone]:
+    """Return the sizes of a model of random weights and the CPU-seconds of a caption, and its backbone."""
+    model = open_clip.create_model(name, pretrained=None).eval().requires_grad_(False)
+    config, told = open_clip.get_model_config(name), open_clip.get_pretrained_cfg(name, MODELS[name])
+    tokens = torch.ones(1, config["text_cfg"]["context_length"], dtype=torch.int64)
+    with torch.inference_mode():
+        model.encode_text(tokens)
+        begin = time.process_time()
+        model.encode_text(tokens)
+        seconds = time.process_time() - begin
     size = model.visual.image_size
     transform = Transform(
         size if isinstance(size, int) else size[0],
@@ -80,9 +81,16 @@ def load(name: str) -> tuple[Backbone, int]:
         mode=told["resize_mode"],
         interpolation=told["interpolation"],
     )
-    feature_size = open_clip.get_model_config(name)["embed_dim"]
-    backbone = Backbone(name, model.visual.eval().requires_grad_(False), transform, feature_size)
-    return backbone, sum(weight.numel() for weight in model.parameters())
+    measured = {
+        "MB": megabytes(model),
+        "MB of text": megabytes(model) - megabytes(model.visual),
+        "caption s": round(seconds, 3),
+    }
+    return measured, Backbone(name, model.visual, transform, config["embed_dim"])
+
+
+def megabytes(module: torch.nn.Module) -> int:
+    return round(sum(weight.numel() for weight in module.parameters()) * 4 / 1e6)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from svb.errors import InputError, ModelUnavailableError
 _UNREADABLE = (pickle.UnpicklingError, SafetensorError)
 OFFLINE_HINT = (
     "choose --backbone offline:efficientnet-lite0 and --text-encoder offline:minilm-l6 (weights that are "
-    "installed with svb), or name a local file: open_clip:ViT-B-32/PATH"
+    "installed with svb), or name a local file: open_clip:PE-Core-B-16/PATH"
 )
 
 

@@ -9,6 +9,9 @@ from svb.errors import UsageError
 # What stands before a folder that holds a whole model: `family:local-dir:FOLDER`.
 LOCAL_FOLDER = "local-dir:"
 
+# The model whose two towers are the default backbone and text encoder; docs/extraction.md says why this one.
+DEFAULT_MODEL = "open_clip:PE-Core-B-16/meta"
+
 
 def split_family(name: str) -> tuple[str, str]:
     """Split `family:model` at the colon.

@@ -14,6 +14,7 @@ import pytest
 from conftest import Ran, RunSvb
 
 from svb.data.feature_store import FeatureStore, verify_store
+from svb.extract.names import DEFAULT_MODEL
 
 pytestmark = pytest.mark.usefixtures("toy_backbones")
 
@@ -251,10 +252,14 @@ class TestOptions:
         (tmp_path / "table.csv").write_text("video_id,caption\na,a dog\n")
         name, option = command
         given = clips_folder if name == "extract" else tmp_path / "table.csv"
-        default = (option, "open_clip:ViT-B-32/laion2b_s34b_b79k")
+        default = (option, DEFAULT_MODEL)
         ran = run_svb(name, given, "-o", tmp_path / "out", *default)
         assert_refused(
-            ran, "cannot be had here", "offline:efficientnet-lite0", "offline:minilm-l6", "open_clip:ViT-B-32/PATH"
+            ran,
+            "cannot be had here",
+            "offline:efficientnet-lite0",
+            "offline:minilm-l6",
+            "open_clip:PE-Core-B-16/PATH",
         )
         assert not (tmp_path / "out").exists()
 

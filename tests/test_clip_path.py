@@ -89,4 +89,6 @@ def test_a_text_tower_with_another_tokenizer(tmp_path: Path) -> None:
         shutil.copy(get_model_path() / file, folder)
     encoder = load_text_encoder(f"open_clip:local-dir:{folder}", torch.device("cpu"))
     assert encoder.encode(["a dog runs"]).shape == (1, 32)
+    # SigLIP 2 was trained on padded texts: without the padding it ranks them wrongly.
+    assert encoder.tokenizer(["a dog runs"]).shape == (1, 77)
     assert encoder.num_tokens("a dog runs") == 5 and encoder.max_tokens == 77

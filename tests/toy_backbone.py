@@ -11,6 +11,7 @@ from svb.extract.backbones.backbone import Backbone
 from svb.extract.backbones.transform import Transform
 
 CLIP_FRAMES = 4
+# Backbones that want their frames prepared in other ways.
 TRANSFORMS: dict[str, dict[str, Any]] = {
     "squash": {"mode": "squash", "interpolation": "bilinear"},
     "small-squash": {"mode": "squash", "interpolation": "bilinear", "resize_px": (12, 12)},
@@ -37,7 +38,7 @@ class _Pooled(nn.Module):
 
 
 def load(name: str, model: str, weights: str) -> Backbone:
-    """Load `toy:frames`, `toy:wide`, `toy:clips`, `toy:overflow`, or one that wants frames prepared in its own way."""
+    """Load `toy:frames`, `toy:wide`, `toy:clips`, `toy:overflow`, or one of `TRANSFORMS`."""
     half = (0.5, 0.5, 0.5)
     if model in TRANSFORMS:
         return Backbone(name, _Pooled(8, 1.0), Transform(16, half, half, **TRANSFORMS[model]), 8)

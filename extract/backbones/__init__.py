@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 from svb.errors import MismatchError, UsageError
-from svb.extract.names import absolute_model, split_family, split_weights
+from svb.extract.names import DEFAULT_MODEL, absolute_model, split_family, split_weights
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,7 @@ FAMILIES = {
     "torchvision": "svb.extract.backbones.torchvision",
     "timm": "svb.extract.backbones.timm",
 }
-DEFAULT_BACKBONE = "open_clip:ViT-B-32/laion2b_s34b_b79k"
+DEFAULT_BACKBONE = DEFAULT_MODEL
 
 
 def absolute_name(name: str) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 
 from svb.errors import UsageError
 from svb.extract import names
-from svb.extract.names import split_family
+from svb.extract.names import DEFAULT_MODEL, split_family
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,7 @@ FAMILIES = {
     "sentence_transformers": "svb.extract.text_encoders.sentence_transformers",
     "t5": "svb.extract.text_encoders.t5",
 }
-DEFAULT_TEXT_ENCODER = "open_clip:ViT-B-32/laion2b_s34b_b79k"
+DEFAULT_TEXT_ENCODER = DEFAULT_MODEL
 
 
 def absolute_name(name: str) -> str:
