@@ -175,7 +175,7 @@ def test_what_svb_cannot_prepare_is_refused_by_name(
     name, *_ = make(tmp_path, monkeypatch)
     with pytest.raises(UsageError, match=f"^{name} wants {words}.*choose another model"):
         load(name)
-    with pytest.raises(UsageError, match="^mine wants 1 channels"):
+    with pytest.raises(UsageError, match=r"^mine wants 1 channels"):
         Backbone("mine", nn.Identity(), Transform(8, (0.5,), (0.5,)), 3)
 
 

@@ -70,7 +70,9 @@ def _told_by_published_weights(name: str, told: dict[str, Any], model: str, weig
     open_clip itself takes OpenAI's preparation for every local checkpoint, which is wrong for SigLIP and PE-Core.
     """
     tags = open_clip.list_pretrained_tags_by_model(model)
-    published = [merge_preprocess_dict(told, open_clip.get_pretrained_cfg(model, tag)) for tag in tags]
+    published: list[dict[str, Any]] = [
+        merge_preprocess_dict(told, open_clip.get_pretrained_cfg(model, tag)) for tag in tags
+    ]
     if weights in tags or not published:
         return told
     if all(one == published[0] for one in published):
