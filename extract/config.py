@@ -379,6 +379,18 @@ def require_same_transforms(stored: Mapping[str, Any], wanted: Mapping[str, Any]
             )
 
 
+def words_of_older_reader(path: Path, description: Mapping[str, Any]) -> str:
+    """Return what to say of a store whose first videos were read by an older svb, from its description."""
+    is_older: bool = description.get("provenance", {}).get("reader", 1) < READER
+    if not is_older or description["settings"]["decoder"]["name"] not in DECODERS:
+        return ""
+    return (
+        f"{path} was begun by an older svb, which read HDR, several video streams, joined recordings and a few "
+        "other kinds of files otherwise - extract into another folder to read all alike; docs/extraction.md lists "
+        "the kinds"
+    )
+
+
 def decoder_settings(options: DecodeOptions) -> dict[str, Any]:
     """Return a decoder, its version and what it does beyond the ordinary, as stored and fingerprinted."""
     size = options.resize_px
