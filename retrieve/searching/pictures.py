@@ -82,7 +82,7 @@ def frames_at(
     try:
         check_file(path)
         with opened(path, Limits()) as (container, stream):
-            reader = _Reader(path, container, stream, time.monotonic() + time_limit_seconds)
+            reader = FrameReader(path, container, stream, time.monotonic() + time_limit_seconds)
             pictures = {
                 seconds: reader.picture(seconds, tolerance_seconds, height) for seconds in sorted({*times_seconds})
             }
@@ -162,8 +162,15 @@ def begin_seconds(path: Path) -> float:
         raise InputError(f"cannot tell when it begins: {error}") from error
 
 
-class _Reader:
-    """Finds the frames at ascending times in one open file."""
+class FrameReader:
+    """Finds the frames at ascending times in one open file.
+
+    Args:
+        path: The file, for messages.
+        container: As `svb.extract.decode.pyav_file.opened` gives it.
+        stream: The stream to read.
+        until: What `time.monotonic` says when it has taken too long.
+    """
 
     def __init__(self, path: Path, container: InputContainer, stream: VideoStream, until: float) -> None:
         self._path = path
@@ -180,6 +187,14 @@ class _Reader:
 
     def picture(self, seconds: float, tolerance_seconds: float, height: int) -> Image.Image:
         """Return the frame shown at a time, which is not before the last one asked for."""
+        return self._picture(self.shown(seconds, tolerance_seconds)[0], height)
+
+    def shown(self, seconds: float, tolerance_seconds: float = 0.0) -> tuple[VideoFrame, float]:
+        """Return the frame shown at a time and its own time; the time is not before the last one asked for.
+
+        Raises:
+            InputError: The file has no frame that can be decoded, or takes too long.
+        """
         is_far = self._held is None or seconds - self._held[1] > READ_ON_SECONDS
         if is_far and not self._is_shown(seconds, tolerance_seconds):
             self._seek(seconds)
@@ -187,7 +202,7 @@ class _Reader:
             if not self._advance():
                 raise InputError(f"{self._path} has no frame that can be decoded - expected a video that plays")
         assert self._held is not None
-        return self._picture(self._held[0], height)
+        return self._held
 
     def _is_shown(self, seconds: float, tolerance_seconds: float) -> bool:
         """Tell whether the held frame is the one shown, or near enough."""
