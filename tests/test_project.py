@@ -84,6 +84,8 @@ def test_what_is_imported_is_required() -> None:
         + extras["ray"]
         + extras["milvus"]
         + extras["graded"]
+        + extras["mcp"]
+        + extras["editor"]
     )
     required = {re.split(r"[ <>=;]", line)[0].lower().replace("-", "_") for line in options.strip().splitlines()}
     distributions = importlib.metadata.packages_distributions()

@@ -40,6 +40,12 @@ NAMED_LETTERS = 60
 @click.option("--paths0", "as_paths0", is_flag=True, help="Print the paths, a NUL after each, for xargs -0.")
 @click.option("--html", type=click.Path(path_type=Path), help="Write a page with pictures to this file.")
 @click.option("--cut", type=click.Path(path_type=Path), help="Cut the moments out as clips into this folder.")
+@click.option(
+    "--otio", type=click.Path(path_type=Path), help="Write a timeline for an editor: .otio, .edl, .fcpxml."
+)
+@click.option(
+    "--handles", default="0s", metavar="TIME", help="Time around each moment of the timeline.  [default: 0s]"
+)
 @click.option("--no-server", is_flag=True, help="Search in this process, even if `svb serve` has the index open.")
 @click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda:0, ...; any but auto asks no server."
@@ -57,6 +63,8 @@ def search(
     as_paths0: bool,
     html: Path | None,
     cut: Path | None,
+    otio: Path | None,
+    handles: str,
     no_server: bool,
     device: str,
     index_path: Path | None,
@@ -73,12 +81,14 @@ def search(
     svb search --video clip.mp4@0:05-0:12 --json
     svb search "a goal" --paths0 | xargs -0 mpv
     svb search "a goal" --html goals.html --cut goals/
+    svb search "a goal" --otio goals.otio --handles 1s
     """
     printed = {"--json": as_json, "--csv": as_csv, "--paths": as_paths, "--paths0": as_paths0}
     chosen = [option for option, is_on in printed.items() if is_on]
     if len(chosen) > 1:
         raise UsageError(f"{' and '.join(chosen)} exclude each other - give one of them")
-    _require_places(html, cut)
+    handles_seconds = seconds_of(handles.strip().removesuffix("s"))
+    _require_places(html, cut, otio)
     file, span = part_of_file(video)
     asked: dict[str, Any] = {"image": image, "video": file, "span_seconds": span, "like": like}
     options |= {"folders": folders_of(options["folders"]), "with_curves": html is not None}
@@ -99,6 +109,8 @@ def search(
         output.write_page(answers, html, index_path)
     if cut is not None:
         output.cut_clips(answers, cut)
+    if otio is not None:
+        output.write_timeline(answers, otio, handles_seconds)
     output.require_a_match(answers, asker.ask)
 
 
@@ -161,8 +173,12 @@ def _print(answers: Sequence[Answer], chosen: str, *, is_list: bool) -> None:
 # --- what was typed
 
 
-def _require_places(html: Path | None, cut: Path | None) -> None:
+def _require_places(html: Path | None, cut: Path | None, otio: Path | None) -> None:
     """Refuse, before anything is searched, a place that cannot be written to."""
+    if otio is not None:
+        from svb.retrieve.searching.timeline_files import require_timeline
+
+        require_timeline(otio)
     if html is not None and html.is_dir():
         raise UsageError(f"--html got {html}, a folder - name the file to write, such as {html / 'found.html'}")
     if cut is not None and cut.exists() and not cut.is_dir():

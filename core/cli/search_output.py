@@ -122,6 +122,19 @@ def cut_clips(answers: Sequence[Answer], folder: Path) -> None:
         raise InputError(f"none of the {wanted} moments could be cut - the lines above say why")
 
 
+def write_timeline(answers: Sequence[Answer], file: Path, handles_seconds: float) -> None:
+    """Write the moments of answers as a timeline for an editor."""
+    from svb.retrieve.searching import timeline_files
+
+    if not any(answer.results for answer in answers):
+        say("there is no moment to put on a timeline")
+        return
+    found = [(query_of(answer.request), answer.results) for answer in answers]
+    for note in timeline_files.write_timeline(found, file, handles_seconds):
+        say(f"note: {note}")
+    say(f"wrote {file}")
+
+
 def require_a_match(answers: Sequence[Answer], ask: Callable[[SearchRequest], Answer]) -> None:
     """Name the nearest result of each query that found nothing sure.
 

@@ -153,7 +153,7 @@ def _clips_of(query: str, result: VideoResult, handles_seconds: float) -> Iterat
 
 
 def _frame_of(shown_seconds: float, source: SourceVideo) -> int:
-    """Return the number of the frame that begins at a time; where the rate varies, the first place that shows it."""
+    """Return the number of the frame that begins at a time; the first that shows it where the rate varies."""
     exact = (shown_seconds - source.first_seconds) * source.rate
     nearest = round(exact)
     if abs(float((exact - nearest) / source.rate)) <= TIME_TOLERANCE_SECONDS:
@@ -199,7 +199,9 @@ def _rate(path: Path, stream: VideoStream) -> tuple[Fraction, bool]:
         return _standard(average), False
     if least_common <= MAX_RATE:
         return _standard(least_common), True
-    return next((rate for rate in sorted((*_NTSC, *_WHOLE)) if rate >= average * (1 - RATE_TOLERANCE)), average), True
+    return next(
+        (rate for rate in sorted((*_NTSC, *_WHOLE)) if rate >= average * (1 - RATE_TOLERANCE)), average
+    ), True
 
 
 def _alike(one: Fraction, other: Fraction) -> bool:
