@@ -462,6 +462,20 @@ def test_more_videos_are_of_the_question_that_was_answered(page: Any) -> None:
 
 
 @pytest.mark.slow
+def test_the_moments_are_saved_as_a_timeline(page: Any) -> None:
+    show(page, "?q=boat&min_confidence=strong")
+    with page.expect_download() as waiting:
+        page.locator("#timelines").get_by_role("button", name=".fcpxml").click()
+    assert waiting.value.suggested_filename == "boat.fcpxml"
+    saved = waiting.value.path().read_text("utf-8")
+    assert "harbour/boat" in saved and "<asset-clip" in saved
+    assert "gone.mp4 is no longer there" in page.inner_text("#toast")
+    page.locator("#home").click()
+    page.wait_for_selector("#hero")
+    assert page.locator("#timelines").is_hidden()
+
+
+@pytest.mark.slow
 def test_a_filter_counts_from_the_first_question_on(chromium: Any, url: str) -> None:
     with opened(chromium, url, expected="40[04]") as page:
         page.goto("")

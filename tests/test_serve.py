@@ -415,7 +415,7 @@ def test_openapi_describes_every_route(served: Serving) -> None:
     held = served.client.get("/openapi.json").json()
     assert {
         *("/api/search", "/api/search/file", "/api/index", "/api/videos/{key}", "/media/{key}"),
-        *("/media/{key}/preview", "/poster/{key}", "/strip/{key}", "/healthz", "/metrics"),
+        *("/media/{key}/preview", "/poster/{key}", "/strip/{key}", "/api/timeline", "/healthz", "/metrics"),
     } == set(held["paths"])
     body = held["paths"]["/api/search"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert {"text", "like", "without", "k"} <= set(body["properties"])

@@ -360,3 +360,25 @@ def test_a_cache_that_cannot_be_written_is_elsewhere(tmp_path: Path) -> None:
     assert cache.path.is_dir() and tmp_path not in cache.path.parents
     cache.close()
     assert not cache.path.exists()
+
+
+def test_a_timeline_is_made_of_keys_and_times_alone(served: Serving) -> None:
+    moment = {"begin_seconds": 0.5, "end_seconds": 1.0, "best_seconds": 0.7, "score": 0.5}
+    video = {"key": key_of("plays"), "rank": 1, "score": 0.5, "confidence": "fair", "moments": [moment]}
+    asked = {"query": "../a <b>\nboat", "format": "otio", "handles_seconds": 0.25, "videos": [video]}
+    for name in ("otio", "fcpxml"):
+        made = served.client.post("/api/timeline", json={**asked, "format": name}).json()
+        assert made["name"] == f"a-b-boat.{name}" and made["notes"] == [] and "plays" in made["content"]
+    for changes, status, words in (
+        ({"videos": [{**video, "key": "../../etc/passwd"}]}, 404, "the index has no such video"),
+        ({"videos": [{**video, "source_path": "/etc/passwd", "key": key_of("gone")}]}, 400, "no longer there"),
+        ({"videos": []}, 400, "no moment"),
+        ({"videos": [{**video, "moments": [moment] * 1001}]}, 400, "up to 1000"),
+        ({"videos": [{**video, "moments": [{**moment, "score": "high"}]}]}, 400, "score"),
+        ({"format": "edl"}, 400, "10 frames a second, for which an EDL has no timecode"),
+        ({"format": "../x"}, 400, "expected otio, edl or fcpxml"),
+        ({"handles_seconds": -1}, 400, "0 or more"),
+        ({"query": None}, 400, "query"),
+    ):
+        refused = served.client.post("/api/timeline", json={**asked, **changes})
+        assert (refused.status_code, words in refused.json()["error"]) == (status, True), refused.text

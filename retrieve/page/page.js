@@ -382,6 +382,7 @@ function show(found, asked) {
   seen.disconnect();
   $("#more").hidden = embedded || found.isUnsure || found.results.length < (asked.fields.k ?? DEFAULTS.k) || found.results.length >= Math.min(found.num_videos, MOST);
   $("#results").replaceChildren(...found.results.map(result => cardOf(result, scale)));
+  $("#timelines").hidden = Boolean(embedded) || !found.results.length;
   if (!embedded && found.generation !== info.generation) loadIndex().catch(() => {});
 }
 
@@ -418,7 +419,7 @@ function showError(error) {
   $("#hero").hidden = true;
   $("#summary").textContent = "";
   $("#results").replaceChildren();
-  $("#more").hidden = true;
+  $("#more").hidden = $("#timelines").hidden = true;
   const panel = notice("Search failed", [error.message], "bad");
   panel.setAttribute("role", "alert");
   $("#notices").replaceChildren(panel);
@@ -450,6 +451,33 @@ function durationOf(result, begin = 0) {
   const last = Math.max(...result.moments.map(moment => moment.end_seconds), result.curve?.times_seconds.at(-1) ?? 0);
   return result.duration_seconds ?? last - begin;
 }
+
+// A timeline for an editor, of all moments shown
+
+const HANDLES_SECONDS = 1;
+
+async function saveTimeline(format) {
+  const {fields, subject} = question;
+  const body = JSON.stringify({
+    query: fields.text ?? fields.like ?? subject?.file?.name ?? "", format, handles_seconds: HANDLES_SECONDS,
+    videos: answer.results.map(({key, rank, score, confidence, moments}) => ({
+      key, rank, score, confidence,
+      moments: moments.map(({begin_seconds, end_seconds, best_seconds, score}) => ({begin_seconds, end_seconds, best_seconds, score})),
+    })),
+  });
+  toast("Making the timeline…");
+  try {
+    const made = await ask("api/timeline", {method: "POST", headers: {"Content-Type": "application/json"}, body});
+    const url = URL.createObjectURL(new Blob([made.content]));
+    make("a", {href: url, download: made.name}).click();
+    setTimeout(() => URL.revokeObjectURL(url), 60000);
+    toast(`Saved ${made.name}`, ...made.notes.map(note => make("p", {}, note)));
+  } catch (error) {
+    toast(error.message);
+  }
+}
+
+for (const each of $$("#timelines button")) each.onclick = () => saveTimeline(each.textContent.slice(1));
 
 // A card: the poster, the curve over the strip, the moments
 
@@ -825,7 +853,7 @@ function showStart() {
   $("#summary").textContent = "";
   $("#notices").replaceChildren();
   $("#results").replaceChildren();
-  $("#more").hidden = true;
+  $("#more").hidden = $("#timelines").hidden = true;
   $("#hero").hidden = false;
   if (matchMedia("(pointer: fine)").matches) form.elements.text.focus();
 }

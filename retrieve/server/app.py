@@ -31,6 +31,7 @@ from svb.retrieve.server.http import (
 from svb.retrieve.server.media_routes import media_routes
 from svb.retrieve.server.search_routes import search_routes
 from svb.retrieve.server.state import ServerState
+from svb.retrieve.server.timeline_routes import timeline_routes
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,7 @@ def make_app(state: ServerState, access: Access) -> ASGIApp:
     counts = RequestCounts()
     app.include_router(search_routes(state))
     app.include_router(media_routes(state))
+    app.include_router(timeline_routes(state))
     app.include_router(login_routes(access))
     app.include_router(health_routes(state, counts))
     _add_page(app)

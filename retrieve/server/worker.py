@@ -89,7 +89,33 @@ def embed(index: str, request: dict[str, Any], device: str, max_seconds: float) 
     }
 
 
-TASKS: dict[str, Callable[..., Any]] = {"poster": poster, "strip": strip, "probe": probe, "embed": embed}
+def timeline(query: str, videos: list[dict[str, Any]], handles_seconds: float, out: str) -> list[str]:
+    """Write a timeline for an editor of videos that were found; return what the user should know about it."""
+    from svb.retrieve.answer import Moment, VideoResult
+    from svb.retrieve.searching.timeline_files import write_timeline
+
+    found = [
+        VideoResult(**{**video, "moments": tuple(Moment(**moment) for moment in video["moments"])})
+        for video in videos
+    ]
+    return write_timeline([(query, found)], Path(out), handles_seconds)
+
+
+def cut(source: str, begin_seconds: float, end_seconds: float, out: str) -> None:
+    """Cut a part of a video out as a clip."""
+    from svb.retrieve.searching.cut import cut_clip
+
+    cut_clip(Path(source), begin_seconds, end_seconds, Path(out))
+
+
+TASKS: dict[str, Callable[..., Any]] = {
+    "poster": poster,
+    "strip": strip,
+    "probe": probe,
+    "embed": embed,
+    "timeline": timeline,
+    "cut": cut,
+}
 
 
 def _codec_name(stream: object) -> str:
