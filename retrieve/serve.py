@@ -61,7 +61,7 @@ def serve(index: Path | str, options: ServeOptions | None = None) -> Path:
             )
             access = Access(token, is_loopback=is_loopback(options.host), port=port, public_url=options.public)
             server = make_server(make_app(state, access))
-            for line in _greeting(url, index, token, is_new=is_new, options=options):
+            for line in greeting(port, index, token, is_new=is_new, options=options):
                 logger.info(line)
             with announced(cache.path, url, token):
                 if not interrupted():
@@ -101,14 +101,26 @@ def announced(cache: Path, url: str, token: str | None) -> Iterator[None]:
                 path.unlink()
 
 
-def _greeting(url: str, index: Path, token: str | None, *, is_new: bool, options: ServeOptions) -> Iterator[str]:
-    yield f"serving {index} at {url} - press Ctrl-C to stop"
+def greeting(
+    port: int, index: Path, token: str | None, *, is_new: bool, options: ServeOptions, path: str = ""
+) -> Iterator[str]:
+    """Yield what the user of a server should know when it starts.
+
+    Args:
+        port: The one it listens at.
+        index: The index's folder.
+        token: The one that clients must show, if any.
+        is_new: Whether the token was made just now.
+        options: How the index is served.
+        path: Where on the server clients begin.
+    """
+    yield f"serving {index} at http://{_address(options.host)}:{port}{path} - press Ctrl-C to stop"
     if is_new:
         yield f"token, shown only this once: {token}"
     if options.public is not None:
-        yield f"through your proxy: {options.public}"
+        yield f"through your proxy: {options.public}{path.lstrip('/')}"
     if options.host.strip("[]") in {"0.0.0.0", "::"}:
-        yield f"from other machines: http://{socket.gethostname()}:{url.rpartition(':')[2]}"
+        yield f"from other machines: http://{socket.gethostname()}:{port}{path}"
     if not is_loopback(options.host):
         yield "the connection is not encrypted: put an https proxy in front of it, or use an ssh tunnel"
 

@@ -34,6 +34,7 @@ COMMANDS = {
     "index": "svb.cli.index:index",
     "search": "svb.cli.search:search",
     "serve": "svb.cli.serve:serve",
+    "mcp": "svb.cli.mcp:mcp",
     "info": "svb.cli.info:info",
     "verify": "svb.cli.info:verify",
     "export": "svb.cli.export:export",
@@ -92,6 +93,7 @@ def cli() -> None:
     svb index runs/x -o index/                  embeddings of every video and moment
     svb search "a dog catches a frisbee"        the nearest videos
     svb serve                                   the same in a browser, and for programs
+    svb mcp                                     the same for agents
     """
 
 

@@ -1,4 +1,4 @@
-"""The options of `svb serve`."""
+"""The options of `svb serve` and `svb mcp`."""
 
 from __future__ import annotations
 
@@ -119,3 +119,40 @@ class ServeOptions:
                 raise UsageError(f"{name} is {getattr(self, name)} - expected at least 1")
         if not self.max_upload_seconds > 0:  # also refuses NaN, which would limit nothing
             raise UsageError(f"max_upload_seconds is {self.max_upload_seconds:g} - expected more than 0")
+
+
+@dataclass(frozen=True)
+class McpOptions:
+    """How an index is opened to agents.
+
+    Attributes:
+        clips: Folder to cut clips into; without it, no agent can cut any.
+        queries: Folder with images and videos that an agent may search with, by name.
+        http: Serve over HTTP instead of standard input and output.
+        host: Address to listen at; any but this machine's own needs a token.
+        port: Port to listen at; 0 takes a free one.
+        public_url: Address at which a proxy shows the server to others, e.g. https://videos.example.org/svb.
+        token_file: File with the token that clients must show; else SVB_TOKEN, else a new one for other machines.
+        device: Device that embeds images and videos.
+
+    Raises:
+        UsageError: A number is out of its range, or the public address is not one.
+    """
+
+    clips: Path | None = None
+    queries: Path | None = None
+    http: bool = False
+    host: str = "127.0.0.1"
+    port: int = 8766
+    public_url: str | None = option(None, metavar="URL")
+    token_file: Path | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        _ = self.serve
+
+    @property
+    def serve(self) -> ServeOptions:
+        """Return the options that a server of pages has too."""
+        shared = {name: getattr(self, name) for name in ("host", "port", "public_url", "token_file", "device")}
+        return ServeOptions(**shared)

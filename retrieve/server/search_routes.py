@@ -61,7 +61,7 @@ def search_routes(state: ServerState) -> APIRouter:
         """Search with a file: `kind` is image or video, `request` the JSON of the other fields."""
         async with state.uploads.receive(request) as upload:
             wanted = _request_of(upload)
-            body = await until_hung_up(request, _search_file(state, upload, wanted))
+            body = await until_hung_up(request, search_upload(state, upload, wanted))
         return Response(body, media_type="application/json")
 
     @router.get("/api/index", summary="What the index holds")
@@ -71,7 +71,7 @@ def search_routes(state: ServerState) -> APIRouter:
             described.clear()
             described[searcher.generation] = {
                 "index": str(state.index.absolute()),
-                **await asyncio.to_thread(_describe, searcher),
+                **await asyncio.to_thread(describe, searcher),
             }
         return json_response(described[searcher.generation])
 
@@ -95,7 +95,8 @@ def search_routes(state: ServerState) -> APIRouter:
     return router
 
 
-async def _search_file(state: ServerState, upload: Upload, request: SearchRequest) -> str:
+async def search_upload(state: ServerState, upload: Upload, request: SearchRequest) -> str:
+    """Return the answer to a request that searches with a file, as JSON."""
     options = state.options
     sent = {**request.as_json(), upload.kind: str(upload.path)}
     try:
@@ -152,7 +153,8 @@ def _as_json(answer: Answer) -> str:
     return json.dumps(answer.as_json(), allow_nan=False)
 
 
-def _describe(searcher: Searcher) -> dict[str, Any]:
+def describe(searcher: Searcher) -> dict[str, Any]:
+    """Return what an index holds, in short."""
     manifest = searcher.manifest
     return {
         "generation": searcher.generation,
