@@ -122,7 +122,7 @@ def test_an_agent_searches_looks_reads_and_cuts(index: Path, tmp_path: Path) -> 
         for named in (best["video_id"], best["key"]):
             looked = await client.call_tool("look", {"video_id": named, **span, "frames": 4})
             poster, strip = pictures_of(looked)
-            assert poster.size == (160, 120) and strip.size == (640, 180)
+            assert poster.size == (160, 120) and strip.size == (960, 180)
             assert value_of(looked)["picture_seconds"] == span["begin_seconds"]
             assert len(value_of(looked)["strip_seconds"]) == 4
         assert len(pictures_of(await client.call_tool("look", {"video_id": "tall", "begin_seconds": 3}))) == 1

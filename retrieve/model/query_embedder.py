@@ -143,6 +143,11 @@ class QueryEmbedder:
         began = time.perf_counter()
         try:
             yield
+        except ModuleNotFoundError as error:
+            raise InputError(
+                f"{error.name} is not installed, without which only an index with its own text tower is searched, "
+                "and with texts alone - `pip install svb-video`, or take the full image"
+            ) from error
         finally:
             self.load_seconds += time.perf_counter() - began
 

@@ -348,8 +348,8 @@ Give exactly one of text and like. Each result has a video_id, a confidence (wea
 not what was asked for), and its best moments with exact begin_seconds and end_seconds on the file's own clock."""
 _SEARCH_FILE = """Find the moments that look like an image or a video.
 
-The file is its bytes in base64, or the name of a file in the folder of queries, which describe_index lists. Captions
-that describe the file come with the answer."""
+The file is its bytes in base64, or the name of a file in the folder of queries, which describe_index lists. Some
+captions that describe the file come with the answer."""
 _DESCRIBE = "Tell what the index holds: how many videos and moments, folders, metadata columns, the model."
 _LIST = "List the videos of the index with their length and metadata, a part at a time."
 _LOOK = """Look at a moment of a video: the frame shown at begin_seconds and, up to end_seconds, a strip of frames
