@@ -10,11 +10,10 @@ RUN useradd --uid 1000 --create-home svb && mkdir /videos /store /index && chown
 WORKDIR /home/svb
 
 FROM base AS build-search
-COPY requirements-search.txt /src/
-RUN python -m venv /opt/svb && /opt/svb/bin/pip install -r /src/requirements-search.txt
+# For `strip`.
+RUN apt-get update && apt-get install -y --no-install-recommends binutils && rm -rf /var/lib/apt/lists/*
 COPY . /src
-# pip itself is of no use in the image.
-RUN /opt/svb/bin/pip install --no-deps /src && /opt/svb/bin/pip uninstall -y pip
+RUN sh /src/lean.sh /opt/svb
 
 FROM base AS build-full
 COPY . /src

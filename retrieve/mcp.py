@@ -61,7 +61,7 @@ def mcp(index: Path | str, options: McpOptions | None = None) -> Path:
         if options.http:
             _serve(server, tools, state, index, options)
         else:
-            asyncio.run(_talk(server, tools, state))
+            asyncio.run(_talk(server, tools, state, cache))
     finally:
         cache.close()
     return index
@@ -126,30 +126,28 @@ def _result(shown: Shown) -> mcp_types.CallToolResult:
 # --- over standard input and output
 
 
-async def _talk(server: Server[Any], tools: AgentTools, state: ServerState) -> None:
-    """Answer the client on standard input until it leaves, or until SIGINT or SIGTERM."""
-    talking = asyncio.current_task()
-    assert talking is not None
-    stopped: list[int] = []
+async def _talk(server: Server[Any], tools: AgentTools, state: ServerState, cache: CacheFolder) -> None:
+    """Answer the client on standard input until it leaves; SIGINT or SIGTERM end the process."""
+    ending: list[asyncio.Task[None]] = []
 
-    def stop(number: int) -> None:
-        stopped.append(number)
-        talking.cancel()
+    async def end(number: int) -> None:
+        await tools.close()
+        await state.close()
+        cache.close()
+        sys.stderr.flush()
+        # A thread still waits for a line of the client, and Python would wait for that thread.
+        os._exit(128 + number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop, number)
+        asyncio.get_running_loop().add_signal_handler(
+            number, lambda number=number: ending.append(asyncio.ensure_future(end(number)))
+        )
     try:
         async with stdio_server() as (read, write):
             await server.run(read, write, server.create_initialization_options())
-    except asyncio.CancelledError:
-        if not stopped:
-            raise
     finally:
         await tools.close()
         await state.close()
-    if stopped:  # a thread still waits for a line of the client, and Python would wait for that thread
-        sys.stderr.flush()
-        os._exit(128 + stopped[0])
 
 
 # --- over HTTP

@@ -150,6 +150,8 @@ def answer(line: str) -> dict[str, Any]:
         return {"result": TASKS[message.pop("task")](**message)}
     except SvbError as error:
         return {"error": str(error), "kind": _kind_of(error)}
+    except ModuleNotFoundError as error:
+        return {"error": f"{error.name} is not installed on this server, which this needs", "kind": "other"}
     except (MemoryError, OSError, RuntimeError, ValueError) as error:  # a strange file must not end the worker
         return {"error": f"this file cannot be used ({type(error).__name__}: {error})", "kind": "input"}
 
