@@ -13,12 +13,12 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from test_search_clips import (
-    World,
-    world,  # noqa: F401 - a fixture
-)
+import test_search_clips
+from test_search_clips import World
 
 from svb.retrieve.answer import SearchRequest
+
+world = test_search_clips.world  # a fixture
 
 ROOT = Path(__file__).resolve().parents[1]
 REQUIREMENTS = ROOT / "requirements-search.txt"
