@@ -171,6 +171,8 @@ def test_a_part_of_a_video(tmp_path: Path) -> None:
         ("--queries q.txt --like v", "--queries is a file of queries"),
         ("a --html .", "--html got ., a folder - name the file"),
         ("a --cut a.mp4", "--cut got a.mp4, which is not a folder"),
+        ("a --otio x.aaf", "--otio got x.aaf - expected a file that ends in .otio, .edl, .fcpxml"),
+        ("a --otio x.otio --handles soon", "'--handles': 'soon' is not a time"),
         ("--video c.mp4@5-5", "the span is 5 to 5 s - expected 0 <= start < end"),
         *((f"--video a.mp4@{part}", f"got {part!r} after a.mp4@ - expected") for part in ("3", "0:03-", "a-b", "")),
     ],
@@ -370,6 +372,19 @@ def test_moments_are_cut(run_svb: RunSvb, fake: type[FakeSearcher], tmp_path: Pa
     (tmp_path / "a.mp4").unlink()
     ran = run_svb("search", "a dog", "--moments", "1", "--cut", "others")
     assert ran.exit_code == 1 and "svb: none of the 2 moments could be cut" in ran.stderr
+
+
+def test_moments_are_put_on_a_timeline(run_svb: RunSvb, fake: type[FakeSearcher], tmp_path: Path) -> None:
+    make_clip(tmp_path / "a.mp4", seconds=3, fps=25)
+    ran = run_svb("search", "a dog", "--moments", "1", "--otio", "found.edl", "--handles", "0.2s")
+    assert ran.exit_code == 0, ran.stderr
+    assert "wrote found.edl" in ran.stderr and "note: left out of the timeline: " in ran.stderr
+    written = Path("found.edl").read_text()
+    assert "C        00:00:00:07 00:00:02:05 01:00:00:00 01:00:01:23" in written
+    assert "* LOC: 00:00:01:00 GREEN   a dog (0.400, fair)" in written
+    (tmp_path / "a.mp4").unlink()
+    ran = run_svb("search", "a dog", "--otio", "other.edl")
+    assert ran.exit_code == 1 and "a.mp4 is no longer there" in ran.stderr and not Path("other.edl").exists()
 
 
 def test_a_full_disk_is_what_ends_the_cutting(

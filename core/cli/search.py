@@ -23,6 +23,14 @@ from svb.retrieve.answer import Answer, SearchRequest, seconds_of
 
 # Letters of a query that tell it from the others of a list.
 NAMED_LETTERS = 60
+HANDLES_HELP = "Time to add around each moment of the timeline.  [default: 0s]"
+
+
+def _seconds(text: str) -> float:
+    try:
+        return seconds_of(text.strip().removesuffix("s"))
+    except UsageError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 @click.command()
@@ -43,9 +51,7 @@ NAMED_LETTERS = 60
 @click.option(
     "--otio", type=click.Path(path_type=Path), help="Write a timeline for an editor: .otio, .edl, .fcpxml."
 )
-@click.option(
-    "--handles", default="0s", metavar="TIME", help="Time around each moment of the timeline.  [default: 0s]"
-)
+@click.option("--handles", metavar="TIME", default="0s", type=_seconds, help=HANDLES_HELP)
 @click.option("--no-server", is_flag=True, help="Search in this process, even if `svb serve` has the index open.")
 @click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda:0, ...; any but auto asks no server."
@@ -64,7 +70,7 @@ def search(
     html: Path | None,
     cut: Path | None,
     otio: Path | None,
-    handles: str,
+    handles: float,
     no_server: bool,
     device: str,
     index_path: Path | None,
@@ -87,7 +93,6 @@ def search(
     chosen = [option for option, is_on in printed.items() if is_on]
     if len(chosen) > 1:
         raise UsageError(f"{' and '.join(chosen)} exclude each other - give one of them")
-    handles_seconds = seconds_of(handles.strip().removesuffix("s"))
     _require_places(html, cut, otio)
     file, span = part_of_file(video)
     asked: dict[str, Any] = {"image": image, "video": file, "span_seconds": span, "like": like}
@@ -110,7 +115,7 @@ def search(
     if cut is not None:
         output.cut_clips(answers, cut)
     if otio is not None:
-        output.write_timeline(answers, otio, handles_seconds)
+        output.write_timeline(answers, otio, handles)
     output.require_a_match(answers, asker.ask)
 
 
