@@ -471,7 +471,7 @@ async function saveTimeline(format) {
     const url = URL.createObjectURL(new Blob([made.content]));
     make("a", {href: url, download: made.name}).click();
     setTimeout(() => URL.revokeObjectURL(url), 60000);
-    toast(`Saved ${made.name}`, ...made.notes.map(note => make("p", {}, note)));
+    toast([`Saved ${made.name}`, ...made.notes].join("; "));
   } catch (error) {
     toast(error.message);
   }
