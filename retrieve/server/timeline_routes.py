@@ -91,7 +91,11 @@ def _asked(held: dict[str, Any]) -> TimelineRequest:
     moments = [moment for video in asked.videos for moment in video.moments]
     if len(moments) > MAX_MOMENTS:
         raise HTTPException(400, f"there are {len(moments)} moments - this server accepts up to {MAX_MOMENTS}")
-    numbers = [number for moment in moments for number in dataclasses.astuple(moment)]
+    numbers = [
+        number
+        for moment in moments
+        for number in (moment.begin_seconds, moment.end_seconds, moment.best_seconds, moment.score)
+    ]
     if not all(math.isfinite(number) for number in (*numbers, asked.handles_seconds)):
         raise HTTPException(400, "a time or a score is not a finite number")
     return asked
