@@ -110,7 +110,7 @@ def test_an_agent_searches_looks_reads_and_cuts(index: Path, tmp_path: Path) -> 
         jsonschema.validate(answer, SCHEMA)
         best = answer["results"][0]
         assert [result["video_id"] for result in answer["results"]] == ["harbour/boat", EVIL]
-        like = value_of(await client.call_tool("search", {"like": "harbour/boat", "k": 3}))
+        like = value_of(await client.call_tool("search", {"like": "harbour/boat", "plus": None, "k": 3}))
         assert len(like["results"]) == 3
         content = base64.b64encode((index.parent / "queries" / "red.png").read_bytes()).decode()
         for file in ({"name": "red.png"}, {"content_base64": content, "kind": "video", "span_seconds": [0, 1]}):

@@ -120,8 +120,9 @@ class AgentTools:
         tool = self.tools.get(name)
         if tool is None:
             raise UsageError(f"there is no tool {name!r} - expected one of {', '.join(self.tools)}")
-        _require_arguments(arguments, tool.parameters)
-        return await tool.call(arguments)
+        given = {argument: value for argument, value in arguments.items() if value is not None}
+        _require_arguments(given, tool.parameters)
+        return await tool.call(given)
 
     async def _search(self, arguments: Mapping[str, Any]) -> Shown:
         request = _limited(SearchRequest.from_json(arguments))
@@ -309,7 +310,7 @@ def _require_arguments(arguments: Mapping[str, Any], parameters: Mapping[str, An
     """Refuse arguments that a schema does not allow; what a request may hold, `SearchRequest` checks."""
     known = parameters["properties"]
     for name in parameters["required"]:
-        if arguments.get(name) is None:
+        if name not in arguments:
             raise UsageError(f"{name} is missing - expected {', '.join(parameters['required'])}")
     for name, value in arguments.items():
         if name not in known:
