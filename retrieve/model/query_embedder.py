@@ -145,8 +145,8 @@ class QueryEmbedder:
             yield
         except ModuleNotFoundError as error:
             raise InputError(
-                f"{error.name} is not installed: here only texts and videos of the index can be searched with, in an "
-                "index with its own text tower - `pip install svb-video`, or take the full image"
+                f"{error.name} is not installed: here only texts and videos of the index can be searched with, in "
+                "an index with its own text tower - `pip install svb-video`, or take the full image"
             ) from error
         finally:
             self.load_seconds += time.perf_counter() - began
