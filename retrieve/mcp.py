@@ -138,10 +138,11 @@ async def _talk(server: Server[Any], tools: AgentTools, state: ServerState, cach
         # A thread still waits for a line of the client, and Python would wait for that thread.
         os._exit(128 + number)
 
+    def stop(number: int) -> None:
+        ending.append(asyncio.ensure_future(end(number)))
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(
-            number, lambda number=number: ending.append(asyncio.ensure_future(end(number)))
-        )
+        asyncio.get_running_loop().add_signal_handler(number, stop, number)
     try:
         async with stdio_server() as (read, write):
             await server.run(read, write, server.create_initialization_options())

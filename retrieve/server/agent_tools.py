@@ -303,7 +303,13 @@ def _require_interval(begin: float, end: float, *, may_be_empty: bool = False) -
 # --- what the agent is told
 
 
-_TYPES = {"string": str, "integer": int, "number": (int, float), "array": list, "boolean": bool}
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "string": str,
+    "integer": int,
+    "number": (int, float),
+    "array": list,
+    "boolean": bool,
+}
 
 
 def _require_arguments(arguments: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:

@@ -120,9 +120,9 @@ def _body() -> dict[str, Any]:
     number = {"type": "number"}
     moment = dict.fromkeys(("begin_seconds", "end_seconds", "best_seconds", "score"), number)
     moments = {"type": "array", "items": {"type": "object", "properties": moment}}
-    video = {"key": {"type": "string"}, "rank": {"type": "integer"}, "score": number}
+    video: dict[str, Any] = {"key": {"type": "string"}, "rank": {"type": "integer"}, "score": number}
     video |= {"confidence": {"type": "string"}, "moments": moments}
-    fields = {"query": {"type": "string"}, "format": {"type": "string", "enum": list(FORMATS)}}
+    fields: dict[str, Any] = {"query": {"type": "string"}, "format": {"type": "string", "enum": list(FORMATS)}}
     fields |= {
         "handles_seconds": number,
         "videos": {"type": "array", "items": {"type": "object", "properties": video}},
