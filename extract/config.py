@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 DECODERS = ("pyav", "ffmpeg")
 RESIZES = ("device", "decoder")
+ENGINES = ("auto", "torch", "onnx")
 SAMPLINGS = ("fps", "frames", "every_nth", "keyframes", "scenes", "times")
 ON_PARTIAL = ("keep", "fail")
 MAX_BATCH_SIZE = 4096
@@ -34,7 +35,7 @@ DEFAULTS: dict[str, Any] = {
 # Recorded in a store. Raised when files are read otherwise than before: other frames, times, colours or streams.
 READER = 2
 # Packages whose versions are recorded beside those that the backbones name.
-PACKAGES = ("svb-video", "torch", "av", "imageio-ffmpeg", "h5py", "numpy")
+PACKAGES = ("svb-video", "torch", "av", "imageio-ffmpeg", "h5py", "numpy", "onnxruntime")
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class ExtractConfig:
             [default: as before, or device]
         device: Where to run the backbones: auto, cpu, cuda:0, ... A store made on the CPU stays there with `auto`.
         precision: Precision of the backbones; `auto` keeps the store's, or takes what is fast on the device.
+        engine: What computes backbones on a CPU, PyTorch or ONNX Runtime; `auto` keeps the store's, or takes the
+            faster one.
         compile: Compile the backbones with torch.compile.
         workers: Decode processes to run. [default: one a core]
         batch_size: Frames, or clips of frames, in a batch. [default: as before, or 32]
@@ -98,6 +101,7 @@ class ExtractConfig:
     resize: str | None = option(None, choices=RESIZES)
     device: str = "auto"
     precision: str = option("auto", choices=PRECISIONS)
+    engine: str = option("auto", choices=ENGINES)
     compile: bool = False
     workers: int | None = None
     batch_size: int | None = None
@@ -133,8 +137,19 @@ class ExtractConfig:
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} is {getattr(self, name)} - expected more than 0")
         _ = self.decode_options, self.retry, self.folder_rules  # which check what they are made from
+        self._check_engine()
         self._check_place()
         self._check_ray()
+
+    def _check_engine(self) -> None:
+        if self.engine != "onnx":
+            return
+        if self.compile:
+            raise UsageError("got --engine onnx and --compile, which compiles for PyTorch - give one of the two")
+        if self.precision not in ("auto", "float32"):
+            raise UsageError(
+                f"precision {self.precision!r} and --engine onnx, which has float32 alone - leave out one of them"
+            )
 
     def _check_place(self) -> None:
         if self.rank is None and self.world_size is None:
@@ -179,11 +194,14 @@ class ExtractConfig:
             return self._with_defaults(DEFAULTS)
         settings, decoder = store["settings"], store["settings"]["decoder"]
         precisions = {backbone.get("precision", "auto") for backbone in settings["backbones"].values()}
+        engines = {backbone.get("engine", "torch") for backbone in settings["backbones"].values()}
         held = {
             **{"backbones": tuple(settings["backbones"]), "decoder": decoder["name"], **settings["sampling"]},
             "resize": "decoder" if "resize_px" in decoder else "device",
             "batch_size": settings.get("batch_size"),
             "precision": precisions.pop() if len(precisions) == 1 else "auto",
+            # svb once had PyTorch alone; what is compiled is PyTorch's.
+            "engine": engines.pop() if len(engines) == 1 and not self.compile else "auto",
         }
         if self.decoder in (None, decoder["name"]):
             held |= {"fast_decode": decoder.get("fast", False), "hwaccel": decoder.get("hwaccel")}
@@ -342,11 +360,13 @@ class ExtractConfig:
             what=f"the feature store {out}",
             do_next="Give the options (and package versions) it was made with, or write to another folder with -o.",
         )
-        if self.precision != "auto":
-            held = settings["backbones"].items()
-            stored = {name: {"precision": backbone["precision"]} for name, backbone in held}
-            wanted = {name: {"precision": self.precision} for name in stored}
-            require_same(stored, wanted, what=f"the feature store {out}", do_next="Leave out --precision.")
+        for name in ("precision", "engine"):
+            value = getattr(self, name)
+            if value == "auto":
+                continue
+            stored = {backbone: {name: held.get(name, "torch")} for backbone, held in settings["backbones"].items()}
+            wanted = {backbone: {name: value} for backbone in stored}
+            require_same(stored, wanted, what=f"the feature store {out}", do_next=f"Leave out --{name}.")
 
     def _settings(self, decoder: dict[str, Any]) -> dict[str, Any]:
         table = self.times_table

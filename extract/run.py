@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,9 +16,8 @@ from svb.config import typed
 from svb.data.feature_store import FeatureStore, GrowingRecords, read_store_description
 from svb.data.feature_store_writer import FeatureStoreWriter
 from svb.data.rows import VideoRecord
-from svb.device import choose_device, choose_precision
+from svb.device import choose_device
 from svb.errors import Interrupted, StoreError, UsageError
-from svb.extract.backbones import load_backbone
 from svb.extract.compute.machine import cores_for_batches, keep_freed_memory, share_of_cores
 from svb.extract.config import ExtractConfig, require_same_transforms, words_of_older_reader
 from svb.extract.inputs import require_there
@@ -72,6 +71,7 @@ def extract(
     plan = _plan(videos, out, config)  # what the store does not hold yet
     if not plan.todo:
         return _without_work(plan, out, config)
+    config = _with_engine(config, out)
     with _workplace(config, plan, out) as workplace, _open_store(out, config, workplace) as (writer, log):
         signal_number = _fill(writer, log, workplace, on_progress)  # frames -> backbones -> shards
         vanished = workplace.vanished
@@ -203,15 +203,20 @@ class ThisMachine:
     """This machine, with the backbones loaded; see `Workplace`. With a rank it shares the videos with others."""
 
     def __init__(self, config: ExtractConfig, plan: Plan, out: Path) -> None:
+        from svb.extract.backbones.engine import load_backbones  # and with it torch
+
         self._config, self._plan, self._out = config, plan, out
         self._device = choose_device(_own_device(config, out))
-        dtype = choose_precision(self._device, config.precision)
         if self._device.type == "cpu":
             keep_freed_memory()
-        self._networks = [
-            load_backbone(name, self._device, dtype, compile=config.compile, batch_size=config.frames_a_batch)
-            for name in config.backbones
-        ]
+        self._networks = load_backbones(
+            config.backbones,
+            self._device,
+            precision=config.precision,
+            engine=config.engine,
+            compile=config.compile,
+            batch_size=config.frames_a_batch,
+        )
         self._num_workers = config.workers or share_of_cores()
         self.settings = config.settings(self._networks)
         self.provenance = config.provenance(str(self._device))
@@ -311,6 +316,13 @@ def _require_possible(config: ExtractConfig) -> None:
         raise UsageError(
             f"--ray {config.ray} needs Ray, which is not installed - run pip install '.[ray]' in svb's folder"
         )
+
+
+def _with_engine(config: ExtractConfig, out: Path) -> ExtractConfig:
+    """Return the config; of several processes that fill a new store none must choose an engine for itself."""
+    together = config.place is not None or config.ray is not None
+    is_new = not (out / "store.json").exists()
+    return replace(config, engine="torch") if together and is_new and config.engine == "auto" else config
 
 
 def _plan(videos: Sequence[Path | str], out: Path, config: ExtractConfig) -> Plan:

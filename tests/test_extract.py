@@ -176,7 +176,7 @@ class TestResume:
         run(folder, tmp_path / "out")
         before = shards(tmp_path / "out")
         monkeypatch.setattr(run_module, "DecodePool", None)
-        monkeypatch.setattr(run_module, "load_backbone", None)
+        monkeypatch.setattr("svb.extract.backbones.engine.load_backbones", None)
         messages = run(folder, tmp_path / "out")
         assert messages == [f"nothing to do: all 5 videos are in {tmp_path / 'out'}, unchanged"]
         assert shards(tmp_path / "out") == before
@@ -228,7 +228,7 @@ class TestResume:
         self, folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         before = shards(out)
-        monkeypatch.setattr(run_module, "load_backbone", None)
+        monkeypatch.setattr("svb.extract.backbones.engine.load_backbones", None)
         for options, words in (
             ({"fps": 2.0}, "sampling.fps: stored 1.0, wanted 2.0"),
             ({"frames": 2}, "sampling.frames: stored None, wanted 2"),

@@ -82,8 +82,9 @@ class VideoHead(nn.Module):
         if self.convolution is not None:
             flat = self.convolution(flat, real, frame_mask)
         if self.layers:
-            length = frame_mask.shape[1]
-            flat = flat + sinusoids(length, flat.shape[1], flat.device)[real % length]
+            videos, length = frame_mask.shape
+            position = torch.arange(length, device=flat.device).repeat(videos)[real]  # not `%`: ONNX has none here
+            flat = flat + sinusoids(length, flat.shape[1], flat.device)[position]
         for layer in self.layers:
             flat = layer(flat, real, frame_mask)
         frames = unpack(flat, real, frame_mask)  # (B, T, D)

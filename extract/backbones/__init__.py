@@ -59,8 +59,7 @@ def load_backbone(
     backbone = _load(name)
     backbone.weights_hash = backbone.weights_hash or hash_weights(backbone.module)
     backbone.module.eval().requires_grad_(False)
-    clip = (backbone.clip_frames,) if backbone.clip_frames > 1 else ()
-    fold_batch_norms(backbone.module, (3, *clip, backbone.image_size, backbone.image_size))
+    fold_batch_norms(backbone.module, backbone.input_shape)
     backbone.place(device, dtype, compile, batch_size)
     return backbone
 
@@ -69,12 +68,15 @@ def load_matching_backbone(name: str, settings: Mapping[str, Any], device: torch
     """Load the backbone that made some features, in their precision; `settings` are those in their store.
 
     Frames are prepared as they were then, even where the model's library wants it otherwise by now.
+    On a CPU their engine computes it too.
 
     Raises:
         MismatchError: The weights found under its name are others.
+        SvbError: ONNX Runtime made them, and cannot run the backbone here.
     """
     from svb.device import choose_precision
     from svb.extract.backbones.transform import stored_transform
+    from svb.extract.backbones.engine import graph_of
 
     backbone = load_backbone(name, device, choose_precision(device, settings["precision"]))
     if backbone.weights_hash != settings["weights_hash"]:
@@ -83,6 +85,8 @@ def load_matching_backbone(name: str, settings: Mapping[str, Any], device: torch
             "were made - install the package versions that were used then, or extract and index again"
         )
     backbone.transform = stored_transform(settings)
+    if settings.get("engine") == "onnx" and device.type == "cpu":
+        backbone.use_graph(graph_of(backbone))
     return backbone
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from svb.device import precision_name
 from svb.errors import SvbError, UsageError
 from svb.extract.backbones.transform import Transform
+from svb.extract.backbones.graph import Graph
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,13 @@ class Backbone:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     _compiled: Callable[[torch.Tensor], torch.Tensor] | None = field(default=None, init=False, repr=False)
+    _graph: Graph | None = field(default=None, init=False, repr=False)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Of one input: `(3, S, S)`, or `(3, clip_frames, S, S)`."""
+        clip = (self.clip_frames,) if self.clip_frames > 1 else ()
+        return (3, *clip, self.image_size, self.image_size)
 
     def __post_init__(self) -> None:
         self.transform.require_possible(self.name)
@@ -89,9 +97,14 @@ class Backbone:
         if compile:
             self._compile(batch_size)
 
+    def use_graph(self, graph: Graph) -> None:
+        """Have ONNX Runtime compute it from here on, on the CPU in float32; the network gives up its memory."""
+        self._graph, self._compiled = graph, None
+        self.device, self.dtype = torch.device("cpu"), torch.float32
+        self.module.to(device="meta")
+
     def _compile(self, batch_size: int) -> None:
-        clip = (self.clip_frames,) if self.clip_frames > 1 else ()
-        zeros = torch.zeros(batch_size, 3, *clip, self.image_size, self.image_size, dtype=torch.uint8)
+        zeros = torch.zeros(batch_size, *self.input_shape, dtype=torch.uint8)
         try:
             self._compiled = torch.compile(self.module, dynamic=False)
             self(zeros)  # compiling waits for the first batch: fail here rather than midway
@@ -122,6 +135,9 @@ class Backbone:
 
         A GPU is given its work and goes on while this process does something else.
         """
+        if self._graph is not None:
+            features = torch.from_numpy(self._graph(images.numpy()))
+            return lambda: features
         shape = (1, 3, *[1] * (images.ndim - 2))
         mean = torch.tensor(self.transform.mean, device=self.device).view(shape)
         std = torch.tensor(self.transform.std, device=self.device).view(shape)
@@ -129,7 +145,7 @@ class Backbone:
         pixels = pixels.to(self.dtype)
         if self.clip_frames == 1:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
-        features: torch.Tensor = (self._compiled or self.module)(pixels).float()
+        features = (self._compiled or self.module)(pixels).float()
         if self.device.type != "cuda":
             features = features.cpu()
             return lambda: features
@@ -153,6 +169,7 @@ class Backbone:
             "clip_frames": self.clip_frames,
             "precision": precision_name(self.dtype),
             **({"compiled": True} if self._compiled else {}),
+            **({"engine": "onnx"} if self._graph else {}),
         }
 
 

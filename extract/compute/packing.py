@@ -125,7 +125,10 @@ class Packer:
             try:
                 features = oldest.fetch()
                 break
-            except RuntimeError as error:  # torch.OutOfMemoryError is one
+            except (
+                RuntimeError,
+                MemoryError,
+            ) as error:  # torch.OutOfMemoryError is the one, ONNX Runtime's the other
                 if not _is_out_of_memory(error):
                     raise
                 if oldest.at_once == self._at_once:  # else an earlier batch has halved it already
@@ -141,10 +144,10 @@ class Packer:
             return _joined([self._executor.submit(self.backbone, part).result for part in parts])
         try:
             return _joined([self.backbone.start(part) for part in parts])
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             return _raising(error)
 
-    def _halve(self, error: RuntimeError) -> None:
+    def _halve(self, error: Exception) -> None:
         """Have batches run in smaller parts from now on."""
         if self._at_once == 1:
             raise SvbError(
@@ -199,8 +202,8 @@ def _joined(parts: list[Callable[[], torch.Tensor]]) -> Callable[[], torch.Tenso
     return parts[0] if len(parts) == 1 else lambda: torch.cat([part() for part in parts])
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def to_rows(features: NDArray[np.float32], times_seconds: NDArray[np.float64]) -> VideoRows | None:

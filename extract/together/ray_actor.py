@@ -22,9 +22,9 @@ from ray.exceptions import RayError, RayTaskError
 
 from svb import __version__
 from svb.data.rows import VideoRecord, VideoRows
-from svb.device import choose_device, choose_precision
+from svb.device import choose_device
 from svb.errors import MismatchError
-from svb.extract.backbones import load_backbone
+from svb.extract.backbones.engine import load_backbones
 from svb.extract.compute.machine import available_cores, cores_for_batches, keep_freed_memory
 from svb.extract.compute.pipeline import Content, Pipeline
 from svb.extract.config import ExtractConfig
@@ -84,7 +84,7 @@ class BackboneActor:
 
         Raises:
             MismatchError: The node has another svb than the driver.
-            As `load_backbone`.
+            As `load_backbones`.
         """
         config = self._config
         if __version__ != self._version:
@@ -97,11 +97,14 @@ class BackboneActor:
         self._device = choose_device(config.device)
         if self._device.type == "cpu":
             keep_freed_memory()
-        dtype = choose_precision(self._device, config.precision)
-        self._networks = [
-            load_backbone(name, self._device, dtype, compile=config.compile, batch_size=config.frames_a_batch)
-            for name in config.backbones
-        ]
+        self._networks = load_backbones(
+            config.backbones,
+            self._device,
+            precision=config.precision,
+            engine=config.engine,
+            compile=config.compile,
+            batch_size=config.frames_a_batch,
+        )
         options = config.decode_options_for(self._networks)
         self._tasks = DecodeTasks(self._num_tasks, options, config.stall_seconds, config.time_limit_seconds)
         device = str(self._device)

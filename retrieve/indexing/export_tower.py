@@ -6,12 +6,8 @@ The graph is compared with torch before it is used.
 from __future__ import annotations
 
 import copy
-import errno
-import io
 import logging
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from svb.extract.backbones.export import one_line, write_graph
+from svb.extract.backbones.graph import NoGraphError
 from svb.extract.text_encoders.text_encoder import TextEncoder
 from svb.retrieve.indexing.token_network import TokenNetwork, take_apart
 from svb.retrieve.model.embedder import Embedder, heads_embedder
@@ -30,8 +28,6 @@ logger = logging.getLogger(__name__)
 
 # The most that float32 may differ from torch, in cosine.
 MAX_DISTANCE = 1e-4
-# Smaller weights stay in the graph's own file.
-_EXTERNAL_BYTES = 16_384
 # Texts on which tokenizers differ.
 TRICKY = (
     "a dog catches a frisbee",
@@ -52,10 +48,6 @@ TRICKY = (
 )
 
 
-class _NotExportedError(Exception):
-    """Why a text encoder cannot be exported."""
-
-
 def export_tower(folder: Path, embedder: Embedder, text_encoder: TextEncoder) -> dict[str, Any] | None:
     """Write the files of a text tower; see `svb.retrieve.model.text_tower`.
 
@@ -73,7 +65,7 @@ def export_tower(folder: Path, embedder: Embedder, text_encoder: TextEncoder) ->
     with TemporaryDirectory(dir=folder.parent, prefix=".aside-") as aside:
         try:
             entry, files = _export(Path(aside), embedder, text_encoder)
-        except _NotExportedError as error:
+        except NoGraphError as error:
             logger.info(
                 f"text searches of this index will load torch: {text_encoder.name} was not exported ({error})"
             )
@@ -102,7 +94,7 @@ def _export(aside: Path, embedder: Embedder, encoder: TextEncoder) -> tuple[dict
     _write_graph(aside / "float32.onnx", parts, embedder, encoder.max_tokens)
     distance = _distance(TextTower(aside, entry), expected)
     if not distance <= MAX_DISTANCE:
-        raise _NotExportedError(f"its graph differs from torch by a cosine of {distance:.1g}")
+        raise NoGraphError(f"its graph differs from torch by a cosine of {distance:.1g}")
     return entry, [aside / name for name in (TOKENIZER, "float32.onnx", "float32.bin")]
 
 
@@ -110,18 +102,10 @@ def _take_apart(encoder: TextEncoder) -> TokenNetwork:
     try:
         parts = take_apart(encoder)
     except Exception as error:  # models differ in more ways than their families know
-        raise _NotExportedError(_one_line(error)) from error
+        raise NoGraphError(one_line(error)) from error
     if parts is None:
-        raise _NotExportedError("its family cannot be taken apart")
+        raise NoGraphError("its family cannot be taken apart")
     return parts
-
-
-def _raise_if_disk_is_full(error: BaseException | None) -> None:
-    """Pass a full disk on: the network could be exported in a run with more space."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise error
-        error = error.__cause__ or error.__context__
 
 
 def _require_same_tokens(tower: TextTower, parts: TokenNetwork) -> None:
@@ -129,7 +113,7 @@ def _require_same_tokens(tower: TextTower, parts: TokenNetwork) -> None:
         ours, theirs = tower.token_ids(text), parts.token_ids(text)
         ours_padding, theirs_padding = set(ours[len(theirs) :]), theirs[len(ours) :]
         if ours[: len(theirs)] != theirs or theirs_padding or not ours_padding <= {parts.padding}:
-            raise _NotExportedError(f"its tokens of {text[:40]!r} differ")
+            raise NoGraphError(f"its tokens of {text[:40]!r} differ")
 
 
 def _write_graph(path: Path, parts: TokenNetwork, embedder: Embedder, max_tokens: int) -> None:
@@ -138,22 +122,8 @@ def _write_graph(path: Path, parts: TokenNetwork, embedder: Embedder, max_tokens
     length = parts.padded_to or min(8, max_tokens)
     example = torch.full((1, length), parts.padding)
     of_any_length = {1: torch.export.Dim("length", min=2, max=max_tokens)}
-    try:
-        with _silence(), torch.inference_mode():
-            program = torch.onnx.export(
-                network,
-                (example,),
-                dynamo=True,
-                input_names=[INPUT],
-                output_names=[OUTPUT],
-                dynamic_shapes={"tokens": of_any_length if parts.padded_to is None else {}},
-                verbose=False,
-            )
-            assert program is not None
-            _save(program.model_proto, path)
-    except Exception as error:  # the exporter's errors have no common root
-        _raise_if_disk_is_full(error)
-        raise _NotExportedError(f"torch cannot export its network: {_one_line(error)}") from error
+    dynamic = of_any_length if parts.padded_to is None else {}
+    write_graph(network, example, path, names=(INPUT, OUTPUT), dynamic=dynamic)
 
 
 class _NetworkAndHead(nn.Module):
@@ -168,27 +138,12 @@ class _NetworkAndHead(nn.Module):
         return embeddings
 
 
-def _save(model: Any, path: Path) -> None:
-    """Write a graph with its weights beside it: they are mapped into memory, and unused ones are never read."""
-    import onnx
-
-    # The exporter notes the source line of each node, with paths of this machine.
-    for described in (model, model.graph, *model.graph.node, *model.graph.input, *model.graph.output):
-        described.ClearField("metadata_props")
-        described.ClearField("doc_string")
-    model.graph.ClearField("value_info")
-    weights = path.with_suffix(".bin")
-    onnx.save(model, path, save_as_external_data=True, location=weights.name, size_threshold=_EXTERNAL_BYTES)
-    weights.touch()  # a small model has no weights that large
-    weights.chmod(path.stat().st_mode)  # onnx lets only its owner read it
-
-
 def _distance(tower: TextTower, expected: NDArray[np.float32]) -> float:
     """Return how far a tower is from torch where it is farthest, as 1 - cosine."""
     try:
         embeddings = tower.embed(TRICKY)
     except Exception as error:
-        raise _NotExportedError(f"its graph does not run: {_one_line(error)}") from error
+        raise NoGraphError(f"its graph does not run: {one_line(error)}") from error
     return float((1 - (embeddings * expected).sum(axis=1)).max())
 
 
@@ -203,20 +158,3 @@ def _on_cpu(network: nn.Module) -> nn.Module:
     if all(tensor.device.type == "cpu" for tensor in network.state_dict().values()):
         return network
     return copy.deepcopy(network).cpu()
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Hide what the exporter prints, logs and warns about."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

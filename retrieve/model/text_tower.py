@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svb.errors import StoreError
+from svb.extract.backbones.graph import open_session
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -132,17 +133,6 @@ class TextTower:
 
 
 _DO_NEXT = "make the index again with `svb index --rebuild`"
-
-
-def open_session(path: Path) -> onnxruntime.InferenceSession:
-    """Open a graph on one CPU thread: a query is too small for more, and a server has its own."""
-    import onnxruntime
-
-    onnxruntime.disable_telemetry_events()
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 4  # what goes wrong is raised, and the library prints nothing
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def _fix(text: str) -> str:
