@@ -17,6 +17,7 @@ from svb.device import choose_device
 from svb.errors import InputError, UsageError
 from svb.retrieve.measure.explain_page import Explanation, SupportVideo, write_page
 from svb.retrieve.model.embedder import load_matching_text_encoder
+from svb.retrieve.model.media_model import TorchMedia
 from svb.retrieve.model.query_media import embed_video
 from svb.retrieve.model.source import OpenedSource, open_source
 from svb.train.checkpoint import load_checkpoint, load_weights
@@ -171,7 +172,7 @@ def _embed_query(
             return model.text_head(features.float())[0], _video_of(inputs.captions, caption)
     assert video is not None
     if Path(video).is_file():
-        embedding = torch.from_numpy(embed_video(Path(video), None, inputs.embedder, device)).to(device)
+        embedding = torch.from_numpy(embed_video(Path(video), None, TorchMedia(inputs.embedder, device))).to(device)
         return embedding, _video_in(inputs.store, Path(video))
     if video not in inputs.store.video_ids:
         raise InputError(

@@ -24,6 +24,7 @@ from svb.errors import InputError, MismatchError, StoreError
 from svb.retrieve.answer import SearchRequest
 from svb.retrieve.evaluate import evaluate
 from svb.retrieve.model.embedder import index_embedder, run_embedder
+from svb.retrieve.model.media_model import TorchMedia
 from svb.retrieve.model.query_media import embed_video
 from svb.retrieve.search import Searcher
 from svb.retrieve.stored.manifest import read_manifest
@@ -300,12 +301,16 @@ def test_a_query_is_fused_as_the_store_is(
     run = train(store.path, captions, tmp_path / "run", config, backbone="toy:clips+toy:frames")
     embedder = run_embedder(run, "last", torch.device("cpu"))
     stored = embedder.embed_videos(FrameTable.of(store.load(embedder.backbone), 32, torch.device("cpu")))
-    found = embed_video(clips_folder / "deep" / "d.avi", None, embedder, torch.device("cpu"))
+    found = embed_video(clips_folder / "deep" / "d.avi", None, TorchMedia(embedder, torch.device("cpu")))
     np.testing.assert_allclose(found, stored[store.video_ids.index("deep/d")], atol=1e-6)
     model = json.loads(json.dumps(embedder.model))
     model["video"]["backbone_settings"]["parts"]["toy:clips"]["weights_hash"] = "another"
     with pytest.raises(MismatchError, match=r"toy:clips has weights .* here, but another when the features were"):
-        embed_video(clips_folder / "a.mp4", None, dataclasses.replace(embedder, model=model), torch.device("cpu"))
+        embed_video(
+            clips_folder / "a.mp4",
+            None,
+            TorchMedia(dataclasses.replace(embedder, model=model), torch.device("cpu")),
+        )
 
 
 def test_one_backbone_alone_is_left_as_it_is() -> None:

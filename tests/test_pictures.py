@@ -27,6 +27,7 @@ from svb.extract.decode.sampling import Sampling
 from svb.extract.run import extract
 from svb.retrieve.answer import Answer, Moment, SearchRequest, VideoResult
 from svb.retrieve.model.embedder import Embedder
+from svb.retrieve.model.media_model import TorchMedia
 from svb.retrieve.model.query_media import embed_image, embed_video, read_picture
 from svb.retrieve.searching import cut, pictures
 from svb.retrieve.searching.cut import cut_clip, cut_moments
@@ -241,12 +242,16 @@ def test_a_file_that_is_not_what_was_indexed_is_not_cut(tmp_path: Path, clips_fo
 # --- a picture or a video as a query
 
 
-def make_embedder(store: Path, backbone: str) -> Embedder:
-    """Return the embedder that averages a store's frames."""
+def make_media(store: Path, backbone: str) -> TorchMedia:
+    """Return the model that averages a store's frames."""
     from svb.data.feature_store import FeatureStore
 
     video = FeatureStore(store).video_settings(backbone)
-    return Embedder({"kind": "mean", "max_frames": 64, "video": video}, mean_of_frames, lambda rows: rows, {})
+    return media_of({"kind": "mean", "max_frames": 64, "video": video})
+
+
+def media_of(model: dict[str, Any]) -> TorchMedia:
+    return TorchMedia(Embedder(model, mean_of_frames, lambda rows: rows, {}), CPU)
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +284,7 @@ def mean_of(rows: NDArray[np.float64]) -> NDArray[np.float64]:
 def test_a_part_of_a_video_is_the_rows_that_lie_in_it(
     toy: Path, clips_folder: Path, backbone: str, span: tuple[float, float] | None
 ) -> None:
-    found = embed_video(clips_folder / "deep" / "d.avi", span, make_embedder(toy, backbone), CPU)
+    found = embed_video(clips_folder / "deep" / "d.avi", span, make_media(toy, backbone))
     assert np.linalg.norm(found) == pytest.approx(1, abs=1e-5)
     if "+" in backbone:
         return
@@ -295,22 +300,22 @@ def test_a_part_of_a_video_is_the_rows_that_lie_in_it(
 def test_what_cannot_be_a_query_is_refused(toy: Path, clips_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.mp4").write_text("no video at all")
     Image.new("RGB", (64, 48)).save(tmp_path / "frame.png")
-    frames, windows = make_embedder(toy, "toy:frames"), make_embedder(toy, "toy:clips")
+    frames, windows = make_media(toy, "toy:frames"), make_media(toy, "toy:clips")
     for name in ("notes.mp4", "gone.mp4"):
         with pytest.raises(InputError, match=rf"{name} cannot be used as a video"):
-            embed_video(tmp_path / name, None, frames, CPU)
-    for embedder in (frames, windows):
+            embed_video(tmp_path / name, None, frames)
+    for media in (frames, windows):
         with pytest.raises(InputError, match=r"begins at 9 s, and .*d\.avi lasts until 4\.0 s - expected"):
-            embed_video(clips_folder / "deep" / "d.avi", (9.0, 12.0), embedder, CPU)
-    for embedder in (windows, make_embedder(toy, "toy:frames+toy:clips")):
+            embed_video(clips_folder / "deep" / "d.avi", (9.0, 12.0), media)
+    for media in (windows, make_media(toy, "toy:frames+toy:clips")):
         with pytest.raises(InputError, match=r"toy:clips looks at 4 frames at a time and cannot tell what"):
-            embed_image(tmp_path / "frame.png", embedder, CPU)
+            embed_image(tmp_path / "frame.png", media)
     video = frames.model["video"]
     imported = {**video, "backbone_settings": {**video["backbone_settings"], "imported": True}}
-    embedder = dataclasses.replace(frames, model={"video": imported})
+    media = media_of({"video": imported})
     for embed in (embed_image, lambda file, *rest: embed_video(file, None, *rest)):
         with pytest.raises(InputError, match="were imported and cannot be computed of"):
-            embed(tmp_path / "x.png", embedder, CPU)
+            embed(tmp_path / "x.png", media)
 
 
 def test_only_the_frames_of_a_part_are_computed(
@@ -323,23 +328,21 @@ def test_only_the_frames_of_a_part_are_computed(
     monkeypatch.setattr(
         query_media, "_within", lambda *given: (seen.append(len(chunk.frames)) or chunk for chunk in real(*given))
     )
-    embed_video(clips_folder / "deep" / "d.avi", (1.0, 2.0), make_embedder(toy, "toy:frames"), CPU)
+    embed_video(clips_folder / "deep" / "d.avi", (1.0, 2.0), make_media(toy, "toy:frames"))
     assert sum(seen) == 5
 
 
 def test_a_picture_is_a_video_of_one_frame(toy: Path, clips_folder: Path, tmp_path: Path) -> None:
     frame_at(clips_folder / "deep" / "d.avi", 0.0, 48).save(tmp_path / "frame.png")
-    embedder = make_embedder(toy, "toy:frames")
-    found = embed_image(tmp_path / "frame.png", embedder, CPU)
+    media = make_media(toy, "toy:frames")
+    found = embed_image(tmp_path / "frame.png", media)
     rows, _ = rows_of(toy, "toy:frames", "deep/d")
     np.testing.assert_allclose(found, mean_of(rows[:1]), atol=2e-3)
     # A decoder that scales hands over small frames: a picture is scaled alike.
-    video = embedder.model["video"]
+    video = media.model["video"]
     for size in ({"resize_px": 20}, {"resize_px": [20, 24], "interpolation": "bilinear"}):
         scaling = {**video, "decoder": {**video["decoder"], **size}}
-        scaled = embed_image(
-            tmp_path / "frame.png", dataclasses.replace(embedder, model={**embedder.model, "video": scaling}), CPU
-        )
+        scaled = embed_image(tmp_path / "frame.png", media_of({**media.model, "video": scaling}))
         assert np.linalg.norm(scaled) == pytest.approx(1, abs=1e-5) and found @ scaled > 0.95
         assert (found != scaled).any()
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import logging
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from svb.device import choose_precision, precision_name
 from svb.errors import SvbError, UsageError
-from svb.extract.backbones import load_backbone
+from svb.extract.backbones import load_backbone, load_matching_backbone
 from svb.extract.backbones.backbone import Backbone
 from svb.extract.backbones.export import one_line, write_graph
 from svb.extract.backbones.graph import (
@@ -22,6 +23,7 @@ from svb.extract.backbones.graph import (
     Graph,
     NoGraphError,
     backbone_key,
+    keep_distance,
     keep_graph,
     keep_measured,
     read_graph,
@@ -96,6 +98,35 @@ def graph_of(backbone: Backbone) -> Graph:
     return keep_graph(key, lambda folder: _export(backbone, folder))
 
 
+def prepare_graph(name: str, settings: Mapping[str, Any]) -> None:
+    """Have the cache hold the graph of a backbone that made some features, and how close it comes to them.
+
+    Args:
+        name: Its name.
+        settings: Those in the store of the features.
+
+    Raises:
+        NoGraphError: It has none.
+        MismatchError: The weights found under its name are others.
+    """
+    key, cpu = backbone_key(name, settings), torch.device("cpu")
+    if settings["precision"] == "float32":
+        if read_graph(key) is None:
+            graph_of(load_matching_backbone(name, {**settings, "engine": "torch"}, cpu))
+        return
+    if read_measured(key, {"compared_with": settings["precision"]}) is None:
+        graph = graph_of(load_matching_backbone(name, {**settings, "precision": "float32"}, cpu))
+        _compare(graph, load_matching_backbone(name, settings, cpu))
+
+
+def _compare(graph: Graph, backbone: Backbone) -> None:
+    """Keep how far a graph is from PyTorch in another precision."""
+    images = _pictures(backbone, COMPARED_INPUTS)
+    similarity = nn.functional.cosine_similarity(torch.from_numpy(graph(images.numpy())), backbone(images))
+    key = backbone_key(backbone.name, backbone.settings())
+    keep_distance(key, precision_name(backbone.dtype), 1 - float(similarity.min()))
+
+
 class _Normalised(nn.Module):
     """`(B, 3, ..., S, S)` uint8 -> `(B, F)` float32."""
 
@@ -162,6 +193,8 @@ def _measured(backbone: Backbone, graph: Graph, dtype: torch.dtype, batch_size: 
     if kept is not None:
         return kept
     ready = backbone if dtype == torch.float32 else load_backbone(backbone.name, backbone.device, dtype)
+    if ready is not backbone:
+        _compare(graph, ready)
     with _one_thread():
         one = _pictures(backbone, 1)
         slower = max(_cpu_seconds(lambda: graph(one.numpy())), _cpu_seconds(lambda: ready(one)))

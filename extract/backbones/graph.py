@@ -39,6 +39,10 @@ GRAPH, WEIGHTS, CONTENTS = "float32.onnx", "float32.bin", "graph.json"
 PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "onnx", "onnxscript", "onnxruntime")
 
 
+# The most that the rows of a query may differ from those that PyTorch would compute, as 1 - cosine.
+MAX_DISTANCE = 1e-3
+
+
 class NoGraphError(SvbError):
     """Why a network cannot be run as a graph."""
 
@@ -188,6 +192,19 @@ def keep_measured(key: str, what: Mapping[str, Any], seconds: Mapping[str, float
         aside = path.parent / f"{ASIDE_PREFIX}{uuid.uuid4().hex}"
         aside.write_text(json.dumps(dict(seconds)), "utf-8")
         aside.replace(path)
+
+
+def resembles(key: str, precision: str) -> bool:
+    """Tell whether a graph's features are close enough to those of PyTorch in a precision, as far as is known."""
+    if precision == "float32":
+        return True  # no other graph is kept
+    kept = read_measured(key, {"compared_with": precision})
+    return kept is not None and kept["distance"] <= MAX_DISTANCE
+
+
+def keep_distance(key: str, precision: str, distance: float) -> None:
+    """Keep how far a graph's features are from those of PyTorch in a precision, as 1 - cosine."""
+    keep_measured(key, {"compared_with": precision}, {"distance": distance})
 
 
 def _measured_path(key: str, what: Mapping[str, Any]) -> Path:

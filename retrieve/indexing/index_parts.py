@@ -124,7 +124,7 @@ class IndexParts:
     def _update_heads(self) -> None:
         from safetensors.torch import save_file
 
-        from svb.retrieve.model.embedder import HEADS
+        from svb.retrieve.stored.manifest import HEADS
 
         weights = self._model.embedder.weights
         if weights:

@@ -17,14 +17,14 @@ from torch import nn
 
 from svb.config import fingerprint
 from svb.data.fusion import parts_of, shared_part
-from svb.data.publish import hash_file
 from svb.data.weights import hash_tensors
 from svb.errors import InputError, MismatchError, StoreError
 from svb.extract.backbones import load_classifier
 from svb.extract.backbones.backbone import Classifier
 from svb.extract.text_encoders import load_text_encoder
 from svb.extract.text_encoders.text_encoder import TextEncoder
-from svb.retrieve.stored.manifest import part_folder
+from svb.retrieve.model.media_model import TEMPERATURE
+from svb.retrieve.stored.manifest import HEADS, heads_file, part_folder
 from svb.train.checkpoint import load_checkpoint, load_weights
 from svb.train.heads import masked_mean, mean_of_frames
 from svb.train.model import embed_in_batches
@@ -33,8 +33,6 @@ from svb.train.training_data import FrameTable
 
 # Zero-shot embeddings are means, for which any number of frames would do; this bounds a batch's memory.
 ZERO_SHOT_MAX_FRAMES = 256
-# The file of `Embedder.weights` in an index.
-HEADS = "heads.safetensors"
 # Weights of a run that only its losses use.
 SCALES = ("log_logit_scale", "log_support_temperature")
 
@@ -85,6 +83,17 @@ class Embedder:
     def embed_captions(self, caption_features: torch.Tensor) -> NDArray[np.float32]:
         """Return `(C, D)` float32, L2-normalised, of `(C, F)` features."""
         return embed_in_batches(lambda batch: self.text_head(batch.float()), caption_features)
+
+
+class OneVideo(nn.Module):
+    """A run's video head for one video on the CPU, `(1, T, F)` to `(1, D)`: what is exported."""
+
+    def __init__(self, embedder: Embedder) -> None:
+        super().__init__()
+        self.head = heads_embedder(embedder.model, embedder.weights, Path("heads"), torch.device("cpu")).video_head
+
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:
+        return self.head(frames, torch.ones(frames.shape[:2], dtype=torch.bool))
 
 
 class TorchTower:
@@ -191,20 +200,15 @@ def load_heads(folder: Path, manifest: Mapping[str, Any]) -> dict[str, torch.Ten
     Raises:
         StoreError: The file's hash is not that of the manifest.
     """
-    for entry in manifest["heads"]:
-        path = part_folder(folder, "heads", entry) / HEADS
-        try:
-            if hash_file(path) != entry["files"][HEADS]:
-                raise StoreError(
-                    f"{path} is damaged (its hash is wrong) - restore it, or make the index again with "
-                    "`svb index --rebuild`"
-                )
-            return load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise StoreError(
-                f"{path} is damaged ({error}) - restore it, or make the index again with `svb index --rebuild`"
-            ) from error
-    return {}
+    path = heads_file(folder, manifest)
+    if path is None:
+        return {}
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise StoreError(
+            f"{path} is damaged ({error}) - restore it, or make the index again with `svb index --rebuild`"
+        ) from error
 
 
 def zero_shot_embedder(
@@ -304,8 +308,6 @@ def _normalise(features: torch.Tensor) -> torch.Tensor:
 
 # --- ConSE
 
-# A classifier is too sure of one class for a video that shows several things.
-TEMPERATURE = 2.0
 PROMPTS = ("a {} is shown", "someone with a {}", "a video of a {}", "there is a {}")
 
 

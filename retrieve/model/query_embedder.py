@@ -32,9 +32,9 @@ from svb.retrieve.stored.manifest import part_folder
 if TYPE_CHECKING:
     import torch
 
-    from svb.extract.backbones.backbone import Backbone
     from svb.extract.text_encoders.text_encoder import TextEncoder
     from svb.retrieve.model.embedder import Embedder
+    from svb.retrieve.model.media_model import GraphMedia, TorchMedia
 
 MAX_ENTRIES = 10_000
 # Removed at once when there are too many, so that few queries must list all files.
@@ -67,12 +67,14 @@ class QueryEmbedder:
         folder: The index's.
         manifest: As `svb.retrieve.stored.manifest.read_manifest` gives it.
         device: Device for torch, if it is needed.
+        exports: Export, after the first file in torch, what later processes need to embed files without it.
 
     Attributes:
         load_seconds: How long queries have waited for models to be loaded.
     """
 
-    def __init__(self, folder: Path, manifest: Mapping[str, Any], device: str) -> None:
+    def __init__(self, folder: Path, manifest: Mapping[str, Any], device: str, *, exports: bool = True) -> None:
+        self._exports = exports
         self._folder = folder
         self._manifest = manifest
         self._device_name = device
@@ -129,14 +131,19 @@ class QueryEmbedder:
             InputError: The file gives no picture.
             MismatchError: A backbone's weights here differ from those that made the index.
         """
-        with self._loading(), self._lock:
-            from svb.retrieve.model.query_media import embed_image, embed_video
+        from svb.retrieve.model.query_media import embed_image, embed_video
 
-            embedder, device = self._embedder, self._device
+        with self._lock:
+            media = self._media
         if request.image is not None:
-            return embed_image(Path(request.image), embedder, device, self._load_backbones)
-        assert request.video is not None
-        return embed_video(Path(request.video), request.span_seconds, embedder, device, self._load_backbones)
+            embedding = embed_image(Path(request.image), media)
+        else:
+            assert request.video is not None
+            embedding = embed_video(Path(request.video), request.span_seconds, media)
+        if self._exports:
+            self._exports = False
+            media.keep_graphs()
+        return embedding
 
     @contextlib.contextmanager
     def _loading(self) -> Iterator[None]:
@@ -151,11 +158,14 @@ class QueryEmbedder:
         finally:
             self.load_seconds += time.perf_counter() - began
 
-    def _load_backbones(self, video: dict[str, Any], device: torch.device) -> list[Backbone]:
-        from svb.retrieve.model.query_media import load_backbones
+    @cached_property
+    def _media(self) -> GraphMedia | TorchMedia:
+        """The backbones and the video head; graphs where they are at hand, as they need no torch."""
+        from svb.retrieve.model.media_model import TorchMedia, open_graph_media
 
         with self._loading():
-            return load_backbones(video, device)
+            media = open_graph_media(self._folder, self._manifest) if self._device_name in ("auto", "cpu") else None
+            return media or TorchMedia(self._embedder, self._device, self._loading)
 
     @cached_property
     def _device(self) -> torch.device:

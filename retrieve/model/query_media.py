@@ -1,13 +1,10 @@
-"""A picture or a video file as a query: decoded and computed as the rows of the index were.
-
-torch is imported inside the functions: a search that needs none of it may import this module.
-"""
+"""A picture or a video file as a query: decoded and computed as the rows of the index were. Imports no torch."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,15 +18,11 @@ from svb.extract.decode.decoder import FrameChunk, on_white, resized
 from svb.extract.decode.sampling import TIME_TOLERANCE_SECONDS
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
 
     from svb.data.rows import FrameFeatures
-    from svb.extract.backbones.backbone import Backbone
     from svb.extract.one_file import OneFile
-    from svb.retrieve.model.embedder import Embedder
-
-    LoadBackbones = Callable[[dict[str, Any], torch.device], list[Backbone]]
+    from svb.retrieve.model.media_model import MediaModel
 
 # What PIL reads by itself: it hands some formats, such as EPS, to other programs.
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -38,23 +31,19 @@ MAX_PICTURE_BYTES = 256 * 2**20
 MAX_PICTURE_PIXELS = 12_000_000
 
 
-def embed_image(
-    file: Path, embedder: Embedder, device: torch.device, load: LoadBackbones | None = None
-) -> NDArray[np.float32]:
+def embed_image(file: Path, media: MediaModel) -> NDArray[np.float32]:
     """Return the `(D,)` embedding of a picture: that of a video of one frame.
 
     Args:
         file: JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF.
-        embedder: What made the index.
-        device: Where to compute.
-        load: Loads the backbones, in place of `load_backbones`.
+        media: The index's backbones and video head.
 
     Raises:
         InputError: The file is not a picture, or too large; or the index holds features of moving clips, or ones
             that cannot be computed here.
         MismatchError: A backbone's weights here are not those of the index.
     """
-    video = embedder.model["video"]
+    video = media.model["video"]
     _require_computable(video, file)
     moving = [name for name, held in parts_of(video).items() if held["clip_frames"] > 1]
     if moving:
@@ -64,27 +53,17 @@ def embed_image(
         )
     frame = read_picture(file)
     chunk = FrameChunk(_scaled(frame, video["decoder"])[None], np.zeros(1))
-    return _embed(
-        _rows((load or load_backbones)(video, device), [chunk], video["batch_size"], file), embedder, device
-    )
+    return media.embed(_rows(media, [chunk], file))
 
 
-def embed_video(
-    file: Path,
-    span_seconds: tuple[float, float] | None,
-    embedder: Embedder,
-    device: torch.device,
-    load: LoadBackbones | None = None,
-) -> NDArray[np.float32]:
+def embed_video(file: Path, span_seconds: tuple[float, float] | None, media: MediaModel) -> NDArray[np.float32]:
     """Return the `(D,)` embedding of a video file, or of a part of it.
 
     Args:
         file: The video.
         span_seconds: `[begin, end)` on the file's own clock, as moments are; None for all of it. Where no sampled
             frame lies in it, the nearest one stands for it.
-        embedder: What made the index.
-        device: Where to compute.
-        load: Loads the backbones, in place of `load_backbones`.
+        media: The index's backbones and video head.
 
     Raises:
         InputError: The file gives no frame, or ends before the span; or the index holds features that cannot be
@@ -94,20 +73,19 @@ def embed_video(
     from svb.extract.config import stored_decode_options
     from svb.extract.one_file import OneFile
 
-    video = embedder.model["video"]
+    video = media.model["video"]
     _require_computable(video, file)
-    backbones = (load or load_backbones)(video, device)
     opened = OneFile(file, stored_decode_options(video))
     chunks: Iterable[FrameChunk] = opened.chunks()
-    single = all(backbone.clip_frames == 1 for backbone in backbones)
+    single = all(held["clip_frames"] == 1 for held in parts_of(video).values())
     if span_seconds is not None and single:
         # Frames outside it need not be looked at by the backbones, which are what takes time.
         chunks = _within(chunks, span_seconds)
-    rows = _rows(backbones, chunks, video["batch_size"], file)
+    rows = _rows(media, chunks, file)
     if span_seconds is not None:
         _require_reaches(opened, file, span_seconds[0])
         rows = rows if single else _cut(rows, span_seconds)
-    return _embed(rows, embedder, device)
+    return media.embed(rows)
 
 
 def read_picture(file: Path) -> NDArray[np.uint8]:
@@ -181,34 +159,17 @@ def _require_computable(video: dict[str, Any], file: Path) -> None:
         )
 
 
-def load_backbones(video: dict[str, Any], device: torch.device) -> list[Backbone]:
-    """Return the backbones that a store's settings name, as `load_matching_backbone` loads each."""
-    from svb.extract.backbones import load_matching_backbone
-
-    return [load_matching_backbone(name, held, device) for name, held in parts_of(video).items()]
-
-
-def _rows(
-    backbones: Sequence[Backbone], chunks: Iterable[FrameChunk], batch_size: int, file: Path
-) -> FrameFeatures:
+def _rows(media: MediaModel, chunks: Iterable[FrameChunk], file: Path) -> FrameFeatures:
     """Return the features of frames as those of one video, of several backbones side by side."""
     from svb.data.fusion import fuse
     from svb.data.rows import FrameFeatures
-    from svb.extract.one_file import compute_rows
 
     return fuse(
         [
             FrameFeatures([str(file)], features.astype(np.float16), times, np.array([0, len(features)]))
-            for features, times in compute_rows(chunks, backbones, batch_size)
+            for features, times in media.rows(chunks)
         ]
     )
-
-
-def _embed(rows: FrameFeatures, embedder: Embedder, device: torch.device) -> NDArray[np.float32]:
-    from svb.train.training_data import FrameTable
-
-    embedding: NDArray[np.float32] = embedder.embed_videos(FrameTable.of(rows, embedder.max_frames, device))[0]
-    return embedding
 
 
 def _require_reaches(opened: OneFile, file: Path, seconds: float) -> None:

@@ -1,7 +1,7 @@
 """The process that decodes for the server: a line of JSON in, a line of JSON out, until the server closes the pipe.
 
-`svb.retrieve.server.child_processes` starts it, and kills it when it takes too long. Only the first upload imports
-torch.
+`svb.retrieve.server.child_processes` starts it, and kills it when it takes too long. It imports torch only where
+the user's cache lacks the graphs of an index.
 """
 
 from __future__ import annotations
@@ -130,7 +130,8 @@ def _embedder(index: str, fingerprint: str, device: str) -> QueryEmbedder:
     from svb.retrieve.model.query_embedder import QueryEmbedder
     from svb.retrieve.stored.manifest import read_manifest
 
-    return QueryEmbedder(Path(index), read_manifest(Path(index)), device)
+    # An export would take longer than a request may.
+    return QueryEmbedder(Path(index), read_manifest(Path(index)), device, exports=False)
 
 
 def _require_short(video: Path, span_seconds: tuple[float, float] | None, max_seconds: float) -> None:

@@ -22,6 +22,7 @@ from svb.errors import StoreError
 
 FORMAT_VERSION = 2
 PARTS = ("segments", "tombstones", "captions", "metadata", "heads", "text")
+HEADS = "heads.safetensors"
 # Parts of indexes that older versions made: nothing reads them, and the next commit leaves them out.
 OLD_PARTS = ("hubs",)
 # How often a reader whose files were removed by commits tries again, before it reports them as lost.
@@ -89,6 +90,26 @@ def named_parts(manifest: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, An
 def part_folder(folder: Path, part: str, entry: Mapping[str, Any]) -> Path:
     """Return where a part's files lie."""
     return folder / part / str(entry["key"])
+
+
+def heads_file(folder: Path, manifest: Mapping[str, Any]) -> Path | None:
+    """Return the whole file of the embedder's weights, `Embedder.weights`; None if an index keeps none.
+
+    Raises:
+        StoreError: The file's hash is not that of the manifest.
+    """
+    for entry in manifest["heads"]:
+        path = part_folder(folder, "heads", entry) / HEADS
+        try:
+            reason = "its hash is wrong" if hash_file(path) != entry["files"][HEADS] else ""
+        except OSError as error:
+            reason = str(error)
+        if reason:
+            raise StoreError(
+                f"{path} is damaged ({reason}) - restore it, or make the index again with `svb index --rebuild`"
+            )
+        return path
+    return None
 
 
 def publish_part(out: Path, part: str, write: Callable[[Path], None]) -> dict[str, Any]:
