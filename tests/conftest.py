@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import clips
 import pytest
@@ -34,6 +35,17 @@ def without_curves() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_run, "draw_curves", lambda run: run / "curves.png")
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_graphs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The graphs of these tests are exported once, and are none of the user's; matplotlib keeps its own cache."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MPLCONFIGDIR", os.environ.get("MPLCONFIGDIR", str(Path.home() / ".cache" / "matplotlib")))
+        patch.setenv("XDG_CACHE_HOME", str(shared / "cache"))
         yield
 
 
@@ -107,7 +119,8 @@ def extracted_store(clips_folder: Path, tmp_path_factory: pytest.TempPathFactory
     from svb.extract.config import ExtractConfig
     from svb.extract.run import extract
 
-    config = ExtractConfig(("offline:efficientnet-lite0",), precision="float32", workers=1, batch_size=4)
+    options: dict[str, Any] = {"precision": "float32", "engine": "torch", "workers": 1, "batch_size": 4}
+    config = ExtractConfig(("offline:efficientnet-lite0",), **options)
     return extract([clips_folder], tmp_path_factory.mktemp("store") / "features", config)
 
 

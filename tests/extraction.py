@@ -27,7 +27,8 @@ def run(
 ) -> list[str]:
     """Extract with toy backbones; returns the messages."""
     messages = heard()
-    settings: dict[str, Any] = {"workers": 1, "batch_size": 4, "precision": "float32", **options}
+    defaults = {"workers": 1, "batch_size": 4, "precision": "float32", "engine": "torch"}
+    settings: dict[str, Any] = {**defaults, **options}
     config = ExtractConfig(backbones or (FRAMES,), **settings)
     extract(videos if isinstance(videos, list) else [videos], out, config, on_progress=on_progress)
     return messages
