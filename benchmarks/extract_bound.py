@@ -58,7 +58,7 @@ def measure(folder: Path, options: argparse.Namespace) -> tuple[list[dict[str, A
         ]
         for number in range(rounds):
             print(f"{name}: round {number + 1} of {rounds}", file=sys.stderr)
-            measure_round(of_set, held, lead, clips, folder, options.precision)
+            measure_round(of_set, held, lead, clips, folder, options)
         rows += of_set
     return rows, table_of(rows)
 
@@ -82,20 +82,22 @@ def measure_round(
     lead: Sequence[Path],
     clips: Sequence[Path],
     folder: Path,
-    precision: str,
+    options: argparse.Namespace,
 ) -> None:
     """Measure everything once, side by side, and add it to the rows."""
-    from svb.device import choose_device, choose_precision
-    from svb.extract.backbones import load_backbone
+    from svb.device import choose_device
+    from svb.extract.backbones.engine import load_backbones
 
     _, decoding = shared.cold_and_steady(decode, lead, clips)
     device = choose_device("cpu")
     for row in rows:
-        network = load_backbone(row["backbone"], device, choose_precision(device, precision))
+        how = {"precision": options.precision, "engine": options.engine}
+        (network,) = load_backbones([row["backbone"]], device, **how, compile=False, batch_size=shared.BATCH_SIZE)
         row["precision"] = network.settings()["precision"]
+        row["engine"] = network.settings().get("engine", "torch")
         next(run_backbone(network, held))  # warms up
         alone = shared.cost_of(lambda: sum(1 for _ in run_backbone(network, held)))  # noqa: B023 - called at once
-        svb = shared.extract_with(row["backbone"], folder, workers=1, precision=precision)
+        svb = shared.extract_with(row["backbone"], folder, workers=1, **how)
         start, ours = shared.cold_and_steady(svb, lead, clips)
         row["rounds"].append({"decode": decoding, "backbone": alone, "svb": ours, "start": start})
 
@@ -167,7 +169,8 @@ def table_of(rows: Sequence[dict[str, Any]]) -> str:
         shares = [100 * bound / taken for bound, taken in zip(slower, wall["svb"], strict=True)]
         both = [sum(halves) for halves in zip(cpu["decode"], cpu["backbone"], strict=True)]
         rates = [shared.spread([videos / s for s in wall[name]]) for name in ("svb", "decode", "backbone")]
-        lines.append([f"{videos} of {row['clips']}", f"`{row['backbone']}`, {row['precision']}", *rates])
+        how = f"`{row['backbone']}`, {row['engine']}, {row['precision']}"
+        lines.append([f"{videos} of {row['clips']}", how, *rates])
         lines[-1] += [f"{shared.spread(shares, '.0f')} %", shared.spread(cpu["svb"]), shared.spread(both)]
         lines[-1].append(shared.spread(wall["start"], ".2g"))
     return shared.table(titles, lines)
@@ -184,4 +187,5 @@ if __name__ == "__main__":
         long_seconds=(600, "length of a long clip"),
         msrvtt=(32, "clips of the small MSR-VTT"),
         precision=("float32", "of the backbone"),
+        engine=("auto", "of the backbone: auto, torch or onnx"),
     )

@@ -164,12 +164,13 @@ def table_against(rounds: Sequence[dict[str, Cost]], videos: int, extra: dict[st
         videos: How many were extracted in each.
         extra: One more column by name; its title is the value of `""`.
     """
-    titles = ["", "videos/s", "CPU-s a video", "svb is faster, times", "CPU time of svb's, times"]
+    titles = ["", "videos/s", "CPU-s a video", "cores busy", "svb is faster, times", "CPU time of svb's, times"]
     rows = []
     for name in rounds[0]:
         pairs = [(costs[name], costs["svb"]) for costs in rounds if name in costs]
         row = [name, spread([videos / cost.wall_seconds for cost, _ in pairs])]
         row.append(spread([cost.cpu_seconds / videos for cost, _ in pairs]))
+        row.append(spread([cost.cpu_seconds / cost.wall_seconds for cost, _ in pairs], ".2f"))
         row.append(spread([cost.wall_seconds / svb.wall_seconds for cost, svb in pairs], ".2f"))
         row.append(spread([cost.cpu_seconds / svb.cpu_seconds for cost, svb in pairs], ".2f"))
         rows.append(row + ([extra.get(name, "")] if extra else []))
@@ -180,13 +181,15 @@ def table_against(rounds: Sequence[dict[str, Cost]], videos: int, extra: dict[st
 
 
 def extract_with(
-    backbone: str, folder: Path, *, workers: int, precision: str = "float32"
+    backbone: str, folder: Path, *, workers: int, precision: str = "float32", engine: str = "auto"
 ) -> Callable[[Sequence[Path]], Path]:
     """Return `svb.extract.run.extract` with its settings; every call makes a store of its own."""
     from svb.data.feature_store import FeatureStore
 
     def run(clips: Sequence[Path]) -> Path:
-        store = extract_features(clips, folder / f"store-{time.monotonic_ns()}", backbone, workers, precision)
+        store = extract_features(
+            clips, folder / f"store-{time.monotonic_ns()}", backbone, workers, precision, engine=engine
+        )
         require_all_ok(FeatureStore(store).status_counts(), len(clips))
         return store
 
@@ -201,6 +204,7 @@ def extract_features(
     precision: str = "auto",
     *,
     fps: float = 1.0,
+    engine: str = "auto",
     on_progress: Callable[[Any], None] = lambda progress: None,
 ) -> Path:
     """Extract with one backbone on the CPU."""
@@ -209,7 +213,7 @@ def extract_features(
     from svb.extract.run import extract
 
     FAMILIES["free"] = __name__
-    options: dict[str, Any] = {"batch_size": BATCH_SIZE, "precision": precision, "device": "cpu"}
+    options: dict[str, Any] = {"batch_size": BATCH_SIZE, "precision": precision, "device": "cpu", "engine": engine}
     config = ExtractConfig(backbones=(backbone,), fps=fps, workers=workers, **options)
     return extract(videos, out, config, on_progress=on_progress)
 

@@ -6,7 +6,7 @@ graphs/<key>/float32.onnx      the graph
              measured-*.json   CPU-seconds of this graph and of PyTorch on one kind of CPU
 
 The folder is `$XDG_CACHE_HOME/svb/graphs`, or `~/.cache/svb/graphs`. The key is a hash of the network's name and
-weights and of the packages that export and run it. Losing the folder only costs time.
+weights, and of the versions of svb and of what exports and runs it. Losing the folder only costs time.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from svb import __version__
 from svb.config import fingerprint
 from svb.data.publish import ASIDE_PREFIX, hash_file
 from svb.errors import SvbError
@@ -33,7 +34,6 @@ from svb.errors import SvbError
 if TYPE_CHECKING:
     import onnxruntime
 
-FORMAT = 1
 GRAPH, WEIGHTS, CONTENTS = "float32.onnx", "float32.bin", "graph.json"
 # Another version of one of them may export another graph, or run it otherwise.
 PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "onnx", "onnxscript", "onnxruntime")
@@ -87,9 +87,9 @@ def open_session(path: Path) -> onnxruntime.InferenceSession:
 
 
 def graph_key(described: Mapping[str, Any]) -> str:
-    """Return the key of a network's graph: a hash of what describes it and of the versions of `PACKAGES`."""
+    """Return the key of a network's graph: a hash of what describes it and of the versions of svb and `PACKAGES`."""
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
-    return fingerprint({"format": FORMAT, "network": dict(described), "versions": versions})
+    return fingerprint({"svb": __version__, "network": dict(described), "versions": versions})
 
 
 def backbone_key(name: str, settings: Mapping[str, Any]) -> str:
