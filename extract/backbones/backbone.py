@@ -33,6 +33,19 @@ class Classifier:
     class_names: list[str]
 
 
+@dataclass(frozen=True)
+class RunningBatch:
+    """A batch under way.
+
+    Attributes:
+        fetch: Waits for its features, `(B, F)` float32 on the CPU.
+        is_done: Tells whether `fetch` would not wait.
+    """
+
+    fetch: Callable[[], torch.Tensor]
+    is_done: Callable[[], bool]
+
+
 @dataclass
 class Backbone:
     """A frozen network from frames, or from clips of frames, to features.
@@ -127,17 +140,16 @@ class Backbone:
         Returns:
             `(B, F)` float32 on the CPU.
         """
-        return self.start(images)()
+        return self.start(images).fetch()
 
     @torch.inference_mode()
-    def start(self, images: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Start on a batch, and return a function that waits for its features; as `__call__` otherwise.
+    def start(self, images: torch.Tensor) -> RunningBatch:
+        """Start on a batch, whose features are fetched later; as `__call__` otherwise.
 
         A GPU is given its work and goes on while this process does something else.
         """
         if self._graph is not None:
-            features = torch.from_numpy(self._graph(images.numpy()))
-            return lambda: features
+            return _done(torch.from_numpy(self._graph(images.numpy())))
         shape = (1, 3, *[1] * (images.ndim - 2))
         mean = torch.tensor(self.transform.mean, device=self.device).view(shape)
         std = torch.tensor(self.transform.std, device=self.device).view(shape)
@@ -145,10 +157,9 @@ class Backbone:
         pixels = pixels.to(self.dtype)
         if self.clip_frames == 1:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
-        features = (self._compiled or self.module)(pixels).float()
+        features: torch.Tensor = (self._compiled or self.module)(pixels).float()
         if self.device.type != "cuda":
-            features = features.cpu()
-            return lambda: features
+            return _done(features.cpu())
         fetched = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
         fetched.copy_(features, non_blocking=True)
         done = torch.cuda.Event()
@@ -158,7 +169,7 @@ class Backbone:
             done.synchronize()
             return fetched
 
-        return fetch
+        return RunningBatch(fetch, done.query)
 
     def settings(self) -> dict[str, Any]:
         """Return what shapes this backbone's rows, as stored and fingerprinted."""
@@ -171,6 +182,10 @@ class Backbone:
             **({"compiled": True} if self._compiled else {}),
             **({"engine": "onnx"} if self._graph else {}),
         }
+
+
+def _done(features: torch.Tensor) -> RunningBatch:
+    return RunningBatch(lambda: features, lambda: True)
 
 
 def cut_classifier(module: nn.Module, class_names: list[str] | None) -> tuple[int, Classifier | None]:

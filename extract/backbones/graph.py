@@ -87,7 +87,7 @@ def open_session(path: Path) -> onnxruntime.InferenceSession:
 
 
 def graph_key(described: Mapping[str, Any]) -> str:
-    """Return the key of a network's graph: a hash of what describes it and of the versions of svb and `PACKAGES`."""
+    """Return the key of a network's graph: a hash of what describes it, and of svb's and `PACKAGES`' versions."""
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
     return fingerprint({"svb": __version__, "network": dict(described), "versions": versions})
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from svb.data.rows import VideoRows
 from svb.errors import SvbError
-from svb.extract.backbones.backbone import Backbone
+from svb.extract.backbones.backbone import Backbone, RunningBatch
 
 logger = logging.getLogger(__name__)
 
@@ -35,13 +34,13 @@ class _OpenVideo:
 
 
 @dataclass
-class _RunningBatch:
-    """A batch under way: whose images it holds, how many run at once, and what waits for their features."""
+class _StartedBatch:
+    """A batch that was started: whose images it holds, how many run at once, and the run itself."""
 
     owners: list[_OpenVideo]
     batch: torch.Tensor
     at_once: int
-    fetch: Callable[[], torch.Tensor]
+    running: RunningBatch
 
 
 class Packer:
@@ -63,7 +62,7 @@ class Packer:
         self._executor, self._ahead = executor, ahead
         self._batch: torch.Tensor | None = None
         self._owners: list[_OpenVideo] = []
-        self._running: deque[_RunningBatch] = deque()
+        self._running: deque[_StartedBatch] = deque()
         self._open: dict[int, _OpenVideo] = {}
 
     def add(self, video: int, squares: torch.Tensor, times_seconds: NDArray[np.float64]) -> None:
@@ -112,9 +111,14 @@ class Packer:
         while self._running:
             self._fetch_oldest()
 
+    def fetch_done(self) -> None:
+        """Take the features of batches that have ended; cores go on with the others meanwhile."""
+        while self._running and self._running[0].running.is_done():
+            self._fetch_oldest()
+
     def _start(self) -> None:
         assert self._batch is not None
-        self._running.append(_RunningBatch(self._owners, self._batch, self._at_once, self._begin(self._batch)))
+        self._running.append(_StartedBatch(self._owners, self._batch, self._at_once, self._begin(self._batch)))
         self._owners, self._batch = [], None
         while len(self._running) > self._ahead:
             self._fetch_oldest()
@@ -123,7 +127,7 @@ class Packer:
         oldest = self._running.popleft()
         while True:
             try:
-                features = oldest.fetch()
+                features = oldest.running.fetch()
                 break
             except (
                 RuntimeError,
@@ -133,15 +137,16 @@ class Packer:
                     raise
                 if oldest.at_once == self._at_once:  # else an earlier batch has halved it already
                     self._halve(error)
-                oldest.at_once, oldest.fetch = self._at_once, self._begin(oldest.batch)
+                oldest.at_once, oldest.running = self._at_once, self._begin(oldest.batch)
         for owner, row in zip(oldest.owners, features[: len(oldest.owners)].numpy(), strict=True):
             owner.rows.append(row)
 
-    def _begin(self, batch: torch.Tensor) -> Callable[[], torch.Tensor]:
+    def _begin(self, batch: torch.Tensor) -> RunningBatch:
         """Start a batch, whole or in parts that fit; what goes wrong is raised when it is fetched."""
         parts = batch.split(self._at_once)
         if self._executor is not None:
-            return _joined([self._executor.submit(self.backbone, part).result for part in parts])
+            futures = [self._executor.submit(self.backbone, part) for part in parts]
+            return _joined([RunningBatch(future.result, future.done) for future in futures])
         try:
             return _joined([self.backbone.start(part) for part in parts])
         except (RuntimeError, MemoryError) as error:
@@ -191,15 +196,19 @@ class Packer:
         state.since_window = 0
 
 
-def _raising(error: Exception) -> Callable[[], torch.Tensor]:
+def _raising(error: Exception) -> RunningBatch:
     def fetch() -> torch.Tensor:
         raise error
 
-    return fetch
+    return RunningBatch(fetch, lambda: True)
 
 
-def _joined(parts: list[Callable[[], torch.Tensor]]) -> Callable[[], torch.Tensor]:
-    return parts[0] if len(parts) == 1 else lambda: torch.cat([part() for part in parts])
+def _joined(parts: list[RunningBatch]) -> RunningBatch:
+    if len(parts) == 1:
+        return parts[0]
+    return RunningBatch(
+        lambda: torch.cat([part.fetch() for part in parts]), lambda: all(part.is_done() for part in parts)
+    )
 
 
 def _is_out_of_memory(error: Exception) -> bool:

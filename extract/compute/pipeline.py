@@ -105,9 +105,9 @@ class Pipeline:
             self._pass_on_complete()
 
     def settle(self) -> None:
-        """Pass on what only waits for a batch that runs."""
+        """Pass on what only waited for batches that have ended meanwhile; waiting here would idle the cores."""
         for packer in self._packers:
-            packer.fetch()
+            packer.fetch_done()
         self._pass_on_complete()
 
     @property
