@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +250,26 @@ def test_out_of_memory_halves_the_batch() -> None:
     packer.flush()
     assert (packer.take(0)[0] == expected.numpy()).all()
     assert "out of memory on cpu, going on with 2 inputs at a time instead of 4" in said[0]
+
+
+def test_a_heartbeat_does_not_wait_for_a_batch() -> None:
+    """Decoders send one a second: cores would stand idle until each batch that runs has ended."""
+    backbone, may_end = load_backbone(FRAMES, CPU, torch.float32), threading.Event()
+    forward = backbone.module.forward
+
+    def held_up(images: torch.Tensor) -> Any:
+        assert may_end.wait(60)
+        return forward(images)
+
+    backbone.module.forward = held_up  # type: ignore[method-assign]
+    with ThreadPoolExecutor(2) as executor:
+        packer = Packer(backbone, 2, executor=executor, ahead=2)
+        packer.add(0, engine._pictures(backbone, 2), np.arange(2.0))
+        packer.fetch_done()  # as a heartbeat does
+        assert not packer.is_complete(0)
+        may_end.set()
+        packer.fetch()
+        assert packer.is_complete(0)
 
 
 @pytest.mark.parametrize("size", [(240, 426), (426, 240), (224, 224), (1080, 1920), (90, 160)])
