@@ -68,7 +68,7 @@ def load_backbones(
     backbones = [load_backbone(name, device, torch.float32) for name in names]
     try:
         graphs = [graph_of(backbone) for backbone in backbones]
-    except NoGraphError as error:
+    except (NoGraphError, OSError) as error:  # the disk may be full
         if engine == "onnx":
             raise SvbError(f"{error} - leave out --engine onnx: PyTorch computes it") from error
         logger.info(f"engine: PyTorch in {precision_name(dtype)}, as {error}")
