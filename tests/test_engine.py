@@ -22,6 +22,7 @@ from svb.errors import MismatchError, SvbError, UsageError
 from svb.extract.backbones import engine, graph, load_backbone
 from svb.extract.backbones.backbone import Backbone
 from svb.extract.backbones.graph import backbone_key, graphs_folder
+from svb.extract.backbones.transform import Transform, stored_transform
 from svb.extract.compute.packing import Packer
 from svb.extract.compute.squares import squares_by_pil
 from svb.extract.compute.transform import to_squares
@@ -29,6 +30,7 @@ from svb.extract.config import ExtractConfig
 
 CPU = torch.device("cpu")
 LITE0 = "offline:efficientnet-lite0"
+MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 pytestmark = pytest.mark.usefixtures("toy_backbones")
 
 
@@ -165,9 +167,9 @@ class _Unexportable(nn.Module):
 def test_what_has_no_graph_runs_in_torch(cache: Path, monkeypatch: pytest.MonkeyPatch, exports: list[str]) -> None:
     import toy_backbone
 
-    half = (0.5, 0.5, 0.5)
+    transform = Transform(16, (0.5,) * 3, (0.5,) * 3)
     with monkeypatch.context() as patch:
-        patch.setattr(toy_backbone, "load", lambda name, *rest: Backbone(name, _Unexportable(), 16, 3, half, half))
+        patch.setattr(toy_backbone, "load", lambda name, *rest: Backbone(name, _Unexportable(), transform, 3))
         for _ in range(2):
             said = heard()
             assert "engine" not in load().settings()
@@ -272,17 +274,33 @@ def test_a_heartbeat_does_not_wait_for_a_batch() -> None:
         assert packer.is_complete(0)
 
 
-@pytest.mark.parametrize("size", [(240, 426), (426, 240), (224, 224), (1080, 1920), (90, 160)])
-def test_squares_of_pil_are_those_of_torch(size: tuple[int, int]) -> None:
+TRANSFORMS = {
+    "CLIP": Transform(224, MEAN, STD),
+    "SigLIP 2": Transform(256, MEAN, STD, mode="squash", resize_px=(256, 256)),
+    "PE-Core": Transform(224, MEAN, STD, mode="squash", resize_px=(224, 224), interpolation="bilinear"),
+    "ResNet": Transform(224, MEAN, STD, resize_px=(232, 232), interpolation="bilinear"),
+    "padded": Transform(224, MEAN, STD, mode="longest", resize_px=(224, 224), fill=(10, 20, 30)),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_squares_of_pil_are_those_of_torch(transform: Transform) -> None:
     generator = torch.Generator().manual_seed(1)
-    coarse = torch.rand(2, 3, size[0] // 8, size[1] // 8, generator=generator)
-    frames = (nn.functional.interpolate(coarse, size, mode="bilinear") * 255).to(torch.uint8).permute(0, 2, 3, 1)
-    frames = frames.contiguous()
+    for size in ((240, 426), (426, 240), (224, 224), (720, 1280), (90, 160)):
+        coarse = torch.rand(2, 3, size[0] // 8, size[1] // 8, generator=generator)
+        smooth = nn.functional.interpolate(coarse, size, mode="bilinear")
+        frames = (smooth * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        ours = squares_by_pil(frames.numpy(), stored_transform(json.loads(json.dumps(transform.settings()))))
+        theirs = to_squares(frames, transform).numpy()
+        assert np.abs(ours.astype(int) - theirs).max() <= 2, size
+
+
+def test_features_of_pil_are_those_of_torch() -> None:
     backbone = load_backbone(LITE0, CPU, torch.float32)
-    ours = squares_by_pil(frames.numpy(), backbone.settings())
-    theirs = to_squares(frames, 224).numpy()
-    assert np.abs(ours.astype(int) - theirs).max() <= 2
-    found, expected = backbone(torch.from_numpy(ours)), backbone(torch.from_numpy(theirs))
+    frames = torch.randint(0, 256, (2, 30, 40, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    frames = frames.repeat_interleave(8, 1).repeat_interleave(8, 2)
+    ours = torch.from_numpy(squares_by_pil(frames.numpy(), backbone.transform))
+    found, expected = backbone(ours), backbone(to_squares(frames, backbone.transform))
     assert nn.functional.cosine_similarity(found, expected).min() > 0.9999
 
 

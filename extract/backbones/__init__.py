@@ -75,8 +75,8 @@ def load_matching_backbone(name: str, settings: Mapping[str, Any], device: torch
         SvbError: ONNX Runtime made them, and cannot run the backbone here.
     """
     from svb.device import choose_precision
-    from svb.extract.backbones.transform import stored_transform
     from svb.extract.backbones.engine import graph_of
+    from svb.extract.backbones.transform import stored_transform
 
     backbone = load_backbone(name, device, choose_precision(device, settings["precision"]))
     if backbone.weights_hash != settings["weights_hash"]:

@@ -14,8 +14,8 @@ from torch import nn
 
 from svb.device import precision_name
 from svb.errors import SvbError, UsageError
-from svb.extract.backbones.transform import Transform
 from svb.extract.backbones.graph import Graph
+from svb.extract.backbones.transform import Transform
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ class _Normalised(nn.Module):
         super().__init__()
         self.module = backbone.module
         shape = (3, *[1] * (len(backbone.input_shape) - 1))
-        mean, std = torch.tensor(backbone.mean).view(shape), torch.tensor(backbone.std).view(shape)
+        mean, std = (torch.tensor(of).view(shape) for of in (backbone.transform.mean, backbone.transform.std))
         self.register_buffer("scale", 1 / (255 * std))
         self.register_buffer("shift", -mean / std)
 

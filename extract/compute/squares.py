@@ -5,31 +5,31 @@ PIL is what the networks were trained with; `svb.extract.compute.transform` come
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from svb.extract.backbones.transform import Transform
 
-def squares_by_pil(frames: NDArray[np.uint8], settings: Mapping[str, Any]) -> NDArray[np.uint8]:
-    """Scale and crop frames as `to_squares` does.
+
+def squares_by_pil(frames: NDArray[np.uint8], transform: Transform) -> NDArray[np.uint8]:
+    """Scale frames and crop or pad them as `to_squares` does.
 
     Args:
         frames: `(T, H, W, 3)` uint8.
-        settings: A backbone's, from its store.
+        transform: How; it must ask for antialiasing.
 
     Returns:
         `(T, 3, S, S)` uint8.
     """
-    size = settings["image_size"]
-    height, width = frames.shape[1:3]
-    long_side = int(size * max(height, width) / min(height, width))
-    scaled = (size, long_side) if height <= width else (long_side, size)
+    size = transform.image_size
+    height, width = transform.scaled_px(*frames.shape[1:3])
+    box = round(max(width - size, 0) / 2), round(max(height - size, 0) / 2)
+    place = max(size - width, 0) // 2, max(size - height, 0) // 2
     squares = np.empty((len(frames), 3, size, size), np.uint8)
     for frame, square in zip(frames, squares, strict=True):
-        picture = Image.fromarray(frame).resize((scaled[1], scaled[0]), Image.Resampling.BICUBIC)
-        top, left = round((scaled[0] - size) / 2), round((scaled[1] - size) / 2)
-        square[:] = np.asarray(picture.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
+        scaled = Image.fromarray(frame).resize((width, height), Image.Resampling[transform.interpolation.upper()])
+        canvas = Image.new("RGB", (size, size), transform.fill)
+        canvas.paste(scaled.crop((*box, min(box[0] + size, width), min(box[1] + size, height))), place)
+        square[:] = np.asarray(canvas).transpose(2, 0, 1)
     return squares

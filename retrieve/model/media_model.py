@@ -31,6 +31,7 @@ from svb.extract.backbones.graph import (
     read_graph,
     resembles,
 )
+from svb.extract.backbones.transform import stored_transform
 from svb.extract.compute.machine import available_cores
 from svb.extract.decode.decoder import FrameChunk
 from svb.extract.one_file import Rows
@@ -148,7 +149,7 @@ class GraphMedia:
     def __init__(self, model: dict[str, Any], graphs: list[Graph], head: VideoHead) -> None:
         self.model = model
         self._graphs, self._head = graphs, head
-        self._settings = list(parts_of(model["video"]).values())
+        self._transforms = [stored_transform(held) for held in parts_of(model["video"]).values()]
 
     def rows(self, chunks: Iterable[FrameChunk]) -> list[Rows]:
         from svb.extract.compute.squares import squares_by_pil
@@ -166,8 +167,8 @@ class GraphMedia:
                 times.append(chunk.frame_times_seconds.astype(np.float64))  # a copy, as are the squares
                 for begin in range(0, len(chunk.frames), BATCH_SIZE):
                     frames = chunk.frames[begin : begin + BATCH_SIZE]
-                    for number, (graph, settings) in enumerate(zip(self._graphs, self._settings, strict=True)):
-                        running.append((number, executor.submit(graph, squares_by_pil(frames, settings))))
+                    for number, (graph, transform) in enumerate(zip(self._graphs, self._transforms, strict=True)):
+                        running.append((number, executor.submit(graph, squares_by_pil(frames, transform))))
                 while len(running) > 2 * available_cores():  # what waits takes memory
                     fetch()
             while running:
@@ -207,9 +208,11 @@ def open_graph_media(folder: Path, manifest: Mapping[str, Any]) -> GraphMedia | 
 
 
 def _may_have_graphs(model: Mapping[str, Any]) -> bool:
-    """Tell whether all backbones of an index look at single frames, and were not imported."""
-    held = parts_of(model["video"]).values()
-    return all(of.get("clip_frames", 1) == 1 and not of.get("imported", False) for of in held)
+    """Tell whether all backbones of an index look at single frames that PIL can prepare, and were not imported."""
+    return all(
+        not held.get("imported", False) and held["clip_frames"] == 1 and stored_transform(held).antialias
+        for held in parts_of(model["video"]).values()
+    )
 
 
 def _backbone_graph(name: str, settings: Mapping[str, Any]) -> Graph:
