@@ -31,6 +31,7 @@ import h5py
 import numpy as np
 import shared
 import torch
+from numpy.typing import NDArray
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
@@ -147,7 +148,19 @@ class Batch:
     def frames(self) -> Batch:
         return self
 
-    def gather(self, rows: torch.Tensor, like: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    @property
+    def video_of(self) -> NDArray[np.int64]:
+        return self.caption_video.numpy()
+
+    def longest(self, rows: NDArray[np.int64]) -> int:
+        """Return T of the batch, of which `rows` are all."""
+        return self.frame_mask.shape[1]
+
+    def real_places(self, rows: NDArray[np.int64], longest: int) -> NDArray[np.int64]:
+        """Return the places of the batch's real frames."""
+        return np.flatnonzero(self.frame_mask)
+
+    def gather(self, rows: torch.Tensor, longest: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the frames of the batch, of which `rows` are all."""
         return self.frame_features, self.frame_mask
 
@@ -163,7 +176,7 @@ class Steps:
         split: Any = batch
         objective = Objective(self.config, self.model, split, [], None, Processes(), torch.float32)
         size = len(batch.caption_video)
-        losses = objective(torch.arange(size), torch.ones(size, dtype=torch.bool), 0.5)
+        losses = objective(np.arange(size), np.ones(size, dtype=np.bool_), 0.5)
         self.optimizer.zero_grad(set_to_none=True)
         losses.loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 from svb.errors import UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
@@ -52,6 +54,14 @@ def choose_precision(device: torch.device, name: str = "auto") -> torch.dtype:
     if device.type == "cpu" and _cpu_has_amx():
         return torch.bfloat16
     return torch.float32
+
+
+def to_device(array: NDArray[np.generic], device: torch.device) -> torch.Tensor:
+    """Return a small array of the host as a tensor; the host does not wait for a GPU that is still computing."""
+    import torch
+
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def precision_name(dtype: torch.dtype) -> str:

@@ -211,7 +211,8 @@ def _video_side(
     model: RetrievalModel, split: SplitData, rows: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return embeddings `(S, D)`, frame sequences `(S, T, D)` and their mask for some videos."""
-    parts = [model.video_head(*split.frames.gather(some, like=rows)) for some in rows.split(512)]
+    longest = split.frames.longest(rows.cpu().numpy())
+    parts = [model.video_head(*split.frames.gather(some, longest)) for some in rows.split(512)]
     return (
         torch.cat([part.video_embeddings for part in parts]),
         torch.cat([part.frame_sequences for part in parts]),

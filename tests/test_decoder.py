@@ -38,7 +38,7 @@ def logits_of(
     decoder: CaptionDecoder, tokens: torch.Tensor, frames: torch.Tensor, frame_mask: torch.Tensor
 ) -> torch.Tensor:
     """Return the logits of what follows each token: `(B, L)` -> `(B, L, vocabulary)`."""
-    hidden = decoder.hidden(tokens, frames, frame_mask, torch.ones_like(tokens, dtype=torch.bool))
+    hidden = decoder.hidden(tokens, frames, frame_mask, torch.ones_like(tokens, dtype=torch.bool).numpy())
     return (hidden @ decoder.output_weight.T).view(*tokens.shape, -1)
 
 
@@ -76,8 +76,10 @@ def test_wanted_positions_hold_what_all_positions_hold() -> None:
     decoder, memory = make_decoder(), make_memory()
     tokens = torch.tensor([[START, 4, PADDING], [START, 8, 9]])
     wanted = torch.tensor([[True, True, False], [False, True, True]])
-    everything = decoder.hidden(tokens, *memory, torch.ones_like(wanted)).view(2, 3, -1)
-    torch.testing.assert_close(decoder.hidden(tokens, *memory, wanted), everything[wanted], rtol=1e-5, atol=1e-5)
+    everything = decoder.hidden(tokens, *memory, torch.ones_like(wanted).numpy()).view(2, 3, -1)
+    torch.testing.assert_close(
+        decoder.hidden(tokens, *memory, wanted.numpy()), everything[wanted], rtol=1e-5, atol=1e-5
+    )
 
 
 def test_padding_of_captions_is_ignored() -> None:
@@ -91,7 +93,7 @@ def test_padding_of_captions_is_ignored() -> None:
 def test_overfits_a_handful_of_captions_through_mixtures() -> None:
     captions = ["a dog runs", "a dog sleeps", "two cats play on a bed", "the cat sleeps"]
     vocabulary = Vocabulary.of(captions, 1)
-    tokens = pad([vocabulary.encode(caption) for caption in captions], PADDING)
+    tokens = torch.from_numpy(pad([vocabulary.encode(caption) for caption in captions], PADDING))
     torch.manual_seed(0)
     embeddings = F.normalize(torch.randn(4, MEMORY_SIZE), dim=-1)
     frames, frame_mask = torch.randn(4, 3, MEMORY_SIZE), torch.tensor([[True] * 3, [True] * 2 + [False]] * 2)
@@ -102,7 +104,7 @@ def test_overfits_a_handful_of_captions_through_mixtures() -> None:
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=3e-3)
     real = tokens[:, 1:] != PADDING
     for _ in range(150):
-        hidden = decoder.hidden(tokens[:, :-1], mixtures, mixture_mask, real)
+        hidden = decoder.hidden(tokens[:, :-1], mixtures, mixture_mask, real.numpy())
         loss = cross_captioning(hidden, decoder.output_weight, tokens[:, 1:][real]) / real.sum()
         optimizer.zero_grad()
         loss.backward()

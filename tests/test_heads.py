@@ -262,7 +262,7 @@ def test_gradients_reach_every_parameter(variant: str, shared_space: bool) -> No
         )
         tokens = torch.tensor([[1, 4, 5, 2], [1, 6, 2, 0], [1, 7, 2, 0], [1, 8, 4, 2]])
         is_word = tokens[:, 1:] != 0
-        hidden = model.decoder.hidden(tokens[:, :-1], *mix(weights, sequences, frame_mask), is_word)
+        hidden = model.decoder.hidden(tokens[:, :-1], *mix(weights, sequences, frame_mask), is_word.numpy())
         loss = loss + cross_captioning(hidden, model.decoder.output_weight, tokens[:, 1:][is_word])
     loss.backward()
     for name, parameter in model.named_parameters():

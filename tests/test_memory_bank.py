@@ -2,14 +2,17 @@ from __future__ import annotations
 
 from collections import deque
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from svb.train.memory_bank import MemoryBank
 
 # Tensors this small are slower on two threads than on one.
 torch.set_num_threads(1)
 ROWS, FRAMES, SIZE = 5, 4, 3
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, NDArray[np.int64]]
 Row = tuple[list[float], list[list[float]], int]
 
 
@@ -23,16 +26,16 @@ def make_bank() -> MemoryBank:
     return bank
 
 
-def make_batch(size: int, first_video: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def make_batch(size: int, first_video: int) -> Batch:
     """Return videos of 1 to FRAMES frames each, padded to the longest of them."""
     random = torch.Generator().manual_seed(first_video)
     lengths = torch.randint(1, FRAMES + 1, (size,), generator=random)
     frame_mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
     frames = torch.randn(*frame_mask.shape, SIZE, generator=random)
-    return torch.randn(size, SIZE, generator=random), frames, frame_mask, torch.arange(size) + first_video
+    return torch.randn(size, SIZE, generator=random), frames, frame_mask, np.arange(size) + first_video
 
 
-def rows_of(batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]) -> list[Row]:
+def rows_of(batch: Batch) -> list[Row]:
     return [
         (embedding.tolist(), frames[mask].tolist(), int(video))
         for embedding, frames, mask, video in zip(*batch, strict=True)

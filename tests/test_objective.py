@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import naive
+import numpy as np
 import pytest
 import torch
 
@@ -97,7 +98,7 @@ def slowly(
         assert isinstance(decoder, CaptionDecoder)
         tokens = torch.tensor([objective.tokens[batch[number]]])
         every_word = torch.ones(1, tokens.shape[1] - 1, dtype=torch.bool)
-        hidden = decoder.hidden(tokens[:, :-1], frames, mask, every_word).tolist()
+        hidden = decoder.hidden(tokens[:, :-1], frames, mask, every_word.numpy()).tolist()
         total = 0.0
         for place, word in zip(hidden, tokens[0, 1:].tolist(), strict=True):
             exponentials = [math.exp(naive.dot(place, row)) for row in decoder.output_weight.tolist()]
@@ -120,8 +121,8 @@ def slowly(
 def quickly(
     objective: Objective, batch: Sequence[int], is_decoded: Sequence[bool] | None = None, progress: float = 0.5
 ) -> list[float]:
-    drawn = torch.tensor(is_decoded or [True] * len(batch))
-    return [float(value) for value in objective(torch.tensor(batch), drawn, progress).watched()]
+    drawn = np.array(is_decoded or [True] * len(batch))
+    return [float(value) for value in objective(np.array(batch), drawn, progress).watched()]
 
 
 @pytest.mark.parametrize("memory_bank", [0, 4, 20])
@@ -171,7 +172,7 @@ def test_captions_that_are_not_drawn_are_not_rebuilt(rebuild: str, drawn: list[b
     values = quickly(objective, BATCH, drawn)
     assert values == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert (values[2] > 0) == any(drawn)
-    losses = objective(torch.tensor(BATCH), torch.tensor(drawn), 0.5)
+    losses = objective(np.array(BATCH), np.array(drawn), 0.5)
     losses.loss.backward()
     gradients = [parameter.grad for parameter in objective.model.parameters() if parameter.grad is not None]
     assert all(gradient.isfinite().all() for gradient in gradients)
@@ -184,7 +185,7 @@ def test_a_batch_of_one_video(variant: str, rebuild: str) -> None:
     values = quickly(objective, [2, 3])
     assert values == pytest.approx(slowly(objective, [2, 3], [], [True] * 2, 0.5), rel=1e-4, abs=1e-5)
     assert values[1] == 0 and (values[2] == 0) == (variant == "cross")
-    objective(torch.tensor([2, 3]), torch.tensor([True, True]), 0.5).loss.backward()
+    objective(np.array([2, 3]), np.array([True, True]), 0.5).loss.backward()
     gradients = [parameter.grad for parameter in objective.model.parameters() if parameter.grad is not None]
     assert gradients and all(gradient.isfinite().all() for gradient in gradients)
 
@@ -211,7 +212,7 @@ def test_every_learned_weight_gets_a_gradient_that_is_the_slope(rebuild: str, su
         with torch.no_grad():
             for parameter, direction in zip(parameters, directions, strict=True):
                 parameter.add_(direction, alpha=step)
-        return objective(torch.tensor(BATCH), torch.tensor([True] * 5), 0.5).loss
+        return objective(np.array(BATCH), np.array([True] * 5), 0.5).loss
 
     loss_at(0.0).backward()
     assert all(parameter.grad is not None for parameter in parameters)

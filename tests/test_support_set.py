@@ -136,9 +136,13 @@ def test_long_videos_are_thinned_to_the_middle_of_equal_parts(max_frames: int) -
     rows = torch.arange(len(lengths))
     frames, frame_mask = table.gather(rows)
     # A share of the videos, as long as the longest of all.
-    shared_frames, shared_mask = table.gather(rows[1:4], like=rows)
+    longest = table.longest(rows.numpy())
+    assert (
+        table.real_places(rows[1:4].numpy(), longest).tolist() == frame_mask[1:4].flatten().nonzero()[:, 0].tolist()
+    )
+    shared_frames, shared_mask = table.gather(rows[1:4], longest)
     assert torch.equal(shared_frames, frames[1:4]) and torch.equal(shared_mask, frame_mask[1:4])
-    assert torch.equal(table.mask(rows[1:4], like=rows), frame_mask[1:4])
+    assert torch.equal(table.mask(rows[1:4], longest), frame_mask[1:4])
     assert table.gather(rows[:1])[0].shape[1] == 1
     assert frames.shape[1] == min(max_frames, max(lengths))
     begin = 0

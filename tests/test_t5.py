@@ -196,9 +196,9 @@ class TestDecoder:
         tokens, memory = make_tokens(decoder), make_memory()
         wanted = tokens != decoder.padding
         wanted[:, 0] = torch.tensor([True, False])
-        hidden = decoder.hidden(tokens, *memory, wanted)
+        hidden = decoder.hidden(tokens, *memory, wanted.numpy())
         assert hidden.shape == (int(wanted.sum()), 32)
-        everything = decoder.hidden(tokens, *memory, torch.ones_like(wanted)).view(*tokens.shape, 32)
+        everything = decoder.hidden(tokens, *memory, torch.ones_like(wanted).numpy()).view(*tokens.shape, 32)
         torch.testing.assert_close(hidden, everything[wanted], rtol=0, atol=0)
 
     def test_captions_are_tokens_from_start_to_end(self, decoder: T5Decoder, folder: Path) -> None:
@@ -213,14 +213,14 @@ class TestDecoder:
     def test_overfits_and_writes_what_it_learned(self, decoder: T5Decoder) -> None:
         torch.manual_seed(0)
         memory = torch.randn(5, 3, MEMORY_SIZE), torch.tensor([[True] * 3, [True] * 2 + [False]] * 3)[:5]
-        tokens = pad(decoder.encode(CAPTIONS))
+        tokens = torch.from_numpy(pad(decoder.encode(CAPTIONS)))
         is_token = tokens[:, 1:] != decoder.padding
         optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-2)
         decoder.eval()  # without dropout, so that it can be learned by heart
         losses = []
         for _ in range(80):
             with torch.autocast("cpu", torch.bfloat16):
-                hidden = decoder.hidden(tokens[:, :-1], *memory, is_token)
+                hidden = decoder.hidden(tokens[:, :-1], *memory, is_token.numpy())
             loss = F.cross_entropy(hidden.float() @ decoder.output_weight.T, tokens[:, 1:][is_token])
             optimizer.zero_grad()
             loss.backward()
@@ -256,7 +256,9 @@ class TestDecoder:
         tokens, (frames, frame_mask) = make_tokens(decoder), make_memory()
         decoder.train()
         with torch.autocast("cpu", torch.bfloat16):
-            hidden = decoder.hidden(tokens, 100 * frames, frame_mask, torch.ones_like(tokens, dtype=torch.bool))
+            hidden = decoder.hidden(
+                tokens, 100 * frames, frame_mask, torch.ones_like(tokens, dtype=torch.bool).numpy()
+            )
         (hidden.float() @ decoder.output_weight.T).logsumexp(dim=1).sum().backward()
         for name, parameter in decoder.named_parameters():
             assert parameter.grad is not None and parameter.grad.isfinite().all(), name
@@ -442,5 +444,5 @@ def logits_of(
     decoder: T5Decoder, tokens: torch.Tensor, frames: torch.Tensor, frame_mask: torch.Tensor
 ) -> torch.Tensor:
     """Return `(B, L, vocabulary)`."""
-    hidden = decoder.hidden(tokens, frames, frame_mask, torch.ones_like(tokens, dtype=torch.bool))
+    hidden = decoder.hidden(tokens, frames, frame_mask, torch.ones_like(tokens, dtype=torch.bool).numpy())
     return (hidden @ decoder.output_weight.T).view(*tokens.shape, -1)

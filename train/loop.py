@@ -60,7 +60,6 @@ class Loop:
         self._totals = torch.zeros(len(_WATCHED))
         self._model, self._config, self._out, self._processes = model, config, out, processes
         self._train, self._choosing, self._relevance = train_split, choosing_split, relevance
-        self._caption_video = train_split.caption_video.cpu().numpy()
         self._batches = self._batches_of(0)
         if min(map(len, self._batches)) < processes.world:
             raise UsageError(
@@ -123,10 +122,9 @@ class Loop:
         done = self.epoch * self._steps_per_epoch + self._step
         for group in self._optimizer.param_groups:
             group["lr"] = self._learning_rate(done)
-        device = self._train.caption_video.device
         losses = self._objective(
-            torch.from_numpy(batch).to(device),
-            torch.from_numpy(_draw(len(batch), self._config.decode_fraction, random)).to(device),
+            batch,
+            _draw(len(batch), self._config.decode_fraction, random),
             done / (self._config.epochs * self._steps_per_epoch),
         )
         self._optimizer.zero_grad(set_to_none=True)
@@ -136,12 +134,13 @@ class Loop:
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             gradients.append(parameter.grad)
-        stop = torch.full((), float(interrupted()), device=device)
+        stop = torch.full((), float(interrupted()), device=losses.loss.device)
         watched = [*losses.watched(), stop]
         self._processes.average([*gradients, *watched])
         gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        watched = [*watched[:-1], gradient_norm]
-        values = torch.stack(watched).cpu()
+        # Here the host waits for the GPU, once a step: a loss that is not finite must not reach the weights.
+        found = torch.stack([*watched[:-1], gradient_norm, stop]).cpu()
+        values, is_stopped = found[:-1], bool(found[-1])
         if not values.isfinite().all():
             raise InputError(
                 f"the loss is {float(values[0])}, its gradient {float(values[-1])} in epoch {self.epoch + 1} - "
@@ -151,7 +150,7 @@ class Loop:
         self._optimizer.step()
         self._model.limit_scales()
         self._totals += values
-        return bool(stop)
+        return is_stopped
 
     def _evaluate_and_save(self, metrics: dict[str, float]) -> dict[str, float]:
         is_last = self.epoch == self._config.epochs
@@ -248,7 +247,7 @@ class Loop:
 
     def _batches_of(self, epoch: int) -> list[NDArray[np.int64]]:
         return epoch_batches(
-            self._caption_video,
+            self._train.video_of,
             caption_sampling=self._config.caption_sampling,
             batch_size=self._config.batch_size,
             seed=self._config.seed,
@@ -274,11 +273,11 @@ def _encode(model: RetrievalModel, split: SplitData) -> list[list[int]]:
 def _make_bank(config: TrainConfig, model: RetrievalModel, split: SplitData) -> MemoryBank | None:
     if model.decoder is None or not config.memory_bank:
         return None
-    longest = int(split.frames.lengths.max().clamp_max(config.max_frames))
+    longest = int(split.frames.num_frames.max())
     frames = longest if config.support_values == "frames" else 1
     device = split.caption_video.device
     try:
-        return MemoryBank(config.memory_bank, frames, model.embedding_size).to(device)
+        return MemoryBank(config.memory_bank, frames, model.embedding_size, device)
     except RuntimeError as error:  # torch has no narrower error for a lack of memory on the CPU
         gigabytes = 4 * config.memory_bank * (frames + 1) * model.embedding_size / 1e9
         raise UsageError(

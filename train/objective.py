@@ -2,14 +2,20 @@
 
 This is the whole method, from the embeddings of a batch to its loss. Every process takes its share of the batch
 (b of B captions, each with its video) and compares it with the shares of all.
+
+Which captions a batch holds, how long they and their videos are and which of them are rebuilt is known on the host
+and computed there in numpy: the host never waits for a GPU to tell, and so keeps it busy.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from svb.device import to_device
 from svb.train.config import TrainConfig
 from svb.train.decoders import EmbeddingDecoder, pad
 from svb.train.losses import cross_captioning, embedding_distance, info_nce, max_margin
@@ -65,7 +71,7 @@ class Objective:
     processes: Processes
     decoder_dtype: torch.dtype
 
-    def __call__(self, batch: torch.Tensor, is_decoded: torch.Tensor, progress: float) -> StepLosses:
+    def __call__(self, batch: NDArray[np.int64], is_decoded: NDArray[np.bool_], progress: float) -> StepLosses:
         """Return the losses of a step.
 
         Args:
@@ -74,12 +80,17 @@ class Objective:
             progress: Share of all steps that are done.
         """
         share, total = self.processes.share(len(batch)), len(batch)
-        all_rows = self.split.caption_video[batch]  # (B,)
+        frames, device = self.split.frames, self.split.caption_features.device
+        videos = self.split.video_of[batch]  # (B,) on the host, as the batch is
+        all_rows = to_device(videos, device)  # (B,)
         rows = all_rows[share]  # (b,)
         # T is that of the longest video in the whole batch, so that processes can exchange frames.
-        frame_features, frame_mask = self.split.frames.gather(rows, like=all_rows)  # (b, T, F), (b, T)
-        video_embeddings, frame_sequences = self.model.video_head(frame_features, frame_mask)  # (b, D), (b, T, D)
-        caption_embeddings = self.model.text_head(self.split.caption_features[batch[share]].float())  # (b, D)
+        longest = frames.longest(videos)
+        frame_features, frame_mask = frames.gather(rows, longest)  # (b, T, F), (b, T)
+        real = to_device(frames.real_places(videos[share], longest), device)  # (N,)
+        video_embeddings, frame_sequences = self.model.video_head(frame_features, frame_mask, real)  # and (b, T, D)
+        caption_features = self.split.caption_features[to_device(batch[share], device)]
+        caption_embeddings = self.model.text_head(caption_features.float())  # (b, D)
         all_videos = self.processes.gather(video_embeddings, total)  # (B, D)
         all_captions = self.processes.gather(caption_embeddings, total)  # (B, D)
         is_negative = ~own_mask(rows, all_rows)  # (b, B)
@@ -95,11 +106,11 @@ class Objective:
         values, _ = support_values(frame_sequences, frame_mask, self.config.support_values)
         all_sequences = self.processes.gather(values, total)  # (B, T, D), T is 1 for pooled values
         # Every process knows the lengths of all videos, so masks need no exchange.
-        all_masks = self.split.frames.mask(all_rows)[:, : all_sequences.shape[1]]  # (B, T)
-        support = (all_videos, all_sequences, all_masks, all_rows)
+        all_masks = frames.mask(all_rows, longest)[:, : all_sequences.shape[1]]  # (B, T)
+        support = (all_videos, all_sequences, all_masks, videos)
         rebuilding, spread = self._rebuild(caption_embeddings, batch, is_decoded, support)
         if self.bank is not None:
-            self.bank.add(all_videos, all_sequences, all_masks, all_rows)
+            self.bank.add(all_videos, all_sequences, all_masks, videos)
         return StepLosses(
             contrastive + self.config.cross_captioning_weight * rebuilding, contrastive, rebuilding, spread
         )
@@ -131,59 +142,62 @@ class Objective:
     def _rebuild(
         self,
         caption_embeddings: torch.Tensor,
-        batch: torch.Tensor,
-        is_decoded: torch.Tensor,
-        support: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+        batch: NDArray[np.int64],
+        is_decoded: NDArray[np.bool_],
+        support: tuple[torch.Tensor, torch.Tensor, torch.Tensor, NDArray[np.int64]],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return this process's parts of the cross-captioning loss and of the support weights' entropy."""
         embeddings, frame_sequences, frame_mask, videos = support
-        rows, older = self.split.caption_video[batch], None
-        in_batch = len(videos)
+        rows, older, device = videos, None, caption_embeddings.device
         if self.bank is not None:
             stored = self.bank.read()
-            embeddings, videos = torch.cat([embeddings, stored[0]]), torch.cat([videos, stored[3]])
-            frames = frame_mask.shape[1]
-            longest = max(frames, int(stored[2].sum(dim=1).max())) if len(stored[2]) else frames
+            embeddings, videos = torch.cat([embeddings, stored[0]]), np.concatenate([videos, stored[3]])
+            longest = frame_mask.shape[1]
+            if self.config.support_values == "frames":
+                longest = self.split.frames.longest(videos)
             frame_sequences = torch.cat([_lengthen(frame_sequences, longest), stored[1][:, :longest]])
             frame_mask = torch.cat([_lengthen(frame_mask, longest), stored[2][:, :longest]])
-        own = own_mask(rows, videos)  # (B, S)
-        if self.bank is not None:
-            older = own.clone()
-            older[:, :in_batch] = False
         if self.config.variant == "cross":
             # A support set of one video has no other to rebuild its captions from.
-            is_decoded = is_decoded & (~own).any(dim=1)
+            is_decoded = is_decoded & ((rows != videos.min()) | (rows != videos.max()))
         total = int(is_decoded.sum())
         share = self.processes.share(len(batch))
-        kept = is_decoded[share].nonzero().squeeze(1)  # (n,) of this process's captions
+        kept_on_host = np.flatnonzero(is_decoded[share])  # (n,) of this process's captions
+        kept, captions = to_device(kept_on_host, device), batch[share][kept_on_host]
+        own = own_mask(to_device(rows[share][kept_on_host], device), to_device(videos, device))  # (n, S)
+        if self.bank is not None:
+            older = own.clone()
+            older[:, : len(rows)] = False
         weights = support_weights(
             caption_embeddings[kept],
             embeddings,
-            own[share][kept],
+            own,
             variant=self.config.variant,
             temperature=self.model.support_temperature,
-            older=None if older is None else older[share][kept],
+            older=older,
+            checked=True,
         )  # (n, S)
         mixtures, mixture_mask = mix(weights, frame_sequences, frame_mask)  # (n, T, D), (n, T)
         spread = self.processes.mean(entropy(weights.detach()), max(1, total))
         decoder = self.model.decoder
         if isinstance(decoder, EmbeddingDecoder):
             predicted = decoder(mixtures, mixture_mask)  # (n, F)
-            wanted = self.split.caption_features[batch[share][kept]].float()
+            wanted = self.split.caption_features[to_device(captions, device)].float()
             return self.processes.mean(embedding_distance(predicted, wanted), max(1, total)), spread
         assert decoder is not None
         num_words = sum(len(self.tokens[position]) - 1 for position in batch[is_decoded].tolist())
-        if not len(kept):
+        if not len(captions):
             # A plain zero would not do: the backward pass of the gathered tensors waits for every process.
             return mixtures.sum(), spread
-        tokens = pad([self.tokens[position] for position in batch[share][kept].tolist()], decoder.padding)
-        tokens = tokens.to(rows.device)  # (n, L)
+        tokens = pad([self.tokens[position] for position in captions.tolist()], decoder.padding)  # (n, L)
         is_word = tokens[:, 1:] != decoder.padding  # (n, L - 1)
         with torch.autocast(
-            rows.device.type, self.decoder_dtype, enabled=self.decoder_dtype not in (torch.float32, torch.float64)
+            device.type, self.decoder_dtype, enabled=self.decoder_dtype not in (torch.float32, torch.float64)
         ):
-            hidden = decoder.hidden(tokens[:, :-1], mixtures, mixture_mask, is_word)  # (N, H)
-        summed = cross_captioning(hidden, decoder.output_weight, tokens[:, 1:][is_word], self.decoder_dtype)
+            before = to_device(tokens[:, :-1].copy(), device)
+            hidden = decoder.hidden(before, mixtures, mixture_mask, is_word)  # (N, H)
+        targets = to_device(tokens[:, 1:][is_word], device)  # (N,)
+        summed = cross_captioning(hidden, decoder.output_weight, targets, self.decoder_dtype)
         return self.processes.mean(summed, num_words), spread
 
 

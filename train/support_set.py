@@ -25,6 +25,7 @@ def support_weights(
     variant: str,
     temperature: torch.Tensor | float,
     older: torch.Tensor | None = None,
+    checked: bool = False,
 ) -> torch.Tensor:
     """Return the weight of each support video in the mixture that a caption is rebuilt from.
 
@@ -39,6 +40,7 @@ def support_weights(
         temperature: Divides the similarities.
         older: `(B, S)` bool, True on an older state of the caption's own video in a memory bank, which no variant
             uses.
+        checked: Every caption is known to have a video; otherwise the host asks the device for one without.
 
     Returns:
         `(B, S)`, rows sum to 1.
@@ -48,7 +50,7 @@ def support_weights(
     """
     if older is not None:
         own = own & ~older
-    if variant in ("identity", "hybrid"):
+    if variant in ("identity", "hybrid") and not checked:
         _require_allowed(own, "its own video is not in the support set")
     if variant == "identity":
         return _share_equally(own, caption_embeddings.dtype)
@@ -57,7 +59,8 @@ def support_weights(
         logits = logits.masked_fill(older, float("-inf"))
     if variant == "cross":
         allowed = ~own if older is None else ~(own | older)
-        _require_allowed(allowed, "every video of the support set is its own")
+        if not checked:
+            _require_allowed(allowed, "every video of the support set is its own")
         return logits.masked_fill(own, float("-inf")).softmax(dim=1)
     full = logits.softmax(dim=1)
     return full if variant == "full" else (full + _share_equally(own, full.dtype)) / 2

@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -42,24 +43,38 @@ class FrameTable:
         features, offsets = torch.from_numpy(loaded.features), torch.from_numpy(loaded.offsets).to(device)
         return cls(loaded.video_ids, features.to(device), offsets[:-1], offsets.diff(), max_frames)
 
-    def mask(self, rows: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
-        """Return `(B, T)` bool, True on a real frame; arguments as `gather`."""
-        longest = self.lengths[rows if like is None else like].max().clamp_max(self.max_frames)
-        step = torch.arange(int(longest), device=rows.device)
-        return step[None, :] < self.lengths[rows].clamp_max(self.max_frames)[:, None]
+    @cached_property
+    def num_frames(self) -> NDArray[np.int64]:
+        """`(V,)` frames of each video that `gather` takes, on the host, which then need not ask a GPU for them."""
+        counts: NDArray[np.int64] = self.lengths.clamp_max(self.max_frames).cpu().numpy()
+        return counts
 
-    def gather(self, rows: torch.Tensor, like: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def longest(self, rows: NDArray[np.int64]) -> int:
+        """Return T of some videos: the frames of the longest."""
+        return int(self.num_frames[rows].max())
+
+    def real_places(self, rows: NDArray[np.int64], longest: int) -> NDArray[np.int64]:
+        """Return the `(N,)` places of the real frames of some videos in their flattened `(B, T)` mask."""
+        return np.flatnonzero(np.arange(longest)[None, :] < self.num_frames[rows][:, None])
+
+    def mask(self, rows: torch.Tensor, longest: int | None = None) -> torch.Tensor:
+        """Return `(B, T)` bool, True on a real frame; arguments as `gather`."""
+        lengths = self.lengths[rows].clamp_max(self.max_frames)
+        step = torch.arange(int(lengths.max()) if longest is None else longest, device=rows.device)
+        return step[None, :] < lengths[:, None]
+
+    def gather(self, rows: torch.Tensor, longest: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the frame features of some videos.
 
         Args:
             rows: `(B,)` rows of the videos.
-            like: Rows of the videos whose longest sets T; by default `rows`.
+            longest: T; by default that of the longest of them, for which the host asks the device.
 
         Returns:
             `(B, T, F)` float32 and `(B, T)` bool, True on a real frame.
         """
         begin, length = self.begins[rows], self.lengths[rows]
-        frame_mask = self.mask(rows, like)
+        frame_mask = self.mask(rows, longest)
         kept, step = frame_mask.sum(dim=1), torch.arange(frame_mask.shape[1], device=rows.device)
         # The middle of each of `kept` equal parts, or all frames in order if none is left out.
         position = (2 * step[None, :] + 1) * length[:, None] // (2 * kept[:, None])
@@ -89,6 +104,12 @@ class SplitData:
     @property
     def num_videos(self) -> int:
         return len(self.frames.video_ids)
+
+    @cached_property
+    def video_of(self) -> NDArray[np.int64]:
+        """`caption_video` on the host."""
+        rows: NDArray[np.int64] = self.caption_video.cpu().numpy()
+        return rows
 
 
 def load_split(

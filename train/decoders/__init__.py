@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from svb.data.t5 import absolute_t5_name
@@ -39,7 +41,11 @@ class WordDecoder(Protocol):
         ...
 
     def hidden(
-        self, tokens: torch.Tensor, frame_sequences: torch.Tensor, frame_mask: torch.Tensor, wanted: torch.Tensor
+        self,
+        tokens: torch.Tensor,
+        frame_sequences: torch.Tensor,
+        frame_mask: torch.Tensor,
+        wanted: NDArray[np.bool_],
     ) -> torch.Tensor:
         """Return the decoder's state at the wanted positions.
 
@@ -116,9 +122,9 @@ def needs_vocabulary(config: TrainConfig) -> bool:
     return config.variant != "none" and config.rebuild == "tokens" and config.caption_decoder == "transformer"
 
 
-def pad(encoded: Sequence[Sequence[int]], padding: int) -> torch.Tensor:
+def pad(encoded: Sequence[Sequence[int]], padding: int) -> NDArray[np.int64]:
     """Return `(B, L)` int64 tokens, padded to the longest caption."""
-    tokens = torch.full((len(encoded), max(map(len, encoded))), padding, dtype=torch.int64)
+    tokens = np.full((len(encoded), max(map(len, encoded))), padding, dtype=np.int64)
     for row, caption in enumerate(encoded):
-        tokens[row, : len(caption)] = torch.tensor(caption)
+        tokens[row, : len(caption)] = caption
     return tokens

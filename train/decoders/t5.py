@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from svb.data.t5 import load_t5_with_decoder
 from svb.data.weights import hash_tensors
+from svb.device import to_device
 
 # Longer captions are rare, and the longest caption of a batch sets its cost.
 MAX_TOKENS = 32
@@ -70,7 +73,11 @@ class T5Decoder(nn.Module):
         return [[self._start, *tokens, self._end] for tokens in encoded["input_ids"]]
 
     def hidden(
-        self, tokens: torch.Tensor, frame_sequences: torch.Tensor, frame_mask: torch.Tensor, wanted: torch.Tensor
+        self,
+        tokens: torch.Tensor,
+        frame_sequences: torch.Tensor,
+        frame_mask: torch.Tensor,
+        wanted: NDArray[np.bool_],
     ) -> torch.Tensor:
         """Return the decoder's state at the wanted positions.
 
@@ -82,7 +89,7 @@ class T5Decoder(nn.Module):
         """
         step = self._step(tokens, self.project_memory(frame_sequences), frame_mask)
         hidden: torch.Tensor = step.last_hidden_state  # (B, L, d_model)
-        return self._scale * hidden.flatten(0, 1).index_select(0, wanted.flatten().nonzero().squeeze(1))
+        return self._scale * hidden.flatten(0, 1).index_select(0, to_device(np.flatnonzero(wanted), tokens.device))
 
     @torch.inference_mode()
     def write(self, frame_sequences: torch.Tensor, frame_mask: torch.Tensor) -> list[str]:

@@ -6,10 +6,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import nn
 
+from svb.device import to_device
 from svb.errors import InputError
 from svb.train.heads import num_heads, sinusoids
 
@@ -106,7 +109,11 @@ class CaptionDecoder(nn.Module):
         return [self.vocabulary.encode(caption) for caption in captions]
 
     def hidden(
-        self, tokens: torch.Tensor, frame_sequences: torch.Tensor, frame_mask: torch.Tensor, wanted: torch.Tensor
+        self,
+        tokens: torch.Tensor,
+        frame_sequences: torch.Tensor,
+        frame_mask: torch.Tensor,
+        wanted: NDArray[np.bool_],
     ) -> torch.Tensor:
         """Return the decoder's state at the wanted positions.
 
@@ -118,7 +125,7 @@ class CaptionDecoder(nn.Module):
             N times True -> `(N, size)`.
         """
         hidden = self._all_hidden(tokens, frame_sequences, frame_mask)
-        return hidden.flatten(0, 1).index_select(0, wanted.flatten().nonzero().squeeze(1))
+        return hidden.flatten(0, 1).index_select(0, to_device(np.flatnonzero(wanted), tokens.device))
 
     @torch.inference_mode()
     def write(self, frame_sequences: torch.Tensor, frame_mask: torch.Tensor) -> list[str]:
