@@ -213,7 +213,7 @@ class TestDecoder:
     def test_overfits_and_writes_what_it_learned(self, decoder: T5Decoder) -> None:
         torch.manual_seed(0)
         memory = torch.randn(5, 3, MEMORY_SIZE), torch.tensor([[True] * 3, [True] * 2 + [False]] * 3)[:5]
-        tokens = torch.from_numpy(pad(decoder.encode(CAPTIONS)))
+        tokens = pad(decoder.encode(CAPTIONS))
         is_token = tokens[:, 1:] != decoder.padding
         optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-2)
         decoder.eval()  # without dropout, so that it can be learned by heart

@@ -16,6 +16,7 @@ import synthetic
 import torch
 from click.testing import CliRunner
 from conftest import RunSvb
+from host_waits import HostWaits
 from messages import heard
 from runs import SMALL, Task, as_of_an_older_svb, change_config, contents, lines, small
 
@@ -229,6 +230,59 @@ def test_captions_without_a_word_of_the_vocabulary_train(tmp_path: Path) -> None
     run = train(*task, tmp_path / "run", small(epochs=2, val_fraction=0.0, batch_size=2))
     assert all(line["cross_captioning"] > 0 for line in lines(run))
     assert json.loads((run / "vocabulary.json").read_text())["words"] == ["a", "dog"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"variant": "none", "loss": "max_margin", "intra_modal_weight": 0.5},
+        {"rebuild": "embedding", "memory_bank": 20, "decode_fraction": 0.5, "layers": 1, "convolution": 3},
+        {"rebuild": "embedding", "variant": "identity", "pooling": "attention"},
+        {"rebuild": "tokens", "memory_bank": 20, "variant": "hybrid"},
+        {"rebuild": "tokens", "memory_bank": 7, "support_values": "pooled", "caption_sampling": "all"},
+    ],
+)
+def test_a_step_waits_for_the_device_once(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    step, waits = loop.Loop._run_step, []
+
+    def counted(self: loop.Loop, interrupted: Callable[[], int]) -> bool:
+        with HostWaits() as host:
+            is_interrupted = step(self, interrupted)
+        waits.append(host.seen)
+        return is_interrupted
+
+    monkeypatch.setattr(loop.Loop, "_run_step", counted)
+    train(*task, tmp_path / "run", small(**options, epochs=2))
+    # It reads the loss, its parts and the norm of the gradient together; the first also the lengths of all videos.
+    assert len(waits) >= 8 and waits[1:] == [["cpu"]] * (len(waits) - 1) and len(waits[0]) <= 3
+
+
+@pytest.mark.parametrize(("save_seconds", "steps"), [(0.5, 20), (4.0, 80)])
+def test_costly_checkpoints_are_written_less_often(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_seconds: float, steps: int
+) -> None:
+    now, saved = 0.0, []
+    step, save = loop.Loop._run_step, loop.save_checkpoint
+
+    def of_a_second(self: loop.Loop, interrupted: Callable[[], int]) -> bool:
+        nonlocal now
+        now += 1
+        return step(self, interrupted)
+
+    def costly(folder: Path, *arguments: Any, **options: Any) -> None:
+        nonlocal now
+        if folder.name == "last":
+            now += save_seconds
+            saved.append(now)
+        save(folder, *arguments, **options)
+
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now)
+    monkeypatch.setattr(loop.Loop, "_run_step", of_a_second)
+    monkeypatch.setattr(loop, "save_checkpoint", costly)
+    train(*task, tmp_path / "run", small(variant="none", layers=0, batch_size=8, epochs=30, evaluate_every=30))
+    assert {round(later - earlier - save_seconds) for earlier, later in itertools.pairwise(saved[:-1])} == {steps}
 
 
 def with_nan(loss: torch.Tensor, positive: torch.Tensor) -> torch.Tensor:

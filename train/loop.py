@@ -28,7 +28,8 @@ from svb.train.training_data import SplitData, epoch_batches
 
 logger = logging.getLogger(__name__)
 
-# A kill may cost this many seconds of work; writing a checkpoint takes far longer than a step.
+# A kill may cost this many seconds of work; writing a checkpoint takes far longer than a step. Where one takes more
+# than a second, as the 2 GB of T5 do, they are that much rarer: at most a twentieth of the time goes into them.
 CHECKPOINT_SECONDS = 20.0
 _WATCHED = ("loss", "contrastive", "cross_captioning", "support_entropy", "gradient_norm")
 
@@ -80,7 +81,7 @@ class Loop:
             processes,
             decoder_dtype,
         )
-        self._saved_at, self._is_last_whole = time.monotonic(), True
+        self._saved_at, self._save_seconds, self._is_last_whole = time.monotonic(), 0.0, True
 
     def run_epoch(self, interrupted: Callable[[], int] = lambda: 0) -> dict[str, float]:
         """Train to the end of the epoch, evaluate and save what is due; return its line of metrics.
@@ -139,18 +140,17 @@ class Loop:
         self._processes.average([*gradients, *watched])
         gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         # Here the host waits for the GPU, once a step: a loss that is not finite must not reach the weights.
-        found = torch.stack([*watched[:-1], gradient_norm, stop]).cpu()
-        values, is_stopped = found[:-1], bool(found[-1])
-        if not values.isfinite().all():
+        *values, is_stopped = torch.stack([*watched[:-1], gradient_norm, stop]).cpu().numpy()
+        if not np.isfinite(values).all():
             raise InputError(
-                f"the loss is {float(values[0])}, its gradient {float(values[-1])} in epoch {self.epoch + 1} - "
+                f"the loss is {values[0]}, its gradient {values[-1]} in epoch {self.epoch + 1} - "
                 "lower --learning-rate, or look for odd values in the features with `svb verify`; best/ and last/ "
                 "hold the state before it"
             )
         self._optimizer.step()
         self._model.limit_scales()
-        self._totals += values
-        return is_stopped
+        self._totals += torch.from_numpy(np.array(values))
+        return bool(is_stopped)
 
     def _evaluate_and_save(self, metrics: dict[str, float]) -> dict[str, float]:
         is_last = self.epoch == self._config.epochs
@@ -172,12 +172,12 @@ class Loop:
         return metrics
 
     def _is_checkpoint_due(self) -> bool:
-        return time.monotonic() - self._saved_at >= CHECKPOINT_SECONDS
+        return time.monotonic() - self._saved_at >= CHECKPOINT_SECONDS * max(1.0, self._save_seconds)
 
     def _save_last(self) -> None:
         if not self._processes.is_first:
             return
-        bank = self._objective.bank
+        began, bank = time.monotonic(), self._objective.bank
         training = {
             "optimizer": self._optimizer.state_dict(),
             "best": self._best,
@@ -189,6 +189,7 @@ class Loop:
         self._save("last", {}, training, previous=self._out / "previous" if self._is_last_whole else None)
         self._is_last_whole = True
         self._saved_at = time.monotonic()
+        self._save_seconds = self._saved_at - began
 
     def _save(
         self,
