@@ -25,6 +25,10 @@ class UsageError(SvbError):
     exit_code = 2
 
 
+class DeviceError(SvbError):
+    """A device that is there fails, or has too little memory."""
+
+
 class StoreError(SvbError):
     """What is at rest (a feature store, captions file, run or index) is not whole, or not readable."""
 

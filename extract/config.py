@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svb.config import option, require_same
-from svb.device import PRECISIONS
+from svb.device import PRECISIONS, describe_device
 from svb.errors import InputError, MismatchError, UsageError
 from svb.extract.backbones import DEFAULT_BACKBONE, absolute_name, package_versions
 from svb.extract.backbones.transform import stored_transform
@@ -19,6 +19,8 @@ from svb.extract.decode.sampling import Sampling
 from svb.extract.inputs import FolderRules
 
 if TYPE_CHECKING:
+    import torch
+
     from svb.extract.backbones.backbone import Backbone
     from svb.extract.decode.sampling import TimesTable
 
@@ -325,7 +327,7 @@ class ExtractConfig:
             "backbones": {network.name: network.settings() for network in networks},
         }
 
-    def provenance(self, device: str) -> dict[str, Any]:
+    def provenance(self, device: torch.device) -> dict[str, Any]:
         """Return what shapes no row but is worth recording: device, versions, and options that were changed."""
         versions = {name: version(name) for name in PACKAGES}
         given = {
@@ -335,7 +337,7 @@ class ExtractConfig:
         }
         return {
             "reader": READER,
-            "device": device,
+            **describe_device(device),
             "versions": {**versions, **package_versions(self.backbones)},
             "options": given,
         }

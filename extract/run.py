@@ -219,7 +219,7 @@ class ThisMachine:
         )
         self._num_workers = config.workers or share_of_cores()
         self.settings = config.settings(self._networks)
-        self.provenance = config.provenance(str(self._device))
+        self.provenance = config.provenance(self._device)
         self.description = {"videos": len(plan.todo), "num_workers": self._num_workers}
 
     def fill(self, writer: FeatureStoreWriter, is_interrupted: Callable[[], int]) -> Generator[None, None, None]:
@@ -409,10 +409,10 @@ def _own_device(config: ExtractConfig, out: Path) -> str:
         logger.info(f"{out} was made on the CPU: so is what is added - give --device to change that")
         return "cpu"
     local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID")
-    if config.device != "auto" or config.place is None or local is None:
+    if config.device not in ("auto", "cuda") or config.place is None or local is None:
         return config.device
     gpus = torch.cuda.device_count()
-    return f"cuda:{int(local) % gpus}" if gpus else "cpu"
+    return f"cuda:{int(local) % gpus}" if gpus else config.device
 
 
 def _remove(vanished: Sequence[VideoRecord], writer: FeatureStoreWriter) -> None:

@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,12 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from svb.device import is_device_failure, is_out_of_memory
 from svb.errors import SvbError, UsageError
+
+# The others wait while the first process evaluates and saves, which takes longer than the ten minutes after which
+# NCCL gives up. A process that dies is noticed at once: torchrun ends the others.
+WAIT = timedelta(hours=24)
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,8 @@ def joined_processes(device: str) -> Iterator[tuple[Processes, str]]:
     """Join the processes that torchrun started, if it did; yield them and the device of this one.
 
     Args:
-        device: The device that the user named; with `auto` every process takes the GPU of its own number.
+        device: The device that the user named; with `auto` or `cuda` every process takes the GPU of its own number
+            among those that it sees: a launcher may show each process only its own.
 
     Raises:
         UsageError: One GPU is named for several processes, or WORLD_SIZE is set without the variables it needs.
@@ -109,19 +116,14 @@ def joined_processes(device: str) -> Iterator[tuple[Processes, str]]:
             f"WORLD_SIZE is {world}, but {', '.join(missing)} not set - start several processes with torchrun, or "
             "unset WORLD_SIZE to start one"
         )
-    if device == "auto" and torch.cuda.is_available():
-        number, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-        if number >= gpus:
-            raise UsageError(
-                f"process {number + 1} on this machine finds {gpus} GPUs - start at most {gpus} processes, or add "
-                "--device cpu"
-            )
-        device = f"cuda:{number}"
-    elif device.startswith("cuda"):
+    if device.startswith("cuda:"):
         raise UsageError(f"--device {device} with {world} processes - leave it out: each takes its own GPU")
-    if device.startswith("cuda"):
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        dist.init_process_group("nccl", timeout=WAIT, device_id=torch.device(device))
+    else:
+        dist.init_process_group("gloo", timeout=WAIT)
     try:
         yield Processes(dist.get_rank(), dist.get_world_size()), device
     finally:
@@ -145,7 +147,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # autograd may give it to others too
         with _the_others():
             dist.all_reduce(gradient)
         return gradient[ctx.bounds[ctx.rank] : ctx.bounds[ctx.rank + 1]], None, None
@@ -157,6 +159,13 @@ def _the_others() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if is_device_failure(error) or is_out_of_memory(error):
+            raise
+        if "Duplicate GPU" in str(error):
+            raise UsageError(
+                f"two processes of this training have the same GPU, and this machine shows "
+                f"{torch.cuda.device_count()} - start no more processes than GPUs, or add --device cpu"
+            ) from error
         raise SvbError(
             f"another process of this training has ended ({str(error).splitlines()[0]}) - fix it, then run "
             "the same command again to continue"

@@ -19,7 +19,7 @@ from svb.data.feature_store import FeatureStore
 from svb.data.fusion import parts_of, shared_part
 from svb.data.publish import lock_folder, recover_folder, remove_leftovers
 from svb.data.relevance import Relevance, make_relevance
-from svb.device import choose_device, choose_precision, precision_name
+from svb.device import choose_device, choose_precision, describe_device, explained_errors, precision_name
 from svb.errors import InputError
 from svb.interrupts import deferred_interrupts
 from svb.train.config import TrainConfig, selection_note, stored_options
@@ -33,6 +33,8 @@ from svb.train.processes import Processes, joined_processes
 from svb.train.training_data import SplitData, draw_captions, load_split, positions_of_splits
 
 logger = logging.getLogger(__name__)
+
+SMALLER = "train a new run with a smaller --batch-size, --memory-bank or --max-frames"
 
 
 def train(
@@ -67,22 +69,25 @@ def train(
         `out`.
 
     Raises:
+        DeviceError: The device failed, or has too little memory.
         KeyboardInterrupt: SIGINT or SIGTERM arrived.
         InputError: Store and captions have too little in common, or one is missing.
         MismatchError: `out` holds a run with other options.
         StoreError: A file is damaged, or another process is training this run.
     """
     with joined_processes(device) as (processes, own_device), processes.only_the_first_speaks():
-        return _train(
-            Path(store),
-            Path(captions),
-            Path(out),
-            config or TrainConfig(),
-            backbone=backbone,
-            device=choose_device(own_device),
-            processes=processes,
-            on_epoch=on_epoch if processes.is_first else lambda metrics: None,
-        )
+        chosen = choose_device(own_device)
+        with explained_errors(chosen, smaller=SMALLER):
+            return _train(
+                Path(store),
+                Path(captions),
+                Path(out),
+                config or TrainConfig(),
+                backbone=backbone,
+                device=chosen,
+                processes=processes,
+                on_epoch=on_epoch if processes.is_first else lambda metrics: None,
+            )
 
 
 def _train(
@@ -105,7 +110,9 @@ def _train(
         logger.info(selection_note(config.select_on))
     train_split, choosing_split = _load_splits(feature_store, backbone, caption_features, config, device)
     description = _describe(config, feature_store, backbone, caption_features)
-    description["decoder_precision"] = precision_name(_decoder_dtype(device))
+    if config.variant != "none" and config.rebuild == "tokens":
+        # Only a decoder of words computes in it: any other run can be continued on another device.
+        description["decoder_precision"] = precision_name(_decoder_dtype(device))
     description["data"] = {"train": split_contents(train_split), "val": None}
     if choosing_split is not None:
         description["data"][config.select_on] = split_contents(choosing_split)
@@ -132,7 +139,12 @@ def _train(
             # Not earlier, so that options that make no model leave no run behind.
             out.mkdir(parents=True, exist_ok=True)
             lock = lock_folder(out)
-            _open_run(out, description, vocabulary, feature_store.path, captions)
+            about = {
+                # Paths and devices are no settings: a run whose inputs were moved can still be resumed.
+                "paths": {"store": str(feature_store.path.absolute()), "captions": str(captions.absolute())},
+                "provenance": {**describe_device(device), "torch": torch.__version__},
+            }
+            _open_run(out, description, vocabulary, about)
         processes.wait()
         loop.resume()
         processes.wait()
@@ -242,18 +254,15 @@ def read_vocabulary(run: Path) -> Vocabulary | None:
     return Vocabulary(stored["words"])
 
 
-def _open_run(
-    out: Path, description: dict[str, Any], vocabulary: Vocabulary | None, store: Path, captions: Path
-) -> None:
+def _open_run(out: Path, description: dict[str, Any], vocabulary: Vocabulary | None, about: dict[str, Any]) -> None:
     if not (out / "config.json").exists():
         if vocabulary is not None:
             publish_description(out / "vocabulary.json", {"words": vocabulary.words[len(SPECIAL) :]})
-        # Paths are no settings: a run whose inputs were moved can still be resumed.
-        paths = {"store": str(store.absolute()), "captions": str(captions.absolute())}
-        publish_description(out / "config.json", {**description, "paths": paths})
+        publish_description(out / "config.json", {**description, **about})
         return
-    stored = read_run(out)
-    del stored["paths"], stored["format_version"]
+    stored = {name: held for name, held in read_run(out).items() if name not in (*about, "format_version")}
+    if "decoder_precision" not in description:
+        stored.pop("decoder_precision", None)  # older runs name one whatever they train
     # An option that is newer than the run has its default, which changes nothing.
     stored["config"] = {**asdict(TrainConfig()), **stored_options(stored["config"])}
     require_same(

@@ -138,6 +138,7 @@ def _describe_run(path: Path) -> dict[str, Any]:
     return {
         **stamp,
         **{key: description[key] for key in ("config", "data", "video", "text", "paths")},
+        "provenance": description.get("provenance", {}),
         **checkpoints,
     }
 
@@ -244,6 +245,7 @@ def _summary_of_store(path: Path, held: dict[str, Any]) -> Summary:
         lines.append((name, f"{held['rows'][name]} rows of {size} numbers, {precision}"))
     lines.append(("frames", _pairs(held["sampling"])))
     lines.append(("decoder", f"{held['decoder']['name']} {held['decoder']['version']}"))
+    lines += _device(held["provenance"])
     lines.append(("fingerprint", held["fingerprint"]))
     steps = [f"svb train {path} captions.h5"] if set(videos) & {"ok", "partial"} else []
     if set(videos) - {"ok"}:
@@ -277,7 +279,7 @@ def _summary_of_run(path: Path, held: dict[str, Any]) -> Summary:
         if name in held:
             shown = {key: value for key, value in held[name].items() if key.endswith(("R@1", "R@10", "MedR"))}
             lines.append((name, f"epoch {held[name]['epoch']} of {config['epochs']}  {_pairs(shown)}".rstrip()))
-    lines += [(name, value) for name, value in held["paths"].items()]
+    lines += [*_device(held["provenance"]), *held["paths"].items()]
     return lines, [f"svb evaluate {path}", f"svb index {path} -o index/"]
 
 
@@ -311,6 +313,16 @@ _SUMMARIES: dict[str, Callable[[Path, dict[str, Any]], Summary]] = {
     "run": _summary_of_run,
     "index": _summary_of_index,
 }
+
+
+def _device(provenance: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the line of the device that made it, none where nothing is known of it."""
+    told = [
+        provenance.get("device"),
+        provenance.get("gpu"),
+        provenance.get("driver") and f"driver {provenance['driver']}",
+    ]
+    return [("device", ", ".join(part for part in told if part))] if told[0] else []
 
 
 def _counts(counts: dict[str, int]) -> str:

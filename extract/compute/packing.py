@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from svb.data.rows import VideoRows
-from svb.errors import SvbError
+from svb.errors import DeviceError
 from svb.extract.backbones.backbone import Backbone, RunningBatch
 
 logger = logging.getLogger(__name__)
@@ -155,7 +155,7 @@ class Packer:
     def _halve(self, error: Exception) -> None:
         """Have batches run in smaller parts from now on."""
         if self._at_once == 1:
-            raise SvbError(
+            raise DeviceError(
                 f"{self.backbone.device} has too little memory for {self.backbone.name} even with one input at a "
                 "time - free it, or choose another --device or a smaller backbone"
             ) from error

@@ -32,6 +32,7 @@ from svb import __version__
 from svb.config import require_same
 from svb.data.feature_store_writer import FeatureStoreWriter
 from svb.data.rows import VideoRecord
+from svb.device import is_device_failure, is_out_of_memory
 from svb.errors import InputError, SvbError, UsageError
 from svb.extract.config import ExtractConfig
 from svb.extract.plan import Plan, PlannedVideo
@@ -204,6 +205,7 @@ class BackboneActors:
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._actors: list[Any] = []
+        self._num_serving = len(resources.places)
         self._threads = [
             threading.Thread(target=self._serve, args=(place,), daemon=True) for place in resources.places
         ]
@@ -251,16 +253,32 @@ class BackboneActors:
                     self._events.put(event)
                     if isinstance(event, ActorDid) and event.contents:
                         deaths = 0
-            except RayTaskError as error:  # raised by our own code
-                self._events.put(_explained(error))
-                return
             except RayError as error:
+                if isinstance(error, RayTaskError) and not _is_of_device(error):  # raised by our own code
+                    self._events.put(_explained(error))
+                    return
                 self._waiting.extendleft(self._cut(list(given.values())))
                 deaths += 1
-                self._events.put(_death(error, deaths, len(given)))
+                if deaths < MAX_TRIES:
+                    self._events.put(_replaced(error, len(given)))
+                else:
+                    self._events.put(self._retired(error, deaths))
+                    return
             except BaseException as error:
                 self._events.put(error)
                 return
+
+    def _retired(self, error: RayError, deaths: int) -> str | SvbError:
+        """Leave a place to itself: its videos go to the other actors, of which one must be left."""
+        with self._lock:
+            self._num_serving -= 1
+        words = f"{deaths} backbone actors were lost in a row and had done nothing ({_first_line(_cause(error))})"
+        if self._num_serving:
+            return f"{words}: going on without that place, with the other {self._num_serving}"
+        return SvbError(
+            f"{words} - expected them to live: look into Ray's logs and at nvidia-smi, then run the same command "
+            "again; what is done is kept"
+        )
 
     def _work(self, place: Mapping[str, Any], given: dict[str, PlannedVideo]) -> Iterator[ActorLoaded | ActorDid]:
         """Yield what one actor says, until it dies or the run ends; `given` is what it has not done yet."""
@@ -294,21 +312,27 @@ class BackboneActors:
             return ()
 
 
-def _death(error: RayError, deaths: int, num_given: int) -> str | SvbError:
-    reason = _first_line(error)
-    if deaths < MAX_TRIES:
-        return f"a backbone actor was lost ({reason}): another is started and given the {num_given} videos it had"
-    return SvbError(
-        f"{deaths} backbone actors were lost in a row and had done nothing ({reason}) - expected them to live: "
-        "look into Ray's logs, then run the same command again; what is done is kept"
-    )
+def _replaced(error: RayError, num_given: int) -> str:
+    reason = _first_line(_cause(error))
+    return f"a backbone actor was lost ({reason}): another is started and given the {num_given} videos it had"
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return what was raised in an actor or task; an actor passes on that of a task."""
+    while isinstance(error, RayTaskError):
+        error = error.cause
+    return error
+
+
+def _is_of_device(error: RayTaskError) -> bool:
+    """Tell whether the GPU of an actor failed, which another may not."""
+    cause = _cause(error)
+    return is_device_failure(cause) or is_out_of_memory(cause)
 
 
 def _explained(error: RayTaskError) -> BaseException:
     """Return an error of our own code in an actor or task as it was there, or with what to do about it."""
-    cause: BaseException = error
-    while isinstance(cause, RayTaskError):  # an actor passes on that of a task
-        cause = cause.cause
+    cause = _cause(error)
     if isinstance(cause, ImportError):
         return InputError(
             f"a node of the Ray cluster cannot import what it needs ({cause}) - install the driver's svb on every "

@@ -107,8 +107,7 @@ class BackboneActor:
         )
         options = config.decode_options_for(self._networks)
         self._tasks = DecodeTasks(self._num_tasks, options, config.stall_seconds, config.time_limit_seconds)
-        device = str(self._device)
-        return ActorLoaded(config.settings(self._networks), config.provenance(device), device)
+        return ActorLoaded(config.settings(self._networks), config.provenance(self._device), str(self._device))
 
     def give(self, videos: TaskVideos) -> None:
         """Take the videos of one more decode task."""
