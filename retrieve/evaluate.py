@@ -30,12 +30,21 @@ from svb.retrieve.measure.hub_normalisation import (
 from svb.retrieve.measure.query_ranks import FILE, GRADED, RELEVANCE
 from svb.retrieve.model.embedder import Embedder
 from svb.retrieve.model.source import OpenedSource, open_source
+from svb.train.embedding_ranks import embedding_ranks
 from svb.train.graded_metrics import Values, graded_means, graded_values, left_out
-from svb.train.retrieval_metrics import TIE_RULE, V2T_CONVENTIONS, ranks_metrics, t2v_ranks, v2t_ranks
+from svb.train.retrieval_metrics import (
+    TIE_RULE,
+    V2T_CONVENTIONS,
+    RanksOfBoth,
+    ranks_metrics,
+    t2v_ranks,
+    v2t_ranks,
+)
 from svb.train.run import split_contents
 from svb.train.training_data import SplitData, load_split, positions_of_splits
 
-RanksOfBoth = tuple[NDArray[np.float64], NDArray[np.float64]]
+# On the CPU a larger matrix of similarities (2 GB) is ranked in chunks, and on a GPU every one.
+MAX_SIMILARITIES = 2**29
 
 
 @dataclass(frozen=True)
@@ -197,8 +206,8 @@ def evaluate(
     data = _load(inputs, positions[split], choose_device(device))
     _require_unseen(inputs, split, data, source)
     embeddings = _embed(embedder, data)
-    similarity, caption_video = embeddings.similarity(), data.caption_video.cpu().numpy()
-    ranks_by = {"": (t2v_ranks(similarity, caption_video), v2t_ranks(similarity, caption_video, v2t_convention))}
+    caption_video = data.video_of
+    ranks_by = {"": _plain_ranks(embeddings, caption_video, v2t_convention, data.caption_video.device)}
     bank = _bank(inputs, positions["train"], choose_device(device)) if NEEDS_BANK & {*normalise_by} else None
     normalised: dict[str, Normalised] = {}
     for method in dict.fromkeys(normalise_by):
@@ -206,13 +215,15 @@ def evaluate(
         t2v, v2t = normalised_scores(method, embeddings, bank, scale)
         ranks_by[method] = t2v_ranks(t2v, caption_video), v2t_ranks(v2t, caption_video, v2t_convention)
         normalised[method] = _describe(method, scale, scale_source, bank, ranks_metrics(*ranks_by[method]))
-    graded, graded_by_query = _graded(
-        relevance,
-        similarity,
-        inputs.captions.table,
-        (data.captions, data.caption_ids, data.frames.video_ids),
-        caption_video,
-    )
+    graded, graded_by_query = {}, {}
+    if relevance:
+        graded, graded_by_query = _graded(
+            relevance,
+            embeddings.similarity(),
+            inputs.captions.table,
+            (data.captions, data.caption_ids, data.frames.video_ids),
+            caption_video,
+        )
     selected_on = inputs.config.select_on if is_run else ""
     if ranks is not None:
         ids = (
@@ -297,6 +308,19 @@ def evaluate_similarities(
         normalised={},
         graded=graded,
     )
+
+
+def _plain_ranks(
+    embeddings: Embeddings, caption_video: NDArray[np.int64], v2t_convention: str, device: torch.device
+) -> RanksOfBoth:
+    """Return the ranks of t2v and v2t; the errors are those of `Embeddings.similarity`."""
+    captions, videos = embeddings.captions, embeddings.videos
+    is_small = device.type == "cpu" and len(captions) * len(videos) <= MAX_SIMILARITIES
+    if is_small or not (np.isfinite(captions).all() and np.isfinite(videos).all()):
+        similarity = embeddings.similarity()
+        return t2v_ranks(similarity, caption_video), v2t_ranks(similarity, caption_video, v2t_convention)
+    on_device = (torch.from_numpy(rows).to(device) for rows in (captions, videos))
+    return embedding_ranks(*on_device, caption_video, v2t_convention)
 
 
 def _graded(

@@ -57,8 +57,13 @@ def split_data(run_folder: Path, split: str) -> SplitData:
     return load_split(store, synthetic.BACKBONE, captions, positions, max_frames=32, device=CPU)
 
 
+@pytest.mark.parametrize("max_similarities", [10**9, 0])
 @pytest.mark.parametrize("convention", ["set", "best"])
-def test_metrics_and_ranks_are_those_of_slow_sorting(trained: Path, tmp_path: Path, convention: str) -> None:
+def test_metrics_and_ranks_are_those_of_slow_sorting(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, convention: str, max_similarities: int
+) -> None:
+    """Whether all similarities are computed at once, or in chunks as on a GPU."""
+    monkeypatch.setattr("svb.retrieve.evaluate.MAX_SIMILARITIES", max_similarities)
     evaluation = evaluate(trained, v2t_convention=convention, ranks=tmp_path / "ranks.v1.npz")
     data, embedder = split_data(trained, "val"), run_embedder(trained, "best", CPU)
     similarity = (embedder.embed_captions(data.caption_features) @ embedder.embed_videos(data.frames).T).tolist()

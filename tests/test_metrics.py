@@ -5,10 +5,14 @@ from pathlib import Path
 import naive
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from svb.errors import InputError
+from svb.train import embedding_ranks as embedding_ranks_module
+from svb.train import retrieval_metrics as retrieval_metrics_module
 from svb.train.retrieval_metrics import (
+    V2T_CONVENTIONS,
     recall_sum,
     require_finite,
     retrieval_metrics,
@@ -37,6 +41,37 @@ def test_ranks_are_those_of_sorting(seed: int, levels: int | None) -> None:
     np.testing.assert_array_equal(t2v_ranks(similarity, caption_video), naive.t2v_ranks(*given))
     for convention, slow in NAIVE_V2T.items():
         np.testing.assert_array_equal(v2t_ranks(similarity, caption_video, convention), slow(*given))
+
+
+@pytest.mark.parametrize("convention", V2T_CONVENTIONS)
+@pytest.mark.parametrize("levels", [None, 1, 2])
+def test_chunks_of_embeddings_have_the_ranks_of_the_whole_matrix(
+    monkeypatch: pytest.MonkeyPatch, levels: int | None, convention: str
+) -> None:
+    random = np.random.default_rng(0)
+    similarity, caption_video = make_similarity(0)
+    captions, videos = (
+        (random.normal(size=(n, 4)) if levels is None else random.integers(0, levels, size=(n, 4))).astype(
+            np.float32
+        )
+        for n in similarity.shape
+    )
+    expected = (
+        t2v_ranks(captions @ videos.T, caption_video),
+        v2t_ranks(captions @ videos.T, caption_video, convention),
+    )
+    for size in (9, 40, 1000):  # similarities at once: those of one caption, of four, of all
+        monkeypatch.setattr(retrieval_metrics_module, "BLOCK_SIZE", size)
+        monkeypatch.setattr(embedding_ranks_module, "CHUNK_SIZE", size)
+        again = (
+            t2v_ranks(captions @ videos.T, caption_video),
+            v2t_ranks(captions @ videos.T, caption_video, convention),
+        )
+        tensors = torch.from_numpy(captions), torch.from_numpy(videos)
+        chunked = embedding_ranks_module.embedding_ranks(*tensors, caption_video, convention)
+        for found in (again, chunked):
+            np.testing.assert_array_equal(found[0], expected[0])
+            np.testing.assert_array_equal(found[1], expected[1])
 
 
 def test_the_conventions_differ_where_a_video_has_several_captions() -> None:

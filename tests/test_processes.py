@@ -10,17 +10,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import synthetic
 import torch
+import torch.distributed as dist
 import train_together
 from runs import Task, contents, lines, tiny
 from safetensors.torch import load_file
 
-from svb.errors import UsageError
+from svb.errors import SvbError, UsageError
 from svb.train import loop
 from svb.train.checkpoint import load_checkpoint
 from svb.train.processes import Processes, joined_processes
@@ -163,6 +165,58 @@ def test_processes_that_cannot_be_joined(
     monkeypatch.delenv(missing or "unset", raising=False)
     with pytest.raises(UsageError, match=words), joined_processes(device):
         pass
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_each_process_takes_the_gpu_of_its_number_among_those_it_sees(
+    monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """Four processes a machine of which each is shown two GPUs; torch.cuda and NCCL are mocked."""
+    for name, value in {"WORLD_SIZE": "4", "RANK": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    started: list[tuple[Any, ...]] = []
+    for name, answer in {"is_available": True, "device_count": 2}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: started.append(("current", device)))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: started.append((backend, options)))
+    for name, answer in {"get_rank": 3, "get_world_size": 4, "destroy_process_group": None}.items():
+        monkeypatch.setattr(dist, name, lambda answer=answer: answer)
+    with joined_processes(device) as (joined, own):
+        assert (joined, own) == (Processes(3, 4), "cuda:1")
+    # Evaluating and saving, for which the others wait, may take longer than NCCL's ten minutes.
+    options = {"timeout": timedelta(hours=24), "device_id": torch.device("cuda:1")}
+    assert started == [("current", "cuda:1"), ("nccl", options)]
+
+
+def test_the_gradient_that_autograd_gives_is_not_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "all_gather", lambda shares, mine: [share.copy_(mine) for share in shares])
+    monkeypatch.setattr(dist, "all_reduce", lambda gradient: gradient.mul_(2))
+    mine = torch.ones(2, 3, requires_grad=True)
+    given = torch.ones(4, 3)
+    Processes(1, 2).gather(mine, 4).backward(given)
+    assert given.tolist() == torch.ones(4, 3).tolist()
+    assert mine.grad is not None and mine.grad.tolist() == (2 * torch.ones(2, 3)).tolist()
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (RuntimeError("NCCL: Duplicate GPU detected : rank 1 and rank 0"), UsageError, "have the same GPU"),
+        (torch.AcceleratorError("CUDA error: an illegal access"), torch.AcceleratorError, "illegal access"),
+        (torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError, "out of memory"),
+        (RuntimeError("Connection closed by peer"), SvbError, "another process of this training has ended"),
+    ],
+)
+def test_a_failed_exchange_is_not_always_the_others_fault(
+    monkeypatch: pytest.MonkeyPatch, error: RuntimeError, kind: type[Exception], words: str
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(dist, "barrier", fail)
+    with pytest.raises(kind, match=words):
+        Processes(0, 2).wait()
 
 
 def test_a_batch_smaller_than_the_processes_is_refused(

@@ -23,12 +23,12 @@ from conftest import RunSvb
 from messages import heard
 
 from svb.data.feature_store import FeatureStore, verify_store
-from svb.errors import InputError, Interrupted, UsageError
+from svb.errors import DeviceError, InputError, Interrupted, SvbError, UsageError
 from svb.extract.config import ExtractConfig
 from svb.extract.progress import ExtractProgress
 from svb.extract.run import extract
 
-pytest.importorskip("ray", reason="Ray is not installed: run pip install '.[ray]' in svb's folder")
+ray = pytest.importorskip("ray", reason="Ray is not installed: run pip install '.[ray]' in svb's folder")
 
 MARK = "SVB_TEST_RAY"
 
@@ -339,3 +339,44 @@ class TestMistakes:
         assert (ran.exit_code, ran.stderr.splitlines()[-1]) == (
             *(2, "svb: got --workers 2 and --ray, which decodes on all CPUs - leave out --workers"),
         )
+
+
+@pytest.mark.parametrize("error", ["CUDA error: an illegal memory access", "out of memory", "cannot compute"])
+def test_a_sick_gpu_is_left_out(monkeypatch: pytest.MonkeyPatch, error: str, tmp_path: Path) -> None:
+    """Two places without a cluster: the actors of one fail in their first batch, those of the other do all."""
+    from svb.extract.plan import PlannedVideo
+    from svb.extract.together import ray as driver
+    from svb.extract.together.ray_actor import ActorDid
+
+    kind = {"out of memory": torch.OutOfMemoryError, "cannot compute": DeviceError}.get(error, RuntimeError)
+    videos = [PlannedVideo(str(number), tmp_path / str(number)) for number in range(6)]
+    retired = threading.Event()
+
+    def work(actors: Any, place: dict[str, Any], given: dict[str, PlannedVideo]) -> Iterator[ActorDid]:
+        if place["name"] == "sick":
+            given |= {video.video_id: video for video in actors._next_videos()}
+            raise ray.exceptions.RayTaskError("run", "traceback", kind(error))
+        assert retired.wait(60)
+        while taken := actors._next_videos():
+            yield ActorDid([(video, {}) for video in taken], 0, 0.0, 0.0, 0.0, [])
+        actors._stop.set()
+
+    monkeypatch.setattr(driver.BackboneActors, "_work", work)
+    resources = driver.ClusterResources(2, [{"name": "sick"}, {"name": "well"}], "")
+    said, done = [], []
+    with driver.BackboneActors(ExtractConfig(), resources, videos) as actors:
+        while len(done) < len(videos):
+            event = actors.next()
+            if isinstance(event, str):
+                said.append(event)
+                if "without that place" in event:
+                    retired.set()
+            elif isinstance(event, ActorDid):
+                done += [video.video_id for video, _ in event.contents]
+    assert sorted(done) == [video.video_id for video in videos]
+    assert len(said) == 3 and error in said[0] and "going on without that place, with the other 1" in said[2]
+    # Where it is the only one, there is nobody to go on.
+    resources = driver.ClusterResources(1, [{"name": "sick"}], "")
+    with driver.BackboneActors(ExtractConfig(), resources, videos) as actors, pytest.raises(SvbError, match=error):
+        while True:
+            actors.next()

@@ -6,8 +6,10 @@ import itertools
 import os
 import signal
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import faiss
@@ -120,10 +122,15 @@ class FakeGpuIndex:
 
     built: ClassVar[list[FakeGpuIndex]] = []
 
-    def __init__(self, resources: object, size: int) -> None:
+    def __init__(self, resources: object, size: int, config: SimpleNamespace) -> None:
         self._index = faiss.IndexFlatIP(size)
-        self.add, self.searched = self._index.add, 0
+        self.searched, self.device, self.resources = 0, config.device, weakref.ref(resources)
         FakeGpuIndex.built.append(self)
+
+    def add(self, rows: NDArray[np.float32]) -> None:
+        assert not self._index.ntotal, "a second piece would move the first"
+        assert rows.nbytes <= scan_module.GPU_PIECE_BYTES
+        self._index.add(rows)
 
     @property
     def ntotal(self) -> int:
@@ -135,22 +142,29 @@ class FakeGpuIndex:
         return self._index.search(queries, k)  # type: ignore[no-any-return]
 
 
+class FakeResources:
+    scratch = -1
+
+    def setTempMemory(self, num_bytes: int) -> None:  # noqa: N802 - FAISS's name
+        self.scratch = num_bytes
+
+
 @pytest.fixture
 def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> list[FakeGpuIndex]:
     monkeypatch.setattr(FakeGpuIndex, "built", [])
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
-    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    monkeypatch.setattr(faiss, "StandardGpuResources", FakeResources, raising=False)
+    monkeypatch.setattr(faiss, "GpuIndexFlatConfig", SimpleNamespace, raising=False)
     monkeypatch.setattr(faiss, "GpuIndexFlatIP", FakeGpuIndex, raising=False)
     monkeypatch.setattr(scan_module, "FIRST_QUERIES", 2)
     monkeypatch.setattr(scan_module, "MAX_K", 50)
-    monkeypatch.setattr(scan_module, "BLOCK", 7)
     return FakeGpuIndex.built
 
 
 @pytest.mark.parametrize("by", BY)
 def test_a_gpu_scans_what_it_can(by: str, fake_gpu: list[FakeGpuIndex]) -> None:
     segments, query = some_segments(), make_query(0)
-    vectors = SegmentVectors(segments)
+    vectors = SegmentVectors(segments, "auto")
     everything = np.ones(66, np.bool_)
     expected = vectors.nearest(query, 9, by=by, allowed=everything)
     for number in range(1, 6):
@@ -163,7 +177,7 @@ def test_a_gpu_scans_what_it_can(by: str, fake_gpu: list[FakeGpuIndex]) -> None:
     assert vectors.nearest(query, 9, by=by, allowed=everything)[1].tolist() == expected[1].tolist()
     assert fake_gpu[0].searched == 3
     # What was deleted is found, and left out.
-    deleted = SegmentVectors(some_segments(deleted=True))
+    deleted = SegmentVectors(some_segments(deleted=True), "auto")
     expected = deleted.nearest(query, 9, by=by, allowed=everything)
     for _ in range(4):
         scores, rows = deleted.nearest(query, 9, by=by, allowed=None)
@@ -173,7 +187,7 @@ def test_a_gpu_scans_what_it_can(by: str, fake_gpu: list[FakeGpuIndex]) -> None:
 
 
 def test_nobody_waits_while_a_gpu_is_filled(fake_gpu: list[FakeGpuIndex], monkeypatch: pytest.MonkeyPatch) -> None:
-    vectors, query = SegmentVectors(some_segments()), make_query(0)
+    vectors, query = SegmentVectors(some_segments(), "auto"), make_query(0)
     filling, go_on = threading.Event(), threading.Event()
     copy = scan_module.GpuScan._copy
 
@@ -204,6 +218,41 @@ def test_a_gpu_without_enough_memory_is_done_without(
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(FakeGpuIndex, "search", fail)
-    vectors, query = SegmentVectors(some_segments()), make_query(0)
+    vectors, query = SegmentVectors(some_segments(), "auto"), make_query(0)
     found = [vectors.nearest(query, 5, by="moment", allowed=None)[1].tolist() for _ in range(5)]
     assert found == [found[0]] * 5 and len(fake_gpu) == 1
+    assert fake_gpu[0].resources() is None, "its memory is given back"
+
+
+@pytest.mark.parametrize("by", BY)
+@pytest.mark.parametrize("rows_a_piece", [1, 7, 1000])
+def test_a_gpu_holds_the_rows_of_all_segments_in_pieces(
+    by: str, rows_a_piece: int, fake_gpu: list[FakeGpuIndex], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scan_module, "GPU_PIECE_BYTES", rows_a_piece * 4 * SIZE)
+    monkeypatch.setattr(scan_module, "FIRST_QUERIES", 0)
+    segments, query = some_segments(), make_query(0)
+    vectors, total = SegmentVectors(segments, "auto"), len(all_rows(segments, by))
+    expected = SegmentVectors(segments).nearest(query, 50, by=by, allowed=None)
+    scores, rows = vectors.nearest(query, 50, by=by, allowed=None)
+    assert rows.tolist() == expected[1].tolist()
+    np.testing.assert_allclose(scores, expected[0], atol=1e-6)
+    assert [index.ntotal for index in fake_gpu] == [
+        min(rows_a_piece, total - begin) for begin in range(0, total, rows_a_piece)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("device", "used"), [("cpu", None), ("auto", 0), ("cuda", 0), ("cuda:1", 1), ("cuda:2", None), ("mps", None)]
+)
+def test_the_gpu_that_scans_is_the_one_named(
+    fake_gpu: list[FakeGpuIndex], monkeypatch: pytest.MonkeyPatch, device: str, used: int | None
+) -> None:
+    counted: list[int] = []
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: counted.append(1) or 2)
+    vectors, query = SegmentVectors(some_segments(), device), make_query(0)
+    for number in range(1, 5):
+        vectors.nearest(query, 5, by="moment", allowed=None)
+        assert number > 2 or not counted, "the first searches look for no GPU"
+    assert [index.device for index in fake_gpu] == ([] if used is None else [used])
+    assert len(counted) == (device in ("auto", "cuda", "cuda:1", "cuda:2"))

@@ -6,7 +6,7 @@ similarities are all equal, therefore scores chance, and the order of the rows c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,10 @@ from numpy.typing import NDArray
 from svb.errors import InputError
 
 RECALL_AT = (1, 5, 10, 50)
+# Similarities that are compared at once.
+BLOCK_SIZE = 2**22
 TIE_RULE = "ties averaged"
+RanksOfBoth = tuple[NDArray[np.float64], NDArray[np.float64]]
 V2T_CONVENTIONS = {
     "set": "a video's captions are one candidate, as good as the best of them; ranked among the videos' sets",
     "best": "a video's best own caption, ranked among all other videos' captions",
@@ -35,10 +38,12 @@ def t2v_ranks(similarity: NDArray[np.floating], caption_video: NDArray[np.intege
         InputError: A similarity is NaN or infinite, or the shapes disagree.
     """
     _check(similarity, caption_video)
-    own = similarity[np.arange(len(caption_video)), caption_video][:, None]
-    better = (similarity > own).sum(axis=1)
-    equal = (similarity == own).sum(axis=1) - 1
-    ranks: NDArray[np.float64] = 1.0 + better + equal / 2
+    ranks = np.empty(len(similarity))
+    for rows in _blocks(similarity):
+        block = similarity[rows]
+        own = block[np.arange(len(block)), caption_video[rows]][:, None]
+        better, equal = (block > own).sum(axis=1), (block == own).sum(axis=1) - 1
+        ranks[rows] = 1.0 + better + equal / 2
     return ranks
 
 
@@ -63,18 +68,35 @@ def v2t_ranks(
     missing = np.setdiff1d(np.arange(num_videos), caption_video)
     if missing.size:
         raise InputError(f"{missing.size} videos have no caption, first column {missing[0]} - leave them out")
+    # The captions of a video next to each other, as they mostly are already; `firsts` is where each video begins.
+    order = np.argsort(caption_video, kind="stable")
+    firsts = np.searchsorted(caption_video, np.arange(num_videos), sorter=order)
+    is_ordered = bool((order[1:] > order[:-1]).all())
     if convention == "set":
-        sets = np.full((num_videos, num_videos), -np.inf, similarity.dtype)  # (sets of captions, videos)
-        np.maximum.at(sets, caption_video, similarity)
-        return t2v_ranks(np.ascontiguousarray(sets.T), np.arange(num_videos))
+        sets = np.empty((num_videos, num_videos), similarity.dtype)  # (videos, sets of captions)
+        for columns in _blocks(similarity.T):
+            block = similarity[:, columns] if is_ordered else similarity[order, columns]
+            sets[columns] = np.maximum.reduceat(block, firsts, axis=0).T
+        return t2v_ranks(sets, np.arange(num_videos))
     if convention != "best":
         raise InputError(f"unknown v2t convention {convention!r} - expected {' or '.join(V2T_CONVENTIONS)}")
-    ranks = np.empty(num_videos)
-    for video in range(num_videos):
-        is_own = caption_video == video
-        others, best = similarity[~is_own, video], similarity[is_own, video].max()
-        ranks[video] = 1.0 + (others > best).sum() + (others == best).sum() / 2
+    own = similarity[np.arange(len(caption_video)), caption_video]
+    best = np.maximum.reduceat(own[order], firsts)
+    better = np.zeros(num_videos, np.int64)
+    # A video's own captions are no candidates, and the best of them are among the equal ones.
+    equal = -np.add.reduceat((own == best[caption_video])[order].astype(np.int64), firsts)
+    for rows in _blocks(similarity):
+        better += (similarity[rows] > best).sum(axis=0)
+        equal += (similarity[rows] == best).sum(axis=0)
+    ranks: NDArray[np.float64] = 1.0 + better + equal / 2
     return ranks
+
+
+def _blocks(similarity: NDArray[np.floating]) -> Iterator[slice]:
+    """Yield slices of rows whose comparisons take a few megabytes, however large the matrix is."""
+    step = max(1, BLOCK_SIZE // max(1, similarity.shape[1]))
+    for begin in range(0, len(similarity), step):
+        yield slice(begin, begin + step)
 
 
 def summarise(ranks: NDArray[np.float64]) -> dict[str, float]:
@@ -117,9 +139,9 @@ def require_finite(
     Raises:
         InputError: A value is NaN or infinite; the error names the first such column, and the first such row in it.
     """
-    is_bad = ~np.isfinite(similarity)
-    if not is_bad.any():
+    if all(np.isfinite(similarity[rows]).all() for rows in _blocks(similarity)):
         return
+    is_bad = ~np.isfinite(similarity)
     bad_videos, bad_captions = is_bad.any(axis=0), is_bad.any(axis=1)
     video = int(bad_videos.argmax())
     caption = int(is_bad[:, video].argmax())

@@ -33,7 +33,7 @@ class Searcher:
 
     Args:
         path: The index's folder.
-        device: Device that embeds images and videos; texts and the search itself run on the CPU.
+        device: Device that embeds images and videos; a GPU that FAISS can use also searches after some queries.
         previous: The searcher of another generation of the index. If the model is the same, what it has loaded to
             embed queries is used further, and with it its device.
         open_server: Opens the vectors of an index whose manifest says that a server searches them.
@@ -279,7 +279,7 @@ def _open_index(
     Args:
         folder: The index's.
         manifest: The manifest of a generation.
-        device: Device that embeds images and videos.
+        device: Device that embeds images and videos, and that searches if it is a GPU.
         previous: Embedder of another generation on the same device; kept if the model is the same.
         open_server: Opens the vectors of an index whose manifest says that a server searches them.
 
@@ -300,10 +300,10 @@ def _open_index(
         if not remote.exact:
             approximate = remote
             with contextlib.suppress(StoreError):  # the embeddings may not be here
-                exact = SegmentVectors(open_segments(folder, manifest))
+                exact = SegmentVectors(open_segments(folder, manifest), device)
     else:
         segments = open_segments(folder, manifest)
-        exact = SegmentVectors(segments)
+        exact = SegmentVectors(segments, device)
         approximate, note = open_ivf(folder, exact, segments)
     return OpenedIndex(
         manifest,

@@ -72,18 +72,19 @@ class SegmentVectors:
 
     Args:
         segments: In the order of the manifest.
+        device: Where many searches are done; `auto` takes the first GPU that FAISS can use, if there is one.
     """
 
     exact = True
     recall: float | None = None
 
-    def __init__(self, segments: Sequence[Segment]) -> None:
+    def __init__(self, segments: Sequence[Segment], device: str = "cpu") -> None:
         self.catalog = Catalog(segments)
         self._lock = threading.Lock()
         self._backgrounds: dict[str, NDArray[np.float32]] = {}
         self._gpu_scans = {
-            "moment": GpuScan([segment.moment_embeddings for segment in segments]),
-            "video": GpuScan([segment.video_embeddings for segment in segments]),
+            "moment": GpuScan([segment.moment_embeddings for segment in segments], device),
+            "video": GpuScan([segment.video_embeddings for segment in segments], device),
         }
 
     def nearest(
@@ -226,6 +227,11 @@ BLOCK = 65536
 MAX_K = 2048
 # Copying all rows to the GPU costs about as much as this many scans on the CPU.
 FIRST_QUERIES = 32
+# Rows of one index on the GPU, as float32. FAISS adds what is no larger in one piece; a second piece would have it
+# move the first, and so hold all rows twice.
+GPU_PIECE_BYTES = 255 << 20
+# What FAISS may take beside the rows; by default it takes 1.5 GB.
+GPU_SCRATCH_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -317,24 +323,29 @@ def _view(rows: NDArray[np.float16]) -> faiss.Index:
 
 
 class GpuScan:
-    """Scans rows on the first GPU after enough queries; returns None when the CPU must do it.
+    """Scans rows on a GPU after enough queries; returns None when the CPU must do it.
 
-    Float32 takes twice the memory of the rows, and gives the CPU's scores; FAISS's float16 would round them.
+    Before that many queries no GPU is even looked for, which would take longer than a search. Float32 takes twice
+    the memory of the rows, and gives the CPU's scores; FAISS's float16 would round them.
 
     Args:
         arrays: `(N, D)` float16 each, numbered through.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
 
     Attributes:
-        is_usable: Whether there is a GPU that has not run out of memory.
+        is_usable: False once it is known that no GPU can be used, or that its memory is too small.
     """
 
-    def __init__(self, arrays: Sequence[NDArray[np.float16]]) -> None:
+    def __init__(self, arrays: Sequence[NDArray[np.float16]], device: str = "auto") -> None:
         self._arrays = arrays
         self._lock = threading.Lock()  # FAISS's GPU indexes may not be searched by two threads at once
         self._queries = 0
-        self._index: Any = None
+        self._pieces: list[Any] = []
+        self._resources: Any = None
         self._is_filling = False
-        self.is_usable = _num_gpus() > 0 and any(len(rows) for rows in arrays)
+        kind, _, number = device.partition(":")
+        self._gpu = int(number) if number.isdecimal() else 0
+        self.is_usable = kind in ("auto", "cuda") and any(len(rows) for rows in arrays)
 
     def nearest(
         self, embedding: NDArray[np.float32], k: int
@@ -343,15 +354,20 @@ class GpuScan:
         if not self.is_usable or k > MAX_K or not self._is_ready():
             return None
         try:
+            found, begin = [], 0
             with self._lock:
-                if self._index is None:
+                if not self._pieces:
                     return None
-                scores, rows = self._index.search(embedding[None], min(k, self._index.ntotal))
+                for piece in self._pieces:
+                    scores, rows = piece.search(embedding[None], min(k, piece.ntotal))
+                    found.append((scores[0], rows[0] + begin))
+                    begin += piece.ntotal
         except RuntimeError:
             self._give_up()
             return None
-        order = np.lexsort((rows[0], -scores[0]))
-        return scores[0][order], rows[0][order]
+        scores, rows = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        order = np.lexsort((rows, -scores))[:k]
+        return scores[order], rows[order]
 
     def _is_ready(self) -> bool:
         """Tell whether the GPU has the rows; the first query that makes it worthwhile copies them, others go on."""
@@ -359,11 +375,14 @@ class GpuScan:
             self._queries += 1
             if self._queries <= FIRST_QUERIES or self._is_filling:
                 return False
-            if self._index is not None:
+            if self._pieces:
                 return True
             self._is_filling = True
         try:
-            self._index = self._copy()
+            if self._gpu >= _num_gpus():
+                self._give_up()
+            else:
+                self._pieces = self._copy()
         except RuntimeError:  # above all: not enough memory
             self._give_up()
         finally:
@@ -372,15 +391,24 @@ class GpuScan:
 
     def _give_up(self) -> None:
         with self._lock:
-            self.is_usable, self._index = False, None
+            self.is_usable, self._pieces, self._resources = False, [], None
 
-    def _copy(self) -> Any:
-        self._resources = faiss.StandardGpuResources()  # must outlive the index
-        index = faiss.GpuIndexFlatIP(self._resources, self._arrays[0].shape[1])
-        for rows in self._arrays:
-            for begin in range(0, len(rows), BLOCK):
-                index.add(np.ascontiguousarray(rows[begin : begin + BLOCK], np.float32))
-        return index
+    def _copy(self) -> list[Any]:
+        size = self._arrays[0].shape[1]
+        self._resources = faiss.StandardGpuResources()  # must outlive the pieces
+        self._resources.setTempMemory(GPU_SCRATCH_BYTES)
+        config = faiss.GpuIndexFlatConfig()
+        config.device = self._gpu
+        step = max(1, GPU_PIECE_BYTES // (4 * size))
+        ends, pieces = np.cumsum([len(rows) for rows in self._arrays]), []
+        for begin in range(0, int(ends[-1]), step):
+            parts = [
+                rows[max(0, begin - end + len(rows)) : max(0, begin + step - end + len(rows))]
+                for rows, end in zip(self._arrays, ends.tolist(), strict=True)
+            ]
+            pieces.append(faiss.GpuIndexFlatIP(self._resources, size, config))
+            pieces[-1].add(np.concatenate(parts, dtype=np.float32))
+        return pieces
 
 
 def _num_gpus() -> int:
