@@ -68,16 +68,18 @@ def v2t_ranks(
     missing = np.setdiff1d(np.arange(num_videos), caption_video)
     if missing.size:
         raise InputError(f"{missing.size} videos have no caption, first column {missing[0]} - leave them out")
-    # The captions of a video next to each other, as they mostly are already; `firsts` is where each video begins.
+    # The captions of a video next to each other; `firsts` is where each video begins.
     order = np.argsort(caption_video, kind="stable")
     firsts = np.searchsorted(caption_video, np.arange(num_videos), sorter=order)
-    is_ordered = bool((order[1:] > order[:-1]).all())
     if convention == "set":
-        sets = np.empty((num_videos, num_videos), similarity.dtype)  # (videos, sets of captions)
-        for columns in _blocks(similarity.T):
-            block = similarity[:, columns] if is_ordered else similarity[order, columns]
-            sets[columns] = np.maximum.reduceat(block, firsts, axis=0).T
-        return t2v_ranks(sets, np.arange(num_videos))
+        sets = np.empty((num_videos, num_videos), similarity.dtype)  # (sets of captions, videos)
+        edges = [*firsts.tolist(), len(order)]
+        step = max(1, BLOCK_SIZE // len(order))  # videos whose captions have so many similarities on average
+        for begin in range(0, num_videos, step):
+            end = min(begin + step, num_videos)
+            block = similarity[order[edges[begin] : edges[end]]]
+            sets[begin:end] = np.maximum.reduceat(block, firsts[begin:end] - edges[begin], axis=0)
+        return t2v_ranks(np.ascontiguousarray(sets.T), np.arange(num_videos))
     if convention != "best":
         raise InputError(f"unknown v2t convention {convention!r} - expected {' or '.join(V2T_CONVENTIONS)}")
     own = similarity[np.arange(len(caption_video)), caption_video]
