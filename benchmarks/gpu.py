@@ -17,28 +17,34 @@ import signal
 import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import av
 import faiss
 import numpy as np
 import timm
 import torch
-from numpy.typing import NDArray
-from shared import make_store
+from gpu_material import (
+    content,
+    listed_waits,
+    make_clip,
+    make_images,
+    make_task,
+    milliseconds,
+    noise,
+    rate,
+    rate_of_graph,
+    stop,
+    tf32,
+)
 
-from svb.data.caption_features import CaptionFeatures, write_caption_features
-from svb.data.caption_table import CaptionTable
 from svb.data.feature_store import FeatureStore, verify_store
 from svb.device import choose_device, choose_precision, describe_device, precision_name
 from svb.errors import Interrupted, SvbError, UsageError
 from svb.extract.backbones import load_backbone
-from svb.extract.backbones.backbone import Backbone
 from svb.extract.compute.transform import Uploader, to_squares
 from svb.extract.config import ExtractConfig
 from svb.extract.run import extract
@@ -102,9 +108,15 @@ class Place:
         defaults = {"backbones": (self.lite,), "device": str(self.device), "batch_size": self.size(4, 32)}
         return ExtractConfig(**{**defaults, "workers": 1 if self.small else None, **options})
 
-    def wait(self) -> None:
-        if self.is_gpu:
-            torch.cuda.synchronize(self.device)
+    def training(self, **options: Any) -> TrainConfig:
+        sizes = {"embedding_size": self.size(16, 512), "decoder_size": self.size(16, 256)}
+        small = TrainConfig(
+            **sizes, batch_size=self.size(16, 256), evaluate_every=100, val_fraction=0.0, dropout=0.0
+        )
+        return replace(small, **options)
+
+    def task(self) -> tuple[Path, Path]:
+        return make_task(self.folder, self.size(40, 2000), self.size(16, 512))
 
 
 # --- the steps, in order
@@ -127,14 +139,14 @@ def libraries(place: Place) -> Found:
 
 def clips(place: Place) -> Found:
     """Two sets of clips and a still of 12,000 x 12,000, made by PyAV."""
-    sets = {"short": (place.size(3, 96), place.size(2, 15), 320, 240), "large": (place.size(1, 8), 2, 1280, 720)}
+    sets = {"short": (place.size(6, 96), place.size(2, 15), 320, 240), "large": (place.size(1, 8), 2, 1280, 720)}
     for name, (count, seconds, width, height) in sets.items():
         (place.folder / name).mkdir()
         for number in range(count):
-            _make_clip(place.folder / name / f"{number:03}.mp4", seconds, width, height, seed=number)
+            make_clip(place.folder / name / f"{number:03}.mp4", seconds, width, height, seed=number)
     (place.folder / "still").mkdir()
     side = place.size(1500, 12_000)
-    _make_clip(place.folder / "still" / "still.mkv", 0, side, side, seed=0, codec="mjpeg", pixels="yuvj420p")
+    make_clip(place.folder / "still" / "still.mkv", 0, side, side, seed=0, codec="mjpeg", pixels="yuvj420p")
     return {name: {"clips": count, "seconds": seconds} for name, (count, seconds, *_) in sets.items()}
 
 
@@ -142,7 +154,7 @@ def squares(place: Place) -> Found:
     """Frames scaled on the device are within 2 of 255 of those scaled on the CPU."""
     worst = {}
     for height, width in ((240, 426), (720, 1280), (1280, 720), (100, 90), (224, 224)):
-        frames = _noise(2, height, width)
+        frames = noise(2, height, width)
         on_device = to_squares(Uploader(place.device).upload(frames), 224).cpu()
         worst[f"{width}x{height}"] = int((on_device.int() - to_squares(torch.from_numpy(frames), 224)).abs().max())
     _check(max(worst.values()) <= 2, f"differs by more than 2 of 255: {worst}")
@@ -155,11 +167,11 @@ def features(place: Place) -> Found:
     limits = {"float32": 0.99999, "float32 as TF32": 0.999, "bfloat16": 0.98, "float16": 0.999}
     for name in (place.lite, place.vit):
         exact = load_backbone(name, cpu, torch.float32)
-        expected = exact(images := _images(exact, place.size(4, 32)))
+        expected = exact(images := make_images(exact, place.size(4, 32)))
         for how, least in limits.items():
             if not place.is_gpu and how not in ("float32", "bfloat16"):
                 continue
-            with _tf32(how.endswith("TF32")):
+            with tf32(how.endswith("TF32")):
                 backbone = load_backbone(name, place.device, getattr(torch, how.split()[0]))
                 cosine = torch.cosine_similarity(backbone(images), expected).min()
             found[f"{_short(name)}, {how}"] = float(cosine)
@@ -173,7 +185,7 @@ def bits(place: Place) -> Found:
     for name in (place.lite, place.vit):
         for dtype in dict.fromkeys((torch.float32, choose_precision(place.device))):
             backbone = load_backbone(name, place.device, dtype)
-            images = _images(backbone, place.size(4, 32))
+            images = make_images(backbone, place.size(4, 32))
             order = torch.randperm(len(images))
             first, again, mixed = backbone(images), backbone(images), backbone(images[order.to(place.device)])
             alone = backbone(torch.cat([images[:1], torch.zeros_like(images[1:])]))
@@ -192,14 +204,14 @@ def kill_and_resume(place: Place) -> Found:
     extract([videos], whole, place.config())
 
     def stop(progress: Any) -> None:
-        if progress.videos_done:
+        if 0 < progress.videos_done < progress.num_videos:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with contextlib.suppress(Interrupted):
         extract([videos], parts, place.config(), on_progress=stop)
     held = len(FeatureStore(parts).records) if (parts / "store.json").exists() else 0
     extract([videos], parts, place.config())
-    _check(_content(parts) == _content(whole), "other bytes after the resume")
+    _check(content(parts) == content(whole), "other bytes after the resume")
     _check(verify_store(parts) == [], "the store is not whole")
     return {"videos": len(FeatureStore(whole).records), "held when interrupted": held}
 
@@ -218,13 +230,13 @@ def two_ranks(place: Place) -> Found:
     """Two processes on one card fill one store with the bytes of one."""
     out, processes = place.folder / "ranks", []
     for rank in range(2):
-        work = (extract, [place.made("short")], out, place.config(rank=rank, world_size=2))
-        processes.append(multiprocessing.get_context("fork").Process(target=_ended, args=work))
+        work = ([place.made("short")], out, place.config(rank=rank, world_size=2))
+        processes.append(multiprocessing.get_context("fork").Process(target=extract, args=work))
         processes[-1].start()
     for process in processes:
         process.join()
     _check([process.exitcode for process in processes] == [0, 0], "a rank failed")
-    _check(_content(out) == _content(place.made("store")), "other bytes than those of one process")
+    _check(content(out) == content(place.made("store")), "other bytes than those of one process")
     return {"ranks": 2}
 
 
@@ -251,22 +263,22 @@ def waits(place: Place) -> Found:
     step = loop.Loop._run_step
 
     def watched(self: loop.Loop, interrupted: Callable[[], int]) -> bool:
-        with _listed_waits(found["step"]):
+        with listed_waits(found["step"]):
             return step(self, interrupted)
 
     loop.Loop._run_step = watched  # type: ignore[method-assign]
     for name, options in {"embedding": {}, "tokens": {"rebuild": "tokens", "memory_bank": 512}}.items():
         found["step"].clear()
         train(
-            *_task(place),
+            *place.task(),
             place.folder / f"waits-{name}",
-            _small_training(place, epochs=2, **options),
+            place.training(epochs=2, **options),
             device="cuda",
         )
         _check(len(found["step"]) <= 3, f"{name}: a step waits {len(found['step'])} times: {found['step']}")
     backbone = load_backbone(place.lite, place.device, torch.float32)
-    backbone(images := _images(backbone, 32))
-    with _listed_waits(found["batch"]):
+    backbone(images := make_images(backbone, 32))
+    with listed_waits(found["batch"]):
         fetch = backbone.start(images)
     fetch()
     return found
@@ -279,13 +291,13 @@ def rates(place: Place) -> Found:
         dtype = choose_precision(place.device)
         for size in (4,) if place.small else (32, 256, 1024):
             backbone = load_backbone(name, place.device, dtype)
-            images = _images(backbone, size)
+            images = make_images(backbone, size)
             key = f"{_short(name)}, {size}"
-            found[key] = _rate(place, backbone.start, images)
+            found[key] = rate(backbone.start, images, place.size(0, 2))
             if place.is_gpu:
-                found[f"{key}, graph"] = _rate_of_graph(place, backbone, images)
+                found[f"{key}, graph"] = rate_of_graph(backbone, images)
                 compiled = load_backbone(name, place.device, dtype, compile=True, batch_size=size)
-                found[f"{key}, compiled"] = _rate(place, compiled.start, images)
+                found[f"{key}, compiled"] = rate(compiled.start, images, 2)
     return found
 
 
@@ -328,25 +340,25 @@ def nvdec(place: Place) -> Found:
 
 def training(place: Place) -> Found:
     """Training on the device learns what the CPU learns, resumes to the same bytes, and takes up a CPU's run."""
-    words = _small_training(place, rebuild="tokens", memory_bank=64, epochs=2)
+    words = place.training(rebuild="tokens", memory_bank=64, epochs=2)
     lines = {}
     for device in dict.fromkeys(("cpu", str(place.device))):
-        run = train(*_task(place), place.folder / f"run-{device[:3]}", words, device=device)
+        run = train(*place.task(), place.folder / f"run-{device[:3]}", words, device=device)
         lines[device] = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
     losses = list(lines.values())
     _check(abs(losses[0] - losses[-1]) <= 0.05 * losses[0], f"the loss differs by more than 5 %: {lines}")
     with contextlib.suppress(KeyboardInterrupt):
-        train(*_task(place), place.folder / "stopped", words, device=str(place.device), on_epoch=_stop)
-    run = train(*_task(place), place.folder / "stopped", words, device=str(place.device))
+        train(*place.task(), place.folder / "stopped", words, device=str(place.device), on_epoch=stop)
+    run = train(*place.task(), place.folder / "stopped", words, device=str(place.device))
     weights = [path / "last" / "model.safetensors" for path in (run, place.folder / f"run-{str(place.device)[:3]}")]
     same = weights[0].read_bytes() == weights[1].read_bytes()
     _check(
         same or place.is_gpu, "other bytes after the resume"
     )  # on a GPU, sums over threads may change their order
-    half = _small_training(place, epochs=2)
+    half = place.training(epochs=2)
     with contextlib.suppress(KeyboardInterrupt):
-        train(*_task(place), place.folder / "moved", half, device="cpu", on_epoch=_stop)
-    train(*_task(place), place.folder / "moved", half, device=str(place.device))
+        train(*place.task(), place.folder / "moved", half, device="cpu", on_epoch=stop)
+    train(*place.task(), place.folder / "moved", half, device=str(place.device))
     return {"loss": lines, "same bytes after a resume": same}
 
 
@@ -362,7 +374,7 @@ def scan_of_moments(place: Place) -> Found:
         pieces += cut_into_pieces(array, begin)
         begin += len(array)
     expected, found = scan(pieces, query, 10, None)[1].tolist(), {}
-    found["CPU"] = _milliseconds(lambda: scan(pieces, query, 10, None))
+    found["CPU"] = milliseconds(lambda: scan(pieces, query, 10, None))
     if place.is_gpu:
         tensors = [torch.from_numpy(array).to(place.device) for array in arrays]
         half = torch.from_numpy(query).to(place.device).half()
@@ -371,7 +383,7 @@ def scan_of_moments(place: Place) -> Found:
             nearest: list[int] = torch.cat([tensor @ half for tensor in tensors]).topk(10).indices.tolist()
             return nearest
 
-        found["torch, float16"] = _milliseconds(products)
+        found["torch, float16"] = milliseconds(products)
         del tensors
     gpu_scan = GpuScan(arrays, str(place.device))
     for _ in range(FIRST_QUERIES):
@@ -379,7 +391,7 @@ def scan_of_moments(place: Place) -> Found:
     nearest = gpu_scan.nearest(query, 10)
     if nearest is not None:
         _check(nearest[1].tolist() == expected, f"FAISS on the GPU finds {nearest[1].tolist()}, not {expected}")
-        found["FAISS, GPU"] = _milliseconds(lambda: gpu_scan.nearest(query, 10))
+        found["FAISS, GPU"] = milliseconds(lambda: gpu_scan.nearest(query, 10))
     return {"rows": rows, **found, "FAISS on the GPU": "used" if nearest is not None else "not used"}
 
 
@@ -409,7 +421,7 @@ STEPS: dict[Callable[[Place], Found], int] = {
 }
 
 
-# --- what they share
+# --- running them
 
 
 def _check(is_right: bool, words: str) -> None:
@@ -419,144 +431,6 @@ def _check(is_right: bool, words: str) -> None:
 
 def _short(name: str) -> str:
     return name.split("/", maxsplit=1)[0].rpartition(":")[2]
-
-
-def _noise(count: int, height: int, width: int) -> NDArray[np.uint8]:
-    """Return frames with edges and grain, which a mistake in scaling would change."""
-    random = np.random.default_rng(0)
-    rough = random.integers(0, 256, (count, -(-height // 16), -(-width // 16), 3))
-    frames = rough.repeat(16, axis=1).repeat(16, axis=2)[:, :height, :width]
-    return np.clip(frames + random.integers(-20, 20, frames.shape), 0, 255).astype(np.uint8)
-
-
-def _images(backbone: Backbone, count: int) -> torch.Tensor:
-    """Return `(count, 3, S, S)` uint8 images of the size that a backbone takes, on its device."""
-    frames = torch.from_numpy(_noise(count, backbone.image_size, backbone.image_size))
-    return frames.permute(0, 3, 1, 2).contiguous().to(backbone.device)
-
-
-def _make_clip(
-    path: Path, seconds: int, width: int, height: int, seed: int, codec: str = "libx264", pixels: str = "yuv420p"
-) -> None:
-    """Write a clip of 10 frames a second that moves; of 0 seconds one frame."""
-    picture = np.roll(_noise(1, height, width)[0], 37 * seed, axis=1)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=10)
-        stream.width, stream.height, stream.pix_fmt = width, height, pixels
-        for number in range(max(1, 10 * seconds)):
-            frame = av.VideoFrame.from_ndarray(np.roll(picture, 5 * number, axis=0), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-
-
-def _content(store: Path) -> dict[str, bytes]:
-    opened = FeatureStore(store)
-    loaded = opened.load(opened.backbones[0])
-    spans = zip(loaded.video_ids, loaded.offsets[:-1], loaded.offsets[1:], strict=True)
-    return {video_id: loaded.features[begin:end].tobytes() for video_id, begin, end in spans}
-
-
-@contextlib.contextmanager
-def _tf32(is_allowed: bool) -> Iterator[None]:
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
-    before = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "tf32" if is_allowed else "ieee"
-    try:
-        yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
-
-
-@contextlib.contextmanager
-def _listed_waits(lines: list[str]) -> Iterator[None]:
-    """Put the places into `lines`, anew each time, where torch says that the host waited for the GPU."""
-    torch.cuda.set_sync_debug_mode("warn")
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-            lines[:] = [f"{Path(w.filename).name}:{w.lineno}" for w in said if "synchroniz" in str(w.message)]
-
-
-def _rate(place: Place, start: Callable[[torch.Tensor], Callable[[], object]], images: torch.Tensor) -> float:
-    """Return images a second, with one batch under way while the next is started."""
-    start(images)()
-    number, began, fetch = 0, time.monotonic(), start(images)
-    while time.monotonic() - began < place.size(0, 2) or number < 2:
-        following = start(images)
-        fetch()
-        fetch, number = following, number + 1
-    fetch()
-    return (number + 1) * len(images) / (time.monotonic() - began)
-
-
-def _rate_of_graph(place: Place, backbone: Backbone, images: torch.Tensor) -> float:
-    """Return images a second of the network alone, replayed as a CUDA graph."""
-    pixels = images.to(backbone.dtype).contiguous(memory_format=torch.channels_last)
-    stream = torch.cuda.Stream()
-    with torch.inference_mode(), torch.cuda.stream(stream):
-        for _ in range(3):
-            backbone.module(pixels)
-    place.wait()
-    graph = torch.cuda.CUDAGraph()
-    with torch.inference_mode(), torch.cuda.graph(graph):
-        backbone.module(pixels)
-    number, began = 0, time.monotonic()
-    while time.monotonic() - began < 2:
-        for _ in range(10):
-            graph.replay()
-        place.wait()
-        number += 10
-    return number * len(images) / (time.monotonic() - began)
-
-
-def _milliseconds(work: Callable[[], object], times: int = 5) -> float:
-    work()
-    began = time.monotonic()
-    for _ in range(times):
-        work()
-    return (time.monotonic() - began) / times * 1000
-
-
-def _task(place: Place) -> tuple[Path, Path]:
-    """Return a made-up store and captions to train on."""
-    store, captions = place.folder / "task", place.folder / "captions.h5"
-    videos, size = place.size(40, 2000), place.size(16, 512)
-    if not captions.exists():
-        settings = {"weights_hash": "none", "feature_size": size, "precision": "float32"}
-        make_store(store, "made_up:frames", settings, videos=videos, frames=12)
-        words, video_ids = np.array(["a", "dog", "runs", "over", "snow"]), FeatureStore(store).video_ids
-        random = np.random.default_rng(0)
-        texts = [" ".join(words[random.integers(0, len(words), 6)]) for _ in range(4 * videos)]
-        ids, owners = [str(number) for number in range(len(texts))], [v for v in video_ids for _ in range(4)]
-        table = CaptionTable(ids, owners, texts, ["train"] * len(texts), has_split=True)
-        rows = random.standard_normal((len(texts), size), np.float32).astype(np.float16)
-        encoder = {"name": "made_up:captions", "weights_hash": "none", "feature_size": size, "max_tokens": 64}
-        write_caption_features(
-            captions, CaptionFeatures(table, rows, {"text_encoder": encoder, "table_hash": "none"})
-        )
-    return store, captions
-
-
-def _small_training(place: Place, **options: Any) -> TrainConfig:
-    sizes = {"embedding_size": place.size(16, 512), "decoder_size": place.size(16, 256)}
-    small = TrainConfig(**sizes, batch_size=place.size(16, 256), evaluate_every=100, val_fraction=0.0, dropout=0.0)
-    return replace(small, **options)
-
-
-def _stop(metrics: Mapping[str, float]) -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _ended(work: Callable[..., object], *arguments: Any) -> None:
-    work(*arguments)
-
-
-# --- running them
 
 
 def run_steps(options: argparse.Namespace, folder: Path) -> list[Found]:

@@ -95,3 +95,20 @@ def test_moments_are_measured_beside_whole_videos_and_chunks(tmp_path: Path) -> 
     # Clips last 2 to 4 s of some 75: neither a whole video nor a chunk can overlap one by half.
     assert rows["the whole video"]["own video: R@1, IoU 0.5"][0] == 0
     assert rows["svb, windows of 2 s"]["own video: R@1, IoU 0.5"][0] > 10
+
+
+@pytest.mark.slow
+def test_the_ten_minutes_on_a_gpu_pass_on_a_cpu(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    command = [sys.executable, BENCHMARKS / "gpu.py", "--device", "cpu", "--patience", "20", "--json", out]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    steps = {step["step"]: step["status"] for step in json.loads(out.read_text())["steps"]}
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line.split()[:2] for line in done.stdout.splitlines()] == [[s, name] for name, s in steps.items()]
+    # These mean something on a GPU only.
+    assert {name for name, status in steps.items() if status == "SKIP"} == {"out_of_memory", "waits", "nvdec"}
+    assert len(steps) == 16
+    # A step that hangs is ended, and is a failure with a line of its own.
+    command = [sys.executable, BENCHMARKS / "gpu.py", "--device", "cpu", "--patience", "0", "--only", "squares"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stdout.startswith("FAIL  squares "), done.stdout

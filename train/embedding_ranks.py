@@ -37,11 +37,11 @@ def embedding_ranks(
         better, equal = _counts(block, own[rows, None], dim=1)
         t2v.append(1.0 + better.double() + (equal - 1).double() / 2)
         if sets is not None:
-            sets.index_reduce_(0, own_video[rows], block, "amax")
+            sets.scatter_reduce_(0, own_video[rows, None].expand_as(block), block, "amax")
     if sets is not None:
         v2t = t2v_ranks(np.ascontiguousarray(sets.T.cpu().numpy()), np.arange(len(videos)))
         return torch.cat(t2v).cpu().numpy(), v2t
-    best = videos.new_full((len(videos),), -torch.inf).index_reduce_(0, own_video, own, "amax")
+    best = videos.new_full((len(videos),), -torch.inf).scatter_reduce_(0, own_video, own, "amax")
     is_best = (own == best[own_video]).long()
     num_better = torch.zeros(len(videos), dtype=torch.int64, device=videos.device)
     num_equal = num_better.index_add(0, own_video, -is_best)  # a video's own captions are no candidates
