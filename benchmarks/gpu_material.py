@@ -43,6 +43,7 @@ def make_clip(
     picture = np.roll(noise(1, height, width)[0], 37 * seed, axis=1)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=10)
+        stream.options = {"preset": "ultrafast"} if codec == "libx264" else {}
         stream.width, stream.height, stream.pix_fmt = width, height, pixels
         for number in range(max(1, 10 * seconds)):
             frame = av.VideoFrame.from_ndarray(np.roll(picture, 5 * number, axis=0), format="rgb24")
