@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from svb.errors import DeviceError, UsageError
 
@@ -87,10 +87,10 @@ def _try(device: torch.device) -> None:
 def _compute_float32_as_float32() -> None:
     import torch
 
+    matmul, cudnn = cast("Any", torch.backends.cuda.matmul), cast("Any", torch.backends.cudnn)  # untyped
     # Parts of torch still read the older switches, and refuse to where only the newer ones have been set.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    for backend in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
-        backend.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    matmul.fp32_precision = cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
 
 
 def describe_device(device: torch.device) -> dict[str, str]:
