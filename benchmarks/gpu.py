@@ -203,9 +203,11 @@ def kill_and_resume(place: Place) -> Found:
     """An extraction that a signal ended and one that was not hold the same bytes."""
     videos, whole, parts = place.made("short"), place.folder / "store", place.folder / "resumed"
     extract([videos], whole, place.config())
+    stopped: list[int] = []
 
     def stop(progress: Any) -> None:
-        if 0 < progress.videos_done < progress.num_videos:
+        if 0 < progress.videos_done < progress.num_videos and not stopped:
+            stopped.append(progress.videos_done)
             os.kill(os.getpid(), signal.SIGTERM)
 
     with contextlib.suppress(Interrupted):

@@ -215,7 +215,8 @@ def evaluate(
         t2v, v2t = normalised_scores(method, embeddings, bank, scale)
         ranks_by[method] = t2v_ranks(t2v, caption_video), v2t_ranks(v2t, caption_video, v2t_convention)
         normalised[method] = _describe(method, scale, scale_source, bank, ranks_metrics(*ranks_by[method]))
-    graded, graded_by_query = {}, {}
+    graded: dict[str, Graded] = {}
+    graded_by_query: dict[str, Any] = {}
     if relevance:
         graded, graded_by_query = _graded(
             relevance,
@@ -319,8 +320,8 @@ def _plain_ranks(
     if is_small or not (np.isfinite(captions).all() and np.isfinite(videos).all()):
         similarity = embeddings.similarity()
         return t2v_ranks(similarity, caption_video), v2t_ranks(similarity, caption_video, v2t_convention)
-    on_device = (torch.from_numpy(rows).to(device) for rows in (captions, videos))
-    return embedding_ranks(*on_device, caption_video, v2t_convention)
+    captions_there, videos_there = torch.from_numpy(captions).to(device), torch.from_numpy(videos).to(device)
+    return embedding_ranks(captions_there, videos_there, caption_video, v2t_convention)
 
 
 def _graded(
