@@ -208,7 +208,7 @@ def test_a_run_without_a_decoder_of_words_goes_on_on_another_device(
     if is_older:  # it named a precision whatever it trained, and no device
         change_config(run, lambda held: held.update(decoder_precision="float32") or held.pop("provenance"))
     if rebuild == "tokens":
-        with pytest.raises(MismatchError, match="decoder_precision: stored float32, wanted bfloat16"):
+        with pytest.raises(MismatchError, match="decoder_precision: stored 'float32', wanted 'bfloat16'"):
             train(*task, run, tiny(epochs=1, rebuild=rebuild))
         return
     change_config(run, lambda held: held["config"].update(epochs=2))
