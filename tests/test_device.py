@@ -131,10 +131,10 @@ def test_a_driver_too_old_is_said(monkeypatch: pytest.MonkeyPatch, said: list[st
     ("asked", "own"), [("auto", "cuda:1"), ("cuda", "cuda:1"), ("cpu", "cpu"), ("cuda:0", "cuda:0")]
 )
 def test_each_rank_of_an_extraction_has_its_gpu(
-    cards: Cards, monkeypatch: pytest.MonkeyPatch, asked: str, own: str
+    cards: Cards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, own: str
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "3")  # more ranks than cards: they are taken in turn
-    assert _own_device(ExtractConfig(device=asked, rank=3, world_size=4)) == own
+    assert _own_device(ExtractConfig(device=asked, rank=3, world_size=4), tmp_path / "out") == own
 
 
 @pytest.mark.parametrize(
