@@ -46,6 +46,7 @@ from svb.data.feature_store import FeatureStore, verify_store
 from svb.device import choose_device, choose_precision, describe_device, precision_name
 from svb.errors import Interrupted, SvbError, UsageError
 from svb.extract.backbones import load_backbone
+from svb.extract.backbones.transform import Transform
 from svb.extract.compute.transform import Uploader, to_squares
 from svb.extract.config import ExtractConfig
 from svb.extract.run import extract
@@ -153,11 +154,12 @@ def clips(place: Place) -> Found:
 
 def squares(place: Place) -> Found:
     """Frames scaled on the device are within 2 of 255 of those scaled on the CPU."""
-    worst = {}
+    worst, transform = {}, Transform(224, mean=(0.5,) * 3, std=(0.5,) * 3)
     for height, width in ((240, 426), (720, 1280), (1280, 720), (100, 90), (224, 224)):
         frames = noise(2, height, width)
-        on_device = to_squares(Uploader(place.device).upload(frames), 224).cpu()
-        worst[f"{width}x{height}"] = int((on_device.int() - to_squares(torch.from_numpy(frames), 224)).abs().max())
+        on_device = to_squares(Uploader(place.device).upload(frames), transform).cpu()
+        expected = to_squares(torch.from_numpy(frames), transform)
+        worst[f"{width}x{height}"] = int((on_device.int() - expected).abs().max())
     _check(max(worst.values()) <= 2, f"differs by more than 2 of 255: {worst}")
     return worst
 
