@@ -286,8 +286,8 @@ def waits(place: Place) -> Found:
     backbone = load_backbone(place.lite, place.device, torch.float32)
     backbone(images := make_images(backbone, 32))
     with listed_waits(found["batch"]):
-        fetch = backbone.start(images)
-    fetch()
+        batch = backbone.start(images)
+    batch.fetch()
     return found
 
 

@@ -19,7 +19,7 @@ from shared import make_store
 from svb.data.caption_features import CaptionFeatures, write_caption_features
 from svb.data.caption_table import CaptionTable
 from svb.data.feature_store import FeatureStore
-from svb.extract.backbones.backbone import Backbone
+from svb.extract.backbones.backbone import Backbone, RunningBatch
 
 
 def noise(count: int, height: int, width: int) -> NDArray[np.uint8]:
@@ -84,15 +84,15 @@ def listed_waits(lines: list[str]) -> Iterator[None]:
             lines[:] = [f"{Path(w.filename).name}:{w.lineno}" for w in said if "synchroniz" in str(w.message)]
 
 
-def rate(start: Callable[[torch.Tensor], Callable[[], object]], images: torch.Tensor, seconds: float) -> float:
+def rate(start: Callable[[torch.Tensor], RunningBatch], images: torch.Tensor, seconds: float) -> float:
     """Return images a second, with one batch under way while the next is started."""
-    start(images)()
-    number, began, fetch = 0, time.monotonic(), start(images)
+    start(images).fetch()
+    number, began, running = 0, time.monotonic(), start(images)
     while time.monotonic() - began < seconds or number < 2:
         following = start(images)
-        fetch()
-        fetch, number = following, number + 1
-    fetch()
+        running.fetch()
+        running, number = following, number + 1
+    running.fetch()
     return (number + 1) * len(images) / (time.monotonic() - began)
 
 
