@@ -18,6 +18,9 @@ from svb.errors import UsageError
 # From the surest to the least sure; `svb.retrieve.searching.results` says what each means.
 CONFIDENCES = ("strong", "fair", "weak")
 RANKED_BY = ("moment", "video")
+# Why a video was found, and what a request searches for it.
+WHY = ("seen", "said", "both")
+SEARCH_IN = ("picture", "speech", "both")
 # What a request searches with.
 QUERIES = ("text", "image", "video", "like")
 
@@ -49,6 +52,8 @@ class SearchRequest:
         like: The video_id of a video in the index, to search for similar ones.
         plus: Text the result must match as well. Repeatable.
         without: Text the result must not match. Repeatable.
+        search_in: Search what is seen, what is said, or both. [default: both, if the index has speech]
+        language: Search only what is said in this language, e.g. en.
         k: Number of videos to return.
         by: Rank videos by their best moment, or as a whole. [default: moment; video for a whole video]
         folders: Search only videos in this folder. Repeatable.
@@ -72,6 +77,8 @@ class SearchRequest:
     like: str | None = option(None, hidden=True)
     plus: tuple[str, ...] = option((), metavar="TEXT")
     without: tuple[str, ...] = option((), flag="--not", metavar="TEXT")
+    search_in: str | None = option(None, flag="--in", choices=SEARCH_IN)
+    language: str | None = option(None, metavar="LANG")
     k: int = option(10, flag="-k", at_least=1)
     by: str | None = option(None, choices=RANKED_BY)
     folders: tuple[str, ...] = option((), flag="--folder", metavar="DIR")
@@ -100,6 +107,10 @@ class SearchRequest:
             begin, end = self.span_seconds
             if not 0 <= begin < end:
                 raise UsageError(f"the span is {begin:g} to {end:g} s - expected 0 <= start < end")
+        if self.text is None and (self.search_in in ("speech", "both") or self.language is not None):
+            raise UsageError("only a text is searched for in speech - leave out search_in and language")
+        if self.search_in == "picture" and self.language is not None:
+            raise UsageError(f"the language {self.language!r} is one of speech - leave it out, or search in speech")
         for each in fields(self):
             _check(each.name, getattr(self, each.name), each.metadata)
 
@@ -142,14 +153,37 @@ class Moment:
     Attributes:
         begin_seconds: Time at which it begins.
         end_seconds: Time at which it ends.
-        best_seconds: Time of the highest score, and of the picture to show for it.
-        score: Highest cosine similarity in it, -1 to 1.
+        best_seconds: Time of the highest score, and of the picture to show for it; where it begins, if it is said.
+        score: Highest cosine similarity in it, -1 to 1; of what is said, the score of the line.
+        kind: Whether it is seen or said.
     """
 
     begin_seconds: float
     end_seconds: float
     best_seconds: float
     score: float
+    kind: str = field(default="seen", metadata={"choices": WHY[:2]})
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line that is said in a video.
+
+    Attributes:
+        text: The words.
+        begin_seconds: Time at which it begins; null for notes without times.
+        end_seconds: Time at which it ends.
+        language: Its language, such as en; empty if unknown.
+        score: 1 is as sure as a line that holds every word of the query.
+        marks: The letters `[begin, end)` of the text that match words of the query.
+    """
+
+    text: str
+    begin_seconds: float | None
+    end_seconds: float | None
+    language: str
+    score: float
+    marks: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -171,7 +205,8 @@ class VideoResult:
 
     Attributes:
         rank: From 1.
-        score: Cosine similarity of the query with its best window, or with the whole video if those are ranked.
+        score: Cosine similarity of the query with its best window, or with the whole video if those are ranked;
+            where speech is searched too, the sum of both scores, each 1 where chance ends.
         confidence: How sure this result is, from strong to weak.
         video_id: The video_id in the feature store.
         key: A name that does not reveal its path, the same in every index: 16 hex digits.
@@ -183,6 +218,8 @@ class VideoResult:
         curve: The score over its time, if the request asked for it.
         size_bytes: Size of its file when it was extracted; 0 if unknown, as for some imports.
         mtime_ns: Last change of its file when it was extracted, in ns since 1970; 0 if unknown.
+        why: Whether it is seen or said what the query asks for, or both.
+        lines: The lines that are said, best first.
     """
 
     rank: int = field(metadata={"at_least": 1})
@@ -198,6 +235,8 @@ class VideoResult:
     curve: Curve | None = None
     size_bytes: int = field(default=0, metadata={"at_least": 0})
     mtime_ns: int = 0
+    why: str = field(default="seen", metadata={"choices": WHY})
+    lines: tuple[Line, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -266,6 +305,9 @@ class Answer:
                 **result,
                 "moments": tuple(Moment(**moment) for moment in result["moments"]),
                 "duplicates": tuple(result["duplicates"]),
+                "lines": tuple(
+                    Line(**{**line, "marks": tuple(map(tuple, line["marks"]))}) for line in result.get("lines", ())
+                ),
                 "curve": None
                 if result["curve"] is None
                 else Curve(tuple(result["curve"]["times_seconds"]), tuple(result["curve"]["scores"])),
@@ -327,6 +369,7 @@ _SHAPES = {
     "request": SearchRequest,
     "result": VideoResult,
     "moment": Moment,
+    "line": Line,
     "curve": Curve,
     "caption": CaptionResult,
 }

@@ -3,10 +3,11 @@
 manifest.json     the commit point, written last, see `svb.retrieve.stored.manifest`
 segments/<key>/   embeddings, see `svb.retrieve.stored.segment`; tombstones/<key>/ lists their deleted videos
 captions/<key>/   pools of captions that answer a video or an image
+speech/<key>/     what is said, see `svb.retrieve.stored.cues`
 heads/<key>/      heads.safetensors: a run's heads, or a classifier's last layer with its class names' embeddings
 text/<key>/       the text tower as ONNX, which embeds queries
 metadata/<key>/   columns of a table, to show and to filter by
-cache/            files that can be made again: FAISS files, query vectors, pictures
+cache/            files that can be made again: FAISS files, words of the speech, query vectors, pictures
 
 The steps of a run: compare the store with the index; copy renamed videos; embed new ones, a segment at a time, each
 committed by itself; then merge small segments, and make the parts that depend on all of them.
@@ -25,8 +26,8 @@ from typing import Any
 from svb.data.feature_store import FeatureStore
 from svb.errors import InputError, Interrupted, StoreError
 from svb.interrupts import deferred_interrupts
-from svb.retrieve.indexing.index_config import IndexConfig
-from svb.retrieve.indexing.index_parts import IndexParts, keep_scan_within_budget
+from svb.retrieve.indexing.index_config import IndexConfig, state_of
+from svb.retrieve.indexing.index_parts import IndexParts, keep_scan_within_budget, keep_words_of
 from svb.retrieve.indexing.index_plan import IndexPlan, plan_index
 from svb.retrieve.indexing.index_source import IndexModel, IndexSource
 from svb.retrieve.indexing.index_writer import IndexWriter, copy_videos, writing
@@ -71,7 +72,7 @@ def index(
         Interrupted: By SIGINT or SIGTERM; the index is whole.
     """
     source, out, config = Path(source), Path(out), config or IndexConfig()
-    _require_utf8([source, out, config.store, config.captions, config.metadata, *config.pools])
+    _require_utf8([source, out, config.store, config.captions, config.metadata, config.transcripts, *config.pools])
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file - expected a folder for the index, new or old: name another with -o")
     job = _IndexRun(out, config, IndexModel(IndexSource(source, config)), on_progress)
@@ -94,8 +95,11 @@ class _IndexRun:
     def watched(self) -> list[Any]:
         """Return a value that changes when there may be something to do."""
         files = [*self.config.pools, *([self.config.metadata] if self.config.metadata else [])]
-        sidecars = [] if self.config.sidecars is False else self._sidecars.states()
-        return [*self.model.source.watched(files), sidecars]
+        reads_none = self.config.sidecars is False and self.config.speech is False
+        sidecars = [] if reads_none else self._sidecars.states()
+        folder = self.config.transcripts
+        transcripts = [] if folder is None else [state_of(path) for path in sorted(folder.rglob("*.vtt"))]
+        return [*self.model.source.watched(files), sidecars, transcripts]
 
     @cached_property
     def _sidecars(self) -> SidecarWatch:
@@ -139,6 +143,7 @@ class _IndexRun:
         if self.config.prune:
             writer.delete(plan.gone.values())
         parts.update_sidecars(writer.segments, lambda: self._commit(writer))
+        parts.update_speech(writer.segments, lambda: self._commit(writer), self._on_progress)
         writer.merge()
         if not parts.are_finished:
             parts.finish(writer.segments)
@@ -146,6 +151,7 @@ class _IndexRun:
         parts.mirror(self._on_progress)
         writer.commit()
         keep_scan_within_budget(out, writer.draft, writer.segments)
+        keep_words_of(out, writer.draft)
         parts.remove_gone()
         logger.info(_summary(out, writer.draft))
 
@@ -205,9 +211,15 @@ class _IndexRun:
 
 
 def _summary(out: Path, manifest: Mapping[str, Any]) -> str:
+    said = "".join(
+        f", {entry['cues']:,} lines that are said ({', '.join(entry['languages']) or 'in no named language'})"
+        for entry in manifest["speech"]
+        if entry["cues"]
+    )
     return (
         f"{out}: {manifest['videos']:,} videos, {manifest['moments_total']:,} moments of "
         f"{manifest['moments']['seconds']:g} s, {manifest['model']['kind']}, segments: {len(manifest['segments'])}"
+        f"{said}"
     )
 
 

@@ -298,6 +298,9 @@ def _summary_of_index(path: Path, held: dict[str, Any]) -> Summary:
         lines.append(("captions by", model["text"]["text_encoder"]["name"]))
     if held["captions"]:
         lines.append(("captions", ", ".join(f"{count} in {name}" for name, count in held["captions"].items())))
+    if (speech := held["speech"]) and speech["cues"]:
+        languages = f", in {', '.join(speech['languages'])}" if speech["languages"] else ""
+        lines.append(("speech", f"{speech['cues']} lines that are said, in {speech['windows']} windows{languages}"))
     if held["metadata"]:
         lines.append(("metadata", ", ".join(held["metadata"])))
     scan = held["scan"]

@@ -22,17 +22,21 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; columns that look like numbers are aligned right."""
+def print_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], below: Sequence[Sequence[str]] | None = None
+) -> None:
+    """Print a table; columns that look like numbers are aligned right. Lines `below` each row are indented."""
     table = [list(header), *map(list, rows)]
     widths = [max(len(row[column]) for row in table) for column in range(len(header))]
     is_number = [
         bool(rows) and all(row[column].replace(".", "").replace("-", "").isdigit() for row in rows)
         for column in range(len(header))
     ]
-    for row in table:
+    for number, row in enumerate(table):
         cells = zip(row, widths, is_number, strict=True)
-        click.echo("  ".join(c.rjust(width) if number else c.ljust(width) for c, width, number in cells).rstrip())
+        click.echo("  ".join(c.rjust(width) if right else c.ljust(width) for c, width, right in cells).rstrip())
+        for line in below[number - 1] if below and number else ():
+            click.echo(f"{' ' * (widths[0] + 2)}{line}")
 
 
 class Meter:

@@ -11,12 +11,12 @@ import click
 
 from svb.cli.output import Meter, print_table, say
 from svb.errors import InputError, SvbError
-from svb.retrieve.answer import Answer, CaptionResult, Moment, SearchRequest, VideoResult
+from svb.retrieve.answer import Answer, CaptionResult, Line, Moment, SearchRequest, VideoResult
 from svb.retrieve.searching.source_file import problem_of
 
 CSV_HEADER = (
     *("query", "rank", "score", "confidence", "video_id", "source_path", "duration_seconds"),
-    *("moment", "begin_seconds", "end_seconds", "best_seconds", "moment_score"),
+    *("moment", "begin_seconds", "end_seconds", "best_seconds", "moment_score", "kind", "line"),
 )
 MOST_NAMED = 3
 # A shorter search is over before anyone asks what took the time.
@@ -30,8 +30,32 @@ def print_tables(answers: Sequence[Answer]) -> None:
             click.echo(f"{chr(10) if number else ''}{printable(query_of(answer.request))}")
         if answer.captions:
             _print_captions(answer.captions)
-        if answer.results:
+        if any(result.lines for result in answer.results):
+            _print_with_lines(answer.results)
+        elif answer.results:
             print_table(["rank", "score", "confidence", "moments", "video"], [_row(r) for r in answer.results])
+
+
+def _print_with_lines(results: Sequence[VideoResult]) -> None:
+    """Print a table that says why each video is there, with the lines that are said under it."""
+    rows = [[*cells[:3], result.why, *cells[3:]] for result in results for cells in [_row(result)]]
+    lines = [[_shown(line) for line in result.lines] for result in results]
+    print_table(["rank", "score", "confidence", "why", "moments", "video"], rows, below=lines)
+
+
+def _shown(line: Line) -> str:
+    """Return a line that is said with its time and language, and the words that were asked for in bold."""
+    at = "" if line.begin_seconds is None else f"{clock(line.begin_seconds)} "
+    text, end = "", 0
+    for begin, stop in line.marks:
+        text += printable(line.text[end:begin]) + click.style(printable(line.text[begin:stop]), bold=True)
+        end = stop
+    language = f" [{printable(line.language)}]" if line.language else ""
+    return f'{at}"{text}{printable(line.text[end:])}"{language}'
+
+
+def _is_of(line: Line, moment: Moment) -> bool:
+    return moment.kind == "said" and line.begin_seconds in (None, moment.begin_seconds)
 
 
 def print_csv(answers: Sequence[Answer]) -> None:
@@ -48,7 +72,8 @@ def print_csv(answers: Sequence[Answer]) -> None:
             of_video += [result.source_path, result.duration_seconds]
             for number, moment in enumerate(result.moments, start=1):
                 times = [moment.begin_seconds, moment.end_seconds, moment.best_seconds]
-                writer.writerow([*of_video, number, *times, moment.score])
+                said = next((line.text for line in result.lines if _is_of(line, moment)), "")
+                writer.writerow([*of_video, number, *times, moment.score, moment.kind, said])
     click.echo(held.getvalue(), nl=False)
 
 

@@ -21,7 +21,7 @@ MIN_STRIDE_SECONDS = 0.01
 # The place of vectors that no server has.
 LOCAL = "local"
 # What a new index takes for options that were never given.
-DEFAULTS: dict[str, Any] = {"sidecars": True, "latency_budget_seconds": 0.1, "to": LOCAL}
+DEFAULTS: dict[str, Any] = {"sidecars": True, "speech": True, "latency_budget_seconds": 0.1, "to": LOCAL}
 
 
 def _seconds(text: str) -> float:
@@ -52,6 +52,10 @@ class IndexConfig:
         no_pools: Remove the captions that --pool added before.
         sidecars: Answer images and videos with the .srt, .vtt and .txt files beside the videos.
             [default: as before, or yes]
+        speech: Search what is said: subtitles beside and inside the videos, and transcripts.
+            [default: as before, or yes]
+        transcripts: Folder of transcripts that `svb transcribe` made. [default: as before]
+        no_transcripts: Remove the transcripts that --transcripts added before.
         metadata: Table with `video_id` and columns to show and to filter by. [default: as before]
         no_metadata: Remove the columns that --metadata added before.
         latency_budget_seconds: Longest scan for one query, e.g. 100ms, before an approximate index is made.
@@ -78,6 +82,9 @@ class IndexConfig:
     pools: tuple[Path, ...] = option((), flag="--pool")
     no_pools: bool = False
     sidecars: bool | None = option(None, both=True)
+    speech: bool | None = option(None, both=True)
+    transcripts: Path | None = None
+    no_transcripts: bool = False
     metadata: Path | None = None
     no_metadata: bool = False
     latency_budget_seconds: float | None = option(None, flag="--latency-budget", metavar="TIME", read=_seconds)
@@ -93,6 +100,8 @@ class IndexConfig:
             raise UsageError("got --pool and --no-pools - give one of them")
         if self.no_metadata and self.metadata:
             raise UsageError("got --metadata and --no-metadata - give one of them")
+        if self.no_transcripts and self.transcripts:
+            raise UsageError("got --transcripts and --no-transcripts - give one of them")
         if self.watch_seconds is not None and not self.watch:
             raise UsageError(f"got --watch-seconds {self.watch_seconds:g} without --watch - give both, or neither")
         for name in ("moment_seconds", "latency_budget_seconds", "watch_seconds"):
@@ -145,11 +154,15 @@ class IndexConfig:
             pools = list(self.pools)
         if self.metadata or self.no_metadata:
             metadata = [self.metadata] if self.metadata else []
+        transcripts = held.get("transcripts")
+        if self.transcripts or self.no_transcripts:
+            transcripts = str(self.transcripts.absolute()) if self.transcripts else None
         chosen = {name: getattr(self, name) for name in DEFAULTS}
         return {
             "source": fingerprint(identity),
             "pools": [state_of(path) for path in pools],
             "metadata": [state_of(path) for path in metadata],
+            "transcripts": transcripts,
             **{name: held.get(name, DEFAULTS[name]) if value is None else value for name, value in chosen.items()},
         }
 

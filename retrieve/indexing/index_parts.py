@@ -1,4 +1,4 @@
-"""The parts of an index besides its segments: heads, captions, metadata, text tower, and how it is scanned."""
+"""The parts of an index besides its segments: heads, captions, speech, metadata, text tower, how it is scanned."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from svb.errors import InputError, ModelUnavailableError, SvbError
 from svb.retrieve.indexing.index_config import LOCAL, IndexConfig
 from svb.retrieve.indexing.index_plan import live_videos
 from svb.retrieve.indexing.index_source import IndexModel
+from svb.retrieve.stored.cues import open_speech, publish_speech
 from svb.retrieve.stored.manifest import part_folder, publish_part
 from svb.retrieve.stored.metadata import publish_metadata
 from svb.retrieve.stored.pools import open_pool, publish_pool
@@ -20,7 +21,7 @@ from svb.retrieve.stored.segment import Segment, require_sizes
 
 logger = logging.getLogger(__name__)
 
-# How many captions of sidecars are embedded between two commits.
+# How many captions of sidecars, or windows of speech, are embedded between two commits.
 SAVED_CAPTIONS = 32_768
 
 
@@ -45,7 +46,7 @@ class IndexParts:
         They are made again. Only `svb verify`, which reads all of a file, finds changes within it.
         """
         dropped = False
-        for part in ("captions", "metadata", "heads", "text"):
+        for part in ("captions", "metadata", "heads", "text", "speech"):
             for entry in list(self._draft[part]):
                 folder = part_folder(self._out, part, entry)
                 try:
@@ -103,6 +104,43 @@ class IndexParts:
             held = open_pool(self._out, found[0]) if found else None
             if held is None:
                 return
+
+    def update_speech(
+        self, segments: Sequence[Segment], commit: Callable[[], object], on_progress: Callable[[int, int], None]
+    ) -> None:
+        """Update what is said to the files beside and inside the videos, with commits in between."""
+        inputs = self._draft["inputs"]
+        if not inputs["speech"]:
+            self._draft["speech"] = []
+            return
+        from svb.retrieve.indexing.make_speech import collect_speech
+
+        transcripts = Path(inputs["transcripts"]) if inputs["transcripts"] else None
+        if transcripts is not None and not transcripts.is_dir():
+            raise InputError(
+                f"{transcripts} is not a folder of transcripts - bring it back, name another with --transcripts, "
+                "or remove them with --no-transcripts"
+            )
+        videos = [(video_id, segments[s].source_paths[row]) for video_id, (s, row) in live_videos(segments)]
+        while True:
+            held = open_speech(self._out, self._draft["speech"][0]) if self._draft["speech"] else None
+            try:
+                speech = collect_speech(
+                    videos,
+                    self._embed,
+                    held,
+                    transcripts=transcripts,
+                    embedding_size=int(self._draft["embedding_size"]),
+                    max_windows=SAVED_CAPTIONS,
+                    on_progress=on_progress,
+                )
+            except ModelUnavailableError as error:  # searches by video need no text encoder
+                logger.warning(f"what is said is not in the index: {error}")
+                return
+            if speech is held or speech is None:
+                return
+            self._draft["speech"] = [publish_speech(self._out, speech)]
+            commit()
 
     def mirror(self, on_progress: Callable[[int, int], None]) -> None:
         """Send the vectors to a server, if one is to hold them; all other parts of the draft must be made."""
@@ -222,3 +260,12 @@ def keep_scan_within_budget(out: Path, manifest: Mapping[str, Any], segments: Se
         captions=open_pool(out, training[0]).embeddings if training else None,
     )
     logger.info(describe(decision))
+
+
+def keep_words_of(out: Path, manifest: Mapping[str, Any]) -> None:
+    """Make the words of a committed index's speech searchable, so that the first search need not."""
+    for entry in manifest["speech"]:
+        if entry["windows"]:
+            from svb.retrieve.searching.words import keep_words
+
+            keep_words(out, entry["key"], open_speech(out, entry))

@@ -32,7 +32,7 @@ from svb.data.publish import FolderLock
 from svb.data.rows import VideoRecord
 from svb.errors import MismatchError, StoreError
 from svb.retrieve.indexing.index_plan import Place
-from svb.retrieve.stored.manifest import OLD_PARTS, commit, publish_part, read_manifest, remove_unnamed
+from svb.retrieve.stored.manifest import OLD_PARTS, PARTS, commit, publish_part, read_manifest, remove_unnamed
 from svb.retrieve.stored.segment import (
     COLUMNS,
     DTYPES,
@@ -102,6 +102,7 @@ class IndexWriter:
         self.draft: dict[str, Any] = _empty() if self._committed is None else copy.deepcopy(self._committed)
         for field in (*OLD_PARTS, "normalise"):
             self.draft.pop(field, None)
+        self.draft.setdefault("speech", [])  # older versions had none
         self.segments: list[Segment] = []
         if self._committed is not None:
             self._open_segments()
@@ -204,7 +205,7 @@ class IndexWriter:
 
 
 def _empty() -> dict[str, Any]:
-    parts: dict[str, Any] = {part: [] for part in ("segments", "captions", "metadata", "heads", "text")}
+    parts: dict[str, Any] = {part: [] for part in PARTS if part != "tombstones"}
     return {"format": "svb index", "embedding_size": 0, **parts, "vectors": None}
 
 

@@ -13,7 +13,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,18 @@ from typing import Any
 from svb.data.feature_store import FeatureStore, shard_names
 from svb.errors import InputError, SvbError
 from svb.retrieve.indexing.index_config import state_of
+from svb.retrieve.stored.cues import Cue
 
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".srt", ".vtt", ".txt")
 # The words of a day of talking are a quarter of this.
 MAX_BYTES = 4 * 2**20
+# A hundred thousand cues have a tenth of this.
+MAX_SPEECH_BYTES = 64 * 2**20
 # Cues this close to each other are one after the other.
 GAP_SECONDS = 0.1
+HEAD_BYTES = 4096
 # Lines that subtitles show at a time, at most.
 MAX_SHOWN = 8
 
@@ -51,15 +55,6 @@ MIN_READINGS = 4
 _INVISIBLE = re.compile("[\u200b-\u200f\u202a-\u202e\u2060\ufeff]")
 
 
-@dataclass(frozen=True)
-class Cue:
-    """Words, and the half-open interval of seconds in which they are said; None if the file has no times."""
-
-    text: str
-    begin_seconds: float | None = None
-    end_seconds: float | None = None
-
-
 def find_sidecars(videos: Iterable[Path]) -> dict[Path, list[Path]]:
     """Return the sidecars of each video that has any: of its own name, or with a language after it.
 
@@ -75,6 +70,37 @@ def find_sidecars(videos: Iterable[Path]) -> dict[Path, list[Path]]:
             for video in by_stem.get(stem, ()):
                 found.setdefault(video, []).append(sidecar)
     return found
+
+
+# What Matroska and MP4 call languages, and what people do.
+_LANGUAGE_CODES = """
+ara:ar ben:bn bul:bg cat:ca ces:cs cze:cs chi:zh zho:zh dan:da deu:de ger:de dut:nl nld:nl ell:el gre:el eng:en
+est:et fin:fi fra:fr fre:fr heb:he hin:hi hrv:hr hun:hu ind:id ita:it jpn:ja kor:ko lav:lv lit:lt nor:no nob:nb
+per:fa fas:fa pol:pl por:pt ron:ro rum:ro rus:ru slk:sk slo:sk slv:sl spa:es srp:sr swe:sv tha:th tur:tr ukr:uk
+urd:ur vie:vi und: mul:
+"""
+_TWO_LETTERS = dict(pair.split(":") for pair in _LANGUAGE_CODES.split())
+
+
+def language_of(tag: str) -> str:
+    """Return a language as it is shown and asked for, such as `en` or `pt-br`; empty if the tag names none."""
+    first, *rest = tag.strip().lower().replace("_", "-").split("-")
+    first = _TWO_LETTERS.get(first, first)
+    return "-".join([first, *rest]) if first else ""
+
+
+def language_of_sidecar(path: Path) -> str:
+    """Return the language that a file's name or its WebVTT header tells; empty if neither does."""
+    match = _LANGUAGE.search(path.stem)
+    if match is not None:
+        return language_of(match[0].split(".")[1])
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES).decode("utf-8", "replace")
+    except OSError:
+        return ""
+    header = re.match(r"\ufeff?WEBVTT[^\n]*\n(?:[^\n]+\n)*?Language: *([\w-]+)", head.replace("\r\n", "\n"))
+    return language_of(header[1]) if header else ""
 
 
 def read_sidecar(path: Path, max_bytes: int = MAX_BYTES) -> list[Cue]:

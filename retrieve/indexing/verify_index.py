@@ -16,6 +16,7 @@ from svb.config import require_same
 from svb.data.publish import hash_file
 from svb.errors import InputError, StoreError, UsageError
 from svb.retrieve.indexing.index_plan import Place, live_videos
+from svb.retrieve.stored.cues import open_speech, speech_problems
 from svb.retrieve.stored.ivf_file import verify_ivf
 from svb.retrieve.stored.manifest import named_parts, part_folder, read_manifest
 from svb.retrieve.stored.segment import COLUMNS, MomentWindows, Segment, StringColumn, content_of, open_segment
@@ -45,7 +46,12 @@ def verify_index(folder: Path) -> list[str]:
     problems = [problem for part, entry in named_parts(manifest) for problem in _file_problems(folder, part, entry)]
     if problems:
         return problems
-    return [*_segments_problems(folder, manifest), *_captions_problems(folder, manifest), *verify_ivf(folder)]
+    return [
+        *_segments_problems(folder, manifest),
+        *_captions_problems(folder, manifest),
+        *_speech_problems(folder, manifest),
+        *verify_ivf(folder),
+    ]
 
 
 def _file_problems(folder: Path, part: str, entry: Mapping[str, Any]) -> Iterator[str]:
@@ -118,6 +124,23 @@ def _captions_problems(folder: Path, manifest: Mapping[str, Any]) -> Iterator[st
             yield f"{path} is {embeddings.shape}, expected ({entry['captions']}, {manifest['embedding_size']})"
         elif (bad := rows_not_of_length_1(embeddings)).size:
             yield f"{path}: {bad.size} vectors do not have length 1, first in row {bad[0]}"
+
+
+def _speech_problems(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
+    for entry in manifest.get("speech", []):
+        path = part_folder(folder, "speech", entry)
+        try:
+            speech = open_speech(folder, entry)
+        except StoreError as error:
+            yield str(error)
+            return
+        yield from (f"{path}: {problem}" for problem in speech_problems(speech))
+        if (bad := rows_not_of_length_1(speech.window_embeddings)).size:
+            yield f"{path}: {bad.size} windows do not have length 1, first in row {bad[0]}"
+        if speech.num_windows:
+            from svb.retrieve.searching.words import words_problems
+
+            yield from words_problems(folder, entry["key"], speech)
 
 
 def rows_not_of_length_1(embeddings: NDArray[np.float16]) -> NDArray[np.int64]:

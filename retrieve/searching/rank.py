@@ -83,11 +83,15 @@ class EmbeddedRequest:
 
     def query(self, vectors: Vectors, by: str) -> Query:
         """Return the query for the rows of windows (`by` is `moment`) or of videos."""
+        return self.query_over(lambda: vectors.background(by))
+
+    def query_over(self, background: Callable[[], NDArray[np.float32]]) -> Query:
+        """Return the query for rows of which `background` returns a sample, `(n, D)`."""
         positive = np.stack([self.main, *self.plus]).mean(axis=0)
         if not self.without:
             return Query(positive, np.empty((0, len(positive)), np.float32), np.empty(0, np.float32))
         negatives = np.stack(self.without)
-        return Query(positive, negatives, np.median(cosines(vectors.background(by)[:, None], negatives), axis=0))
+        return Query(positive, negatives, np.median(cosines(background()[:, None], negatives), axis=0))
 
 
 def cosines(rows: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -188,7 +192,7 @@ def rank_videos(
         candidates = _candidates(vectors, query, num_rows, by, allowed)
         if not len(query.negatives) and len(candidates.videos) == num_counted:
             candidates = replace(candidates, bound=-np.inf)  # the best row of each video comes first
-        kept = _keep(vectors, candidates.videos, k, folded)
+        kept = keep_best(vectors, candidates.videos, k, folded)
         found = [Found(int(videos[0]), tuple(videos[1:].tolist())) for videos in kept]
         if candidates.bound == -np.inf:
             return found
@@ -218,7 +222,7 @@ def _candidates(
     return Candidates(videos[best], scores[best], bound)
 
 
-def _keep(vectors: Vectors, videos: NDArray[np.int64], k: int, folded: bool) -> list[NDArray[np.int64]]:
+def keep_best(vectors: Vectors, videos: NDArray[np.int64], k: int, folded: bool) -> list[NDArray[np.int64]]:
     """Return the first K videos, each followed by the near-duplicates that are listed under it."""
     if not folded:
         return [videos[position : position + 1] for position in range(min(k, len(videos)))]

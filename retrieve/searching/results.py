@@ -92,6 +92,20 @@ def build_results(
     """Return the results for the videos that were found, best first, and the confidence of the best of them."""
     if not found:
         return [], CONFIDENCES[-1]
+    results = describe_results(vectors, metadata, request, embedded, found)
+    # A score may differ in its last digit from the one that the scan went by.
+    results.sort(key=lambda result: -result.score)
+    return numbered(results, request), results[0].confidence
+
+
+def describe_results(
+    vectors: Vectors,
+    metadata: Metadata,
+    request: SearchRequest,
+    embedded: EmbeddedRequest,
+    found: Sequence[Found],
+) -> list[VideoResult]:
+    """Return the results for the videos that were found, in their order, not numbered yet."""
     catalog = vectors.catalog
     windows = embedded.query(vectors, "moment")
     ranked = windows if request.ranked_by == "moment" else embedded.query(vectors, request.ranked_by)
@@ -127,7 +141,7 @@ def build_results(
                 mtime_ns=info.mtime_ns,
             )
         )
-    return _ranked(results, request), spread.confidence(max(result.score for result in results))
+    return results
 
 
 def _scores_over_time(vectors: Vectors, row: int, query: Query) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
@@ -138,10 +152,8 @@ def _scores_over_time(vectors: Vectors, row: int, query: Query) -> tuple[NDArray
     return vectors.catalog.moment_seconds(rows), query.scores(embeddings)
 
 
-def _ranked(results: list[VideoResult], request: SearchRequest) -> list[VideoResult]:
+def numbered(results: Sequence[VideoResult], request: SearchRequest) -> list[VideoResult]:
     """Return the results that are sure enough, numbered."""
-    # A score may differ in its last digit from the one that the scan went by.
-    results = sorted(results, key=lambda result: -result.score)
     wanted = request.min_confidence or CONFIDENCES[-1]
     sure = [result for result in results if at_least(result.confidence, wanted)]
     return [replace(result, rank=rank) for rank, result in enumerate(sure, start=1)]
@@ -174,6 +186,13 @@ class Spread:
         """
         wide = scores.astype(np.float64)
         return cls(float(wide.mean()), float(wide.std()), float(np.sqrt(2 * np.log(max(num_rows, FEWEST_ROWS)))))
+
+    def share_of_chance(self, scores: NDArray[np.floating]) -> NDArray[np.float64]:
+        """Return how far `(n,)` scores stand out, 1 being as far as the best of unrelated rows; at least 0."""
+        if self.deviation == 0:
+            return np.zeros(len(scores))
+        shares: NDArray[np.float64] = np.maximum((scores - self.mean) / (self.chance * self.deviation), 0.0)
+        return shares
 
     def confidence(self, score: float) -> str:
         """Return the confidence of a result with this score, one of `svb.retrieve.answer.CONFIDENCES`."""

@@ -8,22 +8,25 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from svb.errors import InputError, StoreError, UsageError
-from svb.retrieve.answer import Answer, CaptionResult, SearchRequest
+from svb.retrieve.answer import CONFIDENCES, Answer, CaptionResult, SearchRequest, VideoResult
 from svb.retrieve.model.query_embedder import QueryEmbedder
 from svb.retrieve.searching.catalog import Catalog, allowed_videos
 from svb.retrieve.searching.ivf import open_ivf
-from svb.retrieve.searching.rank import EmbeddedRequest, Found, rank_videos, require_cosines
+from svb.retrieve.searching.rank import EmbeddedRequest, rank_videos, require_cosines
 from svb.retrieve.searching.results import VideoInfo, build_results, info_of, video_key
 from svb.retrieve.searching.vectors import CaptionPools, SegmentVectors, Vectors
 from svb.retrieve.stored.manifest import read_manifest, read_whole
 from svb.retrieve.stored.metadata import Metadata
 from svb.retrieve.stored.segment import open_segments
+
+if TYPE_CHECKING:
+    from svb.retrieve.searching.said import SpeechSearch
 
 T = TypeVar("T")
 
@@ -184,14 +187,22 @@ class Searcher:
             )
         allowed, about_filters = self._allowed(request)
         compared = self.catalog.counted(allowed)
-        found: list[Found] = []
-        if compared.any():
+        notes = [about_filters, self._opened.note]
+        speech, results, confidence = self._speech_for(request), list[VideoResult](), CONFIDENCES[-1]
+        if speech is not None and compared.any():
+            from svb.retrieve.searching.fused import fused_results
+
+            results, confidence, more = fused_results(
+                vectors, self._opened.metadata, speech, request, embedded, allowed
+            )
+            notes += more
+        elif compared.any():
             query = embedded.query(vectors, request.ranked_by)
             found = rank_videos(
                 vectors, query, request.k, by=request.ranked_by, allowed=allowed, folded=request.fold
             )
+            results, confidence = build_results(self.vectors, self._opened.metadata, request, embedded, found)
         num_videos, num_windows = int(compared.sum()), int(self.catalog.moment_counts[compared].sum())
-        results, confidence = build_results(self.vectors, self._opened.metadata, request, embedded, found)
         return Answer(
             request=request,
             results=tuple(results),
@@ -203,8 +214,33 @@ class Searcher:
             recall=vectors.recall,
             generation=self.generation,
             elapsed_seconds={},
-            notes=tuple(note for note in (about_filters, self._opened.note) if note is not None),
+            notes=tuple(note for note in notes if note is not None),
         )
+
+    def _speech_for(self, request: SearchRequest) -> SpeechSearch | None:
+        """Return the speech to search, None if only pictures are.
+
+        Raises:
+            InputError: The request asks for speech, and the index has none.
+        """
+        asks = request.search_in in ("speech", "both") or request.language is not None
+        if request.text is None or (request.search_in == "picture" and not asks):
+            return None
+        if self._speech is None and asks:
+            raise InputError(
+                f"{self.path} holds nothing that is said - run `svb index` on it again, which reads subtitles "
+                "beside and inside the videos; `svb transcribe` makes transcripts where there are none"
+            )
+        return self._speech
+
+    @cached_property
+    def _speech(self) -> SpeechSearch | None:
+        entry = next((entry for entry in self.manifest.get("speech", []) if entry["windows"]), None)
+        if entry is None:
+            return None
+        from svb.retrieve.searching.said import SpeechSearch  # an index without speech needs no SQLite
+
+        return SpeechSearch(self.path, entry, self.catalog)
 
     def _allowed(self, request: SearchRequest) -> tuple[NDArray[np.bool_] | None, str | None]:
         """Return which videos count, and why, if none does."""

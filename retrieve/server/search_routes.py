@@ -164,6 +164,8 @@ def describe(searcher: Searcher) -> dict[str, Any]:
         "folders": _folders(searcher),
         "columns": {name: kind for entry in manifest["metadata"] for name, kind in entry["columns"].items()},
         "has_captions": bool(manifest["captions"]),
+        "languages": [language for entry in manifest.get("speech", []) for language in entry["languages"]],
+        "has_speech": any(entry["windows"] for entry in manifest.get("speech", [])),
         "version": __version__,
     }
 

@@ -21,7 +21,7 @@ from svb.data.publish import hash_file, published_folder, recover_folder, remove
 from svb.errors import StoreError
 
 FORMAT_VERSION = 2
-PARTS = ("segments", "tombstones", "captions", "metadata", "heads", "text")
+PARTS = ("segments", "tombstones", "captions", "metadata", "heads", "text", "speech")
 HEADS = "heads.safetensors"
 # Parts of indexes that older versions made: nothing reads them, and the next commit leaves them out.
 OLD_PARTS = ("hubs",)
@@ -174,6 +174,7 @@ def describe_index(folder: Path) -> dict[str, Any]:
         "deleted": {count: sum(entry[count] for entry in deleted) for count in ("videos", "moments")},
         "captions": {entry["name"]: entry["captions"] for entry in manifest["captions"]},
         "metadata": [column for entry in manifest["metadata"] for column in entry["columns"]],
+        "speech": _described(manifest["speech"][0]) if manifest.get("speech") else None,
         "text_tower": _described(manifest["text"][0]) if manifest["text"] else None,
         "vectors": manifest["vectors"],
         "store": manifest["store"],
