@@ -31,6 +31,7 @@ COMMANDS = {
     "compare": "svb.cli.compare:compare",
     "ablate": "svb.cli.ablate:ablate",
     "explain": "svb.cli.explain:explain",
+    "transcribe": "svb.cli.transcribe:transcribe",
     "index": "svb.cli.index:index",
     "search": "svb.cli.search:search",
     "serve": "svb.cli.serve:serve",
@@ -90,6 +91,7 @@ def cli() -> None:
     svb compare runs/x runs/y                   which is better, and could it be chance
     svb ablate ablation.toml -o ablation/       a grid of options over several seeds
     svb explain runs/x "a dog runs"             from which videos a caption is rebuilt
+    svb transcribe features/ -o transcripts/    what is said in every video
     svb index runs/x -o index/                  embeddings of every video and moment
     svb search "a dog catches a frisbee"        the nearest videos
     svb serve                                   the same in a browser, and for programs

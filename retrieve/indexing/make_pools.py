@@ -17,7 +17,8 @@ from svb.config import fingerprint
 from svb.data.tables import TableKind, read_table, text_of
 from svb.data.text import mtime_ns_of
 from svb.errors import InputError
-from svb.retrieve.indexing.sidecars import SUFFIXES, Cue, find_sidecars, read_sidecar
+from svb.retrieve.indexing.sidecars import SUFFIXES, find_sidecars, read_sidecar
+from svb.retrieve.stored.cues import Cue
 from svb.retrieve.stored.pools import Pool, SidecarRows
 from svb.retrieve.stored.segment import StringColumn
 

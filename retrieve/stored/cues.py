@@ -152,7 +152,9 @@ def select_tracks(speech: Speech, tracks: Sequence[int]) -> Speech:
     each = np.arange(speech.num_tracks + 1)
     rows = np.array(tracks, np.int64)
     return Speech(
-        *(strings(column, each) for column in (speech.video_ids, speech.sources, speech.languages)),
+        strings(speech.video_ids, each),
+        strings(speech.sources, each),
+        strings(speech.languages, each),
         speech.track_kind[rows],
         speech.track_state[rows],
         _offsets(np.diff(cue_edges)[rows]),
