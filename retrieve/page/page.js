@@ -9,6 +9,7 @@ const form = $("#form");
 const FIELDS = [
   ["text", "q", "", "text"], ["like", "like", "--like", "text"],
   ["plus", "plus", "--plus", "list"], ["without", "not", "--not", "list"],
+  ["search_in", "in", "--in", "text"], ["language", "language", "--language", "text"],
   ["k", "k", "-k", "number"], ["by", "by", "--by", "text"],
   ["folders", "folder", "--folder", "list"],
   ["min_duration_seconds", "min", "--min-duration", "number"], ["max_duration_seconds", "max", "--max-duration", "number"],
@@ -366,6 +367,8 @@ async function loadIndex() {
   $("#where-column").replaceChildren(...columns.map(column => make("option", {}, column)));
   if (columns.includes(chosen)) $("#where-column").value = chosen;
   $("#where").hidden = !columns.length;
+  $$(".speech").forEach(each => { each.hidden = !info.has_speech; });
+  $("#languages").replaceChildren(...(info.languages ?? []).map(language => make("option", {value: language})));
 }
 
 // The answer
@@ -440,11 +443,14 @@ function captionsOf(captions) {
 
 function scaleOf(results) {
   // One scale for all results: a curve that looks flat is flat.
-  const scores = results.flatMap(result => [...result.curve?.scores ?? [], ...result.moments.map(moment => moment.score)]);
+  const scores = results.flatMap(result => [...result.curve?.scores ?? [], ...seenOf(result).map(moment => moment.score)]);
   const [low, high] = scores.reduce(([least, most], score) => [Math.min(least, score), Math.max(most, score)], [Infinity, -Infinity]);
   const span = Math.max(high - low, 0.02);
   return score => 94 - 84 * (score - low) / span;
 }
+
+// Only what is seen has a place on the scale of the curve; a line that is said has a score of its own.
+const seenOf = result => result.moments.filter(moment => moment.kind !== "said");
 
 // Moments are on the file's own clock. A video may begin late on it; its duration counts from there.
 function durationOf(result, begin = 0) {
@@ -494,6 +500,10 @@ function cardOf(result, scale) {
   $(".badge", card).classList.add(result.confidence);
   $(".badge", card).title = `${result.confidence}: how far the score stands out from the scores of all other videos`;
   $(".score", card).textContent = result.score.toFixed(3);
+  if (result.lines?.length) {
+    $(".why", card).textContent = result.why;
+    $(".score", card).title = "What is seen and what is said together: 1 is where chance ends";
+  }
   const image = $(".poster img", card);
   image.onload = () => image.classList.toggle("tall", image.naturalHeight > image.naturalWidth);
   image.onerror = () => image.removeAttribute("src");
@@ -502,7 +512,7 @@ function cardOf(result, scale) {
   $(".poster", card).setAttribute("aria-label", `Play ${name} from ${clock(best.best_seconds)}`);
   $(".poster", card).onclick = () => play(card, best.best_seconds);
   $(".stamp", card).textContent = `${clock(best.best_seconds, tenths)}${result.duration_seconds === null ? "" : ` / ${clock(result.duration_seconds, tenths)}`}`;
-  $(".moments", card).append(...result.moments.map(moment => {
+  $(".moments", card).append(...(result.lines ?? []).map(line => lineOf(card, line)), ...seenOf(result).map(moment => {
     const span = `${clock(moment.begin_seconds, tenths)}–${clock(moment.end_seconds, tenths)}`;
     const chosen = make("button", {type: "button", "aria-label": `Play ${span}, score ${moment.score.toFixed(3)}`}, icon("play"), span, make("span", {class: "quiet"}, moment.score.toFixed(3)));
     chosen.onclick = () => play(card, moment.best_seconds);
@@ -513,6 +523,22 @@ function cardOf(result, scale) {
   wireActions(card);
   seen.observe(card);
   return card;
+}
+
+// A line that is said, with the words that were asked for; its marks count letters, not UTF-16's halves.
+function lineOf(card, line) {
+  const letters = [...line.text], part = (begin, end) => letters.slice(begin, end).join(""), shown = [];
+  let end = 0;
+  for (const [begin, stop] of line.marks) {
+    shown.push(part(end, begin), make("mark", {}, part(begin, stop)));
+    end = stop;
+  }
+  const isTimed = line.begin_seconds !== null, at = isTimed ? line.begin_seconds : card.result.moments[0].begin_seconds;
+  const says = make("button", {type: "button", lang: line.language, "aria-label": `Play ${clock(at)}: ${line.text}`},
+    icon("play"), make("span", {class: "quiet"}, isTimed ? clock(at) : "note"), make("q", {}, ...shown, part(end)),
+    make("span", {class: "quiet"}, line.language));
+  says.onclick = () => play(card, at);
+  return make("li", {class: "line"}, says);
 }
 
 // A card loads its strip and the state of its file when it comes into view.
@@ -574,9 +600,10 @@ function drawTimeline(card) {
     covered = Math.max(covered, end);
   }
   result.moments.forEach((moment, rank) => {
-    const peak = make("button", {type: "button", class: rank ? "peak" : "peak best", tabindex: -1, "aria-label": `Play from ${clock(moment.best_seconds)}`});
+    const isSaid = moment.kind === "said";
+    const peak = make("button", {type: "button", class: `peak${rank ? "" : " best"}${isSaid ? " said" : ""}`, tabindex: -1, "aria-label": `Play from ${clock(moment.best_seconds)}`});
     peak.style.left = percent(moment.best_seconds) + "%";
-    peak.style.top = (result.curve?.scores.length ? scale(moment.score) : 60) + "%";
+    peak.style.top = (result.curve?.scores.length ? scale(isSaid ? scoreAt(result.curve, moment.best_seconds) : moment.score) : 60) + "%";
     peak.onclick = event => { event.stopPropagation(); play(card, moment.best_seconds); };
     $(".peaks", card).append(peak);
   });

@@ -33,9 +33,7 @@ def fused_results(
 ) -> tuple[list[VideoResult], str, tuple[str, ...]]:
     """Return the results, best first, the confidence of the best of them, and what the user should know."""
     heard = speech.ask(request, embedded, allowed)
-    said = dict(zip(heard.videos.tolist(), heard.scores.tolist(), strict=True))
-    sure = dict(zip(heard.videos.tolist(), heard.confidences, strict=True))
-    videos = heard.videos
+    videos = np.array(list(heard.found), np.int64)
     by, sees = request.ranked_by, request.search_in != "speech"
     query = embedded.query(vectors, by)
     if sees and not heard.is_quoted:
@@ -45,7 +43,7 @@ def fused_results(
     if not len(videos):
         return [], CONFIDENCES[-1], heard.notes
     spread = Spread.of(query.scores(vectors.background(by)), independent_rows(vectors.catalog, by))
-    scores = SPEECH_WEIGHT * np.array([said.get(video, 0.0) for video in videos.tolist()])
+    scores = SPEECH_WEIGHT * np.array([heard.found[v][0] if v in heard.found else 0.0 for v in videos.tolist()])
     if sees:
         scores = scores + spread.share_of_chance(_picture_scores(vectors, query, videos, by))
     order = np.lexsort((videos, -scores))
@@ -53,7 +51,7 @@ def fused_results(
     found = [Found(int(group[0]), tuple(group[1:].tolist())) for group in kept]
     score_of = dict(zip(videos.tolist(), scores.tolist(), strict=True))
     results = [
-        _with_lines(result, heard, row.row, score_of[row.row], sure.get(row.row), request)
+        _with_lines(result, heard, row.row, score_of[row.row], request)
         for row, result in zip(found, describe_results(vectors, metadata, request, embedded, found), strict=True)
     ]
     best = min(results, key=lambda result: CONFIDENCES.index(result.confidence)).confidence
@@ -71,14 +69,13 @@ def _picture_scores(vectors: Vectors, query: Query, videos: NDArray[np.int64], b
     return best
 
 
-def _with_lines(
-    result: VideoResult, heard: Heard, row: int, score: float, sure: str | None, request: SearchRequest
-) -> VideoResult:
+def _with_lines(result: VideoResult, heard: Heard, row: int, score: float, request: SearchRequest) -> VideoResult:
     """Return a result with what is said, why it is there, and the moments of both kinds."""
-    is_seen = request.search_in != "speech" and at_least(result.confidence, "fair")
-    is_said = sure is not None and (
-        at_least(sure, "fair") or (not is_seen and (request.search_in == "speech" or heard.is_quoted))
-    )
+    said, sure = heard.found.get(row, (0.0, None))
+    sees = request.search_in != "speech"
+    is_seen = sees and at_least(result.confidence, "fair")
+    # What is sure, and what brought most of the score: a weak line says at least why the video is there.
+    is_said = sure is not None and (at_least(sure, "fair") or not sees or said >= 0.5 * score)
     if not is_said:
         return replace(result, score=score)
     assert sure is not None

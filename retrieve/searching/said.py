@@ -45,16 +45,13 @@ class Heard:
     """What a query found in the speech of an index.
 
     Attributes:
-        videos: `(n,)` rows of the catalog, best first.
-        scores: `(n,)`: about 1 is as good as sure.
-        confidences: Of each.
+        found: Score and confidence of each video, by its row in the catalog, best first; a score of 1 is as good as
+            sure.
         is_quoted: Whether the query quotes, so that no other video counts.
         notes: What the user should know.
     """
 
-    videos: NDArray[np.int64]
-    scores: NDArray[np.float64]
-    confidences: Sequence[str]
+    found: Mapping[int, tuple[float, str]]
     is_quoted: bool
     notes: tuple[str, ...]
     _places: Mapping[int, Sequence[tuple[_Place, float]]]
@@ -210,9 +207,7 @@ class SpeechSearch:
             places, key=lambda video: (-places[video][0][1], -len(places[video]) if is_quoted else 0, video)
         )
         return Heard(
-            np.array(best, np.int64),
-            np.array([places[video][0][1] for video in best], np.float64),
-            [sure[video] for video in best],
+            {video: (places[video][0][1], sure[video]) for video in best},
             is_quoted,
             notes,
             places,
