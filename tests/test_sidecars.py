@@ -8,7 +8,8 @@ import pytest
 from messages import heard
 
 from svb.errors import InputError
-from svb.retrieve.indexing.sidecars import Cue, find_sidecars, read_sidecar
+from svb.retrieve.indexing.sidecars import find_sidecars, read_sidecar
+from svb.retrieve.stored.cues import Cue
 
 SRT = """1
 00:00:01,000 --> 00:00:02,500

@@ -16,6 +16,7 @@ from typing import BinaryIO
 import av
 import av.error
 import imageio_ffmpeg
+from av.subtitles.stream import SubtitleStream
 
 from svb.errors import InputError
 from svb.retrieve.indexing.sidecars import MAX_SPEECH_BYTES, language_of, read_sidecar
@@ -30,7 +31,7 @@ SLOWEST_BYTES_PER_SECOND = 10e6
 
 
 @dataclass(frozen=True)
-class SubtitleStream:
+class StreamCues:
     """A subtitle stream of a file: its number among all streams, its language (empty if not known), its cues."""
 
     number: int
@@ -38,7 +39,7 @@ class SubtitleStream:
     cues: list[Cue]
 
 
-def read_streams(path: Path) -> list[SubtitleStream]:
+def read_streams(path: Path) -> list[StreamCues]:
     """Return the subtitle streams of a video that hold text; pictures of text are left out, and the log names them.
 
     Raises:
@@ -62,7 +63,7 @@ def _text_streams(path: Path, fd: int) -> dict[int, str]:
         # As in decoding: the demuxer gets one open file and access to nothing else.
         with av.open("fd:", options={"fd": str(fd), "protocol_whitelist": "fd"}) as container:
             found = [
-                (stream.index, stream.codec_context.name if stream.codec_context else "", stream.language or "")
+                (stream.index, _codec_of(stream), stream.language or "")
                 for stream in container.streams
                 if stream.type == "subtitle"
             ]
@@ -75,7 +76,11 @@ def _text_streams(path: Path, fd: int) -> dict[int, str]:
     return {number: language_of(language) for number, codec, language in found if codec in TEXT_CODECS}
 
 
-def _read(path: Path, fd: int, languages: dict[int, str]) -> list[SubtitleStream]:
+def _codec_of(stream: SubtitleStream) -> str:
+    return stream.codec_context.codec.canonical_name if stream.codec_context else ""
+
+
+def _read(path: Path, fd: int, languages: dict[int, str]) -> list[StreamCues]:
     with tempfile.TemporaryDirectory(prefix="svb-subtitles-") as folder:
         files = {number: Path(folder) / f"{number}.vtt" for number in languages}
         # Times stay on the file's own clock, as those of moments are.
@@ -105,7 +110,7 @@ def _read(path: Path, fd: int, languages: dict[int, str]) -> list[SubtitleStream
                 f"{path} has subtitles that cannot be read ({words[-1] if words else 'ffmpeg failed'})"
             )
         return [
-            SubtitleStream(number, languages[number], read_sidecar(file, MAX_SPEECH_BYTES))
+            StreamCues(number, languages[number], read_sidecar(file, MAX_SPEECH_BYTES))
             for number, file in files.items()
             if file.exists()
         ]

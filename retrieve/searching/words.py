@@ -4,7 +4,7 @@ cache/words-<key>.sqlite   an FTS5 table without content, a row a window; made a
                            missing or damaged. The key is that of the speech.
 
 Words are stemmed (Porter's rules, made for English) and compared without case and accents. A query may hold words,
-beginnings of words (`budg*`) and "quoted phrases"; all else in it, such as the operators of FTS5, is words.
+beginnings of stems (`budg*`) and "quoted phrases"; all else in it, such as the operators of FTS5, is words.
 """
 
 from __future__ import annotations
@@ -254,8 +254,8 @@ def _connected(path: Path) -> sqlite3.Connection:
 
 
 def _num_rows(database: sqlite3.Connection) -> int:
-    (rows,) = database.execute("SELECT windows FROM made").fetchone()
-    return int(rows)
+    rows = database.execute("SELECT max(windows) FROM made").fetchone()[0]
+    return -1 if rows is None else int(rows)
 
 
 def _write(path: Path, speech: Speech) -> None:
