@@ -109,13 +109,14 @@ def asked_of(fake: type[FakeSearcher], run_svb: RunSvb, *arguments: object) -> S
 def test_options_become_the_request(fake: type[FakeSearcher], run_svb: RunSvb) -> None:
     given = "--plus x --plus y --not z -k 3 --by video --folder f --min-duration 1:30 --max-duration 2:00:00.5 "
     given += (
-        "--after 2026-01-01 --before 2026-02-01 --where a=1 --where b~2 --min-confidence weak --no-fold --exact"
+        "--after 2026-01-01 --before 2026-02-01 --where a=1 --where b~2 --min-confidence weak --no-fold --exact "
+        "--in both --language en"
     )
     request = asked_of(fake, run_svb, "a dog", *given.split(), "--moments", "2", "--captions", "0")
     values: dict[str, Any] = {"plus": ("x", "y"), "without": ("z",), "k": 3, "by": "video", "folders": ("f",)}
     values |= {"min_duration_seconds": 90.0, "max_duration_seconds": 7200.5, "after": "2026-01-01"}
     values |= {"before": "2026-02-01", "where": ("a=1", "b~2"), "min_confidence": "weak", "fold": False}
-    values |= {"exact": True, "num_moments": 2, "num_captions": 0}
+    values |= {"exact": True, "search_in": "both", "language": "en", "num_moments": 2, "num_captions": 0}
     assert request == SearchRequest(text="a dog", **values)
     # A field is either an option, or it is the query, comes with --video, or comes with --html.
     assert {*values, "text", "image", "video", "span_seconds", "like", "with_curves"} == {*request.__dict__}
