@@ -86,6 +86,7 @@ def test_what_is_imported_is_required() -> None:
         + extras["graded"]
         + extras["mcp"]
         + extras["editor"]
+        + extras["speech"]
     )
     required = {re.split(r"[ <>=;]", line)[0].lower().replace("-", "_") for line in options.strip().splitlines()}
     distributions = importlib.metadata.packages_distributions()
