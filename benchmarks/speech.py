@@ -32,7 +32,7 @@ import shared
 VATEX = Path(__file__).resolve().parents[2] / "shared" / "annotations" / "vatex" / "validation.jsonl"
 TOPICS_A_VIDEO, NUM_VIDEOS = 7, 400
 WORDS_WEIGHTS = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 1.0)
-SPEECH_WEIGHTS = (0.5, 1.0, 1.5, 2.0)
+SPEECH_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 
 
 @dataclass(frozen=True)
@@ -47,30 +47,28 @@ class Asked:
 
 def measure(folder: Path, options: argparse.Namespace) -> tuple[Any, str]:
     index, asked = make_index(folder, options)
-    by_weight = {w: found(index, asked, "speech", w, 1.0) for w in WORDS_WEIGHTS}
+    hits = sweep(index, asked, options.words_weight)
     spoken = [
-        [_named(w), *(f"{100 * rates[kind][n]:.1f}" for kind in ("words", "meaning") for n in (0, 1))]
-        for w, rates in by_weight.items()
+        [_named(w), *(f"{100 * hits[kind, 'speech', w][n]:.1f}" for kind in ("words", "meaning") for n in (0, 1))]
+        for w in WORDS_WEIGHTS
     ]
-    both = {w: found(index, asked, "both", options.words_weight, w) for w in SPEECH_WEIGHTS}
-    mixed = [
-        [f"{w:g}", *(f"{100 * rates[kind][0]:.1f}" for kind in ("words", "meaning", "seen"))]
-        for w, rates in both.items()
+    both = [
+        [f"{w:g}", *(f"{100 * hits[kind, 'both', w][0]:.1f}" for kind in ("words", "meaning", "seen"))]
+        for w in SPEECH_WEIGHTS
     ]
-    seen = found(index, [each for each in asked if each.kind == "seen"], "picture", 0.0, 0.0)
-    large = million(index, folder, options)
+    large = million(index, options)
     text = "\n\n".join(
         [
             "What is said, `--in speech`, percent:",
             shared.table(["weight of words", "words R@1", "inside", "meaning R@1", "inside"], spoken),
-            f"Both, R@1 in percent (`--in picture` finds {100 * seen['seen'][0]:.1f} of what is seen):",
-            shared.table(["weight of speech", "words", "meaning", "seen"], mixed),
-            f"A million cues, {large['windows']:,} windows: words file {large['words_mib']:.0f} MiB, made in "
+            f"Seen and said, R@1 in percent, words with {options.words_weight:g}:",
+            shared.table(["weight of speech", "words", "meaning", "seen"], both),
+            f"{options.cues:,} cues, {large['windows']:,} windows: words {large['words_mib']:.0f} MiB, made in "
             f"{large['make_seconds']:.0f} s; vectors {large['vectors_mib']:.0f} MiB",
             shared.table(["query", "scan ms", "CPU-s of the process", "memory MiB"], large["rows"]),
         ]
     )
-    return {"speech": by_weight, "both": both, "seen": seen, "million": large}, text
+    return {"found": {" ".join(map(str, key)): value for key, value in hits.items()}, "large": large}, text
 
 
 def _named(weight: float) -> str:
@@ -141,26 +139,51 @@ def _words(text: str) -> list[str]:
     return re.findall("[a-z]+", text.lower())
 
 
-def found(
-    index: Path, asked: Sequence[Asked], where: str, words_weight: float, speech_weight: float
-) -> dict[str, tuple[float, float]]:
-    """Return R@1 and the share whose first moment is inside the topic, by kind of query."""
+def sweep(
+    index: Path, asked: Sequence[Asked], fixed_weight: float
+) -> dict[tuple[str, str, float], tuple[float, float]]:
+    """Return R@1 and the share whose first line is inside the topic, by kind of query, where, and weight.
+
+    Weights of words are tried on speech alone, then those of speech with one weight of words.
+    """
+    import numpy as np
+
     from svb.retrieve.answer import SearchRequest
     from svb.retrieve.search import open_searcher
-    from svb.retrieve.searching import fused, said
+    from svb.retrieve.searching import said
+    from svb.retrieve.searching.rank import EmbeddedRequest
+    from svb.retrieve.searching.results import Spread, independent_rows
 
-    said.WORDS_WEIGHT, fused.SPEECH_WEIGHT = words_weight, speech_weight
-    searcher, hits = open_searcher(index), collections.defaultdict[str, list[tuple[bool, bool]]](list)
+    searcher = open_searcher(index)
+    catalog = searcher.catalog
+    speech = said.SpeechSearch(index, searcher.manifest["speech"][0], catalog)
+    moments = searcher.vectors.embeddings(np.arange(catalog.num_moments), by="moment")
+    begins = np.array([catalog.moment_range(row)[0] for row in range(catalog.num_videos)])
+    hits = collections.defaultdict[tuple[str, str, float], list[tuple[bool, bool]]](list)
     for each in asked:
-        if where == "speech" and each.kind == "seen":
-            continue
-        request = SearchRequest(text=each.text, search_in=where, k=1, num_moments=1)
-        (result, *_) = searcher.search(request).results
-        is_right = result.video_id == each.video_id
-        moment, span = result.moments[0], each.span or (0.0, float("inf"))
-        is_inside = is_right and moment.begin_seconds < span[1] and moment.end_seconds > span[0]
-        hits[each.kind].append((is_right, is_inside))
-    return {kind: (_mean(a for a, _ in of), _mean(b for _, b in of)) for kind, of in hits.items()}
+        request, embedded = SearchRequest(text=each.text), EmbeddedRequest(searcher.embed_text(each.text))
+        right, pictures = catalog.row_of(each.video_id), moments @ embedded.main
+        spread = Spread.of(pictures, independent_rows(catalog, "moment"))
+        seen = spread.share_of_chance(np.maximum.reduceat(pictures, begins))
+        for weight in WORDS_WEIGHTS if each.kind != "seen" else (fixed_weight,):
+            said.WORDS_WEIGHT = weight
+            heard = speech.ask(request, embedded, None)
+            first = next(iter(heard.found), None)
+            (line,) = heard.lines_of(first, 1) if first is not None else (None,)
+            inside = bool(
+                line is not None
+                and each.span is not None
+                and line.begin_seconds < each.span[1]
+                and line.end_seconds > each.span[0]
+            )
+            hits[each.kind, "speech", weight].append((first == right, first == right and inside))
+            if weight == fixed_weight:
+                scores = np.zeros(catalog.num_videos)
+                for row, (score, _) in heard.found.items():
+                    scores[row] = score
+        for weight in SPEECH_WEIGHTS:
+            hits[each.kind, "both", weight].append((int((seen + weight * scores).argmax()) == right, False))
+    return {key: (_mean(a for a, _ in of), _mean(b for _, b in of)) for key, of in hits.items()}
 
 
 def _mean(values: Any) -> float:
@@ -168,7 +191,7 @@ def _mean(values: Any) -> float:
     return sum(held) / len(held)
 
 
-def million(index: Path, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+def million(index: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Give an index a million cues, and return what searching them takes."""
     import numpy as np
 

@@ -306,7 +306,8 @@ def sound_of(path: Path) -> Iterator[tuple[float, NDArray[np.float32]]]:
         ) as process:
             try:
                 for piece in _pieces(process):
-                    yield begin_seconds, np.frombuffer(piece, "<i2").astype(np.float32) / 32768
+                    samples = np.frombuffer(piece, "<i2").astype(np.float32)
+                    yield begin_seconds, samples / np.float32(32768)
                     begin_seconds += len(piece) / 2 / SAMPLE_RATE
             finally:
                 process.kill()

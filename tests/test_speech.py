@@ -17,6 +17,7 @@ from clips import draw, make_clip, run_ffmpeg
 from conftest import RunSvb
 from indexes import MOMENTS, Kept, files_of, index, touch
 from serving import serving
+from watching import browser, until, watch
 
 from svb.errors import InputError, ModelUnavailableError
 from svb.retrieve.answer import SearchRequest
@@ -462,3 +463,30 @@ def test_what_a_query_asks_for() -> None:
         (("plus",), False),
     ]
     assert [term.words for term in wanted_of(["to be or not to be"]).terms] == [("to",), ("be",), ("or",), ("not",)]
+
+
+def test_the_page_shows_lines_as_text_and_marks_them_on_the_curve(
+    spoken: Path, tmp_path: Path, run_svb: RunSvb
+) -> None:
+    page_file = tmp_path / "found.html"
+    query = "trampoline img 年次"
+    ran = run_svb("search", query, "--in", "speech", "--index", spoken, "--no-fold", "-k", 4, "--html", page_file)
+    assert ran.exit_code == 0
+    with browser() as chromium:
+        page = chromium.new_page()
+        problems = watch(page, lambda sent: sent.startswith(("file:", "data:")))
+        page.goto(page_file.as_uri())
+        until(page, "document.querySelectorAll('.card').length === 4")
+        cards = page.evaluate(
+            "[...document.querySelectorAll('.card')].map(card => [card.querySelector('.why').textContent,"
+            "[...card.querySelectorAll('.line q')].map(q => q.textContent),"
+            "[...card.querySelectorAll('mark')].map(mark => mark.textContent),"
+            "card.querySelectorAll('.peak.said').length])"
+        )
+        assert page.evaluate("document.querySelectorAll('main img[src=x], main script').length") == 0
+        page.close()
+    by_line = {lines[0]: (why, marks, peaks) for why, lines, marks, peaks in cards}
+    why, marks, peaks = by_line["<img src=x onerror=alert(1)> trampoline alert(2)"]
+    assert (why, marks, peaks) == ("said", ["img", "trampoline"], 1)
+    assert by_line["今年の年次予算について"][1] == ["年", "次"]
+    assert problems == []

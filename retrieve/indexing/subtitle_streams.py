@@ -63,9 +63,7 @@ def _text_streams(path: Path, fd: int) -> dict[int, str]:
         # As in decoding: the demuxer gets one open file and access to nothing else.
         with av.open("fd:", options={"fd": str(fd), "protocol_whitelist": "fd"}) as container:
             found = [
-                (stream.index, _codec_of(stream), stream.language or "")
-                for stream in container.streams
-                if stream.type == "subtitle"
+                (stream.index, _codec_of(stream), stream.language or "") for stream in container.streams.subtitles
             ]
     except (OSError, ValueError, av.error.FFmpegError) as error:
         raise InputError(f"{path} has no subtitles that can be read ({error})") from error
