@@ -32,7 +32,8 @@ import shared
 VATEX = Path(__file__).resolve().parents[2] / "shared" / "annotations" / "vatex" / "validation.jsonl"
 TOPICS_A_VIDEO, NUM_VIDEOS = 7, 400
 WORDS_WEIGHTS = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 1.0)
-SPEECH_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+SPEECH_WEIGHTS = (0.0, 1.0, 1.25, 1.5, 1.75, 2.0)
+OTHER_WAYS = ("sum, 1", "sum, 2", "reciprocal ranks")
 
 
 @dataclass(frozen=True)
@@ -53,16 +54,19 @@ def measure(folder: Path, options: argparse.Namespace) -> tuple[Any, str]:
         for w in WORDS_WEIGHTS
     ]
     both = [
-        [f"{w:g}", *(f"{100 * hits[kind, 'both', w][0]:.1f}" for kind in ("words", "meaning", "seen"))]
-        for w in SPEECH_WEIGHTS
+        [
+            str(w),
+            *(f"{100 * hits[kind, 'both', w][n]:.1f}" for kind in ("words", "meaning", "seen") for n in (0, 1)),
+        ]
+        for w in (*SPEECH_WEIGHTS, *OTHER_WAYS)
     ]
     large = million(index, options)
     text = "\n\n".join(
         [
             "What is said, `--in speech`, percent:",
             shared.table(["weight of words", "words R@1", "inside", "meaning R@1", "inside"], spoken),
-            f"Seen and said, R@1 in percent, words with {options.words_weight:g}:",
-            shared.table(["weight of speech", "words", "meaning", "seen"], both),
+            f"Seen and said, R@1 and R@5 in percent, words with {options.words_weight:g}:",
+            shared.table(["weight of speech", "words R@1", "R@5", "meaning R@1", "R@5", "seen R@1", "R@5"], both),
             f"{options.cues:,} cues, {large['windows']:,} windows: words {large['words_mib']:.0f} MiB, made in "
             f"{large['make_seconds']:.0f} s; vectors {large['vectors_mib']:.0f} MiB",
             shared.table(["query", "scan ms", "CPU-s of the process", "memory MiB"], large["rows"]),
@@ -100,7 +104,7 @@ def make_index(folder: Path, options: argparse.Namespace) -> tuple[Path, list[As
             writer.add(record, store.rows_of(video_id))
     asked = write_subtitles(videos, video_ids, draw)
     captions = [(caption, video_id) for video_id, caption, split in rows if split == "val"]
-    asked += [Asked("seen", caption, video_id) for caption, video_id in draw.sample(captions, options.queries)]
+    asked += [Asked("seen", caption, video_id) for caption, video_id in draw.sample(captions, options.seen)]
     spoken = [[each for each in asked if each.kind == kind] for kind in ("words", "meaning")]
     asked = [each for of in spoken for each in of[: options.queries]] + [a for a in asked if a.kind == "seen"]
     config = IndexConfig(store=folder / "features", sidecars=False)
@@ -141,10 +145,11 @@ def _words(text: str) -> list[str]:
 
 def sweep(
     index: Path, asked: Sequence[Asked], fixed_weight: float
-) -> dict[tuple[str, str, float], tuple[float, float]]:
-    """Return R@1 and the share whose first line is inside the topic, by kind of query, where, and weight.
+) -> dict[tuple[str, str, float | str], tuple[float, float]]:
+    """Return two shares by kind of query, where, and weight or way.
 
-    Weights of words are tried on speech alone, then those of speech with one weight of words.
+    Of speech alone, where weights of words are tried, R@1 and the share whose first line is inside the topic; of both
+    together, with one weight of words, R@1 and R@5.
     """
     import numpy as np
 
@@ -159,7 +164,7 @@ def sweep(
     speech = said.SpeechSearch(index, searcher.manifest["speech"][0], catalog)
     moments = searcher.vectors.embeddings(np.arange(catalog.num_moments), by="moment")
     begins = np.array([catalog.moment_range(row)[0] for row in range(catalog.num_videos)])
-    hits = collections.defaultdict[tuple[str, str, float], list[tuple[bool, bool]]](list)
+    hits = collections.defaultdict[tuple[str, str, float | str], list[tuple[bool, bool]]](list)
     for each in asked:
         request, embedded = SearchRequest(text=each.text), EmbeddedRequest(searcher.embed_text(each.text))
         right, pictures = catalog.row_of(each.video_id), moments @ embedded.main
@@ -181,9 +186,22 @@ def sweep(
                 scores = np.zeros(catalog.num_videos)
                 for row, (score, _) in heard.found.items():
                     scores[row] = score
-        for weight in SPEECH_WEIGHTS:
-            hits[each.kind, "both", weight].append((int((seen + weight * scores).argmax()) == right, False))
+        for way in (*SPEECH_WEIGHTS, *OTHER_WAYS):
+            best = (-_together(way, seen, scores)).argsort(kind="stable")[:5].tolist()
+            hits[each.kind, "both", way].append((best[0] == right, right in best))
     return {key: (_mean(a for a, _ in of), _mean(b for _, b in of)) for key, of in hits.items()}
+
+
+def _together(way: float | str, seen: Any, said: Any) -> Any:
+    """Return the scores of all videos from both of theirs: as svb has them, with a weight, or in another way."""
+    from svb.retrieve.searching import fused
+
+    if isinstance(way, float):
+        fused.SPEECH_WEIGHT = way
+        return fused.fuse(seen, said)
+    if way.startswith("sum"):
+        return seen + float(way.split()[1]) * said
+    return sum(1 / (61 + (-each).argsort(kind="stable").argsort(kind="stable")) for each in (seen, said))
 
 
 def _mean(values: Any) -> float:
@@ -252,7 +270,8 @@ if __name__ == "__main__":
         measure,
         run=(None, "a run on MSR-VTT mini, with its store and captions"),
         queries=(150, "queries of each kind"),
-        words_weight=(0.6, "weight of words in the second table"),
+        seen=(400, "queries for what is seen"),
+        words_weight=(0.8, "weight of words in the second table"),
         cues=(1_000_000, "cues of the last part"),
         rounds=(3, "rounds of each query of the last part"),
     )

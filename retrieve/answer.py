@@ -206,7 +206,7 @@ class VideoResult:
     Attributes:
         rank: From 1.
         score: Cosine similarity of the query with its best window, or with the whole video if those are ranked;
-            where speech is searched too, the sum of both scores, each 1 where chance ends.
+            where speech is searched too, the score of both, 1 being about where chance ends.
         confidence: How sure this result is, from strong to weak.
         video_id: The video_id in the feature store.
         key: A name that does not reveal its path, the same in every index: 16 hex digits.

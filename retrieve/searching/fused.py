@@ -1,7 +1,9 @@
-"""Results of what is seen and what is said together: both scores are brought to one scale, then added.
+"""Results of what is seen and what is said together: both scores are brought to one scale, then joined.
 
 A score is divided by what the best of as many unrelated rows reaches by chance, see
-`svb.retrieve.searching.results`: 1 is where chance ends. `benchmarks/speech.py` measures the weights.
+`svb.retrieve.searching.results`: 1 is where chance ends. The better one counts, and a part of the lesser one is added.
+A plain sum lets the noise of one hide a sure find of the other: some picture always seems to fit, some line too.
+`benchmarks/speech.py` measures the weights.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from svb.retrieve.searching.said import Heard, SpeechSearch
 from svb.retrieve.searching.vectors import Vectors
 from svb.retrieve.stored.metadata import Metadata
 
-SPEECH_WEIGHT = 1.0
+SPEECH_WEIGHT = 1.5
+LESSER_WEIGHT = 0.2
 # Videos that are among the best by what is seen or by what is said; all others are below.
 CANDIDATES = 256
 
@@ -38,24 +41,35 @@ def fused_results(
     query = embedded.query(vectors, by)
     if sees and not heard.is_quoted:
         most = max(CANDIDATES, 4 * request.k)
-        seen = rank_videos(vectors, query, most, by=by, allowed=allowed, folded=False)
-        videos = np.union1d(videos[:most], [video.row for video in seen]).astype(np.int64)
+        best = rank_videos(vectors, query, most, by=by, allowed=allowed, folded=False)
+        videos = np.union1d(videos[:most], [video.row for video in best]).astype(np.int64)
     if not len(videos):
         return [], CONFIDENCES[-1], heard.notes
-    spread = Spread.of(query.scores(vectors.background(by)), independent_rows(vectors.catalog, by))
-    scores = SPEECH_WEIGHT * np.array([heard.found[v][0] if v in heard.found else 0.0 for v in videos.tolist()])
+    said = np.array([heard.found[video][0] if video in heard.found else 0.0 for video in videos.tolist()])
     if sees:
-        scores = scores + spread.share_of_chance(_picture_scores(vectors, query, videos, by))
+        spread = Spread.of(query.scores(vectors.background(by)), independent_rows(vectors.catalog, by))
+        seen = spread.share_of_chance(_picture_scores(vectors, query, videos, by))
+    else:
+        seen = np.zeros(len(videos))
+    scores = fuse(seen, said) if sees else said
     order = np.lexsort((videos, -scores))
     kept = keep_best(vectors, videos[order], request.k, request.fold)
     found = [Found(int(group[0]), tuple(group[1:].tolist())) for group in kept]
-    score_of = dict(zip(videos.tolist(), scores.tolist(), strict=True))
+    told = SPEECH_WEIGHT * said >= seen
+    fused = dict(zip(videos.tolist(), zip(scores.tolist(), told.tolist(), strict=True), strict=True))
     results = [
-        _with_lines(result, heard, row.row, score_of[row.row], request)
+        _with_lines(result, heard, row.row, *fused[row.row], request)
         for row, result in zip(found, describe_results(vectors, metadata, request, embedded, found), strict=True)
     ]
     best = min(results, key=lambda result: CONFIDENCES.index(result.confidence)).confidence
     return numbered(results, request), best, heard.notes
+
+
+def fuse(seen: NDArray[np.float64], said: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the `(n,)` scores of videos from both of theirs, on the scale on which 1 is where chance ends."""
+    spoken = SPEECH_WEIGHT * said
+    scores: NDArray[np.float64] = np.maximum(seen, spoken) + LESSER_WEIGHT * np.minimum(seen, spoken)
+    return scores
 
 
 def _picture_scores(vectors: Vectors, query: Query, videos: NDArray[np.int64], by: str) -> NDArray[np.float32]:
@@ -69,13 +83,23 @@ def _picture_scores(vectors: Vectors, query: Query, videos: NDArray[np.int64], b
     return best
 
 
-def _with_lines(result: VideoResult, heard: Heard, row: int, score: float, request: SearchRequest) -> VideoResult:
-    """Return a result with what is said, why it is there, and the moments of both kinds."""
-    said, sure = heard.found.get(row, (0.0, None))
+def _with_lines(
+    result: VideoResult, heard: Heard, row: int, score: float, is_told: bool, request: SearchRequest
+) -> VideoResult:
+    """Return a result with what is said, why it is there, and the moments of both kinds.
+
+    Args:
+        result: What is seen.
+        heard: What is said in all videos.
+        row: The video's.
+        score: Of both.
+        is_told: Whether what is said counts for more: then a weak line says at least why the video is there.
+        request: The request.
+    """
+    _, sure = heard.found.get(row, (0.0, None))
     sees = request.search_in != "speech"
     is_seen = sees and at_least(result.confidence, "fair")
-    # What is sure, and what brought most of the score: a weak line says at least why the video is there.
-    is_said = sure is not None and (at_least(sure, "fair") or not sees or said >= 0.5 * score)
+    is_said = sure is not None and (at_least(sure, "fair") or not sees or is_told)
     if not is_said:
         return replace(result, score=score)
     assert sure is not None

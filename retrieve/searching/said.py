@@ -21,7 +21,7 @@ from svb.retrieve.searching.words import Wanted, WordIndex, fold, marked, phrase
 from svb.retrieve.stored.cues import Speech, open_speech
 
 # The weight of words; that of the meaning is the rest. `benchmarks/speech.py` measures it.
-WORDS_WEIGHT = 0.6
+WORDS_WEIGHT = 0.8
 # As many windows as could be among the best by either way are scored by both.
 CANDIDATES = 512
 # What a line that is said word for word scores.
