@@ -148,8 +148,8 @@ def sweep(
 ) -> dict[tuple[str, str, float | str], tuple[float, float]]:
     """Return two shares by kind of query, where, and weight or way.
 
-    Of speech alone, where weights of words are tried, R@1 and the share whose first line is inside the topic; of both
-    together, with one weight of words, R@1 and R@5.
+    Of speech alone, where weights of words are tried, R@1 and the share whose first line is inside the topic; of
+    both together, with one weight of words, R@1 and R@5.
     """
     import numpy as np
 

@@ -265,14 +265,14 @@ def test_odd_cues() -> None:
 
 def test_a_hundred_thousand_cues(kept: Kept, tmp_path: Path) -> None:
     touch(kept.store, "clip000", source_path=str(tmp_path / "clip000.mp4"))
-    cues = [f"{n}\n{clock(n % 3000)} --> {clock(n % 3000 + 2)}\na dog\n" for n in range(100_000)]
+    cues = [f"{n}\n{clock(n % 3000)} --> {clock(n % 3000 + 2)}\na dog {n // 3000 % 5}\n" for n in range(100_000)]
     cues[77_777] = cues[77_777].replace("a dog", "the trampoline")
     (tmp_path / "clip000.srt").write_text("\n".join(cues))
     kept.update(sidecars=False)
     entry = read_manifest(kept.out)["speech"][0]
     assert entry["cues"] == 100_000
     best = ask(kept.out, '"the trampoline"', search_in="speech")
-    assert [(result.video_id, result.lines[0].text) for result in best] == [("clip000", "the trampoline")]
+    assert [(result.video_id, result.lines[0].text) for result in best] == [("clip000", "the trampoline 0")]
 
 
 class TestStreams:

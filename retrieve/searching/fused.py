@@ -1,7 +1,7 @@
 """Results of what is seen and what is said together: both scores are brought to one scale, then joined.
 
 A score is divided by what the best of as many unrelated rows reaches by chance, see
-`svb.retrieve.searching.results`: 1 is where chance ends. The better one counts, and a part of the lesser one is added.
+`svb.retrieve.searching.results`: 1 is where chance ends. The better one counts, and a part of the lesser is added.
 A plain sum lets the noise of one hide a sure find of the other: some picture always seems to fit, some line too.
 `benchmarks/speech.py` measures the weights.
 """
