@@ -263,6 +263,7 @@ def test_odd_cues() -> None:
     assert cut_into_windows([]) == []
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_cues(kept: Kept, tmp_path: Path) -> None:
     touch(kept.store, "clip000", source_path=str(tmp_path / "clip000.mp4"))
     cues = [f"{n}\n{clock(n % 3000)} --> {clock(n % 3000 + 2)}\na dog {n // 3000 % 5}\n" for n in range(100_000)]

@@ -41,8 +41,8 @@ def fused_results(
     query = embedded.query(vectors, by)
     if sees and not heard.is_quoted:
         most = max(CANDIDATES, 4 * request.k)
-        best = rank_videos(vectors, query, most, by=by, allowed=allowed, folded=False)
-        videos = np.union1d(videos[:most], [video.row for video in best]).astype(np.int64)
+        nearest = rank_videos(vectors, query, most, by=by, allowed=allowed, folded=False)
+        videos = np.union1d(videos[:most], [video.row for video in nearest]).astype(np.int64)
     if not len(videos):
         return [], CONFIDENCES[-1], heard.notes
     said = np.array([heard.found[video][0] if video in heard.found else 0.0 for video in videos.tolist()])
