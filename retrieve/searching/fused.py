@@ -55,12 +55,12 @@ def fused_results(
     order = np.lexsort((videos, -scores))
     kept = keep_best(vectors, videos[order], request.k, request.fold)
     found = [Found(int(group[0]), tuple(group[1:].tolist())) for group in kept]
+    place_of = {video: place for place, video in enumerate(videos.tolist())}
     told = SPEECH_WEIGHT * said >= seen
-    fused = dict(zip(videos.tolist(), zip(scores.tolist(), told.tolist(), strict=True), strict=True))
-    results = [
-        _with_lines(result, heard, row.row, *fused[row.row], request)
-        for row, result in zip(found, describe_results(vectors, metadata, request, embedded, found), strict=True)
-    ]
+    results = []
+    for row, result in zip(found, describe_results(vectors, metadata, request, embedded, found), strict=True):
+        place = place_of[row.row]
+        results.append(_with_lines(result, heard, row.row, float(scores[place]), bool(told[place]), request))
     best = min(results, key=lambda result: CONFIDENCES.index(result.confidence)).confidence
     return numbered(results, request), best, heard.notes
 

@@ -17,7 +17,7 @@ from svb.retrieve.searching.catalog import SAMPLE_ROWS, Catalog
 from svb.retrieve.searching.rank import EmbeddedRequest
 from svb.retrieve.searching.results import Spread
 from svb.retrieve.searching.vectors import Piece, cut_into_pieces, scan
-from svb.retrieve.searching.words import Wanted, WordIndex, fold, marked, phrase_pattern, wanted_of
+from svb.retrieve.searching.words import STOP_WORDS, Wanted, WordIndex, find_phrase, fold, marked, wanted_of
 from svb.retrieve.stored.cues import Speech, open_speech
 
 # The weight of words; that of the meaning is the rest. `benchmarks/speech.py` measures it.
@@ -175,18 +175,22 @@ class SpeechSearch:
         """Return where a phrase is said word for word, by video; it may begin in one cue and end in another."""
         speech = self._speech
         tracks: NDArray[np.int64] | None = None
-        for word in sorted(set(phrase), key=len, reverse=True):
+        # Words that are in nearly every track tell nothing about which to read.
+        for word in {word for word in phrase if word not in STOP_WORDS} or set(phrase):
             windows = self._words.windows_with(word)
             having = np.unique(self._track_of_windows[windows[selected[windows]]])
             tracks = having if tracks is None else np.intersect1d(tracks, having)
-        pattern, found = phrase_pattern(phrase), dict[int, list[_Place]]()
+        found = dict[int, list[_Place]]()
         for track in [] if tracks is None else tracks.tolist():
             begin, end = speech.track_offsets[track : track + 2].tolist()
-            texts = [fold(speech.cues[cue]) for cue in range(begin, end)]
-            matches = list(pattern.finditer("\n".join(texts)))
+            texts = speech.cue_texts(begin, end)
+            if not (joined := "\n".join(texts)).isascii():
+                texts = [fold(text) for text in texts]
+                joined = "\n".join(texts)
+            matches = find_phrase(phrase, fold(joined) if joined.isascii() else joined)
             if matches:
                 edges = np.cumsum([0, *(len(text) + 1 for text in texts)])
-                spans = np.array([(match.start(), match.end() - 1) for match in matches])
+                spans = np.array(matches) - (0, 1)
                 first, last = (np.searchsorted(edges, side, side="right") - 1 for side in spans.T)
                 found.setdefault(int(self._video_of_tracks[track]), []).extend(
                     _Place(begin + a, begin + b + 1) for a, b in zip(first.tolist(), last.tolist(), strict=True)

@@ -34,8 +34,6 @@ T = TypeVar("T")
 TOKENIZER = "porter unicode61"
 # BM25 as FTS5 computes it: its least weight of a word.
 LEAST_IDF = 1e-6
-# A word in more windows than this share says little, and takes the longest.
-COMMON_SHARE = 0.2
 _STOP_WORDS = """
 a an and are as at be been but by can could did do does for from had has have he her him his how i if in into is
 it its me my no not of on or our she should so some than that the their them then there they this to us was we
@@ -119,15 +117,17 @@ def fold(text: str) -> str:
     return _MARKS.sub("", unicodedata.normalize("NFKD", text)).casefold()
 
 
-def phrase_pattern(phrase: Sequence[str]) -> re.Pattern[str]:
-    """Return what finds words next to each other in a folded text."""
+def find_phrase(phrase: Sequence[str], text: str) -> list[tuple[int, int]]:
+    """Return where words stand next to each other in a folded text, as half-open intervals."""
     is_single = [bool(re.match(f"[{_SINGLE}]", word)) for word in phrase]
-    pattern = "" if is_single[0] else r"(?<![^\W_])"
-    for number, word in enumerate(phrase):
-        if number:
-            pattern += r"[\W_]*" if is_single[number] or is_single[number - 1] else r"[\W_]+"
+    pattern = re.escape(phrase[0])
+    for number, word in enumerate(phrase[1:], start=1):
+        pattern += r"[\W_]*" if is_single[number] or is_single[number - 1] else r"[\W_]+"
         pattern += re.escape(word)
-    return re.compile(pattern + ("" if is_single[-1] else r"(?![^\W_])"))
+    pattern += "" if is_single[-1] else r"(?![^\W_])"
+    spans = [match.span() for match in re.finditer(pattern, text)]
+    # A look behind at the pattern's begin would take many times as long.
+    return [(a, b) for a, b in spans if is_single[0] or not a or not text[a - 1].isalnum()]
 
 
 class WordIndex:

@@ -106,14 +106,16 @@ class Speech:
         tracks = np.searchsorted(self.track_offsets, self.window_offsets[:-1], side="right") - 1
         return tracks.astype(np.int64)
 
-    def window_texts(self, windows: Iterable[int] | None = None) -> list[str]:
-        """Return the joined cues of some windows, or of all."""
-        if windows is None:
-            cues = self.cues.tolist()
-            return [" ".join(cues[begin:end]) for begin, end in pairwise(self.window_offsets.tolist())]
-        return [
-            " ".join(self.cues[cue] for cue in range(*self.window_offsets[w : w + 2].tolist())) for w in windows
-        ]
+    def cue_texts(self, begin: int, end: int) -> list[str]:
+        """Return the texts of some cues; many times faster than one by one."""
+        edges = self.cues.offsets[begin : end + 1]
+        held = self.cues.utf8[edges[0] : edges[-1]].tobytes()
+        return [held[a:b].decode() for a, b in pairwise((edges - edges[0]).tolist())]
+
+    def window_texts(self) -> list[str]:
+        """Return the joined cues of each window."""
+        cues = self.cues.tolist()
+        return [" ".join(cues[begin:end]) for begin, end in pairwise(self.window_offsets.tolist())]
 
 
 def speech_of(tracks: Sequence[Track], embeddings: NDArray[np.float16], windows: Sequence[Sequence[int]]) -> Speech:
