@@ -31,9 +31,8 @@ from watching import EVIL
 from svb.retrieve.searching.pictures import duration_seconds
 from svb.retrieve.searching.results import video_key
 from svb.retrieve.server.agent_tools import MAX_RESULTS
+from svb.retrieve.stored.cues import Cue, Track, cut_into_windows, publish_speech, speech_of
 from svb.retrieve.stored.manifest import commit, read_manifest
-from svb.retrieve.stored.pools import Pool, SidecarRows, publish_pool
-from svb.retrieve.stored.segment import StringColumn
 
 SERVER = Path(__file__).with_name("agent_server.py")
 SCHEMA = json.loads((Path(__file__).resolve().parents[1] / "docs" / "answer.schema.json").read_text("utf-8"))
@@ -45,18 +44,22 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An index with subtitles of two of its videos, and a folder of queries and a secret beside it."""
     folder = tmp_path_factory.mktemp("agents")
     out = shown.make_index(folder / "index", shown.make_shown(folder / "videos"))
-    lines = ("the boat leaves", "wind from the west", "<script>alert(1)</script>", "of another video")
-    pool = Pool(
-        *("sidecars", "sidecar", "made up", StringColumn.of(lines)),
-        StringColumn.of(["harbour/boat"] * 3 + ["tall"]),
-        np.array([[1.0, 2.5], [12.0, 13.0], [19.0, 19.5], [1.0, 2.0]]),
-        np.stack([shown.embed("boat")] * 4).astype(np.float16),
-        SidecarRows(StringColumn.of(["a.srt", "b.srt"]), np.ones((2, 2), np.int64), np.array([0, 3, 4])),
+    lines = (
+        Cue("the boat leaves", 1.0, 2.5),
+        Cue("wind from the west", 12.0, 13.0),
+        Cue("<script>alert(1)</script>", 19.0, 19.5),
     )
+    tracks = [
+        Track("harbour/boat", "a.en.srt", "en", "sidecar", (1, 1), lines),
+        Track("tall", "b.srt", "", "sidecar", (1, 1), [Cue("of another video", 1.0, 2.0)]),
+    ]
+    windows = [cut_into_windows(track.cues) for track in tracks]
+    embeddings = np.stack([shown.embed("boat")] * sum(map(len, windows))).astype(np.float16)
+    entry = publish_speech(out, speech_of(tracks, embeddings, windows))
     manifest = {
         name: value for name, value in read_manifest(out).items() if name not in ("checksum", "format_version")
     }
-    commit(out, {**manifest, "captions": [*manifest["captions"], publish_pool(out, pool)]})
+    commit(out, {**manifest, "speech": [entry]})
     (folder / "queries").mkdir()
     Image.new("RGB", (8, 8)).save(folder / "queries" / "red.png")
     (folder / "secret.png").write_bytes(b"secret")
@@ -130,7 +133,10 @@ def test_an_agent_searches_looks_reads_and_cuts(index: Path, tmp_path: Path) -> 
             await client.call_tool("read_said", {"video_id": "harbour/boat", "seconds": 13, "around_seconds": 6})
         )
         assert said["lines"] == [
-            {"text": "wind from the west", "begin_seconds": 12.0, "end_seconds": 13.0},
+            {
+                **{"text": "wind from the west", "begin_seconds": 12.0, "end_seconds": 13.0},
+                **{"language": "en", "source": "sidecar"},
+            }
         ]
         assert (
             len(value_of(await client.call_tool("read_said", {"video_id": "harbour/boat", "seconds": 9}))["lines"])

@@ -29,7 +29,7 @@ from svb.retrieve.server.search_routes import FILE_FIELDS, describe, search_uplo
 from svb.retrieve.server.state import ServerState
 from svb.retrieve.server.uploads import PREFIX, Upload
 from svb.retrieve.server.video_files import VideoFile, find_file
-from svb.retrieve.stored.pools import open_pool
+from svb.retrieve.stored.cues import KINDS, open_speech
 
 if TYPE_CHECKING:
     from svb.retrieve.searching.searcher import Searcher
@@ -242,21 +242,24 @@ class AgentTools:
 def said_between(
     searcher: Searcher, video_id: str, begin_seconds: float, end_seconds: float
 ) -> list[dict[str, Any]]:
-    """Return the subtitles of a video that are shown in an interval, in order of time.
+    """Return what is said in a video in an interval, in order of time: subtitles and transcripts, of all languages.
 
     Raises:
-        StoreError: They are damaged.
+        StoreError: It is damaged.
     """
     lines = []
-    for entry in searcher.manifest["captions"]:
-        if entry["kind"] != "sidecar":
-            continue
-        pool = open_pool(searcher.path, entry)
-        shown = (pool.seconds[:, 0] < end_seconds) & (pool.seconds[:, 1] > begin_seconds)
-        for row in np.flatnonzero(shown).tolist():
-            if pool.video_ids[row] == video_id:
-                begin, end = pool.seconds[row].tolist()
-                lines.append({"text": pool.captions[row], "begin_seconds": begin, "end_seconds": end})
+    for entry in searcher.manifest.get("speech", []):  # older indexes have none
+        speech = open_speech(searcher.path, entry)
+        for track in range(speech.num_tracks):
+            if speech.video_ids[track] != video_id:
+                continue
+            first, last = speech.track_offsets[track : track + 2].tolist()
+            seconds = speech.cue_seconds[first:last]
+            shown = (seconds[:, 0] < end_seconds) & (seconds[:, 1] > begin_seconds)
+            of_track = {"language": speech.languages[track], "source": KINDS[speech.track_kind[track]]}
+            for cue in (first + np.flatnonzero(shown)).tolist():
+                begin, end = speech.cue_seconds[cue].tolist()
+                lines.append({"text": speech.cues[cue], "begin_seconds": begin, "end_seconds": end, **of_track})
     return sorted(lines, key=lambda line: (line["begin_seconds"], line["end_seconds"]))
 
 
@@ -361,7 +364,7 @@ _DESCRIBE = "Tell what the index holds: how many videos and moments, folders, me
 _LIST = "List the videos of the index with their length and metadata, a part at a time."
 _LOOK = """Look at a moment of a video: the frame shown at begin_seconds and, up to end_seconds, a strip of frames
 side by side, in order of time. Both are JPEG."""
-_SAID = "Read the subtitles of a video around a time, with the exact time of each line."
+_SAID = "Read what is said in a video around a time: subtitles and transcripts, each line with its exact time."
 _CUT = "Cut a part of a video out as an MP4 file, into the folder that the user named when svb mcp was started."
 
 _VIDEO = {"type": "string", "description": "The video_id as search or list_videos gives it; never a path."}
