@@ -7,7 +7,7 @@ FROM python:3.12-slim AS base
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PATH=/opt/svb/bin:$PATH SVB_INDEX=/index
 RUN useradd --uid 1000 --create-home svb && mkdir /videos /store /index && chown svb:svb /videos /store /index
-WORKDIR /home/svb
+WORKDIR /index
 
 FROM base AS build-search
 # For `strip`.

@@ -17,9 +17,9 @@ from svb.device import choose_device
 from svb.errors import InputError, UsageError
 from svb.retrieve.measure.explain_page import Explanation, SupportVideo, write_page
 from svb.retrieve.model.embedder import load_matching_text_encoder
-from svb.retrieve.model.media_model import TorchMedia
 from svb.retrieve.model.query_media import embed_video
 from svb.retrieve.model.source import OpenedSource, open_source
+from svb.retrieve.model.torch_media import TorchMedia
 from svb.train.checkpoint import load_checkpoint, load_weights
 from svb.train.config import VARIANTS, selection_note
 from svb.train.decoders import EmbeddingDecoder

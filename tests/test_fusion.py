@@ -24,8 +24,8 @@ from svb.errors import InputError, MismatchError, StoreError
 from svb.retrieve.answer import SearchRequest
 from svb.retrieve.evaluate import evaluate
 from svb.retrieve.model.embedder import index_embedder, run_embedder
-from svb.retrieve.model.media_model import TorchMedia
 from svb.retrieve.model.query_media import embed_video
+from svb.retrieve.model.torch_media import TorchMedia
 from svb.retrieve.search import Searcher
 from svb.retrieve.stored.manifest import read_manifest
 from svb.retrieve.stored.segment import open_segments

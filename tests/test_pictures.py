@@ -27,8 +27,8 @@ from svb.extract.decode.sampling import Sampling
 from svb.extract.run import extract
 from svb.retrieve.answer import Answer, Moment, SearchRequest, VideoResult
 from svb.retrieve.model.embedder import Embedder
-from svb.retrieve.model.media_model import TorchMedia
 from svb.retrieve.model.query_media import embed_image, embed_video, read_picture
+from svb.retrieve.model.torch_media import TorchMedia
 from svb.retrieve.searching import cut, pictures
 from svb.retrieve.searching.cut import cut_clip, cut_moments
 from svb.retrieve.searching.pictures import begin_seconds, duration_seconds, frame_at, frames_at, strip

@@ -29,8 +29,8 @@ from torchvision.transforms.functional import InterpolationMode
 from svb.config import fingerprint
 from svb.data.feature_store import FeatureStore
 from svb.errors import MismatchError, UsageError
-from svb.extract.backbones import load_matching_backbone
 from svb.extract.backbones.backbone import Backbone
+from svb.extract.backbones.engine import load_matching_backbone
 from svb.extract.backbones.transform import PLAIN, Transform, stored_transform
 from svb.extract.compute.transform import to_squares
 from svb.extract.config import stored_decode_options

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
-from svb.errors import MismatchError, UsageError
+from svb.errors import UsageError
 from svb.extract.names import DEFAULT_MODEL, absolute_model, split_family, split_weights
 
 if TYPE_CHECKING:
@@ -61,32 +61,6 @@ def load_backbone(
     backbone.module.eval().requires_grad_(False)
     fold_batch_norms(backbone.module, backbone.input_shape)
     backbone.place(device, dtype, compile, batch_size)
-    return backbone
-
-
-def load_matching_backbone(name: str, settings: Mapping[str, Any], device: torch.device) -> Backbone:
-    """Load the backbone that made some features, in their precision; `settings` are those in their store.
-
-    Frames are prepared as they were then, even where the model's library wants it otherwise by now.
-    On a CPU their engine computes it too.
-
-    Raises:
-        MismatchError: The weights found under its name are others.
-        SvbError: ONNX Runtime made them, and cannot run the backbone here.
-    """
-    from svb.device import choose_precision
-    from svb.extract.backbones.engine import graph_of
-    from svb.extract.backbones.transform import stored_transform
-
-    backbone = load_backbone(name, device, choose_precision(device, settings["precision"]))
-    if backbone.weights_hash != settings["weights_hash"]:
-        raise MismatchError(
-            f"{name} has weights {backbone.weights_hash} here, but {settings['weights_hash']} when the features "
-            "were made - install the package versions that were used then, or extract and index again"
-        )
-    backbone.transform = stored_transform(settings)
-    if settings.get("engine") == "onnx" and device.type == "cpu":
-        backbone.use_graph(graph_of(backbone))
     return backbone
 
 

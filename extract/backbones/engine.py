@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from svb.device import choose_precision, precision_name
-from svb.errors import SvbError, UsageError
-from svb.extract.backbones import load_backbone, load_matching_backbone
+from svb.errors import MismatchError, SvbError, UsageError
+from svb.extract.backbones import load_backbone
 from svb.extract.backbones.backbone import Backbone
 from svb.extract.backbones.export import one_line, write_graph
 from svb.extract.backbones.graph import (
@@ -29,6 +29,7 @@ from svb.extract.backbones.graph import (
     read_graph,
     read_measured,
 )
+from svb.extract.backbones.transform import stored_transform
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,28 @@ def load_backbones(
     for backbone, graph in zip(backbones, graphs, strict=True):
         backbone.use_graph(graph)
     return backbones
+
+
+def load_matching_backbone(name: str, settings: Mapping[str, Any], device: torch.device) -> Backbone:
+    """Load the backbone that made some features, in their precision; `settings` are those in their store.
+
+    Frames are prepared as they were then, even where the model's library wants it otherwise by now.
+    On a CPU their engine computes it too.
+
+    Raises:
+        MismatchError: The weights found under its name are others.
+        SvbError: ONNX Runtime made them, and cannot run the backbone here.
+    """
+    backbone = load_backbone(name, device, choose_precision(device, settings["precision"]))
+    if backbone.weights_hash != settings["weights_hash"]:
+        raise MismatchError(
+            f"{name} has weights {backbone.weights_hash} here, but {settings['weights_hash']} when the features "
+            "were made - install the package versions that were used then, or extract and index again"
+        )
+    backbone.transform = stored_transform(settings)
+    if settings.get("engine") == "onnx" and device.type == "cpu":
+        backbone.use_graph(graph_of(backbone))
+    return backbone
 
 
 def graph_of(backbone: Backbone) -> Graph:

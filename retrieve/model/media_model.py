@@ -1,33 +1,27 @@
 """What turns the frames of one file into its embedding: an index's backbones and video head.
 
-`GraphMedia` runs exported graphs of the user's cache, without torch. `TorchMedia` does what a graph cannot, and
-exports the graphs for the next query. Both keep what they have loaded.
+`GraphMedia` runs exported graphs of the user's cache, without torch. `TorchMedia` in torch_media.py does what a
+graph cannot, and exports the graphs for the next query. Both keep what they have loaded.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from svb.data.fusion import parts_of
 from svb.data.rows import FrameFeatures
-from svb.errors import MismatchError
 from svb.extract.backbones.graph import (
-    GRAPH,
     Graph,
     NoGraphError,
     backbone_key,
     graph_key,
-    keep_graph,
     read_graph,
     resembles,
 )
@@ -36,14 +30,6 @@ from svb.extract.compute.machine import available_cores
 from svb.extract.decode.decoder import FrameChunk
 from svb.extract.one_file import Rows
 from svb.retrieve.stored.manifest import heads_file
-
-if TYPE_CHECKING:
-    import torch
-
-    from svb.extract.backbones.backbone import Backbone
-    from svb.retrieve.model.embedder import Embedder
-
-logger = logging.getLogger(__name__)
 
 # ConSE's softmax is flatter: a classifier is too sure of one class for a video that shows several things.
 TEMPERATURE = 2.0
@@ -71,70 +57,6 @@ class MediaModel(Protocol):
 
     def keep_graphs(self) -> None:
         """Export what `GraphMedia` needs and the cache lacks; do nothing where it cannot be had."""
-
-
-class TorchMedia:
-    """An index's backbones and video head in torch; the backbones are loaded with the first file.
-
-    Args:
-        embedder: What made the index.
-        device: Where to compute.
-        loading: Entered while backbones are loaded.
-    """
-
-    def __init__(
-        self,
-        embedder: Embedder,
-        device: torch.device,
-        loading: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
-    ) -> None:
-        self.model = embedder.model
-        self._embedder, self._device, self._loading = embedder, device, loading
-        self._lock = threading.Lock()
-        self._loaded: list[Backbone] | None = None
-
-    def rows(self, chunks: Iterable[FrameChunk]) -> list[Rows]:
-        """See `MediaModel`.
-
-        Raises:
-            MismatchError: A backbone's weights here are not those of the index.
-        """
-        from svb.extract.one_file import compute_rows
-
-        return compute_rows(chunks, self._backbones(), self.model["video"]["batch_size"])
-
-    def embed(self, rows: FrameFeatures) -> NDArray[np.float32]:
-        from svb.train.training_data import FrameTable
-
-        frames = FrameTable.of(rows, self._embedder.max_frames, self._device)
-        embedding: NDArray[np.float32] = self._embedder.embed_videos(frames)[0]
-        return embedding
-
-    def _backbones(self) -> list[Backbone]:
-        from svb.extract.backbones import load_matching_backbone
-
-        with self._lock:
-            if self._loaded is None:
-                held = parts_of(self.model["video"]).items()
-                with self._loading():
-                    self._loaded = [load_matching_backbone(name, of, self._device) for name, of in held]
-            return self._loaded
-
-    def keep_graphs(self) -> None:
-        """See `MediaModel`."""
-        from svb.extract.backbones.engine import prepare_graph
-
-        if self._device.type != "cpu" or not _may_have_graphs(self.model):
-            return
-        try:
-            for name, held in parts_of(self.model["video"]).items():
-                prepare_graph(name, held)
-            if self.model["kind"] == "run" and read_graph(_head_key(self._embedder.fingerprint)) is None:
-                keep_graph(
-                    _head_key(self._embedder.fingerprint), lambda folder: _export_head(self._embedder, folder)
-                )
-        except (NoGraphError, MismatchError, OSError) as error:
-            logger.info(f"files as queries of this index load PyTorch: {error}")
 
 
 class GraphMedia:
@@ -197,7 +119,7 @@ def open_graph_media(folder: Path, manifest: Mapping[str, Any]) -> GraphMedia | 
         StoreError: The heads' file is damaged.
     """
     model = manifest["model"]
-    if not _may_have_graphs(model):
+    if not may_have_graphs(model):
         return None
     try:
         head = _head(folder, manifest)
@@ -207,7 +129,7 @@ def open_graph_media(folder: Path, manifest: Mapping[str, Any]) -> GraphMedia | 
     return None if head is None else GraphMedia(model, graphs, head)
 
 
-def _may_have_graphs(model: Mapping[str, Any]) -> bool:
+def may_have_graphs(model: Mapping[str, Any]) -> bool:
     """Tell whether all backbones of an index look at single frames that PIL can prepare, and were not imported."""
     return all(
         not held.get("imported", False) and held["clip_frames"] == 1 and stored_transform(held).antialias
@@ -230,7 +152,7 @@ def _head(folder: Path, manifest: Mapping[str, Any]) -> VideoHead | None:
     if kind == "zero-shot CLIP":
         return _mean_of_frames
     if kind == "run":
-        graph = read_graph(_head_key(manifest["model_fingerprint"]))
+        graph = read_graph(head_key(manifest["model_fingerprint"]))
         return None if graph is None else lambda frames: graph(frames[None])[0]
     path = heads_file(folder, manifest)
     if path is None:
@@ -259,23 +181,6 @@ def _normalised(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     return unit
 
 
-def _head_key(model_fingerprint: str) -> str:
+def head_key(model_fingerprint: str) -> str:
+    """Return the key of a run's video head in the cache of graphs."""
     return graph_key({"video_head": model_fingerprint})
-
-
-def _export_head(embedder: Embedder, folder: Path) -> None:
-    """Write a run's video head as a graph, `(1, T, F)` to `(1, D)`, and compare it with torch."""
-    import torch
-
-    from svb.extract.backbones.export import write_graph
-    from svb.retrieve.model.embedder import OneVideo
-
-    network = OneVideo(embedder)
-    size = embedder.model["video"]["backbone_settings"]["feature_size"]
-    frames = torch.randn(1, min(5, embedder.max_frames), size, generator=torch.Generator().manual_seed(0))
-    dynamic = {1: torch.export.Dim("frames", min=1, max=embedder.max_frames)} if embedder.max_frames > 1 else {}
-    write_graph(network, frames, folder / GRAPH, names=("frames", "embedding"), dynamic=dynamic)
-    with torch.inference_mode():
-        distance = 1 - float((torch.from_numpy(Graph(folder)(frames.numpy())) * network(frames)).sum())
-    if not distance <= 1e-4:
-        raise NoGraphError(f"the graph of the run's video head differs from torch by a cosine of {distance:.1g}")

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
     from svb.extract.text_encoders.text_encoder import TextEncoder
     from svb.retrieve.model.embedder import Embedder
-    from svb.retrieve.model.media_model import GraphMedia, TorchMedia
+    from svb.retrieve.model.media_model import GraphMedia
+    from svb.retrieve.model.torch_media import TorchMedia
 
 MAX_ENTRIES = 10_000
 # Removed at once when there are too many, so that few queries must list all files.
@@ -161,11 +162,15 @@ class QueryEmbedder:
     @cached_property
     def _media(self) -> GraphMedia | TorchMedia:
         """The backbones and the video head; graphs where they are at hand, as they need no torch."""
-        from svb.retrieve.model.media_model import TorchMedia, open_graph_media
+        from svb.retrieve.model.media_model import open_graph_media
 
         with self._loading():
             media = open_graph_media(self._folder, self._manifest) if self._device_name in ("auto", "cpu") else None
-            return media or TorchMedia(self._embedder, self._device, self._loading)
+            if media is not None:
+                return media
+            from svb.retrieve.model.torch_media import TorchMedia
+
+            return TorchMedia(self._embedder, self._device, self._loading)
 
     @cached_property
     def _device(self) -> torch.device:
