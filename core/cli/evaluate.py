@@ -52,8 +52,8 @@ if TYPE_CHECKING:
     "--relevance",
     multiple=True,
     metavar="SOURCE",
-    help="Also measure nDCG, mAP@R and R-Precision by this relevance: words, verbs-nouns (either with :mean), "
-    "group, or a file of judgements. Repeatable.",
+    help="Also measure nDCG, mAP@R and R-Precision by this relevance: words, verbs-nouns, synsets (each also with "
+    ":mean), group, or a file of judgements. Repeatable.",
 )
 @click.option(
     "--similarities",
