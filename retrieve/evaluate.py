@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,26 +11,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from svb.data.caption_table import CaptionTable
 from svb.data.publish import published_file
-from svb.data.relevance import make_relevance
 from svb.device import choose_device
 from svb.errors import InputError, UsageError
 from svb.retrieve.measure.given_similarities import read_similarities
+from svb.retrieve.measure.graded import Graded, graded_measures
 from svb.retrieve.measure.hub_normalisation import (
-    CLIP_LOGIT_SCALE,
-    METHODS,
-    NEEDS_ALL_QUERIES,
     NEEDS_BANK,
-    QB_NORM_SCALE,
     Embeddings,
+    Normalised,
+    check_methods,
+    describe,
     normalised_scores,
+    scale_of,
 )
-from svb.retrieve.measure.query_ranks import FILE, GRADED, RELEVANCE
+from svb.retrieve.measure.query_ranks import FILE
 from svb.retrieve.model.embedder import Embedder
 from svb.retrieve.model.source import OpenedSource, open_source
 from svb.train.embedding_ranks import embedding_ranks
-from svb.train.graded_metrics import Values, graded_means, graded_values, left_out
 from svb.train.retrieval_metrics import (
     TIE_RULE,
     V2T_CONVENTIONS,
@@ -55,48 +52,6 @@ class Missing:
     of_captions: int
     videos: int
     of_videos: int
-
-
-@dataclass(frozen=True)
-class Normalised:
-    """Metrics of normalised similarities, and what normalised them.
-
-    Attributes:
-        description: The method and its paper.
-        needs_all_queries: The method uses all queries of the split at once, which no search can.
-        scale: The inverse temperature.
-        scale_source: Where the scale comes from, which is never the measured split.
-        bank_split: The split whose captions (t2v) and videos (v2t) were the query bank; empty without a bank.
-        bank_captions: Number of captions in the bank.
-        bank_videos: Number of videos in the bank.
-        metrics: As those of `Evaluation`.
-    """
-
-    description: str
-    needs_all_queries: bool
-    scale: float
-    scale_source: str
-    bank_split: str
-    bank_captions: int
-    bank_videos: int
-    metrics: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Graded:
-    """Graded measures by one relevance, see `svb.train.graded_metrics`.
-
-    Attributes:
-        description: How the relevance is counted.
-        fingerprint: Equal for equal relevances; only values of one relevance can be compared.
-        metrics: Means in percent, such as `t2v/nDCG@10 of others`; a measure that no query has is not there.
-        left_out: The number of queries without any relevant candidate, by measure.
-    """
-
-    description: str
-    fingerprint: str
-    metrics: dict[str, float]
-    left_out: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -184,7 +139,7 @@ def evaluate(
         MismatchError: Store or captions were made with other settings than the run's.
         UsageError: A method is unknown, or its query bank would be the queries themselves.
     """
-    _check_methods(normalise_by, split)
+    check_methods(normalise_by, split)
     inputs = open_source(
         Path(source),
         device=choose_device(device),
@@ -211,14 +166,14 @@ def evaluate(
     bank = _bank(inputs, positions["train"], choose_device(device)) if NEEDS_BANK & {*normalise_by} else None
     normalised: dict[str, Normalised] = {}
     for method in dict.fromkeys(normalise_by):
-        scale, scale_source = _scale(method, embedder)
+        scale, scale_source = scale_of(method, embedder.weights)
         t2v, v2t = normalised_scores(method, embeddings, bank, scale)
         ranks_by[method] = t2v_ranks(t2v, caption_video), v2t_ranks(v2t, caption_video, v2t_convention)
-        normalised[method] = _describe(method, scale, scale_source, bank, ranks_metrics(*ranks_by[method]))
+        normalised[method] = describe(method, scale, scale_source, bank, ranks_metrics(*ranks_by[method]))
     graded: dict[str, Graded] = {}
     graded_by_query: dict[str, Any] = {}
     if relevance:
-        graded, graded_by_query = _graded(
+        graded, graded_by_query = graded_measures(
             relevance,
             embeddings.similarity(),
             inputs.captions.table,
@@ -284,7 +239,7 @@ def evaluate_similarities(
     given = read_similarities(Path(path), Path(captions), split, Path(videos) if videos is not None else None)
     similarity, caption_video = given.similarity, given.caption_video
     ranks_of_both = t2v_ranks(similarity, caption_video), v2t_ranks(similarity, caption_video, v2t_convention)
-    graded, graded_by_query = _graded(
+    graded, graded_by_query = graded_measures(
         relevance, similarity, given.table, (given.captions, given.caption_ids, given.video_ids), caption_video
     )
     if ranks is not None:
@@ -322,81 +277,6 @@ def _plain_ranks(
         return t2v_ranks(similarity, caption_video), v2t_ranks(similarity, caption_video, v2t_convention)
     captions_there, videos_there = torch.from_numpy(captions).to(device), torch.from_numpy(videos).to(device)
     return embedding_ranks(captions_there, videos_there, caption_video, v2t_convention)
-
-
-def _graded(
-    names: Sequence[str],
-    similarity: NDArray[np.floating],
-    table: CaptionTable,
-    measured: tuple[list[str], list[str], list[str]],
-    caption_video: NDArray[np.int64],
-) -> tuple[dict[str, Graded], dict[str, Any]]:
-    """Return the graded measures by each relevance, and every query's value as `ranks.npz` holds it.
-
-    Args:
-        names: As `relevance` of `evaluate`.
-        similarity: `(C, V)`.
-        table: The whole caption table.
-        measured: The C captions and caption_ids, and the V video_ids.
-        caption_video: `(C,)` column of each caption's own video.
-    """
-    captions, caption_ids, video_ids = measured
-    graded: dict[str, Graded] = {}
-    held: dict[str, Any] = {}
-    for name in dict.fromkeys(names):
-        relevance = make_relevance(
-            name,
-            table,
-            captions=captions,
-            caption_ids=caption_ids,
-            video_ids=video_ids,
-            caption_video=caption_video,
-        )
-        values: dict[str, Values] = graded_values(similarity, caption_video, relevance)
-        if relevance.name in graded:
-            raise UsageError(f"two relevances are named {relevance.name} - give the files different names")
-        graded[relevance.name] = Graded(
-            relevance.description, relevance.fingerprint, graded_means(values), left_out(values)
-        )
-        held |= {f"{GRADED}{measure} by {relevance.name}": of_queries for measure, of_queries in values.items()}
-        held[f"{RELEVANCE}{relevance.name}"] = relevance.fingerprint
-    return graded, held
-
-
-def _check_methods(methods: Sequence[str], split: str) -> None:
-    for method in methods:
-        if method not in METHODS:
-            raise UsageError(f"unknown method {method!r} to normalise by - expected {' or '.join(METHODS)}")
-        if method in NEEDS_BANK and split == "train":
-            raise UsageError(
-                f"{method} normalises with the train split, so it cannot measure train itself - measure another "
-                "split, or leave out --normalise"
-            )
-
-
-def _scale(method: str, embedder: Embedder) -> tuple[float, str]:
-    """Return a method's inverse temperature and where it comes from."""
-    if method == "qb-norm":
-        return QB_NORM_SCALE, "as its authors published"
-    if "log_logit_scale" in embedder.weights:
-        return math.exp(float(embedder.weights["log_logit_scale"])), "the run's own logit_scale"
-    return CLIP_LOGIT_SCALE, "CLIP's logit_scale"
-
-
-def _describe(
-    method: str, scale: float, scale_source: str, bank: Embeddings | None, metrics: dict[str, float]
-) -> Normalised:
-    bank = bank if method in NEEDS_BANK else None
-    return Normalised(
-        description=METHODS[method],
-        needs_all_queries=method in NEEDS_ALL_QUERIES,
-        scale=scale,
-        scale_source=scale_source,
-        bank_split="train" if bank else "",
-        bank_captions=len(bank.captions) if bank else 0,
-        bank_videos=len(bank.videos) if bank else 0,
-        metrics=metrics,
-    )
 
 
 def _missing(inputs: OpenedSource, positions: Sequence[int], split: str, allow_missing: bool) -> Missing:

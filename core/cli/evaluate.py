@@ -12,7 +12,8 @@ from svb.config import newest_run
 from svb.errors import UsageError
 
 if TYPE_CHECKING:
-    from svb.retrieve.evaluate import Evaluation, Graded
+    from svb.retrieve.evaluate import Evaluation
+    from svb.retrieve.measure.graded import Graded
 
 
 @click.command()

@@ -7,12 +7,15 @@ the split at once, which a search never has. So `svb evaluate` prints their numb
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from svb.errors import UsageError
 from svb.train.retrieval_metrics import require_finite
 
 METHODS = {
@@ -55,6 +58,73 @@ class Embeddings:
         similarity: NDArray[np.float32] = self.captions @ self.videos.T
         require_finite(similarity, self.caption_ids, self.video_ids)
         return similarity
+
+
+@dataclass(frozen=True)
+class Normalised:
+    """Metrics of normalised similarities, and what normalised them.
+
+    Attributes:
+        description: The method and its paper.
+        needs_all_queries: The method uses all queries of the split at once, which no search can.
+        scale: The inverse temperature.
+        scale_source: Where the scale comes from, which is never the measured split.
+        bank_split: The split whose captions (t2v) and videos (v2t) were the query bank; empty without a bank.
+        bank_captions: Number of captions in the bank.
+        bank_videos: Number of videos in the bank.
+        metrics: As those of `Evaluation`.
+    """
+
+    description: str
+    needs_all_queries: bool
+    scale: float
+    scale_source: str
+    bank_split: str
+    bank_captions: int
+    bank_videos: int
+    metrics: dict[str, float]
+
+
+def check_methods(methods: Sequence[str], split: str) -> None:
+    """Refuse methods that are unknown or cannot measure a split.
+
+    Raises:
+        UsageError: There is one.
+    """
+    for method in methods:
+        if method not in METHODS:
+            raise UsageError(f"unknown method {method!r} to normalise by - expected {' or '.join(METHODS)}")
+        if method in NEEDS_BANK and split == "train":
+            raise UsageError(
+                f"{method} normalises with the train split, so it cannot measure train itself - measure another "
+                "split, or leave out --normalise"
+            )
+
+
+def scale_of(method: str, weights: Mapping[str, torch.Tensor]) -> tuple[float, str]:
+    """Return a method's inverse temperature for a model of these weights, and where it comes from."""
+    if method == "qb-norm":
+        return QB_NORM_SCALE, "as its authors published"
+    if "log_logit_scale" in weights:
+        return math.exp(float(weights["log_logit_scale"])), "the run's own logit_scale"
+    return CLIP_LOGIT_SCALE, "CLIP's logit_scale"
+
+
+def describe(
+    method: str, scale: float, scale_source: str, bank: Embeddings | None, metrics: dict[str, float]
+) -> Normalised:
+    """Return the metrics that a method gave, with what it used."""
+    bank = bank if method in NEEDS_BANK else None
+    return Normalised(
+        description=METHODS[method],
+        needs_all_queries=method in NEEDS_ALL_QUERIES,
+        scale=scale,
+        scale_source=scale_source,
+        bank_split="train" if bank else "",
+        bank_captions=len(bank.captions) if bank else 0,
+        bank_videos=len(bank.videos) if bank else 0,
+        metrics=metrics,
+    )
 
 
 def normalised_scores(
