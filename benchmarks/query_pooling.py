@@ -2,21 +2,22 @@
 
 A video's embedding is the mean of its frames, whatever is asked. Here it depends on the caption, in four ways:
 
-- `zero-shot`: no training (ConSE, or CLIP); frames are weighed by a softmax of their cosines to the caption, divided
-  by a temperature (Bain et al., *A CLIP-Hitchhiker's Guide to Long Video Retrieval*, 2022);
+- `zero-shot`: no training (ConSE, or CLIP). A softmax of the cosines to the caption weighs frames, divided by
+  a temperature (Bain et al., *A CLIP-Hitchhiker's Guide to Long Video Retrieval*, 2022);
 - `weighed at the end`: heads that were trained on means, weighed so when they are measured;
 - `trained with the weighing`: the loss sees the weighed similarities, with a fixed and with a learned temperature;
 - `cross-attention`: projections of captions and frames give the weights, and another changes the frames. All of it
   starts as the mean (X-Pool, Gorti et al., CVPR 2022, without its multilayer perceptron).
 
-Losses, batches and schedule are those of benchmarks/ablations/info_nce.toml without cross-captioning. The last epoch
-is measured on val. Each row is the mean and the standard deviation over seeds.
+Losses, batches and schedule are those of benchmarks/ablations/info_nce.toml without cross-captioning. The last
+epoch is measured on val. Each row is the mean and the standard deviation over seeds.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ TEMPERATURES = (math.inf, 1.0, 0.3, 0.1, 0.05)
 METRICS = ("t2v/R@1", "t2v/R@5", "t2v/R@10", "t2v/MedR", "v2t/R@1", "v2t/R@10")
 CONFIG = TrainConfig(loss="info_nce", variant="none", batch_size=512, learning_rate=5e-4)
 
-# (captions (B, D), frames (V, T, D), mask (V, T)) -> logits of the frames (B, V, T) and the frames that they weigh.
+# Captions (B, D) and real frames (N, D) -> logits of the frames (B, N), and the frames that are weighed (N, D).
 Weighing = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -50,12 +51,20 @@ def similarities(
     """Return the cosines of captions and of the videos as each caption sees them, `(B, V)`.
 
     No `(B, V, D)` is made: the length of a weighted sum follows from the products of the frames with each other.
+
+    Args:
+        captions: `(B, D)`.
+        frames: `(N, D)` of all videos, one after the other.
+        mask: `(V, T)`, True on the N frames.
     """
+    real = mask.flatten().nonzero().squeeze(1)
     logits, frames = weighing(captions, frames)
-    weights = logits.masked_fill(~mask, -math.inf).softmax(dim=-1)  # (B, V, T)
-    dots = torch.einsum("bd,vtd->bvt", captions, frames)
-    gram = frames @ frames.transpose(1, 2)  # (V, T, T)
-    squared = torch.einsum("bvt,bvt->bv", torch.einsum("bvt,vts->bvs", weights, gram), weights)
+    empty = logits.new_full((len(captions), mask.numel()), -math.inf)
+    weights = empty.index_copy(1, real, logits).unflatten(1, mask.shape).softmax(dim=-1)  # (B, V, T)
+    dots = torch.zeros_like(empty).index_copy(1, real, captions @ frames.T).unflatten(1, mask.shape)
+    padded = unpack(frames, real, mask)  # (V, T, D)
+    gram = padded @ padded.transpose(1, 2)  # (V, T, T)
+    squared = (torch.bmm(weights.transpose(0, 1), gram).transpose(0, 1) * weights).sum(dim=-1)
     return (weights * dots).sum(dim=-1) * squared.clamp_min(1e-12).rsqrt()
 
 
@@ -67,7 +76,7 @@ class Softmax(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)), requires_grad=is_learned)
 
     def forward(self, captions: torch.Tensor, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.log_scale.exp() * torch.einsum("bd,vtd->bvt", captions, F.normalize(frames, dim=-1)), frames
+        return self.log_scale.exp() * captions @ F.normalize(frames, dim=-1).T, frames
 
 
 class CrossAttention(nn.Module):
@@ -84,15 +93,15 @@ class CrossAttention(nn.Module):
 
     def forward(self, captions: torch.Tensor, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         held = F.layer_norm(frames, frames.shape[-1:])
-        logits = torch.einsum("bd,vtd->bvt", self.query(captions), self.key(held))
-        return logits / math.sqrt(frames.shape[-1]) * 10, frames + self.value(held)
+        # A normalised caption has entries of about 1 / sqrt(D), those of a held frame are about 1.
+        return self.query(captions) @ self.key(held).T, frames + self.value(held)
 
 
 def frame_embeddings(model: RetrievalModel, features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Return each frame's own embedding, `(V, T, D)`; their normalised mean is the video head's output."""
+    """Return each real frame's own embedding, `(N, D)`; their normalised mean is the video head's output."""
     head, real = model.video_head, mask.flatten().nonzero().squeeze(1)
-    flat: torch.Tensor = head.project_out(head.project_in(features.flatten(0, 1).index_select(0, real)))
-    return unpack(flat, real, mask)
+    embeddings: torch.Tensor = head.project_out(head.project_in(features.flatten(0, 1).index_select(0, real)))
+    return embeddings
 
 
 def train(split: SplitData, weighing: nn.Module, seed: int) -> RetrievalModel:
@@ -167,6 +176,7 @@ def zero_shot(store: FeatureStore, backbone: str, text_encoder: str, val: SplitD
     head = embedder.video_head
 
     def embed_frames(features: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        features = features[mask]
         if not isinstance(head, Conse):
             return F.normalize(features, dim=-1)
         # A video's place is the mean of its frames' probabilities: the mean of the places of its frames.
@@ -208,8 +218,8 @@ def main() -> None:
     ways: dict[str, Callable[[], nn.Module]] = {
         "trained on means": lambda: Softmax(math.inf),
         "trained with the weighing, temperature 0.1": lambda: Softmax(0.1),
-        "trained with the weighing, learned from 1": lambda: Softmax(1.0, is_learned=True),
         "cross-attention": lambda: CrossAttention(CONFIG.embedding_size),
+        "trained with the weighing, learned from 1": lambda: Softmax(1.0, is_learned=True),
     }
     for name, make in ways.items():
         for seed in range(arguments.seeds):
@@ -224,6 +234,7 @@ def main() -> None:
 
             found = measure(model.text_head, embed_frames, weighing.eval(), splits["val"])
             trained.setdefault(name, []).append({**found, "training": seconds})
+            print(f"seed {seed} of {name}: {found}", file=sys.stderr, flush=True)
             if name == "trained on means":
                 for temperature in TEMPERATURES[1:]:
                     at_end = measure(model.text_head, embed_frames, Softmax(temperature), splits["val"])

@@ -20,7 +20,19 @@ from torch import nn
 
 from svb.data.caption_features import CaptionFeatures, read_caption_features
 from svb.data.caption_table import CaptionTable, hash_lines
-from svb.data.datasets import DATASETS, activitynet, match_names, msrvtt, msvd, read_dataset, vatex, with_names_of
+from svb.data.datasets import (
+    DATASETS,
+    activitynet,
+    didemo,
+    lsmdc,
+    match_names,
+    msrvtt,
+    msvd,
+    read_dataset,
+    vatex,
+    with_names_of,
+    youcook2,
+)
 from svb.data.datasets.official import KnownSplit, OfficialFile
 from svb.errors import InputError, UsageError
 from svb.extract import captions as stage
@@ -54,6 +66,20 @@ SMALL: dict[str, Splits] = {
     "activitynet": {
         "train": {"v_QOlSCBRmfWY": ["She dances. She ends."], "v_ehGHCYKzyZ8": ["He runs."]},
         "test": {"v_uqiMw7tQ1Cc": ["A tutorial. The coach helps."]},
+    },
+    "lsmdc": {
+        "train": {"0001_A_Film_00.00.51.926-00.00.54.129": ["SOMEONE runs.", "A dog, too."]},
+        "val": {"1004_B_00.01.00.000-00.01.02.500": ["The door opens."]},
+        "test": {"1051_C_00.45.02.115-00.45.05.121": ['He says "no".']},
+    },
+    "didemo": {
+        "train": {"10015567@N08_3655084291_d8b58466fa": ["a dog jumps the dog leaves"], "b": ["a car turns"]},
+        "val": {"12090392@N02_13482799053_87ef417396": ["the man waves"]},
+        "test": {"54322086@N00_2408598493_274c77d26a": ["first scene camera pans left"]},
+    },
+    "youcook2": {
+        "train": {"GLd3aX16zBg_90_102": ["spread margarine"], "GLd3aX16zBg_114_127": ["place cheese"]},
+        "test": {"xHr8X2Wpmno_9_14": ["boil water"]},
     },
 }
 
@@ -115,11 +141,43 @@ def write_activitynet(folder: Path, small: Splits) -> None:
     write_zip(folder / "captions.zip", {f"captions/{name}": text for name, text in members.items()})
 
 
+def write_lsmdc(folder: Path, small: Splits) -> None:
+    for split, name in (("train", "annos_training"), ("val", "annos_val"), ("test", "challenge_1000_publictect")):
+        lines = [f"{v}\t00.00.01\t00.00.03\t00.00.00\t00.00.04\t{c}" for v, cs in small[split].items() for c in cs]
+        (folder / f"LSMDC16_{name}.csv").write_text("\r\n".join([*lines, ""]))
+
+
+def write_didemo(folder: Path, small: Splits) -> None:
+    for split, videos in small.items():
+        # The moments of a video do not lie side by side in the official file.
+        moments = [
+            {"annotation_id": n, "video": f"{video_id}.mov", "description": half, "times": [[0, 0]]}
+            for n in (0, 1)
+            for video_id, (paragraph,) in videos.items()
+            for half in [" ".join(paragraph.split()[2 * n : 2 + 99 * n])]
+        ]
+        (folder / f"{split}_data.json").write_text(json.dumps(moments))
+
+
+def write_youcook2(folder: Path, small: Splits) -> None:
+    videos: dict[str, Any] = {"unheard": {"subset": "testing"}}
+    for split, subset in (("train", "training"), ("test", "validation")):
+        for clip, (sentence,) in small[split].items():
+            video_id, begin, end = clip.rsplit("_", 2)
+            video = videos.setdefault(video_id, {"subset": subset, "duration": 200.0, "annotations": []})
+            step = {"id": len(video["annotations"]), "segment": [int(begin), int(end)], "sentence": sentence}
+            video["annotations"].append(step)
+    (folder / "youcookii_annotations_trainval.json").write_text(json.dumps({"database": videos}))
+
+
 WRITE: dict[str, Callable[[Path, Splits], None]] = {
     "msrvtt": write_msrvtt,
     "msvd": write_msvd,
     "vatex": write_vatex,
     "activitynet": write_activitynet,
+    "lsmdc": write_lsmdc,
+    "didemo": write_didemo,
+    "youcook2": write_youcook2,
 }
 
 
@@ -273,6 +331,23 @@ class TestOfficialForms:
         (made / "val_1.json").write_text(json.dumps({"v_uqiMw7tQ1Cc": video}))
         assert read("activitynet", made)["test"] == {"v_uqiMw7tQ1Cc": ["First. Then this. End."]}
 
+    @pytest.mark.parametrize(
+        ("name", "words"),
+        [
+            (
+                "lsmdc",
+                "LSMDC16_challenge_1000_publictect.csv: 1 videos, but the official test split is said to have",
+            ),
+            ("didemo", "test_data.json: 1 videos, but the official test split is said to have 1004 - compare"),
+            ("youcook2", "trainval.json: 1 videos, but the official test split is said to have 3492 - compare"),
+        ],
+    )
+    def test_lists_that_we_never_had_are_taken_with_a_warning(self, name: str, words: str, tmp_path: Path) -> None:
+        WRITE[name](tmp_path, SMALL[name])
+        messages = heard()
+        assert read(name, tmp_path) == in_order(SMALL[name])
+        assert [message for message in messages if words in message]
+
 
 SMALL_TEST = {"test": SMALL["msrvtt"]["test"]}
 
@@ -318,6 +393,9 @@ class TestBadFiles:
             ("vatex", "vatex_training_v1.0.json", "vatex_training_v1.0.json"),
             ("vatex", "test_list.txt", "test_list.txt"),
             ("activitynet", "captions.zip", "train.json"),
+            ("lsmdc", "LSMDC16_annos_val.csv", "LSMDC16_annos_val.csv"),
+            ("didemo", "test_data.json", "test_data.json"),
+            ("youcook2", "youcookii_annotations_trainval.json", "youcookii_annotations_trainval.json"),
         ],
     )
     def test_missing(self, folder: Folder, name: str, file: str, official: str) -> None:
@@ -339,7 +417,7 @@ class TestBadFiles:
         made = folder(name)
         for file in sorted(path for path in made.iterdir() if path.name != "MSRVTT_train.7k.csv"):
             data = file.read_bytes()
-            for keep in (0.0, 0.3, 0.9):
+            for keep in (0.0, 0.3) if name == "lsmdc" else (0.0, 0.3, 0.9):  # its last sentence is cut at 0.9
                 file.write_bytes(data[: int(keep * len(data))])
                 # A caption that breaks off is told by the captions' hash alone, which knows no file.
                 is_last_caption = (file.name, keep) == ("MSRVTT_JSFUSION_test.csv", 0.9)
@@ -436,6 +514,28 @@ class TestBadFiles:
             ("activitynet", "train.json", "[]", "not an object of videos"),
             ("activitynet", "train.json", '{"v_a": {"sentences": [1]}}', "captions of 'v_a' are not a list"),
             ("activitynet", "train.json", "[" * 100_000, "not JSON"),
+            (
+                "lsmdc",
+                "LSMDC16_annos_val.csv",
+                "a\t1\t2\tHe runs",
+                "line 'a\\t1\\t2\\tHe runs' has 4 fields between",
+            ),
+            ("didemo", "val_data.json", "{}", "not a list of moments"),
+            ("didemo", "val_data.json", '[{"description": "a"}]', "a moment has no video"),
+            ("didemo", "val_data.json", '[{"video": "a.avi"}]', "captions of 'a' are not a list of sentences"),
+            ("youcook2", "youcookii_annotations_trainval.json", "[]", "no database of videos"),
+            (
+                "youcook2",
+                "youcookii_annotations_trainval.json",
+                '{"database": {"a": {"subset": "training", "annotations": [1]}}}',
+                "annotations of 'a' are not a list of steps",
+            ),
+            (
+                "youcook2",
+                "youcookii_annotations_trainval.json",
+                '{"database": {"a": {"subset": "training", "annotations": [{"segment": [1]}]}}}',
+                "a step of 'a' has no segment of two seconds",
+            ),
         ],
     )
     def test_forms(self, folder: Folder, name: str, file: str, content: str, what: str) -> None:
@@ -476,6 +576,9 @@ class TestNamesOfAStore:
             ("msvd", "f-24IxG9ijw_25_40", "vid5"),
             ("vatex", "rIJPGdtdaHg_000006_000016", "rIJPGdtdaHg"),
             ("activitynet", "v_uqiMw7tQ1Cc", "val/uqiMw7tQ1Cc"),
+            ("lsmdc", "1051_C_00.45.02.115-00.45.05.121", "1051_C/1051_C_00.45.02.115-00.45.05.121"),
+            ("didemo", "54322086@N00_2408598493_274c77d26a", "test/54322086@N00_2408598493_274c77d26a"),
+            ("youcook2", "xHr8X2Wpmno_9_14", "clips/xHr8X2Wpmno_9_14"),
         ],
     )
     def test_every_data_sets(self, folder: Folder, name: str, video_id: str, stored: str) -> None:
@@ -558,8 +661,9 @@ def test_every_data_set_protocol_count_and_file_is_documented() -> None:
         for protocol, splits in dataset.protocols.items():
             assert f"`{protocol}`" in text
             for split in splits.values():
-                assert f"{split.num_videos:,}" in text and f"`{split.video_ids_hash}`" in text
-    for module in (msrvtt, msvd, vatex, activitynet):
+                assert split.num_videos is None or f"{split.num_videos:,}" in text
+                assert split.video_ids_hash is None or f"`{split.video_ids_hash}`" in text
+    for module in (msrvtt, msvd, vatex, activitynet, lsmdc, didemo, youcook2):
         for value in vars(module).values():
             for file in value.values() if isinstance(value, dict) else [value]:
                 if isinstance(file, OfficialFile):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from svb.data.caption_table import SPLITS, CaptionTable, make_caption_table, split_contents
-from svb.data.datasets import activitynet, msrvtt, msvd, vatex
+from svb.data.datasets import activitynet, didemo, lsmdc, msrvtt, msvd, vatex, youcook2
 from svb.data.datasets.official import Annotations, KnownSplit
 from svb.errors import InputError, UsageError
 
@@ -39,6 +39,9 @@ DATASETS = {
     "msvd": Dataset("MSVD", msvd.PROTOCOLS, msvd.read, msvd.other_names),
     "vatex": Dataset("VATEX", vatex.PROTOCOLS, vatex.read, vatex.other_names),
     "activitynet": Dataset("ActivityNet", activitynet.PROTOCOLS, activitynet.read, activitynet.other_names),
+    "lsmdc": Dataset("LSMDC", lsmdc.PROTOCOLS, lsmdc.read, lsmdc.other_names),
+    "didemo": Dataset("DiDeMo", didemo.PROTOCOLS, didemo.read, didemo.other_names),
+    "youcook2": Dataset("YouCook2", youcook2.PROTOCOLS, youcook2.read, youcook2.other_names),
 }
 
 

@@ -184,19 +184,19 @@ class KnownSplit:
     """The facts that are known of an official split.
 
     Attributes:
-        num_videos: Number of videos.
-        video_ids_hash: `svb.data.caption_table.hash_lines` of their ids.
+        num_videos: Number of videos; None if the publications differ.
+        video_ids_hash: `svb.data.caption_table.hash_lines` of their ids; None if we never had the official file.
         num_captions: Number of captions; None if the versions in use differ.
         captions_hash: Of `split_contents`; None if it could not be taken from the official file.
     """
 
-    num_videos: int
-    video_ids_hash: str
+    num_videos: int | None = None
+    video_ids_hash: str | None = None
     num_captions: int | None = None
     captions_hash: str | None = None
 
     def require_ids(self, video_ids: Sequence[str], split: str, document: Document) -> None:
-        """Raise if a list is not the official one.
+        """Raise if a list is not the official one; of a file that we never had, only warn if the number differs.
 
         Raises:
             InputError: Ids are missing, repeated, or not the official ones.
@@ -204,6 +204,13 @@ class KnownSplit:
         twice = [video_id for video_id, count in Counter(video_ids).items() if count > 1]
         if twice:
             raise document.error(f"video {twice[0]!r} appears twice")
+        if self.video_ids_hash is None:
+            if self.num_videos not in (None, len(video_ids)):
+                logger.warning(
+                    f"{document.place}: {len(video_ids)} videos, but the official {split} split is said to have "
+                    f"{self.num_videos} - compare results only with those on the same list"
+                )
+            return
         if len(video_ids) != self.num_videos:
             first = f", first {video_ids[0]!r}" if video_ids else ""
             raise document.error(

@@ -1,0 +1,49 @@
+"""DiDeMo (Hendricks et al., ICCV 2017), for retrieving whole videos by paragraphs.
+
+All descriptions of a video's moments, joined in the order of the file, are its one caption; their times are not
+used. The division into splits is the official one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+
+from svb.data.datasets.official import Annotations, Document, KnownSplit, OfficialFile
+
+FILES = {
+    split: OfficialFile(
+        (f"{split}_data.json",), "the authors publish it with their code, in the folder data of LocalizingMoments"
+    )
+    for split in ("train", "val", "test")
+}
+PROTOCOLS = {"paragraph": {"train": KnownSplit(8395), "val": KnownSplit(1065), "test": KnownSplit(1004)}}
+
+
+def read(annotations: Annotations, protocol: str, splits: Sequence[str]) -> dict[str, dict[str, list[str]]]:
+    """Return each split's videos with their paragraph; see `svb.data.datasets.Dataset.read`."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for split in splits:
+        document = annotations.get(FILES[split])
+        found[split] = _paragraphs(document)
+        PROTOCOLS[protocol][split].require_ids(list(found[split]), split, document)
+    return found
+
+
+def other_names(split: str, video_ids: Sequence[str]) -> dict[str, list[str]]:
+    """The videos are called as in the files."""
+    return {}
+
+
+def _paragraphs(document: Document) -> dict[str, list[str]]:
+    moments = document.json()
+    if not isinstance(moments, list):
+        raise document.error("not a list of moments")
+    sentences: dict[str, list[str]] = {}
+    for moment in moments:
+        if not isinstance(moment, dict) or not isinstance(moment.get("video"), str):
+            raise document.error("a moment has no video")
+        # As a store names it: without its suffix.
+        video_id = PurePosixPath(moment["video"]).stem
+        sentences.setdefault(video_id, []).extend(document.captions(video_id, [moment.get("description")]))
+    return {video_id: [" ".join(" ".join(held).split())] for video_id, held in sentences.items()}
