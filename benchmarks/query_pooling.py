@@ -53,6 +53,7 @@ def similarities(
     No `(B, V, D)` is made: the length of a weighted sum follows from the products of the frames with each other.
 
     Args:
+        weighing: Weighs the frames.
         captions: `(B, D)`.
         frames: `(N, D)` of all videos, one after the other.
         mask: `(V, T)`, True on the N frames.

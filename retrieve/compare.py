@@ -136,7 +136,7 @@ def _measured(path: Path) -> Measured:
         _require_alike(runs[0], descriptions[0], run, description)
     seeds = tuple(sorted(by_seed))
     ranks = tuple(read_ranks(by_seed[seed] / FILE) for seed in seeds)
-    checkpoints = tuple(_checkpoint_of(by_seed[seed], held) for seed, held in zip(seeds, ranks, strict=True))
+    checkpoints = tuple(checkpoint_of(by_seed[seed], held) for seed, held in zip(seeds, ranks, strict=True))
     return Measured(path, seeds, ranks, checkpoints)
 
 
@@ -150,7 +150,7 @@ def _require_alike(first: Path, held: dict[str, Any], run: Path, other: dict[str
         )
 
 
-def _checkpoint_of(run: Path, ranks: Ranks) -> str:
+def checkpoint_of(run: Path, ranks: Ranks) -> str:
     """Return the checkpoint that the ranks belong to.
 
     Raises:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -56,3 +58,46 @@ def test_a_store_with_failures_names_the_command_that_lists_them(tmp_path: Path,
     shown = run_svb("info", store).stdout
     assert "1 ok, 1 unreadable" in shown and f"next: svb info {store} --failures\n" in shown
     assert "'b'" in run_svb("info", store, "--failures").stdout
+
+
+def test_a_card_says_how_a_run_was_made_and_how_good_it_is(
+    indexed_run: Path, tmp_path: Path, run_svb: RunSvb
+) -> None:
+    run = Path(shutil.copytree(indexed_run, tmp_path / "run"))
+    assert "`svb evaluate" in _card(run, run_svb)
+    evaluated = json.loads(run_svb("evaluate", run, "--relevance", "words", "--json").stdout)
+    run_svb("evaluate", run, "--checkpoint", "last", "--ranks", run / "last.npz")
+    held, card = json.loads(run_svb("info", run, "--json").stdout), _card(run, run_svb)
+    data = held["data"]["val"]
+    assert f"| val | {data['videos']} | {data['captions']} | `{data['ids']}` |" in card
+    assert f"`best` is epoch {held['best']['epoch']}, `last` is epoch {held['last']['epoch']}" in card
+    assert all(f"| {name} | {value} |" in card for name, value in held["config"].items())
+    # Metrics are those of the evaluation, within their intervals.
+    for name in ("t2v/R@1", "v2t/R@10"):
+        (row,) = [line for line in card.splitlines() if line.startswith(f"| {name} |")][:1]
+        _, value, interval = (cell.strip() for cell in row.strip("| ").split("|"))
+        low, high = map(float, interval.split(" to "))
+        assert value == f"{evaluated['metrics'][name]:.2f}" and low <= float(value) <= high
+    assert "| t2v/nDCG@10 of others by words |" in card and "The val split chose this checkpoint" in card
+    assert f"svb evaluate {run} --split val --checkpoint best --relevance words\n" in card
+    assert f"svb evaluate {run} --split val --checkpoint last --ranks {run / 'last.npz'}\n" in card
+    # Its command makes the run again: all options agree.
+    (command,) = [line for line in card.splitlines() if line.startswith("svb train ")]
+    assert "nothing to do" in run_svb(*shlex.split(command)[1:]).stderr
+
+
+def test_a_card_has_no_metrics_of_other_weights(indexed_run: Path, tmp_path: Path, run_svb: RunSvb) -> None:
+    run = Path(shutil.copytree(indexed_run, tmp_path / "run"))
+    store, captions = indexed_run.parent / "features", indexed_run.parent / "captions.h5"
+    run_svb("train", store, captions, "-o", tmp_path / "other", "--epochs", "1", "--seed", "9", "--variant", "none")
+    run_svb("evaluate", tmp_path / "other", "--ranks", run / "other.npz")
+    ran = run_svb("info", run, "--card", tmp_path / "card.md")
+    assert "left out of the card" in ran.stderr and "t2v/R@1" not in (tmp_path / "card.md").read_text()
+    ran = run_svb("info", store, "--card", tmp_path / "x.md")
+    assert ran.exit_code == 1 and "is a feature store - --card goes with a run" in ran.stderr
+
+
+def _card(run: Path, run_svb: RunSvb) -> str:
+    path = run.parent / "card.md"
+    assert run_svb("info", run, "--card", path).stdout == f"{path}\n"
+    return path.read_text("utf-8")

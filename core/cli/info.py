@@ -17,15 +17,27 @@ from svb.errors import InputError, StoreError
 @click.option("--failures", is_flag=True, help="List the videos of a store that did not end as ok, and why.")
 @click.option("--all", "everything", is_flag=True, help="Print every value that is stored, one a line.")
 @click.option("--json", "as_json", is_flag=True, help="Print every value that is stored as JSON.")
-def info(path: Path, failures: bool, everything: bool, as_json: bool) -> None:
+@click.option(
+    "--card",
+    type=click.Path(path_type=Path),
+    metavar="FILE.md",
+    help="Write a page about a run: options, data hashes, selection, metrics, commands.",
+)
+def info(path: Path, failures: bool, everything: bool, as_json: bool, card: Path | None) -> None:
     """Say what PATH holds: a feature store, a caption features file, a run or an index.
 
     \b
     svb info features/
     svb info features/ --failures
     svb info runs/x --json
+    svb info runs/x --card card.md
     """
     kind = _kind(path)
+    if card is not None:
+        if kind != "run":
+            raise InputError(f"{path} is a {kind} - --card goes with a run")
+        _write_card(path, card)
+        return
     if failures:
         if kind != "feature store":
             raise InputError(f"{path} is a {kind} - --failures goes with a feature store")
@@ -94,6 +106,16 @@ def _print_failures(path: Path, as_json: bool) -> None:
         print_table(["status", "tries", "seconds", "video", "error"], rows)
     else:
         say("every video ended as ok")
+
+
+def _write_card(run: Path, card: Path) -> None:
+    from svb.cli.run_card import run_card
+    from svb.data.publish import published_file
+
+    text = run_card(run)
+    with published_file(card) as aside:
+        aside.write_text(text, "utf-8")
+    click.echo(card)
 
 
 def _describe_store(path: Path) -> dict[str, Any]:

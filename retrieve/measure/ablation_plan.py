@@ -140,12 +140,18 @@ def _train_command(cell: Cell, seed: int, folder: Path) -> list[str]:
     words = ["svb", "train", str(cell.store), str(cell.captions), "-o", str(folder)]
     if cell.backbone is not None:
         words += ["--backbone", cell.backbone]
+    return [*words, *changed_options(cell.config), "--seed", str(seed)]
+
+
+def changed_options(config: TrainConfig) -> list[str]:
+    """Return the words of the options that are not at their defaults; the seed is not among them."""
+    words = []
     for name, default in FIELDS.items():
-        value, option = getattr(cell.config, name), name.replace("_", "-")
+        value, option = getattr(config, name), name.replace("_", "-")
         if value != default:
             is_switch = isinstance(value, bool)
             words += [f"--{'' if value else 'no-'}{option}"] if is_switch else [f"--{option}", str(value)]
-    return [*words, "--seed", str(seed)]
+    return words
 
 
 def _evaluate_command(ablation: Ablation, cell: Cell, folder: Path) -> list[str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,6 +123,13 @@ def paired_differences(
         )
         for m, metric in enumerate((*RECALLS, *graded))
     ]
+
+
+def intervals(ranks: Ranks) -> dict[str, tuple[float, Interval]]:
+    """Return the recalls and graded measures of one evaluation, each with its interval over videos."""
+    worst = {way: np.full_like(getattr(ranks, way), np.inf) for way in ("t2v", "v2t")}
+    nothing = replace(ranks, **worst, graded={name: 0 * values for name, values in ranks.graded.items()})
+    return {one.metric: (one.b, one.over_videos) for one in paired_differences([nothing], [ranks])}
 
 
 def shared_graded(evaluations: Sequence[Ranks]) -> list[str]:
