@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from svb.data.publish import published_file
 from svb.device import choose_device
-from svb.errors import InputError, UsageError
+from svb.errors import InputError, MismatchError, UsageError
 from svb.retrieve.measure.given_similarities import read_similarities
 from svb.retrieve.measure.graded import Graded, graded_measures
 from svb.retrieve.measure.hub_normalisation import (
@@ -28,6 +29,7 @@ from svb.retrieve.measure.hub_normalisation import (
 from svb.retrieve.measure.query_ranks import FILE
 from svb.retrieve.model.embedder import Embedder
 from svb.retrieve.model.source import OpenedSource, open_source
+from svb.train.config import stored_options
 from svb.train.embedding_ranks import embedding_ranks
 from svb.train.retrieval_metrics import (
     TIE_RULE,
@@ -37,8 +39,10 @@ from svb.train.retrieval_metrics import (
     t2v_ranks,
     v2t_ranks,
 )
-from svb.train.run import split_contents
+from svb.train.run import read_run, split_contents
 from svb.train.training_data import SplitData, load_split, positions_of_splits
+
+logger = logging.getLogger(__name__)
 
 # On the CPU a larger matrix of similarities (2 GB) is ranked in chunks, and on a GPU every one.
 MAX_SIMILARITIES = 2**29
@@ -277,6 +281,47 @@ def _plain_ranks(
         return t2v_ranks(similarity, caption_video), v2t_ranks(similarity, caption_video, v2t_convention)
     captions_there, videos_there = torch.from_numpy(captions).to(device), torch.from_numpy(videos).to(device)
     return embedding_ranks(captions_there, videos_there, caption_video, v2t_convention)
+
+
+def require_only_selection_differs(run: Path, on_test: Path, split: str) -> None:
+    """Refuse two runs that are not one training with its best checkpoint chosen on val and on test.
+
+    Where the captions name no val split, the second is also trained on the videos that the first puts aside; the
+    log says so.
+
+    Args:
+        run: Chosen on val.
+        on_test: Chosen on test.
+        split: The split to measure.
+
+    Raises:
+        UsageError: The split is not test, or a run was chosen on the other split.
+        MismatchError: The runs differ in more than that; the error names the option.
+    """
+    if split != "test":
+        raise UsageError(f"a checkpoint chosen on test is too good on test, not on {split} - measure --split test")
+    val, test = read_run(run), read_run(on_test)
+    for path, held, wanted in ((run, val, "val"), (on_test, test, "test")):
+        if held["config"].get("select_on", "val") != wanted:
+            raise UsageError(
+                f"{path} was not trained with --select-on {wanted} - name the run chosen on val first, and with "
+                "--beside the one chosen on test"
+            )
+    of_val, of_test = (
+        {**stored_options(held["config"]), **held["video"], **held["text"], "select_on": ""} for held in (val, test)
+    )
+    name = next((name for name in (*of_val, *of_test) if of_val.get(name) != of_test.get(name)), None)
+    if name is not None:
+        raise MismatchError(
+            f"{run} and {on_test} differ in more than --select-on ({name}: {of_val.get(name)!r} and "
+            f"{of_test.get(name)!r}) - train both with the same options"
+        )
+    if val["data"]["train"] != test["data"]["train"]:
+        counts = [held["data"]["train"]["videos"] for held in (val, test)]
+        logger.warning(
+            f"{on_test} was trained on {counts[1]} videos, {run} on {counts[0]}: the captions name no val split, "
+            "so val was put aside - part of the difference comes from that"
+        )
 
 
 def _missing(inputs: OpenedSource, positions: Sequence[int], split: str, allow_missing: bool) -> Missing:

@@ -113,3 +113,23 @@ def test_without_a_test_split(tmp_path: Path) -> None:
     ):
         train(*task, tmp_path / "run", replace(CONFIG, select_on="test"))
     assert not (tmp_path / "run").exists()
+
+
+def test_both_choices_side_by_side(task: Task, forced: Path, run_svb: RunSvb, tmp_path: Path) -> None:
+    run = train(*task, tmp_path / "run", CONFIG)
+    ran = run_svb("evaluate", run, "--split", "test", "--beside", forced)
+    assert ran.exit_code == 0, ran
+    alone, other = (run_svb("evaluate", one, "--split", "test").stdout for one in (run, forced))
+    assert ran.stdout == f"Chosen on val:\n{alone}\nChosen on test, as much of the field does:\n{other}"
+    assert STAMP in other and STAMP not in alone
+    assert f"{forced} was trained on 60 videos, {run} on 54: the captions name no val split" in ran.stderr
+    held = json.loads(run_svb("evaluate", run, "--split", "test", "--beside", forced, "--json").stdout)
+    assert (held["selected_on"], held["beside"]["selected_on"]) == ("val", "test")
+    odd = train(*task, tmp_path / "odd", replace(CONFIG, seed=4))
+    for arguments, words in (
+        ((run, "--beside", forced), "is too good on test, not on val - measure --split test"),
+        ((forced, "--split", "test", "--beside", run), f"{forced} was not trained with --select-on val - name"),
+        ((odd, "--split", "test", "--beside", forced), "differ in more than --select-on (seed: 4 and 3)"),
+    ):
+        ran = run_svb("evaluate", *arguments)
+        assert ran.exit_code and words in ran.stderr, ran

@@ -74,6 +74,12 @@ if TYPE_CHECKING:
 @click.option(
     "--ranks", type=click.Path(path_type=Path), help="File for each query's rank (.npz). [default: RUN/ranks.npz]"
 )
+@click.option(
+    "--beside",
+    type=click.Path(path_type=Path),
+    metavar="RUN",
+    help="Also measure this run, trained alike with --select-on test; needs --split test.",
+)
 @click.option("--device", default="auto", show_default=True, help="Device to compute on: auto, cpu, cuda:0, ...")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def evaluate(
@@ -90,6 +96,7 @@ def evaluate(
     videos: Path | None,
     allow_missing: bool,
     ranks: Path | None,
+    beside: Path | None,
     device: str,
     as_json: bool,
 ) -> None:
@@ -102,15 +109,17 @@ def evaluate(
     svb evaluate features/ --captions captions.h5
     svb evaluate runs/cross --checkpoint last --normalise qb-norm --normalise dual-softmax
     svb evaluate runs/cross --relevance words --relevance group
+    svb evaluate runs/cross --split test --beside runs/cross-on-test
     svb evaluate --similarities similarity.npy --captions captions.csv --split test --relevance words
     """
     from svb.retrieve import evaluate as library
 
+    on_test: Evaluation | None = None
     if similarities is not None:
         _refuse_options_of_runs(
             SOURCE=source,
             **{"--store": store, "--backbone": backbone, "--checkpoint": checkpoint, "--normalise": normalise_by},
-            **{"--allow-missing": allow_missing},
+            **{"--allow-missing": allow_missing, "--beside": beside},
         )
         if captions is None:
             raise UsageError(
@@ -128,24 +137,37 @@ def evaluate(
     else:
         if videos is not None:
             raise UsageError(f"--videos {videos} goes with --similarities - leave it out, or name a matrix")
-        evaluation = library.evaluate(
-            source or newest_run(),
-            store=store,
-            captions=captions,
-            backbone=backbone,
-            split=split,
-            checkpoint=checkpoint,
-            v2t_convention=v2t,
-            normalise_by=normalise_by,
-            relevance=relevance,
-            allow_missing=allow_missing,
-            ranks=ranks,
-            device=device,
-        )
+
+        def measure(run: Path, ranks: Path | None) -> Evaluation:
+            return library.evaluate(
+                run,
+                store=store,
+                captions=captions,
+                backbone=backbone,
+                split=split,
+                checkpoint=checkpoint,
+                v2t_convention=v2t,
+                normalise_by=normalise_by,
+                relevance=relevance,
+                allow_missing=allow_missing,
+                ranks=ranks,
+                device=device,
+            )
+
+        source = source or newest_run()
+        if beside is not None:
+            library.require_only_selection_differs(source, beside, split)
+        evaluation = measure(source, ranks)
+        on_test = measure(beside, None) if beside is not None else None
     if as_json:
-        print_json(evaluation.as_json())
+        print_json({**evaluation.as_json(), **({"beside": on_test.as_json()} if on_test else {})})
         return
+    if on_test:
+        click.echo("Chosen on val:")
     _print(evaluation)
+    if on_test:
+        click.echo("\nChosen on test, as much of the field does:")
+        _print(on_test)
 
 
 def _refuse_options_of_runs(**given: object) -> None:

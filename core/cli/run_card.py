@@ -79,8 +79,8 @@ def _selection(run: Path, config: TrainConfig) -> str:
     epochs = {name: load_checkpoint(run / name).epoch for name in ("best", "last") if (run / name).is_dir()}
     held = ", ".join(f"`{name}` is epoch {epoch}" for name, epoch in epochs.items()) or "there is no checkpoint yet"
     return (
-        f"The best checkpoint has the highest {by} of both directions on {config.select_on}, which is measured after "
-        f"every {config.evaluate_every} of {config.epochs} epochs. Here {held}. The seed is {config.seed}."
+        f"The best checkpoint has the highest {by} of both directions on {config.select_on}, which is measured "
+        f"every {config.evaluate_every} epochs, of {config.epochs} in all. Here {held}. The seed is {config.seed}."
     )
 
 
@@ -102,8 +102,8 @@ def _metrics(run: Path, found: Evaluations) -> Iterator[str]:
         chosen = f"chosen on {ranks.selected_on or 'nothing'}" if checkpoint == "best" else "not chosen"
         yield (
             f"**{queries.split}**, checkpoint {checkpoint} ({chosen}): {len(queries.caption_ids)} captions against "
-            f"{len(queries.video_ids)} videos; {ranks.tie_rule}; v2t by {ranks.v2t_convention}. Intervals of 95 % are "
-            "over videos."
+            f"{len(queries.video_ids)} videos; {ranks.tie_rule}; v2t by {ranks.v2t_convention}. Intervals of 95 % "
+            "are over videos."
         )
         if checkpoint == "best" and ranks.selected_on == queries.split:
             yield f"**The {queries.split} split chose this checkpoint, so its numbers there are too good.**"
