@@ -54,9 +54,9 @@ def captions(
 ) -> None:
     """Encode the captions of TABLE with a frozen text encoder.
 
-    TABLE is a CSV, TSV, JSON or Parquet file with the columns video_id, caption and optionally caption_id, split and
-    group, which names videos that mean the same. With --dataset it is the folder of a data set's official annotation
-    files, which docs/datasets.md lists.
+    TABLE is a CSV, TSV, JSON or Parquet file with the columns video_id, caption and optionally caption_id, split
+    and group, which names videos that mean the same. With --dataset it is the folder of a data set's official
+    annotation files, which docs/datasets.md lists.
 
     \b
     svb captions captions.csv -o captions.h5 --text-encoder offline:minilm-l6
