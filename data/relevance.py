@@ -128,8 +128,8 @@ class TextRelevance:
         step = max(1, _BLOCK_SIZE // max(1, end - begin))
         for at in range(0, len(rows), step):
             own = rows[at : at + step]
-            shared = sum(_iou(kind[own], *other) for kind, other in zip(self.kinds, others, strict=True))
-            shared = shared / np.float32(len(self.kinds))
+            ious = [_iou(kind[own], *other) for kind, other in zip(self.kinds, others, strict=True)]
+            shared = np.add.reduce(ious) / np.float32(len(ious)) if len(ious) > 1 else ious[0]
             if self.over == "max":
                 relevance[at : at + step] = np.maximum.reduceat(shared, offsets, axis=1)
             else:
