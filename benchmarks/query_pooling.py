@@ -9,8 +9,9 @@ A video's embedding is the mean of its frames, whatever is asked. Here it depend
 - `cross-attention`: projections of captions and frames give the weights, and another changes the frames. All of it
   starts as the mean (X-Pool, Gorti et al., CVPR 2022, without its multilayer perceptron).
 
-Loss and schedule are those of `svb train`, without cross-captioning, with embeddings of 256 numbers and 15 epochs.
-The last epoch is measured on val. Each row is the mean and the standard deviation over seeds.
+Loss and schedule are those of `svb train`, without cross-captioning. So that a training takes seconds, heads read
+256 principal components of the training frames, embeddings have 128 numbers, and there are 15 epochs. The last one is
+measured on val. Each row is the mean and the standard deviation over seeds.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,13 +37,15 @@ from svb.train.config import TrainConfig
 from svb.train.heads import unpack
 from svb.train.model import RetrievalModel
 from svb.train.retrieval_metrics import ranks_metrics, t2v_ranks, v2t_ranks
-from svb.train.training_data import FrameTable, SplitData, load_split, positions_of_splits
+from svb.train.training_data import SplitData, load_split, positions_of_splits
 
 TEMPERATURES = (math.inf, 1.0, 0.3, 0.1, 0.05)
 METRICS = ("t2v/R@1", "t2v/R@5", "t2v/R@10", "t2v/MedR", "v2t/R@1", "v2t/R@10")
 CONFIG = TrainConfig(
-    loss="info_nce", variant="none", batch_size=256, epochs=15, learning_rate=1e-3, embedding_size=256
+    loss="info_nce", variant="none", batch_size=128, epochs=15, learning_rate=1e-3, embedding_size=128
 )
+
+NUM_COMPONENTS = 256
 
 # Captions (B, D) and real frames (N, D) -> logits of the frames (B, N), and the frames that are weighed (N, D).
 Weighing = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -181,6 +185,14 @@ def show(name: str, found: Sequence[dict[str, float]]) -> None:
     print(f"| {name} | {' | '.join(cells)} | {costs[0]:.0f} | {costs[1]:.1f} |", flush=True)
 
 
+def principal_components(train: SplitData) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the mean of the training frames, `(F,)`, and their first directions, `(F, NUM_COMPONENTS)`."""
+    rows = train.frames.features.float()
+    mean = rows.mean(dim=0)
+    directions = torch.linalg.eigh(torch.cov((rows - mean).T)).eigenvectors
+    return mean, directions[:, -NUM_COMPONENTS:]
+
+
 def zero_shot(store: FeatureStore, backbone: str, text_encoder: str, val: SplitData) -> None:
     device = torch.device("cpu")
     embedder = zero_shot_embedder(store.video_settings(backbone), load_text_encoder(text_encoder, device), device)
@@ -222,11 +234,14 @@ def main() -> None:
         )
         for split in ("train", "val")
     }
-    assert isinstance(splits["train"].frames, FrameTable)
     print("| | " + " | ".join(METRICS) + " | CPU-seconds of training | of all similarities |")
     print("|---|" + "---|" * (len(METRICS) + 2))
     if "zero-shot" in arguments.ways:
         zero_shot(store, backbone, captions.settings["text_encoder"]["name"], splits["val"])
+    mean, directions = principal_components(splits["train"])
+    for split, held in splits.items():
+        frames = replace(held.frames, features=(held.frames.features.float() - mean) @ directions)
+        splits[split] = replace(held, frames=frames)
     trained: dict[str, list[dict[str, float]]] = {}
     for name, make in WAYS.items():
         if name not in arguments.ways:
