@@ -10,8 +10,8 @@ A video's embedding is the mean of its frames, whatever is asked. Here it depend
   starts as the mean (X-Pool, Gorti et al., CVPR 2022, without its multilayer perceptron).
 
 Loss and schedule are those of `svb train`, without cross-captioning. So that a training takes seconds, heads read
-256 principal components of the training frames, embeddings have 128 numbers, and there are 15 epochs. The last one is
-measured on val. Each row is the mean and the standard deviation over seeds.
+256 principal components of the training frames, embeddings have 128 numbers, and there are 15 epochs. The last one
+is measured on val. Each row is the mean and the standard deviation over seeds.
 """
 
 from __future__ import annotations

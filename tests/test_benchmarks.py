@@ -36,6 +36,28 @@ def test_a_cache_takes_hardly_more_memory_than_disk(tmp_path: Path, monkeypatch:
     assert memory["peak_mib"] < 1.5 * memory["disk_mib"]
 
 
+def test_query_pooling_is_the_weighted_mean_of_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import torch
+    import torch.nn.functional as F
+    from query_pooling import CrossAttention, Softmax, similarities
+
+    torch.manual_seed(0)
+    captions, frames = F.normalize(torch.randn(4, 6), dim=1), torch.randn(5, 6)
+    mask = torch.tensor([[True, False, False], [True, True, False], [True, True, False]])
+    videos = (frames[:1], frames[1:3], frames[3:])
+    found = similarities(Softmax(0.2), captions, frames, mask)
+    for row, caption in enumerate(captions):
+        for column, video in enumerate(videos):
+            weights = (F.normalize(video, dim=1) @ caption / 0.2).softmax(dim=0)
+            assert float(found[row, column]) == pytest.approx(
+                float(F.normalize(weights @ video, dim=0) @ caption), abs=1e-5
+            )
+    # It starts as the mean.
+    means = torch.stack([F.normalize(video.mean(dim=0), dim=0) for video in videos])
+    torch.testing.assert_close(similarities(CrossAttention(6), captions, frames, mask), captions @ means.T)
+
+
 @pytest.mark.slow
 def test_train_is_measured_beside_a_data_loader(tmp_path: Path) -> None:
     sizes = {"videos": 200, "captions_a_video": 2, "feature_size": 64, "repeats": 2, "cross_repeats": 1}
