@@ -131,8 +131,8 @@ def evaluate(
         checkpoint: `best` or `last` of a run, by default best.
         v2t_convention: `set` or `best`; see `svb.train.retrieval_metrics.V2T_CONVENTIONS`.
         normalise_by: Methods of `svb.retrieve.measure.hub_normalisation.METHODS` to measure too.
-        relevance: Relevances of `svb.data.relevance.make_relevance`, for graded measures: `words`, `verbs-nouns`, `synsets`,
-            `group`, or a file of judgements.
+        relevance: Relevances of `svb.data.relevance.make_relevance` for graded measures: `words`, `verbs-nouns`,
+            `synsets`, `group`, or a file of judgements.
         allow_missing: Leave out captions whose videos have no features instead of refusing them.
         ranks: File for each query's rank (.npz); by default `ranks.npz` in a run, and none for a store.
         device: `auto`, `cpu`, `cuda:0`, ...
