@@ -70,7 +70,9 @@ def cards(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cards]:
     )
     switches = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]
     before = [switch.fp32_precision for switch in switches]
+    older = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     yield cards
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = older
     for switch, precision in zip(switches, before, strict=True):
         switch.fp32_precision = precision
 

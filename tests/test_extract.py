@@ -252,7 +252,7 @@ class TestAdding:
         ran = run_svb("extract", more, "-o", out, "--workers", "1")
         assert (
             f"{out} was made with --backbone toy:wide --backbone toy:frames --frames 2 --decoder ffmpeg --resize "
-            "decoder --precision float32 --batch-size 3: so is what is added\n"
+            "decoder --precision float32 --engine torch --batch-size 3: so is what is added\n"
         ) in ran.stderr
         assert f"extracting into {out} with toy:wide, toy:frames, --frames 2\n" in ran.stderr
         assert ran.exit_code == 0 and statuses(out)["c"] == "ok" and len(features(out)["c"]) == 2

@@ -51,10 +51,10 @@ def write_graph(
             _save(program.model_proto, path)
     except Exception as error:  # the exporter's errors have no common root
         _raise_if_disk_is_full(error)
-        raise NoGraphError(f"torch cannot export its network: {one_line(error)}") from error
+        raise NoGraphError(f"torch cannot export its network: {one_line(error.__cause__ or error)}") from error
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """Return the beginning of an error's words; the exporter's fill pages."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
