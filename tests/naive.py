@@ -219,6 +219,68 @@ def max_margin(positive: float, negatives: Sequence[float], margin: float, which
     return sum(hinges) / len(hinges) if which == "mean" else max(hinges)
 
 
+def info_loob(positive: float, negatives: Sequence[float], logit_scale: float) -> float:
+    """-log(e^own / sum of e^other) of one anchor, 0 without others."""
+    if not negatives:
+        return 0.0
+    return -math.log(math.exp(logit_scale * positive) / sum(math.exp(logit_scale * other) for other in negatives))
+
+
+def relevance_margin(
+    positive: float, negatives: Sequence[float], relevances: Sequence[float], margin: float, which: str
+) -> float:
+    """The triplet loss whose margin to a negative is smaller the more relevant the negative is."""
+    hinges = [
+        max(0.0, margin * (1 - relevance) + negative - positive)
+        for negative, relevance in zip(negatives, relevances, strict=True)
+        if which != "semi_hard" or negative < positive
+    ]
+    if not hinges:
+        return 0.0
+    return sum(hinges) / len(hinges) if which == "mean" else max(hinges)
+
+
+def relevant_pairs(
+    cost: Callable[[float, Sequence[float]], float],
+    positive: float,
+    others: Sequence[float],
+    is_relevant: Sequence[bool],
+) -> float:
+    """The cost of one anchor whose relevant others are no negatives; the farthest of them is another positive."""
+    negatives = [other for other, relevant in zip(others, is_relevant, strict=True) if not relevant]
+    seconds = [other for other, relevant in zip(others, is_relevant, strict=True) if relevant]
+    return cost(positive, negatives) + (cost(min(seconds), negatives) if seconds else 0.0)
+
+
+def retrieved(embedding: Sequence[float], stored: Matrix, scale: float) -> list[float]:
+    """The mean of the stored embeddings, weighted by a softmax of their similarities, at length 1."""
+    exponentials = [math.exp(scale * dot(embedding, other)) for other in stored]
+    mean = [
+        sum(e * other[d] for e, other in zip(exponentials, stored, strict=True)) / sum(exponentials)
+        for d in range(len(embedding))
+    ]
+    length = math.sqrt(dot(mean, mean))
+    return [value / length for value in mean]
+
+
+def soft_labels(
+    similarities: Sequence[float],
+    feature: Sequence[float],
+    features: Matrix,
+    is_own: Sequence[bool],
+    logit_scale: float,
+    temperature: float,
+) -> float:
+    """The cross-entropy from the softmax of one caption's cosines to all others to that of the similarities."""
+    cosines = [
+        1.0 if own else dot(feature, other) / math.sqrt(dot(feature, feature) * dot(other, other))
+        for own, other in zip(is_own, features, strict=True)
+    ]
+    wanted = [math.exp(cosine / temperature) for cosine in cosines]
+    got = [math.exp(logit_scale * similarity) for similarity in similarities]
+    return -sum(w / sum(wanted) * math.log(g / sum(got)) for w, g in zip(wanted, got, strict=True))
+
+
 class Seen(NamedTuple):
     """A video that a caption may be rebuilt from."""
 

@@ -12,7 +12,16 @@ import torch.nn.functional as F
 from svb.errors import UsageError
 from svb.train.config import NEGATIVES
 from svb.train.losses import __all__ as losses_by_name
-from svb.train.losses import cross_captioning, embedding_distance, info_nce, max_margin
+from svb.train.losses import (
+    cross_captioning,
+    embedding_distance,
+    info_loob,
+    info_nce,
+    max_margin,
+    relevant_pairs,
+    retrieved,
+    soft_labels,
+)
 from svb.train.support_set import own_mask
 
 # Tensors this small are slower on two threads than on one.
@@ -29,6 +38,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 SCALE = torch.tensor(20.0, dtype=torch.float64)
 LOSSES: dict[str, Loss] = {
     "info_nce": lambda *given: info_nce(*given, SCALE),
+    "info_loob": lambda *given: info_loob(*given, SCALE),
     "hardest": lambda *given: max_margin(*given, 3.0, "hardest"),
     "semi_hard": lambda *given: max_margin(*given, 3.0, "semi_hard"),
     "mean": lambda *given: max_margin(*given, 3.0, "mean"),
@@ -62,6 +72,14 @@ def test_info_nce_is_its_formula(owners: list[int], logit_scale: float) -> None:
     batch = make_batch(owners)
     loss = info_nce(*batch, torch.tensor(logit_scale, dtype=torch.float64))
     assert loss.tolist() == pytest.approx(slowly(lambda *anchor: naive.info_nce(*anchor, logit_scale), batch))
+
+
+@every_batch
+@pytest.mark.parametrize("logit_scale", [1.0, 20.0, 100.0])
+def test_info_loob_is_its_formula(owners: list[int], logit_scale: float) -> None:
+    batch = make_batch(owners)
+    loss = info_loob(*batch, torch.tensor(logit_scale, dtype=torch.float64))
+    assert loss.tolist() == pytest.approx(slowly(lambda *anchor: naive.info_loob(*anchor, logit_scale), batch))
 
 
 @every_batch
@@ -113,11 +131,11 @@ def test_anchors_without_negatives_cost_nothing(name: str, dtype: torch.dtype) -
     positive.requires_grad_()
     similarity.requires_grad_()
     loss = LOSSES[name](positive, similarity, is_negative)
-    assert loss[[0, 3]].tolist() == [0, 0] and (loss[[1, 2]] > 0).any()
+    assert loss[[0, 3]].tolist() == [0, 0] and (loss[[1, 2]] != 0).any()
     loss.sum().backward()
     assert similarity.grad is not None and positive.grad is not None
     assert (similarity.grad[[0, 3]] == 0).all() and (positive.grad[[0, 3]] == 0).all()
-    assert similarity.grad.isfinite().all() and ((positive.grad < 0) == (loss > 0)).all()
+    assert similarity.grad.isfinite().all() and ((positive.grad < 0) == (loss != 0)).all()
 
 
 @every_loss
@@ -162,6 +180,122 @@ def test_max_margin_pushes_the_negatives_that_it_names() -> None:
 def test_other_negatives_are_refused() -> None:
     with pytest.raises(UsageError, match="negatives is 'easy' - expected one of hardest, semi_hard, mean"):
         max_margin(*make_batch([0, 1]), 0.2, "easy")
+
+
+def make_relevance(owners: list[int]) -> torch.Tensor:
+    """Return `(B, B)` relevances with many that are equal, as those of captions."""
+    random = torch.Generator().manual_seed(7)
+    return torch.randint(5, (len(owners), len(owners)), generator=random).double() / 4
+
+
+@every_batch
+@pytest.mark.parametrize("margin", [0.2, 1.0])
+@pytest.mark.parametrize("which", NEGATIVES)
+def test_a_margin_by_relevance_is_its_formula(owners: list[int], margin: float, which: str) -> None:
+    positive, similarity, is_negative = make_batch(owners)
+    relevance = make_relevance(owners)
+    expected = [
+        naive.relevance_margin(
+            float(positive[row]), similarity[row, is_negative[row]].tolist(),
+            relevance[row, is_negative[row]].tolist(), margin, which,
+        )
+        for row in range(len(owners))
+    ]  # fmt: skip
+    loss = max_margin(positive, similarity, is_negative, margin, which, relevance)
+    assert loss.tolist() == pytest.approx(expected)
+    nothing = max_margin(positive, similarity, is_negative, margin, which, torch.zeros_like(relevance))
+    torch.testing.assert_close(nothing, max_margin(positive, similarity, is_negative, margin, which))
+    assert torch.autograd.gradcheck(
+        lambda *given: max_margin(*given, is_negative, margin, which, relevance),
+        (positive.requires_grad_(), similarity.requires_grad_()),
+    )
+
+
+SLOW_LOSSES: dict[str, Callable[..., float]] = {
+    "info_nce": lambda *anchor: naive.info_nce(*anchor, 20.0),
+    "info_loob": lambda *anchor: naive.info_loob(*anchor, 20.0),
+    **{which: lambda *anchor, which=which: naive.max_margin(*anchor, 3.0, which) for which in NEGATIVES},
+}
+
+
+@every_loss
+@every_batch
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 2.0])
+def test_relevant_pairs_are_their_formula(name: str, owners: list[int], threshold: float) -> None:
+    positive, similarity, is_negative = make_batch(owners)
+    is_relevant = make_relevance(owners) >= threshold
+    loss = relevant_pairs(LOSSES[name], positive, similarity, is_negative, is_relevant)
+    expected = [
+        naive.relevant_pairs(
+            SLOW_LOSSES[name], float(positive[row]), similarity[row, is_negative[row]].tolist(),
+            is_relevant[row, is_negative[row]].tolist(),
+        )
+        for row in range(len(owners))
+    ]  # fmt: skip
+    assert loss.tolist() == pytest.approx(expected)
+    if threshold == 2.0:  # nothing is relevant
+        assert loss.tolist() == LOSSES[name](positive, similarity, is_negative).tolist()
+    assert torch.autograd.gradcheck(
+        lambda *given: relevant_pairs(LOSSES[name], *given, is_negative, is_relevant),
+        (positive.requires_grad_(), similarity.requires_grad_()),
+    )
+
+
+def test_the_farthest_relevant_pair_is_pulled_and_none_is_pushed() -> None:
+    similarity = torch.tensor([[0.5, 0.6, 0.1, 0.3]], requires_grad=True)
+    is_negative = torch.tensor([[False, True, True, True]])
+    is_relevant = torch.tensor([[True, True, True, False]])
+    relevant_pairs(LOSSES["hardest"], torch.tensor([0.5]), similarity, is_negative, is_relevant).sum().backward()
+    assert similarity.grad is not None and similarity.grad.tolist() == [[0.0, 0.0, -1.0, 2.0]]
+
+
+@pytest.mark.parametrize("scale", [0.5, 8.0, 50.0])
+def test_what_is_retrieved_is_its_formula(scale: float) -> None:
+    random = torch.Generator().manual_seed(0)
+    embeddings = F.normalize(torch.randn(4, 3, generator=random, dtype=torch.float64), dim=1)
+    stored = F.normalize(torch.randn(6, 3, generator=random, dtype=torch.float64), dim=1)
+    for embedding, found in zip(embeddings, retrieved(embeddings, stored, scale), strict=True):
+        assert found.tolist() == pytest.approx(naive.retrieved(embedding.tolist(), stored.tolist(), scale))
+    assert torch.autograd.gradcheck(
+        lambda embeddings, stored: retrieved(embeddings, stored, scale),
+        (embeddings.requires_grad_(), stored.requires_grad_()),
+    )
+    nearest = (embeddings @ stored.T).argmax(dim=1)
+    torch.testing.assert_close(retrieved(embeddings, stored, 1e4), stored[nearest])
+
+
+@every_batch
+@pytest.mark.parametrize("temperature", [0.05, 0.5])
+def test_soft_labels_are_their_formula(owners: list[int], temperature: float) -> None:
+    _, similarity, is_negative = make_batch(owners)
+    features = torch.randn(len(owners), 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    loss = soft_labels(similarity, features, features, ~is_negative, SCALE, temperature)
+    expected = [
+        naive.soft_labels(row, feature, features.tolist(), own, 20.0, temperature)
+        for row, feature, own in zip(similarity.tolist(), features.tolist(), (~is_negative).tolist(), strict=True)
+    ]
+    assert loss.tolist() == pytest.approx(expected)
+    share = slice(1, 3)
+    torch.testing.assert_close(
+        soft_labels(similarity[share], features[share], features, ~is_negative[share], SCALE, temperature),
+        loss[share],
+    )
+    scale = SCALE.clone().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda similarity, scale: soft_labels(similarity, features, features, ~is_negative, scale, temperature),
+        (similarity.requires_grad_(), scale),
+    )
+
+
+def test_soft_labels_rest_where_similarities_are_those_of_the_captions() -> None:
+    features = F.normalize(
+        torch.randn(5, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64), dim=1
+    )
+    similarity = (features @ features.T).requires_grad_()
+    own = torch.eye(5, dtype=torch.bool)
+    soft_labels(similarity, features, features, own, torch.tensor(4.0), 0.25).sum().backward()
+    assert similarity.grad is not None
+    torch.testing.assert_close(similarity.grad, torch.zeros_like(similarity))
 
 
 def make_words(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -233,4 +367,5 @@ def test_the_distance_of_embeddings_is_their_angle() -> None:
 
 
 def test_every_loss_is_tested_here() -> None:
-    assert set(losses_by_name) == {"info_nce", "max_margin", "cross_captioning", "embedding_distance"}
+    rivals = {"info_loob", "relevant_pairs", "retrieved", "soft_labels"}
+    assert set(losses_by_name) == {"info_nce", "max_margin", "cross_captioning", "embedding_distance"} | rivals

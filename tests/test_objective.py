@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from svb.data.relevance import content_words, words_relevance
 from svb.train.config import NEGATIVES, REBUILD, SUPPORT_VALUES, VARIANTS, TrainConfig
 from svb.train.decoders import EmbeddingDecoder
 from svb.train.decoders.transformer import CaptionDecoder, Vocabulary
@@ -56,7 +57,10 @@ def make_objective(**options: Any) -> Objective:
     bank = None
     if config.memory_bank:
         bank = MemoryBank(config.memory_bank, 5 if config.support_values == "frames" else 1, 4)
-    return Objective(config, model, split, tokens, bank, Processes(), torch.float32)
+    relevance = None
+    if config.relevant_from or config.relevance_margin:
+        relevance = words_relevance(CAPTIONS, np.array(CAPTION_VIDEO), len(LENGTHS))
+    return Objective(config, model, split, tokens, bank, Processes(), torch.float32, relevance)
 
 
 def look(objective: Objective, batch: Sequence[int]) -> tuple[list[list[float]], list[naive.Seen]]:
@@ -162,6 +166,82 @@ def test_every_contrastive_loss_is_its_transcription(
     assert quickly(make_objective(**options, variant="none"), BATCH, progress=progress) == pytest.approx(
         only, rel=1e-4, abs=1e-5
     )
+
+
+RIVALS: dict[str, dict[str, Any]] = {
+    "relevant pairs": {"relevant_from": 0.4},
+    "relevant pairs, triplets": {"relevant_from": 0.4, "loss": "max_margin", "intra_modal_weight": 0.7},
+    "margins": {"relevance_margin": True, "loss": "max_margin", "margin": 1.0},
+    "soft labels": {"soft_label_weight": 3.0, "soft_label_temperature": 0.3},
+    "retrieval": {"retrieval_scale": 8.0},
+    "CLOOB": {"retrieval_scale": 8.0, "loss": "info_loob", "learn_logit_scale": False},
+    "all": {"relevant_from": 0.4, "soft_label_weight": 2.0, "retrieval_scale": 4.0},
+}
+
+
+@pytest.mark.parametrize("variant", ["none", "cross"])
+@pytest.mark.parametrize("name", RIVALS)
+def test_every_rival_is_its_transcription(name: str, variant: str) -> None:
+    objective = make_objective(**RIVALS[name], variant=variant, rebuild="embedding", memory_bank=4)
+    plain = make_objective(variant=variant, rebuild="embedding", memory_bank=4)
+    for batch in (FIRST, BATCH, BATCH[::-1]):
+        loss, contrastive, rebuilding, _ = quickly(objective, batch)
+        assert contrastive == pytest.approx(rival_slowly(objective, batch), rel=1e-4, abs=1e-5)
+        # What is rebuilt is rebuilt as without a rival.
+        assert rebuilding == quickly(plain, batch)[2]
+        assert loss == pytest.approx(contrastive + objective.config.cross_captioning_weight * rebuilding)
+    objective(torch.tensor(BATCH), torch.tensor([True] * 5), 0.5).loss.backward()
+    gradients = [parameter.grad for parameter in objective.model.parameters() if parameter.grad is not None]
+    assert gradients and all(gradient.isfinite().all() for gradient in gradients)
+
+
+def rival_slowly(objective: Objective, batch: Sequence[int]) -> float:
+    config, size = objective.config, len(batch)
+    captions, seen = look(objective, batch)
+    videos, owners = [one.embedding for one in seen], [one.video for one in seen]
+    said = [content_words(CAPTIONS[position]) for position in batch]
+    relevance = [[naive.iou(a, b) for b in said] for a in said]
+    features = objective.split.caption_features[torch.tensor(batch)].tolist()
+
+    def cost(i: int, positive: float, similarities: Sequence[float]) -> float:
+        others = [j for j in range(size) if owners[j] != owners[i]]
+        values, near = [similarities[j] for j in others], [relevance[i][j] for j in others]
+
+        def one(positive: float, negatives: Sequence[float]) -> float:
+            if config.loss == "info_nce":
+                return naive.info_nce(positive, negatives, config.logit_scale)
+            if config.loss == "info_loob":
+                return naive.info_loob(positive, negatives, config.logit_scale)
+            if config.relevance_margin:
+                return naive.relevance_margin(positive, negatives, near, config.margin, config.negatives)
+            return naive.max_margin(positive, negatives, config.margin, config.negatives)
+
+        if config.relevant_from:
+            return naive.relevant_pairs(one, positive, values, [value >= config.relevant_from for value in near])
+        return one(positive, values)
+
+    total = 0.0
+    pairs = [(captions, videos, captions, videos, 0.5), (videos, captions, captions, videos, 0.5)]
+    for kind in (captions, videos):
+        pairs.append((kind, kind, captions, videos, config.intra_modal_weight / 2))
+    if config.retrieval_scale:
+        scale = config.retrieval_scale
+        of_videos = [[naive.retrieved(x, videos, scale) for x in kind] for kind in (videos, captions)]
+        of_captions = [[naive.retrieved(x, captions, scale) for x in kind] for kind in (captions, videos)]
+        pairs = [(*of_videos, *of_videos, 0.5), (*of_captions, *of_captions, 0.5)]
+    for anchors, candidates, left, right, share in pairs:
+        for i in range(size):
+            row = [naive.dot(anchors[i], candidate) for candidate in candidates]
+            total += share * cost(i, naive.dot(left[i], right[i]), row) / size
+    for anchors, candidates in ((captions, videos), (videos, captions)):
+        for i in range(size):
+            row = [naive.dot(anchors[i], candidate) for candidate in candidates]
+            own = [owner == owners[i] for owner in owners]
+            soft = naive.soft_labels(
+                row, features[i], features, own, config.logit_scale, config.soft_label_temperature
+            )
+            total += config.soft_label_weight * soft / 2 / size
+    return total
 
 
 @pytest.mark.parametrize("rebuild", REBUILD)

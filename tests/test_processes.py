@@ -51,6 +51,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "one caption of embedding": {"decode_fraction": 0.05, "rebuild": "embedding", "variant": "identity"},
     "half of the captions": {"decode_fraction": 0.5, "memory_bank": 5},
     "all of the head": {"layers": 1, "convolution": 3, "pooling": "attention"},
+    "relevant pairs and soft labels": {"relevant_from": 0.3, "soft_label_weight": 1.0, "variant": "none"},
+    "margins by relevance": {**WORDS_AND_MARGINS, "relevance_margin": True, "relevant_from": 0.5},
+    "retrieval": {"retrieval_scale": 8.0, "loss": "info_loob", "learn_logit_scale": False, "rebuild": "embedding"},
     # Each step's loss is interrupted in one process, between forward and backward.
     "interrupted": {"learn_support_temperature": True, "memory_bank": 9},
 }

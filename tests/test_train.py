@@ -356,7 +356,9 @@ BAD_VALUES: dict[str, list[Any]] = {
     **{"dropout": [1.0], "val_fraction": [1.5], "warmup": [1.0], "negatives_warmup": [1.0, -0.1]},
     **{"margin": [-0.1, INF], "intra_modal_weight": [-1.0], "cross_captioning_weight": [-1.0, NAN]},
     **{"decode_fraction": [0.0, 1.5, NAN], "learning_rate": [0.0, NAN], "support_temperature": [0.0]},
-    **{"weight_decay": [-1.0], "logit_scale": [0.0, 1e30]},
+    **{"weight_decay": [-1.0], "logit_scale": [0.0, 1e30], "caption_relevance": ["group"]},
+    **{"relevant_from": [-0.1, 1.1, NAN], "soft_label_weight": [-1.0], "soft_label_temperature": [0.0]},
+    **{"retrieval_scale": [-8.0, INF]},
 }
 
 
@@ -365,6 +367,19 @@ def test_values_out_of_range_are_refused(name: str) -> None:
     for value in BAD_VALUES[name]:
         with pytest.raises(UsageError, match=rf"{name} is .* - expected"):
             TrainConfig(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"loss": "info_loob"}, "a learned logit scale, which would only grow - add --no-learn-logit-scale"),
+        ({"relevance_margin": True}, "info_nce has no margin - add --loss max_margin"),
+        ({"retrieval_scale": 8.0, "intra_modal_weight": 1.0}, r"retrieval_scale is 8\.0 with intra_modal_weight 1"),
+    ],
+)
+def test_losses_that_do_not_fit_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        TrainConfig(**options)
 
 
 @pytest.mark.parametrize("given", [("--decode-fraction", "0"), ("--memory-bank", "-1"), ("--rebuild", "images")])

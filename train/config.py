@@ -11,7 +11,7 @@ from typing import Any
 from svb.config import option
 from svb.errors import UsageError
 
-LOSSES = ("info_nce", "max_margin")
+LOSSES = ("info_nce", "info_loob", "max_margin")
 VARIANTS = ("none", "identity", "full", "hybrid", "cross")
 NEGATIVES = ("hardest", "semi_hard", "mean")
 REBUILD = ("tokens", "embedding")
@@ -20,8 +20,9 @@ CAPTION_SAMPLING = ("one", "all")
 POOLING = ("mean", "attention")
 SELECT_ON = ("val", "test")
 SELECT_BY = ("recalls", "words", "group")
+CAPTION_RELEVANCE = ("words", "verbs-nouns")
 MAX_LOGIT_SCALE = 100.0
-_ABOVE_ZERO = ("support_temperature", "logit_scale", "learning_rate")
+_ABOVE_ZERO = ("support_temperature", "soft_label_temperature", "logit_scale", "learning_rate")
 _MAY_BE_ZERO = {"convolution", "layers", "seed", "memory_bank", "captions_per_video"}
 
 
@@ -36,13 +37,23 @@ class TrainConfig:
         pooling: Pool a video's frames by their `mean`, or by `attention` with a learned query.
         dropout: Dropout probability in heads and decoder; a T5 keeps its own.
         max_frames: Thin longer videos evenly to this many frames.
-        loss: Contrastive loss to minimise.
+        loss: Contrastive loss to minimise; `info_loob`, InfoNCE without the positive in the denominator, needs a
+            fixed logit scale.
         margin: Margin of the `max_margin` loss.
+        relevance_margin: Multiply each negative's margin by one minus the relevance of its caption.
         negatives: Negatives that `max_margin` counts: the `hardest`, the hardest farther than the positive
             (`semi_hard`), or the `mean` of all.
         negatives_warmup: Share of all steps that start with `mean` negatives; starting on the hardest collapses.
         intra_modal_weight: Weight of the same loss among captions and among videos; 0 omits it.
-        logit_scale: Scale of the similarities that `info_nce` starts with.
+        relevant_from: Take pairs of this relevance or more out of the negatives, and pull the farthest as a second
+            positive (RANP); 0 omits it.
+        caption_relevance: Relevance of captions to each other: IoU of content `words`, or of `verbs-nouns`, which
+            needs spaCy.
+        soft_label_weight: Weight of soft labels, which the frozen features of the captions give; 0 omits them.
+        soft_label_temperature: Temperature of the softmax over caption features that makes soft labels.
+        retrieval_scale: Before the contrastive loss, replace embeddings by what they retrieve from the batch at
+            this scale of similarities (CLOOB); 0 omits it.
+        logit_scale: Scale of the similarities that softmax losses start with.
         learn_logit_scale: Learn the logit scale, or keep it fixed.
         variant: Videos to rebuild a caption from: `cross` the others of the batch, `identity` its own, `full` both,
             `hybrid` the mean of identity and full; `none` turns cross-captioning off.
@@ -85,9 +96,15 @@ class TrainConfig:
     max_frames: int = 32
     loss: str = option("info_nce", choices=LOSSES)
     margin: float = 0.2
+    relevance_margin: bool = False
     negatives: str = option("hardest", choices=NEGATIVES)
     negatives_warmup: float = 0.3
     intra_modal_weight: float = 0.0
+    relevant_from: float = 0.0
+    caption_relevance: str = option("words", choices=CAPTION_RELEVANCE)
+    soft_label_weight: float = 0.0
+    soft_label_temperature: float = 0.5
+    retrieval_scale: float = 0.0
     logit_scale: float = 20.0
     learn_logit_scale: bool = True
     variant: str = option("cross", choices=VARIANTS)
@@ -144,6 +161,7 @@ class TrainConfig:
         if self.logit_scale > MAX_LOGIT_SCALE:
             raise UsageError(f"logit_scale is {self.logit_scale} - expected at most {MAX_LOGIT_SCALE:g}")
         _require_learnable(self.learn_support_temperature, self.support_temperature)
+        _require_losses_that_fit(self)
         if not 0 < self.decode_fraction <= 1:
             raise UsageError(f"decode_fraction is {self.decode_fraction} - expected more than 0 and at most 1")
         if self.seed >= 2**32:
@@ -167,6 +185,22 @@ def _require_learnable(is_learned: bool, support_temperature: float) -> None:
     if is_learned and support_temperature < lowest:
         raise UsageError(
             f"support_temperature is {support_temperature} - expected at least {lowest:g} where it is learned"
+        )
+
+
+def _require_losses_that_fit(config: TrainConfig) -> None:
+    if config.loss == "info_loob" and config.learn_logit_scale:
+        raise UsageError(
+            "loss is info_loob with a learned logit scale, which would only grow - add --no-learn-logit-scale"
+        )
+    if config.relevance_margin and config.loss != "max_margin":
+        raise UsageError(f"relevance_margin is on, but {config.loss} has no margin - add --loss max_margin")
+    if config.relevant_from > 1:
+        raise UsageError(f"relevant_from is {config.relevant_from} - expected at most 1, the relevance of equals")
+    if config.retrieval_scale and config.intra_modal_weight:
+        raise UsageError(
+            f"retrieval_scale is {config.retrieval_scale} with intra_modal_weight {config.intra_modal_weight} - "
+            "expected one of them: retrieved captions and videos are compared within one modality already"
         )
 
 

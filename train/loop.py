@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from svb.data.relevance import Relevance
+from svb.data.relevance import Relevance, TextRelevance, words_relevance
 from svb.errors import InputError, StoreError, UsageError
 from svb.train.checkpoint import Checkpoint, load_checkpoint, load_weights, save_checkpoint
 from svb.train.config import TrainConfig
@@ -80,6 +80,7 @@ class Loop:
             _make_bank(config, model, train_split),
             processes,
             decoder_dtype,
+            _caption_relevance(config, train_split),
         )
         self._saved_at, self._save_seconds, self._is_last_whole = time.monotonic(), 0.0, True
 
@@ -269,6 +270,13 @@ def _encode(model: RetrievalModel, split: SplitData) -> list[list[int]]:
         return []
     encoded: list[list[int]] = model.decoder.encode(split.captions)
     return encoded
+
+
+def _caption_relevance(config: TrainConfig, split: SplitData) -> TextRelevance | None:
+    if not config.relevant_from and not config.relevance_margin:
+        return None
+    caption_video = split.caption_video.cpu().numpy()
+    return words_relevance(split.captions, caption_video, split.num_videos, config.caption_relevance)
 
 
 def _make_bank(config: TrainConfig, model: RetrievalModel, split: SplitData) -> MemoryBank | None:

@@ -9,16 +9,27 @@ and computed there in numpy: the host never waits for a GPU to tell, and so keep
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from svb.data.relevance import TextRelevance
 from svb.device import to_device
 from svb.train.config import TrainConfig
 from svb.train.decoders import EmbeddingDecoder, pad
-from svb.train.losses import cross_captioning, embedding_distance, info_nce, max_margin
+from svb.train.losses import (
+    cross_captioning,
+    embedding_distance,
+    info_loob,
+    info_nce,
+    max_margin,
+    relevant_pairs,
+    retrieved,
+    soft_labels,
+)
 from svb.train.memory_bank import MemoryBank
 from svb.train.model import RetrievalModel
 from svb.train.processes import Processes
@@ -32,7 +43,7 @@ class StepLosses:
 
     Attributes:
         loss: The sum that is minimised.
-        contrastive: Its first part.
+        contrastive: Its first part, with the soft labels.
         cross_captioning: Its second part, not yet weighted.
         support_entropy: Entropy of the support weights in nats, which says how widely they spread.
     """
@@ -61,6 +72,7 @@ class Objective:
         bank: Videos of earlier batches; None without a memory bank.
         processes: The processes that share the batch.
         decoder_dtype: The type of the decoder's matrix products.
+        relevance: The relevance of the training captions to each other, where a loss asks for it.
     """
 
     config: TrainConfig
@@ -70,6 +82,7 @@ class Objective:
     bank: MemoryBank | None
     processes: Processes
     decoder_dtype: torch.dtype
+    relevance: TextRelevance | None = None
 
     def __call__(self, batch: NDArray[np.int64], is_decoded: NDArray[np.bool_], progress: float) -> StepLosses:
         """Return the losses of a step.
@@ -93,13 +106,12 @@ class Objective:
         caption_embeddings = self.model.text_head(caption_features.float())  # (b, D)
         all_videos = self.processes.gather(video_embeddings, total)  # (B, D)
         all_captions = self.processes.gather(caption_embeddings, total)  # (B, D)
-        is_negative = ~own_mask(rows, all_rows)  # (b, B)
-        contrastive = self.processes.mean(
-            self._contrastive(
-                caption_embeddings, video_embeddings, all_captions, all_videos, is_negative, progress
-            ),
-            total,
-        )
+        embeddings = (caption_embeddings, video_embeddings, all_captions, all_videos)
+        own = own_mask(rows, all_rows)  # (b, B)
+        costs = self._contrastive(*embeddings, batch, ~own, progress)  # (b,)
+        if self.config.soft_label_weight:
+            costs = costs + self.config.soft_label_weight * self._soft_labels(*embeddings, batch, own)
+        contrastive = self.processes.mean(costs, total)
         nothing = torch.zeros_like(contrastive)
         if self.model.decoder is None:
             return StepLosses(contrastive, contrastive, nothing, nothing)
@@ -121,23 +133,75 @@ class Objective:
         videos: torch.Tensor,
         all_captions: torch.Tensor,
         all_videos: torch.Tensor,
+        batch: NDArray[np.int64],
         is_negative: torch.Tensor,
         progress: float,
     ) -> torch.Tensor:
-        positive = (captions * videos).sum(dim=1)  # (b,)
+        config, relevance = self.config, None
+        if self.relevance is not None:
+            relevance = self.relevance.among(batch)[self.processes.share(len(batch))]
+            relevance = to_device(relevance, captions.device)  # (b, B)
 
-        def against(anchors: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-            similarity = anchors @ candidates.T  # (b, B)
-            if self.config.loss == "info_nce":
+        def loss(positive: torch.Tensor, similarity: torch.Tensor, is_negative: torch.Tensor) -> torch.Tensor:
+            if config.loss == "info_nce":
                 return info_nce(positive, similarity, is_negative, self.model.logit_scale)
-            negatives = "mean" if progress < self.config.negatives_warmup else self.config.negatives
-            return max_margin(positive, similarity, is_negative, self.config.margin, negatives)
+            if config.loss == "info_loob":
+                return info_loob(positive, similarity, is_negative, self.model.logit_scale)
+            negatives = "mean" if progress < config.negatives_warmup else config.negatives
+            margins = relevance if config.relevance_margin else None
+            return max_margin(positive, similarity, is_negative, config.margin, negatives, margins)
 
-        losses = (against(captions, all_videos) + against(videos, all_captions)) / 2
-        if self.config.intra_modal_weight:
-            intra = (against(captions, all_captions) + against(videos, all_videos)) / 2
-            losses = losses + self.config.intra_modal_weight * intra
+        def against(positive: torch.Tensor, anchors: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+            similarity = anchors @ candidates.T  # (b, B)
+            if relevance is None or not config.relevant_from:
+                return loss(positive, similarity, is_negative)
+            return relevant_pairs(loss, positive, similarity, is_negative, relevance >= config.relevant_from)
+
+        if config.retrieval_scale:
+            return self._after_retrieval(captions, videos, all_captions, all_videos, against)
+        positive = (captions * videos).sum(dim=1)  # (b,)
+        losses = (against(positive, captions, all_videos) + against(positive, videos, all_captions)) / 2
+        if config.intra_modal_weight:
+            intra = (against(positive, captions, all_captions) + against(positive, videos, all_videos)) / 2
+            losses = losses + config.intra_modal_weight * intra
         return losses  # (b,)
+
+    def _after_retrieval(
+        self,
+        captions: torch.Tensor,
+        videos: torch.Tensor,
+        all_captions: torch.Tensor,
+        all_videos: torch.Tensor,
+        against: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """Return the loss of videos against captions among retrieved videos, and the reverse among captions."""
+        scale, total = self.config.retrieval_scale, len(all_videos)
+        losses = []
+        for anchors, others, stored in ((videos, captions, all_videos), (captions, videos, all_captions)):
+            from_anchors, from_others = (
+                retrieved(anchors, stored, scale),
+                retrieved(others, stored, scale),
+            )  # (b, D)
+            positive = (from_anchors * from_others).sum(dim=1)  # (b,)
+            losses.append(against(positive, from_anchors, self.processes.gather(from_others, total)))
+        return (losses[0] + losses[1]) / 2
+
+    def _soft_labels(
+        self,
+        captions: torch.Tensor,
+        videos: torch.Tensor,
+        all_captions: torch.Tensor,
+        all_videos: torch.Tensor,
+        batch: NDArray[np.int64],
+        own: torch.Tensor,
+    ) -> torch.Tensor:
+        # Every process knows the features of all captions, (B, F).
+        features = self.split.caption_features[to_device(batch, captions.device)].float()
+        mine = features[self.processes.share(len(batch))]
+        scale, temperature = self.model.logit_scale, self.config.soft_label_temperature
+        both = (captions @ all_videos.T, videos @ all_captions.T)  # (b, B) each
+        losses = [soft_labels(similarity, mine, features, own, scale, temperature) for similarity in both]
+        return (losses[0] + losses[1]) / 2
 
     def _rebuild(
         self,
