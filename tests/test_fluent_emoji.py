@@ -142,17 +142,25 @@ def test_split_never_changes(script: ModuleType) -> None:
 
 @pytest.mark.usefixtures("npm")
 def test_what_is_made(script: ModuleType, tmp_path: Path) -> None:
-    """The table and the files name the same videos; groups stay whole; only train holds variants and doubles."""
+    """The tables and the files name the same videos; only train and `variants.csv` hold variants."""
     videos = script.make(tmp_path / "a")
-    table = read_caption_table(tmp_path / "a" / "captions.csv")
+    table, every = (read_caption_table(tmp_path / "a" / name) for name in ("captions.csv", "variants.csv"))
     files = {path.relative_to(tmp_path / "a" / "videos"): path for path in (tmp_path / "a/videos").rglob("*.*")}
-    assert {path.with_suffix("").as_posix() for path in files} == set(table.video_ids)
+    assert {path.with_suffix("").as_posix() for path in files} == set(every.video_ids)
+    assert every.groups == [video_id.split("/")[0] for video_id in every.video_ids] and table.groups == []
+    rows = list(zip(every.video_ids, every.captions, every.splits, strict=True))
+    held = list(zip(table.video_ids, table.captions, table.splits, strict=True))
+    variants = [row for row in rows if row not in held]
+    assert [row for row in rows if row not in variants] == held
+    # Two genders of five skin tones beside the neutral one, and the man without a skin tone.
+    assert len({video_id for video_id, _, _ in variants}) == 2 * 5 + 1
+    assert {(video_id.split("/")[0], split) for video_id, _, split in variants} == {("superhero", "test")}
     assert all(path.read_text() == path.stem for path in files.values())
     expected = {"pinata/1fa85", "keycap-23-20e3/0023-fe0f-20e3", "keycap-2a-20e3/002a-fe0f-20e3"}
     assert expected <= set(table.video_ids) and not any("flag" in video_id for video_id in table.video_ids)
 
     by_emoji = defaultdict(set)
-    for video in videos:
+    for video in (video for video in videos if not video.is_variant):
         by_emoji[video.video_id.split("/")[0]].add((video.video_id.split("/")[1], video.split))
     assert {split for _, split in by_emoji["farmer"]} == {"train"}
     assert len(by_emoji["farmer"]) == len(by_emoji["person-running"]) == 12
@@ -242,7 +250,8 @@ def test_main_prints_the_commands_that_go_on(
     assert script.main() == 0
     out = capsys.readouterr().out
     commands = [line.split() for line in out.splitlines() if line.startswith("  svb ")]
-    assert [command[1] for command in commands] == ["extract", "captions", "train", "evaluate"]
+    names = ["extract", "captions", "train", "evaluate", "captions", "evaluate"]
+    assert [command[1] for command in commands] == names
     assert f"'{folder}'/videos" in out
     for _, name, *arguments in commands:
         known = {option for parameter in cli.commands[name].params for option in parameter.opts}
