@@ -152,9 +152,10 @@ def test_what_is_made(script: ModuleType, tmp_path: Path) -> None:
     held = list(zip(table.video_ids, table.captions, table.splits, strict=True))
     variants = [row for row in rows if row not in held]
     assert [row for row in rows if row not in variants] == held
-    # Two genders of five skin tones beside the neutral one, and the man without a skin tone.
-    assert len({video_id for video_id, _, _ in variants}) == 2 * 5 + 1
-    assert {(video_id.split("/")[0], split) for video_id, _, split in variants} == {("superhero", "test")}
+    # Two genders of five skin tones beside the neutral one, the man without one, and a keycap in a second spelling.
+    assert len({video_id for video_id, _, _ in variants}) == 2 * 5 + 1 + 1
+    assert {split for _, _, split in variants} == {"test"}
+    assert {video_id.split("/")[0] for video_id, _, _ in variants} == {"superhero", "keycap-23-20e3"}
     assert all(path.read_text() == path.stem for path in files.values())
     expected = {"pinata/1fa85", "keycap-23-20e3/0023-fe0f-20e3", "keycap-2a-20e3/002a-fe0f-20e3"}
     assert expected <= set(table.video_ids) and not any("flag" in video_id for video_id in table.video_ids)
