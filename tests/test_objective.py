@@ -190,7 +190,7 @@ def test_every_rival_is_its_transcription(name: str, variant: str) -> None:
         # What is rebuilt is rebuilt as without a rival.
         assert rebuilding == quickly(plain, batch)[2]
         assert loss == pytest.approx(contrastive + objective.config.cross_captioning_weight * rebuilding)
-    objective(torch.tensor(BATCH), torch.tensor([True] * 5), 0.5).loss.backward()
+    objective(np.array(BATCH), np.array([True] * 5), 0.5).loss.backward()
     gradients = [parameter.grad for parameter in objective.model.parameters() if parameter.grad is not None]
     assert gradients and all(gradient.isfinite().all() for gradient in gradients)
 

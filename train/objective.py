@@ -137,10 +137,11 @@ class Objective:
         is_negative: torch.Tensor,
         progress: float,
     ) -> torch.Tensor:
-        config, relevance = self.config, None
+        config = self.config
+        relevance: torch.Tensor | None = None
         if self.relevance is not None:
-            relevance = self.relevance.among(batch)[self.processes.share(len(batch))]
-            relevance = to_device(relevance, captions.device)  # (b, B)
+            mine = self.relevance.among(batch)[self.processes.share(len(batch))]
+            relevance = to_device(mine, captions.device)  # (b, B)
 
         def loss(positive: torch.Tensor, similarity: torch.Tensor, is_negative: torch.Tensor) -> torch.Tensor:
             if config.loss == "info_nce":
