@@ -573,6 +573,7 @@ def test_a_run_that_is_older_than_select_by_resumes(runs: Path, tmp_path: Path) 
     train(runs / "features", runs / "captions.h5", run, config, device="cpu")
 
 
+@pytest.mark.slow
 def test_an_ablation_has_columns_and_differences_by_relevance(runs: Path, tmp_path: Path, run_svb: RunSvb) -> None:
     config = tmp_path / "ablation.toml"
     config.write_text(

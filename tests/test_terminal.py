@@ -27,7 +27,9 @@ def last_line(ran: subprocess.CompletedProcess[str]) -> str:
     return ran.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize(("limit_bytes", "place"), [(100, "run/config.json"), (3000, "run/best")])
+@pytest.mark.parametrize(
+    ("limit_bytes", "place"), [(100, "run/config.json"), pytest.param(3000, "run/best", marks=pytest.mark.slow)]
+)
 def test_a_full_disk_in_train_names_the_folder(
     limit_bytes: int, place: str, indexed_run: Path, tmp_path: Path
 ) -> None:
