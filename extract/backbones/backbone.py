@@ -75,6 +75,8 @@ class Backbone:
     dtype: torch.dtype = torch.float32
     _compiled: Callable[[torch.Tensor], torch.Tensor] | None = field(default=None, init=False, repr=False)
     _graph: Graph | None = field(default=None, init=False, repr=False)
+    _mean: torch.Tensor = field(init=False, repr=False, compare=False)
+    _std: torch.Tensor = field(init=False, repr=False, compare=False)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -84,6 +86,7 @@ class Backbone:
 
     def __post_init__(self) -> None:
         self.transform.require_possible(self.name)
+        self._place_mean_and_std()
 
     @property
     def image_size(self) -> int:
@@ -104,11 +107,18 @@ class Backbone:
             SvbError: The network cannot be compiled here.
         """
         self.device, self.dtype, self._compiled = device, dtype, None
+        self._place_mean_and_std()
         self.module.to(device=device, dtype=dtype)
         if self.clip_frames == 1:
             self.module.to(memory_format=torch.channels_last)
         if compile:
             self._compile(batch_size)
+
+    def _place_mean_and_std(self) -> None:
+        """Bring both to the device once: a copy for every batch would wait for those before it."""
+        shape = (1, 3, *[1] * (len(self.input_shape) - 1))
+        self._mean = torch.tensor(self.transform.mean, device=self.device).view(shape)
+        self._std = torch.tensor(self.transform.std, device=self.device).view(shape)
 
     def use_graph(self, graph: Graph) -> None:
         """Have ONNX Runtime compute it from here on, on the CPU in float32; the network gives up its memory."""
@@ -150,10 +160,7 @@ class Backbone:
         """
         if self._graph is not None:
             return _done(torch.from_numpy(self._graph(images.numpy())))
-        shape = (1, 3, *[1] * (images.ndim - 2))
-        mean = torch.tensor(self.transform.mean, device=self.device).view(shape)
-        std = torch.tensor(self.transform.std, device=self.device).view(shape)
-        pixels = images.to(self.device, non_blocking=True).float().div_(255).sub_(mean).div_(std)
+        pixels = images.to(self.device, non_blocking=True).float().div_(255).sub_(self._mean).div_(self._std)
         pixels = pixels.to(self.dtype)
         if self.clip_frames == 1:
             pixels = pixels.contiguous(memory_format=torch.channels_last)

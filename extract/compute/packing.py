@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +23,8 @@ from svb.errors import DeviceError
 from svb.extract.backbones.backbone import Backbone, RunningBatch
 
 logger = logging.getLogger(__name__)
+
+Made = TypeVar("Made")
 
 
 @dataclass
@@ -129,28 +133,37 @@ class Packer:
             try:
                 features = oldest.running.fetch()
                 break
-            except (
-                RuntimeError,
-                MemoryError,
-            ) as error:  # torch.OutOfMemoryError is the one, ONNX Runtime's the other
+            except _MAYBE_OUT_OF_MEMORY as error:
                 if not _is_out_of_memory(error):
                     raise
-                if oldest.at_once == self._at_once:  # else an earlier batch has halved it already
-                    self._halve(error)
-                oldest.at_once, oldest.running = self._at_once, self._begin(oldest.batch)
+                failed = _without_tensors(error)
+            # Behind the except block, which would hold what the failed batch had allocated.
+            if oldest.at_once == self._at_once:  # else an earlier batch has halved it already
+                self._halve(failed)
+            oldest.at_once, oldest.running = self._at_once, self._begin(oldest.batch)
         for owner, row in zip(oldest.owners, features[: len(oldest.owners)].numpy(), strict=True):
-            owner.rows.append(row)
+            owner.rows.append(row.copy())  # a view would keep the batch's pinned memory until the video ends
 
     def _begin(self, batch: torch.Tensor) -> RunningBatch:
         """Start a batch, whole or in parts that fit; what goes wrong is raised when it is fetched."""
         parts = batch.split(self._at_once)
         if self._executor is not None:
-            futures = [self._executor.submit(self.backbone, part) for part in parts]
+            futures = [self._executor.submit(self._compute, part) for part in parts]
             return _joined([RunningBatch(future.result, future.done) for future in futures])
         try:
             return _joined([self.backbone.start(part) for part in parts])
-        except (RuntimeError, MemoryError) as error:
-            return _raising(error)
+        except _MAYBE_OUT_OF_MEMORY as error:
+            # It waits to be fetched, while other batches want the memory.
+            return _raising(_without_tensors(error) if _is_out_of_memory(error) else error)
+
+    def _compute(self, part: torch.Tensor) -> torch.Tensor:
+        try:
+            return self.backbone(part)
+        except _MAYBE_OUT_OF_MEMORY as error:
+            if not _is_out_of_memory(error):
+                raise
+            failed = _without_tensors(error)
+        raise failed
 
     def _halve(self, error: Exception) -> None:
         """Have batches run in smaller parts from now on."""
@@ -160,8 +173,7 @@ class Packer:
                 "time - free it, or choose another --device or a smaller backbone"
             ) from error
         self._at_once = max(1, self._at_once // 2)
-        if self.backbone.device.type == "cuda":
-            torch.cuda.empty_cache()
+        _give_cached_memory_back(self.backbone.device)
         logger.info(
             f"{self.backbone.name}: out of memory on {self.backbone.device}, going on with {self._at_once} inputs "
             f"at a time instead of {self._batch_size}; last bits of features may differ"
@@ -172,14 +184,16 @@ class Packer:
         state.times_seconds += times_seconds
         while len(images):
             if self._batch is None:
-                shape = (self._batch_size, *images.shape[1:])
-                self._batch = torch.zeros(shape, dtype=torch.uint8, device=images.device)
+                self._batch = with_memory(lambda: self._empty_batch(images), [self])
             filled = len(self._owners)
             part, images = images[: self._batch_size - filled], images[self._batch_size - filled :]
             self._batch[filled : filled + len(part)] = part
             self._owners += [state] * len(part)
             if len(self._owners) == self._batch_size:
                 self._start()
+
+    def _empty_batch(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.zeros((self._batch_size, *images.shape[1:]), dtype=torch.uint8, device=images.device)
 
     def _add_to_window(self, state: _OpenVideo, square: torch.Tensor, time_seconds: float) -> None:
         if len(state.latest) == self.backbone.clip_frames:
@@ -211,8 +225,55 @@ def _joined(parts: list[RunningBatch]) -> RunningBatch:
     )
 
 
+def with_memory(make: Callable[[], Made], packers: Sequence[Packer]) -> Made:
+    """Return what is made; where memory runs out, once the batches under way have given theirs back.
+
+    Raises:
+        SvbError: There is too little even then.
+    """
+    try:
+        return make()
+    except _MAYBE_OUT_OF_MEMORY as error:
+        if not _is_out_of_memory(error):
+            raise
+        _without_tensors(error)
+    for packer in packers:
+        packer.fetch()
+    device = packers[0].backbone.device
+    _give_cached_memory_back(device)
+    try:
+        return make()
+    except _MAYBE_OUT_OF_MEMORY as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise SvbError(
+            f"{device} has too little memory for frames that wait for the backbones ({str(error).partition(chr(10))[0]}) - free "
+            "it, or choose another --device or a smaller --batch-size"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's words: torch's go on for pages."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# What ONNX Runtime raises where memory runs out is a MemoryError; what torch raises, a RuntimeError.
+_MAYBE_OUT_OF_MEMORY = (RuntimeError, MemoryError)
+
+
 def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _without_tensors(error: Exception) -> Exception:
+    """Return an error without the frames that it came through, whose variables would keep their memory."""
+    error.__context__ = error.__cause__ = None
+    return error.with_traceback(None)
+
+
+def _give_cached_memory_back(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def to_rows(features: NDArray[np.float32], times_seconds: NDArray[np.float64]) -> VideoRows | None:

@@ -9,13 +9,12 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from svb.data.rows import USABLE, VideoRecord, VideoRows
 from svb.extract.backbones.backbone import Backbone
-from svb.extract.compute.packing import Packer, to_rows
-from svb.extract.compute.transform import Uploader, to_squares
+from svb.extract.compute.packing import Packer, to_rows, with_memory
+from svb.extract.compute.transform import Uploader
 from svb.extract.decode.decoder import FrameChunk, VideoProperties
 from svb.extract.plan import PlannedVideo
 from svb.extract.pool.worker import DUPLICATE, Alive, Finished, Message, Started
@@ -265,12 +264,9 @@ class Contents:
 
 def run_packers(packers: Sequence[Packer], uploader: Uploader, position: int, chunk: FrameChunk) -> None:
     """Give every packer a chunk's frames; they share one upload, and those of one geometry share its squares."""
-    frames = uploader.upload(chunk.frames)
-    squares: dict[tuple[object, ...], torch.Tensor] = {}
-    for packer in packers:
-        transform = packer.backbone.transform
-        if transform.geometry not in squares:
-            squares[transform.geometry] = to_squares(frames, transform)
+    transforms = [packer.backbone.transform for packer in packers]
+    squares = with_memory(lambda: uploader.squares(chunk.frames, transforms), packers)
+    for packer, transform in zip(packers, transforms, strict=True):
         packer.add(position, squares[transform.geometry], chunk.frame_times_seconds)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -9,6 +12,10 @@ from numpy.typing import NDArray
 
 from svb.extract.backbones.transform import Transform
 
+logger = logging.getLogger(__name__)
+
+# CUDA's kernel for antialiased scaling refuses to make a frame more than about 47 times smaller.
+MAX_DEVICE_SCALE = 40
 # One staging buffer is filled while the other is on its way.
 NUM_BUFFERS = 2
 
@@ -28,20 +35,48 @@ class Uploader:
             self._buffers = [torch.empty(0, dtype=torch.uint8, pin_memory=True) for _ in range(NUM_BUFFERS)]
             self._copied = [torch.cuda.Event() for _ in range(NUM_BUFFERS)]
 
+    def squares(
+        self, frames: NDArray[np.uint8], transforms: Iterable[Transform]
+    ) -> dict[tuple[object, ...], torch.Tensor]:
+        """Return the squares of `(T, H, W, 3)` uint8 frames by the geometry of transforms, on the device.
+
+        Those of one geometry are made once. What the device cannot scale is scaled on the CPU.
+        """
+        squares: dict[tuple[object, ...], torch.Tensor] = {}
+        uploaded: torch.Tensor | None = None
+        for transform in transforms:
+            if transform.geometry in squares:
+                continue
+            made: torch.Tensor | None = None
+            if self._device.type != "cuda" or _scale_of(frames, transform) <= MAX_DEVICE_SCALE:
+                try:
+                    uploaded = self.upload(frames) if uploaded is None else uploaded
+                    made = to_squares(uploaded, transform)
+                except RuntimeError as error:
+                    logger.warning(
+                        f"{self._device} cannot scale {len(frames)} frames of {frames.shape[2]}x{frames.shape[1]} "
+                        f"({str(error).partition(chr(10))[0]}): they are scaled on the CPU; last bits of features "
+                        "may differ"
+                    )
+                    uploaded = None
+            if made is None:  # behind the except block, which would hold what had been allocated
+                made = self.upload(to_squares(torch.from_numpy(frames), transform).numpy())
+            squares[transform.geometry] = made
+        return squares
+
     def upload(self, frames: NDArray[np.uint8]) -> torch.Tensor:
-        """Return `(T, H, W, 3)` uint8 frames on the device.
+        """Return `(T, H, W, 3)` uint8 frames on the device, or squares of them.
 
         On a GPU the frames may be overwritten once this returns; on the CPU the result is the same memory.
         """
-        host = torch.from_numpy(frames)
         if self._device.type != "cuda":
-            return host.to(self._device)
+            return torch.from_numpy(frames).to(self._device)
         number, self._next = self._next, (self._next + 1) % NUM_BUFFERS
         self._copied[number].synchronize()
-        if self._buffers[number].numel() < host.numel():
-            self._buffers[number] = torch.empty(host.numel(), dtype=torch.uint8, pin_memory=True)
-        staged = self._buffers[number][: host.numel()].view(host.shape)
-        staged.copy_(host)
+        if self._buffers[number].numel() < frames.size:
+            self._buffers[number] = torch.empty(frames.size, dtype=torch.uint8, pin_memory=True)
+        staged = self._buffers[number][: frames.size].view(frames.shape)
+        np.copyto(staged.numpy(), frames)  # on this thread: torch would take the cores from the decoders
         with torch.cuda.stream(self._stream):
             uploaded = staged.to(self._device, non_blocking=True)
             self._copied[number].record(self._stream)
@@ -53,6 +88,13 @@ class Uploader:
 
 # Frames are scaled a few at a time: a narrow strip grows to many times its bytes before it is cropped.
 SCALED_BYTES = 64 * 2**20
+
+
+def _scale_of(frames: NDArray[np.uint8], transform: Transform) -> float:
+    """Return how many times smaller antialiased scaling makes frames; other scaling has no limit."""
+    height, width = frames.shape[1:3]
+    scaled_height, scaled_width = transform.scaled_px(height, width)
+    return max(height / scaled_height, width / scaled_width) if transform.antialias else 1.0
 
 
 def to_squares(frames: torch.Tensor, transform: Transform) -> torch.Tensor:
