@@ -32,8 +32,10 @@ ON_PARTIAL = ("keep", "fail")
 MAX_BATCH_SIZE = 4096
 # What a new store takes for options that were never given.
 DEFAULTS: dict[str, Any] = {
-    **{"backbones": (DEFAULT_BACKBONE,), "fps": 1.0, "decoder": "pyav", "resize": "device", "batch_size": 32},
+    **{"backbones": (DEFAULT_BACKBONE,), "fps": 1.0, "decoder": "pyav", "resize": "device"},
 }
+# A GPU waits for Python to start its work: at 32 it would stand still most of the time.
+BATCH_SIZES = {"cpu": 32, "cuda": 256}
 # Recorded in a store. Raised when files are read otherwise than before: other frames, times, colours or streams.
 READER = 2
 # Packages whose versions are recorded beside those that the backbones name.
@@ -63,12 +65,13 @@ class ExtractConfig:
         resize: Where to scale frames; `decoder` moves less to the backbones, and changes the last bits.
             [default: as before, or device]
         device: Where to run the backbones: auto, cpu, cuda:0, ... A store made on the CPU stays there with `auto`.
+        devices: GPUs to run a process on each: all, or numbers such as 0,1,2.
         precision: Precision of the backbones; `auto` keeps the store's, or takes what is fast on the device.
         engine: What computes backbones on a CPU, PyTorch or ONNX Runtime; `auto` keeps the store's, or takes the
             faster one.
         compile: Compile the backbones with torch.compile.
-        workers: Decode processes to run. [default: one a core]
-        batch_size: Frames, or clips of frames, in a batch. [default: as before, or 32]
+        workers: Decode processes to run, on all devices together. [default: one a core]
+        batch_size: Frames, or clips of frames, in a batch. [default: as before, or 32 on a CPU, 256 on a GPU]
         stall_seconds: Skip a video whose decoder makes no progress for this many seconds.
         time_limit_seconds: Skip a video that decodes for more seconds than this; waiting for the backbones does not
             count.
@@ -102,6 +105,7 @@ class ExtractConfig:
     hwaccel: str | None = None
     resize: str | None = option(None, choices=RESIZES)
     device: str = "auto"
+    devices: str | None = option(None, metavar="LIST")
     precision: str = option("auto", choices=PRECISIONS)
     engine: str = option("auto", choices=ENGINES)
     compile: bool = False
@@ -133,7 +137,7 @@ class ExtractConfig:
         object.__setattr__(self, "backbones", names)
         if self.workers is not None and self.workers < 1:
             raise UsageError(f"workers is {self.workers} - expected at least 1")
-        if not 1 <= self.frames_a_batch <= MAX_BATCH_SIZE:
+        if self.batch_size is not None and not 1 <= self.batch_size <= MAX_BATCH_SIZE:
             raise UsageError(f"batch_size is {self.batch_size} - expected 1 to {MAX_BATCH_SIZE}")
         for name in ("stall_seconds", "time_limit_seconds"):
             if not getattr(self, name) > 0:
@@ -142,6 +146,9 @@ class ExtractConfig:
         self._check_engine()
         self._check_place()
         self._check_ray()
+        if self.devices is not None and (self.device != "auto" or self.ray is not None):
+            other = f"--device {self.device}" if self.ray is None else "--ray"
+            raise UsageError(f"got --devices {self.devices} and {other} - give one of the two")
 
     def _check_engine(self) -> None:
         if self.engine != "onnx":
@@ -182,9 +189,13 @@ class ExtractConfig:
 
     @property
     def frames_a_batch(self) -> int:
-        """How many frames, or clips of frames, are in a batch."""
-        size: int = DEFAULTS["batch_size"] if self.batch_size is None else self.batch_size
-        return size
+        """How many frames, or clips of frames, are in a batch; on a GPU, `on` must have been called."""
+        return BATCH_SIZES["cpu"] if self.batch_size is None else self.batch_size
+
+    def on(self, device: str) -> ExtractConfig:
+        """Return these options with the batch size that suits a device, unless one was given or a store has one."""
+        size = BATCH_SIZES.get(device.partition(":")[0], BATCH_SIZES["cpu"])
+        return self if self.batch_size is not None else replace(self, batch_size=size)
 
     def settled(self, store: Mapping[str, Any] | None) -> ExtractConfig:
         """Return these options, and for what was not given a store's own, or the defaults of a new store.

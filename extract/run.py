@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 import socket
+import sys
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from svb.extract.plan import Plan, PlannedVideo, is_done, plan_videos
 from svb.extract.pool.decode_pool import NOBODY, DecodePool, Listed
 from svb.extract.pool.worker import Finished, Started
 from svb.extract.progress import ExtractProgress, RunLog, what_limited
+from svb.extract.together.devices import extract_on_devices, see_one_gpu
 from svb.extract.together.leases import UNIT_VIDEOS, LeasedVideos, Leases, start_at, units
 from svb.interrupts import deferred_interrupts
 
@@ -70,7 +72,30 @@ def extract(
     _require_possible(config)
     plan = _plan(videos, out, config)  # what the store does not hold yet
     if not plan.todo:
-        return _without_work(plan, out, config)
+        _without_work(plan, out, config)
+    elif config.devices is not None:
+        logger.info(extract_on_devices(_extract_share, videos, out, config, plan, on_progress))
+    else:
+        logger.info(_extract_planned(plan, out, config, on_progress))
+    return out
+
+
+def _extract_share(
+    videos: Sequence[Path | str],
+    out: Path,
+    config: ExtractConfig,
+    on_progress: Callable[[ExtractProgress], None],
+) -> None:
+    """Do the share of one process of several that `extract` started."""
+    plan = _plan(videos, out, config)
+    if plan.todo:
+        _extract_planned(plan, out, config, on_progress)
+
+
+def _extract_planned(
+    plan: Plan, out: Path, config: ExtractConfig, on_progress: Callable[[ExtractProgress], None]
+) -> str:
+    """Extract what was planned, and return what limited it in a sentence."""
     config = _with_engine(config, out)
     with _workplace(config, plan, out) as workplace, _open_store(out, config, workplace) as (writer, log):
         signal_number = _fill(writer, log, workplace, on_progress)  # frames -> backbones -> shards
@@ -81,8 +106,7 @@ def extract(
             writer.compact()
         sentence = _end(log, workplace.progress(), out, signal_number)
     _tell_of_vanished(vanished, config.prune)
-    logger.info(sentence)
-    return out
+    return sentence
 
 
 def settled(videos: Sequence[Path | str], out: Path | str, config: ExtractConfig) -> ExtractConfig:
@@ -96,7 +120,7 @@ def settled(videos: Sequence[Path | str], out: Path | str, config: ExtractConfig
     out = Path(out)
     if not (out / "store.json").exists():
         return config.settled(None)
-    full, new = config.settled(read_store_description(out)), config.settled(None)
+    full, new = config.settled(read_store_description(out)), config.settled(None).on(_device_of(out))
     taken = [field for field in fields(full) if getattr(full, field.name) != getattr(config, field.name)]
     words = [
         typed(field, value) for field in taken if (value := getattr(full, field.name)) != getattr(new, field.name)
@@ -203,10 +227,13 @@ class ThisMachine:
     """This machine, with the backbones loaded; see `Workplace`. With a rank it shares the videos with others."""
 
     def __init__(self, config: ExtractConfig, plan: Plan, out: Path) -> None:
+        own_device = _own_device(config, out)  # before torch is there
         from svb.extract.backbones.engine import load_backbones  # and with it torch
 
+        self._device = choose_device(own_device)
+        self.provenance = config.provenance(self._device)
+        config = config.on(self._device.type)
         self._config, self._plan, self._out = config, plan, out
-        self._device = choose_device(_own_device(config, out))
         if self._device.type == "cpu":
             keep_freed_memory()
         self._networks = load_backbones(
@@ -219,7 +246,6 @@ class ThisMachine:
         )
         self._num_workers = config.workers or share_of_cores()
         self.settings = config.settings(self._networks)
-        self.provenance = config.provenance(self._device)
         self.description = {"videos": len(plan.todo), "num_workers": self._num_workers}
 
     def fill(self, writer: FeatureStoreWriter, is_interrupted: Callable[[], int]) -> Generator[None, None, None]:
@@ -346,14 +372,13 @@ def _plan(videos: Sequence[Path | str], out: Path, config: ExtractConfig) -> Pla
     return plan
 
 
-def _without_work(plan: Plan, out: Path, config: ExtractConfig) -> Path:
+def _without_work(plan: Plan, out: Path, config: ExtractConfig) -> None:
     if config.prune and plan.vanished:
         with FeatureStoreWriter(out, FeatureStore(out).settings, {}) as writer:
             _remove(plan.vanished, writer)
             writer.compact()
     _tell_of_vanished(plan.vanished, config.prune)
     logger.info(f"nothing to do: all {len(plan.asked)} videos are in {out}, unchanged")
-    return out
 
 
 def _known_contents(out: Path, plan: Plan, config: ExtractConfig, writer: FeatureStoreWriter) -> Contents:
@@ -403,16 +428,20 @@ def _own_device(config: ExtractConfig, out: Path) -> str:
 
     With `auto` a store that was made on the CPU stays there: a GPU's rows may differ in their last bits.
     """
+    local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID")
+    takes_own = config.device in ("auto", "cuda") and config.place is not None and local is not None
+    # Where torch is there already, CUDA may have been asked for its GPUs, and would not look again.
+    sees_one = takes_own and "torch" not in sys.modules and see_one_gpu(int(local or 0))
+
     import torch
 
     if config.device == "auto" and torch.cuda.is_available() and _device_of(out) == "cpu":
         logger.info(f"{out} was made on the CPU: so is what is added - give --device to change that")
         return "cpu"
-    local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID")
-    if config.device not in ("auto", "cuda") or config.place is None or local is None:
+    if not takes_own or sees_one:
         return config.device
     gpus = torch.cuda.device_count()
-    return f"cuda:{int(local) % gpus}" if gpus else config.device
+    return f"cuda:{int(local or 0) % gpus}" if gpus else config.device
 
 
 def _remove(vanished: Sequence[VideoRecord], writer: FeatureStoreWriter) -> None:

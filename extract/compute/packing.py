@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from svb.data.rows import VideoRows
 from svb.errors import DeviceError
 from svb.extract.backbones.backbone import Backbone, RunningBatch
+from svb.extract.backbones.export import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +186,7 @@ class Packer:
         state.times_seconds += times_seconds
         while len(images):
             if self._batch is None:
-                self._batch = with_memory(lambda: self._empty_batch(images), [self])
+                self._batch = with_memory(partial(self._empty_batch, images), [self])
             filled = len(self._owners)
             part, images = images[: self._batch_size - filled], images[self._batch_size - filled :]
             self._batch[filled : filled + len(part)] = part
@@ -247,8 +249,8 @@ def with_memory(make: Callable[[], Made], packers: Sequence[Packer]) -> Made:
         if not _is_out_of_memory(error):
             raise
         raise SvbError(
-            f"{device} has too little memory for frames that wait for the backbones ({str(error).partition(chr(10))[0]}) - free "
-            "it, or choose another --device or a smaller --batch-size"
+            f"{device} has too little memory for frames that wait for the backbones ({one_line(error)}) - free it, "
+            "or choose another --device or a smaller --batch-size"
         ) from error
 
 

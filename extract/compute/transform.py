@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from svb.extract.backbones.export import one_line
 from svb.extract.backbones.transform import Transform
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class Uploader:
                 except RuntimeError as error:
                     logger.warning(
                         f"{self._device} cannot scale {len(frames)} frames of {frames.shape[2]}x{frames.shape[1]} "
-                        f"({str(error).partition(chr(10))[0]}): they are scaled on the CPU; last bits of features "
+                        f"({one_line(error)}): they are scaled on the CPU; last bits of features "
                         "may differ"
                     )
                     uploaded = None

@@ -350,6 +350,14 @@ def _no_listener() -> None: ...
 heartbeat: Callable[[], None] = _no_listener
 
 
+def _own_memory(shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    return np.empty(shape, np.uint8)
+
+
+# Gives the memory for a chunk of this shape. A decode worker sets it to memory that the main process reads too.
+chunk_memory: Callable[[tuple[int, ...]], NDArray[np.uint8]] = _own_memory
+
+
 class ChunkBuilder:
     """Gathers frames of one size into chunks of at most `CHUNK_BYTES` and `CHUNK_FRAMES`.
 
@@ -370,7 +378,9 @@ class ChunkBuilder:
     def flush(self) -> Iterator[FrameChunk]:
         """Yield the frames gathered so far, if any."""
         if self._frames:
-            chunk = FrameChunk(np.stack(self._frames), np.array(self._times_seconds, dtype=np.float64))
+            frames = chunk_memory((len(self._frames), *self._frames[0].shape))
+            np.stack(self._frames, out=frames)
+            chunk = FrameChunk(frames, np.array(self._times_seconds, dtype=np.float64))
             self._frames, self._times_seconds = [], []
             yield chunk
 

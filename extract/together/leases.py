@@ -377,6 +377,15 @@ class LeasedVideos:
                     self._leases.release(key)
 
 
+def release_those_of(process_id: int, folder: Path) -> None:
+    """Remove the leases of a process of this machine that is dead: nobody need wait until they are stale."""
+    for path in folder.glob(f"*{_SUFFIX}"):
+        with contextlib.suppress(OSError, ValueError):
+            holder = json.loads(path.read_bytes())
+            if (holder["host"], holder["pid"]) == (socket.gethostname(), process_id):
+                path.unlink()
+
+
 def _read(path: Path) -> tuple[bytes, int] | None:
     """Return a file's content and mtime in ns, or None if it is gone."""
     try:

@@ -86,7 +86,6 @@ class BackboneActor:
             MismatchError: The node has another svb than the driver.
             As `load_backbones`.
         """
-        config = self._config
         if __version__ != self._version:
             raise MismatchError(
                 f"a node of the Ray cluster has svb {__version__}, the driver {self._version} - install the same "
@@ -94,7 +93,9 @@ class BackboneActor:
             )
         # Ray lends frames read-only, and nothing here writes to them.
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        self._device = choose_device(config.device)
+        self._device = choose_device(self._config.device)
+        provenance = self._config.provenance(self._device)
+        self._config = config = self._config.on(self._device.type)
         if self._device.type == "cpu":
             keep_freed_memory()
         self._networks = load_backbones(
@@ -107,7 +108,7 @@ class BackboneActor:
         )
         options = config.decode_options_for(self._networks)
         self._tasks = DecodeTasks(self._num_tasks, options, config.stall_seconds, config.time_limit_seconds)
-        return ActorLoaded(config.settings(self._networks), config.provenance(self._device), str(self._device))
+        return ActorLoaded(config.settings(self._networks), provenance, str(self._device))
 
     def give(self, videos: TaskVideos) -> None:
         """Take the videos of one more decode task."""
