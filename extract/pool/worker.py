@@ -284,7 +284,7 @@ class _Messenger:
             self._connection.send(message)
 
     def chunk_memory(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-        """Return memory for a chunk to be sent: a slot, unless the chunk is too large or another one has it still."""
+        """Return memory for a chunk: a slot, unless it is too large or one that was lent has not been sent yet."""
         if math.prod(shape) > SLOT_BYTES or self._lent is not None:
             return np.empty(shape, np.uint8)
         slot = self._take_slot()

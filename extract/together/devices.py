@@ -239,6 +239,7 @@ class _Process:
         self.progress: ExtractProgress | None = None
         self.failure: SvbError | OSError | None = None
         self.runs = True
+        self._is_ready = False
         self._ended: _Ended | None = None
         self.connection, theirs = multiprocessing.Pipe(duplex=False)
         # spawn: a fork would copy torch's threads and CUDA's state, and break them.
@@ -256,6 +257,9 @@ class _Process:
         try:
             while self.connection.poll():
                 message = self.connection.recv()
+                self._is_ready = True
+                if message is None:
+                    continue
                 if isinstance(message, ExtractProgress):
                     self.progress = message
                 elif isinstance(message, _Ended):
@@ -274,8 +278,10 @@ class _Process:
             self.failure = lost if self._ended is None else self._ended.failure
 
     def interrupt(self, number: int) -> None:
-        """Pass a signal on."""
-        if self.pid is not None and self._process.is_alive():
+        """Pass a signal on; a process that is not ready for one has done nothing yet."""
+        if not self._is_ready:
+            self._process.kill()
+        elif self.pid is not None and self._process.is_alive():
             os.kill(self.pid, number)
 
     def kill(self) -> None:
@@ -312,6 +318,7 @@ def _work(
     library.setLevel(logging.INFO)
     failure: SvbError | OSError | None = None
     try:
+        teller.tell(None)  # a signal is no accident from here on
         share(videos, out, config, teller.tell_progress)
     except Interrupted as interrupted:
         failure = SvbError(str(interrupted))
@@ -336,7 +343,7 @@ class _Teller(logging.Handler):
         self._sending = threading.Lock()
         self._told = 0.0
 
-    def tell(self, message: ExtractProgress | _Said | _Ended) -> None:
+    def tell(self, message: ExtractProgress | _Said | _Ended | None) -> None:
         with self._sending, contextlib.suppress(OSError):  # the command may be dead
             self._connection.send(message)
 
