@@ -25,14 +25,14 @@ from conftest import RunSvb
 from extraction import CLIPS, FRAMES, WIDE, assert_same_bytes, features, num_extracted, run, shards, statuses, times
 
 from svb.config import described
-from svb.data.feature_store import FeatureStore, verify_store
+from svb.data.feature_store import FeatureStore, read_store_description, verify_store
 from svb.errors import InputError, MismatchError, UsageError
 from svb.extract import run as run_module
 from svb.extract.backbones import DEFAULT_BACKBONE, load_backbone
 from svb.extract.backbones.transform import Transform
 from svb.extract.compute.packing import Packer, to_rows
 from svb.extract.compute.transform import to_squares
-from svb.extract.config import READER, ExtractConfig
+from svb.extract.config import BATCH_SIZES, READER, ExtractConfig
 from svb.extract.decode import pyav_decoder
 from svb.extract.decode.decoder import DecodeError, FrameChunk
 from svb.extract.decode.options import DecodeOptions
@@ -278,6 +278,20 @@ class TestAdding:
         assert run_module._own_device(config, out) == "cpu"
         assert run_module._own_device(config, out / "new") == "auto"
         assert run_module._own_device(replace(config, device="cuda"), out) == "cuda"
+
+    def test_the_batch_size_follows_the_device_where_no_store_settles_it(
+        self, folder: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        new, given, stored = ExtractConfig().settled(None), ExtractConfig(batch_size=7), read_store_description(out)
+        sizes = [config.on(device).batch_size for config in (new, given) for device in ("cpu", "cuda:1")]
+        assert sizes == [32, 256, 7, 7]
+        assert ExtractConfig().settled(stored).on("cuda").batch_size == 4  # of the store
+        monkeypatch.setitem(BATCH_SIZES, "cpu", 5)
+        made, said = tmp_path / "made", run(folder / "a.mp4", tmp_path / "made", batch_size=None)
+        assert FeatureStore(made).settings["batch_size"] == 5
+        assert not any(
+            "batch-size" in message for message in [*said, *run(folder / "b.mkv", made, batch_size=None)]
+        )
 
     def test_a_store_of_an_older_reader_is_told_so(
         self, folder: Path, out: Path, run_svb: RunSvb, monkeypatch: pytest.MonkeyPatch

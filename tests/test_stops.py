@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import importlib
+import itertools
 import os
 import resource
 import shutil
@@ -12,8 +14,11 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import clips
@@ -29,7 +34,11 @@ from svb.data.feature_store_writer import FeatureStoreWriter
 from svb.errors import Interrupted, StoreError, SvbError
 from svb.extract.backbones import load_backbone
 from svb.extract.backbones.backbone import Backbone
+from svb.extract.backbones.transform import Transform
+from svb.extract.compute import transform as transform_module
 from svb.extract.compute.packing import Packer
+from svb.extract.compute.pipeline import run_packers
+from svb.extract.compute.transform import Uploader
 from svb.extract.decode.decoder import DecodeError, FrameChunk
 from svb.extract.decode.options import DecodeOptions
 from svb.extract.decode.sampling import Sampling
@@ -200,6 +209,33 @@ class TestOneVideo:
             messenger.heartbeat()
         assert caught.value.status == "timeout"
 
+    def test_chunks_are_decoded_into_the_memory_that_is_shared(self) -> None:
+        sent: list[Any] = []
+        memory = worker_module.FrameMemory()
+        pipe = SimpleNamespace(send=sent.append)
+        messenger = worker_module._Messenger(pipe, memory, time_limit_seconds=30, num_videos=5)  # type: ignore[arg-type]
+
+        def chunk(value: int) -> FrameChunk:
+            frames = messenger.chunk_memory((2, 3, 4, 3))
+            frames[:] = value
+            return FrameChunk(frames, np.arange(2.0))
+
+        first, second = chunk(1), chunk(2)  # a decoder may hold two
+        messenger.send(second)
+        messenger.send(first)
+        messenger.send(next(chunk(3).after(0.0)))  # one frame of the two
+        messenger.send(Finished("ok", "", "pyav"))
+        messenger.send(chunk(4))
+        assert [shared.slot for shared in sent if not isinstance(shared, Finished)] == [1, 0, 3, 2]
+        views = [memory.view(s.slot, s.shape) for s in sent if not isinstance(s, Finished)]
+        assert [(len(view), set(view.ravel().tolist())) for view in views] == [
+            (2, {2}),
+            (2, {1}),
+            (1, {3}),
+            (2, {4}),
+        ]
+        assert np.shares_memory(first.frames, views[1])
+
     def test_workers_are_replaced_after_some_videos(
         self, clips_folder: Path, workers: list[pool_module._Worker]
     ) -> None:
@@ -245,6 +281,20 @@ class TestOneVideo:
         assert isinstance(messages[-1], Finished) and messages[-1].status == "timeout"
 
 
+def failing_at(
+    call: Callable[..., Any], calls: list[int], words: str = "CUDA out of memory."
+) -> Callable[..., Any]:
+    """Return what fails at the calls of these numbers, and else calls."""
+    number = itertools.count()
+
+    def fails_sometimes(*arguments: Any) -> Any:
+        if next(number) in calls:
+            raise (torch.OutOfMemoryError if "out of memory" in words else RuntimeError)(words)
+        return call(*arguments)
+
+    return fails_sometimes
+
+
 class TestOutOfMemory:
     def fill(self, packer: Packer) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         squares = torch.randint(
@@ -277,6 +327,82 @@ class TestOutOfMemory:
         assert [message.partition(",")[2][:24] for message in said] == [
             *(" going on with 4 inputs ", " going on with 2 inputs ")
         ]
+
+    @pytest.mark.parametrize("cores", [0, 1])
+    def test_a_failed_batch_holds_no_memory_while_it_is_tried_again(self, cores: int) -> None:
+        backbone = load_backbone(FRAMES, torch.device("cpu"), torch.float32)
+        forward, allocated = backbone.module.forward, []
+
+        def limited(images: torch.Tensor) -> torch.Tensor:
+            assert all(tensor() is None for tensor in allocated)
+            activations = images * 2
+            allocated.append(weakref.ref(activations))
+            try:
+                assert len(images) <= 2
+            except AssertionError:  # so that the error has a context
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB") from None
+            result: torch.Tensor = forward(images)
+            return result
+
+        backbone.module.forward = limited  # type: ignore[method-assign]
+        gc.disable()  # memory must come back at once
+        try:
+            if cores:
+                with ThreadPoolExecutor(cores) as executor:
+                    features, _ = self.fill(Packer(backbone, 8, executor=executor))
+            else:
+                features, _ = self.fill(Packer(backbone, 8))
+        finally:
+            gc.enable()
+        assert len(features) == 11 and len(allocated) > 6
+
+    def test_a_batch_that_cannot_be_begun_waits_for_those_under_way(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        expected, _ = self.fill(Packer(self.backbone(fits=8), 8))
+        real = Packer._empty_batch
+        packer = Packer(self.backbone(fits=8), 8, ahead=2)
+        monkeypatch.setattr(Packer, "_empty_batch", failing_at(real, [1]))
+        features, _ = self.fill(packer)
+        assert features.tobytes() == expected.tobytes()
+        monkeypatch.setattr(Packer, "_empty_batch", failing_at(real, [0, 1]))
+        with pytest.raises(SvbError, match="cpu has too little memory for frames that wait for the backbones"):
+            self.fill(Packer(self.backbone(fits=8), 8))
+
+    @pytest.mark.parametrize("words", ["CUDA out of memory. Tried", "Too much shared memory required: 70000"])
+    @pytest.mark.parametrize("step", ["upload", "to_squares"])
+    def test_frames_that_the_device_cannot_scale_are_scaled_on_the_cpu(
+        self, step: str, words: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        backbone, said = load_backbone(FRAMES, torch.device("cpu"), torch.float32), heard()
+        frames = np.random.default_rng(0).integers(0, 256, (3, 40, 30, 3), np.uint8)
+
+        def rows() -> bytes:
+            packer = Packer(backbone, 4)
+            run_packers([packer], Uploader(torch.device("cpu")), 0, FrameChunk(frames, np.arange(3.0)))
+            packer.flush()
+            return packer.take(0)[0].tobytes()
+
+        expected = rows()
+        owner = Uploader if step == "upload" else transform_module
+        monkeypatch.setattr(owner, step, failing_at(getattr(owner, step), [0], words))
+        assert rows() == expected
+        assert len(said) == 1 and f"cpu cannot scale 3 frames of 30x40 ({words}" in said[0]
+
+    def test_a_huge_still_never_reaches_the_kernel_that_refuses_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        still = np.zeros((1, 12_000, 12_000, 3), np.uint8)  # what is never written to takes no memory
+        still[0, :, :200] = 255
+        uploader = Uploader(torch.device("cpu"))
+        uploader._device = torch.device("cuda")  # up to the upload of squares, all is as on a GPU
+        uploaded: list[np.ndarray[Any, Any]] = []
+
+        def upload(uploader: Uploader, frames: np.ndarray[Any, Any]) -> torch.Tensor:
+            uploaded.append(frames)
+            return torch.from_numpy(frames)
+
+        monkeypatch.setattr(Uploader, "upload", upload)
+        transform = Transform(224, (0.5,) * 3, (0.5,) * 3)
+        (square,) = uploader.squares(still, [transform])[transform.geometry]
+        assert [frames.shape for frames in uploaded] == [(1, 3, 224, 224)]
+        assert (square[:, :, :3] > 250).all() and (square[:, :, 6:] < 5).all()
 
     def test_one_input_that_does_not_fit_is_the_end(self) -> None:
         with pytest.raises(SvbError, match=r"too little memory for toy:frames even with one input at a time"):
