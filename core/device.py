@@ -143,10 +143,10 @@ def explained_errors(device: torch.device, *, smaller: str) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error is of a lack of memory; torch has no class of its own for that of the CPU."""
+    """Tell whether an error is of a lack of memory: that of torch on the CPU has no class of its own."""
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def is_device_failure(error: BaseException) -> bool:

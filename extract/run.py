@@ -17,7 +17,7 @@ from svb.config import typed
 from svb.data.feature_store import FeatureStore, GrowingRecords, read_store_description
 from svb.data.feature_store_writer import FeatureStoreWriter
 from svb.data.rows import VideoRecord
-from svb.device import choose_device
+from svb.device import choose_device, explained_errors
 from svb.errors import Interrupted, StoreError, UsageError
 from svb.extract.compute.machine import cores_for_batches, keep_freed_memory, share_of_cores
 from svb.extract.config import ExtractConfig, require_same_transforms, words_of_older_reader
@@ -252,7 +252,11 @@ class ThisMachine:
         from svb.extract.compute.pipeline import Pipeline  # and with it torch
 
         config = self._config
-        with self._source(writer) as source, cores_for_batches(self._device, config.compile) as (executor, ahead):
+        with (
+            explained_errors(self._device, smaller="lower --batch-size"),
+            self._source(writer) as source,
+            cores_for_batches(self._device, config.compile) as (executor, ahead),
+        ):
             self._contents = None if config.times else _known_contents(self._out, self._plan, config, writer)
             self._pool = DecodePool(
                 self._num_workers,

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from svb.data.rows import VideoRows
+from svb.device import is_out_of_memory
 from svb.errors import DeviceError
 from svb.extract.backbones.backbone import Backbone, RunningBatch
 from svb.extract.backbones.export import one_line
@@ -136,7 +137,7 @@ class Packer:
                 features = oldest.running.fetch()
                 break
             except _MAYBE_OUT_OF_MEMORY as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 failed = _without_tensors(error)
             # Behind the except block, which would hold what the failed batch had allocated.
@@ -156,13 +157,13 @@ class Packer:
             return _joined([self.backbone.start(part) for part in parts])
         except _MAYBE_OUT_OF_MEMORY as error:
             # It waits to be fetched, while other batches want the memory.
-            return _raising(_without_tensors(error) if _is_out_of_memory(error) else error)
+            return _raising(_without_tensors(error) if is_out_of_memory(error) else error)
 
     def _compute(self, part: torch.Tensor) -> torch.Tensor:
         try:
             return self.backbone(part)
         except _MAYBE_OUT_OF_MEMORY as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             failed = _without_tensors(error)
         raise failed
@@ -231,12 +232,12 @@ def with_memory(make: Callable[[], Made], packers: Sequence[Packer]) -> Made:
     """Return what is made; where memory runs out, once the batches under way have given theirs back.
 
     Raises:
-        SvbError: There is too little even then.
+        DeviceError: There is too little even then.
     """
     try:
         return make()
     except _MAYBE_OUT_OF_MEMORY as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         _without_tensors(error)
     for packer in packers:
@@ -246,9 +247,9 @@ def with_memory(make: Callable[[], Made], packers: Sequence[Packer]) -> Made:
     try:
         return make()
     except _MAYBE_OUT_OF_MEMORY as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
-        raise SvbError(
+        raise DeviceError(
             f"{device} has too little memory for frames that wait for the backbones ({one_line(error)}) - free it, "
             "or choose another --device or a smaller --batch-size"
         ) from error
@@ -261,10 +262,6 @@ def first_line(error: Exception) -> str:
 
 # What ONNX Runtime raises where memory runs out is a MemoryError; what torch raises, a RuntimeError.
 _MAYBE_OUT_OF_MEMORY = (RuntimeError, MemoryError)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _without_tensors(error: Exception) -> Exception:
