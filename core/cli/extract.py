@@ -31,7 +31,8 @@ def extract(videos: tuple[Path, ...], out: Path | None, as_json: bool, **options
     store with the settings that it was made with.
 
     Under torchrun, Slurm or mpirun, or with --rank and --world-size, several processes fill one store together.
-    With --ray, a Ray cluster does the work: decoders on its CPUs, backbones on its GPUs.
+    With --devices all, one command runs a process on each GPU of this machine. With --ray, a Ray cluster does the
+    work: decoders on its CPUs, backbones on its GPUs.
 
     \b
     svb extract clips/ -o features/ --backbone offline:efficientnet-lite0
