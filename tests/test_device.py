@@ -15,11 +15,14 @@ import torch
 from click.testing import CliRunner
 from conftest import RunSvb
 from runs import Task, change_config, lines, tiny, tiny_task
+from torch import nn
 
 from svb import device as device_module
 from svb.cli import cli
 from svb.device import choose_device, choose_precision, describe_device, explained_errors, to_device
 from svb.errors import DeviceError, MismatchError, UsageError
+from svb.extract.backbones.backbone import Backbone
+from svb.extract.backbones.transform import Transform
 from svb.extract.config import ExtractConfig
 from svb.extract.run import _own_device
 from svb.train import loop
@@ -75,6 +78,15 @@ def cards(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cards]:
     torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = older
     for switch, precision in zip(switches, before, strict=True):
         switch.fp32_precision = precision
+
+
+def test_a_batch_brings_nothing_but_its_images_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    transform = Transform(2, (0.5, 0.25, 0.0), (0.5, 0.5, 1.0))
+    backbone = Backbone("toy:flat", nn.Flatten(), transform, 12)
+    backbone.place(torch.device("cpu"), torch.float32)
+    images = torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
+    monkeypatch.setattr(torch, "tensor", None)  # a copy that the host would wait for, with every batch
+    assert backbone(images).tolist() == [[1.0] * 4 + [1.5] * 4 + [1.0] * 4]
 
 
 @pytest.mark.parametrize(("name", "index"), [("auto", 0), ("cuda", 0), ("cuda:1", 1)])

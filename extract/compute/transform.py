@@ -31,6 +31,7 @@ class Uploader:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._next = 0
+        self._has_told = False
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)
             self._buffers = [torch.empty(0, dtype=torch.uint8, pin_memory=True) for _ in range(NUM_BUFFERS)]
@@ -54,16 +55,20 @@ class Uploader:
                     uploaded = self.upload(frames) if uploaded is None else uploaded
                     made = to_squares(uploaded, transform)
                 except RuntimeError as error:
-                    logger.warning(
-                        f"{self._device} cannot scale {len(frames)} frames of {frames.shape[2]}x{frames.shape[1]} "
-                        f"({one_line(error)}): they are scaled on the CPU; last bits of features "
-                        "may differ"
-                    )
+                    self._tell_of_failure(frames, error)
                     uploaded = None
             if made is None:  # behind the except block, which would hold what had been allocated
                 made = self.upload(to_squares(torch.from_numpy(frames), transform).numpy())
             squares[transform.geometry] = made
         return squares
+
+    def _tell_of_failure(self, frames: NDArray[np.uint8], error: RuntimeError) -> None:
+        if not self._has_told:
+            self._has_told = True
+            logger.warning(
+                f"{self._device} cannot scale {len(frames)} frames of {frames.shape[2]}x{frames.shape[1]} "
+                f"({one_line(error)}): such frames are scaled on the CPU; last bits of features may differ"
+            )
 
     def upload(self, frames: NDArray[np.uint8]) -> torch.Tensor:
         """Return `(T, H, W, 3)` uint8 frames on the device, or squares of them.

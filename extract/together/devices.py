@@ -124,27 +124,22 @@ def extract_on_devices(
         raise UsageError("got --devices under a launcher that starts several processes here - use one of the two")
     logger.info(f"a process on each of {_names(devices)}")
     said = set(plan.messages)
-    with deferred_interrupts() as interrupted:
-        processes: list[_Process] = []
-        passed_on = 0
-        try:
-            for number in range(len(devices)):
-                own_config = _config_of(config, devices, number)
-                processes.append(_Process(share, videos, out, own_config, devices, number))
-            while running := [process for process in processes if process.runs]:
-                wait([process.connection for process in running], TELL_SECONDS)
+    passed_on = 0
+    with deferred_interrupts() as interrupted, _started(share, videos, out, config, devices) as processes:
+        while running := [process for process in processes if process.runs]:
+            wait([process.connection for process in running], TELL_SECONDS)
+            for process in running:
+                process.listen(said)
+                if process.failure is not None:
+                    release_those_of(process.pid, out / "leases")
+                    if not passed_on and any(other.runs for other in processes):
+                        words = f"the process on {process.name} ended ({process.failure})"
+                        logger.warning(f"{words}: the others take its videos")
+            if interrupted() != passed_on:
+                passed_on = interrupted()
                 for process in running:
-                    process.listen(said)
-                    if not process.runs:
-                        _tell_of_end(process, processes, out)
-                if interrupted() != passed_on:
-                    passed_on = interrupted()
-                    for process in running:
-                        process.interrupt(passed_on)
-                on_progress(_together(processes, plan, devices))
-        finally:
-            for process in processes:
-                process.kill()
+                    process.interrupt(passed_on)
+            on_progress(_together(processes, plan, devices))
     progress = _together(processes, plan, devices)
     if passed_on:
         words = f"interrupted - {progress.videos_done} videos of this run are in {out}"
@@ -153,6 +148,24 @@ def extract_on_devices(
     if len(failures) == len(processes):
         raise failures[-1]
     return what_limited(progress)
+
+
+@contextlib.contextmanager
+def _started(
+    share: Share, videos: Sequence[Path | str], out: Path, config: ExtractConfig, devices: Sequence[str]
+) -> Iterator[list[_Process]]:
+    """Start a process on each device, and yield them; what still runs in the end is killed."""
+    processes: list[_Process] = []
+    try:
+        for number in range(len(devices)):
+            own_config = _config_of(config, devices, number)
+            processes.append(_Process(share, videos, out, own_config, devices, number))
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            if process.runs:
+                release_those_of(process.pid, out / "leases")
 
 
 def _names(devices: Sequence[str]) -> str:
@@ -170,15 +183,6 @@ def _config_of(config: ExtractConfig, devices: Sequence[str], number: int) -> Ex
         world_size=world * len(devices),
         workers=None if config.workers is None else max(1, config.workers // len(devices)),
     )
-
-
-def _tell_of_end(process: _Process, processes: Sequence[_Process], out: Path) -> None:
-    assert process.pid is not None
-    if process.failure is None:
-        return
-    release_those_of(process.pid, out / "leases")
-    if any(other.runs for other in processes):
-        logger.warning(f"the process on {process.name} ended ({process.failure}): the others take its videos")
 
 
 def _together(processes: Sequence[_Process], plan: Plan, devices: Sequence[str]) -> ExtractProgress:
@@ -249,7 +253,7 @@ class _Process:
         own = {"LOCAL_WORLD_SIZE": str(len(devices))}
         with _environment(own if devices[number] == "cpu" else {**own, "CUDA_VISIBLE_DEVICES": devices[number]}):
             self._process.start()
-        self.pid = self._process.pid
+        self.pid = self._process.pid or 0
         theirs.close()
 
     def listen(self, said: set[str]) -> None:
@@ -281,7 +285,7 @@ class _Process:
         """Pass a signal on; a process that is not ready for one has done nothing yet."""
         if not self._is_ready:
             self._process.kill()
-        elif self.pid is not None and self._process.is_alive():
+        elif self._process.is_alive():
             os.kill(self.pid, number)
 
     def kill(self) -> None:
