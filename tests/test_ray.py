@@ -71,7 +71,7 @@ def alone(videos: Path, backbone: str, tmp_path_factory: pytest.TempPathFactory)
 
 def run(videos: Path, out: Path, backbone: str, ray: str | None = None, **options: Any) -> Path:
     on_progress = options.pop("on_progress", lambda progress: None)
-    settings = {"fps": 10, "precision": "float32", "batch_size": 4, **options}
+    settings = {"fps": 10, "precision": "float32", "engine": "torch", "batch_size": 4, **options}
     return extract([videos], out, ExtractConfig((backbone,), ray=ray, **settings), on_progress=on_progress)
 
 
