@@ -68,7 +68,9 @@ def run(videos: str, out: str, rank: tuple[int, int] | None = None) -> None:
     if rank is not None:
         os.fsync = slowed(os.fsync)  # else all is done before all processes are there
     place = {} if rank is None else {"rank": rank[0], "world_size": rank[1]}
-    config = ExtractConfig(("toy:frames", "toy:clips"), precision="float32", workers=2, batch_size=4, **place)
+    config = ExtractConfig(
+        ("toy:frames", "toy:clips"), precision="float32", engine="torch", workers=2, batch_size=4, **place
+    )
     run_module.extract([Path(videos)], Path(out), config)
 
 
