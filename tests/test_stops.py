@@ -18,7 +18,6 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import clips
@@ -208,33 +207,6 @@ class TestOneVideo:
         with pytest.raises(DecodeError, match="has taken 31 s - a video may take 30 s; raise") as caught:
             messenger.heartbeat()
         assert caught.value.status == "timeout"
-
-    def test_chunks_are_decoded_into_the_memory_that_is_shared(self) -> None:
-        sent: list[Any] = []
-        memory = worker_module.FrameMemory()
-        pipe = SimpleNamespace(send=sent.append)
-        messenger = worker_module._Messenger(pipe, memory, time_limit_seconds=30, num_videos=5)  # type: ignore[arg-type]
-
-        def chunk(value: int) -> FrameChunk:
-            frames = messenger.chunk_memory((2, 3, 4, 3))
-            frames[:] = value
-            return FrameChunk(frames, np.arange(2.0))
-
-        first, second = chunk(1), chunk(2)  # a decoder may hold two
-        messenger.send(second)
-        messenger.send(first)
-        messenger.send(next(chunk(3).after(0.0)))  # one frame of the two
-        messenger.send(Finished("ok", "", "pyav"))
-        messenger.send(chunk(4))
-        assert [shared.slot for shared in sent if not isinstance(shared, Finished)] == [1, 0, 3, 2]
-        views = [memory.view(s.slot, s.shape) for s in sent if not isinstance(s, Finished)]
-        assert [(len(view), set(view.ravel().tolist())) for view in views] == [
-            (2, {2}),
-            (2, {1}),
-            (1, {3}),
-            (2, {4}),
-        ]
-        assert np.shares_memory(first.frames, views[1])
 
     def test_workers_are_replaced_after_some_videos(
         self, clips_folder: Path, workers: list[pool_module._Worker]

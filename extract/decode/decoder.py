@@ -78,9 +78,11 @@ class FrameChunk:
     frame_times_seconds: NDArray[np.float64]
 
     def after(self, seconds: float) -> Iterator[FrameChunk]:
-        """Yield the frames later than a time, if any."""
+        """Yield the frames later than a time, if any; where all are, without a copy."""
         later = self.frame_times_seconds > seconds
-        if later.any():
+        if later.all():
+            yield self
+        elif later.any():
             yield FrameChunk(self.frames[later], self.frame_times_seconds[later])
 
 
@@ -350,14 +352,6 @@ def _no_listener() -> None: ...
 heartbeat: Callable[[], None] = _no_listener
 
 
-def _own_memory(shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    return np.empty(shape, np.uint8)
-
-
-# Gives the memory for a chunk of this shape. A decode worker sets it to memory that the main process reads too.
-chunk_memory: Callable[[tuple[int, ...]], NDArray[np.uint8]] = _own_memory
-
-
 class ChunkBuilder:
     """Gathers frames of one size into chunks of at most `CHUNK_BYTES` and `CHUNK_FRAMES`.
 
@@ -378,9 +372,7 @@ class ChunkBuilder:
     def flush(self) -> Iterator[FrameChunk]:
         """Yield the frames gathered so far, if any."""
         if self._frames:
-            frames = chunk_memory((len(self._frames), *self._frames[0].shape))
-            np.stack(self._frames, out=frames)
-            chunk = FrameChunk(frames, np.array(self._times_seconds, dtype=np.float64))
+            chunk = FrameChunk(np.stack(self._frames), np.array(self._times_seconds, dtype=np.float64))
             self._frames, self._times_seconds = [], []
             yield chunk
 

@@ -7,7 +7,6 @@ pipe, and frames through memory that the worker shares with the main process.
 from __future__ import annotations
 
 import contextlib
-import math
 import mmap
 import os
 import signal
@@ -197,7 +196,7 @@ def work(
     os.setsid()  # an ffmpeg process of this worker is killed with it
     die_with_parent(signal.SIGKILL)
     messenger = _Messenger(connection, memory, time_limit_seconds, num_videos)
-    decode.heartbeat, decode.chunk_memory = messenger.heartbeat, messenger.chunk_memory
+    decode.heartbeat = messenger.heartbeat
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while not messenger.is_worn_out:
             video = messenger.next_video()
@@ -223,7 +222,6 @@ class _Messenger:
         self._memory = memory
         self._time_limit_seconds = time_limit_seconds
         self._free = deque(range(SLOTS))
-        self._lent: tuple[int, NDArray[np.uint8]] | None = None
         self._videos_left = num_videos
         self._clock = clock
         self._sent = self._began = clock()
@@ -263,16 +261,10 @@ class _Messenger:
 
     def send(self, message: VideoProperties | FrameChunk | Finished) -> None:
         if isinstance(message, FrameChunk) and message.frames.nbytes <= SLOT_BYTES:
-            if self._lent is not None and self._lent[1] is message.frames:
-                (slot, _), self._lent = self._lent, None
-            else:
-                slot = self._take_slot()
-                self._memory.view(slot, message.frames.shape)[...] = message.frames
+            slot = self._take_slot()
+            self._memory.view(slot, message.frames.shape)[...] = message.frames
             self._connection.send(SharedChunk(slot, message.frames.shape, message.frame_times_seconds))
         elif isinstance(message, Finished):
-            if self._lent is not None:  # to a chunk that the decoder dropped, or of which it gave a part
-                self._free.append(self._lent[0])
-                self._lent = None
             self._videos_left -= 1
             self.is_worn_out = self._videos_left <= 0 or resident_bytes() >= RECYCLED_AT_BYTES
             waited = self._waiting_seconds
@@ -282,14 +274,6 @@ class _Messenger:
             )
         else:
             self._connection.send(message)
-
-    def chunk_memory(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-        """Return memory for a chunk: a slot, unless it is too large or one that was lent has not been sent yet."""
-        if math.prod(shape) > SLOT_BYTES or self._lent is not None:
-            return np.empty(shape, np.uint8)
-        slot = self._take_slot()
-        self._lent = slot, self._memory.view(slot, shape)
-        return self._lent[1]
 
     def _take_slot(self) -> int:
         began = self._clock()
