@@ -215,7 +215,7 @@ def _oddities(folder: Path, good: dict[str, bytes]) -> dict[str, bytes]:
         "zeros.ts": bytes(50_000),
         "sync-bytes.ts": (b"\x47" + bytes(187)) * 200,
         "playlist-of-a-file.mp4": segments.format("000-faststart.mp4").encode(),
-        "playlist-of-a-host.ts": segments.format("http://127.0.0.1:9/a.ts").encode(),
+        "playlist-of-a-host.mkv": segments.format("http://127.0.0.1:9/a.ts").encode(),
         "playlist-of-passwords.mkv": segments.format("file:///etc/passwd").encode(),
         "script.mp4": b"ffconcat version 1.0\nfile 000-faststart.mp4\n",
         "manifest.mp4": b'<?xml version="1.0"?><MPD><Period><BaseURL>http://127.0.0.1:9/</BaseURL></Period></MPD>',
@@ -286,7 +286,9 @@ def main() -> None:
         open_files.append(clips.open_files())
 
     videos = [Path(path) for path in options.pop("videos")]
-    config = ExtractConfig(("toy:frames", "toy:clips"), precision="float32", workers=2, batch_size=4, **options)
+    config = ExtractConfig(
+        ("toy:frames", "toy:clips"), precision="float32", engine="torch", workers=2, batch_size=4, **options
+    )
     run_module.extract(videos, Path(sys.argv[1]), config, on_progress=on_progress)
     gc.collect()
     maps = Path("/proc/self/maps").read_text()

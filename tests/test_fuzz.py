@@ -161,7 +161,7 @@ def test_good_files_among_them_are_what_they_are_alone(
     among = contents(extracted[0])
     assert len(good(corpus)) > 15
     for path in good(corpus):
-        config = ExtractConfig(BACKBONES, precision="float32", workers=1, batch_size=4)
+        config = ExtractConfig(BACKBONES, precision="float32", engine="torch", workers=1, batch_size=4)
         out = extract([path], tmp_path / path.name, config)
         assert among[str(path)][0] == "ok"
         assert contents(out) == {str(path): among[str(path)]}
