@@ -6,6 +6,7 @@ captions/<key>/   pools of captions that answer a video or an image
 speech/<key>/     what is said, see `svb.retrieve.stored.cues`
 heads/<key>/      heads.safetensors: a run's heads, or a classifier's last layer with its class names' embeddings
 text/<key>/       the text tower as ONNX, which embeds queries
+confidence/<key>/ how sure an answer to a text is, see `svb.retrieve.stored.calibration`
 metadata/<key>/   columns of a table, to show and to filter by
 cache/            files that can be made again: FAISS files, words of the speech, query vectors, pictures
 

@@ -323,6 +323,7 @@ def _summary_of_index(path: Path, held: dict[str, Any]) -> Summary:
     if (speech := held["speech"]) and speech["cues"]:
         languages = f", in {', '.join(speech['languages'])}" if speech["languages"] else ""
         lines.append(("speech", f"{speech['cues']} lines that are said, in {speech['windows']} windows{languages}"))
+    lines += _confidences(held["confidence"])
     if held["metadata"]:
         lines.append(("metadata", ", ".join(held["metadata"])))
     scan = held["scan"]
@@ -330,6 +331,17 @@ def _summary_of_index(path: Path, held: dict[str, Any]) -> Summary:
         lines.append(("search", f"approximate, {scan['nlist']} lists" if "nlist" in scan else "exact"))
     lines.append(("store", held["store"]))
     return lines, [f'svb search "a dog runs" --index {path}', f"svb serve --index {path}"]
+
+
+def _confidences(calibration: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """Return a line for each confidence that says what it was measured to mean, or one that says why none does."""
+    from svb.retrieve.stored.calibration import meanings_of
+
+    if calibration is None:
+        return [("confidence", "not measured: an older version made it - run `svb index` on it again")]
+    if not calibration:
+        return [("confidence", "not measured: the index has too few videos with val captions")]
+    return [*meanings_of({"confidence": [calibration]}).items()]
 
 
 _SUMMARIES: dict[str, Callable[[Path, dict[str, Any]], Summary]] = {

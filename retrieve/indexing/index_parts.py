@@ -13,6 +13,7 @@ from svb.errors import InputError, ModelUnavailableError, SvbError
 from svb.retrieve.indexing.index_config import LOCAL, IndexConfig
 from svb.retrieve.indexing.index_plan import live_videos
 from svb.retrieve.indexing.index_source import IndexModel
+from svb.retrieve.stored.calibration import meanings_of
 from svb.retrieve.stored.cues import open_speech, publish_speech
 from svb.retrieve.stored.manifest import part_folder, publish_part
 from svb.retrieve.stored.metadata import publish_metadata
@@ -46,8 +47,8 @@ class IndexParts:
         They are made again. Only `svb verify`, which reads all of a file, finds changes within it.
         """
         dropped = False
-        for part in ("captions", "metadata", "heads", "text", "speech"):
-            for entry in list(self._draft[part]):
+        for part in ("captions", "metadata", "heads", "text", "speech", "confidence"):
+            for entry in list(self._draft.get(part, [])):
                 folder = part_folder(self._out, part, entry)
                 try:
                     require_sizes(folder, entry["sizes"])
@@ -68,7 +69,8 @@ class IndexParts:
     @property
     def are_finished(self) -> bool:
         """Tell whether `finish` has seen the draft's segments and inputs, in this run or an earlier one."""
-        return bool(self._draft.get("finished") == self._finished())
+        # Older versions calibrated nothing.
+        return "confidence" in self._draft and bool(self._draft.get("finished") == self._finished())
 
     def note_finished(self) -> None:
         """Note that nothing is left to finish; after a kill before this, the next run finishes."""
@@ -82,6 +84,7 @@ class IndexParts:
         if not self._draft["heads"]:
             self._update_heads()  # an older version made none for a classifier
         self._update_metadata(segments)
+        self._update_confidence(segments)
         self._update_text_tower()
 
     def update_sidecars(self, segments: Sequence[Segment], commit: Callable[[], object]) -> None:
@@ -216,6 +219,13 @@ class IndexParts:
                 self._require_there(path, self._config.metadata is not None, "--metadata", "--no-metadata")
                 video_ids = {video_id for video_id, _ in live_videos(segments)}
                 self._draft["metadata"] = [publish_metadata(self._out, Path(path), video_ids)]
+
+    def _update_confidence(self, segments: Sequence[Segment]) -> None:
+        from svb.retrieve.indexing.calibrate import calibrate
+
+        self._draft["confidence"] = calibrate(self._out, segments, self._model.opened)
+        for level, meaning in meanings_of(self._draft).items():
+            logger.info(f"confidence {level}: {meaning}")
 
     def _require_there(self, path: str, is_asked: bool, option: str, without: str) -> None:
         """Refuse to silently drop a file that an index was made with; a file asked for raises when it is read."""

@@ -18,6 +18,7 @@ from svb.retrieve.searching.rank import EmbeddedRequest, Found, Query, keep_best
 from svb.retrieve.searching.results import Spread, describe_results, independent_rows, numbered
 from svb.retrieve.searching.said import Heard, SpeechSearch
 from svb.retrieve.searching.vectors import Vectors
+from svb.retrieve.stored.calibration import Calibration
 from svb.retrieve.stored.metadata import Metadata
 
 SPEECH_WEIGHT = 1.5
@@ -33,6 +34,7 @@ def fused_results(
     request: SearchRequest,
     embedded: EmbeddedRequest,
     allowed: NDArray[np.bool_] | None,
+    calibration: Calibration | None,
 ) -> tuple[list[VideoResult], str, tuple[str, ...]]:
     """Return the results, best first, the confidence of the best of them, and what the user should know."""
     heard = speech.ask(request, embedded, allowed)
@@ -58,7 +60,8 @@ def fused_results(
     place_of = {video: place for place, video in enumerate(videos.tolist())}
     told = SPEECH_WEIGHT * said >= seen
     results = []
-    for row, result in zip(found, describe_results(vectors, metadata, request, embedded, found), strict=True):
+    described = describe_results(vectors, metadata, request, embedded, found, calibration)
+    for row, result in zip(found, described, strict=True):
         place = place_of[row.row]
         results.append(_with_lines(result, heard, row.row, float(scores[place]), bool(told[place]), request))
     best = min(results, key=lambda result: CONFIDENCES.index(result.confidence)).confidence

@@ -1,25 +1,23 @@
 """Builds the results for the videos that were found: their scores, moments and confidence.
 
-Confidence says how sure an answer is, from how a query's scores are spread over the whole index. Scores of two
-queries cannot be compared: one text is near to everything, another to nothing. What can be compared is how many
-standard deviations an answer stands out of its own query's scores. The best of N rows that have nothing to do with
-a query stands out by a little less than sqrt(2 ln N). So an answer is
+Confidence says how sure an answer is. For a text, ranked by moments, the calibration of the index tells:
+`svb.retrieve.stored.calibration`. For all else, and in an index without one, it goes by how a query's scores are
+spread over the whole index. The best of N rows that have nothing to do with a query stands out by a little less than
+sqrt(2 ln N) standard deviations. So an answer is
 
     strong    from sqrt(2 ln N) on: hardly by chance
     fair      from 0.9 of it on: about where chance ends
     weak      below: likely the best of what does not match
 
-Over 3,395 MSR-VTT clips, with captions of val as queries, the best answer was right (its own clip, or one with a
-caption that means much the same) in 71, 54 and 36 % of these levels; with all right answers taken out, 4 % were
-still strong. Over 244 clips it was 60, 48 and 29 %, and 10 %. If most of an index matches a query, nothing stands
-out and every answer is weak.
+By this rule nothing stands out if most of an index matches a query, and every answer is weak.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,6 +28,7 @@ from svb.retrieve.searching.catalog import Catalog
 from svb.retrieve.searching.moments import curve_of, find_moments
 from svb.retrieve.searching.rank import EmbeddedRequest, Found, Query, require_unit_length
 from svb.retrieve.searching.vectors import Vectors
+from svb.retrieve.stored.calibration import Calibration
 from svb.retrieve.stored.metadata import Metadata
 
 FAIR = 0.9
@@ -88,11 +87,12 @@ def build_results(
     request: SearchRequest,
     embedded: EmbeddedRequest,
     found: Sequence[Found],
+    calibration: Calibration | None,
 ) -> tuple[list[VideoResult], str]:
     """Return the results for the videos that were found, best first, and the confidence of the best of them."""
     if not found:
         return [], CONFIDENCES[-1]
-    results = describe_results(vectors, metadata, request, embedded, found)
+    results = describe_results(vectors, metadata, request, embedded, found, calibration)
     # A score may differ in its last digit from the one that the scan went by.
     results.sort(key=lambda result: -result.score)
     return numbered(results, request), results[0].confidence
@@ -104,6 +104,7 @@ def describe_results(
     request: SearchRequest,
     embedded: EmbeddedRequest,
     found: Sequence[Found],
+    calibration: Calibration | None,
 ) -> list[VideoResult]:
     """Return the results for the videos that were found, in their order, not numbered yet."""
     catalog = vectors.catalog
@@ -111,8 +112,13 @@ def describe_results(
     ranked = windows if request.ranked_by == "moment" else embedded.query(vectors, request.ranked_by)
     # The spread is that of the whole index, whatever a filter leaves: a video's score means the same with a filter.
     independent = independent_rows(catalog, request.ranked_by)
-    spread = Spread.of(ranked.scores(vectors.background(request.ranked_by)), independent)
+    background = ranked.scores(vectors.background(request.ranked_by))
+    spread = Spread.of(background, independent)
     deviation = spread.deviation
+    confidence_of: Callable[[float], str] = spread.confidence
+    if calibration is not None and request.text is not None and request.ranked_by == "moment":
+        best_score, closeness = float(background.max()), calibration.closeness((embedded.main, *embedded.plus))
+        confidence_of = partial(calibration.confidence, closeness=closeness, best_score=best_score)
     if request.ranked_by != "moment":
         deviation = Spread.of(windows.scores(vectors.background("moment")), independent).deviation
     results = []
@@ -128,7 +134,7 @@ def describe_results(
             VideoResult(
                 rank=0,
                 score=score,
-                confidence=spread.confidence(score),
+                confidence=confidence_of(score),
                 video_id=info.video_id,
                 key=info.key,
                 source_path=info.source_path,

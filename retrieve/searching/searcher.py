@@ -21,6 +21,7 @@ from svb.retrieve.searching.ivf import open_ivf
 from svb.retrieve.searching.rank import EmbeddedRequest, rank_videos, require_cosines
 from svb.retrieve.searching.results import VideoInfo, build_results, info_of, video_key
 from svb.retrieve.searching.vectors import CaptionPools, SegmentVectors, Vectors
+from svb.retrieve.stored.calibration import Calibration, open_calibration
 from svb.retrieve.stored.manifest import read_manifest, read_whole
 from svb.retrieve.stored.metadata import Metadata
 from svb.retrieve.stored.segment import open_segments
@@ -193,7 +194,7 @@ class Searcher:
             from svb.retrieve.searching.fused import fused_results
 
             results, confidence, more = fused_results(
-                vectors, self._opened.metadata, speech, request, embedded, allowed
+                vectors, self._opened.metadata, speech, request, embedded, allowed, self._opened.calibration
             )
             notes += more
         elif compared.any():
@@ -201,7 +202,9 @@ class Searcher:
             found = rank_videos(
                 vectors, query, request.k, by=request.ranked_by, allowed=allowed, folded=request.fold
             )
-            results, confidence = build_results(self.vectors, self._opened.metadata, request, embedded, found)
+            results, confidence = build_results(
+                self.vectors, self._opened.metadata, request, embedded, found, self._opened.calibration
+            )
         num_videos, num_windows = int(compared.sum()), int(self.catalog.moment_counts[compared].sum())
         return Answer(
             request=request,
@@ -290,6 +293,7 @@ class OpenedIndex:
     pools: CaptionPools
     metadata: Metadata
     embedder: QueryEmbedder
+    calibration: Calibration | None
 
 
 class ServerVectors(Vectors, Protocol):
@@ -349,4 +353,5 @@ def _open_index(
         CaptionPools(folder, manifest),
         Metadata.open(folder, manifest),
         previous if previous is not None and previous.fits(manifest) else QueryEmbedder(folder, manifest, device),
+        open_calibration(folder, manifest),
     )

@@ -20,6 +20,7 @@ from svb.retrieve.server.http import json_response, parse_object, read_json, unt
 from svb.retrieve.server.state import ServerState
 from svb.retrieve.server.uploads import Upload
 from svb.retrieve.server.video_files import find_file, find_video
+from svb.retrieve.stored.calibration import meanings_of
 
 if TYPE_CHECKING:
     from svb.retrieve.searching.searcher import Searcher
@@ -166,6 +167,7 @@ def describe(searcher: Searcher) -> dict[str, Any]:
         "has_captions": bool(manifest["captions"]),
         "languages": [language for entry in manifest.get("speech", []) for language in entry["languages"]],
         "has_speech": any(entry["windows"] for entry in manifest.get("speech", [])),
+        "confidence": meanings_of(manifest),
         "version": __version__,
     }
 

@@ -21,7 +21,7 @@ from svb.data.publish import hash_file, published_folder, recover_folder, remove
 from svb.errors import StoreError
 
 FORMAT_VERSION = 2
-PARTS = ("segments", "tombstones", "captions", "metadata", "heads", "text", "speech")
+PARTS = ("segments", "tombstones", "captions", "metadata", "heads", "text", "speech", "confidence")
 HEADS = "heads.safetensors"
 # Parts of indexes that older versions made: nothing reads them, and the next commit leaves them out.
 OLD_PARTS = ("hubs",)
@@ -176,6 +176,8 @@ def describe_index(folder: Path) -> dict[str, Any]:
         "metadata": [column for entry in manifest["metadata"] for column in entry["columns"]],
         "speech": _described(manifest["speech"][0]) if manifest.get("speech") else None,
         "text_tower": _described(manifest["text"][0]) if manifest["text"] else None,
+        # None if an older version made it, empty if there was too little to measure with.
+        "confidence": next(map(_described, manifest["confidence"]), {}) if "confidence" in manifest else None,
         "vectors": manifest["vectors"],
         "store": manifest["store"],
         **{key: manifest[key] for key in ("model_fingerprint", "model")},

@@ -1,0 +1,258 @@
+"""Fits how sure an answer is to the captions of an index's own val videos, and measures what the levels mean.
+
+Each caption is a query. An answer is right if it is the caption's own video, or if one of the video's captions shares
+enough of its words. `svb.retrieve.stored.calibration` says what is fitted: the first answers give the rule, the nine
+behind them the weight of the gap. The levels are measured on captions of videos that the rule was not fitted to: two
+rules, each of one half of the videos, are measured on the other half; the rule that is kept is of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svb.data.relevance import content_words
+from svb.retrieve.answer import CONFIDENCES
+from svb.retrieve.searching.catalog import Catalog
+from svb.retrieve.searching.vectors import SegmentVectors
+from svb.retrieve.stored.calibration import Calibration, Rule, level_of, publish_calibration
+from svb.retrieve.stored.segment import Segment
+
+if TYPE_CHECKING:
+    from svb.data.caption_features import CaptionFeatures
+    from svb.retrieve.model.source import OpenedSource
+
+# Fewer say too little; more cost time and hardly change the rule.
+MIN_CAPTIONS, MAX_CAPTIONS = 100, 1000
+# The scores of captions with moments: a million moments are asked with 100 captions, which takes seconds.
+MAX_SCORES = 10**8
+# With more known captions a query costs more; 60,000 instead of 4,096 gained 0.01 of AUC at most.
+NUM_KNOWN = 4096
+# The words of both captions that a caption shares with a right video's, as a share (IoU): about here a person says
+# that they mean much the same.
+RIGHT_IOU = 0.3
+ANSWERS = 10
+VIDEOS_AT_ONCE = 4096
+NUM_BINS = 10
+# Keeps weights finite where answers can be told apart without an error.
+RIDGE = 1e-3
+
+
+@dataclass(frozen=True)
+class Asked:
+    """C captions as queries, and their A best answers; -1 in `right` is an answer whose video has no captions.
+
+    Attributes:
+        scores: `(C, A)`, best first.
+        closeness: `(C,)`, the highest cosine with a known caption.
+        best_scores: `(C,)`, the highest score in the sample of the index's windows.
+        right: `(C, A)`, 1 where an answer is right.
+        video_of: `(C,)`, the number of each caption's own video.
+    """
+
+    scores: NDArray[np.float32]
+    closeness: NDArray[np.float32]
+    best_scores: NDArray[np.float32]
+    right: NDArray[np.int64]
+    video_of: NDArray[np.int64]
+
+    def features(self, rank: slice) -> NDArray[np.float64]:
+        """Return `(n, 4)`, for answers that can be judged: score, closeness, gap, and whether it is right."""
+        scores, right = self.scores[:, rank], self.right[:, rank]
+        gaps = np.maximum(0, self.best_scores[:, None] - scores)
+        closeness = np.broadcast_to(self.closeness[:, None], scores.shape)
+        return np.stack([scores, closeness, gaps, right], axis=-1)[right >= 0].astype(np.float64)
+
+
+def calibrate(out: Path, segments: Sequence[Segment], opened: OpenedSource) -> list[dict[str, Any]]:
+    """Return the entry of an index's calibration in a list; an empty one if there are too few captions for it.
+
+    Args:
+        out: The index's folder.
+        segments: All of the index.
+        opened: What it was made from.
+    """
+    from svb.train.training_data import positions_of_splits
+
+    captions, catalog = opened.captions, Catalog(segments)
+    if captions is None:
+        return []
+    positions = positions_of_splits(captions, val_fraction=opened.config.put_aside, quiet=True)
+    rows = catalog.live_rows
+    held = [position for position in positions["val"] if captions.table.video_ids[position] in rows]
+    most = min(MAX_CAPTIONS, max(MIN_CAPTIONS, MAX_SCORES // max(1, catalog.num_moments)))
+    if len(held) < MIN_CAPTIONS:
+        return []
+    known = _embeddings(opened, _some(positions["train"], NUM_KNOWN)).astype(np.float16)
+    calibration, measured = fit(ask(captions, opened, catalog, _some(held, most), known), known)
+    return [publish_calibration(out, calibration, measured)]
+
+
+def ask(
+    captions: CaptionFeatures,
+    opened: OpenedSource,
+    catalog: Catalog,
+    positions: Sequence[int],
+    known: NDArray[np.float16],
+) -> Asked:
+    """Search with captions of videos that are in the index, and judge the answers."""
+    queries, rows = _embeddings(opened, positions), catalog.live_rows
+    of_video: dict[int, list[set[str]]] = {}
+    for video_id, caption in zip(captions.table.video_ids, captions.table.captions, strict=True):
+        if video_id in rows:
+            of_video.setdefault(rows[video_id], []).append(content_words(caption))
+    videos, scores = _best_videos(catalog, queries)
+    sample = SegmentVectors(catalog.segments).embeddings(catalog.sample_rows("moment"), by="moment")
+    own = np.array([rows[captions.table.video_ids[position]] for position in positions])
+    right = np.full(videos.shape, -1)
+    for number, position in enumerate(positions):
+        words = content_words(captions.table.captions[position])
+        for rank, video in enumerate(videos[number].tolist()):
+            if video in of_video:
+                right[number, rank] = video == own[number] or any(
+                    _means_the_same(words, o) for o in of_video[video]
+                )
+    closeness = (queries @ known.astype(np.float32).T).max(axis=1) if len(known) else np.zeros(len(queries))
+    return Asked(scores, closeness, (queries @ sample.T).max(axis=1), right, own)
+
+
+def fit(asked: Asked, known: NDArray[np.float16]) -> tuple[Calibration, dict[str, Any]]:
+    """Return the rule of all captions, and what the levels were measured to mean."""
+    first = asked.features(slice(0, 1))
+    videos = np.unique(asked.video_of)
+    chosen = np.random.default_rng(0).permutation(videos)[: len(videos) // 2]
+    is_chosen = np.isin(asked.video_of, chosen)[asked.right[:, 0] >= 0]
+    chances = np.empty(len(first))
+    for half in (is_chosen, ~is_chosen):
+        chances[~half] = _fit_first(first[half]).chances(*first[~half, :3].T)
+    right = first[:, 3] > 0
+    rule = _fit_first(first)
+    return Calibration(_with_gap(rule, asked.features(slice(1, None))), known), {
+        "captions": len(first),
+        "auc": auc(chances, right),
+        "score_auc": auc(first[:, 0], right),
+        "error": calibration_error(chances, right),
+        "levels": levels_of(chances, right),
+    }
+
+
+def levels_of(chances: NDArray[np.float64], right: NDArray[np.bool_]) -> dict[str, dict[str, Any]]:
+    """Return for each confidence how many answers have it, and which share of them is right."""
+    levels = np.array([level_of(chance) for chance in chances.tolist()])
+    return {
+        level: {
+            "answers": int((levels == level).sum()),
+            "right": round(float(right[levels == level].mean()), 4) if (levels == level).any() else None,
+        }
+        for level in CONFIDENCES
+    }
+
+
+def auc(values: NDArray[np.floating], right: NDArray[np.bool_]) -> float | None:
+    """Return how often a right answer has a higher value than a wrong one; ties count half. None without both."""
+    num_right, num_wrong = int(right.sum()), int((~right).sum())
+    if not num_right or not num_wrong:
+        return None
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    return round(float((ranks[right].sum() - num_right * (num_right + 1) / 2) / (num_right * num_wrong)), 4)
+
+
+def calibration_error(chances: NDArray[np.float64], right: NDArray[np.bool_]) -> float:
+    """Return how far chances are off the share that is right, the mean over ten bins of equally many answers."""
+    bins = np.array_split(np.argsort(chances, kind="stable"), NUM_BINS)
+    off = [len(rows) * abs(chances[rows].mean() - right[rows].mean()) for rows in bins if len(rows)]
+    return round(float(sum(off) / max(1, len(chances))), 4)
+
+
+def _some(positions: Sequence[int], most: int) -> list[int]:
+    """Return at most so many positions, always the same, ascending."""
+    chosen = np.random.default_rng(0).permutation(len(positions))[:most]
+    return [positions[row] for row in sorted(chosen.tolist())]
+
+
+def _embeddings(opened: OpenedSource, positions: Sequence[int]) -> NDArray[np.float32]:
+    import torch
+
+    assert opened.captions is not None
+    if not positions:
+        return np.empty((0, 0), np.float32)
+    return opened.embedder.embed_captions(torch.from_numpy(opened.captions.features[list(positions)]))
+
+
+def _best_videos(catalog: Catalog, queries: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return `(C, A)` rows of the best videos by their best windows, and their scores."""
+    parts = []
+    for segment in catalog.segments:
+        offsets = segment.moment_offsets
+        for begin in range(0, segment.num_videos, VIDEOS_AT_ONCE):
+            begins = offsets[begin : begin + VIDEOS_AT_ONCE + 1]
+            windows = segment.moment_embeddings[begins[0] : begins[-1]].astype(np.float32)
+            parts.append(np.maximum.reduceat(queries @ windows.T, begins[:-1] - begins[0], axis=1))
+    scores = np.concatenate(parts, axis=1)  # (C, V)
+    scores[:, ~catalog.alive] = -np.inf
+    best = np.argsort(-scores, axis=1, kind="stable")[:, : min(ANSWERS, int(catalog.alive.sum()))]
+    return best, np.take_along_axis(scores, best, axis=1)
+
+
+def _means_the_same(words: set[str], others: set[str]) -> bool:
+    union = len(words | others)
+    return union > 0 and len(words & others) >= RIGHT_IOU * union
+
+
+# --- the fit
+
+
+def _fit_first(answers: NDArray[np.float64]) -> Rule:
+    """Return the rule of first answers, which have no gap; a weight that would be negative is 0."""
+    columns = [0, 1]
+    while True:
+        bias, weights = logistic(answers[:, columns], answers[:, 3])
+        if (weights >= 0).all():
+            held = dict(zip(columns, weights.tolist(), strict=True))
+            return Rule(_rounded(bias), _rounded(held.get(0, 0.0)), _rounded(held.get(1, 0.0)), 0.0)
+        columns.remove(columns[int(weights.argmin())])
+
+
+def _with_gap(rule: Rule, answers: NDArray[np.float64]) -> Rule:
+    """Return the rule with the weight of the gap that answers behind the first have."""
+    if not len(answers):
+        return rule
+    weight = 0.0
+    for _ in range(50):  # Newton's method
+        chances = replace(rule, gap=weight).chances(*answers[:, :3].T)
+        slope = answers[:, 2] @ (answers[:, 3] - chances) + RIDGE * weight
+        weight -= float(slope / (answers[:, 2] ** 2 @ (chances * (1 - chances)) + RIDGE))
+    return replace(rule, gap=_rounded(max(0.0, weight)))
+
+
+def logistic(features: NDArray[np.float64], right: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+    """Return the bias and weights of a logistic regression, by Newton's method.
+
+    The targets are Platt's (*Probabilistic outputs for support vector machines*, 1999, section 2.2): one more right
+    and one more wrong answer, so that no chance becomes 0 or 1 where all are right.
+    """
+    num_right = right.sum()
+    targets = np.where(right > 0, (num_right + 1) / (num_right + 2), 1 / (len(right) - num_right + 2))
+    mean, deviation = features.mean(axis=0), features.std(axis=0) + 1e-9
+    design = np.c_[np.ones(len(features)), (features - mean) / deviation]
+    weights, ridge = np.zeros(design.shape[1]), np.eye(design.shape[1]) * RIDGE * len(features)
+    ridge[0, 0] = 0.0
+    for _ in range(50):
+        chances = 1 / (1 + np.exp(-design @ weights))
+        hessian = (design * (chances * (1 - chances))[:, None]).T @ design + ridge
+        weights -= np.linalg.solve(
+            hessian + 1e-9 * np.eye(len(weights)), design.T @ (chances - targets) + ridge @ weights
+        )
+    raw = weights[1:] / deviation
+    return float(weights[0] - raw @ mean), raw
+
+
+def _rounded(value: float) -> float:
+    """Return three decimals: what other threads of a matrix product change lies behind them."""
+    return round(float(value), 3)
