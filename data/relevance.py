@@ -9,7 +9,6 @@ IoU, the share of common words, is that of Wray, Doughty and Damen, *On Semantic
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from svb.config import fingerprint
 from svb.data.caption_table import CaptionTable
+from svb.data.content_words import content_words
 from svb.data.wordnet import KINDS, WordNet
 from svb.errors import InputError, UsageError
 
@@ -33,20 +33,6 @@ TEXT_SOURCES = {
 }
 # Numbers of a dense block: 8 MB of float32, which stay in the cache from step to step. 64 MB take twice as long.
 _BLOCK_SIZE = 2**21
-STOP_WORDS = frozenset(
-    re.findall(
-        r"\S+",
-        """
-a about above after again against all am an and another any are aren't as at be because been before being below
-between both but by can can't cannot could couldn't did didn't do does doesn't doing don't down during each few for
-from further had hadn't has hasn't have haven't having he her here hers herself him himself his how i if in into is
-isn't it it's its itself just me more most my myself no nor not now of off on once one only or other our ours
-ourselves out over own s same she should shouldn't so some such t than that that's the their theirs them themselves
-then there there's these they this those through to too under until up very was wasn't we were weren't what when
-where which while who whom why will with won't would wouldn't you your yours yourself yourselves
-""",
-    )
-)
 
 
 class Relevance(Protocol):
@@ -192,11 +178,6 @@ def _iou(
     both.data /= np.repeat(own_sizes, np.diff(both.indptr)) + sizes[both.indices] - both.data
     iou: NDArray[np.float32] = both.toarray()
     return iou
-
-
-def content_words(caption: str) -> set[str]:
-    """Return the words of a caption in small letters, without the common words that say nothing of its content."""
-    return set(re.findall(r"[^\W_]+(?:'[^\W_]+)*", caption.lower().replace("\u2019", "'"))) - STOP_WORDS
 
 
 def verbs_and_nouns(captions: Sequence[str]) -> list[list[set[str]]]:

@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from svb.data import relevance as sources
 from svb.data.caption_features import read_caption_features, write_caption_features
 from svb.data.caption_table import CaptionTable, read_caption_table
+from svb.data.content_words import content_words
 from svb.data.description import publish_description
-from svb.data.relevance import content_words, make_relevance, synsets, verbs_and_nouns, words_relevance
+from svb.data.relevance import make_relevance, synsets, verbs_and_nouns, words_relevance
 from svb.data.wordnet import WordNet
 from svb.errors import InputError, MismatchError, UsageError
 from svb.retrieve.compare import compare

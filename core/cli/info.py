@@ -341,7 +341,8 @@ def _confidences(calibration: dict[str, Any] | None) -> list[tuple[str, str]]:
         return [("confidence", "not measured: an older version made it - run `svb index` on it again")]
     if not calibration:
         return [("confidence", "not measured: the index has too few videos with val captions")]
-    return [*meanings_of({"confidence": [calibration]}).items()]
+    meanings = meanings_of({"confidence": [calibration]}).items()
+    return [("" if row else "confidence", f"{level}: {meaning}") for row, (level, meaning) in enumerate(meanings)]
 
 
 _SUMMARIES: dict[str, Callable[[Path, dict[str, Any]], Summary]] = {

@@ -1,13 +1,14 @@
 """Fits how sure an answer is to the captions of an index's own val videos, and measures what the levels mean.
 
-Each caption is a query. An answer is right if it is the caption's own video, or if one of the video's captions shares
-enough of its words. `svb.retrieve.stored.calibration` says what is fitted: the first answers give the rule, the nine
-behind them the weight of the gap. The levels are measured on captions of videos that the rule was not fitted to: two
-rules, each of one half of the videos, are measured on the other half; the rule that is kept is of both.
+Each caption is a query. An answer is right if it is the caption's own video, or if one of the video's captions
+shares enough of its words. `svb.retrieve.stored.calibration` says what is fitted: the first answers give the rule,
+the nine behind them the weight of the gap. The levels are measured on captions of videos that the rule was not fitted
+to: two rules, each of one half of the videos, are measured on the other half. The rule that is kept is fitted to all.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from svb.data.relevance import content_words
+from svb.data.content_words import content_words
 from svb.retrieve.answer import CONFIDENCES
 from svb.retrieve.searching.catalog import Catalog
 from svb.retrieve.searching.vectors import SegmentVectors
@@ -24,17 +25,15 @@ from svb.retrieve.stored.calibration import Calibration, Rule, level_of, publish
 from svb.retrieve.stored.segment import Segment
 
 if TYPE_CHECKING:
-    from svb.data.caption_features import CaptionFeatures
     from svb.retrieve.model.source import OpenedSource
 
 # Fewer say too little; more cost time and hardly change the rule.
 MIN_CAPTIONS, MAX_CAPTIONS = 100, 1000
 # The scores of captions with moments: a million moments are asked with 100 captions, which takes seconds.
 MAX_SCORES = 10**8
-# With more known captions a query costs more; 60,000 instead of 4,096 gained 0.01 of AUC at most.
+# More cost a query more: 60,000 gain 0.01 of AUC at most.
 NUM_KNOWN = 4096
-# The words of both captions that a caption shares with a right video's, as a share (IoU): about here a person says
-# that they mean much the same.
+# Two captions that share this part of their words (IoU) mean much the same, as a person would say.
 RIGHT_IOU = 0.3
 ANSWERS = 10
 VIDEOS_AT_ONCE = 4096
@@ -49,24 +48,25 @@ class Asked:
 
     Attributes:
         scores: `(C, A)`, best first.
-        closeness: `(C,)`, the highest cosine with a known caption.
+        queries: `(C, 2)`, how well the model knows each caption: see `Calibration.query`.
         best_scores: `(C,)`, the highest score in the sample of the index's windows.
         right: `(C, A)`, 1 where an answer is right.
         video_of: `(C,)`, the number of each caption's own video.
     """
 
     scores: NDArray[np.float32]
-    closeness: NDArray[np.float32]
+    queries: NDArray[np.float64]
     best_scores: NDArray[np.float32]
     right: NDArray[np.int64]
     video_of: NDArray[np.int64]
 
     def features(self, rank: slice) -> NDArray[np.float64]:
-        """Return `(n, 4)`, for answers that can be judged: score, closeness, gap, and whether it is right."""
+        """Return `(n, 5)`, for answers that can be judged: the features of a `Rule`, and whether it is right."""
         scores, right = self.scores[:, rank], self.right[:, rank]
         gaps = np.maximum(0, self.best_scores[:, None] - scores)
-        closeness = np.broadcast_to(self.closeness[:, None], scores.shape)
-        return np.stack([scores, closeness, gaps, right], axis=-1)[right >= 0].astype(np.float64)
+        queries = np.broadcast_to(self.queries[:, None], (*scores.shape, 2))
+        features = np.concatenate([scores[..., None], queries, gaps[..., None], right[..., None]], axis=-1)
+        return features[right >= 0].astype(np.float64)
 
 
 def calibrate(out: Path, segments: Sequence[Segment], opened: OpenedSource) -> list[dict[str, Any]]:
@@ -88,57 +88,65 @@ def calibrate(out: Path, segments: Sequence[Segment], opened: OpenedSource) -> l
     most = min(MAX_CAPTIONS, max(MIN_CAPTIONS, MAX_SCORES // max(1, catalog.num_moments)))
     if len(held) < MIN_CAPTIONS:
         return []
-    known = _embeddings(opened, _some(positions["train"], NUM_KNOWN)).astype(np.float16)
-    calibration, measured = fit(ask(captions, opened, catalog, _some(held, most), known), known)
+    words = words_of(opened, positions["train"])
+    calibration, measured = fit(ask(opened, catalog, _some(held, most), words), words)
     return [publish_calibration(out, calibration, measured)]
 
 
-def ask(
-    captions: CaptionFeatures,
-    opened: OpenedSource,
-    catalog: Catalog,
-    positions: Sequence[int],
-    known: NDArray[np.float16],
-) -> Asked:
-    """Search with captions of videos that are in the index, and judge the answers."""
-    queries, rows = _embeddings(opened, positions), catalog.live_rows
+def words_of(opened: OpenedSource, positions: Sequence[int]) -> Calibration:
+    """Return what is known of the training captions at some positions, with a rule that is not fitted yet."""
+    assert opened.captions is not None
+    texts = opened.captions.table.captions
+    counts = Counter(word for position in positions for word in content_words(texts[position]))
+    known = _embeddings(opened, _some(positions, NUM_KNOWN)).astype(np.float16)
+    return Calibration(Rule(0.0, 0.0, 0.0, 0.0, 0.0), len(positions), counts, known)
+
+
+def ask(opened: OpenedSource, catalog: Catalog, positions: Sequence[int], words: Calibration) -> Asked:
+    """Search with the captions at some positions, whose videos are in the index, and judge the answers."""
+    assert opened.captions is not None
+    table, rows = opened.captions.table, catalog.live_rows
+    queries = _embeddings(opened, positions)
     of_video: dict[int, list[set[str]]] = {}
-    for video_id, caption in zip(captions.table.video_ids, captions.table.captions, strict=True):
+    for video_id, caption in zip(table.video_ids, table.captions, strict=True):
         if video_id in rows:
             of_video.setdefault(rows[video_id], []).append(content_words(caption))
     videos, scores = _best_videos(catalog, queries)
-    sample = SegmentVectors(catalog.segments).embeddings(catalog.sample_rows("moment"), by="moment")
-    own = np.array([rows[captions.table.video_ids[position]] for position in positions])
+    own = np.array([rows[table.video_ids[position]] for position in positions])
     right = np.full(videos.shape, -1)
     for number, position in enumerate(positions):
-        words = content_words(captions.table.captions[position])
+        asked = content_words(table.captions[position])
         for rank, video in enumerate(videos[number].tolist()):
             if video in of_video:
-                right[number, rank] = video == own[number] or any(
-                    _means_the_same(words, o) for o in of_video[video]
-                )
-    closeness = (queries @ known.astype(np.float32).T).max(axis=1) if len(known) else np.zeros(len(queries))
-    return Asked(scores, closeness, (queries @ sample.T).max(axis=1), right, own)
+                right[number, rank] = video == own[number] or any(_mean_the_same(asked, o) for o in of_video[video])
+    sample = SegmentVectors(catalog.segments).embeddings(catalog.sample_rows("moment"), by="moment")
+    known = [words.query([table.captions[p]], [query]) for p, query in zip(positions, queries, strict=True)]
+    return Asked(scores, np.array(known), (queries @ sample.T).max(axis=1), right, own)
 
 
-def fit(asked: Asked, known: NDArray[np.float16]) -> tuple[Calibration, dict[str, Any]]:
+def fit(asked: Asked, words: Calibration) -> tuple[Calibration, dict[str, Any]]:
     """Return the rule of all captions, and what the levels were measured to mean."""
     first = asked.features(slice(0, 1))
-    videos = np.unique(asked.video_of)
-    chosen = np.random.default_rng(0).permutation(videos)[: len(videos) // 2]
-    is_chosen = np.isin(asked.video_of, chosen)[asked.right[:, 0] >= 0]
-    chances = np.empty(len(first))
-    for half in (is_chosen, ~is_chosen):
-        chances[~half] = _fit_first(first[half]).chances(*first[~half, :3].T)
-    right = first[:, 3] > 0
-    rule = _fit_first(first)
-    return Calibration(_with_gap(rule, asked.features(slice(1, None))), known), {
+    chances, right = chances_of_other_half(asked), first[:, 4] > 0
+    rule = _with_gap(fit_first(first), asked.features(slice(1, None)))
+    return replace(words, rule=rule), {
         "captions": len(first),
         "auc": auc(chances, right),
         "score_auc": auc(first[:, 0], right),
         "error": calibration_error(chances, right),
         "levels": levels_of(chances, right),
     }
+
+
+def chances_of_other_half(asked: Asked) -> NDArray[np.float64]:
+    """Return `(n,)` chances of the first answers that can be judged, by rules of the other half of the videos."""
+    first, videos = asked.features(slice(0, 1)), np.unique(asked.video_of)
+    chosen = np.random.default_rng(0).permutation(videos)[: len(videos) // 2]
+    is_chosen = np.isin(asked.video_of, chosen)[asked.right[:, 0] >= 0]
+    chances = np.empty(len(first))
+    for half in (is_chosen, ~is_chosen):
+        chances[~half] = fit_first(first[half]).chances(first[~half, :4])
+    return chances
 
 
 def levels_of(chances: NDArray[np.float64], right: NDArray[np.bool_]) -> dict[str, dict[str, Any]]:
@@ -180,9 +188,8 @@ def _embeddings(opened: OpenedSource, positions: Sequence[int]) -> NDArray[np.fl
     import torch
 
     assert opened.captions is not None
-    if not positions:
-        return np.empty((0, 0), np.float32)
-    return opened.embedder.embed_captions(torch.from_numpy(opened.captions.features[list(positions)]))
+    features = torch.from_numpy(opened.captions.features[list(positions)])
+    return opened.embedder.embed_captions(features)
 
 
 def _best_videos(catalog: Catalog, queries: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -200,7 +207,7 @@ def _best_videos(catalog: Catalog, queries: NDArray[np.float32]) -> tuple[NDArra
     return best, np.take_along_axis(scores, best, axis=1)
 
 
-def _means_the_same(words: set[str], others: set[str]) -> bool:
+def _mean_the_same(words: set[str], others: set[str]) -> bool:
     union = len(words | others)
     return union > 0 and len(words & others) >= RIGHT_IOU * union
 
@@ -208,26 +215,24 @@ def _means_the_same(words: set[str], others: set[str]) -> bool:
 # --- the fit
 
 
-def _fit_first(answers: NDArray[np.float64]) -> Rule:
+def fit_first(answers: NDArray[np.float64]) -> Rule:
     """Return the rule of first answers, which have no gap; a weight that would be negative is 0."""
-    columns = [0, 1]
+    columns = [0, 1, 2]
     while True:
-        bias, weights = logistic(answers[:, columns], answers[:, 3])
+        bias, weights = logistic(answers[:, columns], answers[:, 4])
         if (weights >= 0).all():
             held = dict(zip(columns, weights.tolist(), strict=True))
-            return Rule(_rounded(bias), _rounded(held.get(0, 0.0)), _rounded(held.get(1, 0.0)), 0.0)
+            return Rule(_rounded(bias), *(_rounded(held.get(column, 0.0)) for column in (0, 1, 2)), gap=0.0)
         columns.remove(columns[int(weights.argmin())])
 
 
 def _with_gap(rule: Rule, answers: NDArray[np.float64]) -> Rule:
     """Return the rule with the weight of the gap that answers behind the first have."""
-    if not len(answers):
-        return rule
-    weight = 0.0
+    weight, gaps, right = 0.0, answers[:, 3], answers[:, 4]
     for _ in range(50):  # Newton's method
-        chances = replace(rule, gap=weight).chances(*answers[:, :3].T)
-        slope = answers[:, 2] @ (answers[:, 3] - chances) + RIDGE * weight
-        weight -= float(slope / (answers[:, 2] ** 2 @ (chances * (1 - chances)) + RIDGE))
+        chances = replace(rule, gap=weight).chances(answers[:, :4])
+        slope = gaps @ (right - chances) + RIDGE * weight
+        weight -= float(slope / (gaps**2 @ (chances * (1 - chances)) + RIDGE))
     return replace(rule, gap=_rounded(max(0.0, weight)))
 
 

@@ -225,7 +225,7 @@ class IndexParts:
 
         self._draft["confidence"] = calibrate(self._out, segments, self._model.opened)
         for level, meaning in meanings_of(self._draft).items():
-            logger.info(f"confidence {level}: {meaning}")
+            logger.info(f"{level}: {meaning}")
 
     def _require_there(self, path: str, is_asked: bool, option: str, without: str) -> None:
         """Refuse to silently drop a file that an index was made with; a file asked for raises when it is read."""

@@ -2,8 +2,8 @@
 
 Confidence says how sure an answer is. For a text, ranked by moments, the calibration of the index tells:
 `svb.retrieve.stored.calibration`. For all else, and in an index without one, it goes by how a query's scores are
-spread over the whole index. The best of N rows that have nothing to do with a query stands out by a little less than
-sqrt(2 ln N) standard deviations. So an answer is
+spread over the whole index. The best of N rows that have nothing to do with a query stands out by a little less
+than sqrt(2 ln N) standard deviations. So an answer is
 
     strong    from sqrt(2 ln N) on: hardly by chance
     fair      from 0.9 of it on: about where chance ends
@@ -117,8 +117,8 @@ def describe_results(
     deviation = spread.deviation
     confidence_of: Callable[[float], str] = spread.confidence
     if calibration is not None and request.text is not None and request.ranked_by == "moment":
-        best_score, closeness = float(background.max()), calibration.closeness((embedded.main, *embedded.plus))
-        confidence_of = partial(calibration.confidence, closeness=closeness, best_score=best_score)
+        known = calibration.query((request.text, *request.plus), (embedded.main, *embedded.plus))
+        confidence_of = partial(calibration.confidence, query=known, best_score=float(background.max()))
     if request.ranked_by != "moment":
         deviation = Spread.of(windows.scores(vectors.background("moment")), independent).deviation
     results = []

@@ -1,14 +1,18 @@
-"""How sure an answer to a text is: a rule that `svb index` fits and measures with captions of the index's own videos.
+"""How sure an answer to a text is: a rule that `svb index` fits and measures with captions of its own videos.
 
-confidence/<key>/known.npy   (K, D) float16, captions that the model was trained with
+confidence/<key>/words.json   how many training captions there are, and how many of them hold each content word
+confidence/<key>/known.npy    (K, D) float16, embeddings of some training captions
 
-The chance that a video is right is a logistic function of its score, of how close the query comes to a known
-caption, and of how far the score is below the best of the index. The score alone tells little: a model scores what it
-does not know nearly as high. How many others fit as well does not count, so common things may be strong.
+The chance that a video is right is a logistic function of its score, of how well the model knows the query, and of how
+far the score is below the best of the index. The score alone tells little: a model scores what it has never heard of
+nearly as high. It knows a query whose words are common in the captions that it learned from, and that is close to one
+of them. How many others fit as well does not count against a video, and common things have common words.
 """
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,69 +22,82 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from svb.config import canonical_json
+from svb.data.content_words import content_words
 from svb.errors import StoreError
 from svb.retrieve.answer import CONFIDENCES
 from svb.retrieve.stored.manifest import part_folder, publish_part
 from svb.retrieve.stored.segment import open_array, require_sizes
 
 # From this chance on an answer is strong, or fair.
-LEAST_CHANCES = {"strong": 0.7, "fair": 0.35}
-KNOWN = "known.npy"
+LEAST_CHANCES = {"strong": 0.75, "fair": 0.35}
+WORDS, KNOWN = "words.json", "known.npy"
+# What a word that is in no caption counts.
+UNHEARD = 0.3
 
 
 @dataclass(frozen=True)
 class Rule:
-    """The chance that a video is right: 1 / (1 + exp(-(bias + score * s + known * c - gap * g))).
+    """The chance that a video is right: 1 / (1 + exp(-(bias + score * s + words * w + known * c - gap * g))).
 
     Attributes:
         bias: See above.
-        score: Weight of s, the video's score.
-        known: Weight of c, the highest cosine of the query with a known caption.
+        score: Weight of s, the video's score; at least 0.
+        words: Weight of w, how common the query's words are; at least 0.
+        known: Weight of c, the highest cosine of the query with a training caption; at least 0.
         gap: Weight of g, by how much the best window of the index scores higher than the video; at least 0.
     """
 
     bias: float
     score: float
+    words: float
     known: float
     gap: float
 
-    def chances(
-        self, scores: NDArray[np.floating], closeness: NDArray[np.floating], gaps: NDArray[np.floating]
-    ) -> NDArray[np.float64]:
-        """Return the chances that `(n,)` videos are right."""
-        logits = self.bias + self.score * scores + self.known * closeness - self.gap * gaps
-        chances: NDArray[np.float64] = 1 / (1 + np.exp(-np.asarray(logits, np.float64)))
+    def chances(self, features: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the chances that `(n,)` videos are right, of `(n, 4)` features: s, w, c and g."""
+        logits = self.bias + features @ [self.score, self.words, self.known, -self.gap]
+        chances: NDArray[np.float64] = 1 / (1 + np.exp(-logits))
         return chances
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A rule and the captions that it compares a query with.
+    """A rule, and what it knows of the captions that the model was trained with.
 
     Attributes:
         rule: The rule.
-        known_embeddings: `(K, D)` float16; there may be none.
+        num_captions: How many captions there are.
+        counts: How many of them hold each content word.
+        known_embeddings: `(K, D)` float16 of some of them; there may be none.
     """
 
     rule: Rule
+    num_captions: int
+    counts: Mapping[str, int]
     known_embeddings: NDArray[np.float16]
 
-    def closeness(self, queries: Sequence[NDArray[np.float32]]) -> float:
-        """Return the highest cosine with a known caption, the mean over a request's texts, `(D,)` each."""
-        if not len(self._known):
-            return 0.0
-        return float(np.mean([(self._known @ query).max() for query in queries]))
+    def query(self, texts: Sequence[str], embeddings: Sequence[NDArray[np.float32]]) -> tuple[float, float]:
+        """Return how well the model knows a query: w and c of its texts, the mean where there are several."""
+        closeness = [float((self._known @ each).max()) for each in embeddings] if len(self._known) else [0.0]
+        return self.commonness(texts), sum(closeness) / len(closeness)
 
-    def confidence(self, score: float, closeness: float, best_score: float) -> str:
+    def commonness(self, texts: Sequence[str]) -> float:
+        """Return how common the content words of texts are: the mean log10 of the share of captions with a word."""
+        shares = [self.counts.get(word, 0) for text in texts for word in sorted(content_words(text))] or [0]
+        logs = [math.log10((count + UNHEARD) / (self.num_captions + 1)) for count in shares]
+        return sum(logs) / len(logs)
+
+    def confidence(self, score: float, query: tuple[float, float], best_score: float) -> str:
         """Return the confidence of a video, one of `svb.retrieve.answer.CONFIDENCES`.
 
         Args:
             score: The video's.
-            closeness: As `closeness` returns it.
-            best_score: The highest of the index, or of a sample of it.
+            query: As `query` returns it.
+            best_score: The highest score of the index, or of a sample of it.
         """
-        gap = max(0.0, best_score - score)
-        return level_of(float(self.rule.chances(*(np.array([value]) for value in (score, closeness, gap)))[0]))
+        features = np.array([[score, *query, max(0.0, best_score - score)]])
+        return level_of(float(self.rule.chances(features)[0]))
 
     @cached_property
     def _known(self) -> NDArray[np.float32]:
@@ -100,40 +117,45 @@ def publish_calibration(out: Path, calibration: Calibration, measured: Mapping[s
         calibration: What to write.
         measured: What it is worth, for people: `captions`, `auc`, `score_auc`, `error` and `levels`.
     """
-    entry = publish_part(
-        out, "confidence", lambda folder: np.save(folder / KNOWN, calibration.known_embeddings.astype(np.float16))
-    )
+    held = canonical_json({"captions": calibration.num_captions, "counts": dict(calibration.counts)})
+
+    def write(folder: Path) -> None:
+        (folder / WORDS).write_text(held, "utf-8")
+        np.save(folder / KNOWN, calibration.known_embeddings)
+
+    entry = publish_part(out, "confidence", write)
     return {**entry, "rule": vars(calibration.rule), **measured}
 
 
 def open_calibration(folder: Path, manifest: Mapping[str, Any]) -> Calibration | None:
-    """Map the calibration of an index; None if it has none.
+    """Read the calibration of an index; None if it has none.
 
     Raises:
-        StoreError: Its file is missing, or is not what was written as far as its size and header tell.
+        StoreError: Its file is missing or damaged.
     """
     for entry in manifest.get("confidence", []):
         path = part_folder(folder, "confidence", entry)
         try:
             require_sizes(path, entry["sizes"])
+            held = json.loads((path / WORDS).read_text("utf-8"))
             known = open_array(path / KNOWN)
-            if known.ndim != 2 or known.shape[1] != manifest["embedding_size"]:
-                raise ValueError(f"known captions of {known.shape}")
-        except (OSError, ValueError, EOFError) as error:
+            if known.ndim != 2 or known.dtype != np.float16 or known.shape[1] != manifest["embedding_size"]:
+                raise ValueError(f"{KNOWN} holds {known.shape} {known.dtype}")
+            return Calibration(Rule(**entry["rule"]), held["captions"], held["counts"], known)
+        except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
             raise StoreError(
                 f"{path} is damaged ({error}) - run `svb index` again, which makes it again"
             ) from error
-        return Calibration(Rule(**entry["rule"]), known)
     return None
 
 
 def meanings_of(manifest: Mapping[str, Any]) -> dict[str, str]:
     """Return what each confidence was measured to mean, for people; empty for an index without a calibration."""
     return {
-        level: f"right in {100 * held['right']:.0f} % of {held['answers']:,} answers to "
+        level: f"right in {100 * held['right']:.0f} % of {held['answers']:,} first answers, measured with "
         f"{entry['captions']:,} captions"
         if held["answers"]
-        else f"none of {entry['captions']:,} captions had such an answer"
+        else f"no first answer to {entry['captions']:,} captions was"
         for entry in manifest.get("confidence", [])
         for level, held in entry["levels"].items()
     }
