@@ -1,9 +1,10 @@
 """Fits how sure an answer is to the captions of an index's own val videos, and measures what the levels mean.
 
 Each caption is a query. An answer is right if it is the caption's own video, or if one of the video's captions
-shares enough of its words. `svb.retrieve.stored.calibration` says what is fitted: the first answers give the rule,
-the nine behind them the weight of the gap. The levels are measured on captions of videos that the rule was not fitted
-to: two rules, each of one half of the videos, are measured on the other half. The rule that is kept is fitted to all.
+shares enough of its words. `svb.retrieve.stored.calibration` says what is fitted: the first answers give the
+rule, the nine behind them the weight of the gap. The levels are measured on captions of videos that the rule
+was not fitted to: two rules, each of one half of the videos, are measured on the other half. The one that is
+kept is fitted to all.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def calibrate(out: Path, segments: Sequence[Segment], opened: OpenedSource) -> l
     if len(held) < MIN_CAPTIONS:
         return []
     words = words_of(opened, positions["train"])
-    calibration, measured = fit(ask(opened, catalog, _some(held, most), words), words)
+    calibration, measured = fit(ask(opened, catalog, choose(held, most), words), words)
     return [publish_calibration(out, calibration, measured)]
 
 
@@ -98,7 +99,7 @@ def words_of(opened: OpenedSource, positions: Sequence[int]) -> Calibration:
     assert opened.captions is not None
     texts = opened.captions.table.captions
     counts = Counter(word for position in positions for word in content_words(texts[position]))
-    known = _embeddings(opened, _some(positions, NUM_KNOWN)).astype(np.float16)
+    known = _embeddings(opened, choose(positions, NUM_KNOWN)).astype(np.float16)
     return Calibration(Rule(0.0, 0.0, 0.0, 0.0, 0.0), len(positions), counts, known)
 
 
@@ -178,7 +179,7 @@ def calibration_error(chances: NDArray[np.float64], right: NDArray[np.bool_]) ->
     return round(float(sum(off) / max(1, len(chances))), 4)
 
 
-def _some(positions: Sequence[int], most: int) -> list[int]:
+def choose(positions: Sequence[int], most: int) -> list[int]:
     """Return at most so many positions, always the same, ascending."""
     chosen = np.random.default_rng(0).permutation(len(positions))[:most]
     return [positions[row] for row in sorted(chosen.tolist())]

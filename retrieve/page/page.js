@@ -498,7 +498,8 @@ function cardOf(result, scale) {
   $(".rank", card).textContent = result.rank;
   $(".badge", card).textContent = result.confidence;
   $(".badge", card).classList.add(result.confidence);
-  $(".badge", card).title = `${result.confidence}: how far the score stands out from the scores of all other videos`;
+  const isMeasured = answer.request.text !== undefined && answer.request.by !== "video" && (result.why ?? "seen") === "seen";
+  $(".badge", card).title = `${result.confidence}: ${isMeasured && info.confidence?.[result.confidence] || "how sure this result is"}`;
   $(".score", card).textContent = result.score.toFixed(3);
   if (result.lines?.length) {
     $(".why", card).textContent = result.why;

@@ -3,10 +3,11 @@
 confidence/<key>/words.json   how many training captions there are, and how many of them hold each content word
 confidence/<key>/known.npy    (K, D) float16, embeddings of some training captions
 
-The chance that a video is right is a logistic function of its score, of how well the model knows the query, and of how
-far the score is below the best of the index. The score alone tells little: a model scores what it has never heard of
-nearly as high. It knows a query whose words are common in the captions that it learned from, and that is close to one
-of them. How many others fit as well does not count against a video, and common things have common words.
+The chance that a video is right is a logistic function of its score, of how well the model knows the query, and
+of how far the score is below the best of the index. The score alone tells little: a model scores what it has
+never heard of nearly as high. It knows a query whose words are common in the captions that it learned from, and
+that is close to one of them. How many others fit as well does not count against a video, and common things have
+common words.
 """
 
 from __future__ import annotations
