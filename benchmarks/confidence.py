@@ -35,7 +35,8 @@ from svb.retrieve.searching.searcher import Searcher
 from svb.retrieve.stored.calibration import Calibration, level_of
 from svb.train.training_data import positions_of_splits
 
-NONSENSE = """tax law reform of 1986; quarterly earnings of the bank; the constitution of belgium; quantum physics of black
+NONSENSE = """
+tax law reform of 1986; quarterly earnings of the bank; the constitution of belgium; quantum physics of black
 holes; parish register of 1742; minutes of the annual meeting; terms and conditions of service; the nicene
 creed; prime number theorem; interest rates and inflation; genome of the fruit fly; the treaty of westphalia;
 invoice number 40217; medieval latin grammar; antitrust litigation; soil erosion statistics; monetary policy
@@ -61,7 +62,7 @@ class Answers:
 
 def measure(folder: Path, options: argparse.Namespace) -> tuple[Any, str]:
     rows, figures = list[list[str]](), list[list[str]]()
-    for number, run in enumerate(options.runs.split(",")):
+    for number, run in enumerate(str(options.runs).split(",")):
         name, held, told = measure_run(Path(run), folder / str(number))
         rows += [[name, *row] for row in held]
         figures.append([name, *told])
