@@ -99,11 +99,12 @@ def measure_run(run: Path, out: Path) -> tuple[str, list[list[str]], list[str]]:
     videos = np.random.default_rng(1).permutation(np.unique(own))
     half = np.isin(own, videos[::2])
     chances, chances_left_out = np.empty(len(asked)), np.empty(len(asked))
+    held_answers = calibrate.ask(opened, searcher.catalog, asked, words)
     for fitted in (half, ~half):
-        rule = calibrate.fit_first(np.c_[captions.features[fitted], captions.right[fitted]])
+        rule = calibrate.fit_first(*held_answers.first(fitted))
         chances[~fitted] = rule.chances(captions.features[~fitted])
         chances_left_out[~fitted] = rule.chances(left_out.features[~fitted])
-    rule = calibrate.fit_first(np.c_[captions.features, captions.right])
+    rule = calibrate.fit_first(*held_answers.first(half | ~half))
     common = is_right.mean(axis=1) >= COMMON_SHARE
     rows = []
     for kind, answers, of, chosen in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from svb.retrieve.indexing import calibrate
 from svb.retrieve.indexing.calibrate import Asked, auc, calibration_error, fit, levels_of
 from svb.retrieve.indexing.verify_index import verify_index
 from svb.retrieve.searching.searcher import Searcher
+from svb.retrieve.server.search_routes import describe
 from svb.retrieve.stored.calibration import LEAST_CHANCES, Calibration, Rule, level_of
 from svb.retrieve.stored.manifest import read_manifest
 
@@ -41,6 +43,7 @@ def test_an_index_measures_its_levels_and_says_what_they_mean(
     assert entry["captions"] == 40 == sum(level["answers"] for level in levels.values())
     told = run_svb("info", calibrated.out).stdout
     assert "confidence" in told and "first answers, measured with 40 captions" in told
+    assert [*describe(Searcher(calibrated.out))["confidence"]] == ["strong", "fair", "weak"]
     ran = run_svb("search", "a dog", "--index", calibrated.out, "--no-server", "--json")
     answer = json.loads(ran.stdout)
     calibration = Searcher(calibrated.out)._opened.calibration
@@ -92,7 +95,8 @@ def made_up(number: int, seed: int) -> Asked:
     features = [np.c_[scores[:, rank], queries, scores[:, 0] - scores[:, rank]] for rank in range(5)]
     chances = np.stack([rule.chances(each) for each in features], axis=1)
     right = (random.uniform(size=chances.shape) < chances).astype(np.int64)
-    return Asked(scores.astype(np.float32), queries, scores[:, 0].astype(np.float32), right, np.arange(number) // 2)
+    best, none = scores[:, 0].astype(np.float32), np.full(number, np.nan, np.float32)
+    return Asked(scores.astype(np.float32), queries, best, right, none, np.arange(number) // 2)
 
 
 EMPTY = Calibration(Rule(0.0, 0.0, 0.0, 0.0, 0.0), 0, {}, np.empty((0, 4), np.float16))
@@ -119,6 +123,14 @@ def test_no_chance_is_0_or_1_where_all_answers_are_right_or_none() -> None:
         assert measured["auc"] is None and measured["levels"][level]["answers"] == 200
 
 
+def test_captions_without_an_answer_teach_what_a_low_score_means() -> None:
+    """Where every first answer is right, only wrong ones tell what a score is worth."""
+    asked = replace(made_up(400, 2), right=np.ones((400, 5), np.int64))
+    calibration, _ = fit(replace(asked, left_out=asked.scores[:, 0] - 0.2), EMPTY)
+    levels = [calibration.confidence(score, (-2.5, 0.75), score) for score in (0.5, 0.0)]
+    assert levels == ["strong", "weak"]
+
+
 def test_common_words_are_known_and_unheard_ones_are_not() -> None:
     embeddings = np.eye(4, dtype=np.float16)[:1]
     held = Calibration(Rule(0.0, 1.0, 1.0, 1.0, 1.0), 100, {"dog": 50, "beach": 5}, embeddings)
@@ -135,4 +147,4 @@ def test_levels_and_figures_are_counted_as_defined() -> None:
     assert [(counted[level]["answers"], counted[level]["right"]) for level in counted] == [(2, 0.5), (1, 1), (1, 0)]
     assert auc(chances, right) == 0.75
     assert calibration_error(chances, right) == pytest.approx((0.1 + 0.8 + 0.5 + 0.1) / 4)
-    assert [level_of(chance) for chance in (0.75, 0.7499, 0.35, 0.3499)] == ["strong", "fair", "fair", "weak"]
+    assert [level_of(chance) for chance in (0.7, 0.6999, 0.3, 0.2999)] == ["strong", "fair", "fair", "weak"]

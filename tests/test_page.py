@@ -109,6 +109,7 @@ def test_a_search_is_answered_and_a_peak_is_played(page: Any) -> None:
     assert re.match(r"10 of 45 videos.*windows.*exact.*ms.*generation 1", page.inner_text("#summary"), re.S)
     card = page.locator(".card").first
     assert card.locator(".badge").inner_text() == "strong"
+    assert card.locator(".badge").get_attribute("title") == "strong: how sure this result is"
     w.until(page, "document.querySelector('.card .poster img').naturalWidth > 0")
     card.locator(".strip svg").first.wait_for()
     card.locator(".peak.best").click()

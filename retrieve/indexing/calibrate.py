@@ -37,6 +37,9 @@ NUM_KNOWN = 4096
 # Two captions that share this part of their words (IoU) mean much the same, as a person would say.
 RIGHT_IOU = 0.3
 ANSWERS = 10
+# A caption whose right videos were all left out would get the first wrong answer instead, which is looked for among
+# this many. It counts this much in the fit: one of five queries then has no answer in the index.
+LOOKED_AT, LEFT_OUT_WEIGHT = 100, 0.25
 VIDEOS_AT_ONCE = 4096
 NUM_BINS = 10
 # Keeps weights finite where answers can be told apart without an error.
@@ -52,6 +55,7 @@ class Asked:
         queries: `(C, 2)`, how well the model knows each caption: see `Calibration.query`.
         best_scores: `(C,)`, the highest score in the sample of the index's windows.
         right: `(C, A)`, 1 where an answer is right.
+        left_out: `(C,)`, the score of the first wrong answer; NaN if there is none.
         video_of: `(C,)`, the number of each caption's own video.
     """
 
@@ -59,6 +63,7 @@ class Asked:
     queries: NDArray[np.float64]
     best_scores: NDArray[np.float32]
     right: NDArray[np.int64]
+    left_out: NDArray[np.float32]
     video_of: NDArray[np.int64]
 
     def features(self, rank: slice) -> NDArray[np.float64]:
@@ -68,6 +73,23 @@ class Asked:
         queries = np.broadcast_to(self.queries[:, None], (*scores.shape, 2))
         features = np.concatenate([scores[..., None], queries, gaps[..., None], right[..., None]], axis=-1)
         return features[right >= 0].astype(np.float64)
+
+    def first(self, chosen: NDArray[np.bool_]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the answers that the rule is fitted to and their weights: first ones, and first wrong ones.
+
+        Args:
+            chosen: `(C,)`, the captions to fit to.
+        """
+        of = self.of(chosen)
+        answers, missed = of.features(slice(0, 1)), ~np.isnan(of.left_out)
+        zeros = np.zeros(int(missed.sum()))
+        wrong = np.c_[of.left_out[missed], of.queries[missed], zeros, zeros]
+        weights = np.concatenate([np.ones(len(answers)), np.full(len(wrong), LEFT_OUT_WEIGHT)])
+        return np.concatenate([answers, wrong]), weights
+
+    def of(self, chosen: NDArray[np.bool_]) -> Asked:
+        """Return some of the captions."""
+        return Asked(*(held[chosen] for held in vars(self).values()))
 
 
 def calibrate(out: Path, segments: Sequence[Segment], opened: OpenedSource) -> list[dict[str, Any]]:
@@ -114,22 +136,29 @@ def ask(opened: OpenedSource, catalog: Catalog, positions: Sequence[int], words:
             of_video.setdefault(rows[video_id], []).append(content_words(caption))
     videos, scores = _best_videos(catalog, queries)
     own = np.array([rows[table.video_ids[position]] for position in positions])
-    right = np.full(videos.shape, -1)
+    right, left_out = np.full((len(videos), ANSWERS), -1), np.full(len(videos), np.nan, np.float32)
     for number, position in enumerate(positions):
         asked = content_words(table.captions[position])
         for rank, video in enumerate(videos[number].tolist()):
+            if rank >= ANSWERS and not np.isnan(left_out[number]):
+                break
             if video in of_video:
-                right[number, rank] = video == own[number] or any(_mean_the_same(asked, o) for o in of_video[video])
+                is_right = video == own[number] or any(_mean_the_same(asked, o) for o in of_video[video])
+                if rank < ANSWERS:
+                    right[number, rank] = is_right
+                if not is_right and np.isnan(left_out[number]):
+                    left_out[number] = scores[number, rank]
     sample = SegmentVectors(catalog.segments).embeddings(catalog.sample_rows("moment"), by="moment")
     known = [words.query([table.captions[p]], [query]) for p, query in zip(positions, queries, strict=True)]
-    return Asked(scores, np.array(known), (queries @ sample.T).max(axis=1), right, own)
+    best_scores, right = (queries @ sample.T).max(axis=1), right[:, : scores.shape[1]]
+    return Asked(scores[:, :ANSWERS], np.array(known), best_scores, right, left_out, own)
 
 
 def fit(asked: Asked, words: Calibration) -> tuple[Calibration, dict[str, Any]]:
     """Return the rule of all captions, and what the levels were measured to mean."""
     first = asked.features(slice(0, 1))
     chances, right = chances_of_other_half(asked), first[:, 4] > 0
-    rule = _with_gap(fit_first(first), asked.features(slice(1, None)))
+    rule = _with_gap(fit_first(*asked.first(np.ones(len(asked.scores), bool))), asked.features(slice(1, None)))
     return replace(words, rule=rule), {
         "captions": len(first),
         "auc": auc(chances, right),
@@ -143,10 +172,11 @@ def chances_of_other_half(asked: Asked) -> NDArray[np.float64]:
     """Return `(n,)` chances of the first answers that can be judged, by rules of the other half of the videos."""
     first, videos = asked.features(slice(0, 1)), np.unique(asked.video_of)
     chosen = np.random.default_rng(0).permutation(videos)[: len(videos) // 2]
-    is_chosen = np.isin(asked.video_of, chosen)[asked.right[:, 0] >= 0]
+    is_chosen, is_judged = np.isin(asked.video_of, chosen), asked.right[:, 0] >= 0
     chances = np.empty(len(first))
     for half in (is_chosen, ~is_chosen):
-        chances[~half] = fit_first(first[half]).chances(first[~half, :4])
+        others = ~half[is_judged]
+        chances[others] = fit_first(*asked.first(half)).chances(first[others, :4])
     return chances
 
 
@@ -204,7 +234,7 @@ def _best_videos(catalog: Catalog, queries: NDArray[np.float32]) -> tuple[NDArra
             parts.append(np.maximum.reduceat(queries @ windows.T, begins[:-1] - begins[0], axis=1))
     scores = np.concatenate(parts, axis=1)  # (C, V)
     scores[:, ~catalog.alive] = -np.inf
-    best = np.argsort(-scores, axis=1, kind="stable")[:, : min(ANSWERS, int(catalog.alive.sum()))]
+    best = np.argsort(-scores, axis=1, kind="stable")[:, : min(LOOKED_AT, int(catalog.alive.sum()))]
     return best, np.take_along_axis(scores, best, axis=1)
 
 
@@ -216,14 +246,14 @@ def _mean_the_same(words: set[str], others: set[str]) -> bool:
 # --- the fit
 
 
-def fit_first(answers: NDArray[np.float64]) -> Rule:
+def fit_first(answers: NDArray[np.float64], counts: NDArray[np.float64]) -> Rule:
     """Return the rule of first answers, which have no gap; a weight that would be negative is 0."""
     columns = [0, 1, 2]
     while True:
-        bias, weights = logistic(answers[:, columns], answers[:, 4])
+        bias, weights = logistic(answers[:, columns], answers[:, 4], counts)
         if (weights >= 0).all():
             held = dict(zip(columns, weights.tolist(), strict=True))
-            return Rule(_rounded(bias), *(_rounded(held.get(column, 0.0)) for column in (0, 1, 2)), gap=0.0)
+            return Rule(_rounded(bias), *(_rounded(held.get(column, 0.0)) for column in (0, 1, 2)), 0.0)
         columns.remove(columns[int(weights.argmin())])
 
 
@@ -237,23 +267,25 @@ def _with_gap(rule: Rule, answers: NDArray[np.float64]) -> Rule:
     return replace(rule, gap=_rounded(max(0.0, weight)))
 
 
-def logistic(features: NDArray[np.float64], right: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-    """Return the bias and weights of a logistic regression, by Newton's method.
+def logistic(
+    features: NDArray[np.float64], right: NDArray[np.float64], counts: NDArray[np.float64]
+) -> tuple[float, NDArray[np.float64]]:
+    """Return the bias and weights of a logistic regression of n answers that count so much, by Newton's method.
 
     The targets are Platt's (*Probabilistic outputs for support vector machines*, 1999, section 2.2): one more right
     and one more wrong answer, so that no chance becomes 0 or 1 where all are right.
     """
-    num_right = right.sum()
-    targets = np.where(right > 0, (num_right + 1) / (num_right + 2), 1 / (len(right) - num_right + 2))
+    num_right, num_wrong = float(counts @ right), float(counts @ (1 - right))
+    targets = np.where(right > 0, (num_right + 1) / (num_right + 2), 1 / (num_wrong + 2))
     mean, deviation = features.mean(axis=0), features.std(axis=0) + 1e-9
     design = np.c_[np.ones(len(features)), (features - mean) / deviation]
     weights, ridge = np.zeros(design.shape[1]), np.eye(design.shape[1]) * RIDGE * len(features)
     ridge[0, 0] = 0.0
     for _ in range(50):
         chances = 1 / (1 + np.exp(-design @ weights))
-        hessian = (design * (chances * (1 - chances))[:, None]).T @ design + ridge
+        hessian = (design * (counts * chances * (1 - chances))[:, None]).T @ design + ridge
         weights -= np.linalg.solve(
-            hessian + 1e-9 * np.eye(len(weights)), design.T @ (chances - targets) + ridge @ weights
+            hessian + 1e-9 * np.eye(len(weights)), design.T @ (counts * (chances - targets)) + ridge @ weights
         )
     raw = weights[1:] / deviation
     return float(weights[0] - raw @ mean), raw

@@ -31,7 +31,7 @@ from svb.retrieve.stored.manifest import part_folder, publish_part
 from svb.retrieve.stored.segment import open_array, require_sizes
 
 # From this chance on an answer is strong, or fair.
-LEAST_CHANCES = {"strong": 0.75, "fair": 0.35}
+LEAST_CHANCES = {"strong": 0.7, "fair": 0.3}
 WORDS, KNOWN = "words.json", "known.npy"
 # What a word that is in no caption counts.
 UNHEARD = 0.3
