@@ -114,9 +114,7 @@ def test_the_rule_finds_what_tells_right_from_wrong() -> None:
 def test_no_chance_is_0_or_1_where_all_answers_are_right_or_none() -> None:
     asked = made_up(200, 1)
     for right, level in ((1, "strong"), (0, "weak")):
-        held = Asked(
-            asked.scores, asked.queries, asked.best_scores, np.full_like(asked.right, right), asked.video_of
-        )
+        held = replace(asked, right=np.full_like(asked.right, right))
         calibration, measured = fit(held, EMPTY)
         assert all(np.isfinite(value) for value in vars(calibration.rule).values())
         assert calibration.confidence(0.3, (-2.0, 0.7), 0.3) == level

@@ -1,10 +1,10 @@
 """Fits how sure an answer is to the captions of an index's own val videos, and measures what the levels mean.
 
 Each caption is a query. An answer is right if it is the caption's own video, or if one of the video's captions
-shares enough of its words. `svb.retrieve.stored.calibration` says what is fitted: the first answers give the
-rule, the nine behind them the weight of the gap. The levels are measured on captions of videos that the rule
-was not fitted to: two rules, each of one half of the videos, are measured on the other half. The one that is
-kept is fitted to all.
+shares enough of its words. `svb.retrieve.stored.calibration` says what is fitted: the first answers give the rule,
+with the first wrong ones for queries without an answer, and the nine behind them give the weight of the gap. The
+levels are measured on captions of videos that the rule was not fitted to: two rules, each of one half of the
+videos, are measured on the other half. The one that is kept is fitted to all.
 """
 
 from __future__ import annotations
