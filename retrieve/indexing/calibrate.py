@@ -253,7 +253,8 @@ def fit_first(answers: NDArray[np.float64], counts: NDArray[np.float64]) -> Rule
         bias, weights = logistic(answers[:, columns], answers[:, 4], counts)
         if (weights >= 0).all():
             held = dict(zip(columns, weights.tolist(), strict=True))
-            return Rule(_rounded(bias), *(_rounded(held.get(column, 0.0)) for column in (0, 1, 2)), 0.0)
+            score, words, known = (_rounded(held.get(column, 0.0)) for column in (0, 1, 2))
+            return Rule(_rounded(bias), score, words, known, 0.0)
         columns.remove(columns[int(weights.argmin())])
 
 
