@@ -34,7 +34,11 @@ class TestVerify:
         remove(indexed_store, "clip000")
         index(indexed_run, own_index, store=indexed_store, prune=True)
         assert run(["verify", str(own_index)]) == 0
-        paths = [path for path in sorted(own_index.rglob("*")) if path.is_file() and path.parent.name != "cache"]
+        paths = [
+            path
+            for path in sorted(own_index.rglob("*"))
+            if path.is_file() and own_index / "cache" not in path.parents
+        ]
         assert {"tombstones", "segments", "captions", "heads"} <= {path.parent.parent.name for path in paths}
         for path in paths:
             data = path.read_bytes()
