@@ -321,7 +321,7 @@ def test_what_is_no_number_is_an_error_that_keeps_the_state_before(
 
     monkeypatch.setattr(objective, loss, diverging)
     with pytest.raises(InputError, match=words):
-        train(*task, tmp_path / "run", small(loss=loss))
+        train(*task, tmp_path / "run", small(loss=loss, learn_logit_scale=loss != "info_loob"))
     last = load_checkpoint(tmp_path / "run" / "last")
     assert (last.epoch, last.training["steps"]) == saved
     assert all(tensor.isfinite().all() for tensor in last.model.values())
@@ -492,16 +492,22 @@ def test_every_option_has_help_and_changes_the_config(
     assert len(getattr(parameter, "help", "")) > 10
     value = other_value(field)
     given = [option, str(value)]
-    if field.name == "caption_decoder":  # what it is for has to be asked for too
-        given += ["--rebuild", "tokens"]
     if isinstance(value, bool):
         given = [option if value else f"--no-{option[2:]}"]
+    # What an option goes with has to be asked for too.
+    also = {
+        "caption_decoder": {"rebuild": "tokens"},
+        "loss": {"learn_logit_scale": False},
+        "relevance_margin": {"loss": "max_margin"},
+    }.get(field.name, {})
+    for name, wanted in also.items():
+        flag = name.replace("_", "-")
+        given += [f"--no-{flag}"] if wanted is False else [f"--{flag}", str(wanted)]
     seen: list[TrainConfig] = []
     monkeypatch.setattr(train_run, "train", lambda store, captions, out, config, **_: seen.append(config) or out)
     result = CliRunner().invoke(cli, ["train", "f", "c", "-o", str(tmp_path / "run"), *given])
     assert result.exit_code == 0, result.output
-    changed = {"rebuild": "tokens"} if field.name == "caption_decoder" else {}
-    assert seen == [dataclasses.replace(TrainConfig(), **changed, **{field.name: value})]
+    assert seen == [dataclasses.replace(TrainConfig(), **also, **{field.name: value})]
     assert seen[0] != TrainConfig()
 
 
