@@ -108,7 +108,8 @@ class Place:
 
     def config(self, **options: Any) -> ExtractConfig:
         defaults = {"backbones": (self.lite,), "device": str(self.device), "batch_size": self.size(4, 32)}
-        return ExtractConfig(**{**defaults, "workers": 1 if self.small else None, **options})
+        # PyTorch everywhere: several processes take it, and one might find ONNX Runtime faster on a CPU.
+        return ExtractConfig(**{**defaults, "engine": "torch", "workers": 1 if self.small else None, **options})
 
     def training(self, **options: Any) -> TrainConfig:
         sizes = {"embedding_size": self.size(16, 512), "decoder_size": self.size(16, 256)}
@@ -234,10 +235,14 @@ def still(place: Place) -> Found:
 def two_ranks(place: Place) -> Found:
     """Two processes on one card fill one store with the bytes of one."""
     out, config = place.folder / "ranks", place.config()
-    words = ["--backbone", place.lite, "--device", config.device, "--batch-size", config.batch_size, "--workers", 1]
-    command = [sys.executable, "-m", "svb", "extract", place.made("short"), "-o", out, *words, "--world-size", 2]
+    words = ["--backbone", place.lite, "--device", config.device, "--batch-size", config.batch_size]
+    words += ["--engine", config.engine, "--workers", 1, "--world-size", 2]
+    command = [sys.executable, "-m", "svb", "extract", place.made("short"), "-o", out, *words]
     started = [
-        subprocess.Popen([*map(str, command), "--rank", str(rank)], stderr=subprocess.PIPE) for rank in (0, 1)
+        subprocess.Popen(
+            [*map(str, command), "--rank", str(rank)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        for rank in (0, 1)
     ]
     said = [process.communicate()[1].decode().splitlines() for process in started]
     _check(

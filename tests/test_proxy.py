@@ -145,7 +145,9 @@ def test_the_page_works_through_nginx(index: Path, tmp_path: Path, setup: str) -
         page.get_by_role("link", name="svb").click()
         w.until(page, "document.querySelector('#holdings').textContent.includes('8 videos')")
         assert page.url == url
-        assert [problem for problem in problems if not re.search("status of 40[14]", problem)] == []
+        # On a busy machine Chromium may give up a picture whose connection nginx has just closed, and asks again.
+        harmless = "status of 40[14]|ERR_TOO_MANY_RETRIES"
+        assert [problem for problem in problems if not re.search(harmless, problem)] == []
 
 
 @pytest.mark.parametrize(

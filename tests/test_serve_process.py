@@ -287,7 +287,9 @@ def test_pictures_and_clips_are_embedded_by_a_helper(
             assert refused.status_code == 400
             assert words in refused.json()["error"] and "svb-upload" not in refused.json()["error"]
         assert "/torch/" not in server.memory_maps()
-        assert any("/torch/" in Path(f"/proc/{pid}/maps").read_text() for pid in server.children())
+        # The helper has an engine: torch, or ONNX Runtime where the cache holds the graph already.
+        loaded = [Path(f"/proc/{pid}/maps").read_text() for pid in server.children()]
+        assert any("/torch/" in maps or "/onnxruntime/" in maps for maps in loaded)
         assert server.stop() == (0, "")
 
 
