@@ -467,7 +467,9 @@ def run_steps(options: argparse.Namespace, folder: Path) -> list[Found]:
         process.start()
         process.join(seconds * options.patience)
         if process.is_alive():
-            os.killpg(process.pid or 0, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it may not lead a group yet
+                os.killpg(process.pid or 0, signal.SIGKILL)
+            process.kill()
             process.join()
         result = {
             "status": "FAIL",
