@@ -44,7 +44,7 @@ def measure(folder: Path, options: argparse.Namespace) -> tuple[list[dict[str, s
     saved = folder / "recipe"
     saved.mkdir()
     # The first run on a machine exports the backbone's graph, which is no part of the comparison.
-    shared.cold_and_steady(shared.extract_with(shared.LITE0, folder, workers=CORES), lead, lead)
+    shared.extract_with(shared.LITE0, folder, workers=CORES)(lead)
     rounds = []
     for number in range(options.rounds):
         print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
