@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from svb.data.datasets.official import Annotations, Document, KnownSplit, OfficialFile
+from svb.data.datasets.official import Annotations, Document, KnownSplit, OfficialFile, read_a_file_each
 
 _ORIGIN = "in captions.zip, which Stanford University publishes with the paper on dense-captioning events in videos"
 FILES = {"train": OfficialFile(("train.json",), _ORIGIN), "test": OfficialFile(("val_1.json",), _ORIGIN)}
@@ -23,12 +23,7 @@ PROTOCOLS = {
 
 def read(annotations: Annotations, protocol: str, splits: Sequence[str]) -> dict[str, dict[str, list[str]]]:
     """Return each split's videos with their paragraph; see `svb.data.datasets.Dataset.read`."""
-    found: dict[str, dict[str, list[str]]] = {}
-    for split in splits:
-        document = annotations.get(FILES[split])
-        found[split] = _paragraphs(document)
-        PROTOCOLS[protocol][split].require_ids(list(found[split]), split, document)
-    return found
+    return read_a_file_each(annotations, FILES, PROTOCOLS[protocol], splits, _paragraphs)
 
 
 def other_names(split: str, video_ids: Sequence[str]) -> dict[str, list[str]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
-from svb.data.datasets.official import Annotations, Document, KnownSplit, OfficialFile
+from svb.data.datasets.official import Annotations, Document, KnownSplit, OfficialFile, read_a_file_each
 
 FILES = {
     split: OfficialFile(
@@ -22,12 +22,7 @@ PROTOCOLS = {"paragraph": {"train": KnownSplit(8395), "val": KnownSplit(1065), "
 
 def read(annotations: Annotations, protocol: str, splits: Sequence[str]) -> dict[str, dict[str, list[str]]]:
     """Return each split's videos with their paragraph; see `svb.data.datasets.Dataset.read`."""
-    found: dict[str, dict[str, list[str]]] = {}
-    for split in splits:
-        document = annotations.get(FILES[split])
-        found[split] = _paragraphs(document)
-        PROTOCOLS[protocol][split].require_ids(list(found[split]), split, document)
-    return found
+    return read_a_file_each(annotations, FILES, PROTOCOLS[protocol], splits, _paragraphs)
 
 
 def other_names(split: str, video_ids: Sequence[str]) -> dict[str, list[str]]:

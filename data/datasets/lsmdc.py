@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from svb.data.datasets.official import Annotations, Document, KnownSplit, OfficialFile
+from svb.data.datasets.official import Annotations, Document, KnownSplit, OfficialFile, read_a_file_each
 
 _ORIGIN = "the Max Planck Institute for Informatics gives access to LSMDC 2016 on request"
 FILES = {
@@ -22,12 +22,7 @@ _FIELDS = 6  # clip, start and end aligned, start and end extracted, sentence
 
 def read(annotations: Annotations, protocol: str, splits: Sequence[str]) -> dict[str, dict[str, list[str]]]:
     """Return each split's clips with their captions; see `svb.data.datasets.Dataset.read`."""
-    found: dict[str, dict[str, list[str]]] = {}
-    for split in splits:
-        document = annotations.get(FILES[split])
-        found[split] = _captions(document)
-        PROTOCOLS[protocol][split].require_ids(list(found[split]), split, document)
-    return found
+    return read_a_file_each(annotations, FILES, PROTOCOLS[protocol], splits, _captions)
 
 
 def other_names(split: str, video_ids: Sequence[str]) -> dict[str, list[str]]:

@@ -224,6 +224,26 @@ class KnownSplit:
             )
 
 
+def read_a_file_each(
+    annotations: Annotations,
+    files: Mapping[str, OfficialFile],
+    known: Mapping[str, KnownSplit],
+    splits: Sequence[str],
+    parse: Callable[[Document], dict[str, list[str]]],
+) -> dict[str, dict[str, list[str]]]:
+    """Return each split's videos with their captions, where every split has a file of its own.
+
+    Raises:
+        InputError: A file is missing, damaged, or not the official one.
+    """
+    found: dict[str, dict[str, list[str]]] = {}
+    for split in splits:
+        document = annotations.get(files[split])
+        found[split] = parse(document)
+        known[split].require_ids(list(found[split]), split, document)
+    return found
+
+
 def select(
     video_ids: Iterable[str], captions: Mapping[str, list[str]], documents: Sequence[Document]
 ) -> dict[str, list[str]]:
