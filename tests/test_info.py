@@ -83,6 +83,7 @@ def test_a_card_says_how_a_run_was_made_and_how_good_it_is(
     assert f"svb evaluate {run} --split val --checkpoint last --ranks {run / 'last.npz'}\n" in card
     # Its command makes the run again: all options agree.
     (command,) = [line for line in card.splitlines() if line.startswith("svb train ")]
+    assert "--backbone" in command, "the store may hold several"
     assert "nothing to do" in run_svb(*shlex.split(command)[1:]).stderr
 
 

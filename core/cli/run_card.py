@@ -121,8 +121,7 @@ def _metrics(run: Path, found: Evaluations) -> Iterator[str]:
 def _commands(run: Path, description: dict[str, Any], config: TrainConfig, found: Evaluations) -> Iterator[str]:
     paths = description["paths"]
     train = ["svb", "train", paths["store"], paths["captions"], "-o", str(run)]
-    if "+" in description["video"]["backbone"]:
-        train += ["--backbone", description["video"]["backbone"]]
+    train += ["--backbone", description["video"]["backbone"]]  # the store may hold several
     yield shlex.join([*train, *changed_options(config), "--seed", str(config.seed)])
     for ranks, checkpoint in found:
         words = ["svb", "evaluate", str(run), "--split", ranks.queries.split, "--checkpoint", checkpoint]
