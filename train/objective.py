@@ -179,10 +179,8 @@ class Objective:
         scale, total = self.config.retrieval_scale, len(all_videos)
         losses = []
         for anchors, others, stored in ((videos, captions, all_videos), (captions, videos, all_captions)):
-            from_anchors, from_others = (
-                retrieved(anchors, stored, scale),
-                retrieved(others, stored, scale),
-            )  # (b, D)
+            from_anchors = retrieved(anchors, stored, scale)  # (b, D)
+            from_others = retrieved(others, stored, scale)  # (b, D)
             positive = (from_anchors * from_others).sum(dim=1)  # (b,)
             losses.append(against(positive, from_anchors, self.processes.gather(from_others, total)))
         return (losses[0] + losses[1]) / 2

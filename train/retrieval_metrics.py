@@ -74,7 +74,7 @@ def v2t_ranks(
     if convention == "set":
         sets = np.empty((num_videos, num_videos), similarity.dtype)  # (sets of captions, videos)
         edges = [*firsts.tolist(), len(order)]
-        step = max(1, BLOCK_SIZE // len(order))  # videos whose captions have so many similarities on average
+        step = max(1, BLOCK_SIZE // len(order))  # a video's captions have C similarities on average
         for begin in range(0, num_videos, step):
             end = min(begin + step, num_videos)
             block = similarity[order[edges[begin] : edges[end]]]

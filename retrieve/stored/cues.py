@@ -96,11 +96,6 @@ class Speech:
         """Return W."""
         return len(self.window_embeddings)
 
-    def windows_of(self, track: int) -> slice:
-        """Return the windows of a track."""
-        begin, end = np.searchsorted(self.window_offsets, self.track_offsets[track : track + 2]).tolist()
-        return slice(begin, end)
-
     def track_of_windows(self) -> NDArray[np.int64]:
         """Return `(W,)`, the track of each window."""
         tracks = np.searchsorted(self.track_offsets, self.window_offsets[:-1], side="right") - 1
