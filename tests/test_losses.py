@@ -68,18 +68,13 @@ def slowly(cost: Callable[[float, list[float]], float], batch: tuple[torch.Tenso
 
 @every_batch
 @pytest.mark.parametrize("logit_scale", [1.0, 20.0, 100.0])
-def test_info_nce_is_its_formula(owners: list[int], logit_scale: float) -> None:
+@pytest.mark.parametrize(("softmax_loss", "slow"), [(info_nce, naive.info_nce), (info_loob, naive.info_loob)])
+def test_softmax_losses_are_their_formulas(
+    owners: list[int], logit_scale: float, softmax_loss: Callable[..., torch.Tensor], slow: Callable[..., float]
+) -> None:
     batch = make_batch(owners)
-    loss = info_nce(*batch, torch.tensor(logit_scale, dtype=torch.float64))
-    assert loss.tolist() == pytest.approx(slowly(lambda *anchor: naive.info_nce(*anchor, logit_scale), batch))
-
-
-@every_batch
-@pytest.mark.parametrize("logit_scale", [1.0, 20.0, 100.0])
-def test_info_loob_is_its_formula(owners: list[int], logit_scale: float) -> None:
-    batch = make_batch(owners)
-    loss = info_loob(*batch, torch.tensor(logit_scale, dtype=torch.float64))
-    assert loss.tolist() == pytest.approx(slowly(lambda *anchor: naive.info_loob(*anchor, logit_scale), batch))
+    loss = softmax_loss(*batch, torch.tensor(logit_scale, dtype=torch.float64))
+    assert loss.tolist() == pytest.approx(slowly(lambda *anchor: slow(*anchor, logit_scale), batch))
 
 
 @every_batch
