@@ -12,7 +12,7 @@ import re
 import selectors
 import subprocess
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -454,6 +454,31 @@ def require_hwaccel(name: str) -> None:
             f"ffmpeg cannot open the hardware decoder {name!r} on this machine: {words} - this ffmpeg knows "
             f"{', '.join(known)}, and each needs its device and driver; {_HWACCEL_ADVICE}"
         )
+
+
+def run_to_end(arguments: Sequence[str], video_fd: int, time_limit_seconds: float) -> tuple[int, list[str]]:
+    """Run ffmpeg on an open file; return its exit code and the lines that it wrote to stderr.
+
+    Args:
+        arguments: All but the program; its standard input and output are closed.
+        video_fd: The file, which ffmpeg reads from the start as `fd:`.
+        time_limit_seconds: ffmpeg is killed when it takes longer.
+
+    Raises:
+        subprocess.TimeoutExpired: It took longer.
+    """
+    # Whoever has read the file before has moved its position.
+    os.lseek(video_fd, 0, os.SEEK_SET)
+    done = subprocess.run(
+        [imageio_ffmpeg.get_ffmpeg_exe(), *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        pass_fds=(video_fd,),
+        timeout=time_limit_seconds,
+        check=False,
+    )
+    return done.returncode, done.stderr.decode("utf-8", "replace").strip().splitlines()
 
 
 def _ask(*arguments: str) -> tuple[str, int]:

@@ -15,10 +15,10 @@ from typing import BinaryIO
 
 import av
 import av.error
-import imageio_ffmpeg
 from av.subtitles.stream import SubtitleStream
 
 from svb.errors import InputError
+from svb.extract.decode.ffmpeg_process import run_to_end
 from svb.retrieve.indexing.sidecars import MAX_SPEECH_BYTES, language_of, read_sidecar
 from svb.retrieve.stored.cues import Cue
 
@@ -82,30 +82,20 @@ def _read(path: Path, fd: int, languages: dict[int, str]) -> list[StreamCues]:
     with tempfile.TemporaryDirectory(prefix="svb-subtitles-") as folder:
         files = {number: Path(folder) / f"{number}.vtt" for number in languages}
         # Times stay on the file's own clock, as those of moments are.
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-nostats", "-v", "error"]
-        command += ["-copyts", "-protocol_whitelist", "fd", "-fd", str(fd), "-i", "fd:"]
+        arguments = ["-nostdin", "-hide_banner", "-nostats", "-v", "error", "-copyts"]
+        arguments += ["-protocol_whitelist", "fd", "-fd", str(fd), "-i", "fd:"]
         for number, file in files.items():
-            command += ["-map", f"0:{number}", "-c:s", "webvtt", "-f", "webvtt", "-y", f"file:{file}"]
-        os.lseek(fd, 0, os.SEEK_SET)
+            arguments += ["-map", f"0:{number}", "-c:s", "webvtt", "-f", "webvtt", "-y", f"file:{file}"]
         limit = TIME_LIMIT_SECONDS + os.fstat(fd).st_size / SLOWEST_BYTES_PER_SECOND
         try:
-            done = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                pass_fds=(fd,),
-                timeout=limit,
-                check=False,
-            )
+            exit_code, lines = run_to_end(arguments, fd, limit)
         except subprocess.TimeoutExpired as error:
             raise InputError(
                 f"{path}: reading its subtitles took more than {limit:.0f} s and was stopped"
             ) from error
-        if done.returncode:
-            words = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        if exit_code:
             raise InputError(
-                f"{path} has subtitles that cannot be read ({words[-1] if words else 'ffmpeg failed'})"
+                f"{path} has subtitles that cannot be read ({lines[-1] if lines else 'ffmpeg failed'})"
             )
         return [
             StreamCues(number, languages[number], read_sidecar(file, MAX_SPEECH_BYTES))

@@ -11,11 +11,10 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import imageio_ffmpeg
-
 from svb.data.publish import published_file
 from svb.errors import InputError
 from svb.extract.decode.decoder import DecodeError, check_file, max_pixels
+from svb.extract.decode.ffmpeg_process import run_to_end
 from svb.extract.decode.options import Limits
 from svb.retrieve.answer import Answer, Moment, VideoResult
 from svb.retrieve.searching.source_file import problem_of
@@ -155,30 +154,18 @@ def _run(arguments: list[str], video_fd: int, files: tuple[Path, Path], time_lim
         OSError: The disk is full.
     """
     source, target = files
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), *arguments]
-    # The run before has moved the position in the file.
-    os.lseek(video_fd, 0, os.SEEK_SET)
     try:
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            pass_fds=(video_fd,),
-            timeout=time_limit_seconds,
-            check=False,
-        )
+        exit_code, lines = run_to_end(arguments, video_fd, time_limit_seconds)
     except subprocess.TimeoutExpired as error:
         raise InputError(
             f"cutting {source} took more than {time_limit_seconds:.0f} s and was stopped - the file may be "
             "damaged: play it"
         ) from error
-    lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
-    if done.returncode == 0:
+    if exit_code == 0:
         return ""
     if any(os.strerror(errno.ENOSPC) in line for line in lines):  # later lines only tell what followed from it
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target.parent))
-    return lines[-1].strip() if lines else f"exit status {done.returncode}"
+    return lines[-1].strip() if lines else f"exit status {exit_code}"
 
 
 def _first_frame_seconds(clip: Path) -> float:
