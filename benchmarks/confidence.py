@@ -9,7 +9,7 @@ left out   the same captions, with all right videos taken out of the index: no a
 nonsense   texts of which no index has anything
 
 The fitted rule is measured on captions of videos that it was not fitted to, half of the videos each time. The
-rule of before compares how far a score stands out from those of its query over the index; the bare score has no
+earlier rule compares how far a score stands out from those of its query over the index; the bare score has no
 levels.
 """
 
@@ -51,7 +51,7 @@ class Answers:
 
     Attributes:
         features: `(n, 4)`, see `svb.retrieve.stored.calibration.Rule`.
-        before: The levels by the rule of before.
+        before: The levels by the earlier rule.
         right: `(n,)`.
     """
 
@@ -114,7 +114,7 @@ def measure_run(run: Path, out: Path) -> tuple[str, list[list[str]], list[str]]:
         ("nonsense", nothing, rule.chances(nothing.features), slice(None)),
     ):
         fitted_levels = np.array([level_of(chance) for chance in of])[chosen]
-        for said, levels in (("fitted", fitted_levels), ("before", answers.before[chosen])):
+        for said, levels in (("fitted", fitted_levels), ("earlier", answers.before[chosen])):
             right = answers.right[chosen]
             rows.append([kind, str(len(right)), said, *(_share(levels == level, right) for level in CONFIDENCES)])
     both = np.concatenate([captions.right, left_out.right])

@@ -108,9 +108,11 @@ class SearchRequest:
             if not 0 <= begin < end:
                 raise UsageError(f"the span is {begin:g} to {end:g} s - expected 0 <= start < end")
         if self.text is None and (self.search_in in ("speech", "both") or self.language is not None):
-            raise UsageError("only a text is searched for in speech - leave out search_in and language")
+            raise UsageError("only a text can be searched for in speech - leave out search_in and language")
         if self.search_in == "picture" and self.language is not None:
-            raise UsageError(f"the language {self.language!r} is one of speech - leave it out, or search in speech")
+            raise UsageError(
+                f"the language {self.language!r} is that of speech - leave it out, or search in speech"
+            )
         for each in fields(self):
             _check(each.name, getattr(self, each.name), each.metadata)
 
@@ -153,8 +155,8 @@ class Moment:
     Attributes:
         begin_seconds: Time at which it begins.
         end_seconds: Time at which it ends.
-        best_seconds: Time of the highest score, and of the picture to show for it; where it begins, if it is said.
-        score: Highest cosine similarity in it, -1 to 1; of what is said, the score of the line.
+        best_seconds: Time of the highest score, and of the picture to show for it; when it begins, if it is said.
+        score: Highest cosine similarity in it, -1 to 1; for what is said, the score of the line.
         kind: Whether it is seen or said.
     """
 
@@ -174,8 +176,8 @@ class Line:
         begin_seconds: Time at which it begins; null for notes without times.
         end_seconds: Time at which it ends.
         language: Its language, such as en; empty if unknown.
-        score: 1 is as sure as a line that holds every word of the query.
-        marks: The letters `[begin, end)` of the text that match words of the query.
+        score: 1 is about that of an average line which holds every word of the query.
+        marks: The parts `[begin, end)` of the text, in letters, that match words of the query.
     """
 
     text: str
@@ -206,7 +208,7 @@ class VideoResult:
     Attributes:
         rank: From 1.
         score: Cosine similarity of the query with its best window, or with the whole video if those are ranked;
-            where speech is searched too, the score of both, 1 being about where chance ends.
+            where speech is searched too, a score of both, in which 1 is about where chance ends.
         confidence: How sure this result is, from strong to weak.
         video_id: The video_id in the feature store.
         key: A name that does not reveal its path, the same in every index: 16 hex digits.
@@ -218,7 +220,7 @@ class VideoResult:
         curve: The score over its time, if the request asked for it.
         size_bytes: Size of its file when it was extracted; 0 if unknown, as for some imports.
         mtime_ns: Last change of its file when it was extracted, in ns since 1970; 0 if unknown.
-        why: Whether it is seen or said what the query asks for, or both.
+        why: Whether what the query asks for is seen, said, or both.
         lines: The lines that are said, best first.
     """
 

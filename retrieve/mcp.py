@@ -164,7 +164,9 @@ def _serve(server: Server[Any], tools: AgentTools, state: ServerState, index: Pa
             json_response=True,
             stateless_http=True,  # a client that goes away leaves nothing behind
             max_request_body_size=MAX_BODY_BYTES,
-            transport_security=TransportSecuritySettings(enable_dns_rebinding_protection=False),  # `_guarded` is it
+            transport_security=TransportSecuritySettings(
+                enable_dns_rebinding_protection=False
+            ),  # `_guarded` does it
         )
         for line in greeting(port, index, token, is_new=is_new, options=shared, path="/mcp"):
             logger.info(line)
@@ -192,7 +194,9 @@ def _guarded(app: ASGIApp, access: Access) -> ASGIApp:
             return await error_response(403, problem)(scope, receive, send)
         if not access.is_known(headers, {}):
             refused = error_response(
-                401, "this server needs its token - send it as Bearer", {"WWW-Authenticate": "Bearer"}
+                401,
+                "this server needs its token - send it as `Authorization: Bearer TOKEN`",
+                {"WWW-Authenticate": "Bearer"},
             )
             return await refused(scope, receive, send)
         public = access.public_url

@@ -3,8 +3,8 @@
 <folder>/<video_id>.vtt   a header with the language, a NOTE with the record of the video as JSON (see `Record`),
                           then a cue for each sentence or so, on the video's own clock
 
-Each video ends with one record: one without sound or speech, or that cannot be read, has a file without cues. A
-file appears whole; a run that was stopped goes on with the videos that have none.
+Each video gets one record. The file of a video that has no sound or speech, or cannot be read, has no cues. A file
+appears whole; a run that was stopped goes on with the videos that have none.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class TranscribeConfig:
     """Options of `svb transcribe`.
 
     Attributes:
-        model: Whisper model: the name of one on a hub, or a folder.
+        model: Whisper model: its name on a hub, or its folder.
         language: Language that is spoken, e.g. en. [default: the model tells]
-        retry_failed: Try videos again that could not be read.
+        retry_failed: Retry videos that could not be read before.
         device: Device that computes: auto, cpu, cuda:0, ...
     """
 
@@ -260,10 +260,10 @@ def read_record(path: Path) -> Record | None:
 def sound_of(path: Path) -> Iterator[tuple[float, NDArray[np.float32]]]:
     """Yield the sound of a video in pieces: when each begins on the file's clock, and `(n,)` samples at 16 kHz.
 
-    ffmpeg, a process that can be stopped, decodes it. Of several tracks the first is taken.
+    ffmpeg, a process that can be stopped, decodes it. The first of several tracks is taken.
 
     Raises:
-        InputError: The file cannot be read.
+        InputError: The file cannot be read, or gives nothing for two minutes.
     """
     import imageio_ffmpeg
     import numpy as np
@@ -290,17 +290,8 @@ def sound_of(path: Path) -> Iterator[tuple[float, NDArray[np.float32]]]:
             "-vn",
         ]
         # Gaps are filled, so that a sample's number tells its time.
-        command += [
-            "-af",
-            "aresample=async=1:first_pts=0",
-            "-ac",
-            "1",
-            "-ar",
-            str(SAMPLE_RATE),
-            "-f",
-            "s16le",
-            "pipe:1",
-        ]
+        command += ["-af", "aresample=async=1:first_pts=0", "-ac", "1", "-ar", str(SAMPLE_RATE)]
+        command += ["-f", "s16le", "pipe:1"]
         with subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, pass_fds=(file.fileno(),)
         ) as process:
@@ -311,14 +302,18 @@ def sound_of(path: Path) -> Iterator[tuple[float, NDArray[np.float32]]]:
                     begin_seconds += len(piece) / 2 / SAMPLE_RATE
             finally:
                 process.kill()
-        if process.returncode > 0:
+        if process.returncode:  # negative where a signal ended it
             log.seek(0)
             words = log.read().decode("utf-8", "replace").strip().splitlines()
             raise InputError(f"its sound cannot be decoded ({words[-1] if words else 'ffmpeg failed'})")
 
 
 def _begin_of_sound(fd: int) -> float | None:
-    """Return when a file begins on its own clock; None if it has no sound."""
+    """Return when a file begins on its own clock; None if it has no sound.
+
+    Raises:
+        InputError: The file cannot be read.
+    """
     import av
     import av.error
 
@@ -330,6 +325,7 @@ def _begin_of_sound(fd: int) -> float | None:
 
 
 def _pieces(process: subprocess.Popen[bytes]) -> Iterator[bytes]:
+    """Yield what a process writes, in whole samples; it has ended after the last piece."""
     assert process.stdout is not None
     held, size = bytearray(), 2 * SAMPLE_RATE * PIECE_SECONDS
     while True:
@@ -380,7 +376,7 @@ class _Whisper:
         self._model = model
 
     def transcribe(self, sound: NDArray[np.float32], language: str | None) -> tuple[str, list[Said]]:
-        """As `SpeechModel.transcribe`; silence is left out, of which Whisper makes up words."""
+        """As `SpeechModel.transcribe`; silence is left out, because Whisper makes up words for it."""
         segments, info = self._model.transcribe(
             sound, language=language, vad_filter=True, condition_on_previous_text=False
         )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import indexes
 import numpy as np
 import pytest
+from conftest import RunSvb
 from indexes import Kept, edit_manifest, files_of, index
 
 from svb.retrieve.answer import SearchRequest
@@ -21,8 +20,6 @@ from svb.retrieve.searching.searcher import Searcher
 from svb.retrieve.server.search_routes import describe
 from svb.retrieve.stored.calibration import LEAST_CHANCES, Calibration, Rule, level_of
 from svb.retrieve.stored.manifest import read_manifest
-
-RunSvb = Callable[..., Any]
 
 
 @pytest.fixture

@@ -223,7 +223,7 @@ def line(number: int, method: str, **parameters: Any) -> bytes:
 
 @pytest.mark.parametrize("leaves", ["closes", "sigterm"])
 def test_a_client_that_goes_away_ends_the_server_and_its_work(index: Path, leaves: str) -> None:
-    """It leaves while a search waits for ever; a line that is no message is answered before."""
+    """It leaves while a frame is being decoded; a line that is no message has not ended the talk before."""
     command = [sys.executable, str(SERVER), "mcp", "--index", str(index)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as server:
         assert server.stdin is not None and server.stdout is not None and server.stderr is not None
@@ -305,8 +305,7 @@ def test_what_cannot_be_opened_is_said_in_a_line(
     assert ran.exit_code == 1 and "pip install 'svb-video[mcp]'" in ran.stderr
 
 
-def test_a_copy_of_the_index_keeps_no_trace(index: Path, tmp_path: Path) -> None:
-    """A folder that cannot be written is searched too."""
+def test_an_index_whose_cache_cannot_be_written_is_looked_at_too(index: Path, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(index, tmp_path / "index"))
     shutil.rmtree(copied / "cache", ignore_errors=True)
     (copied / "cache").write_text("a file where the folder should be")

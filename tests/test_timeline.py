@@ -19,7 +19,7 @@ from svb.errors import InputError, UsageError
 from svb.retrieve.answer import Moment, VideoResult
 from svb.retrieve.searching import timeline
 from svb.retrieve.searching.pictures import frame_at
-from svb.retrieve.searching.timeline import timeline_clips
+from svb.retrieve.searching.timeline import SourceVideo, timeline_clips
 from svb.retrieve.searching.timeline_files import write_timeline
 
 HANDLES = 0.5
@@ -65,6 +65,11 @@ def shown(path: Path, seconds: float) -> bytes:
     return frame_at(path, seconds, 48).tobytes()
 
 
+def seconds_at(source: SourceVideo, frame: int) -> float:
+    """Return the time of a frame on the file's own clock, as an editor counts."""
+    return source.first_seconds + float(frame / source.rate)
+
+
 def test_each_clip_begins_with_the_frame_that_was_found(files: dict[str, tuple[Path, float]]) -> None:
     for name, (path, first) in files.items():
         clips, notes = timeline_clips([(QUERY, [found(path, first)])], HANDLES)
@@ -72,8 +77,8 @@ def test_each_clip_begins_with_the_frame_that_was_found(files: dict[str, tuple[P
         assert len(notes) == (name == "varies.mp4") and all("varies" in note for note in notes)
         for clip in clips:
             wanted = max(clip.moment.begin_seconds - HANDLES, first)
-            assert shown(path, clip.source.seconds_at(clip.begin_frame)) == shown(path, wanted), name
-            assert shown(path, clip.source.seconds_at(clip.mark_frame)) == shown(path, clip.moment.best_seconds)
+            assert shown(path, seconds_at(clip.source, clip.begin_frame)) == shown(path, wanted), name
+            assert shown(path, seconds_at(clip.source, clip.mark_frame)) == shown(path, clip.moment.best_seconds)
             assert 0 <= clip.begin_frame <= clip.mark_frame < clip.end_frame <= clip.source.num_frames
     for name, rate, timecode, start, _ in FILES:
         source = timeline_clips([(QUERY, [found(*files[name])])])[0][0].source
@@ -92,7 +97,7 @@ def test_timecode_counts_as_the_library_does() -> None:
 
 @pytest.mark.parametrize("suffix", [".otio", ".edl", ".fcpxml"])
 def test_what_is_written_is_read_back(files: dict[str, tuple[Path, float]], tmp_path: Path, suffix: str) -> None:
-    """The library's readers, and for FCPXML its text: that reader takes 29.97 frames a second for 29."""
+    """By the library's readers; FCPXML also by its text, as that reader takes 29.97 frames a second for 29."""
     names = ("non-drop.mov", "drop.mov", "pal.mp4", "late clip.mp4")
     results = [found(*files[name]) for name in names]
     clips, _ = timeline_clips([(QUERY, results)], HANDLES)
@@ -105,7 +110,7 @@ def test_what_is_written_is_read_back(files: dict[str, tuple[Path, float]], tmp_
     read = otio.adapters.read_from_file(str(file), **({"rate": 30000 / 1001} if suffix == ".edl" else {}))
     if suffix == ".fcpxml":
         read = read[0]
-    track = read.video_tracks()[0].find_clips()  # that reader's 29 also leaves gaps between them
+    track = read.video_tracks()[0].find_clips()  # 29 also leaves gaps between them
     assert len(track) == len(clips)
     for clip, held in zip(clips, track, strict=True):
         source = clip.source

@@ -75,7 +75,7 @@ class Asked:
         return features[right >= 0].astype(np.float64)
 
     def first(self, chosen: NDArray[np.bool_]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return the answers that the rule is fitted to and their weights: first ones, and first wrong ones.
+        """Return what the rule is fitted to, first answers and first wrong ones: `(n, 5)`, and weights `(n,)`.
 
         Args:
             chosen: `(C,)`, the captions to fit to.
@@ -93,7 +93,7 @@ class Asked:
 
 
 def calibrate(out: Path, segments: Sequence[Segment], opened: OpenedSource) -> list[dict[str, Any]]:
-    """Return the entry of an index's calibration in a list; an empty one if there are too few captions for it.
+    """Return the entry of an index's calibration in a list, which is empty if there are too few captions for it.
 
     Args:
         out: The index's folder.
@@ -193,7 +193,7 @@ def levels_of(chances: NDArray[np.float64], right: NDArray[np.bool_]) -> dict[st
 
 
 def auc(values: NDArray[np.floating], right: NDArray[np.bool_]) -> float | None:
-    """Return how often a right answer has a higher value than a wrong one; ties count half. None without both."""
+    """Return how often a right answer has a higher value than a wrong one; ties count half, None without both."""
     num_right, num_wrong = int(right.sum()), int((~right).sum())
     if not num_right or not num_wrong:
         return None
@@ -203,7 +203,7 @@ def auc(values: NDArray[np.floating], right: NDArray[np.bool_]) -> float | None:
 
 
 def calibration_error(chances: NDArray[np.float64], right: NDArray[np.bool_]) -> float:
-    """Return how far chances are off the share that is right, the mean over ten bins of equally many answers."""
+    """Return how far `(n,)` chances are off the share that is right, the mean over ten bins of equally many."""
     bins = np.array_split(np.argsort(chances, kind="stable"), NUM_BINS)
     off = [len(rows) * abs(chances[rows].mean() - right[rows].mean()) for rows in bins if len(rows)]
     return round(float(sum(off) / max(1, len(chances))), 4)
@@ -216,6 +216,7 @@ def choose(positions: Sequence[int], most: int) -> list[int]:
 
 
 def _embeddings(opened: OpenedSource, positions: Sequence[int]) -> NDArray[np.float32]:
+    """Return `(n, D)` of the captions at some positions."""
     import torch
 
     assert opened.captions is not None
@@ -224,7 +225,7 @@ def _embeddings(opened: OpenedSource, positions: Sequence[int]) -> NDArray[np.fl
 
 
 def _best_videos(catalog: Catalog, queries: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Return `(C, A)` rows of the best videos by their best windows, and their scores."""
+    """Return `(C, n)` rows of the best videos by their best windows, and their scores; n is `LOOKED_AT` at most."""
     parts = []
     for segment in catalog.segments:
         offsets = segment.moment_offsets
@@ -247,7 +248,12 @@ def _mean_the_same(words: set[str], others: set[str]) -> bool:
 
 
 def fit_first(answers: NDArray[np.float64], counts: NDArray[np.float64]) -> Rule:
-    """Return the rule of first answers, which have no gap; a weight that would be negative is 0."""
+    """Return the rule of first answers, which have no gap; a weight that would be negative is 0.
+
+    Args:
+        answers: `(n, 5)`, as `Asked.features` returns them.
+        counts: `(n,)`, how much each counts.
+    """
     columns = [0, 1, 2]
     while True:
         bias, weights = logistic(answers[:, columns], answers[:, 4], counts)
@@ -271,10 +277,15 @@ def _with_gap(rule: Rule, answers: NDArray[np.float64]) -> Rule:
 def logistic(
     features: NDArray[np.float64], right: NDArray[np.float64], counts: NDArray[np.float64]
 ) -> tuple[float, NDArray[np.float64]]:
-    """Return the bias and weights of a logistic regression of n answers that count so much, by Newton's method.
+    """Return the bias and the `(m,)` weights of a logistic regression, by Newton's method.
 
     The targets are Platt's (*Probabilistic outputs for support vector machines*, 1999, section 2.2): one more right
     and one more wrong answer, so that no chance becomes 0 or 1 where all are right.
+
+    Args:
+        features: `(n, m)`.
+        right: `(n,)`, 1 or 0.
+        counts: `(n,)`, how much each answer counts.
     """
     num_right, num_wrong = float(counts @ right), float(counts @ (1 - right))
     targets = np.where(right > 0, (num_right + 1) / (num_right + 2), 1 / (num_wrong + 2))
@@ -293,5 +304,5 @@ def logistic(
 
 
 def _rounded(value: float) -> float:
-    """Return three decimals: what other threads of a matrix product change lies behind them."""
+    """Return three decimals: the number of threads changes a matrix product only behind them."""
     return round(float(value), 3)

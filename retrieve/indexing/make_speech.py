@@ -136,7 +136,7 @@ def _tracks_of_files(speech: Speech | None) -> dict[_File, list[int]]:
 def _files_of(
     videos: Iterable[tuple[str, str]], transcripts: Path | None
 ) -> Iterator[tuple[str, list[_File], tuple[str, ...]]]:
-    """Yield each video_id, the files that may say something of it, and the kinds that cannot be looked at now."""
+    """Yield each video_id, the files that may say something of it, and the kinds that cannot be read now."""
     paths = {video_id: Path(source_path) for video_id, source_path in videos}
     sidecars = find_sidecars(set(paths.values()))
     for video_id, path in sorted(paths.items()):

@@ -93,10 +93,10 @@ def _with_lines(
 
     Args:
         result: What is seen.
-        heard: What is said in all videos.
+        heard: What the query found in speech.
         row: The video's.
         score: Of both.
-        is_told: Whether what is said counts for more: then a weak line says at least why the video is there.
+        is_told: Whether what is said counts for more: then even a weak line says why the video is there.
         request: The request.
     """
     _, sure = heard.found.get(row, (0.0, None))
@@ -125,7 +125,7 @@ def _with_lines(
 
 
 def _moment(line: Line, result: VideoResult) -> Moment:
-    """Return the moment in which a line is said; of one without times, all of the video."""
+    """Return the moment in which a line is said; for a line without times, that is all of the video's moments."""
     if line.begin_seconds is None or line.end_seconds is None:
         begin = min(moment.begin_seconds for moment in result.moments)
         end = max(moment.end_seconds for moment in result.moments)

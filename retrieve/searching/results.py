@@ -1,7 +1,7 @@
 """Builds the results for the videos that were found: their scores, moments and confidence.
 
-Confidence says how sure an answer is. For a text, ranked by moments, the calibration of the index tells:
-`svb.retrieve.stored.calibration`. For all else, and in an index without one, it goes by how a query's scores are
+Confidence says how sure an answer is. For a text, ranked by moments, it comes from the index's calibration:
+`svb.retrieve.stored.calibration`. For all else, and in an index without one, it depends on how a query's scores are
 spread over the whole index. The best of N rows that have nothing to do with a query stands out by a little less
 than sqrt(2 ln N) standard deviations. So an answer is
 

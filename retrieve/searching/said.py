@@ -26,9 +26,9 @@ WORDS_WEIGHT = 0.8
 CANDIDATES = 512
 # What a line that is said word for word scores.
 QUOTED = 1.0
-# A further window of a video is shown from this share of the best one's score on.
+# Another window of a video is shown if it has at least this share of the best one's score.
 SHOWN_SHARE = 0.5
-# Of a query's words, by weight: this many are hardly said by chance, or are worth a look.
+# The share of a query's words, by weight, that is hardly said by chance, or is worth a look.
 STRONG_WORDS, FAIR_WORDS = 0.8, 0.5
 
 
@@ -110,7 +110,7 @@ class SpeechSearch:
             return self._heard({}, {}, texts)
         spread = Spread.of(query.scores(self._background), self._speech.num_windows)
         cosines = query.scores(self._speech.window_embeddings[candidates].astype(np.float32))
-        # A candidate that says none of the words finds the entry that is appended.
+        # A candidate that says none of the words is not at its place; the last place is the one appended.
         place = np.searchsorted(windows, candidates)
         is_said = np.append(windows, -1)[place] == candidates
         words, share = (np.where(is_said, np.append(of, 0.0)[place], 0.0) for of in (by_words, shares))

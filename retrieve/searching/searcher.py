@@ -221,13 +221,13 @@ class Searcher:
         )
 
     def _speech_for(self, request: SearchRequest) -> SpeechSearch | None:
-        """Return the speech to search, None if only pictures are.
+        """Return the speech to search; None if only pictures are searched.
 
         Raises:
             InputError: The request asks for speech, and the index has none.
         """
         asks = request.search_in in ("speech", "both") or request.language is not None
-        if request.text is None or (request.search_in == "picture" and not asks):
+        if request.text is None or request.search_in == "picture":
             return None
         if self._speech is None and asks:
             raise InputError(

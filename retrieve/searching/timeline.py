@@ -63,10 +63,6 @@ class SourceVideo:
     height_px: int
     has_sound: bool
 
-    def seconds_at(self, frame: int) -> float:
-        """Return the time of a frame, counted from 0, on the file's own clock."""
-        return self.first_seconds + float(frame / self.rate)
-
 
 @dataclass(frozen=True)
 class TimelineClip:

@@ -175,7 +175,7 @@ def _edl(title: str, clips: Sequence[TimelineClip]) -> str:
     rate = clips[0].source.rate
     # The record side counts as the first source does; each source keeps its own way of counting.
     is_drop = clips[0].source.is_drop_frame
-    at = round(EDL_START_SECONDS * round(rate)) if not is_drop else round(EDL_START_SECONDS * rate)
+    at = round(EDL_START_SECONDS * (rate if is_drop else round(rate)))
     lines = [f"TITLE: {_line(title)}", f"FCM: {'' if is_drop else 'NON-'}DROP FRAME", ""]
     for number, clip in enumerate(clips, start=1):
         source, count = clip.source, clip.end_frame - clip.begin_frame

@@ -51,7 +51,7 @@ _MARKS = re.compile("[\u0300-\u036f]")
 
 @dataclass(frozen=True)
 class Term:
-    """Words that are looked for next to each other; of the last one only its beginning, if `is_prefix`."""
+    """Words that are looked for next to each other; if `is_prefix`, the last one is only a beginning."""
 
     words: tuple[str, ...]
     is_prefix: bool = False
@@ -80,7 +80,7 @@ def wanted_of(texts: Iterable[str]) -> Wanted:
     phrases, terms = list[tuple[str, ...]](), list[Term]()
     for text in texts:
         parts = text.translate(_QUOTES).split('"')
-        # Every second part is quoted, but for what follows a quote that is not closed.
+        # Every second part is quoted, except what follows a quote that is not closed.
         for number, part in enumerate(parts):
             if number % 2 and number < len(parts) - 1:
                 phrase = tuple(word for word, _, _ in tokens_of(part))

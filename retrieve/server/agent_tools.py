@@ -1,4 +1,4 @@
-"""What an agent can do with an index: plain values and pictures, whatever the protocol.
+"""What an agent can do with an index: tools that return plain values and pictures, whatever the protocol.
 
 An agent names videos by their ids, never by paths. It reads only what the index names and, if the user named one,
 the folder of queries; it writes only clips, into the folder that the user named.
@@ -92,7 +92,7 @@ class AgentTools:
             try:
                 self._clips.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise InputError(f"{self._clips} cannot be made ({error.strerror}) - name a folder") from error
+                raise InputError(f"{self._clips} cannot be made ({error.strerror}) - name another") from error
         self._cutters = WorkerPool(1, 4, CUT_SECONDS)
         self.tools = {
             "search": Tool(_SEARCH, _search_parameters(), self._search),

@@ -33,7 +33,7 @@ from svb.retrieve.stored.segment import open_array, require_sizes
 # From this chance on an answer is strong, or fair.
 LEAST_CHANCES = {"strong": 0.7, "fair": 0.3}
 WORDS, KNOWN = "words.json", "known.npy"
-# What a word that is in no caption counts.
+# A word that is in no caption counts as if it were in so many.
 UNHEARD = 0.3
 
 
@@ -132,7 +132,7 @@ def open_calibration(folder: Path, manifest: Mapping[str, Any]) -> Calibration |
     """Read the calibration of an index; None if it has none.
 
     Raises:
-        StoreError: Its file is missing or damaged.
+        StoreError: A file of it is missing or damaged.
     """
     for entry in manifest.get("confidence", []):
         path = part_folder(folder, "confidence", entry)

@@ -102,7 +102,7 @@ class Speech:
         return tracks.astype(np.int64)
 
     def cue_texts(self, begin: int, end: int) -> list[str]:
-        """Return the texts of some cues; many times faster than one by one."""
+        """Return the texts of some cues; this is many times faster than one by one."""
         edges = self.cues.offsets[begin : end + 1]
         held = self.cues.utf8[edges[0] : edges[-1]].tobytes()
         return [held[a:b].decode() for a, b in pairwise((edges - edges[0]).tolist())]
