@@ -25,7 +25,7 @@ from svb.errors import SvbError
 from svb.interrupts import deferred_interrupts
 from svb.retrieve.search import open_searcher
 from svb.retrieve.serve import greeting, listening, make_server
-from svb.retrieve.server.access import Access, choose_token, is_loopback
+from svb.retrieve.server.access import Access, choose_token, is_loopback, no_token_response
 from svb.retrieve.server.agent_tools import MAX_CONTENT_BYTES, AgentTools, Shown
 from svb.retrieve.server.http import error_response
 from svb.retrieve.server.kept_files import CacheFolder
@@ -164,9 +164,8 @@ def _serve(server: Server[Any], tools: AgentTools, state: ServerState, index: Pa
             json_response=True,
             stateless_http=True,  # a client that goes away leaves nothing behind
             max_request_body_size=MAX_BODY_BYTES,
-            transport_security=TransportSecuritySettings(
-                enable_dns_rebinding_protection=False
-            ),  # `_guarded` does it
+            # `_guarded` checks the Host header.
+            transport_security=TransportSecuritySettings(enable_dns_rebinding_protection=False),
         )
         for line in greeting(port, index, token, is_new=is_new, options=shared, path="/mcp"):
             logger.info(line)
@@ -193,15 +192,7 @@ def _guarded(app: ASGIApp, access: Access) -> ASGIApp:
         if problem is not None:
             return await error_response(403, problem)(scope, receive, send)
         if not access.is_known(headers, {}):
-            refused = error_response(
-                401,
-                "this server needs its token - send it as `Authorization: Bearer TOKEN`",
-                {"WWW-Authenticate": "Bearer"},
-            )
-            return await refused(scope, receive, send)
-        public = access.public_url
-        if public is not None and public.path and scope["path"].startswith(f"{public.path}/"):
-            scope = {**scope, "path": scope["path"].removeprefix(public.path)}
-        await app(scope, receive, send)
+            return await no_token_response()(scope, receive, send)
+        await app({**scope, "path": access.known_path(scope["path"])}, receive, send)
 
     return answer

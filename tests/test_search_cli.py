@@ -174,6 +174,8 @@ def test_a_part_of_a_video(tmp_path: Path) -> None:
         ("a --cut a.mp4", "--cut got a.mp4, which is not a folder"),
         ("a --otio x.aaf", "--otio got x.aaf - expected a file that ends in .otio, .edl, .fcpxml"),
         ("a --otio x.otio --handles soon", "'--handles': 'soon' is not a time"),
+        ("a --otio x.otio --handles 2000000s", "the handles are 2e+06 s - expected 0 or more, and less than 1e6"),
+        ("a --handles 1s", "got --handles 1s without --otio - give both, or neither"),
         ("--video c.mp4@5-5", "the span is 5 to 5 s - expected 0 <= start < end"),
         *((f"--video a.mp4@{part}", f"got {part!r} after a.mp4@ - expected") for part in ("3", "0:03-", "a-b", "")),
     ],

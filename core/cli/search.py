@@ -51,7 +51,7 @@ def _seconds(text: str) -> float:
 @click.option(
     "--otio", type=click.Path(path_type=Path), help="Write a timeline for an editor: .otio, .edl, .fcpxml."
 )
-@click.option("--handles", metavar="TIME", default="0s", type=_seconds, help=HANDLES_HELP)
+@click.option("--handles", metavar="TIME", type=_seconds, help=HANDLES_HELP)
 @click.option("--no-server", is_flag=True, help="Search in this process, even if `svb serve` has the index open.")
 @click.option(
     "--device", default="auto", show_default=True, help="auto, cpu, cuda:0, ...; any but auto asks no server."
@@ -70,7 +70,7 @@ def search(
     html: Path | None,
     cut: Path | None,
     otio: Path | None,
-    handles: float,
+    handles: float | None,
     no_server: bool,
     device: str,
     index_path: Path | None,
@@ -93,7 +93,8 @@ def search(
     chosen = [option for option, is_on in printed.items() if is_on]
     if len(chosen) > 1:
         raise UsageError(f"{' and '.join(chosen)} exclude each other - give one of them")
-    _require_places(html, cut, otio)
+    _require_places(html, cut)
+    _require_timeline(otio, handles)
     file, span = part_of_file(video)
     asked: dict[str, Any] = {"image": image, "video": file, "span_seconds": span, "like": like}
     options |= {"folders": folders_of(options["folders"]), "with_curves": html is not None}
@@ -115,7 +116,7 @@ def search(
     if cut is not None:
         output.cut_clips(answers, cut)
     if otio is not None:
-        output.write_timeline(answers, otio, handles)
+        output.write_timeline(answers, otio, handles or 0.0)
     output.require_a_match(answers, asker.ask)
 
 
@@ -178,12 +179,18 @@ def _print(answers: Sequence[Answer], chosen: str, *, is_list: bool) -> None:
 # --- what was typed
 
 
-def _require_places(html: Path | None, cut: Path | None, otio: Path | None) -> None:
-    """Refuse, before anything is searched, a place that cannot be written to."""
+def _require_timeline(otio: Path | None, handles_seconds: float | None) -> None:
+    """Refuse, before anything is searched, a timeline that cannot be written."""
     if otio is not None:
         from svb.retrieve.searching.timeline_files import require_timeline
 
-        require_timeline(otio)
+        require_timeline(otio, handles_seconds or 0.0)
+    elif handles_seconds is not None:
+        raise UsageError(f"got --handles {handles_seconds:g}s without --otio - give both, or neither")
+
+
+def _require_places(html: Path | None, cut: Path | None) -> None:
+    """Refuse, before anything is searched, a place that cannot be written to."""
     if html is not None and html.is_dir():
         raise UsageError(f"--html got {html}, a folder - name the file to write, such as {html / 'found.html'}")
     if cut is not None and cut.exists() and not cut.is_dir():

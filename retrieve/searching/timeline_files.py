@@ -74,7 +74,7 @@ def require_timeline(file: Path, handles_seconds: float = 0.0) -> None:
     if file.is_dir():
         raise UsageError(f"--otio got {file}, a folder - name the file to write")
     if not 0 <= handles_seconds < 1e6:
-        raise UsageError(f"the handles are {handles_seconds:g} s - expected 0 or more")
+        raise UsageError(f"the handles are {handles_seconds:g} s - expected 0 or more, and less than 1e6")
     if file.suffix.lower() == ".otio":
         _opentimelineio()
 

@@ -18,13 +18,22 @@ from starlette.datastructures import Headers
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from svb.errors import InputError
-from svb.retrieve.server.http import content_security_policy, read_body
+from svb.retrieve.server.http import content_security_policy, error_response, read_body
 from svb.retrieve.server.options import PublicUrl
 
 SESSION_SECONDS = 7 * 24 * 3600
 MIN_TOKEN_LENGTH = 16
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 MAX_FORM_BYTES = 1 << 14
+
+
+def no_token_response() -> Response:
+    """Return the answer to a client that shows neither a token nor a session."""
+    return error_response(
+        401,
+        "this server needs its token - send it as `Authorization: Bearer TOKEN`",
+        {"WWW-Authenticate": "Bearer"},
+    )
 
 
 class Access:
@@ -68,6 +77,13 @@ class Access:
         if headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-mode") != "navigate":
             return "the request comes from another site's page"
         return None
+
+    def known_path(self, path: str) -> str:
+        """Return a request's path as we know it, whether or not the proxy has cut the public one off."""
+        public = self.public_url
+        if public is None or not public.path or not path.startswith(f"{public.path}/"):
+            return path
+        return path.removeprefix(public.path)
 
     def is_known(self, headers: Headers, cookies: dict[str, str]) -> bool:
         """Tell whether a request shows the token, or a session that the login gave."""

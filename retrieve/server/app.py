@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from svb import __version__
 from svb.errors import SvbError
 from svb.retrieve.page.page import page_with_nonce
-from svb.retrieve.server.access import Access, login_page, login_routes
+from svb.retrieve.server.access import Access, login_page, login_routes, no_token_response
 from svb.retrieve.server.http import (
     SECURITY_HEADERS,
     content_security_policy,
@@ -112,7 +112,7 @@ class Guard:
         """Let a request in, or answer it."""
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        began, status, scope = time.perf_counter(), 0, self._without_public_path(scope)
+        began, status, scope = time.perf_counter(), 0, {**scope, "path": self._access.known_path(scope["path"])}
 
         async def send_protected(message: Message) -> None:
             nonlocal status
@@ -138,13 +138,6 @@ class Guard:
         finally:
             self._counts.observe(_method(scope), _route(scope), status or HUNG_UP, time.perf_counter() - began)
 
-    def _without_public_path(self, scope: Scope) -> Scope:
-        """Return a request with the path that we know, whether or not the proxy has cut the public one off."""
-        public = self._access.public_url
-        if public is None or not public.path or not scope["path"].startswith(f"{public.path}/"):
-            return scope
-        return {**scope, "path": scope["path"].removeprefix(public.path)}
-
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         request, public = Request(scope), self._access.public_url
         problem = self._access.problem_with(scope["method"], request.headers)
@@ -159,10 +152,7 @@ class Guard:
             return await self._app(scope, receive, send)
         if scope["path"] == "/" and scope["method"] == "GET":
             return await login_page(401, request.url.query)(scope, receive, send)
-        headers = {"WWW-Authenticate": "Bearer"}
-        return await error_response(401, "this server needs its token - send it as Bearer", headers)(
-            scope, receive, send
-        )
+        return await no_token_response()(scope, receive, send)
 
 
 def _route(scope: Scope) -> str:
