@@ -400,6 +400,16 @@ class TestTranscribe:
         transcribe([videos], out, TranscribeConfig(language="de"))
         assert '"status": "ok"' in (out / "broken.vtt").read_text()
 
+    def test_a_decoder_that_crashes_is_a_failure(
+        self, videos: Path, tmp_path: Path, heard: list[Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        program = tmp_path / "ffmpeg"
+        program.write_text("#!/bin/sh\nkill -SEGV $$\n")
+        program.chmod(0o755)
+        monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", lambda: str(program))
+        transcribe([videos / "deep"], tmp_path / "out")
+        assert '"status": "failed"' in (tmp_path / "out" / "a.vtt").read_text()
+
     def test_errors(self, videos: Path, tmp_path: Path, heard: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ModelUnavailableError, match="'gone' cannot be loaded"):
             transcribe([videos], tmp_path / "out", TranscribeConfig("gone"))
