@@ -44,7 +44,7 @@ from gpu_material import (
 
 from svb.data.feature_store import FeatureStore, verify_store
 from svb.device import choose_device, choose_precision, describe_device, precision_name
-from svb.errors import Interrupted, SvbError, UsageError
+from svb.errors import Interrupted, SvbError, UsageError, first_line
 from svb.extract.backbones import load_backbone
 from svb.extract.backbones.transform import Transform
 from svb.extract.compute.transform import Uploader, to_squares
@@ -428,18 +428,22 @@ def ranks(place: Place) -> Found:
 
 # Each step with the seconds that it may take on a GPU; together ten minutes.
 STEPS: dict[Callable[[Place], Found], int] = {
-    **{
-        libraries: 15,
-        clips: 40,
-        squares: 15,
-        features: 35,
-        bits: 20,
-        kill_and_resume: 40,
-        still: 25,
-        two_ranks: 35,
-    },
-    **{out_of_memory: 25, waits: 25, rates: 110, extraction: 50, nvdec: 20, training: 50, scan_of_moments: 70},
-    **{ranks: 20},
+    libraries: 15,
+    clips: 40,
+    squares: 15,
+    features: 35,
+    bits: 20,
+    kill_and_resume: 40,
+    still: 25,
+    two_ranks: 35,
+    out_of_memory: 25,
+    waits: 25,
+    rates: 110,
+    extraction: 50,
+    nvdec: 20,
+    training: 50,
+    scan_of_moments: 70,
+    ranks: 20,
 }
 
 
@@ -496,8 +500,7 @@ def _run_step(step: Callable[[Place], Found], options: argparse.Namespace, folde
     except Skipped as reason:
         status, words, found = "SKIP", str(reason), {}
     except (SvbError, AssertionError, RuntimeError, OSError, ValueError, TypeError, AttributeError) as error:
-        first_line = (str(error) or repr(error)).splitlines()[0]
-        status, words, found = "FAIL", f"{type(error).__name__}: {first_line}", {"error": repr(error)}
+        status, words, found = "FAIL", f"{type(error).__name__}: {first_line(error)}", {"error": repr(error)}
     aside = path.with_suffix(".part")
     aside.write_text(json.dumps({"status": status, "words": words, "found": found}))
     aside.replace(path)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from svb.errors import DeviceError, UsageError
+from svb.errors import DeviceError, UsageError, first_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,7 +45,7 @@ def choose_device(name: str = "auto") -> torch.device:
         else:
             torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"cannot use device {name!r} ({_first_line(error)}) - try auto, cpu or cuda:0") from error
+        raise UsageError(f"cannot use device {name!r} ({first_line(error)}) - try auto, cpu or cuda:0") from error
     if device.type == "cuda":
         _compute_float32_as_float32()
         _try(device)
@@ -62,7 +62,7 @@ def _has_gpu() -> bool:
     if not is_there and said:
         logger.warning(
             f"computing on the CPU, because torch {torch.__version__} cannot use the GPU "
-            f"({_first_line(said[0].message)}) - update the driver, or install a PyTorch for it"
+            f"({first_line(said[0].message)}) - update the driver, or install a PyTorch for it"
         )
     return is_there
 
@@ -77,7 +77,7 @@ def _try(device: torch.device) -> None:
         major, minor = torch.cuda.get_device_capability(device)
         raise DeviceError(
             f"{device} ({torch.cuda.get_device_name(device)}, compute capability {major}.{minor}) cannot compute "
-            f"({_first_line(error)}) - see whether nvidia-smi shows it healthy and free, install a PyTorch that "
+            f"({first_line(error)}) - see whether nvidia-smi shows it healthy and free, install a PyTorch that "
             "supports it, or choose another --device"
         ) from error
     if number != 2:
@@ -120,7 +120,7 @@ def explained_errors(device: torch.device, *, smaller: str) -> Iterator[None]:
     """Turn a lack of memory and the failure of a device into errors that say what to do.
 
     Args:
-        device: Where it is computed.
+        device: Where the block computes.
         smaller: How to need less memory, such as `lower --batch-size`.
 
     Raises:
@@ -131,34 +131,30 @@ def explained_errors(device: torch.device, *, smaller: str) -> Iterator[None]:
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise DeviceError(
-                f"{device} has too little memory ({_first_line(error)}) - free it and run the same command again, "
+                f"{device} has too little memory ({first_line(error)}) - free it and run the same command again, "
                 f"or {smaller}"
             ) from error
         if is_device_failure(error):
             raise DeviceError(
-                f"{device} failed ({_first_line(error)}) - run the same command again to go on from what was "
+                f"{device} failed ({first_line(error)}) - run the same command again to go on from what was "
                 "saved; if it fails again, look at nvidia-smi and choose another --device"
             ) from error
         raise
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error is of a lack of memory: that of torch on the CPU has no class of its own."""
+    """Tell whether an error says that memory ran out; torch's on the CPU has no class of its own."""
     import torch
 
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def is_device_failure(error: BaseException) -> bool:
-    """Tell whether an error is of the device itself, after which its process can compute nothing more on it."""
+    """Tell whether the device itself failed; its process can compute nothing more on it then."""
     import torch
 
     words = ("CUDA error", "cuDNN error", "CUDA driver error", "HIP error")
     return isinstance(error, DeviceError | torch.AcceleratorError) or str(error).startswith(words)
-
-
-def _first_line(error: object) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def choose_precision(device: torch.device, name: str = "auto") -> torch.dtype:

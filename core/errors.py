@@ -53,3 +53,8 @@ class Interrupted(SvbError):  # noqa: N818 - it is not an error
 
 class ModelUnavailableError(SvbError):
     """A backbone's or text encoder's weights cannot be had here."""
+
+
+def first_line(error: object) -> str:
+    """Return the first line of what an error or warning says, or the name of its class."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from svb.errors import InputError, ModelUnavailableError
+from svb.errors import InputError, ModelUnavailableError, first_line
 
 _UNREADABLE = (pickle.UnpicklingError, SafetensorError)
 OFFLINE_HINT = (
@@ -55,8 +55,7 @@ def load_state(path: Path) -> dict[str, torch.Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, LookupError, ValueError, EOFError, *_UNREADABLE) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path} is not a readable weights file ({first_line}) - get it again") from error
+        raise InputError(f"{path} is not a readable weights file ({first_line(error)}) - get it again") from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

@@ -31,9 +31,7 @@ SAMPLINGS = ("fps", "frames", "every_nth", "keyframes", "scenes", "times")
 ON_PARTIAL = ("keep", "fail")
 MAX_BATCH_SIZE = 4096
 # What a new store takes for options that were never given.
-DEFAULTS: dict[str, Any] = {
-    **{"backbones": (DEFAULT_BACKBONE,), "fps": 1.0, "decoder": "pyav", "resize": "device"},
-}
+DEFAULTS: dict[str, Any] = {"backbones": (DEFAULT_BACKBONE,), "fps": 1.0, "decoder": "pyav", "resize": "device"}
 # A GPU waits for Python to start its work: at 32 it would stand still most of the time.
 BATCH_SIZES = {"cpu": 32, "cuda": 256}
 # Recorded in a store. Raised when files are read otherwise than before: other frames, times, colours or streams.
@@ -157,7 +155,8 @@ class ExtractConfig:
             raise UsageError("got --engine onnx and --compile, which compiles for PyTorch - give one of the two")
         if self.precision not in ("auto", "float32"):
             raise UsageError(
-                f"precision {self.precision!r} and --engine onnx, which has float32 alone - leave out one of them"
+                f"precision {self.precision!r} and --engine onnx, which computes in float32 only - leave out one "
+                "of them"
             )
 
     def _check_place(self) -> None:
@@ -209,7 +208,9 @@ class ExtractConfig:
         precisions = {backbone.get("precision", "auto") for backbone in settings["backbones"].values()}
         engines = {backbone.get("engine", "torch") for backbone in settings["backbones"].values()}
         held = {
-            **{"backbones": tuple(settings["backbones"]), "decoder": decoder["name"], **settings["sampling"]},
+            **settings["sampling"],
+            "backbones": tuple(settings["backbones"]),
+            "decoder": decoder["name"],
             "resize": "decoder" if "resize_px" in decoder else "device",
             "batch_size": settings.get("batch_size"),
             "precision": precisions.pop() if len(precisions) == 1 else "auto",
@@ -300,6 +301,19 @@ class ExtractConfig:
         from svb.extract.decode.sampling import read_times
 
         return read_times(Path(self.times))
+
+    def load_backbones(self, device: torch.device) -> list[Backbone]:
+        """Load the backbones onto a device, with the engine asked for; raises as `engine.load_backbones` does."""
+        from svb.extract.backbones.engine import load_backbones  # and with it torch
+
+        return load_backbones(
+            self.backbones,
+            device,
+            precision=self.precision,
+            engine=self.engine,
+            compile=self.compile,
+            batch_size=self.frames_a_batch,
+        )
 
     def decode_options_for(self, networks: Sequence[Backbone]) -> DecodeOptions:
         """Return how videos are decoded for these backbones.

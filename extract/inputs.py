@@ -51,7 +51,7 @@ class FolderRules:
         suffixes: Suffixes of videos beyond `VIDEO_SUFFIXES`, each with its dot.
 
     Raises:
-        UsageError: A pattern is none.
+        UsageError: A pattern is not valid.
     """
 
     hidden: bool = False
@@ -90,7 +90,7 @@ def require_there(inputs: Sequence[Path]) -> None:
 def find_candidates(
     inputs: Sequence[Path], rules: FolderRules, say: Callable[[str], None]
 ) -> Iterable[tuple[str, Path]]:
-    """Yield the name and path of every file that may be a video; what is left out is said.
+    """Yield the name and path of every file that may be a video; `say` hears what is left out.
 
     Raises:
         InputError: A folder or list cannot be read.
@@ -142,7 +142,8 @@ def _walk(folder: Path, rules: FolderRules, say: Callable[[str], None]) -> Itera
         kinds = ", ".join(f"{suffix} {count}" for suffix, count in ignored.most_common(5))
         say(f"{folder}: ignored {ignored.total()} files that are not videos by their suffix ({kinds})")
     if hidden:
-        say(f"{folder}: left out {len(hidden)} hidden files and folders ({_first(hidden)}); --hidden takes them")
+        names = first_names(hidden)
+        say(f"{folder}: left out {len(hidden)} hidden files and folders ({names}); --hidden takes them")
     if num_excluded:
         say(f"{folder}: left out {num_excluded} files and folders by --exclude")
 
@@ -184,14 +185,15 @@ def _tell_of_closed(folder: Path, closed: Sequence[OSError]) -> None:
         if error.filename == str(folder):
             raise InputError(f"cannot read the folder {folder} ({error.strerror}) - fix its permissions")
     if closed:
-        names = _first([str(error.filename) for error in closed])
+        names = first_names([str(error.filename) for error in closed])
         logger.warning(
             f"cannot look into {len(closed)} folders ({names}): {closed[0].strerror} - they are left out"
         )
 
 
-def _first(names: Sequence[str], count: int = 5) -> str:
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+def first_names(names: Sequence[str]) -> str:
+    """Return the first five names with commas between, and dots where there are more."""
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def _listed(path: Path) -> Iterable[tuple[str, Path]]:

@@ -21,7 +21,7 @@ from svb.device import choose_device, explained_errors
 from svb.errors import Interrupted, StoreError, UsageError
 from svb.extract.compute.machine import cores_for_batches, keep_freed_memory, share_of_cores
 from svb.extract.config import ExtractConfig, require_same_transforms, words_of_older_reader
-from svb.extract.inputs import require_there
+from svb.extract.inputs import first_names, require_there
 from svb.extract.plan import Plan, PlannedVideo, is_done, plan_videos
 from svb.extract.pool.decode_pool import NOBODY, DecodePool, Listed
 from svb.extract.pool.worker import Finished, Started
@@ -110,7 +110,7 @@ def _extract_planned(
 
 
 def settled(videos: Sequence[Path | str], out: Path | str, config: ExtractConfig) -> ExtractConfig:
-    """Return the options, with those of the store that is there for what was not given, and say which these are.
+    """Return the options, fill in what was not given from the store if there is one, and say what it filled in.
 
     Raises:
         InputError: There is no such file: a wrong path is told before anything about settings.
@@ -126,7 +126,7 @@ def settled(videos: Sequence[Path | str], out: Path | str, config: ExtractConfig
         typed(field, value) for field in taken if (value := getattr(full, field.name)) != getattr(new, field.name)
     ]
     if words:
-        logger.info(f"{out} was made with {' '.join(words)}: so is what is added")
+        logger.info(f"{out} was made with {' '.join(words)}: new videos are treated alike")
     return full
 
 
@@ -139,10 +139,9 @@ def _require_records(plan: Plan, out: Path) -> None:
     records = FeatureStore(out).records
     missing = [video.video_id for video in plan.todo if video.video_id not in records]
     if missing:
-        names = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
         raise StoreError(
-            f"{len(missing)} of {len(plan.todo)} planned videos have no record in {out}: {names} - expected one "
-            "for each; run the same command again, and report this as a fault of svb"
+            f"{len(missing)} of {len(plan.todo)} planned videos have no record in {out}: {first_names(missing)} - "
+            "expected one for each; run the same command again, and report this as a fault of svb"
         )
 
 
@@ -227,23 +226,13 @@ class ThisMachine:
     """This machine, with the backbones loaded; see `Workplace`. With a rank it shares the videos with others."""
 
     def __init__(self, config: ExtractConfig, plan: Plan, out: Path) -> None:
-        own_device = _own_device(config, out)  # before torch is there
-        from svb.extract.backbones.engine import load_backbones  # and with it torch
-
-        self._device = choose_device(own_device)
+        self._device = choose_device(_own_device(config, out))  # it chooses a GPU before torch is there
         self.provenance = config.provenance(self._device)
         config = config.on(self._device.type)
         self._config, self._plan, self._out = config, plan, out
         if self._device.type == "cpu":
             keep_freed_memory()
-        self._networks = load_backbones(
-            config.backbones,
-            self._device,
-            precision=config.precision,
-            engine=config.engine,
-            compile=config.compile,
-            batch_size=config.frames_a_batch,
-        )
+        self._networks = config.load_backbones(self._device)
         self._num_workers = config.workers or share_of_cores()
         self.settings = config.settings(self._networks)
         self.description = {"videos": len(plan.todo), "num_workers": self._num_workers}
@@ -349,7 +338,7 @@ def _require_possible(config: ExtractConfig) -> None:
 
 
 def _with_engine(config: ExtractConfig, out: Path) -> ExtractConfig:
-    """Return the config; of several processes that fill a new store none must choose an engine for itself."""
+    """Return the options, with PyTorch where several processes would each choose an engine for a new store."""
     together = config.place is not None or config.ray is not None
     is_new = not (out / "store.json").exists()
     return replace(config, engine="torch") if together and is_new and config.engine == "auto" else config
@@ -440,7 +429,7 @@ def _own_device(config: ExtractConfig, out: Path) -> str:
     import torch
 
     if config.device == "auto" and torch.cuda.is_available() and _device_of(out) == "cpu":
-        logger.info(f"{out} was made on the CPU: so is what is added - give --device to change that")
+        logger.info(f"{out} was made on the CPU: new videos are computed there too - give --device to change that")
         return "cpu"
     if not takes_own or sees_one:
         return config.device

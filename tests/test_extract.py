@@ -247,12 +247,12 @@ class TestAdding:
         out, more = tmp_path / "out", tmp_path / "more"
         more.mkdir()
         (folder / "c.webm").rename(more / "c.webm")
-        times = {"frames": 2, "batch_size": 3, "resize": "decoder", "decoder": "ffmpeg"}
-        run(folder, out, WIDE, FRAMES, **times)
+        settings = {"frames": 2, "batch_size": 3, "resize": "decoder", "decoder": "ffmpeg"}
+        run(folder, out, WIDE, FRAMES, **settings)
         ran = run_svb("extract", more, "-o", out, "--workers", "1")
         assert (
             f"{out} was made with --backbone toy:wide --backbone toy:frames --frames 2 --decoder ffmpeg --resize "
-            "decoder --precision float32 --engine torch --batch-size 3: so is what is added\n"
+            "decoder --precision float32 --engine torch --batch-size 3: new videos are treated alike\n"
         ) in ran.stderr
         assert f"extracting into {out} with toy:wide, toy:frames, --frames 2\n" in ran.stderr
         assert ran.exit_code == 0 and statuses(out)["c"] == "ok" and len(features(out)["c"]) == 2

@@ -175,5 +175,5 @@ def test_two_processes_and_the_bytes_of_one(
     assert set(statuses(tmp_path / "out").values()) == {"ok"}
     assert_same_bytes(tmp_path / "out", toy_store)
     assert verify_store(tmp_path / "out") == []
-    died = [message for message in messages if "it died with exit code -9" in message]
+    died = [message for message in messages if "died with exit code -9" in message]
     assert len(died) == (share is shares.first_dies)

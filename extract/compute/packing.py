@@ -27,6 +27,9 @@ from svb.extract.backbones.export import one_line
 
 logger = logging.getLogger(__name__)
 
+# Where memory runs out, ONNX Runtime raises a MemoryError and torch a RuntimeError.
+_MAYBE_OUT_OF_MEMORY = (RuntimeError, MemoryError)
+
 Made = TypeVar("Made")
 
 
@@ -229,7 +232,7 @@ def _joined(parts: list[RunningBatch]) -> RunningBatch:
 
 
 def with_memory(make: Callable[[], Made], packers: Sequence[Packer]) -> Made:
-    """Return what is made; where memory runs out, once the batches under way have given theirs back.
+    """Return what `make` returns; if memory runs out, let the batches under way end and call it again.
 
     Raises:
         DeviceError: There is too little even then.
@@ -255,17 +258,8 @@ def with_memory(make: Callable[[], Made], packers: Sequence[Packer]) -> Made:
         ) from error
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's words: torch's go on for pages."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-# What ONNX Runtime raises where memory runs out is a MemoryError; what torch raises, a RuntimeError.
-_MAYBE_OUT_OF_MEMORY = (RuntimeError, MemoryError)
-
-
 def _without_tensors(error: Exception) -> Exception:
-    """Return an error without the frames that it came through, whose variables would keep their memory."""
+    """Return an error without its traceback, whose variables would keep their memory."""
     error.__context__ = error.__cause__ = None
     return error.with_traceback(None)
 

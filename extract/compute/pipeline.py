@@ -121,7 +121,7 @@ class Pipeline:
         self._pass_on_complete()
 
     def _pass_on_complete(self) -> None:
-        """Pass on every video that is complete; a copy may become so by its original, which may stand after it."""
+        """Pass on every complete video; a copy is complete once its original is, which may come after it."""
         num_before = -1
         while len(self._in_flight) != num_before:
             num_before = len(self._in_flight)

@@ -117,7 +117,7 @@ def extract_on_devices(
 
     Raises:
         Interrupted: SIGINT or SIGTERM came, and was passed on to all.
-        SvbError: No process came to the end; it is what the last one failed of.
+        SvbError: No process came to the end; it is the error of the last one.
     """
     devices = chosen_devices(config.devices or "")
     if os.environ.get("LOCAL_WORLD_SIZE", "1") != "1":
@@ -216,18 +216,18 @@ class _Said:
 
 @dataclass(frozen=True)
 class _Ended:
-    """The last that a process tells: how far it came, and what it failed of."""
+    """The last message of a process: how far it came, and its error if it failed."""
 
     progress: ExtractProgress | None
     failure: SvbError | OSError | None
 
 
 class _Process:
-    """The process of one device, and what it has told.
+    """The process of one device, and what it has reported.
 
     Attributes:
         runs: Whether it has not ended yet.
-        failure: What it failed of, once it has ended before all videos were done.
+        failure: Its error, once it has ended before all videos were done.
     """
 
     def __init__(
@@ -276,8 +276,8 @@ class _Process:
             self._process.join()
             self.runs = False
             lost = SvbError(
-                f"it died with exit code {self._process.exitcode} - run the same command again; if it dies again, "
-                "look into the system's log and at nvidia-smi"
+                f"the process on {self.name} died with exit code {self._process.exitcode} - run the same command again; "
+                "if it dies again, look into the system's log and at nvidia-smi"
             )
             self.failure = lost if self._ended is None else self._ended.failure
 
@@ -322,7 +322,7 @@ def _work(
     library.setLevel(logging.INFO)
     failure: SvbError | OSError | None = None
     try:
-        teller.tell(None)  # a signal is no accident from here on
+        teller.tell(None)  # from here on it can save what is whole after a signal
         share(videos, out, config, teller.tell_progress)
     except Interrupted as interrupted:
         failure = SvbError(str(interrupted))

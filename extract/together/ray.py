@@ -33,7 +33,7 @@ from svb.config import require_same
 from svb.data.feature_store_writer import FeatureStoreWriter
 from svb.data.rows import VideoRecord
 from svb.device import is_device_failure, is_out_of_memory
-from svb.errors import InputError, SvbError, UsageError
+from svb.errors import InputError, SvbError, UsageError, first_line
 from svb.extract.config import ExtractConfig
 from svb.extract.plan import Plan, PlannedVideo
 from svb.extract.pool.decode_pool import TICK_SECONDS
@@ -181,7 +181,7 @@ def _joined(address: str) -> Iterator[None]:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
     except (OSError, OverflowError, RuntimeError, ValueError, RayError) as error:
         raise InputError(
-            f"cannot join a Ray cluster at {address!r} ({_first_line(error)}) - expected HOST:PORT of a running "
+            f"cannot join a Ray cluster at {address!r} ({first_line(error)}) - expected HOST:PORT of a running "
             "cluster's head, auto or local; run this on one of its nodes, or start one with `ray start --head`"
         ) from error
     try:
@@ -269,10 +269,10 @@ class BackboneActors:
                 return
 
     def _retired(self, error: RayError, deaths: int) -> str | SvbError:
-        """Leave a place to itself: its videos go to the other actors, of which one must be left."""
+        """Give a place up: the other actors take its videos, and without any the run fails."""
         with self._lock:
             self._num_serving -= 1
-        words = f"{deaths} backbone actors were lost in a row and had done nothing ({_first_line(_cause(error))})"
+        words = f"{deaths} backbone actors were lost in a row and had done nothing ({first_line(_cause(error))})"
         if self._num_serving:
             return f"{words}: going on without that place, with the other {self._num_serving}"
         return SvbError(
@@ -313,7 +313,7 @@ class BackboneActors:
 
 
 def _replaced(error: RayError, num_given: int) -> str:
-    reason = _first_line(_cause(error))
+    reason = first_line(_cause(error))
     return f"a backbone actor was lost ({reason}): another is started and given the {num_given} videos it had"
 
 
@@ -325,7 +325,7 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _is_of_device(error: RayTaskError) -> bool:
-    """Tell whether the GPU of an actor failed, which another may not."""
+    """Tell whether the GPU of an actor failed or lacked memory; another's need not."""
     cause = _cause(error)
     return is_device_failure(cause) or is_out_of_memory(cause)
 
@@ -339,8 +339,3 @@ def _explained(error: RayTaskError) -> BaseException:
             f"node: run pip install '.[ray]' in the folder of svb {__version__}"
         )
     return cause if isinstance(cause, SvbError) else error
-
-
-def _first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, or its name."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

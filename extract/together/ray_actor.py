@@ -24,7 +24,6 @@ from svb import __version__
 from svb.data.rows import VideoRecord, VideoRows
 from svb.device import choose_device
 from svb.errors import MismatchError
-from svb.extract.backbones.engine import load_backbones
 from svb.extract.compute.machine import available_cores, cores_for_batches, keep_freed_memory
 from svb.extract.compute.pipeline import Content, Pipeline
 from svb.extract.config import ExtractConfig
@@ -84,7 +83,7 @@ class BackboneActor:
 
         Raises:
             MismatchError: The node has another svb than the driver.
-            As `load_backbones`.
+            As `ExtractConfig.load_backbones`.
         """
         if __version__ != self._version:
             raise MismatchError(
@@ -98,14 +97,7 @@ class BackboneActor:
         self._config = config = self._config.on(self._device.type)
         if self._device.type == "cpu":
             keep_freed_memory()
-        self._networks = load_backbones(
-            config.backbones,
-            self._device,
-            precision=config.precision,
-            engine=config.engine,
-            compile=config.compile,
-            batch_size=config.frames_a_batch,
-        )
+        self._networks = config.load_backbones(self._device)
         options = config.decode_options_for(self._networks)
         self._tasks = DecodeTasks(self._num_tasks, options, config.stall_seconds, config.time_limit_seconds)
         return ActorLoaded(config.settings(self._networks), provenance, str(self._device))
