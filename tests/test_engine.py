@@ -85,7 +85,6 @@ def test_bfloat16_competes_where_it_is_what_auto_takes(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(engine, "_measured", measured)
     assert load(precision="auto").settings()["precision"] == "bfloat16" and asked == [torch.bfloat16]
-    monkeypatch.undo()
 
 
 @pytest.mark.parametrize("name", [FRAMES, CLIPS, LITE0])

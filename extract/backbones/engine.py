@@ -58,7 +58,7 @@ def load_backbones(
 
     Raises:
         SvbError: The engine is `onnx`, and a backbone cannot be exported; or as `load_backbone`.
-        UsageError: The engine is `onnx`, and the device is no CPU.
+        UsageError: The engine is `onnx`, and the device is not a CPU.
     """
     dtype = choose_precision(device, precision)
     if engine == "onnx" and device.type != "cpu":
@@ -71,7 +71,7 @@ def load_backbones(
         graphs = [graph_of(backbone) for backbone in backbones]
     except (NoGraphError, OSError) as error:  # the disk may be full
         if engine == "onnx":
-            raise SvbError(f"{error} - leave out --engine onnx: PyTorch computes it") from error
+            raise SvbError(f"{error} - leave out --engine onnx, and PyTorch computes it") from error
         logger.info(f"engine: PyTorch in {precision_name(dtype)}, as {error}")
         return [_placed(backbone, dtype) for backbone in backbones]
     if engine == "auto" and not _is_worth_it(list(zip(backbones, graphs, strict=True)), dtype, batch_size):
@@ -85,7 +85,7 @@ def load_matching_backbone(name: str, settings: Mapping[str, Any], device: torch
     """Load the backbone that made some features, in their precision; `settings` are those in their store.
 
     Frames are prepared as they were then, even where the model's library wants it otherwise by now.
-    On a CPU their engine computes it too.
+    On a CPU, the engine that made them computes it too.
 
     Raises:
         MismatchError: The weights found under its name are others.
@@ -122,14 +122,14 @@ def graph_of(backbone: Backbone) -> Graph:
 
 
 def prepare_graph(name: str, settings: Mapping[str, Any]) -> None:
-    """Have the cache hold the graph of a backbone that made some features, and how close it comes to them.
+    """Put the graph of a backbone that made some features into the cache, and how close it comes to them.
 
     Args:
         name: Its name.
         settings: Those in the store of the features.
 
     Raises:
-        NoGraphError: It has none.
+        NoGraphError: The backbone has no graph.
         MismatchError: The weights found under its name are others.
     """
     key, cpu = backbone_key(name, settings), torch.device("cpu")

@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 GRAPH, WEIGHTS, CONTENTS = "float32.onnx", "float32.bin", "graph.json"
 # Another version of one of them may export another graph, or run it otherwise.
 PACKAGES = ("torch", "torchvision", "timm", "open_clip_torch", "onnx", "onnxscript", "onnxruntime")
-
-
 # The most that the rows of a query may differ from those that PyTorch would compute, as 1 - cosine.
 MAX_DISTANCE = 1e-3
 
@@ -170,7 +168,7 @@ def _publish(aside: Path, key: str, contents: Mapping[str, Any]) -> None:
 
 
 def _remove_left_over(kept: Path) -> None:
-    """Remove what processes left that were killed more than a day ago."""
+    """Remove what killed processes left more than a day ago."""
     for left in kept.glob(f"{ASIDE_PREFIX}*"):
         if left.stat().st_mtime < time.time() - 86_400:
             shutil.rmtree(left, ignore_errors=True)

@@ -52,7 +52,7 @@ def _transform(name: str, preprocess: dict[str, Any], model: str, weights: str) 
     if weights:
         told = _told_by_published_weights(name, told, model, weights)
     fill = told["fill_color"]
-    # "random" is for training: there open_clip, too, takes bicubic for what is not trained on.
+    # "random" is for training; open_clip itself uses bicubic outside of it.
     interpolation = "bicubic" if told["interpolation"] == "random" else told["interpolation"]
     return Transform(
         square_side(name, told["size"]),
@@ -79,7 +79,7 @@ def _told_by_published_weights(name: str, told: dict[str, Any], model: str, weig
         return published[0]
     logger.warning(
         f"{name}: published weights of {model} want frames prepared in different ways, and a local checkpoint does "
-        "not tell its own - taken is that of OpenAI's CLIP; for another give local-dir:FOLDER with an "
+        "not say which - svb prepares them as for OpenAI's CLIP; for another way give local-dir:FOLDER with an "
         "open_clip_config.json"
     )
     return told

@@ -75,6 +75,6 @@ def _transform(name: str, preset: Any) -> Transform:
         mode="shortest" if len(resize) == 1 else "squash",
         resize_px=(resize[0], resize[-1]),
         interpolation=preset.interpolation.value,
-        # Video classifiers were trained without, and their preset says so in its code alone.
+        # Video classifiers were trained without it; only the code of their preset says so.
         antialias=isinstance(preset, ImageClassification),
     )

@@ -20,7 +20,7 @@ TS_BYTES_LOOKED_AT = 2**20
 
 # Of a page of Ogg: https://www.rfc-editor.org/rfc/rfc3533#section-6
 OGG_HEADER_BYTES, MAX_OGG_SEGMENTS, OGG_FIRST_PAGE = 27, 255, 2
-# What comes after is taken for one part.
+# The rest of the file counts as one part.
 MAX_OGG_PARTS = 1000
 
 # Matroska's names of elements: https://www.matroska.org/technical/elements.html

@@ -118,7 +118,7 @@ _hardware_failures: list[str] = []
 def decode(path: Path, options: DecodeOptions) -> Iterator[Item]:
     """Decode one file; see `svb.extract.decode.decoder.Decoder`.
 
-    Where the hardware decoder fails, the file is decoded in software, from where the hardware has come to.
+    Where the hardware decoder fails, the file is decoded in software, from where the hardware stopped.
     """
     check_file(path)
     try:
@@ -226,7 +226,7 @@ def _decode_choice(source: _Source, choice: Choice) -> Iterator[Item]:
 
 
 def _require_hardware(log: FfmpegLog, has_frames: bool) -> None:
-    """Check a decoding that failed for a hardware decoder that failed.
+    """Check that the hardware decoder did not cause a failed decoding.
 
     Raises:
         _HardwareError: It did, or ffmpeg ended before its first frame without a word.
