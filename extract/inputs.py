@@ -142,8 +142,8 @@ def _walk(folder: Path, rules: FolderRules, say: Callable[[str], None]) -> Itera
         kinds = ", ".join(f"{suffix} {count}" for suffix, count in ignored.most_common(5))
         say(f"{folder}: ignored {ignored.total()} files that are not videos by their suffix ({kinds})")
     if hidden:
-        names = first_names(hidden)
-        say(f"{folder}: left out {len(hidden)} hidden files and folders ({names}); --hidden takes them")
+        shown_names = first_names(hidden)
+        say(f"{folder}: left out {len(hidden)} hidden files and folders ({shown_names}); --hidden takes them")
     if num_excluded:
         say(f"{folder}: left out {num_excluded} files and folders by --exclude")
 

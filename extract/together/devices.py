@@ -276,8 +276,8 @@ class _Process:
             self._process.join()
             self.runs = False
             lost = SvbError(
-                f"the process on {self.name} died with exit code {self._process.exitcode} - run the same command again; "
-                "if it dies again, look into the system's log and at nvidia-smi"
+                f"the process on {self.name} died with exit code {self._process.exitcode} - run the same command "
+                "again; if it dies again, look into the system's log and at nvidia-smi"
             )
             self.failure = lost if self._ended is None else self._ended.failure
 
