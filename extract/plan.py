@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,6 +53,11 @@ class Plan:
     todo: list[PlannedVideo]
     vanished: list[VideoRecord]
     messages: list[str]
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """The size of the files to extract; progress asks for it after every message."""
+        return sum(video.size_bytes for video in self.todo)
 
 
 def plan_videos(

@@ -201,8 +201,9 @@ def _fill(
     with deferred_interrupts() as interrupted, contextlib.closing(workplace.fill(writer, interrupted)) as steps:
         for _ in steps:
             writer.publish_if_due()  # a long video must not hold back those that are finished
-            on_progress(workplace.progress())
-            log.add_progress(workplace.progress())
+            progress = workplace.progress()
+            on_progress(progress)
+            log.add_progress(progress)
         signal_number = interrupted()
     on_progress(workplace.progress())
     return signal_number
@@ -264,7 +265,7 @@ class ThisMachine:
                 ahead=ahead,
             )
             num_in_software = 0
-            self._finished_by_others = source.by_others if isinstance(source, LeasedVideos) else []
+            self._leased = source if isinstance(source, LeasedVideos) else None
             with contextlib.closing(self._pool.run(source)) as messages:
                 for position, message in messages:
                     pipeline.take(position, message)
@@ -304,12 +305,11 @@ class ThisMachine:
             yield source
 
     def progress(self) -> ExtractProgress:
-        counts, pool, todo = self._pipeline.counts, self._pool, self._plan.todo
+        counts, pool, plan = self._pipeline.counts, self._pool, self._plan
         seconds = max(pool.seconds, 1e-9)
         return ExtractProgress(
-            num_videos=len(todo) - len(self._finished_by_others),
-            num_bytes=sum(video.size_bytes for video in todo)
-            - sum(video.size_bytes for video in self._finished_by_others),
+            num_videos=len(plan.todo) - (self._leased.num_by_others if self._leased else 0),
+            num_bytes=plan.num_bytes - (self._leased.bytes_by_others if self._leased else 0),
             videos_done=counts.videos,
             bytes_done=counts.bytes,
             frames_done=counts.frames,

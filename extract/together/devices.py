@@ -188,13 +188,12 @@ def _config_of(config: ExtractConfig, devices: Sequence[str], number: int) -> Ex
 def _together(processes: Sequence[_Process], plan: Plan, devices: Sequence[str]) -> ExtractProgress:
     """Return how far all are. Videos that died with their process are counted again where they are done again."""
     told = [process.progress for process in processes if process.progress is not None]
-    num_bytes = sum(video.size_bytes for video in plan.todo)
     several = max(1, len(told))
     return ExtractProgress(
         num_videos=len(plan.todo),
-        num_bytes=num_bytes,
+        num_bytes=plan.num_bytes,
         videos_done=min(len(plan.todo), sum(one.videos_done for one in told)),
-        bytes_done=min(num_bytes, sum(one.bytes_done for one in told)),
+        bytes_done=min(plan.num_bytes, sum(one.bytes_done for one in told)),
         frames_done=sum(one.frames_done for one in told),
         seconds=max((one.seconds for one in told), default=0.0),
         decode_wait_share=sum(one.decode_wait_share for one in told) / several,

@@ -312,7 +312,7 @@ class LeasedVideos:
         todo: What there is to do, as this process began.
 
     Attributes:
-        by_others: Videos that were to be done here, and others have done.
+        num_by_others, bytes_by_others: Videos that were to be done here and others have done, and their size.
     """
 
     def __init__(
@@ -331,7 +331,7 @@ class LeasedVideos:
         self._looked = -LOOK_SECONDS
         self._lock = threading.Lock()
         self._todo = set(todo)
-        self.by_others: list[PlannedVideo] = []
+        self.num_by_others = self.bytes_by_others = 0
 
     @property
     def is_exhausted(self) -> bool:
@@ -353,7 +353,9 @@ class LeasedVideos:
                 continue
             # This process has the lease, so its last holder has published all that it finished.
             undone = self._undone(unit.videos)
-            self.by_others += [video for video in unit.videos if video in self._todo and video not in undone]
+            by_others = [video for video in unit.videos if video in self._todo and video not in undone]
+            self.num_by_others += len(by_others)
+            self.bytes_by_others += sum(video.size_bytes for video in by_others)
             if not undone:
                 self._leases.release(unit.key)
                 continue
