@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import forkserver
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import clips
@@ -14,6 +17,7 @@ import pytest
 from messages import heard, stop_hearing
 
 from svb.cli import run
+from svb.extract.pool import decode_pool
 
 if TYPE_CHECKING:
     from indexes import Kept
@@ -26,6 +30,32 @@ class Ran(NamedTuple):
 
 
 RunSvb = Callable[..., Ran]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give each file to one process, which makes what its tests share once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_workers() -> Iterator[None]:
+    """Fork decode workers of a process that has imported their modules; `spawned_workers` has svb start them."""
+    modules = ("pool.worker", "decode.pyav_decoder", "decode.ffmpeg_decoder")
+    forking = multiprocessing.get_context("forkserver")
+    forking.set_forkserver_preload([f"svb.extract.{module}" for module in modules])
+    forkserver.ensure_running()  # now, with the environment of no test
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode_pool, "multiprocessing", SimpleNamespace(get_context=lambda method: forking))
+        yield
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def spawned_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_pool, "multiprocessing", multiprocessing)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -494,6 +494,7 @@ def test_an_epoch_that_was_trained_again_counts_once(tmp_path: Path) -> None:
 
 
 class TestFailures:
+    @pytest.mark.slow
     def test_a_failed_run_does_not_stop_the_others(self, task: Task, run_svb: RunSvb) -> None:
         task.write(
             '[[cells]]\nname = "good"\n[[cells]]\nname = "diverges"\nlearning_rate = 1e30', top="seeds = [0]"

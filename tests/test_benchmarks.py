@@ -23,6 +23,7 @@ def run_benchmark(folder: Path, name: str, **options: object) -> tuple[Any, str]
     return json.loads(out.read_text())["measured"], done.stdout
 
 
+@pytest.mark.slow
 def test_a_cache_takes_hardly_more_memory_than_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
     from shared import make_store, run_child

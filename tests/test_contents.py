@@ -132,12 +132,11 @@ class TestDuplicates:
         run(folder, tmp_path / "out")
         assert set(features(tmp_path / "out")) == {"a", "b", "c", "deep/d"}
 
-    @pytest.mark.parametrize("num_workers", [1, 3])
-    def test_each_content_is_decoded_once(self, folder: Path, tmp_path: Path, num_workers: int) -> None:
+    def test_each_content_is_decoded_once(self, folder: Path, tmp_path: Path) -> None:
         frames_of_one, _ = frames_decoded(folder, tmp_path / "plain")
         for name in ("copy1.mp4", "copy2.mp4", "deep/copy3.mp4"):
             shutil.copy(folder / "a.mp4", folder / name)
-        frames, messages = frames_decoded(folder, tmp_path / "out", workers=num_workers)
+        frames, messages = frames_decoded(folder, tmp_path / "out", workers=3)
         assert frames == frames_of_one
         assert "not decoded, because their content is known: 0 renamed, 3 duplicates" in messages
         rows = features(tmp_path / "out")
@@ -175,7 +174,7 @@ class TestDuplicates:
 
 
 class TestVanished:
-    @pytest.mark.parametrize("videos_a_shard", [1, 2, 256])
+    @pytest.mark.parametrize("videos_a_shard", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 256))])
     def test_what_is_gone_is_kept_until_it_is_pruned(
         self, folder: Path, tmp_path: Path, videos_a_shard: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:

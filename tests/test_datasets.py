@@ -676,8 +676,17 @@ def test_every_data_set_protocol_count_and_file_is_documented() -> None:
     ("name", "protocol", "splits", "counts", "caption"),
     [
         ("msrvtt", "1k-A", ["test"], [1000], ("video9770#0", "video9770")),
-        ("msrvtt", "1k-A-7k", [], [140_200, 1000], ("video9770#0", "video9770")),
-        ("msrvtt", "full", ["train", "val"], [130_260, 9940], ("video6513#19", "video6513")),
+        pytest.param(
+            "msrvtt", "1k-A-7k", [], [140_200, 1000], ("video9770#0", "video9770"), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "msrvtt",
+            "full",
+            ["train", "val"],
+            [130_260, 9940],
+            ("video6513#19", "video6513"),
+            marks=pytest.mark.slow,
+        ),
         ("msvd", "all-sentences", [], [48_774, 4290, 27_763], ("eyhzdC936uk_15_27#0", "eyhzdC936uk_15_27")),
         ("vatex", "hgr", ["val", "test"], [15_000, 15_000], ("sf2PPeXQrUA_000000_000010#9",) * 2),
         ("activitynet", "val_1", [], [10_009, 4917], ("v_uqiMw7tQ1Cc#0", "v_uqiMw7tQ1Cc")),

@@ -31,7 +31,12 @@ def frames_of(path: Path, size: int) -> torch.Tensor:
     )
 
 
-@pytest.fixture(scope="module", params=sorted(MODELS))
+@pytest.fixture(
+    scope="module",
+    params=[
+        name if name.endswith("lite0") else pytest.param(name, marks=pytest.mark.slow) for name in sorted(MODELS)
+    ],
+)
 def model(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
@@ -68,7 +73,9 @@ def test_agrees_with_the_package_on_generated_frames(
     assert_agrees(model, reference, make_clip(tmp_path / "clip.mp4", seconds=2))
 
 
-@pytest.mark.parametrize("name", ["sintel.avi", "vid1.mp4", "rotate-90.mov"])
+@pytest.mark.parametrize(
+    "name", ["rotate-90.mov", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sintel.avi", "vid1.mp4"))]
+)
 def test_agrees_with_the_package_on_real_frames(model: str, reference: torch.nn.Module, name: str) -> None:
     if not (ZOO / name).exists():
         pytest.skip(f"{ZOO / name} is not on this machine")

@@ -392,6 +392,7 @@ def signal_first_worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[s
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds worker processes in Linux's /proc")
+@pytest.mark.usefixtures("spawned_workers")
 class TestWorkersThatFail:
     # A worker that is not the first may see an hour go by, but no ten of them.
     @pytest.mark.parametrize(

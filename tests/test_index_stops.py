@@ -31,7 +31,7 @@ from svb.train.run import train
 PROGRAM = Path(__file__).with_name("index_killed.py")
 CONFIG = TrainConfig(embedding_size=8, variant="none", batch_size=16, epochs=1, learning_rate=2e-3)
 # Of all writes of a run, those at which the test of every day kills.
-NUM_KILLS = 8
+NUM_KILLS = 5
 
 
 @pytest.fixture(scope="module")

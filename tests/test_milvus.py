@@ -107,7 +107,7 @@ class TestAnswers:
 
     def test_more_rows_than_a_server_gives_at_once(self, mirrored: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(milvus_server, "MAX_ROWS", 32)
-        for k in (31, 32, 33, 150, 5000):
+        for k in (32, 33, 150):
             assert_nearest_agree(*mirrored, k, "moment", None)
         allowed = np.random.default_rng(7).random(90) < 0.3
         assert_nearest_agree(*mirrored, 50, "moment", allowed)

@@ -90,7 +90,9 @@ def client_of(url: str) -> httpx2.Client:
     return httpx2.Client(base_url=url.replace(HOST, "127.0.0.1"), headers=headers, verify=False, timeout=60)
 
 
-@pytest.mark.parametrize("setup", SETUPS)
+@pytest.mark.parametrize(
+    "setup", [name if name == "documented" else pytest.param(name, marks=pytest.mark.slow) for name in SETUPS]
+)
 def test_the_server_answers_through_nginx(index: Path, tmp_path: Path, setup: str) -> None:
     path = f"{SETUPS[setup][0]}/"
     with proxied(index, tmp_path, setup) as url, client_of(url) as client:
@@ -124,7 +126,8 @@ def test_the_server_answers_through_nginx(index: Path, tmp_path: Path, setup: st
             assert bare.status_code in {301, 308} and httpx2.URL(bare.headers["location"]).path == path
 
 
-@pytest.mark.parametrize("setup", ["documented", pytest.param("site, nginx's defaults", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("setup", ["documented", "site, nginx's defaults"])
 def test_the_page_works_through_nginx(index: Path, tmp_path: Path, setup: str) -> None:
     with w.browser() as chromium, proxied(index, tmp_path, setup) as url:
         page = chromium.new_context(ignore_https_errors=True).new_page()

@@ -82,6 +82,7 @@ def test_what_cannot_be_recomputed(store: Path, folder: Path, run_svb: RunSvb, e
     assert ran.exit_code == 1
 
 
+@pytest.mark.slow
 def test_workers_change_no_bit_and_batches_hardly_any(extracted_store: Path, folder: Path) -> None:
     # extracted_store: one worker, batches of 4. Batches of another size may run through other kernels.
     name = "offline:efficientnet-lite0"

@@ -36,7 +36,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         encoder = synthetic.make_text_encoder()
         patch.setattr("svb.retrieve.model.embedder.load_matching_text_encoder", lambda settings, device: encoder)
-        real, clip = synthetic.make_record, make_clip(folder / "clip000.mp4", seconds=60, size="640x480", fps=25)
+        real, clip = (
+            synthetic.make_record,
+            make_clip(folder / "clip000.mp4", seconds=4, size="640x480", fps=25, extra=("-qp", "1")),
+        )
 
         def record(video_id: str, **options: Any) -> Any:
             held = real(video_id, **options)

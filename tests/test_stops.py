@@ -442,7 +442,7 @@ class TestCommand:
     def test_samplings(
         self, options: tuple[str, ...], settings: object, clips_folder: Path, tmp_path: Path, run_svb: RunSvb
     ) -> None:
-        arguments = (*options, "-o", tmp_path / "out", "--backbone", FRAMES, "--precision", "float32")
+        arguments = (*options, "-o", tmp_path / "out", "--backbone", FRAMES, "--workers", 1)
         ran = run_svb("extract", clips_folder, *arguments)
         assert ran.exit_code == 0, ran.stderr
         store = FeatureStore(tmp_path / "out")
@@ -453,7 +453,17 @@ class TestCommand:
         self, clips_folder: Path, tmp_path: Path, run_svb: RunSvb
     ) -> None:
         for name, options in (("device", ()), ("decoder", ("--resize", "decoder")), ("fast", ("--fast-decode",))):
-            arguments = ("-o", tmp_path / name, "--backbone", FRAMES, "--precision", "float32", *options)
+            arguments = (
+                "-o",
+                tmp_path / name,
+                "--backbone",
+                FRAMES,
+                "--precision",
+                "float32",
+                "--workers",
+                1,
+                *options,
+            )
             assert run_svb("extract", clips_folder, *arguments).exit_code == 0
         device, decoder = features(tmp_path / "device"), features(tmp_path / "decoder")
         for video_id, rows in device.items():

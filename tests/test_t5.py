@@ -100,6 +100,9 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_untied(tmp_path_factory.mktemp("t5") / "untied")
 
 
+only_tied = pytest.mark.parametrize("folder", ["tied"], indirect=True)
+
+
 @pytest.fixture(scope="module", params=["tied", "untied"])
 def folder(request: pytest.FixtureRequest) -> Path:
     path: Path = request.getfixturevalue(request.param)
@@ -129,6 +132,7 @@ class TestEncoder:
                 expected = network(input_ids=tokens).last_hidden_state[0].mean(dim=0)
             np.testing.assert_allclose(row, expected, rtol=1e-4, atol=1e-5)
 
+    @only_tied
     def test_rows_do_not_depend_on_neighbours(self, encoder: TextEncoder) -> None:
         captions = [" ".join(CAPTIONS[(row + n) % 5] for n in range(row % 7 + 1)) for row in range(70)]
         features = encoder.encode(captions)
@@ -159,6 +163,7 @@ class TestEncoder:
         assert {tensor.dtype for tensor in encoder.module.state_dict().values()} == {torch.float32}
         assert {tensor.dtype for tensor in T5Decoder(str(damaged), 4).parameters()} == {torch.float32}
 
+    @only_tied
     def test_captions_end_to_end(
         self, folder: Path, tmp_path: Path, run_svb: RunSvb, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -210,6 +215,7 @@ class TestDecoder:
         assert len(encoded[-1]) == MAX_TOKENS and encoded[-1][-1] == 1
         assert decoder.padding == 0
 
+    @only_tied
     def test_overfits_and_writes_what_it_learned(self, decoder: T5Decoder) -> None:
         torch.manual_seed(0)
         memory = torch.randn(5, 3, MEMORY_SIZE), torch.tensor([[True] * 3, [True] * 2 + [False]] * 3)[:5]
@@ -252,6 +258,7 @@ class TestDecoder:
         assert decoder.write(frames, frame_mask) == expected
         assert len(set(expected)) == 2
 
+    @only_tied
     def test_bfloat16_stays_finite(self, decoder: T5Decoder) -> None:
         tokens, (frames, frame_mask) = make_tokens(decoder), make_memory()
         decoder.train()
@@ -282,6 +289,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 class TestTraining:
     SMALL = ("--embedding-size", 32, "--batch-size", 16, "--learning-rate", "5e-3", "--evaluate-every", 2)
 
+    @only_tied
     def test_train_end_to_end(
         self,
         task: tuple[Path, Path],

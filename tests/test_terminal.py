@@ -7,47 +7,43 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from svb.cli import run
 from svb.cli.output import Meter
 
 SVB = [sys.executable, "-m", "svb"]
 
 
-def allow_small_files(limit_bytes: int) -> Callable[[], None]:
-    """Stand in for a full disk: a longer file cannot be written to its end, whatever library writes it."""
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
-
-
-def last_line(ran: subprocess.CompletedProcess[str]) -> str:
-    assert ran.returncode == 1 and "Traceback" not in ran.stderr, ran.stderr
-    return ran.stderr.splitlines()[-1]
-
-
 @pytest.mark.parametrize(
-    ("limit_bytes", "place"), [(100, "run/config.json"), pytest.param(3000, "run/best", marks=pytest.mark.slow)]
+    ("command", "limit_bytes", "place"),
+    [("train", 100, "config.json"), ("train", 3000, "best"), ("index", 1500, "")],
 )
-def test_a_full_disk_in_train_names_the_folder(
-    limit_bytes: int, place: str, indexed_run: Path, tmp_path: Path
+def test_a_full_disk_names_the_folder(
+    command: str,
+    limit_bytes: int,
+    place: str,
+    indexed_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    store, captions, out = indexed_run.parent / "features", indexed_run.parent / "captions.h5", tmp_path / "run"
-    options = ["-o", str(out), "--epochs", "1", "--embedding-size", "16"]
-    ran = subprocess.run(
-        [*SVB, "train", str(store), str(captions), *options],
-        capture_output=True, text=True, check=False, preexec_fn=allow_small_files(limit_bytes),
-    )  # fmt: skip
-    assert last_line(ran).startswith(f"svb: cannot use {tmp_path}/{place} (")
-
-
-def test_a_full_disk_in_index_names_the_folder(indexed_run: Path, tmp_path: Path) -> None:
-    ran = subprocess.run(
-        [*SVB, "index", str(indexed_run), "-o", str(tmp_path / "index"), "--moment-seconds", "3"],
-        capture_output=True, text=True, check=False, preexec_fn=allow_small_files(1500),
-    )  # fmt: skip
-    assert last_line(ran).startswith(f"svb: cannot use {tmp_path}/index/")
+    """A limit on the size of files stands for the disk: no library can write a longer one to its end."""
+    store, captions, out = indexed_run.parent / "features", indexed_run.parent / "captions.h5", tmp_path / "out"
+    sources, options = {
+        "train": ([store, captions], ["--epochs", "1", "--embedding-size", "16", "--decoder-size", "16"]),
+        "index": ([indexed_run], ["--moment-seconds", "3"]),
+    }[command]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
+    try:
+        exit_code = run([command, *map(str, sources), "-o", str(out), *options])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = capsys.readouterr().err
+    assert exit_code == 1 and "Traceback" not in said, said
+    assert said.splitlines()[-1].startswith(f"svb: cannot use {out / place}")
 
 
 class TestClosed:
@@ -59,16 +55,16 @@ class TestClosed:
             ["bash", "-c", command, "bash", str(path)], capture_output=True, text=True, check=False, timeout=300
         )
 
-    def test_a_reader_that_has_left_is_no_failed_search(self, indexed_run: Path) -> None:
+    def test_a_reader_that_has_left_is_no_failed_search(self, built_index: Path) -> None:
         reader, writer = os.pipe()
         os.close(reader)
-        ran = subprocess.run([*SVB, "info", str(indexed_run)], stdout=writer, stderr=subprocess.PIPE, check=False)
+        ran = subprocess.run([*SVB, "info", str(built_index)], stdout=writer, stderr=subprocess.PIPE, check=False)
         os.close(writer)
         assert (ran.returncode, ran.stderr) == (128 + signal.SIGPIPE, b"")
 
     @pytest.mark.parametrize("closed", [">&-", "<&-", "2>&-"])
-    def test_closed_streams(self, closed: str, indexed_run: Path) -> None:
-        ran = self.run(f'svb info "$1" {closed}', indexed_run)
+    def test_closed_streams(self, closed: str, built_index: Path) -> None:
+        ran = self.run(f'svb info "$1" {closed}', built_index)
         assert ran.returncode == 0 and ran.stderr == ""
 
     def test_queries_from_a_closed_stdin(self, tmp_path: Path) -> None:
@@ -76,8 +72,8 @@ class TestClosed:
         assert ran.returncode == 1 and "svb: standard input is closed - name a file" in ran.stderr
 
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-    def test_a_full_disk_under_the_output(self, indexed_run: Path) -> None:
-        ran = self.run('svb info "$1" > /dev/full', indexed_run)
+    def test_a_full_disk_under_the_output(self, built_index: Path) -> None:
+        ran = self.run('svb info "$1" > /dev/full', built_index)
         assert ran.stderr == (
             "svb: cannot use standard output (No space left on device) - make room there and run the same command "
             "again\n"

@@ -1,6 +1,6 @@
-"""Trains several configs one after the other, in each of the processes that torchrun starts.
+"""Trains several configs one after the other, in each of several processes, which meet at a file beside the plan.
 
-    torchrun --standalone --nproc-per-node 2 tests/train_together.py plan.json
+    RANK=0 WORLD_SIZE=2 python tests/train_together.py plan.json
 
 Starting processes takes far longer than these trainings, so that one start serves many.
 """
@@ -125,8 +125,9 @@ def main() -> None:
     torch.set_num_threads(1)
     loop.CHECKPOINT_SECONDS = 1e9
     plan = json.loads(Path(sys.argv[1]).read_text())
-    dist.init_process_group("gloo", timeout=timedelta(seconds=600))
-    processes = Processes(dist.get_rank(), dist.get_world_size())
+    processes = Processes(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    meeting, timeout = f"file://{plan['out']}/meeting", timedelta(seconds=600)
+    dist.init_process_group("gloo", meeting, timeout, processes.world, processes.rank)
     gathered = [gather_and_its_gradient(processes, total) for total in (8, 15)]
     (Path(plan["out"]) / f"gathered-{processes.rank}.json").write_text(json.dumps(gathered))
     train_all(plan, processes)
