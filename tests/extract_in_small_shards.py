@@ -3,19 +3,21 @@
     python extract_in_small_shards.py VIDEOS OUT
     python extract_in_small_shards.py --serve
 
-The second loads torch once and then makes a run, in a process of its own, of every line of its input: a list
-in JSON of VIDEOS, OUT, and the rank and number of processes where several fill the store. It says the run's
-process id, when it begins to compact the store, and its exit code when it has ended.
+The second loads torch once and then makes a run, in a process of its own, of every line of its input: in JSON
+its videos and out, rank and world_size where several fill the store, and before which of its changes of the disk
+it waits to be killed, counted in the whole run or in its compaction. It says the run's process id, when it
+begins to compact the store, when it waits, and its exit code when it has ended.
 
 Decode workers import this file, too: what takes long to load is only loaded by the runs.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
-import time
+import threading
 import traceback
 from collections.abc import Callable
 from functools import wraps
@@ -27,22 +29,27 @@ SHARD_VIDEOS = 2
 MERGED_VIDEOS = 8
 # Others take over what a killed process held after this long. A live one must get to renew its leases.
 HEARTBEAT_SECONDS, STALE_SECONDS = 0.3, 3.0
-# A slow disk takes this long before and after it syncs or removes a file, so that kills fall between two steps.
-SLOW_DISK_SECONDS = 0.02
 
 
-def slowed(step: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(step)
-    def slow(*arguments: Any, **options: Any) -> Any:
-        time.sleep(SLOW_DISK_SECONDS)
-        result = step(*arguments, **options)
-        time.sleep(SLOW_DISK_SECONDS)
-        return result
+def wait_at(change: int) -> None:
+    """Wait to be killed before the disk is changed for the n-th time from here on."""
+    changes = itertools.count(1)
 
-    return slow
+    def counted(step: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(step)
+        def call(*arguments: Any, **options: Any) -> Any:
+            if next(changes) == change:
+                print("waiting", flush=True)
+                threading.Event().wait()
+            return step(*arguments, **options)
+
+        return call
+
+    for name in ("fsync", "rename", "replace", "unlink"):
+        setattr(os, name, counted(getattr(os, name)))
 
 
-def run(videos: str, out: str, rank: tuple[int, int] | None = None) -> None:
+def run(videos: str, out: str, change: int = 0, change_in_compaction: int = 0, **place: int) -> None:
     from svb.data import feature_store_writer
     from svb.data.feature_store_writer import FeatureStoreWriter
     from svb.extract import run as run_module
@@ -55,9 +62,8 @@ def run(videos: str, out: str, rank: tuple[int, int] | None = None) -> None:
 
     def say_and_compact(writer: FeatureStoreWriter) -> None:
         feature_store_writer.SHARD_VIDEOS = MERGED_VIDEOS
-        if rank is None:
-            os.fsync, Path.unlink = slowed(os.fsync), slowed(Path.unlink)  # type: ignore[method-assign]
         print("compacting", flush=True)
+        wait_at(change_in_compaction)
         compact(writer)
 
     FeatureStoreWriter.compact = say_and_compact  # type: ignore[method-assign]
@@ -65,9 +71,7 @@ def run(videos: str, out: str, rank: tuple[int, int] | None = None) -> None:
     run_module.UNIT_VIDEOS, leases.LOOK_SECONDS = 4, 0.1
     Leases.__init__.__defaults__ = (HEARTBEAT_SECONDS, STALE_SECONDS)
     FAMILIES["toy"] = "toy_backbone"
-    if rank is not None:
-        os.fsync = slowed(os.fsync)  # else all is done before all processes are there
-    place = {} if rank is None else {"rank": rank[0], "world_size": rank[1]}
+    wait_at(change)
     config = ExtractConfig(
         ("toy:frames", "toy:clips"), precision="float32", engine="torch", workers=2, batch_size=4, **place
     )
@@ -80,11 +84,10 @@ def serve() -> None:
     from svb.extract import run as run_module  # noqa: F401
 
     for line in sys.stdin:
-        videos, out, *rank = json.loads(line)
         process_id = os.fork()
         if process_id == 0:
             try:
-                run(videos, out, (rank[0], rank[1]) if rank else None)
+                run(**json.loads(line))
             except BaseException:
                 traceback.print_exc()
                 os._exit(1)

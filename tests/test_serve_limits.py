@@ -106,8 +106,9 @@ def test_a_head_must_come_in_time_and_a_slow_answer_may_not(monkeypatch: pytest.
         while not answer.endswith(b"ok"):
             answer += (part := whole.recv(1000))
             assert part, answer
-        whole.sendall(head)  # a second one on the same connection, and then no more of it
-        assert whole.recv(1000) == b""
+        with contextlib.suppress(ConnectionError):  # it may have ended before
+            whole.sendall(head)  # a second one on the same connection, and then no more of it
+            assert whole.recv(1000) == b""
 
 
 def test_a_file_cut_while_it_is_sent_ends_the_connection(index: Path, tmp_path: Path) -> None:
