@@ -15,7 +15,7 @@ import pytest
 
 from svb.data.feature_store import FeatureStore, read_store_description, verify_store
 from svb.data.feature_store_writer import FeatureStoreWriter, export_store
-from svb.data.publish import ASIDE_PREFIX, published_file, published_folder, recover_folder
+from svb.data.publish import ASIDE_PREFIX, published_file
 from svb.data.rows import VideoRecord, VideoRows
 from svb.errors import InputError, MismatchError, StoreError
 
@@ -394,51 +394,3 @@ class TestPublishedFile:
         with pytest.raises(FileNotFoundError), published_file(tmp_path / "x.txt"):
             pass  # nothing was written
         assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("x.txt", "old")]
-
-
-class Killed(BaseException):
-    pass
-
-
-class TestPublishedFolder:
-    def fill(self, path: Path, text: str) -> None:
-        with published_folder(path) as filling:
-            (filling / "deep").mkdir()
-            (filling / "deep" / "file").write_text(text)
-
-    def content(self, path: Path) -> str:
-        return (path / "deep" / "file").read_text()
-
-    def test_it_replaces_and_a_failure_leaves_the_old_folder(self, tmp_path: Path) -> None:
-        for text in ("older", "old"):
-            self.fill(tmp_path / "x", text)
-            assert self.content(tmp_path / "x") == text and len(list(tmp_path.iterdir())) == 1
-        with pytest.raises(RuntimeError), published_folder(tmp_path / "x") as filling:
-            (filling / "file").write_text("half")
-            raise RuntimeError
-        assert self.content(tmp_path / "x") == "old" and len(list(tmp_path.iterdir())) == 1
-
-    @pytest.mark.parametrize("renames", [0, 1, 2])
-    def test_killed_between_the_renames(
-        self, renames: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        self.fill(tmp_path / "x", "old")
-        rename = Path.rename
-        done: list[Path] = []
-
-        def rename_until_killed(source: Path, target: Path) -> Path:
-            if len(done) == renames:
-                raise Killed
-            done.append(source)
-            return rename(source, target)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "rename", rename_until_killed)
-            patch.setattr("svb.data.publish.shutil.rmtree", lambda *_, **__: None)
-            with pytest.raises(Killed):
-                self.fill(tmp_path / "x", "new")
-        recover_folder(tmp_path / "x")
-        assert self.content(tmp_path / "x") == ("new" if renames == 2 else "old")
-        self.fill(tmp_path / "x", "newest")
-        assert self.content(tmp_path / "x") == "newest"
-        assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(ASIDE_PREFIX)] == ["x"]
