@@ -116,16 +116,7 @@ class FakeSearcher:
             for rank, video_id in enumerate(self._ids[: request.k], start=1)
         ]
         held = {"num_videos": len(self._ids), "num_windows": 2 * len(self._ids), "generation": self.generation}
-        return Answer(
-            request,
-            tuple(results),
-            (),
-            "fair",
-            exact=True,
-            recall=None,
-            elapsed_seconds={},
-            **held,
-        )
+        return Answer(request, tuple(results), (), "fair", exact=True, recall=None, elapsed_seconds={}, **held)
 
     def search_embedding(self, embedding: Any, request: SearchRequest) -> Answer:
         return self.search(request)

@@ -589,7 +589,7 @@ class TestPlan:
 
     def test_the_same_file_twice_is_one_video(self, clips_folder: Path) -> None:
         assert self.ids(clips_folder / "a.mp4", clips_folder, clips_folder / "deep" / ".." / "a.mp4") == [
-            *("a", "b", "c", "deep/d"),
+            *("a", "b", "c", "deep/d")
         ]
 
 

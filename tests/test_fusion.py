@@ -242,11 +242,7 @@ def test_a_run_from_before_there_were_these_options_is_read(task: tuple[Path, Pa
 
 
 def test_from_videos_to_a_search_by_video(
-    run_svb: RunSvb,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    toy_backbones: None,
-    decodes: list[int],
+    run_svb: RunSvb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toy_backbones: None, decodes: list[int]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     encoder = synthetic.make_text_encoder()

@@ -265,11 +265,7 @@ def test_an_interrupt_in_the_last_step_comes_too_late(
 
 @pytest.mark.parametrize("moment", ["evaluation", "second interrupt"])
 def test_other_interrupts_are_not_lost(
-    task: Task,
-    ends_as_whole: Callable[[Path], None],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    moment: str,
+    task: Task, ends_as_whole: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     real, last = loop.split_metrics, tmp_path / "run" / "last"
 

@@ -165,11 +165,7 @@ def test_the_error_is_that_of_the_processes_where_all_fail(
 @pytest.mark.usefixtures("toy_backbones")
 @pytest.mark.parametrize("share", [shares.toys, shares.first_dies])
 def test_two_processes_and_the_bytes_of_one(
-    share: Callable[..., None],
-    clips_folder: Path,
-    toy_store: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    share: Callable[..., None], clips_folder: Path, toy_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     messages = extract_by(share, clips_folder, tmp_path / "out", monkeypatch)
     assert set(statuses(tmp_path / "out").values()) == {"ok"}

@@ -138,8 +138,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> TextEncoder:
 
 
 @pytest.fixture(
-    scope="module",
-    params=["bert", *(pytest.param(family, marks=pytest.mark.slow) for family in SLOW_FAMILIES)],
+    scope="module", params=["bert", *(pytest.param(family, marks=pytest.mark.slow) for family in SLOW_FAMILIES)]
 )
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     if request.param == "bert":
