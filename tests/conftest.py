@@ -17,10 +17,14 @@ import pytest
 from messages import heard, stop_hearing
 
 from svb.cli import run
-from svb.extract.pool import decode_pool
 
 if TYPE_CHECKING:
     from indexes import Kept
+    from runs import Task
+
+# Arrays this small are slower on two threads than on one, here and in the processes that tests start.
+for library in ("OMP", "MKL", "OPENBLAS"):
+    os.environ[f"{library}_NUM_THREADS"] = "1"
 
 
 class Ran(NamedTuple):
@@ -43,6 +47,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 @pytest.fixture(scope="session", autouse=True)
 def quick_workers() -> Iterator[None]:
     """Fork decode workers of a process that has imported their modules; `spawned_workers` has svb start them."""
+    from svb.extract.pool import decode_pool
+
     modules = ("pool.worker", "decode.pyav_decoder", "decode.ffmpeg_decoder")
     forking = multiprocessing.get_context("forkserver")
     forking.set_forkserver_preload([f"svb.extract.{module}" for module in modules])
@@ -55,7 +61,7 @@ def quick_workers() -> Iterator[None]:
 
 @pytest.fixture
 def spawned_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode_pool, "multiprocessing", multiprocessing)
+    monkeypatch.setattr("svb.extract.pool.decode_pool.multiprocessing", multiprocessing)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -185,6 +191,14 @@ def out(toy_store: Path, clips_folder: Path, folder: Path, tmp_path: Path) -> Pa
 def own_store(extracted_store: Path, tmp_path: Path) -> Path:
     """Return a copy of `extracted_store` that the test may damage."""
     return Path(shutil.copytree(extracted_store, tmp_path / "own-features"))
+
+
+@pytest.fixture(scope="session")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
+    """Return the store and captions of a tiny task; only to be read."""
+    from runs import tiny_task
+
+    return tiny_task(tmp_path_factory.mktemp("task"))
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import synthetic
-import torch
 from numpy.typing import NDArray
 
 from svb.config import fingerprint
@@ -26,9 +25,6 @@ from svb.retrieve.model.query_embedder import QueryEmbedder
 from svb.retrieve.stored.manifest import commit, publish_part, read_manifest, read_whole
 from svb.retrieve.stored.segment import Segment, StringColumn, open_segments, write_segment, write_tombstones
 from svb.train.config import TrainConfig
-
-# Tensors this small are slower on two threads than on one.
-torch.set_num_threads(1)
 
 CONFIG = TrainConfig(embedding_size=16, variant="none", batch_size=16, epochs=2, learning_rate=2e-3)
 MOMENTS: dict[str, Any] = {"moment_seconds": 3, "moment_stride_seconds": 1}

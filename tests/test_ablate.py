@@ -21,7 +21,6 @@ import click
 import numpy as np
 import pytest
 import synthetic
-import torch
 from conftest import Ran, RunSvb
 from matplotlib.image import imread
 from messages import heard
@@ -42,8 +41,6 @@ from svb.retrieve.measure.query_ranks import read_ranks
 from svb.train.config import TrainConfig
 from svb.train.epoch_log import CPU_SECONDS, read_cpu_seconds
 from svb.train.run import read_run
-
-torch.set_num_threads(1)
 
 # Small heads that learn the task within a second.
 COMMON = """

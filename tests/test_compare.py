@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import synthetic
-import torch
 from conftest import Ran, RunSvb
 from runs import as_of_an_older_svb, change_config
 
@@ -23,8 +22,6 @@ from svb.retrieve.measure.paired import paired_differences
 from svb.retrieve.measure.query_ranks import read_ranks
 from svb.train.config import TrainConfig
 from svb.train.run import train
-
-torch.set_num_threads(1)
 
 Edit = Callable[[dict[str, Any]], object]
 DAMAGED = "is not a whole file of ranks .* - write it again with"

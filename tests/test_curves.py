@@ -11,21 +11,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from runs import Killed, Task, kill_after, lines, tiny, tiny_task
+from runs import Killed, Task, kill_after, lines, tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from svb.train import loop
 from svb.train import run as train_run
 from svb.train.epoch_log import PANELS, draw_curves
 from svb.train.run import train
-
-# Tensors this small are slower on two threads than on one.
-torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
-    return tiny_task(tmp_path_factory.mktemp("task"))
 
 
 @pytest.fixture(autouse=True)

@@ -22,8 +22,6 @@ from svb.train.decoders.transformer import (
 from svb.train.losses import cross_captioning, embedding_distance
 from svb.train.support_set import mix, own_mask, support_weights
 
-# Tensors this small are slower on two threads than on one.
-torch.set_num_threads(1)
 MEMORY_SIZE = 6
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import RunSvb
-from runs import Task, change_config, lines, tiny, tiny_task
+from runs import Task, change_config, lines, tiny
 from torch import nn
 
 from svb import device as device_module
@@ -27,8 +27,6 @@ from svb.extract.config import ExtractConfig
 from svb.extract.run import _own_device
 from svb.train import loop
 from svb.train.run import read_run, train
-
-torch.set_num_threads(1)
 
 
 @dataclasses.dataclass
@@ -202,11 +200,6 @@ def test_errors_of_a_device_say_what_to_do(error: RuntimeError, words: str) -> N
 def test_an_array_becomes_a_tensor() -> None:
     tensor = to_device(np.arange(3), torch.device("cpu"))
     assert tensor.tolist() == [0, 1, 2] and tensor.dtype == torch.int64
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
-    return tiny_task(tmp_path_factory.mktemp("task"))
 
 
 @pytest.mark.parametrize("is_older", [False, True])

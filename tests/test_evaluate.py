@@ -27,9 +27,6 @@ from svb.train.retrieval_metrics import V2T_CONVENTIONS
 from svb.train.run import build_model, read_run, train
 from svb.train.training_data import SplitData, load_split
 
-# Tensors this small are slower on two threads than on one.
-torch.set_num_threads(1)
-
 SIZES = {"embedding_size": 16, "decoder_size": 16, "decoder_layers": 1, "batch_size": 16}
 CONFIG = TrainConfig(**SIZES, epochs=6, evaluate_every=6, learning_rate=2e-3)
 CPU = torch.device("cpu")

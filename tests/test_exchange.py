@@ -37,9 +37,6 @@ from svb.retrieve.answer import SearchRequest
 from svb.retrieve.search import Searcher
 from svb.train.run import train
 
-# Tensors this small are slower on two threads than on one.
-torch.set_num_threads(1)
-
 NAME = "s3d:howto100m"
 OTHER_LAYOUTS = [layout for layout in LAYOUTS if layout != "h5"]
 # What a video_id can be made of, and what it does to those who take it for a path or a name.

@@ -39,9 +39,6 @@ from svb.train.checkpoint import load_checkpoint
 from svb.train.run import build_model, read_run, read_vocabulary, train
 from svb.train.training_data import FrameTable
 
-# Tensors this small are slower on two threads than on one.
-torch.set_num_threads(1)
-
 CPU = torch.device("cpu")
 COLOURS = [(250, 20, 20), (20, 250, 20), (20, 20, 250), (250, 250, 20), (250, 20, 250), (20, 250, 250)]
 TRAIN = {**{f"v{number}": colour for number, colour in enumerate(COLOURS)}, "gone": (120, 120, 120)}

@@ -13,8 +13,6 @@ from torch import nn
 from svb.extract.backbones import load_backbone
 from svb.extract.backbones.fold import FOLDABLE, fold_batch_norms
 
-torch.set_num_threads(1)
-
 
 def settle(module: nn.Module) -> nn.Module:
     """Give the batch norms statistics such as training leaves: fresh ones change nothing."""

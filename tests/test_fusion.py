@@ -35,7 +35,6 @@ from svb.train.heads import mean_of_frames
 from svb.train.run import build_model, read_run, train
 from svb.train.training_data import FrameTable
 
-torch.set_num_threads(1)  # two test processes with two threads each get into each other's way
 A, B = synthetic.BACKBONE, "synthetic:clips/with+plus.pth"
 FUSED = f"{A}+{B}"
 QUICK = TrainConfig(

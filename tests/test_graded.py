@@ -37,8 +37,6 @@ from svb.train.graded_metrics import MEASURES, RIGHT_FROM, graded_means, graded_
 from svb.train.run import train
 from svb.train.training_data import load_split
 
-torch.set_num_threads(1)
-
 Matrix = NDArray[np.float64]
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

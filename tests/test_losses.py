@@ -24,9 +24,6 @@ from svb.train.losses import (
 )
 from svb.train.support_set import own_mask
 
-# Tensors this small are slower on two threads than on one.
-torch.set_num_threads(1)
-
 OWNERS = {
     "a caption a video": [0, 1, 2, 3, 4],
     "two of one video": [0, 1, 1, 2, 3],

@@ -9,8 +9,6 @@ from numpy.typing import NDArray
 
 from svb.train.memory_bank import MemoryBank
 
-# Tensors this small are slower on two threads than on one.
-torch.set_num_threads(1)
 ROWS, FRAMES, SIZE = 5, 4, 3
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, NDArray[np.int64]]
 Row = tuple[list[float], list[list[float]], int]

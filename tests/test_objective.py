@@ -23,9 +23,6 @@ from svb.train.objective import Objective
 from svb.train.processes import Processes
 from svb.train.training_data import FrameTable, SplitData
 
-# Tensors this small are slower on two threads than on one.
-torch.set_num_threads(1)
-
 FEATURE_SIZE, TEXT_SIZE = 6, 5
 LENGTHS = (1, 4, 2, 3, 1, 6)
 CAPTIONS = ["a dog", "a cat runs", "the dog", "?", "a boat", "a dog runs", "boat", "cat", "the cat runs", "dog"]

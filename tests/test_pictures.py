@@ -34,7 +34,6 @@ from svb.retrieve.searching.cut import cut_clip, cut_moments
 from svb.retrieve.searching.pictures import begin_seconds, duration_seconds, frame_at, frames_at, strip
 from svb.train.heads import mean_of_frames
 
-torch.set_num_threads(1)
 CPU = torch.device("cpu")
 
 # Every container and kind of stream in which finding a time is not the same.

@@ -29,9 +29,6 @@ from svb.train.checkpoint import load_checkpoint
 from svb.train.processes import Processes, joined_processes
 from svb.train.run import train
 
-# Tensors this small are slower on two threads than on one.
-torch.set_num_threads(1)
-
 DRIVER = Path(__file__).with_name("train_together.py")
 # 2 epochs of 2 steps of 15 captions, which neither 2 nor 4 processes share evenly.
 COMMON = {"batch_size": 15, "dropout": 0.0}

@@ -21,16 +21,13 @@ import pytest
 import torch
 from conftest import RunSvb
 from messages import heard, stop_hearing
-from runs import TINY, Killed, Task, contents, kill_after, lines, tiny, tiny_task
+from runs import TINY, Killed, Task, contents, kill_after, lines, tiny
 
 from svb.errors import StoreError
 from svb.train import loop, objective
 from svb.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from svb.train.config import TrainConfig
 from svb.train.run import build_model, read_run, read_vocabulary, train
-
-# Tensors this small are slower on two threads than on one.
-torch.set_num_threads(1)
 
 KINDS: dict[str, dict[str, Any]] = {
     "tokens": {},
@@ -50,11 +47,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "no decoder": {"variant": "none"},
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
-    return tiny_task(tmp_path_factory.mktemp("task"))
 
 
 @pytest.fixture(scope="module")
@@ -485,7 +477,6 @@ import json, sys, time
 import torch
 from pathlib import Path
 from svb.train import loop, objective, run
-torch.set_num_threads(1)
 loop.CHECKPOINT_SECONDS = 0.0
 run.draw_curves = lambda folder: folder
 config = run.TrainConfig(**json.loads(sys.argv[4]))
@@ -524,15 +515,13 @@ def test_a_command_ends_with_130_at_sigterm_and_goes_on(task: Task, tmp_path: Pa
     config = tiny(epochs=60, evaluate_every=60)
     whole, out = train(*task, tmp_path / "whole", config), tmp_path / "run"
     command = [sys.executable, "-m", "svb", "train", *task, "-o", out, *arguments_of(config)]
-    # As many threads as here, so that sums are made in the same order.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while not (out / "metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=600)
     assert process.returncode == 130
     assert stderr.splitlines()[-1].startswith("svb: interrupted - "), stderr
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert f"resuming {out} after epoch " in done.stderr
     assert contents(out) == contents(whole)

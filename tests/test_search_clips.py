@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner
 from clips import X264, make_clip, make_sound, run_ffmpeg
 from indexes import edit_manifest, index
@@ -29,7 +28,6 @@ from svb.retrieve.model import embedder
 from svb.retrieve.search import Searcher
 from svb.retrieve.stored.manifest import read_manifest
 
-torch.set_num_threads(1)  # two test processes with two threads each get into each other's way
 SOURCES = ("testsrc2", "mandelbrot", "life=mold=10:ratio=0.2", "smptebars")
 
 

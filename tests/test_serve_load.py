@@ -22,7 +22,6 @@ import httpx2
 import numpy as np
 import pytest
 import synthetic
-import torch
 from indexes import index
 from numpy.typing import NDArray
 from serving import Server, running
@@ -35,7 +34,6 @@ from svb.train.config import TrainConfig
 from svb.train.run import train
 
 pytestmark = pytest.mark.slow
-torch.set_num_threads(1)
 
 CLIENTS = 200
 LOAD_SECONDS = float(os.environ.get("SVB_LOAD_SECONDS", "20"))

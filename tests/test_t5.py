@@ -45,8 +45,6 @@ from svb.train.config import TrainConfig
 from svb.train.decoders.t5 import MAX_TOKENS, T5Decoder
 from svb.train.run import read_run, train
 
-# Tensors this small are slower on two threads than on one.
-torch.set_num_threads(1)
 CPU, MEMORY_SIZE = torch.device("cpu"), 6
 QUICK = TrainConfig(embedding_size=32, batch_size=16, epochs=1, rebuild="tokens")
 CAPTIONS = ["a dog runs", "a dog sleeps", "two cats play on a bed", "the cat sleeps"]

@@ -36,7 +36,6 @@ from svb.train.config import TrainConfig
 from svb.train.heads import mean_of_frames
 from svb.train.run import build_model
 
-torch.set_num_threads(1)
 CPU = torch.device("cpu")
 TEXTS = [*TRICKY, "two cats play on a bed", "a red ball", "talking " * 100, "ONE", "", "don't"]
 SLOW_FAMILIES = ("clip", "clip both ways", "minilm", "t5", "t5 of words")

@@ -32,9 +32,6 @@ from svb.train.config import CAPTION_SAMPLING, LOSSES, VARIANTS, TrainConfig
 from svb.train.run import read_run, train
 from svb.train.training_data import draw_captions, epoch_batches, positions_of_splits
 
-# Tensors this small are slower on two threads than on one.
-torch.set_num_threads(1)
-
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
