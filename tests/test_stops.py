@@ -212,7 +212,7 @@ class TestOneVideo:
 
     def test_a_consumer_that_is_slow_is_no_stall(self, tmp_path: Path, workers: list[pool_module._Worker]) -> None:
         # More chunks than there are slots: the worker waits for them for longer than it may be silent.
-        clip = clips.make_clip(tmp_path / "a.mp4", seconds=2, fps=60, size="1280x720", extra=("-g", "1"))
+        clip = clips.make_clip(tmp_path / "a.mp4", seconds=1, fps=60, size="1280x720", extra=("-g", "1"))
         hours, consumer, asked_again = [0.0], threading.get_ident(), threading.Event()
 
         def clock() -> float:
