@@ -65,8 +65,8 @@ def make_index(folder: Path, videos: dict[str, Path]) -> Path:
 
 
 def until(condition: Callable[[], object]) -> None:
-    """Wait for what has to come; a test that waits for a minute has failed."""
-    end = time.monotonic() + 60
+    """Wait for what has to come; a test that waits for ten minutes has failed."""
+    end = time.monotonic() + 600
     while not condition():
         assert time.monotonic() < end, "it did not come"
         time.sleep(0.01)
@@ -107,7 +107,7 @@ class FakeSearcher:
     def search(self, request: SearchRequest) -> Answer:
         if request.text == "slow":
             FakeSearcher.started.release()
-            assert FakeSearcher.release.wait(60)
+            assert FakeSearcher.release.wait(600)
         if request.text == "broken":
             raise ZeroDivisionError("a bug")
         moments = (Moment(0.0, 1.0, 0.5, 0.5),)
@@ -149,7 +149,7 @@ def serving(
         TestClient(app, base_url=BASE_URL, follow_redirects=False) as client,
     ):
         # A busy machine may take longer to open a generation than a server's clients are asked to wait.
-        patch.setattr("svb.retrieve.server.state.PATIENCE_SECONDS", 60)
+        patch.setattr("svb.retrieve.server.state.PATIENCE_SECONDS", 600)
         try:
             yield Serving(folder, client, app, state)
         finally:
@@ -183,7 +183,7 @@ class Server:
     def stop(self, number: int = signal.SIGTERM) -> tuple[int, str]:
         """Send a signal; return the exit status and what was said on stderr after the first line."""
         self.process.send_signal(number)
-        stdout, stderr = self.process.communicate(timeout=60)
+        stdout, stderr = self.process.communicate(timeout=600)
         assert not stdout
         return self.process.returncode, stderr
 
@@ -203,7 +203,7 @@ class Server:
 
     def raw(self, request: bytes) -> bytes:
         """Send bytes as they are and return what comes until the server closes."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=60) as connection:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=600) as connection:
             connection.sendall(request)
             return b"".join(iter(lambda: connection.recv(1 << 16), b""))
 

@@ -175,7 +175,7 @@ def served(index: Path, token: str | None = None) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}/"
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(600)
         listener.close()
 
 

@@ -80,7 +80,7 @@ class Server:
         return int(line)
 
     def close(self) -> None:
-        self._process.communicate(timeout=60)
+        self._process.communicate(timeout=600)
 
 
 @pytest.fixture

@@ -259,7 +259,7 @@ def test_a_heartbeat_does_not_wait_for_a_batch() -> None:
     forward = backbone.module.forward
 
     def held_up(images: torch.Tensor) -> Any:
-        assert may_end.wait(60)
+        assert may_end.wait(600)
         return forward(images)
 
     backbone.module.forward = held_up  # type: ignore[method-assign]

@@ -76,7 +76,7 @@ def talk(index: Path, clips: Path | None, ask: Callable[[Client], Awaitable[Any]
         async with Client(StdioServerParameters(command=sys.executable, args=arguments)) as client:
             return await ask(client)
 
-    return asyncio.run(asyncio.wait_for(run(), 300))
+    return asyncio.run(asyncio.wait_for(run(), 1200))
 
 
 def value_of(result: mcp_types.CallToolResult) -> dict[str, Any]:
@@ -246,7 +246,7 @@ def test_a_client_that_goes_away_ends_the_server_and_its_work(index: Path, leave
             server.stdin.close()
         else:
             server.send_signal(signal.SIGTERM)
-        server.wait(60)
+        server.wait(600)
         assert server.returncode == (0 if leaves == "closes" else 128 + signal.SIGTERM)
         assert b"Traceback" not in server.stderr.read()
         assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
@@ -282,7 +282,7 @@ def test_over_http_the_rules_are_those_of_serve(index: Path, tmp_path: Path) -> 
 
             asyncio.run(asyncio.wait_for(run(), 120))
             server.send_signal(signal.SIGTERM)
-            assert server.wait(60) == 0
+            assert server.wait(600) == 0
         finally:
             server.kill()
 

@@ -54,7 +54,7 @@ def opened(chromium: Any, url: str, *, expected: str = "404", **options: Any) ->
     """Open a tab; whatever goes wrong in it fails the test, but for the `expected` failures."""
     context = chromium.new_context(base_url=url, viewport={"width": 1200, "height": 900}, **options)
     page = context.new_page()
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(600_000)
     problems = w.watch(page, lambda sent: sent.startswith((url, "data:")))
     try:
         yield page

@@ -87,7 +87,7 @@ def client_of(url: str) -> httpx2.Client:
     """Return a client that sends what a browser sends from the page; it need not resolve the public name."""
     public = httpx2.URL(url)
     headers = {"host": f"{HOST}:{public.port}", "origin": f"https://{HOST}:{public.port}"}
-    return httpx2.Client(base_url=url.replace(HOST, "127.0.0.1"), headers=headers, verify=False, timeout=60)
+    return httpx2.Client(base_url=url.replace(HOST, "127.0.0.1"), headers=headers, verify=False, timeout=600)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_the_server_answers_through_nginx(index: Path, tmp_path: Path, setup: st
 def test_the_page_works_through_nginx(index: Path, tmp_path: Path, setup: str) -> None:
     with w.browser() as chromium, proxied(index, tmp_path, setup) as url:
         page = chromium.new_context(ignore_https_errors=True).new_page()
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(600_000)
         problems = w.watch(page, lambda sent: sent.startswith((url, "data:")))
         page.goto(f"{url}?like=tall")
         page.get_by_label("This server needs its token").fill(TOKEN)

@@ -139,7 +139,7 @@ def test_a_search_under_way_keeps_its_snapshot(served: Serving, clip: Path) -> N
     answers: list[Any] = []
     thread = threading.Thread(target=lambda: answers.append(ask(served, text="slow").json()))
     thread.start()
-    assert FakeSearcher.started.acquire(timeout=60)
+    assert FakeSearcher.started.acquire(timeout=600)
     s.commit(served.folder, 2, {"plays": clip})
     assert ask(served).json()["generation"] == 2
     FakeSearcher.release.set()

@@ -32,7 +32,7 @@ def browser() -> Iterator[Any]:
         chromium.close()
 
 
-def until(page: Any, expression: str, seconds: float = 60) -> None:
+def until(page: Any, expression: str, seconds: float = 600) -> None:
     """Wait until an expression is true in a page; Playwright's own way to do so is against the page's policy."""
     end = time.monotonic() + seconds
     while not page.evaluate(expression):
