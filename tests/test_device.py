@@ -152,10 +152,7 @@ def test_each_rank_of_an_extraction_has_its_gpu(
 @pytest.mark.parametrize(
     ("held", "driver"),
     [
-        (
-            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\nGCC",
-            "550.54.15",
-        ),
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024", "550.54.15"),
         ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.82.07  Release Build", "580.82.07"),
         (None, "unknown"),
     ],
@@ -178,15 +175,9 @@ def test_a_gpu_is_named_with_its_driver(
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (
-            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-            "too little memory .*, or go slower",
-        ),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "too little memory .* go slower"),
         (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate memory"), "too little memory"),
-        (
-            torch.AcceleratorError("CUDA error: an illegal memory access\nmore"),
-            r"failed \(CUDA .* access\) - run the",
-        ),
+        (torch.AcceleratorError("CUDA error: an illegal memory access\nmore"), r"failed \(CUDA .* access\) - "),
         (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"), "failed .* another --device"),
         (RuntimeError("shapes do not fit"), "shapes do not fit"),
     ],

@@ -362,10 +362,7 @@ class TestVerify:
             (set_value("videos/status", 1, "ok"), "'failed' is ok and has 0 rows"),
             (set_value("videos/status", 2, "empty"), "'b' is empty and has 2 rows"),
             (replaced(f"{GROUP}/offsets", np.array([0, 4])), "offsets (they do not divide 4 rows among 3 videos)"),
-            (
-                replaced(f"{GROUP}/features", np.zeros((4, 2), np.float16)),
-                "features of shape (4, 2), expected rows",
-            ),
+            (replaced(f"{GROUP}/features", np.zeros((4, 2), np.float16)), "features of shape (4, 2), expected"),
             (replaced(f"{GROUP}/features", np.zeros((3, 3), np.float16)), "do not divide 3 rows among 3 videos"),
             (replaced(f"{GROUP}/features", np.zeros(4, np.float16)), "features of shape (4,), expected rows of 3"),
             (replaced(f"{GROUP}/times_seconds", np.zeros(3)), "there are 3 for 4 rows"),

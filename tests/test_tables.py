@@ -109,17 +109,11 @@ class TestCaptions:
     @pytest.mark.parametrize(
         ("row", "words"),
         [
-            (
-                {"video_id": "a", "caption": {"en": "x"}},
-                "row 1: caption holds a dict - expected a text or a number",
-            ),
+            ({"video_id": "a", "caption": {"en": "x"}}, "row 1: caption holds a dict - expected a text or"),
             ({"video_id": "a", "caption": [["x"]]}, "row 1: caption holds a list - expected a text or a"),
             ({"video_id": "a", "caption": True}, "row 1: caption holds a bool"),
             ({"video_id": ["a"], "caption": "x"}, "row 1: video_id holds a list"),
-            (
-                {"video_id": "a", "caption": "x", "split": 1},
-                "row 1: split is '1' - expected one of train, val, test",
-            ),
+            ({"video_id": "a", "caption": "x", "split": 1}, "row 1: split is '1' - expected one of train"),
         ],
     )
     def test_what_is_neither_text_nor_number(self, row: dict[str, Any], words: str, tmp_path: Path) -> None:

@@ -153,19 +153,10 @@ def test_all_frames_of_a_batch_are_prepared_alike() -> None:
     ("make", "words"),
     [
         (lambda folder, _: of_open_clip(folder, resize_mode="tile"), "the resize mode 'tile'.*shortest or squash"),
-        (
-            lambda folder, _: of_open_clip(folder, interpolation="lanczos"),
-            "the interpolation 'lanczos'.*bilinear or bicub",
-        ),
+        (lambda folder, _: of_open_clip(folder, interpolation="lanczos"), "the interpolation 'lanczos'.*bilinear"),
         (lambda folder, patch: of_timm(folder, patch, interpolation="nearest"), "the interpolation 'nearest'"),
-        (
-            lambda folder, patch: of_timm(folder, patch, crop_mode="corner"),
-            "the crop mode 'corner'.*center or squash",
-        ),
-        (
-            lambda folder, patch: of_timm(folder, patch, input_size=(3, 32, 64)),
-            r"images of \(32, 64\) pixels.*square",
-        ),
+        (lambda folder, patch: of_timm(folder, patch, crop_mode="corner"), "the crop mode 'corner'.*center or"),
+        (lambda folder, patch: of_timm(folder, patch, input_size=(3, 32, 64)), r"images of \(32, 64\) pixels"),
     ],
 )
 def test_what_svb_cannot_prepare_is_refused_by_name(

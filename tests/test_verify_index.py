@@ -80,10 +80,7 @@ class TestVerify:
         [
             (lambda arrays: arrays["video_embeddings"].__setitem__((3, 0), np.nan), "first in row 3"),
             (lambda arrays: arrays["moment_embeddings"].__setitem__((5, 0), np.inf), "first in row 5"),
-            (
-                lambda arrays: arrays["moment_embeddings"].__imul__(np.float16(0.99)),
-                "221 vectors do not have length 1",
-            ),
+            (lambda arrays: arrays["moment_embeddings"].__imul__(np.float16(0.99)), "221 vectors do not have"),
             (lambda arrays: arrays["moment_seconds"].__setitem__((0, 1), -1), "a moment has no length"),
             (lambda arrays: arrays["video_embeddings"].__setitem__((slice(None), 0), 0), "do not have length 1"),
             (lambda arrays: arrays["moment_offsets"].__setitem__(1, 0), "moment_offsets do not ascend"),
