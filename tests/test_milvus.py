@@ -408,9 +408,7 @@ class TestRefusals:
         manifest["vectors"] = {"kind": "milvus", "uri": uri, "index": "FLAT", "recall": None}
         vectors = MilvusVectors.open(tmp_path, manifest)
         for _ in range(2):
-            with pytest.raises(
-                StoreError, match=r"no file at .*vectors\.db - restore it, or fill it with `svb inde"
-            ):
+            with pytest.raises(StoreError, match=r"no file at .*vectors\.db - restore it, or fill it with `svb"):
                 vectors.nearest(queries(1)[0], 3, by="moment", allowed=None)
         assert not (tmp_path / "server").exists()
         connect(Target.parse(uri), create=True)
