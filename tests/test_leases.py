@@ -26,7 +26,7 @@ from svb.extract.together.leases import RANK_VARIABLES, Leases, rank_and_world, 
 # STALE of them; where one is to become stale, its file is dated back instead of waiting.
 HEARTBEAT, STALE = 0.1, 30.0
 PATIENCE_SECONDS = 300.0
-SPAWN = multiprocessing.get_context("spawn")
+FORK = multiprocessing.get_context("fork")
 
 
 def planned(count: int) -> list[PlannedVideo]:
@@ -87,7 +87,7 @@ def start() -> Iterator[Callable[..., BaseProcess]]:
     processes: list[BaseProcess] = []
 
     def call(target: Callable[..., None], *arguments: object) -> BaseProcess:
-        process = SPAWN.Process(target=target, args=arguments, daemon=True)
+        process = FORK.Process(target=target, args=arguments, daemon=True)
         process.start()
         processes.append(process)
         return process
@@ -102,7 +102,7 @@ Start = Callable[..., BaseProcess]
 
 
 def start_holder(start: Start, folder: Path, keys: Sequence[str], stale: float) -> tuple[BaseProcess, Connection]:
-    ours, theirs = SPAWN.Pipe()
+    ours, theirs = FORK.Pipe()
     process = start(hold, folder, keys, stale, theirs)
     assert ours.recv() == set(keys)
     return process, ours
@@ -157,7 +157,7 @@ class TestManyProcesses:
         holder, _ = start_holder(start, tmp_path, keys, STALE)
         kill(holder, signal.SIGKILL)
         holder.join()
-        pipes = [SPAWN.Pipe() for _ in range(3)]
+        pipes = [FORK.Pipe() for _ in range(3)]
         for number, (_, theirs) in enumerate(pipes):
             start(race, tmp_path, keys, f"thief {number}", theirs)
         assert [ours.recv() for ours, _ in pipes] == [[]] * 3

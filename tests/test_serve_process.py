@@ -82,16 +82,14 @@ def test_a_server_answers_and_ends_when_it_is_told_to(copied: Path) -> None:
         assert not announcement.exists()
 
 
-def test_the_server_says_what_the_library_says_without_torch(copied: Path) -> None:
-    with running(copied) as server:
-        for query in QUERIES:
-            expected = json.loads(json.dumps(Searcher(copied).search(SearchRequest(text=query)).as_json()))
-            answer = post(server, query)
-            assert {**answer, "elapsed_seconds": {}} == {**expected, "elapsed_seconds": {}}
-        assert "faiss" in server.memory_maps()
-        for heavy in ("/torch/", "/h5py/", "/pandas/", "/scipy/"):
-            assert heavy not in server.memory_maps(), heavy
-        assert not server.children()  # workers start when they are needed
+def test_the_server_says_what_the_library_says_without_torch(served: Server, built: Path) -> None:
+    for query in QUERIES:
+        expected = json.loads(json.dumps(Searcher(built).search(SearchRequest(text=query)).as_json()))
+        answer = post(served, query)
+        assert {**answer, "elapsed_seconds": {}} == {**expected, "elapsed_seconds": {}}
+    assert "faiss" in served.memory_maps()
+    for heavy in ("/torch/", "/h5py/", "/pandas/", "/scipy/"):
+        assert heavy not in served.memory_maps(), heavy
 
 
 def test_a_port_in_use_is_said_before_anything_else(run_svb: RunSvb, tmp_path: Path) -> None:
@@ -238,6 +236,7 @@ def test_a_server_that_is_busy_ends_when_it_is_told_to(copied: Path, ffmpeg_runs
 
 def test_a_killed_server_blocks_nothing(copied: Path) -> None:
     with running(copied) as first:
+        assert not first.children()  # workers start when they are needed
         urllib.request.urlopen(f"{first.url}/poster/{key_of('clip000')}").read()
         helpers = first.children()
         assert helpers
