@@ -94,8 +94,10 @@ def pictures_of(result: mcp_types.CallToolResult) -> list[Image.Image]:
     return [Image.open(io.BytesIO(base64.b64decode(each.data))) for each in contents]
 
 
-def test_an_agent_searches_looks_reads_and_cuts(index: Path, tmp_path: Path) -> None:
+def test_an_agent_searches_looks_reads_and_cuts_and_no_more(index: Path, tmp_path: Path) -> None:
     async def ask(client: Client) -> None:
+        await assert_refused(client)
+        assert list((tmp_path / "clips").iterdir()) == []
         assert client.instructions is not None and "video_id" in client.instructions
         tools = {tool.name: tool for tool in (await client.list_tools()).tools}
         assert set(tools) == {
@@ -187,25 +189,22 @@ REFUSED: tuple[tuple[str, dict[str, Any], str], ...] = (
 )
 
 
-def test_what_an_agent_must_not_or_cannot_have_is_refused(index: Path, tmp_path: Path) -> None:
-    async def ask(client: Client) -> list[str]:
-        said = []
-        for name, arguments, _ in REFUSED:
-            # Not by the client, which also knows the tools.
-            result = await client.session.call_tool(name, arguments)
-            assert result.is_error, (name, arguments)
-            said.append(result.content[0].text)
-        assert "results" in value_of(await client.call_tool("search", {"text": "boat"}))  # it goes on
-        return said
-
-    said = talk(index, tmp_path / "clips", ask, "--queries", str(index.parent / "queries"))
-    for (name, arguments, words), text in zip(REFUSED, said, strict=True):
-        assert words in text, (name, arguments, text)
-    assert list((tmp_path / "clips").iterdir()) == []
+async def assert_refused(client: Client) -> None:
+    """Ask for what an agent must not or cannot have."""
+    for name, arguments, words in REFUSED:
+        # Not by the client, which also knows the tools.
+        result = await client.session.call_tool(name, arguments)
+        assert result.is_error and words in result.content[0].text, (name, arguments, result)
 
 
-def test_without_a_folder_nothing_can_be_cut(index: Path) -> None:
+def test_without_folders_nothing_can_be_cut_nor_kept(index: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(index, tmp_path / "index"))
+    shutil.rmtree(copied / "cache", ignore_errors=True)
+    (copied / "cache").write_text("a file where the folder should be")
+
     async def ask(client: Client) -> None:
+        looked = await client.call_tool("look", {"video_id": "tall", "begin_seconds": 1})
+        assert len(pictures_of(looked)) == 1
         assert "cut_clip" not in [tool.name for tool in (await client.list_tools()).tools]
         result = await client.session.call_tool(
             "cut_clip", {"video_id": "tall", "begin_seconds": 1, "end_seconds": 2}
@@ -214,7 +213,7 @@ def test_without_a_folder_nothing_can_be_cut(index: Path) -> None:
         result = await client.session.call_tool("search_file", {"name": "red.png"})
         assert "--queries" in result.content[0].text
 
-    talk(index, None, ask)
+    talk(copied, None, ask)
 
 
 def line(number: int, method: str, **parameters: Any) -> bytes:
@@ -303,15 +302,3 @@ def test_what_cannot_be_opened_is_said_in_a_line(
     monkeypatch.delitem(sys.modules, "svb.retrieve.mcp", raising=False)
     ran = run_svb("mcp", "--index", index)
     assert ran.exit_code == 1 and "pip install 'svb-video[mcp]'" in ran.stderr
-
-
-def test_an_index_whose_cache_cannot_be_written_is_looked_at_too(index: Path, tmp_path: Path) -> None:
-    copied = Path(shutil.copytree(index, tmp_path / "index"))
-    shutil.rmtree(copied / "cache", ignore_errors=True)
-    (copied / "cache").write_text("a file where the folder should be")
-
-    async def ask(client: Client) -> None:
-        looked = await client.call_tool("look", {"video_id": "tall", "begin_seconds": 1})
-        assert len(pictures_of(looked)) == 1
-
-    talk(copied, None, ask)
