@@ -108,7 +108,7 @@ def test_a_damaged_file_is_not_the_hardwares_fault(
     assert not ffmpeg_decoder._hardware_failures
 
 
-@pytest.mark.usefixtures("toy_backbones")
+@pytest.mark.usefixtures("toy_backbones", "spawned_workers")  # whose environment is that of the test
 def test_the_run_says_it_once(
     log: Path, clips_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
