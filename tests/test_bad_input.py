@@ -11,6 +11,7 @@ from pathlib import Path
 import clips
 import numpy as np
 import pytest
+import synthetic
 from conftest import Ran, RunSvb
 
 from svb.data.feature_store import FeatureStore, verify_store
@@ -295,8 +296,9 @@ class TestStores:
 
     @pytest.mark.parametrize("command", ["extract", "captions"])
     def test_the_output_cannot_be_written(
-        self, command: str, run_svb: RunSvb, clips_folder: Path, tmp_path: Path
+        self, command: str, run_svb: RunSvb, clips_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        monkeypatch.setattr("svb.extract.captions.load_text_encoder", lambda *_: synthetic.make_text_encoder())
         (tmp_path / "file").touch()  # not even root can make a folder below a file
         (tmp_path / "table.csv").write_text("video_id,caption\na,a dog\n")
         out = tmp_path / "file" / "out.h5"

@@ -47,7 +47,7 @@ def test_from_videos_to_answers(run_svb: RunSvb, tmp_path: Path, monkeypatch: py
     name = "open_clip:local-dir:clip"  # a relative path, which must hold from elsewhere too
     rivals = ("--relevant-from", "0.4", "--soft-label-weight", "1", "--retrieval-scale", "8")
     for arguments in (
-        ("extract", "videos", "-o", "features", "--backbone", name, "--workers", "1", "--precision", "float32"),
+        ("extract", "videos", "-o", "features", "--backbone", name, "--workers", "1", "--engine", "torch"),
         ("captions", "captions.csv", "-o", "captions.h5", "--text-encoder", name),
         ("train", "features", "captions.h5", "-o", "run", "--epochs", "1", "--learning-rate", "1e-12", *rivals),
     ):

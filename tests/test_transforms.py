@@ -116,7 +116,9 @@ CASES: dict[str, Callable[[Path, pytest.MonkeyPatch], Made]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case == "torchvision, video" else case for case in CASES]
+)
 def test_frames_are_prepared_as_the_library_does(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
