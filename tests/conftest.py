@@ -38,10 +38,10 @@ RunSvb = Callable[..., Ran]
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Give each file to one process, which makes what its tests share once."""
+    """Give each file to one process, which makes what its tests share once; slow tests are dealt out one by one."""
     from xdist.scheduler import LoadFileScheduling
 
-    return LoadFileScheduling(config, log)
+    return LoadFileScheduling(config, log) if config.option.markexpr == "not slow" else None
 
 
 @pytest.fixture(scope="session", autouse=True)
