@@ -21,6 +21,7 @@ from svb.cli import run
 if TYPE_CHECKING:
     from indexes import Kept
     from runs import Task
+    from serving import Serving
 
 # Arrays this small are slower on two threads than on one, here and in the processes that tests start.
 for library in ("OMP", "MKL", "OPENBLAS"):
@@ -255,6 +256,23 @@ def kept(indexed_run: Path, indexed_store: Path, own_index: Path, said: list[str
     from indexes import Kept
 
     return Kept(indexed_run, indexed_store, own_index, said)
+
+
+@pytest.fixture
+def served(index: Path) -> Iterator[Serving]:
+    """Serve the file's fake index."""
+    from serving import serving
+
+    with serving(index) as served:
+        yield served
+
+
+@pytest.fixture
+def worked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the log of the odd workers that the servers of the test have."""
+    from serving import use_odd_workers
+
+    return use_odd_workers(monkeypatch, tmp_path)
 
 
 @pytest.fixture

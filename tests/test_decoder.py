@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,9 +34,7 @@ def make_decoder(*, size: int = 32, layers: int = 2) -> CaptionDecoder:
     return CaptionDecoder(vocabulary, MEMORY_SIZE, size=size, layers=layers, dropout=0.1).eval()
 
 
-def logits_of(
-    decoder: CaptionDecoder, tokens: torch.Tensor, frames: torch.Tensor, frame_mask: torch.Tensor
-) -> torch.Tensor:
+def logits_of(decoder: Any, tokens: torch.Tensor, frames: torch.Tensor, frame_mask: torch.Tensor) -> torch.Tensor:
     """Return the logits of what follows each token: `(B, L)` -> `(B, L, vocabulary)`."""
     hidden = decoder.hidden(tokens, frames, frame_mask, torch.ones_like(tokens, dtype=torch.bool).numpy())
     return (hidden @ decoder.output_weight.T).view(*tokens.shape, -1)

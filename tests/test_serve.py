@@ -38,12 +38,6 @@ def index(tmp_path: Path, clip: Path) -> Path:
     return s.make_index(tmp_path / "index", videos)
 
 
-@pytest.fixture
-def served(index: Path) -> Iterator[Serving]:
-    with s.serving(index) as serving:
-        yield serving
-
-
 def ask(served: Serving, **request: Any) -> Any:
     return served.client.post("/api/search", json={"text": "a dog", **request})
 
@@ -285,11 +279,6 @@ def test_the_page_has_a_new_nonce_each_time(served: Serving) -> None:
 def post_file(served: Serving, content: bytes = b"pixels", **fields: str) -> Any:
     data = {"kind": "image", "request": "{}", **fields}
     return served.client.post("/api/search/file", data=data, files={"file": ("../../a b.PNG", content)})
-
-
-@pytest.fixture
-def worked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return s.use_odd_workers(monkeypatch, tmp_path)
 
 
 def test_a_file_is_searched_with_and_removed(worked: Path, served: Serving) -> None:

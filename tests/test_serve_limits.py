@@ -33,17 +33,6 @@ def index(tmp_path: Path, clip: Path) -> Path:
     return s.make_index(tmp_path / "index", {"hang": clip})
 
 
-@pytest.fixture
-def served(index: Path) -> Iterator[Serving]:
-    with s.serving(index) as serving:
-        yield serving
-
-
-@pytest.fixture
-def worked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return s.use_odd_workers(monkeypatch, tmp_path)
-
-
 @pytest.mark.parametrize(
     ("field", "most", "more"),
     [

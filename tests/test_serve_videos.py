@@ -7,7 +7,6 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +43,6 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def index(tmp_path: Path, videos: dict[str, Path]) -> Path:
     return s.make_index(tmp_path / "index", videos)
-
-
-@pytest.fixture
-def served(index: Path) -> Iterator[Serving]:
-    with s.serving(index) as serving:
-        yield serving
-
-
-@pytest.fixture
-def worked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return s.use_odd_workers(monkeypatch, tmp_path)
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from conftest import RunSvb
 from safetensors.torch import save_file
+from test_decoder import MEMORY_SIZE, logits_of, make_memory
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -45,7 +46,7 @@ from svb.train.config import TrainConfig
 from svb.train.decoders.t5 import MAX_TOKENS, T5Decoder
 from svb.train.run import read_run, train
 
-CPU, MEMORY_SIZE = torch.device("cpu"), 6
+CPU = torch.device("cpu")
 QUICK = TrainConfig(embedding_size=32, batch_size=16, epochs=1, rebuild="tokens")
 CAPTIONS = ["a dog runs", "a dog sleeps", "two cats play on a bed", "the cat sleeps"]
 CAPTIONS += ["a red ball flies over a house"]
@@ -437,18 +438,5 @@ def make_tokens(decoder: T5Decoder) -> torch.Tensor:
     return pad([tokens[:-1] for tokens in decoder.encode(["a dog runs", "two cats play on a bed"])])
 
 
-def make_memory() -> tuple[torch.Tensor, torch.Tensor]:
-    frames = torch.randn(2, 4, MEMORY_SIZE, generator=torch.Generator().manual_seed(1))
-    return frames, torch.tensor([[True, True, False, False], [True, True, True, True]])
-
-
 def pad(encoded: list[list[int]]) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(tokens) for tokens in encoded], batch_first=True)
-
-
-def logits_of(
-    decoder: T5Decoder, tokens: torch.Tensor, frames: torch.Tensor, frame_mask: torch.Tensor
-) -> torch.Tensor:
-    """Return `(B, L, vocabulary)`."""
-    hidden = decoder.hidden(tokens, frames, frame_mask, torch.ones_like(tokens, dtype=torch.bool).numpy())
-    return (hidden @ decoder.output_weight.T).view(*tokens.shape, -1)
