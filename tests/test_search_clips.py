@@ -16,8 +16,10 @@ from clips import X264, make_clip, make_sound, run_ffmpeg
 from indexes import edit_manifest, index
 
 from svb.cli import cli
+from svb.data.feature_store import FeatureStore
 from svb.errors import InputError, StoreError
 from svb.extract.backbones.backbone import Classifier
+from svb.extract.backbones.engine import prepare_graph
 from svb.extract.captions import captions
 from svb.extract.config import ExtractConfig
 from svb.extract.run import extract
@@ -25,9 +27,11 @@ from svb.retrieve.answer import Answer, SearchRequest
 from svb.retrieve.evaluate import evaluate
 from svb.retrieve.indexing.verify_index import verify_index
 from svb.retrieve.model import embedder
+from svb.retrieve.model.torch_media import TorchMedia
 from svb.retrieve.search import Searcher
 from svb.retrieve.stored.manifest import read_manifest
 
+BACKBONE = "offline:efficientnet-lite0"
 SOURCES = ("testsrc2", "mandelbrot", "life=mold=10:ratio=0.2", "smptebars")
 
 
@@ -66,7 +70,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             return Classifier(*rows, classifier.class_names[::20])
 
         patch.setattr(embedder, "load_classifier", every_twentieth)  # a thousand class names take seconds to embed
-        config = ExtractConfig(("offline:efficientnet-lite0",), engine="onnx", workers=1)
+        patch.setattr(TorchMedia, "keep_graphs", lambda media: None)  # so do exports
+        config = ExtractConfig((BACKBONE,), engine="torch", workers=1)
         store = extract([folder / "videos"], folder / "features", config)
         features = captions(folder / "captions.csv", folder / "captions.h5", text_encoder="offline:minilm-l6")
         built = index(store, folder / "index", captions=features)
@@ -169,8 +174,10 @@ print(sorted({{"torch", "h5py", "pandas", "scipy", "av"}} & set(sys.modules)), "
     assert (ran.stdout, ran.returncode) == ("[] True\n", 0), ran.stderr
 
 
+@pytest.mark.slow
 def test_a_file_as_a_query_loads_no_torch(world: World, tmp_path: Path) -> None:
     """Neither on the command line nor in the server's helper, whose process goes on from one file to the next."""
+    prepare_graph(BACKBONE, FeatureStore(world.store).video_settings(BACKBONE)["backbone_settings"])
     run_ffmpeg("-i", str(world.clip(1)), "-ss", "1", "-frames:v", "1", str(tmp_path / "frame.png"))
     queries = [{"image": str(tmp_path / "frame.png")}, {"video": str(world.clip(2)), "k": 2}]
     program = f"""
