@@ -53,8 +53,7 @@ from svb.extract.run import extract
 from svb.retrieve.searching.vectors import FIRST_QUERIES, GpuScan, cut_into_pieces, scan
 from svb.train import loop
 from svb.train.config import TrainConfig
-from svb.train.embedding_ranks import embedding_ranks
-from svb.train.retrieval_metrics import t2v_ranks, v2t_ranks
+from svb.train.retrieval_metrics import embedding_ranks, t2v_ranks, v2t_ranks
 from svb.train.run import train
 
 Found = dict[str, Any]

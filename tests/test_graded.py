@@ -22,10 +22,9 @@ from numpy.typing import NDArray
 from svb.data import relevance as sources
 from svb.data.caption_features import read_caption_features, write_caption_features
 from svb.data.caption_table import CaptionTable, read_caption_table
-from svb.data.content_words import content_words
+from svb.data.caption_words import WordNet, content_words, synsets, verbs_and_nouns
 from svb.data.description import publish_description
-from svb.data.relevance import make_relevance, synsets, verbs_and_nouns, words_relevance
-from svb.data.wordnet import WordNet
+from svb.data.relevance import make_relevance, words_relevance
 from svb.errors import InputError, MismatchError, UsageError
 from svb.retrieve.compare import compare
 from svb.retrieve.evaluate import evaluate, evaluate_similarities

@@ -9,7 +9,6 @@ import torch
 from numpy.typing import NDArray
 
 from svb.errors import InputError
-from svb.train import embedding_ranks as embedding_ranks_module
 from svb.train import retrieval_metrics as retrieval_metrics_module
 from svb.train.retrieval_metrics import (
     V2T_CONVENTIONS,
@@ -62,13 +61,13 @@ def test_chunks_of_embeddings_have_the_ranks_of_the_whole_matrix(
     )
     for size in (9, 40, 1000):  # similarities at once: those of one caption, of four, of all
         monkeypatch.setattr(retrieval_metrics_module, "BLOCK_SIZE", size)
-        monkeypatch.setattr(embedding_ranks_module, "CHUNK_SIZE", size)
+        monkeypatch.setattr(retrieval_metrics_module, "CHUNK_SIZE", size)
         again = (
             t2v_ranks(captions @ videos.T, caption_video),
             v2t_ranks(captions @ videos.T, caption_video, convention),
         )
         tensors = torch.from_numpy(captions), torch.from_numpy(videos)
-        chunked = embedding_ranks_module.embedding_ranks(*tensors, caption_video, convention)
+        chunked = retrieval_metrics_module.embedding_ranks(*tensors, caption_video, convention)
         for found in (again, chunked):
             np.testing.assert_array_equal(found[0], expected[0])
             np.testing.assert_array_equal(found[1], expected[1])

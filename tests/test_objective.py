@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from svb.data.content_words import content_words
+from svb.data.caption_words import content_words
 from svb.data.relevance import words_relevance
 from svb.train.config import NEGATIVES, REBUILD, SUPPORT_VALUES, VARIANTS, TrainConfig
 from svb.train.decoders import EmbeddingDecoder

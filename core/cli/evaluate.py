@@ -13,7 +13,7 @@ from svb.errors import UsageError
 
 if TYPE_CHECKING:
     from svb.retrieve.evaluate import Evaluation
-    from svb.retrieve.measure.graded import Graded
+    from svb.retrieve.measure.query_ranks import Graded
 
 
 @click.command()

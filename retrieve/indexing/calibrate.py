@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from svb.data.content_words import content_words
+from svb.data.caption_words import content_words
 from svb.retrieve.answer import CONFIDENCES
 from svb.retrieve.searching.catalog import Catalog
 from svb.retrieve.searching.vectors import SegmentVectors

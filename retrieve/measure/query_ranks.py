@@ -1,15 +1,22 @@
-"""ranks.npz: the rank of every query as `svb evaluate` wrote it, and the model that it measured."""
+"""ranks.npz: the rank and the graded measures of every query, and the model that `svb evaluate` measured."""
 
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from svb.errors import InputError, MismatchError, StoreError
+from svb.data.caption_table import CaptionTable
+from svb.data.publish import published_file
+from svb.data.relevance import make_relevance
+from svb.errors import InputError, MismatchError, StoreError, UsageError
+from svb.train.graded_metrics import Values, graded_means, graded_values, left_out
+from svb.train.retrieval_metrics import RanksOfBoth
 
 FILE = "ranks.npz"
 # The names of the arrays of graded measures, and of the fingerprints of their relevances, begin with these.
@@ -69,6 +76,24 @@ class Ranks:
     def graded_means(self) -> dict[str, float]:
         """Return the mean over the queries that have a value, in percent, for each of `graded`."""
         return {name: float(np.nanmean(held)) for name, held in self.graded.items() if not np.isnan(held).all()}
+
+
+def write_ranks(
+    path: Path,
+    found: dict[str, RanksOfBoth],
+    ids: tuple[Sequence[str], Sequence[str], Sequence[str]],
+    how: dict[str, Any],
+) -> None:
+    """Write ranks.npz; `ids` are the caption_ids, each caption's video_id, and the video_ids."""
+    arrays = {
+        f"{direction}_{method}" if method else direction: values
+        for method, pair in found.items()
+        for direction, values in zip(("t2v", "v2t"), pair, strict=True)
+    }
+    names = ("caption_ids", "caption_video_ids", "video_ids")
+    held: dict[str, Any] = {**arrays, **dict(zip(names, ids, strict=True)), **how}
+    with published_file(path) as aside, aside.open("wb") as file:
+        np.savez(file, **held)
 
 
 def read_ranks(path: Path) -> Ranks:
@@ -184,3 +209,62 @@ def _pairs(queries: Queries) -> list[tuple[str, str]]:
 
 def _shown(query: object) -> str:
     return f"{query[0]!r} of {query[1]!r}" if isinstance(query, tuple) else repr(query)
+
+
+# --- graded measures
+
+
+@dataclass(frozen=True)
+class Graded:
+    """Graded measures by one relevance, see `svb.train.graded_metrics`.
+
+    Attributes:
+        description: How the relevance is counted.
+        fingerprint: Equal for equal relevances; only values of one relevance can be compared.
+        metrics: Means in percent, such as `t2v/nDCG@10 of others`; a measure that no query has is not there.
+        left_out: The number of queries without any relevant candidate, by measure.
+    """
+
+    description: str
+    fingerprint: str
+    metrics: dict[str, float]
+    left_out: dict[str, int]
+
+
+def graded_measures(
+    names: Sequence[str],
+    similarity: NDArray[np.floating],
+    table: CaptionTable,
+    measured: tuple[list[str], list[str], list[str]],
+    caption_video: NDArray[np.int64],
+) -> tuple[dict[str, Graded], dict[str, Any]]:
+    """Return the graded measures by each relevance, and every query's value as `ranks.npz` holds it.
+
+    Args:
+        names: As `svb.data.relevance.make_relevance` takes them.
+        similarity: `(C, V)`.
+        table: The whole caption table.
+        measured: The C captions and caption_ids, and the V video_ids.
+        caption_video: `(C,)` column of each caption's own video.
+    """
+    captions, caption_ids, video_ids = measured
+    graded: dict[str, Graded] = {}
+    held: dict[str, Any] = {}
+    for name in dict.fromkeys(names):
+        relevance = make_relevance(
+            name,
+            table,
+            captions=captions,
+            caption_ids=caption_ids,
+            video_ids=video_ids,
+            caption_video=caption_video,
+        )
+        values: dict[str, Values] = graded_values(similarity, caption_video, relevance)
+        if relevance.name in graded:
+            raise UsageError(f"two relevances are named {relevance.name} - give the files different names")
+        graded[relevance.name] = Graded(
+            relevance.description, relevance.fingerprint, graded_means(values), left_out(values)
+        )
+        held |= {f"{GRADED}{measure} by {relevance.name}": of_queries for measure, of_queries in values.items()}
+        held[f"{RELEVANCE}{relevance.name}"] = relevance.fingerprint
+    return graded, held

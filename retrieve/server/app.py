@@ -29,9 +29,8 @@ from svb.retrieve.server.http import (
     response_to,
 )
 from svb.retrieve.server.media_routes import media_routes
-from svb.retrieve.server.search_routes import search_routes
+from svb.retrieve.server.search_routes import search_routes, timeline_routes
 from svb.retrieve.server.state import ServerState
-from svb.retrieve.server.timeline_routes import timeline_routes
 
 logger = logging.getLogger(__name__)
 

@@ -14,10 +14,9 @@ from svb.errors import StoreError
 from svb.retrieve.server.child_processes import WorkerPool
 from svb.retrieve.server.http import BusyError
 from svb.retrieve.server.kept_files import KeptFiles
-from svb.retrieve.server.made_files import Pictures, Previews
 from svb.retrieve.server.options import ServeOptions
 from svb.retrieve.server.uploads import Uploads
-from svb.retrieve.server.video_files import Probes
+from svb.retrieve.server.video_files import Pictures, Previews, Probes
 from svb.retrieve.stored.ivf_file import DECISION
 from svb.retrieve.stored.manifest import read_manifest
 

