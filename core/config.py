@@ -1,4 +1,4 @@
-"""Options of config dataclasses, fingerprints of settings, and the default paths of stores, runs and indexes."""
+"""Options of config dataclasses, JSON schemas, fingerprints of settings, and default paths."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import dataclasses
 import json
 import os
 import re
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from svb.errors import InputError, MismatchError
+
+_JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean"}
 
 
 def option(
@@ -51,6 +54,54 @@ def described(config: type, name: str) -> str:
     """Return a field's entry under `Attributes:` in the docstring of its dataclass, as one line."""
     found = re.search(rf"^ +{name}: (.*?)(?=^ +\w+: |^ *$|\Z)", config.__doc__ or "", re.MULTILINE | re.DOTALL)
     return " ".join(found.group(1).replace("`", "").split()) if found else ""
+
+
+def json_schema(shape: type, definitions: Mapping[type, str]) -> dict[str, Any]:
+    """Return the JSON schema of a dataclass: its types, its documentation, and what `option` says of its fields.
+
+    Args:
+        shape: The dataclass.
+        definitions: The names of the dataclasses to which its fields may refer, under `$defs` of the whole schema.
+    """
+    hints = typing.get_type_hints(shape)
+    properties = {
+        each.name: {
+            "description": described(shape, each.name),
+            **_field_schema(hints[each.name], each.metadata, definitions),
+        }
+        for each in dataclasses.fields(shape)
+    }
+    return {"type": "object", "required": [*properties], "additionalProperties": False, "properties": properties}
+
+
+def _field_schema(hint: Any, said: Mapping[str, Any], definitions: Mapping[type, str]) -> dict[str, Any]:
+    schema = {**_type_schema(hint, definitions), **said.get("schema", {})}
+    if said.get("choices"):
+        schema["enum"] = [*said["choices"], *([None] if type(None) in typing.get_args(hint) else [])]
+    if said.get("at_least") is not None:
+        schema["minimum"] = said["at_least"]
+    return schema
+
+
+def _type_schema(hint: Any, definitions: Mapping[type, str]) -> dict[str, Any]:
+    kinds = typing.get_args(hint)
+    if hint is Any:
+        return {}
+    if type(None) in kinds:
+        schema = _type_schema(kinds[0], definitions)
+        return (
+            {**schema, "type": [schema["type"], "null"]}
+            if "type" in schema
+            else {"anyOf": [schema, {"type": "null"}]}
+        )
+    if typing.get_origin(hint) is dict:
+        return {"type": "object", "additionalProperties": _type_schema(kinds[1], definitions)}
+    if typing.get_origin(hint) is tuple:
+        length = {} if kinds[-1] is ... else {"minItems": len(kinds), "maxItems": len(kinds)}
+        return {"type": "array", "items": _type_schema(kinds[0], definitions), **length}
+    if dataclasses.is_dataclass(hint):
+        return {"$ref": f"#/$defs/{definitions[typing.cast('type', hint)]}"}
+    return {"type": _JSON_TYPES[hint]}
 
 
 def canonical_json(value: Any) -> str:

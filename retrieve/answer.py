@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any, get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
-from svb.config import described, option
+from svb.config import json_schema, option
 from svb.errors import UsageError
 
 # From the surest to the least sure; `svb.retrieve.searching.results` says what each means.
@@ -296,8 +296,7 @@ class Answer:
 
     def as_json(self) -> dict[str, Any]:
         """Return what `--json` and the server send; its schema is docs/answer.schema.json."""
-        held = asdict(self)
-        return {**held, "request": self.request.as_json()}
+        return {**asdict(self), "request": self.request.as_json()}
 
     @classmethod
     def from_json(cls, held: Mapping[str, Any]) -> Answer:
@@ -310,9 +309,7 @@ class Answer:
                 "lines": tuple(
                     Line(**{**line, "marks": tuple(map(tuple, line["marks"]))}) for line in result.get("lines", ())
                 ),
-                "curve": None
-                if result["curve"] is None
-                else Curve(tuple(result["curve"]["times_seconds"]), tuple(result["curve"]["scores"])),
+                "curve": result["curve"] and Curve(**{name: tuple(of) for name, of in result["curve"].items()}),
             }
             for result in held["results"]
         ]
@@ -366,16 +363,11 @@ def _is_number(value: Any) -> bool:
 
 # --- the schema
 
-_SHAPES = {
-    "answer": Answer,
-    "request": SearchRequest,
-    "result": VideoResult,
-    "moment": Moment,
-    "line": Line,
-    "curve": Curve,
-    "caption": CaptionResult,
+# The dataclasses of an answer, by their names in the schema.
+_DEFINITIONS: dict[type, str] = {
+    **{Answer: "answer", SearchRequest: "request", VideoResult: "result"},
+    **{Moment: "moment", Line: "line", Curve: "curve", CaptionResult: "caption"},
 }
-_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean"}
 
 
 def answer_schema() -> dict[str, Any]:
@@ -385,57 +377,21 @@ def answer_schema() -> dict[str, Any]:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "What `svb search --json` prints and POST /api/search answers; with --queries a list of answers",
         "anyOf": [answer, {"type": "array", "items": answer}],
-        "$defs": {name: _schema_of(shape) for name, shape in _SHAPES.items()} | {"request": request_schema()},
+        "$defs": {
+            **{name: json_schema(shape, _DEFINITIONS) for shape, name in _DEFINITIONS.items()},
+            "request": request_schema(),
+        },
     }
 
 
 def request_schema() -> dict[str, Any]:
     """Return the JSON schema of a request, of which every field may be left out."""
-    schema = {**_schema_of(SearchRequest), "oneOf": [{"required": [name]} for name in QUERIES]}
+    schema = {**json_schema(SearchRequest, _DEFINITIONS), "oneOf": [{"required": [name]} for name in QUERIES]}
     for each in fields(SearchRequest):
         if each.default not in (None, ()):
             schema["properties"][each.name]["default"] = each.default
     del schema["required"]
     return schema
-
-
-def _schema_of(shape: type) -> dict[str, Any]:
-    hints = get_type_hints(shape)
-    properties = {
-        each.name: {"description": described(shape, each.name), **_field_schema(hints[each.name], each.metadata)}
-        for each in fields(shape)
-    }
-    return {"type": "object", "required": [*properties], "additionalProperties": False, "properties": properties}
-
-
-def _field_schema(hint: Any, said: Mapping[str, Any]) -> dict[str, Any]:
-    schema = {**_type_schema(hint), **said.get("schema", {})}
-    if said.get("choices"):
-        schema["enum"] = [*said["choices"], *([None] if type(None) in get_args(hint) else [])]
-    if said.get("at_least") is not None:
-        schema["minimum"] = said["at_least"]
-    return schema
-
-
-def _type_schema(hint: Any) -> dict[str, Any]:
-    kinds = get_args(hint)
-    if hint is Any:
-        return {}
-    if type(None) in kinds:
-        schema = _type_schema(kinds[0])
-        return (
-            {**schema, "type": [schema["type"], "null"]}
-            if "type" in schema
-            else {"anyOf": [schema, {"type": "null"}]}
-        )
-    if get_origin(hint) is dict:
-        return {"type": "object", "additionalProperties": _type_schema(kinds[1])}
-    if get_origin(hint) is tuple:
-        length = {} if kinds[-1] is ... else {"minItems": len(kinds), "maxItems": len(kinds)}
-        return {"type": "array", "items": _type_schema(kinds[0]), **length}
-    if is_dataclass(hint):
-        return {"$ref": f"#/$defs/{next(name for name, shape in _SHAPES.items() if shape is hint)}"}
-    return {"type": _TYPES[hint]}
 
 
 if __name__ == "__main__":

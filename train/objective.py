@@ -238,7 +238,6 @@ class Objective:
             variant=self.config.variant,
             temperature=self.model.support_temperature,
             older=older,
-            checked=True,
         )  # (n, S)
         mixtures, mixture_mask = mix(weights, frame_sequences, frame_mask)  # (n, T, D), (n, T)
         spread = self.processes.mean(entropy(weights.detach()), max(1, total))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from svb.errors import InputError
 from svb.train.heads import masked_mean
 
 # The least share of a mixture's weight that counts at a time step: dividing by less would turn rounding errors into
@@ -25,7 +24,6 @@ def support_weights(
     variant: str,
     temperature: torch.Tensor | float,
     older: torch.Tensor | None = None,
-    checked: bool = False,
 ) -> torch.Tensor:
     """Return the weight of each support video in the mixture that a caption is rebuilt from.
 
@@ -40,27 +38,19 @@ def support_weights(
         temperature: Divides the similarities.
         older: `(B, S)` bool, True on an older state of the caption's own video in a memory bank, which no variant
             uses.
-        checked: Every caption is known to have a video; otherwise the host asks the device for one without.
 
     Returns:
-        `(B, S)`, rows sum to 1.
-
-    Raises:
-        InputError: A caption has no video from which to rebuild it.
+        `(B, S)`, rows sum to 1. The row of a caption that has no video left is NaN: to look for one here, the host
+        would have to wait for the device, and its callers leave such captions out.
     """
     if older is not None:
         own = own & ~older
-    if variant in ("identity", "hybrid") and not checked:
-        _require_allowed(own, "its own video is not in the support set")
     if variant == "identity":
         return _share_equally(own, caption_embeddings.dtype)
     logits = caption_embeddings @ support_embeddings.T / temperature  # (B, S)
     if older is not None:
         logits = logits.masked_fill(older, float("-inf"))
     if variant == "cross":
-        allowed = ~own if older is None else ~(own | older)
-        if not checked:
-            _require_allowed(allowed, "every video of the support set is its own")
         return logits.masked_fill(own, float("-inf")).softmax(dim=1)
     full = logits.softmax(dim=1)
     return full if variant == "full" else (full + _share_equally(own, full.dtype)) / 2
@@ -108,12 +98,3 @@ def entropy(weights: torch.Tensor) -> torch.Tensor:
 def _share_equally(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     share = allowed.to(dtype)
     return share / share.sum(dim=1, keepdim=True)
-
-
-def _require_allowed(allowed: torch.Tensor, why: str) -> None:
-    lonely = (~allowed.any(dim=1)).nonzero()
-    if lonely.numel():
-        raise InputError(
-            f"caption {int(lonely[0])} of the batch has no video from which to rebuild it: {why} - use a larger "
-            "batch, more videos, or another variant"
-        )

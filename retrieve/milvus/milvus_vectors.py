@@ -29,7 +29,7 @@ from svb.retrieve.milvus.milvus_server import (
     video_keys,
 )
 from svb.retrieve.searching.catalog import Catalog
-from svb.retrieve.searching.vectors import Nearest, SegmentVectors
+from svb.retrieve.searching.vectors import Nearest, SegmentVectors, k_best
 from svb.retrieve.stored.segment import open_segment, open_segments
 
 # The most keys that a filter names: 200 kB of them.
@@ -121,13 +121,13 @@ class MilvusVectors:
         """
         counted = self.catalog.counted(allowed)
         fresh = self._nearest_fresh(embedding, k, by, counted)
-        return _best([fresh, self._nearest_sent(embedding, k, by, counted & ~self._is_fresh)], k)
+        return k_best([fresh, self._nearest_sent(embedding, k, by, counted & ~self._is_fresh)], k)
 
     def _nearest_fresh(
         self, embedding: NDArray[np.float32], k: int, by: str, passing: NDArray[np.bool_]
     ) -> Nearest:
         if not self._fresh.catalog.num_videos:
-            return _best([], k)
+            return k_best([], k)
         scores, rows = self._fresh.nearest(embedding, k, by=by, allowed=passing[self._is_fresh])
         return scores, self._fresh_rows(by)[rows]
 
@@ -139,13 +139,13 @@ class MilvusVectors:
     def _nearest_sent(self, embedding: NDArray[np.float32], k: int, by: str, passing: NDArray[np.bool_]) -> Nearest:
         wanted, others = self._keys[passing], self._keys[self.catalog.alive & ~passing]
         if not len(wanted):
-            return _best([], k)
+            return k_best([], k)
         field = "video" if by == "moment" else "id"
         if min(len(wanted), len(others)) > MAX_KEYS:
             hits = self._connected().search(by, embedding, max(k, FIRST_ROWS), "")
             found = self._passing(hits, by, passing)
             if len(found[0]) >= k:
-                return _best([found], k)
+                return k_best([found], k)
         if not len(others):
             filters = [""]
         elif len(others) <= MAX_KEYS < len(wanted):
@@ -153,7 +153,7 @@ class MilvusVectors:
         else:
             portions = (wanted[begin : begin + MAX_KEYS] for begin in range(0, len(wanted), MAX_KEYS))
             filters = [f"{field} in {keys.tolist()}" for keys in portions]
-        return _best([self._search(by, embedding, k, passing, each) for each in filters], k)
+        return k_best([self._search(by, embedding, k, passing, each) for each in filters], k)
 
     def embeddings(self, rows: NDArray[np.int64], *, by: str) -> NDArray[np.float32]:
         """As `Vectors.embeddings`.
@@ -216,7 +216,7 @@ class MilvusVectors:
             hits = server.search(by, embedding, num_rows, only)
             found = self._passing(hits, by, passing)
             if len(found[0]) >= k or len(hits) < num_rows:
-                return _best([found], k)
+                return k_best([found], k)
             num_rows *= 4  # some belong to another generation or to deleted videos
 
     def _passing(self, hits: Sequence[Mapping[str, Any]], by: str, passing: NDArray[np.bool_]) -> Nearest:
@@ -268,14 +268,6 @@ class MilvusVectors:
             if of_row in vectors:
                 found[place], held[place] = vectors[of_row], True
         return found, held
-
-
-def _best(parts: Sequence[Nearest], k: int) -> Nearest:
-    if not parts:
-        return np.empty(0, np.float32), np.empty(0, np.int64)
-    scores, rows = (np.concatenate(side) for side in zip(*parts, strict=True))
-    order = np.lexsort((rows, -scores))[:k]
-    return scores[order], rows[order]
 
 
 def _read_background(path: Path, shape: tuple[int, int]) -> NDArray[np.float32] | None:

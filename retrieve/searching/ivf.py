@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svb.errors import SvbError
-from svb.retrieve.searching.vectors import Nearest, SegmentVectors
+from svb.retrieve.searching.vectors import Nearest, SegmentVectors, k_best
 from svb.retrieve.stored.ivf_file import read_decision, read_ivf
 from svb.retrieve.stored.segment import Segment
 
@@ -122,8 +122,7 @@ class IvfVectors:
         if len(proposed) < k:  # too few lists were probed, or the file is damaged
             return self.exact_vectors.nearest(embedding, k, by=by, allowed=allowed)
         scores = self.embeddings(proposed, by=by) @ embedding
-        order = np.lexsort((proposed, -scores))[:k]
-        return scores[order], proposed[order]
+        return k_best([(scores, proposed)], k)
 
     def _proposed(
         self,

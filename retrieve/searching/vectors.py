@@ -83,8 +83,8 @@ class SegmentVectors:
         self._lock = threading.Lock()
         self._backgrounds: dict[str, NDArray[np.float32]] = {}
         self._gpu_scans = {
-            "moment": GpuScan([segment.moment_embeddings for segment in segments], device),
-            "video": GpuScan([segment.video_embeddings for segment in segments], device),
+            by: GpuScan([getattr(segment, f"{by}_embeddings") for segment in segments], device)
+            for by in ("moment", "video")
         }
 
     def nearest(
@@ -131,21 +131,16 @@ class SegmentVectors:
 
     @cached_property
     def _moment_pieces(self) -> list[Piece]:
-        arrays = [segment.moment_embeddings for segment in self.catalog.segments]
-        return _pieces(arrays, self.catalog.moment_begins)
+        return self._pieces("moment", self.catalog.moment_begins)
 
     @cached_property
     def _video_pieces(self) -> list[Piece]:
-        arrays = [segment.video_embeddings for segment in self.catalog.segments]
-        return _pieces(arrays, self.catalog.video_begins)
+        return self._pieces("video", self.catalog.video_begins)
 
-
-def _pieces(arrays: Sequence[NDArray[np.float16]], begins: NDArray[np.int64]) -> list[Piece]:
-    return [
-        piece
-        for array, begin in zip(arrays, begins[:-1].tolist(), strict=True)
-        for piece in cut_into_pieces(array, begin)
-    ]
+    def _pieces(self, by: str, begins: NDArray[np.int64]) -> list[Piece]:
+        arrays = [getattr(segment, f"{by}_embeddings") for segment in self.catalog.segments]
+        parts = zip(arrays, begins[:-1].tolist(), strict=True)
+        return [piece for array, begin in parts for piece in cut_into_pieces(array, begin)]
 
 
 class CaptionPools:
@@ -261,7 +256,7 @@ def cut_into_pieces(rows: NDArray[np.float16], begin: int) -> list[Piece]:
 
 def scan(
     pieces: Sequence[Piece], embedding: NDArray[np.float32], k: int, selected: NDArray[np.bool_] | None
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+) -> Nearest:
     """Return the scores and numbers of the k rows with the highest inner product, best first.
 
     All scans of a process share as many threads as it has cores, however many queries run at once.
@@ -279,16 +274,19 @@ def scan(
         if mask is None or mask.any()
     ]
     found = [job.result() for job in jobs]
-    if not found:
+    return k_best(found, k)
+
+
+def k_best(parts: Sequence[Nearest], k: int) -> Nearest:
+    """Return the scores and rows of the k best of some parts, best first; of equal scores the lower rows."""
+    if not parts:
         return np.empty(0, np.float32), np.empty(0, np.int64)
-    scores, rows = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    scores, rows = (np.concatenate(side) for side in zip(*parts, strict=True))
     order = np.lexsort((rows, -scores))[:k]
     return scores[order], rows[order]
 
 
-def _scan_piece(
-    piece: Piece, embedding: NDArray[np.float32], k: int, mask: NDArray[np.bool_] | None
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+def _scan_piece(piece: Piece, embedding: NDArray[np.float32], k: int, mask: NDArray[np.bool_] | None) -> Nearest:
     params = None
     if mask is not None and not mask.all():  # a selector costs half as much again as the scan
         params = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(np.packbits(mask, bitorder="little")))
@@ -347,9 +345,7 @@ class GpuScan:
         self._gpu = int(number) if number.isdecimal() else 0
         self.is_usable = kind in ("auto", "cuda") and any(len(rows) for rows in arrays)
 
-    def nearest(
-        self, embedding: NDArray[np.float32], k: int
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]] | None:
+    def nearest(self, embedding: NDArray[np.float32], k: int) -> Nearest | None:
         """Return the scores and numbers of the k rows with the highest inner product, best first."""
         if not self.is_usable or k > MAX_K or not self._is_ready():
             return None
@@ -365,9 +361,7 @@ class GpuScan:
         except RuntimeError:
             self._give_up()
             return None
-        scores, rows = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        order = np.lexsort((rows, -scores))[:k]
-        return scores[order], rows[order]
+        return k_best(found, k)
 
     def _is_ready(self) -> bool:
         """Tell whether the GPU has the rows; the first query that makes it worthwhile copies them, others go on."""

@@ -25,7 +25,7 @@ from svb.retrieve.answer import SearchRequest, request_schema
 from svb.retrieve.searching.results import video_key
 from svb.retrieve.server.child_processes import WorkerPool
 from svb.retrieve.server.options import McpOptions
-from svb.retrieve.server.search_routes import FILE_FIELDS, describe, search_upload
+from svb.retrieve.server.search_routes import COUNTS, FILE_FIELDS, describe, limited, search_upload
 from svb.retrieve.server.state import ServerState
 from svb.retrieve.server.uploads import PREFIX, Upload
 from svb.retrieve.server.video_files import VideoFile, find_file
@@ -289,13 +289,7 @@ def _decoded(content: str) -> bytes:
 
 
 def _limited(request: SearchRequest) -> SearchRequest:
-    for name in ("k", "num_moments", "num_captions"):
-        if (number := getattr(request, name)) > MAX_RESULTS:
-            raise UsageError(f"{name} is {number} - expected at most {MAX_RESULTS}; narrow the search instead")
-    for name in ("plus", "without", "folders", "where"):
-        if (number := len(getattr(request, name))) > MAX_RESULTS:
-            raise UsageError(f"{name} has {number} entries - expected at most {MAX_RESULTS}")
-    return request
+    return limited(request, max_listed=MAX_RESULTS, max_returned=MAX_RESULTS)
 
 
 def _require_interval(begin: float, end: float, *, may_be_empty: bool = False) -> None:
@@ -347,7 +341,7 @@ def _search_parameters() -> dict[str, Any]:
     properties = request_schema()["properties"]
     for name in (*FILE_FIELDS, "with_curves"):
         del properties[name]
-    for name in ("k", "num_moments", "num_captions"):
+    for name in COUNTS:
         properties[name]["maximum"] = MAX_RESULTS
     return _object(properties)
 

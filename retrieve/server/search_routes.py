@@ -38,7 +38,9 @@ FILE_FIELDS = ("image", "video", "span_seconds")
 
 # A running search cannot be ended, and must not keep its thread for minutes. Each text takes some 15 ms to embed,
 # each video in the answer a fraction of that.
-MAX_LISTED, MAX_K = 32, 1000
+MAX_LISTED, MAX_RETURNED = 32, 1000
+# The fields of a request that say how much to return.
+COUNTS = ("k", "num_moments", "num_captions")
 
 
 def search_routes(state: ServerState) -> APIRouter:
@@ -53,7 +55,7 @@ def search_routes(state: ServerState) -> APIRouter:
         named = [name for name in FILE_FIELDS if asked.get(name) is not None]
         if named:
             raise HTTPException(400, f"{', '.join(named)} cannot be sent here - send a file to /api/search/file")
-        wanted = _limited(SearchRequest.from_json(asked))
+        wanted = limited(SearchRequest.from_json(asked))
         body = await until_hung_up(request, state.search(lambda index: _as_json(index.search(wanted))))
         return Response(body, media_type="application/json")
 
@@ -135,23 +137,23 @@ def _request_of(upload: Upload) -> SearchRequest:
     named = [name for name in ("text", "like", "image", "video") if asked.get(name) is not None]
     if named:
         raise HTTPException(400, f"{', '.join(named)} cannot go with a file - leave it out")
-    return _limited(SearchRequest.from_json({**asked, upload.kind: upload.name}))
+    return limited(SearchRequest.from_json({**asked, upload.kind: upload.name}))
 
 
-def _limited(request: SearchRequest) -> SearchRequest:
-    """Return a request that asks for no more than a server does.
+def limited(
+    request: SearchRequest, *, max_listed: int = MAX_LISTED, max_returned: int = MAX_RETURNED
+) -> SearchRequest:
+    """Return a request that lists and asks for no more than a server does.
 
     Raises:
-        UsageError: It asks for more.
+        UsageError: It does.
     """
     for name in ("plus", "without", "folders", "where"):
-        if (number := len(getattr(request, name))) > MAX_LISTED:
-            raise UsageError(f"{name} has {number} entries - this server accepts up to {MAX_LISTED}")
-    for name in ("k", "num_moments", "num_captions"):
-        if (number := getattr(request, name)) > MAX_K:
-            raise UsageError(
-                f"{name} is {number} - this server answers with up to {MAX_K}; `svb search` has no limit"
-            )
+        if (number := len(getattr(request, name))) > max_listed:
+            raise UsageError(f"{name} has {number} entries - expected at most {max_listed}")
+    for name in COUNTS:
+        if (number := getattr(request, name)) > max_returned:
+            raise UsageError(f"{name} is {number} - expected at most {max_returned}; narrow the search instead")
     return request
 
 
@@ -255,13 +257,13 @@ def timeline_routes(state: ServerState) -> APIRouter:
     """Return the route."""
     router = APIRouter(tags=["search"])
 
-    @router.post("/api/timeline", openapi_extra=_body(), summary="A timeline for an editor")
+    @router.post("/api/timeline", openapi_extra=_timeline_body(), summary="A timeline for an editor")
     async def timeline(request: Request) -> Response:
         """Make a timeline of an answer's moments: `{name, content, notes}`, the text of the file.
 
         Notes say what was left out and why.
         """
-        asked = _asked(await read_json(request))
+        asked = _timeline_request(await read_json(request))
         searcher = await state.snapshots.newest()
         videos = await asyncio.to_thread(_videos_of, searcher, asked)
         name = f"{re.sub(r'[^A-Za-z0-9]+', '-', asked.query)[:48].strip('-') or 'found'}.{asked.format}"
@@ -277,7 +279,7 @@ def timeline_routes(state: ServerState) -> APIRouter:
     return router
 
 
-def _asked(held: dict[str, Any]) -> TimelineRequest:
+def _timeline_request(held: dict[str, Any]) -> TimelineRequest:
     try:
         asked = _REQUEST.validate_python(held)
     except ValidationError as error:
@@ -315,7 +317,7 @@ def _videos_of(searcher: Searcher, asked: TimelineRequest) -> list[dict[str, Any
     return videos
 
 
-def _body() -> dict[str, Any]:
+def _timeline_body() -> dict[str, Any]:
     number = {"type": "number"}
     moment = dict.fromkeys(("begin_seconds", "end_seconds", "best_seconds", "score"), number)
     moments = {"type": "array", "items": {"type": "object", "properties": moment}}
