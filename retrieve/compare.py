@@ -11,7 +11,7 @@ import torch
 
 from svb.errors import InputError, MismatchError
 from svb.retrieve.measure.paired import Difference, paired_differences
-from svb.retrieve.measure.query_ranks import FILE, Ranks, read_ranks
+from svb.retrieve.measure.query_ranks import RANKS_FILE, Ranks, read_ranks
 from svb.retrieve.model.embedder import run_embedder
 from svb.train.config import stored_options
 from svb.train.run import read_run
@@ -135,7 +135,7 @@ def _measured(path: Path) -> Measured:
         by_seed[seed] = run
         _require_alike(runs[0], descriptions[0], run, description)
     seeds = tuple(sorted(by_seed))
-    ranks = tuple(read_ranks(by_seed[seed] / FILE) for seed in seeds)
+    ranks = tuple(read_ranks(by_seed[seed] / RANKS_FILE) for seed in seeds)
     checkpoints = tuple(checkpoint_of(by_seed[seed], held) for seed, held in zip(seeds, ranks, strict=True))
     return Measured(path, seeds, ranks, checkpoints)
 

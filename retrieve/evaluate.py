@@ -20,11 +20,11 @@ from svb.retrieve.measure.hub_normalisation import (
     Embeddings,
     Normalised,
     check_methods,
-    describe,
+    describe_normalised,
     normalised_scores,
     scale_of,
 )
-from svb.retrieve.measure.query_ranks import FILE, Graded, graded_measures, write_ranks
+from svb.retrieve.measure.query_ranks import RANKS_FILE, Graded, graded_measures, write_ranks
 from svb.retrieve.model.embedder import Embedder
 from svb.retrieve.model.source import OpenedSource, open_source
 from svb.train.config import stored_options
@@ -37,7 +37,7 @@ from svb.train.retrieval_metrics import (
     t2v_ranks,
     v2t_ranks,
 )
-from svb.train.run import read_run, split_contents
+from svb.train.run import read_run, split_summary
 from svb.train.training_data import SplitData, load_split, positions_of_splits
 
 logger = logging.getLogger(__name__)
@@ -153,9 +153,9 @@ def evaluate(
     embedder, is_run = inputs.embedder, inputs.embedder.model["kind"] == "run"
     if inputs.captions is None:
         raise InputError(f"{source} is a feature store - name its caption features with --captions captions.h5")
-    ranks = ranks or (Path(source) / FILE if is_run else None)
+    ranks = ranks or (Path(source) / RANKS_FILE if is_run else None)
     if ranks is not None and ranks.is_dir():
-        raise UsageError(f"{ranks} is a folder - expected a file name for --ranks, such as {ranks / FILE}")
+        raise UsageError(f"{ranks} is a folder - expected a file name for --ranks, such as {ranks / RANKS_FILE}")
     positions = positions_of_splits(inputs.captions, val_fraction=inputs.config.put_aside)
     if not positions[split]:
         raise InputError(f"the captions have no {split} split - choose another with --split")
@@ -171,7 +171,9 @@ def evaluate(
         scale, scale_source = scale_of(method, embedder.weights)
         t2v, v2t = normalised_scores(method, embeddings, bank, scale)
         ranks_by[method] = t2v_ranks(t2v, caption_video), v2t_ranks(v2t, caption_video, v2t_convention)
-        normalised[method] = describe(method, scale, scale_source, bank, ranks_metrics(*ranks_by[method]))
+        normalised[method] = describe_normalised(
+            method, scale, scale_source, bank, ranks_metrics(*ranks_by[method])
+        )
     graded: dict[str, Graded] = {}
     graded_by_query: dict[str, Any] = {}
     if relevance:
@@ -374,7 +376,7 @@ def _require_unseen(inputs: OpenedSource, split: str, data: SplitData, source: P
     if inputs.data is None or split != "val" or "val" in inputs.captions.table.splits:
         return
     put_aside = (inputs.data["val"] or {}).get("ids")
-    if split_contents(data)["ids"] != put_aside:
+    if split_summary(data)["ids"] != put_aside:
         raise InputError(
             f"these captions name no val split, and the videos to hold out are not those that {source} held out: "
             "it was trained on some of them - name the captions it was trained on, or captions with a split"

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from svb.cli.client import Server, running_server
+from svb.cli.client import RunningServer, running_server
 from svb.retrieve.answer import Answer, CaptionResult, Moment, SearchRequest, VideoResult
 
 HEAVY = {
@@ -78,7 +78,10 @@ def announce(index: Path, port: int, **changes: object) -> Path:
 
 def test_a_text_is_posted_and_answered(stub: Stub, tmp_path: Path) -> None:
     server = running_server(announce(tmp_path, stub.port, token="secret-1"))
-    assert server == Server("127.0.0.1", stub.port, "secret-1") and server.url == f"http://127.0.0.1:{stub.port}"
+    assert (
+        server == RunningServer("127.0.0.1", stub.port, "secret-1")
+        and server.url == f"http://127.0.0.1:{stub.port}"
+    )
     request = SearchRequest(text="a dög", plus=("x",), k=3)
     answer = server.search(request)
     assert answer is not None and answer.request == request
@@ -191,9 +194,9 @@ def test_a_damaged_announcement_is_none(tmp_path: Path) -> None:
 
 
 def test_another_loopback_address_is_this_machine(tmp_path: Path) -> None:
-    assert running_server(announce(tmp_path, 0, url="http://[::1]:81/")) == Server("::1", 81, None)
-    assert running_server(announce(tmp_path, 0, url="http://localhost:81")) == Server("localhost", 81, None)
-    assert Server("::1", 81, None).url == "http://[::1]:81"
+    assert running_server(announce(tmp_path, 0, url="http://[::1]:81/")) == RunningServer("::1", 81, None)
+    assert running_server(announce(tmp_path, 0, url="http://localhost:81")) == RunningServer("localhost", 81, None)
+    assert RunningServer("::1", 81, None).url == "http://[::1]:81"
 
 
 def test_a_search_through_a_server_imports_nothing_heavy(stub: Stub, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from svb.retrieve.indexing import calibrate
 from svb.retrieve.indexing.calibrate import Asked, auc, calibration_error, fit, levels_of
 from svb.retrieve.indexing.verify_index import verify_index
 from svb.retrieve.searching.searcher import Searcher
-from svb.retrieve.server.search_routes import describe
+from svb.retrieve.server.search_routes import describe_index
 from svb.retrieve.stored.calibration import LEAST_CHANCES, Calibration, Rule, level_of
 from svb.retrieve.stored.manifest import read_manifest
 
@@ -40,7 +40,7 @@ def test_an_index_measures_its_levels_and_says_what_they_mean(
     assert entry["captions"] == 40 == sum(level["answers"] for level in levels.values())
     told = run_svb("info", calibrated.out).stdout
     assert "confidence" in told and "first answers, measured with 40 captions" in told
-    assert [*describe(Searcher(calibrated.out))["confidence"]] == ["strong", "fair", "weak"]
+    assert [*describe_index(Searcher(calibrated.out))["confidence"]] == ["strong", "fair", "weak"]
     ran = run_svb("search", "a dog", "--index", calibrated.out, "--no-server", "--json")
     answer = json.loads(ran.stdout)
     calibration = Searcher(calibrated.out)._opened.calibration

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from svb.data.description import publish_description
 from svb.retrieve.indexing import tune_ivf
-from svb.retrieve.indexing.tune_ivf import describe, keep_within_budget, seconds_a_query
+from svb.retrieve.indexing.tune_ivf import describe_decision, keep_within_budget, seconds_a_query
 from svb.retrieve.searching import recall
 from svb.retrieve.searching.ivf import IvfVectors, open_ivf
 from svb.retrieve.searching.vectors import SegmentVectors
@@ -114,8 +114,8 @@ def test_within_the_budget_search_stays_exact_and_says_so(
     decision = build(tmp_path, segments, 10.0)
     assert decision["file"] is None and not lines
     rows = sum(segment.num_moments for segment in segments)
-    assert describe(decision).startswith(f"exact search: {rows:,} moments scanned in ")
-    assert describe(decision).endswith(", within the budget of 10000 ms")
+    assert describe_decision(decision).startswith(f"exact search: {rows:,} moments scanned in ")
+    assert describe_decision(decision).endswith(", within the budget of 10000 ms")
     seconds, bytes_scanned = decision["exact_seconds"], rows * SIZE * 2
     assert decision["bytes_per_second"] == pytest.approx(bytes_scanned / seconds)
     assert open_ivf(tmp_path, SegmentVectors(segments), segments) == (None, None)
@@ -137,7 +137,7 @@ def test_a_missed_budget_makes_an_index_with_the_recall_that_it_claims(
     vectors = opened(tmp_path, segments)
     assert not vectors.exact
     assert vectors.recall == min(decision["recall"], decision["recall_videos"])
-    assert f"{decision['nprobe']} of {decision['nlist']} lists take 1 ms" in describe(decision)
+    assert f"{decision['nprobe']} of {decision['nlist']} lists take 1 ms" in describe_decision(decision)
     # Queries that neither half has seen find as much.
     queries = clustered(300, SIZE, seed=6)
     found = [set(vectors.nearest(query, 10, by="moment", allowed=None)[1].tolist()) for query in queries]
@@ -269,7 +269,7 @@ def test_where_no_index_would_do_search_stays_exact_and_says_why(
 ) -> None:
     slow = build(tmp_path, segments, NOTHING_FITS)
     assert slow["file"] is None
-    assert "over the budget of 1e-06 ms; an approximate index would miss it too (" in describe(slow)
+    assert "over the budget of 1e-06 ms; an approximate index would miss it too (" in describe_decision(slow)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["ivf.json"]
     with monkeypatch.context() as patch:
         patch.setattr(tune_ivf, "_try_ivf", lambda *arguments: pytest.fail("it was tried again"))
@@ -282,7 +282,7 @@ def test_rows_without_clusters_stay_exact(tmp_path: Path) -> None:
     moments = units(np.random.default_rng(0).normal(size=(3000, SIZE)))
     decision = build(tmp_path, [make_segment(np.split(moments, 1000))], 0.002)
     assert decision["file"] is None
-    assert "a recall of 0.99 takes more than half of " in describe(decision)
+    assert "a recall of 0.99 takes more than half of " in describe_decision(decision)
 
 
 @pytest.mark.parametrize("num_videos", [0, 3])
@@ -290,7 +290,7 @@ def test_next_to_nothing_is_never_approximate(tmp_path: Path, num_videos: int) -
     few = [random_segment(num_videos, seed=1)] if num_videos else []
     decision = build(tmp_path, few, NOTHING_FITS)
     assert decision["file"] is None
-    assert ("fewer than 1,000 moments" in describe(decision)) == bool(num_videos)
+    assert ("fewer than 1,000 moments" in describe_decision(decision)) == bool(num_videos)
 
 
 def test_a_disk_that_takes_nothing_leaves_search_exact(
@@ -302,7 +302,7 @@ def test_a_disk_that_takes_nothing_leaves_search_exact(
 
     monkeypatch.setattr(tune_ivf.faiss, "write_index", full)
     decision = build(tmp_path, segments)
-    assert re.search(r"could not be made \(.*No space left on device", describe(decision))
+    assert re.search(r"could not be made \(.*No space left on device", describe_decision(decision))
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["ivf.json"]
 
 

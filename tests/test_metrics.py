@@ -13,7 +13,7 @@ from svb.train import retrieval_metrics as retrieval_metrics_module
 from svb.train.retrieval_metrics import (
     V2T_CONVENTIONS,
     recall_sum,
-    require_finite,
+    require_finite_similarities,
     retrieval_metrics,
     summarise,
     t2v_ranks,
@@ -99,7 +99,7 @@ def test_a_value_that_is_no_number_is_refused_naming_the_first_bad_video(value: 
             ranks(similarity, caption_video)
     ids = [f"c{row}" for row in range(30)], [f"clip{column}" for column in range(9)]
     with pytest.raises(InputError, match=r"video 'clip1' and caption 'c9' is (nan|inf|-inf)"):
-        require_finite(similarity, *ids)
+        require_finite_similarities(similarity, *ids)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from svb.data.relevance import Relevance
 from svb.errors import InputError
-from svb.train.retrieval_metrics import require_finite
+from svb.train.retrieval_metrics import require_finite_similarities
 
 Values = NDArray[np.float64]
 
@@ -53,7 +53,7 @@ def graded_values(
         InputError: A similarity is NaN or infinite, or no caption has a relevant video.
     """
     num_captions, num_videos = similarity.shape
-    require_finite(similarity, range(num_captions), range(num_videos))
+    require_finite_similarities(similarity, range(num_captions), range(num_videos))
     every = slice(0, num_captions), slice(0, num_videos)
     own_video, columns = np.asarray(caption_video), np.arange(num_videos)
     found: dict[str, list[dict[str, Values]]] = {"t2v": [], "v2t": []}

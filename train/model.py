@@ -17,7 +17,7 @@ from svb.train.decoders import make_decoder
 from svb.train.decoders.transformer import Vocabulary
 from svb.train.graded_metrics import graded_means, graded_values
 from svb.train.heads import TextHead, VideoHead
-from svb.train.retrieval_metrics import require_finite, retrieval_metrics
+from svb.train.retrieval_metrics import require_finite_similarities, retrieval_metrics
 from svb.train.training_data import SplitData
 
 
@@ -116,7 +116,7 @@ def split_metrics(model: RetrievalModel, split: SplitData, relevance: Relevance 
     )
     model.train(was_training)
     similarity = captions @ videos.T
-    require_finite(similarity, split.caption_ids, split.frames.video_ids)
+    require_finite_similarities(similarity, split.caption_ids, split.frames.video_ids)
     caption_video = split.caption_video.cpu().numpy()
     metrics = retrieval_metrics(similarity, caption_video)
     if relevance is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -60,6 +61,15 @@ class StepLosses:
         ]
 
 
+class _Embeddings(NamedTuple):
+    """The embeddings of a batch: those of this process's share, `(b, D)`, and those of all processes, `(B, D)`."""
+
+    captions: torch.Tensor
+    videos: torch.Tensor
+    all_captions: torch.Tensor
+    all_videos: torch.Tensor
+
+
 @dataclass(frozen=True)
 class Objective:
     """The loss of a batch.
@@ -106,11 +116,11 @@ class Objective:
         caption_embeddings = self.model.text_head(caption_features.float())  # (b, D)
         all_videos = self.processes.gather(video_embeddings, total)  # (B, D)
         all_captions = self.processes.gather(caption_embeddings, total)  # (B, D)
-        embeddings = (caption_embeddings, video_embeddings, all_captions, all_videos)
+        embeddings = _Embeddings(caption_embeddings, video_embeddings, all_captions, all_videos)
         own = own_mask(rows, all_rows)  # (b, B)
-        costs = self._contrastive(*embeddings, batch, ~own, progress)  # (b,)
+        costs = self._contrastive(embeddings, batch, ~own, progress)  # (b,)
         if self.config.soft_label_weight:
-            costs = costs + self.config.soft_label_weight * self._soft_labels(*embeddings, batch, own)
+            costs = costs + self.config.soft_label_weight * self._soft_labels(embeddings, batch, own)
         contrastive = self.processes.mean(costs, total)
         nothing = torch.zeros_like(contrastive)
         if self.model.decoder is None:
@@ -128,20 +138,13 @@ class Objective:
         )
 
     def _contrastive(
-        self,
-        captions: torch.Tensor,
-        videos: torch.Tensor,
-        all_captions: torch.Tensor,
-        all_videos: torch.Tensor,
-        batch: NDArray[np.int64],
-        is_negative: torch.Tensor,
-        progress: float,
+        self, embedded: _Embeddings, batch: NDArray[np.int64], is_negative: torch.Tensor, progress: float
     ) -> torch.Tensor:
         config = self.config
         relevance: torch.Tensor | None = None
         if self.relevance is not None:
             mine = self.relevance.among(batch)[self.processes.share(len(batch))]
-            relevance = to_device(mine, captions.device)  # (b, B)
+            relevance = to_device(mine, embedded.captions.device)  # (b, B)
 
         def loss(positive: torch.Tensor, similarity: torch.Tensor, is_negative: torch.Tensor) -> torch.Tensor:
             if config.loss == "info_nce":
@@ -159,46 +162,41 @@ class Objective:
             return relevant_pairs(loss, positive, similarity, is_negative, relevance >= config.relevant_from)
 
         if config.retrieval_scale:
-            return self._after_retrieval(captions, videos, all_captions, all_videos, against)
-        positive = (captions * videos).sum(dim=1)  # (b,)
-        losses = (against(positive, captions, all_videos) + against(positive, videos, all_captions)) / 2
+            return self._after_retrieval(embedded, against)
+        positive = (embedded.captions * embedded.videos).sum(dim=1)  # (b,)
+        losses = (
+            against(positive, embedded.captions, embedded.all_videos)
+            + against(positive, embedded.videos, embedded.all_captions)
+        ) / 2
         if config.intra_modal_weight:
-            intra = (against(positive, captions, all_captions) + against(positive, videos, all_videos)) / 2
-            losses = losses + config.intra_modal_weight * intra
+            among_captions = against(positive, embedded.captions, embedded.all_captions)
+            among_videos = against(positive, embedded.videos, embedded.all_videos)
+            losses = losses + config.intra_modal_weight * ((among_captions + among_videos) / 2)
         return losses  # (b,)
 
     def _after_retrieval(
-        self,
-        captions: torch.Tensor,
-        videos: torch.Tensor,
-        all_captions: torch.Tensor,
-        all_videos: torch.Tensor,
-        against: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+        self, embedded: _Embeddings, against: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
         """Return the loss of videos against captions among retrieved videos, and the reverse among captions."""
-        scale, total = self.config.retrieval_scale, len(all_videos)
+        scale, total = self.config.retrieval_scale, len(embedded.all_videos)
         losses = []
-        for anchors, others, stored in ((videos, captions, all_videos), (captions, videos, all_captions)):
+        ways = (
+            (embedded.videos, embedded.captions, embedded.all_videos),
+            (embedded.captions, embedded.videos, embedded.all_captions),
+        )
+        for anchors, others, stored in ways:
             from_anchors = retrieved(anchors, stored, scale)  # (b, D)
             from_others = retrieved(others, stored, scale)  # (b, D)
             positive = (from_anchors * from_others).sum(dim=1)  # (b,)
             losses.append(against(positive, from_anchors, self.processes.gather(from_others, total)))
         return (losses[0] + losses[1]) / 2
 
-    def _soft_labels(
-        self,
-        captions: torch.Tensor,
-        videos: torch.Tensor,
-        all_captions: torch.Tensor,
-        all_videos: torch.Tensor,
-        batch: NDArray[np.int64],
-        own: torch.Tensor,
-    ) -> torch.Tensor:
+    def _soft_labels(self, embedded: _Embeddings, batch: NDArray[np.int64], own: torch.Tensor) -> torch.Tensor:
         # Every process knows the features of all captions, (B, F).
-        features = self.split.caption_features[to_device(batch, captions.device)].float()
+        features = self.split.caption_features[to_device(batch, embedded.captions.device)].float()
         mine = features[self.processes.share(len(batch))]
         scale, temperature = self.model.logit_scale, self.config.soft_label_temperature
-        both = (captions @ all_videos.T, videos @ all_captions.T)  # (b, B) each
+        both = (embedded.captions @ embedded.all_videos.T, embedded.videos @ embedded.all_captions.T)  # (b, B) each
         losses = [soft_labels(similarity, mine, features, own, scale, temperature) for similarity in both]
         return (losses[0] + losses[1]) / 2
 

@@ -129,7 +129,7 @@ def recall_sum(metrics: dict[str, float]) -> float:
     return sum(metrics[f"{direction}/R@{k}"] for direction in ("t2v", "v2t") for k in (1, 5, 10))
 
 
-def require_finite(
+def require_finite_similarities(
     similarity: NDArray[np.floating], caption_ids: Sequence[object], video_ids: Sequence[object]
 ) -> None:
     """Refuse `(C, V)` similarities that are not finite.
@@ -168,7 +168,7 @@ def _check(similarity: NDArray[np.floating], caption_video: Sequence[int] | NDAr
         raise InputError(
             f"similarity is {similarity.shape} for {len(caption_video)} captions - expected (captions, videos)"
         )
-    require_finite(similarity, range(similarity.shape[0]), range(similarity.shape[1]))
+    require_finite_similarities(similarity, range(similarity.shape[0]), range(similarity.shape[1]))
 
 
 # --- the same straight from embeddings, on their device: the matrix of similarities is never whole

@@ -113,9 +113,9 @@ def _train(
     if config.variant != "none" and config.rebuild == "tokens":
         # Only a decoder of words computes in it: any other run can be continued on another device.
         description["decoder_precision"] = precision_name(_decoder_dtype(device))
-    description["data"] = {"train": split_contents(train_split), "val": None}
+    description["data"] = {"train": split_summary(train_split), "val": None}
     if choosing_split is not None:
-        description["data"][config.select_on] = split_contents(choosing_split)
+        description["data"][config.select_on] = split_summary(choosing_split)
     vocabulary = None
     if needs_vocabulary(config):
         vocabulary = Vocabulary.of(train_split.captions, config.min_word_count)
@@ -240,7 +240,7 @@ def read_run(run: Path) -> dict[str, Any]:
     return read_description(run / "config.json", kind="a run", make=f"svb train -o {run}")
 
 
-def split_contents(split: SplitData) -> dict[str, Any]:
+def split_summary(split: SplitData) -> dict[str, Any]:
     """Return the size of a split, and a key of its videos and captions."""
     key = fingerprint({"videos": split.frames.video_ids, "captions": split.caption_ids})
     return {"videos": split.num_videos, "captions": len(split.captions), "ids": key}

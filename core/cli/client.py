@@ -26,7 +26,7 @@ BOUNDARY = "svb-query-file-0c5d1f4e9b7a"
 
 
 @dataclass(frozen=True)
-class Server:
+class RunningServer:
     """A server on this machine that says it has an index open.
 
     Attributes:
@@ -93,7 +93,7 @@ class Server:
             return _body_of_answer(connection)
 
 
-def running_server(index: Path) -> Server | None:
+def running_server(index: Path) -> RunningServer | None:
     """Return the server that has an index open, if this user runs one on this machine.
 
     Its `cache/server.json` counts while its process lives, the file is where it was written and the address is
@@ -114,7 +114,7 @@ def running_server(index: Path) -> Server | None:
         return None
     if token is not None and not (isinstance(token, str) and token.isascii() and token.isprintable()):
         return None
-    return Server(match[1], int(match[2]), token)
+    return RunningServer(match[1], int(match[2]), token)
 
 
 def _process(pid: object) -> int:

@@ -15,7 +15,7 @@ from svb.errors import MismatchError
 from svb.retrieve.compare import checkpoint_of
 from svb.retrieve.measure.ablation_plan import changed_options
 from svb.retrieve.measure.paired import intervals
-from svb.retrieve.measure.query_ranks import FILE, Ranks, read_ranks
+from svb.retrieve.measure.query_ranks import RANKS_FILE, Ranks, read_ranks
 from svb.train.checkpoint import load_checkpoint
 from svb.train.config import TrainConfig, selection_note, stored_options
 from svb.train.retrieval_metrics import ranks_metrics
@@ -127,5 +127,5 @@ def _commands(run: Path, description: dict[str, Any], config: TrainConfig, found
         words = ["svb", "evaluate", str(run), "--split", ranks.queries.split, "--checkpoint", checkpoint]
         words += ["--v2t", ranks.v2t_convention] if ranks.v2t_convention != "set" else []
         words += [word for name in ranks.relevances for word in ("--relevance", name)]
-        words += ["--ranks", str(ranks.path)] if ranks.path.name != FILE else []
+        words += ["--ranks", str(ranks.path)] if ranks.path.name != RANKS_FILE else []
         yield shlex.join(words)

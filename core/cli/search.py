@@ -112,11 +112,11 @@ def search(
     _print(answers, chosen[0] if chosen else "", is_list=queries is not None)
     output.say_what_was_compared(answers, asker.server_url)
     if html is not None:
-        output.write_page(answers, html, index_path)
+        output.write_html(answers, html, index_path)
     if cut is not None:
         output.cut_clips(answers, cut)
     if otio is not None:
-        output.write_timeline(answers, otio, handles or 0.0)
+        output.save_timeline(answers, otio, handles or 0.0)
     output.require_a_match(answers, asker.ask)
 
 

@@ -120,7 +120,7 @@ def _say_of_files(what: str, paths: Sequence[str], remedy: str) -> None:
         say(f"note: {what}: {named}{more} - {remedy}, then `svb index`")
 
 
-def write_page(answers: Sequence[Answer], html: Path, index: Path) -> None:
+def write_html(answers: Sequence[Answer], html: Path, index: Path) -> None:
     """Write answers as one page with their pictures."""
     from svb.retrieve.page.page import write_report
 
@@ -147,7 +147,7 @@ def cut_clips(answers: Sequence[Answer], folder: Path) -> None:
         raise InputError(f"none of the {wanted} moments could be cut - the lines above say why")
 
 
-def write_timeline(answers: Sequence[Answer], file: Path, handles_seconds: float) -> None:
+def save_timeline(answers: Sequence[Answer], file: Path, handles_seconds: float) -> None:
     """Write the moments of answers as a timeline for an editor."""
     from svb.retrieve.searching import timeline_files
 

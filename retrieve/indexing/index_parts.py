@@ -260,7 +260,7 @@ def keep_scan_within_budget(out: Path, manifest: Mapping[str, Any], segments: Se
     """Decide whether a committed index is searched exactly, or approximately if an exact scan would be too slow."""
     if manifest["vectors"] is not None:
         return  # a server searches it
-    from svb.retrieve.indexing.tune_ivf import describe, keep_within_budget
+    from svb.retrieve.indexing.tune_ivf import describe_decision, keep_within_budget
 
     training = [entry for entry in manifest["captions"] if entry["kind"] == "training"]
     decision = keep_within_budget(
@@ -269,7 +269,7 @@ def keep_scan_within_budget(out: Path, manifest: Mapping[str, Any], segments: Se
         budget_seconds=manifest["inputs"]["latency_budget_seconds"],
         captions=open_pool(out, training[0]).embeddings if training else None,
     )
-    logger.info(describe(decision))
+    logger.info(describe_decision(decision))
 
 
 def keep_words_of(out: Path, manifest: Mapping[str, Any]) -> None:

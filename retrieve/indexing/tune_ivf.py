@@ -6,7 +6,7 @@ IVF is tuned to a recall of 0.99.
 
     segments = open_segments(out, manifest)
     decision = keep_within_budget(out, segments, budget_seconds=0.1, captions=(C, D) training captions or None)
-    logger.info(describe(decision))
+    logger.info(describe_decision(decision))
 
 `cache/ivf.json` holds the decision for searches and for `svb info`, see `svb.retrieve.searching.ivf`.
 """
@@ -66,7 +66,7 @@ def keep_within_budget(
         captions: `(C, D)`, queries to tune with; moments are used if there are none.
 
     Returns:
-        The decision, as written to `cache/ivf.json`; `describe` puts it into words.
+        The decision, as written to `cache/ivf.json`; `describe_decision` puts it into words.
     """
     exact = SegmentVectors(segments)
     decision = _still_good(folder, exact, segments, budget_seconds)
@@ -75,13 +75,13 @@ def keep_within_budget(
         measured = _measure_scan(exact, segments, queries, budget_seconds)
         decision = {**measured, "file": None, "reason": "", "queries": kind}
         if measured["exact_seconds"] > budget_seconds:
-            logger.info(f"{describe(decision)}: trying an approximate index")
+            logger.info(f"{describe_decision(decision)}: trying an approximate index")
             decision |= _try_ivf(folder / "cache", exact, segments, queries, decision)
     publish_decision(folder, decision)
     return decision
 
 
-def describe(decision: Mapping[str, Any]) -> str:
+def describe_decision(decision: Mapping[str, Any]) -> str:
     """Return a line that tells how moments are searched, why, and how well."""
     exact_ms, budget_ms = 1000 * decision["exact_seconds"], 1000 * decision["budget_seconds"]
     speed = decision["bytes_per_second"] / 1e9

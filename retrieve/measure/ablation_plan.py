@@ -19,7 +19,7 @@ from svb.data.feature_store import FeatureStore
 from svb.data.relevance import relevance_name
 from svb.errors import InputError, SvbError
 from svb.retrieve.measure.ablation_config import FIELDS, Ablation, Cell
-from svb.retrieve.measure.query_ranks import FILE, Queries, read_ranks, require_same_queries
+from svb.retrieve.measure.query_ranks import RANKS_FILE, Queries, read_ranks, require_same_queries
 from svb.retrieve.model.embedder import run_embedder
 from svb.train.checkpoint import load_checkpoint
 from svb.train.config import TrainConfig, stored_options
@@ -248,7 +248,7 @@ def _is_trained(run: PlannedRun) -> bool:
 
 def _is_measured(run: PlannedRun, ablation: Ablation, queries: Queries) -> bool:
     try:
-        ranks = read_ranks(run.folder / FILE)
+        ranks = read_ranks(run.folder / RANKS_FILE)
         require_same_queries(ranks.queries, queries, "", "")
         measured = run_embedder(run.folder, ablation.checkpoint, torch.device("cpu")).fingerprint
     except SvbError:

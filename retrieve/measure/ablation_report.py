@@ -16,7 +16,7 @@ from svb.data.relevance import relevance_name
 from svb.retrieve.measure.ablation_config import Ablation, Cell
 from svb.retrieve.measure.ablation_plan import PlannedRun
 from svb.retrieve.measure.paired import Difference, Interval, difference_texts, is_chance, paired_differences
-from svb.retrieve.measure.query_ranks import FILE, Queries, Ranks, read_ranks, require_same_queries
+from svb.retrieve.measure.query_ranks import RANKS_FILE, Queries, Ranks, read_ranks, require_same_queries
 from svb.train.config import selection_note
 from svb.train.epoch_log import read_cpu_seconds
 from svb.train.retrieval_metrics import ranks_metrics
@@ -95,7 +95,7 @@ def gather_report(
     ranks: dict[str, dict[int, Ranks]] = {}
     runs: dict[str, dict[int, PlannedRun]] = {}
     for run in finished:
-        held = _only_relevances(read_ranks(run.folder / FILE), ablation)
+        held = _only_relevances(read_ranks(run.folder / RANKS_FILE), ablation)
         require_same_queries(held.queries, queries, str(held.path), "what was planned")
         ranks.setdefault(run.cell.name, {})[run.seed] = held
         runs.setdefault(run.cell.name, {})[run.seed] = run

@@ -14,7 +14,7 @@ from svb.data.caption_features import read_caption_features
 from svb.data.caption_table import CaptionTable, read_caption_table
 from svb.data.shard import hash_array
 from svb.errors import InputError
-from svb.train.retrieval_metrics import require_finite
+from svb.train.retrieval_metrics import require_finite_similarities
 
 ALL = "all"
 
@@ -63,7 +63,7 @@ def read_similarities(path: Path, captions: Path, split: str, videos: Path | Non
     if videos is not None:
         video_ids = _read_columns(videos, video_ids)
     similarity, content_hash = _read_matrix(path, len(rows), len(video_ids))
-    require_finite(similarity, [table.caption_ids[row] for row in rows], video_ids)
+    require_finite_similarities(similarity, [table.caption_ids[row] for row in rows], video_ids)
     # In the order of svb's own evaluations, so that `svb compare` can pair the two.
     columns = sorted(range(len(video_ids)), key=lambda column: video_ids[column])
     order = sorted(range(len(rows)), key=lambda place: of_captions[place])

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from svb.errors import UsageError
-from svb.train.retrieval_metrics import require_finite
+from svb.train.retrieval_metrics import require_finite_similarities
 
 METHODS = {
     "qb-norm": "QB-Norm, dynamic inverted softmax (Bogolin et al. 2022)",
@@ -56,7 +56,7 @@ class Embeddings:
             InputError: A value is not finite; the error names the first bad video.
         """
         similarity: NDArray[np.float32] = self.captions @ self.videos.T
-        require_finite(similarity, self.caption_ids, self.video_ids)
+        require_finite_similarities(similarity, self.caption_ids, self.video_ids)
         return similarity
 
 
@@ -110,7 +110,7 @@ def scale_of(method: str, weights: Mapping[str, torch.Tensor]) -> tuple[float, s
     return CLIP_LOGIT_SCALE, "CLIP's logit_scale"
 
 
-def describe(
+def describe_normalised(
     method: str, scale: float, scale_source: str, bank: Embeddings | None, metrics: dict[str, float]
 ) -> Normalised:
     """Return the metrics that a method gave, with what it used."""

@@ -18,7 +18,7 @@ from svb.errors import InputError, MismatchError, StoreError, UsageError
 from svb.train.graded_metrics import Values, graded_means, graded_values, left_out
 from svb.train.retrieval_metrics import RanksOfBoth
 
-FILE = "ranks.npz"
+RANKS_FILE = "ranks.npz"
 # The names of the arrays of graded measures, and of the fingerprints of their relevances, begin with these.
 GRADED, RELEVANCE = "graded/", "relevance/"
 

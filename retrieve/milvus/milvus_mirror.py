@@ -19,7 +19,7 @@ from svb.retrieve.milvus.milvus_server import (
     BYTES_A_CALL,
     CALL_SECONDS,
     MAX_ROWS,
-    Server,
+    MilvusServer,
     Target,
     connect,
     made_with,
@@ -142,7 +142,7 @@ def _batches(
 
 
 def _send_moments(
-    server: Server, vectors: SegmentVectors, keys: NDArray[np.int64], videos: NDArray[np.int64]
+    server: MilvusServer, vectors: SegmentVectors, keys: NDArray[np.int64], videos: NDArray[np.int64]
 ) -> None:
     ranges = [np.arange(*vectors.catalog.moment_range(video)) for video in videos.tolist()]
     rows, numbers = np.concatenate(ranges), np.concatenate([each - each[:1] for each in ranges])
@@ -158,7 +158,11 @@ def _send_moments(
 
 
 def _send_videos(
-    server: Server, vectors: SegmentVectors, keys: NDArray[np.int64], rows: NDArray[np.int64], hashes: Sequence[str]
+    server: MilvusServer,
+    vectors: SegmentVectors,
+    keys: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    hashes: Sequence[str],
 ) -> None:
     entities = [
         {"id": int(keys[row]), "video_id": vectors.catalog.video_id(row), "content_hash": hashes[row]}
@@ -167,28 +171,28 @@ def _send_videos(
     _upsert(server, "video", entities, vectors.embeddings(rows, by="video"))
 
 
-def _upsert(server: Server, by: str, entities: list[dict[str, Any]], embeddings: NDArray[np.float32]) -> None:
+def _upsert(server: MilvusServer, by: str, entities: list[dict[str, Any]], embeddings: NDArray[np.float32]) -> None:
     for entity, embedding in zip(entities, embeddings, strict=True):
         entity["vector"] = embedding
     with server.calling() as client:
         client.upsert(server.target.name_of(by), entities, timeout=CALL_SECONDS)
 
 
-def _delete(server: Server, by: str, field: str, keys: NDArray[np.int64]) -> None:
+def _delete(server: MilvusServer, by: str, field: str, keys: NDArray[np.int64]) -> None:
     for begin in range(0, len(keys), MAX_DELETED):
         some = keys[begin : begin + MAX_DELETED].tolist()
         with server.calling() as client:
             client.delete(server.target.name_of(by), filter=f"{field} in {some}", timeout=CALL_SECONDS)
 
 
-def _flush(server: Server) -> None:
+def _flush(server: MilvusServer) -> None:
     """Have a server arrange new vectors for fast search."""
     for by in ("moment", "video"):
         with server.calling() as client:
             client.flush(server.target.name_of(by), timeout=FLUSH_SECONDS)
 
 
-def _held(server: Server, by: str, only: str, field: str) -> NDArray[np.int64]:
+def _held(server: MilvusServer, by: str, only: str, field: str) -> NDArray[np.int64]:
     """Return a field of all entities that pass a filter."""
     found: list[int] = []
     with server.calling() as client:

@@ -107,7 +107,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Server:
+class MilvusServer:
     """A connection; threads may share it. Its methods raise StoreError if the server fails."""
 
     target: Target
@@ -247,7 +247,7 @@ class Server:
         return found
 
 
-def connect(target: Target, *, create: bool = False) -> Server:
+def connect(target: Target, *, create: bool = False) -> MilvusServer:
     """Connect to a server, or open a file.
 
     Args:
@@ -276,7 +276,7 @@ def connect(target: Target, *, create: bool = False) -> Server:
     options = {"grpc_options": {"grpc.keepalive_time_ms": 2**31 - 1}} if target.is_file else {}
     token = os.environ.get(TOKEN, "")
     try:
-        return Server(target, MilvusClient(target.address, token=token, timeout=CONNECT_SECONDS, **options))
+        return MilvusServer(target, MilvusClient(target.address, token=token, timeout=CONNECT_SECONDS, **options))
     except MilvusException as error:
         reason = (
             "another process has it open, or it is damaged: wait for that process to end, or name another file"

@@ -21,7 +21,7 @@ from svb.config import canonical_json
 from svb.data.publish import published_file
 from svb.errors import StoreError
 from svb.retrieve.milvus.milvus_server import (
-    Server,
+    MilvusServer,
     Target,
     connect,
     made_with,
@@ -76,7 +76,7 @@ class MilvusVectors:
         self._fresh, self._is_fresh = fresh, fresh_videos
         self.num_missing = 0
         self._lock = threading.Lock()
-        self._server: Server | None = None
+        self._server: MilvusServer | None = None
         self._backgrounds: dict[str, NDArray[np.float32]] = {}
 
     @classmethod
@@ -193,7 +193,7 @@ class MilvusVectors:
             self._backgrounds[by] = background
         return background
 
-    def _connected(self) -> Server:
+    def _connected(self) -> MilvusServer:
         with self._lock:
             if self._server is None:
                 server = connect(self._target)

@@ -37,7 +37,7 @@ TEMPERATURE = 2.0
 BATCH_SIZE = 32
 
 # `(T, F)` float32 -> `(D,)` float32, L2-normalised.
-VideoHead = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+FramesToEmbedding = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
 class MediaModel(Protocol):
@@ -68,7 +68,7 @@ class GraphMedia:
         head: The video head.
     """
 
-    def __init__(self, model: dict[str, Any], graphs: list[Graph], head: VideoHead) -> None:
+    def __init__(self, model: dict[str, Any], graphs: list[Graph], head: FramesToEmbedding) -> None:
         self.model = model
         self._graphs, self._head = graphs, head
         self._transforms = [stored_transform(held) for held in parts_of(model["video"]).values()]
@@ -147,7 +147,7 @@ def _backbone_graph(name: str, settings: Mapping[str, Any]) -> Graph:
     return graph
 
 
-def _head(folder: Path, manifest: Mapping[str, Any]) -> VideoHead | None:
+def _head(folder: Path, manifest: Mapping[str, Any]) -> FramesToEmbedding | None:
     kind = manifest["model"]["kind"]
     if kind == "zero-shot CLIP":
         return _mean_of_frames

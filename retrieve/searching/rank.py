@@ -226,7 +226,7 @@ def keep_best(vectors: Vectors, videos: NDArray[np.int64], k: int, folded: bool)
     """Return the first K videos, each followed by the near-duplicates that are listed under it."""
     if not folded:
         return [videos[position : position + 1] for position in range(min(k, len(videos)))]
-    kept = fold(
+    kept = fold_duplicates(
         lambda positions: vectors.embeddings(videos[positions], by="video"), vectors.catalog.durations[videos], k
     )
     return [videos[positions] for positions in kept]
@@ -235,7 +235,7 @@ def keep_best(vectors: Vectors, videos: NDArray[np.int64], k: int, folded: bool)
 # --- near-duplicates: the same footage again, cut or encoded otherwise
 
 
-def fold(
+def fold_duplicates(
     embeddings_of: Callable[[NDArray[np.int64]], NDArray[np.float32]], durations: NDArray[np.float64], k: int
 ) -> list[list[int]]:
     """Keep the first K of n candidates that are not near-duplicates of one kept before.

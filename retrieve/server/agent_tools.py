@@ -25,10 +25,10 @@ from svb.retrieve.answer import SearchRequest, request_schema
 from svb.retrieve.searching.results import video_key
 from svb.retrieve.server.child_processes import WorkerPool
 from svb.retrieve.server.options import McpOptions
-from svb.retrieve.server.search_routes import COUNTS, FILE_FIELDS, describe, limited, search_upload
+from svb.retrieve.server.search_routes import COUNTS, FILE_FIELDS, describe_index, limited, search_upload
 from svb.retrieve.server.state import ServerState
 from svb.retrieve.server.uploads import PREFIX, Upload
-from svb.retrieve.server.video_files import VideoFile, find_file
+from svb.retrieve.server.video_files import MAX_FRAMES, VideoFile, find_file
 from svb.retrieve.stored.cues import KINDS, open_speech
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 # An answer must fit into what a model reads at once.
 MAX_RESULTS = 100
-MAX_FRAMES = 24
 MAX_LINES = 500
 # A clip is cut while the agent waits.
 MAX_CLIP_SECONDS = 600.0
@@ -146,7 +145,7 @@ class AgentTools:
         return Shown(held)
 
     async def _describe(self, arguments: Mapping[str, Any]) -> Shown:
-        held = await self._state.search(describe)
+        held = await self._state.search(describe_index)
         return Shown({**held, "query_files": await asyncio.to_thread(self._query_names)})
 
     async def _list(self, arguments: Mapping[str, Any]) -> Shown:

@@ -79,7 +79,7 @@ def search_routes(state: ServerState) -> APIRouter:
             described.clear()
             described[searcher.generation] = {
                 "index": str(state.index.absolute()),
-                **await asyncio.to_thread(describe, searcher),
+                **await asyncio.to_thread(describe_index, searcher),
             }
         return json_response(described[searcher.generation])
 
@@ -161,7 +161,7 @@ def _as_json(answer: Answer) -> str:
     return json.dumps(answer.as_json(), allow_nan=False)
 
 
-def describe(searcher: Searcher) -> dict[str, Any]:
+def describe_index(searcher: Searcher) -> dict[str, Any]:
     """Return what an index holds, in short."""
     manifest = searcher.manifest
     return {
