@@ -25,7 +25,7 @@ def option(
     read: Callable[[str], Any] | None = None,
     **more: Any,
 ) -> Any:
-    """Return a dataclass field with what the command line needs beside its name, type, default and documentation.
+    """Return a dataclass field with what the command line needs besides its name, type, default and documentation.
 
     Args:
         default: The field's default.
@@ -33,7 +33,7 @@ def option(
         choices: The values that are allowed.
         metavar: What the help shows in place of the value.
         read: Makes the value from the text on the command line.
-        more: `hidden=True` for a field that is no option; `both=True` for a switch that also has a `--no-` form;
+        more: `hidden=True` for a field that is not an option; `both=True` for a switch that also has `--no-`;
             `alone=VALUE` for the value that the option has when it is given without one; `text=DEFAULT` for the
             default as it is typed, where `read` makes the value from it; `at_least=N` for the smallest number that
             is allowed.
@@ -43,7 +43,7 @@ def option(
 
 
 def typed(field: dataclasses.Field[Any], value: Any) -> str:
-    """Return a field's value as it is typed on the command line."""
+    """Return a field's value as a user types it on the command line."""
     flag = field.metadata.get("flag") or f"--{field.name.replace('_', '-')}"
     if value is True:
         return flag

@@ -1,4 +1,4 @@
-"""The device that networks run on, and the precision that it does best. Imports torch only when asked."""
+"""The device that networks run on, and its fastest precision. Only functions that need torch import it."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def choose_device(name: str = "auto") -> torch.device:
     on it is float32 from then on: torch's default for convolutions is TF32, which has 10 bits instead of 23.
 
     Raises:
-        DeviceError: It is there but cannot compute.
-        UsageError: torch does not know the device, or it is not there.
+        DeviceError: The device exists but cannot compute.
+        UsageError: torch does not know the device, or it does not exist.
     """
     import torch
 
@@ -53,7 +53,7 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def _has_gpu() -> bool:
-    """Tell whether there is a GPU, and say why one that is there cannot be used."""
+    """Tell whether a GPU can be used; log why if there is one that cannot."""
     import torch
 
     with warnings.catch_warnings(record=True) as said:
@@ -68,7 +68,7 @@ def _has_gpu() -> bool:
 
 
 def _try(device: torch.device) -> None:
-    """Compute one number: a GPU that PyTorch has no code for gives memory, and fails at its first kernel."""
+    """Compute one number: a GPU that PyTorch does not support gives memory but fails at its first kernel."""
     import torch
 
     try:
@@ -88,7 +88,7 @@ def _compute_float32_as_float32() -> None:
     import torch
 
     matmul, cudnn = cast("Any", torch.backends.cuda.matmul), cast("Any", torch.backends.cudnn)  # untyped
-    # Parts of torch still read the older switches, and refuse to where only the newer ones have been set.
+    # Parts of torch still read the older switches, and fail if only the newer ones are set.
     matmul.allow_tf32 = cudnn.allow_tf32 = False
     matmul.fp32_precision = cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
 
@@ -160,11 +160,11 @@ def is_device_failure(error: BaseException) -> bool:
 def choose_precision(device: torch.device, name: str = "auto") -> torch.dtype:
     """Return the dtype that a frozen network computes in; `auto` asks the device what is fast on it.
 
-    bfloat16 on GPUs that have it and on CPUs with AMX (2.4 times float32 there), float16 on older GPUs,
+    bfloat16 on GPUs that have it and on CPUs with AMX (2.4 times as fast as float32 there), float16 on older GPUs,
     float32 elsewhere.
 
     Raises:
-        UsageError: The name is none of `PRECISIONS`.
+        UsageError: The name is not one of `PRECISIONS`.
     """
     import torch
 
@@ -182,7 +182,7 @@ def choose_precision(device: torch.device, name: str = "auto") -> torch.dtype:
 
 
 def to_device(array: NDArray[np.generic], device: torch.device) -> torch.Tensor:
-    """Return a small array of the host as a tensor; the host does not wait for a GPU that is still computing."""
+    """Return a small array as a tensor on a device, without waiting for a GPU that is still computing."""
     import torch
 
     tensor = torch.from_numpy(array)

@@ -20,17 +20,17 @@ class InputError(SvbError):
 
 
 class UsageError(SvbError):
-    """An option or a combination of options that means nothing."""
+    """An option, or a combination of options, makes no sense."""
 
     exit_code = 2
 
 
 class DeviceError(SvbError):
-    """A device that is there fails, or has too little memory."""
+    """A device exists but fails, or has too little memory."""
 
 
 class StoreError(SvbError):
-    """What is at rest (a feature store, captions file, run or index) is not whole, or not readable."""
+    """A feature store, captions file, run or index is damaged or cannot be read."""
 
 
 class MismatchError(SvbError):
@@ -52,7 +52,7 @@ class Interrupted(SvbError):  # noqa: N818 - it is not an error
 
 
 class ModelUnavailableError(SvbError):
-    """A backbone's or text encoder's weights cannot be had here."""
+    """The weights of a backbone or text encoder are not available here."""
 
 
 def first_line(error: object) -> str:

@@ -1,4 +1,4 @@
-"""Interrupts that wait until what was done so far can be saved."""
+"""Interrupts that wait until finished work has been saved."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from types import FrameType
 
 @contextlib.contextmanager
 def deferred_interrupts() -> Iterator[Callable[[], int]]:
-    """Yield a function that returns which of SIGINT and SIGTERM has come, or 0; a second one interrupts at once.
+    """Yield a function that returns the signal that has arrived, SIGINT or SIGTERM, or 0; a second one interrupts.
 
-    Only the main thread receives signals: on another one nothing is changed.
+    Only the main thread receives signals, so on another thread this changes nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: 0

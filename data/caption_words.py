@@ -31,7 +31,9 @@ def content_words(caption: str) -> set[str]:
 
 
 def verbs_and_nouns(captions: Sequence[str]) -> list[list[set[str]]]:
-    """Return the verbs of every caption, and its nouns: the lemmas of what spaCy tags so; auxiliaries are no verbs.
+    """Return the verbs of every caption, and its nouns, as spaCy tags and lemmatises them.
+
+    Auxiliaries do not count as verbs.
 
     Raises:
         UsageError: spaCy or its model is not installed.
@@ -56,7 +58,7 @@ def verbs_and_nouns(captions: Sequence[str]) -> list[list[set[str]]]:
 def synsets(captions: Sequence[str]) -> list[list[set[str]]]:
     """Return the synsets of each caption's verbs, and those of its nouns; a word without one stands for itself.
 
-    As the code of Wray et al. (`mwray/Semantic-Video-Retrieval`) does it, but for the lemmas, which are spaCy's.
+    This follows the code of Wray et al. (`mwray/Semantic-Video-Retrieval`), except that the lemmas are spaCy's.
 
     Raises:
         UsageError: spaCy, its model or WordNet's files are not there.
@@ -105,7 +107,7 @@ class WordNet:
     def sense(self, lemma: str, kind: str, context: Collection[str]) -> str:
         """Return the synset of a lemma in a sentence, or the lemma itself if WordNet does not have it.
 
-        It is the synset whose definition shares most words with the sentence; of equally good ones the most common
+        The definition of that synset shares most words with the sentence; among equals, the most common is chosen
         (Lesk, *Automatic Sense Disambiguation Using Machine Readable Dictionaries*, SIGDOC 1986).
 
         Args:

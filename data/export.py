@@ -53,7 +53,7 @@ def export(store: FeatureStore, out: Path, *, layout: str = "h5", backbone: str 
     Raises:
         InputError: There is something at `out` already, or the store has no such features.
         StoreError: The store is damaged.
-        UsageError: An option means nothing.
+        UsageError: An option makes no sense.
     """
     if layout not in LAYOUTS:
         raise UsageError(f"unknown layout {layout!r} - expected one of {', '.join(LAYOUTS)}")
@@ -101,7 +101,7 @@ def _write_parquet(store: FeatureStore, backbone: str, out: Path) -> None:
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     feature_size = int(store.video_settings(backbone)["backbone_settings"]["feature_size"])
-    # float32 holds every float16 exactly, and unlike it is read by all: DuckDB, Polars, Spark.
+    # float32 holds every float16 exactly, and DuckDB, Polars and Spark can read it.
     schema = pa.schema(
         [
             ("video_id", pa.string()),

@@ -91,7 +91,7 @@ class TextRelevance:
         kinds: A `(C, words)` matrix of 0 and 1 for each kind of words, such as verbs; its rows are in `order`.
         order: `(C,)` the captions, those of one video next to each other.
         begins: `(V + 1,)` where the captions of each video begin in `order`.
-        place: `(C,)` where each caption stands in `order`.
+        place: `(C,)` the position of each caption in `order`.
         over: `max` or `mean` over the captions of a video.
     """
 
@@ -262,7 +262,7 @@ def group_relevance(
     if without:
         raise InputError(
             f"{len(without)} of {len(video_ids)} videos have an empty group, first {without[0]!r} - give every "
-            "video a group; one that is alone gets a name of its own"
+            "video a group; one that is alone needs a group of its own"
         )
     number = {group: row for row, group in enumerate(dict.fromkeys(group_of[v] for v in video_ids))}
     if len(number) == 1:

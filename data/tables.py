@@ -31,13 +31,13 @@ _CHUNK_ROWS = 10_000
 
 @dataclass(frozen=True)
 class TableKind:
-    """What a table is for, in the words of its messages.
+    """What a kind of table must hold, in the words of its messages.
 
     Attributes:
         name: Such as `caption table`.
         columns: The columns that it must have.
         header: What its header should be.
-        ragged: What to do where a row has more or fewer fields than the header.
+        ragged: What to do about a row that has more or fewer fields than the header.
     """
 
     name: str

@@ -520,7 +520,7 @@ def test_compare_pairs_graded_measures(runs: Path, tmp_path: Path, run_svb: RunS
     assert all(one.difference == 0 for one in compare(paths[0], paths[0]).differences)
     assert "t2v nDCG@10 of others by words" in run_svb("compare", *paths).stdout
     evaluate(runs / "set" / "seed-1", ranks=paths[1], relevance=["words"])
-    assert "only some of these were measured by group" in run_svb("compare", *paths).stderr
+    assert "only some of these runs were measured by group" in run_svb("compare", *paths).stderr
     evaluate(runs / "set" / "seed-1", ranks=paths[1])
     assert len(compare(*paths).differences) == 5
 

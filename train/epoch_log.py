@@ -1,4 +1,4 @@
-"""What a run writes of every epoch: its metrics, its curves and its cost.
+"""What a run records of every epoch: its metrics, its curves and its cost.
 
 metrics.jsonl       one line per epoch
 tensorboard/        the same, for TensorBoard while it runs

@@ -5,7 +5,7 @@
   whose relevance is above 0.
 - `nDCG@10`: the same over the first 10 places.
 - `mAP@R` and `R-Precision` of Musgrave et al. (*A Metric Learning Reality Check*, ECCV 2020), used by ECCV Caption:
-  a candidate is right from a relevance of `RIGHT_FROM` on, and R is the number of right ones.
+  a candidate is right if its relevance is at least `RIGHT_FROM`, and R is the number of right ones.
 - `judged@10`: the share of the first 10 candidates that somebody judged.
 
 `... of others` takes a caption's own video, or a video's own captions, out of the candidates. Where candidates are
@@ -44,7 +44,7 @@ def graded_values(
     Args:
         similarity: `(C, V)`, finite.
         caption_video: `(C,)` column of each caption's own video.
-        relevance: Of the C captions and V videos.
+        relevance: The relevance of the C captions and V videos.
 
     Returns:
         `(C,)` values for t2v and `(V,)` for v2t; NaN for a query without any relevant candidate.
@@ -80,7 +80,7 @@ def graded_values(
 
 
 def graded_means(values: Mapping[str, Values]) -> dict[str, float]:
-    """Return the mean of every measure over the queries that have one; a measure that no query has is not there.
+    """Return the mean of every measure over the queries that have a value; leave out a measure without any.
 
     `both/...` is the mean over the queries of both directions.
     """

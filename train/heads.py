@@ -267,7 +267,7 @@ def num_heads(size: int, what: str = "embedding size") -> int:
     """Return the number of attention heads of 64 in a size; errors call it `what`.
 
     Raises:
-        UsageError: The size is no multiple of 64.
+        UsageError: The size is not a multiple of 64.
     """
     heads = max(1, size // 64)
     if size % heads:

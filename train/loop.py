@@ -28,14 +28,14 @@ from svb.train.training_data import SplitData, epoch_batches
 
 logger = logging.getLogger(__name__)
 
-# A kill may cost this many seconds of work; writing a checkpoint takes far longer than a step. Where one takes more
-# than a second, as the 2 GB of T5 do, they are that much rarer: at most a twentieth of the time goes into them.
+# A kill may cost this many seconds of work; writing a checkpoint takes far longer than a step. If that takes more
+# than a second, as T5's 2 GB do, checkpoints are rarer: at most a twentieth of the time goes into them.
 CHECKPOINT_SECONDS = 20.0
 _WATCHED = ("loss", "contrastive", "cross_captioning", "support_entropy", "gradient_norm")
 
 
 class Loop:
-    """Trains step by step, from wherever the run stands.
+    """Trains step by step, from where the run stopped.
 
     Random draws depend only on the seed, the epoch and the step, so a resumed run draws the same.
 
@@ -88,10 +88,10 @@ class Loop:
         """Train to the end of the epoch, evaluate and save what is due; return its line of metrics.
 
         Args:
-            interrupted: Asked after every step; at a true answer the state is saved and the training ends.
+            interrupted: Called after every step; if it returns a true value, the state is saved and training ends.
 
         Raises:
-            KeyboardInterrupt: `interrupted` gave a true answer.
+            KeyboardInterrupt: `interrupted` returned a true value.
             InputError: The loss is no longer finite.
         """
         self._batches = self._batches_of(self.epoch)

@@ -56,7 +56,7 @@ class MemoryBank(nn.Module):
         frame_mask: torch.Tensor,
         video: NDArray[np.int64],
     ) -> None:
-        """Replace the oldest rows by those of a batch; of a batch larger than the bank, keep the end.
+        """Replace the oldest rows by those of a batch; if the batch is larger than the bank, keep its end.
 
         Shape:
             `(B, D)`, `(B, T, D)`, `(B, T)` bool, `(B,)`; T may be shorter than the bank's.

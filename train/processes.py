@@ -72,7 +72,7 @@ class Processes:
     def mean(self, values: torch.Tensor, total: int) -> torch.Tensor:
         """Return this process's part of the mean of `total` values, of which it holds `(n,)`.
 
-        The average of the parts over processes, which `average` takes, is the mean.
+        `average` over all processes makes the mean of the parts.
         """
         return values.sum() * (self.world / total)
 

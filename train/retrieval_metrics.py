@@ -86,7 +86,7 @@ def v2t_ranks(
     own = similarity[np.arange(len(caption_video)), caption_video]
     best = np.maximum.reduceat(own[order], firsts)
     better = np.zeros(num_videos, np.int64)
-    # A video's own captions are no candidates, and the best of them are among the equal ones.
+    # A video's own captions are not candidates, and the best of them are among the equal ones.
     equal = -np.add.reduceat((own == best[caption_video])[order].astype(np.int64), firsts)
     for rows in _blocks(similarity):
         better += (similarity[rows] > best).sum(axis=0)
@@ -187,7 +187,7 @@ def embedding_ranks(
 
     Args:
         captions: `(C, D)` float32, L2-normalised and finite.
-        videos: `(V, D)`, likewise, on the same device; each has a caption.
+        videos: `(V, D)` float32, L2-normalised and finite, on the same device; each has a caption.
         caption_video: `(C,)` row of each caption's own video.
         convention: One of `V2T_CONVENTIONS`.
     """
@@ -207,7 +207,7 @@ def embedding_ranks(
     best = videos.new_full((len(videos),), -torch.inf).scatter_reduce_(0, own_video, own, "amax")
     is_best = (own == best[own_video]).long()
     num_better = torch.zeros(len(videos), dtype=torch.int64, device=videos.device)
-    num_equal = num_better.index_add(0, own_video, -is_best)  # a video's own captions are no candidates
+    num_equal = num_better.index_add(0, own_video, -is_best)  # a video's own captions are not candidates
     for _, block in _chunks(captions, videos):
         better, equal = _counts(block, best, dim=0)
         num_better, num_equal = num_better + better, num_equal + equal

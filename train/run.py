@@ -111,7 +111,7 @@ def _train(
     train_split, choosing_split = _load_splits(feature_store, backbone, caption_features, config, device)
     description = _describe(config, feature_store, backbone, caption_features)
     if config.variant != "none" and config.rebuild == "tokens":
-        # Only a decoder of words computes in it: any other run can be continued on another device.
+        # Only a decoder of words uses this precision: any other run can be continued on another device.
         description["decoder_precision"] = precision_name(_decoder_dtype(device))
     description["data"] = {"train": split_summary(train_split), "val": None}
     if choosing_split is not None:
@@ -140,7 +140,7 @@ def _train(
             out.mkdir(parents=True, exist_ok=True)
             lock = lock_folder(out)
             about = {
-                # Paths and devices are no settings: a run whose inputs were moved can still be resumed.
+                # Paths and devices are not settings: a run whose inputs were moved can still be resumed.
                 "paths": {"store": str(feature_store.path.absolute()), "captions": str(captions.absolute())},
                 "provenance": {**describe_device(device), "torch": torch.__version__},
             }

@@ -1,4 +1,4 @@
-"""All that a training reads, loaded once: frame features, caption features, and which caption has which video."""
+"""What training reads, loaded once: frame features, caption features, and which caption has which video."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class FrameTable:
 
         Args:
             rows: `(B,)` rows of the videos.
-            longest: T; by default that of the longest of them, for which the host asks the device.
+            longest: T; by default that of the longest of them, which the host must ask the device for.
 
         Returns:
             `(B, T, F)` float32 and `(B, T)` bool, True on a real frame.

@@ -44,7 +44,7 @@ COMMANDS = {
 
 
 class _AtFirstUse(MutableMapping[str, click.Command]):
-    """Commands by name, each imported when it is used: importing all takes longer than a search by a server."""
+    """Commands by name, each imported when it is used: importing all takes longer than a search."""
 
     def __init__(self, places: dict[str, str]) -> None:
         self._places = dict(places)
@@ -115,15 +115,15 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         click.echo("svb: interrupted - what was finished is kept; run the same command again to go on", err=True)
         return 130
-    except SystemExit:  # click ends so when the reader of our output has left, as `head` does
-        if not type(sys.stdout).__name__.endswith("PacifyFlushWrapper"):  # of click, which hides it
+    except SystemExit:  # click exits like this when the reader of our output is gone, as with `head`
+        if not type(sys.stdout).__name__.endswith("PacifyFlushWrapper"):  # click's own, which hides it
             raise
         _discard_output()
         return 128 + signal.SIGPIPE  # as a shell reports it; 1 would say that a search found nothing
     except OSError as error:
         place = error.filename or _place_of_output(error)
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        what = "make room there" if is_full else "mend that"
+        what = "make room there" if is_full else "fix that"
         click.echo(
             f"svb: cannot use{place and f' {place}'} ({error.strerror or error}) - {what} and run the same command "
             "again",
@@ -134,7 +134,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _place_of_output(error: OSError) -> str:
-    """Return what to call stdout if printing raised the error, which then names no file."""
+    """Return `standard output` if printing raised the error, which then names no file; else nothing."""
     import traceback
 
     if any(frame.f_code is click.echo.__code__ for frame, _ in traceback.walk_tb(error.__traceback__)):
@@ -144,7 +144,7 @@ def _place_of_output(error: OSError) -> str:
 
 
 def _discard_output() -> None:
-    """Point stdout at nothing, so that what is still held back raises no error when the process ends."""
+    """Discard what stdout still holds back, so that it raises no error when the process ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -171,7 +171,7 @@ def main() -> None:
 
 
 def _thread_failed(failed: threading.ExceptHookArgs) -> None:
-    """Report a disk or pipe that a library's own thread could not write to as one line."""
+    """Report in one line that a library's own thread could not write to a disk or pipe."""
     if isinstance(failed.exc_value, OSError):
         click.echo(f"svb: a file cannot be written ({failed.exc_value.strerror or failed.exc_value})", err=True)
     else:

@@ -1,4 +1,4 @@
-"""A client of the server that keeps an index open: `svb search` asks it, and itself imports nothing heavy.
+"""A client of the server that keeps an index open, so that `svb search` imports nothing heavy.
 
 It speaks HTTP over a plain socket: importing `http.client`, with the mail and encryption modules it imports, costs
 as much as the rest of a search through a server.
@@ -55,7 +55,7 @@ class RunningServer:
             # The server knows the file by another path than the request here.
             return None if held is None else Answer.from_json({**json.loads(held), "request": request.as_json()})
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return None  # it is gone, has another version, or is not a server of svb
+            return None  # it is gone, has another version, or is another program
 
     def _post_file(self, file: Path, request: SearchRequest) -> bytes | None:
         kind = "video" if request.image is None else "image"
@@ -96,9 +96,9 @@ class RunningServer:
 def running_server(index: Path) -> RunningServer | None:
     """Return the server that has an index open, if this user runs one on this machine.
 
-    Its `cache/server.json` counts while its process lives, the file is where it was written and the address is
-    this machine's own. So the server of an index is not asked about a copy of it, and a foreign index cannot
-    send queries anywhere.
+    The index's `cache/server.json` names it. That file counts only while the server's process lives, in the folder
+    where it was written, and with an address of this machine. So a copy of an index does not ask the server of the
+    original, and an index from elsewhere cannot send queries anywhere.
     """
     cache = index / "cache"
     try:

@@ -48,6 +48,6 @@ def compare(run_a: Path, run_b: Path, as_json: bool) -> None:
         ],
     )
     for name in comparison.relevances_of_one_side:
-        say(f"only some of these were measured by {name}: to compare by it, evaluate all with --relevance")
+        say(f"only some of these runs were measured by {name} - to compare by it, evaluate all with --relevance")
     if len(comparison.a.ranks) == 1:
         say("one pair of runs cannot tell whether other trainings would show the difference: compare several seeds")

@@ -1,4 +1,4 @@
-"""Short synthetic clips with captions, drawn by ffmpeg's own generators, so that no footage ships.
+"""Short synthetic clips with captions, drawn by ffmpeg's own generators: svb ships no footage.
 
 Each clip shows one object of one colour that moves in one way over one background. `make_demo_clips`
 is the whole stage: plan from the seed, render what is missing, write the caption table last.
@@ -31,7 +31,7 @@ VAL_FRACTION = 1 / 6
 # Stored beside the clips; raise it when the same plan would draw or say something else.
 DEMO_VERSION = 1
 
-# What a word stands for on the left, how a caption may say it on the right.
+# On the left an attribute, on the right the words that captions use for it.
 OBJECTS: Final[dict[str, tuple[str, ...]]] = {
     "circle": ("circle", "disc", "ball"),
     "crescent": ("crescent", "crescent moon", "moon"),
@@ -51,7 +51,7 @@ COLOURS: Final[dict[str, tuple[str, ...]]] = {
     "red": ("red", "crimson", "scarlet"),
     "yellow": ("yellow", "golden"),
 }
-# "it ...s / ...ing": the forms of one wording, so that a sentence may need either.
+# Two forms of each wording, because a sentence may need either.
 MOTIONS: Final[dict[str, tuple[str, ...]]] = {
     "blink": ("blinks on and off / blinking on and off", "flashes / flashing"),
     "down": ("moves down / moving down", "falls slowly / falling slowly", "sinks / sinking"),
@@ -123,9 +123,9 @@ def make_demo_clips(
 
     Args:
         folder: Gets `videos/<object>/clip-0001.mp4` and so on, `demo.json` and `captions.csv`.
-        num_videos: How many clips; from about 180 on, both splits hold every object, colour, motion
+        num_videos: Number of clips; from about 180 on, both splits hold every object, colour, motion
             and background.
-        seed: Of everything that is drawn by chance.
+        seed: Seed of all random choices.
         on_progress: Called with (clips done, all clips) after each clip.
 
     Returns:
@@ -199,7 +199,7 @@ def _choose_val(looks: Sequence[tuple[str, str, str, str]], rng: random.Random) 
 
 
 def _write_captions(look: tuple[str, str, str, str], rng: random.Random) -> tuple[str, ...]:
-    """Say it in full twice, then leave something out: such a caption is also true of other clips."""
+    """Describe the clip in full twice, then leave something out: such captions fit other clips too."""
     full = (
         "{a_colour_object} {moves} {over} {background}",
         "there is {a_colour_object} {moving} {over} {background}",
@@ -239,7 +239,7 @@ def _with_article(words: str) -> str:
 
 
 def _claim(folder: Path, settings: dict[str, int]) -> None:
-    """Note the settings before the first clip: names repeat between seeds, what they show does not."""
+    """Note the settings before the first clip: with another seed, the same names show other things."""
     path = folder / "demo.json"
     if not path.exists():
         _write_whole(path, json.dumps(settings) + "\n")
@@ -284,7 +284,7 @@ def _render(clip: DemoClip, videos: Path, command: str) -> None:
     """Draw one clip beside its place and move it there whole."""
     path = _path_of(clip, videos)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not an .mp4 by its name, so that whatever walks the folder passes over what a kill leaves.
+    # The name does not end in .mp4, so that programs skip what a killed run leaves in the folder.
     part = path.with_name(path.name + ".part")
     # A killed run's ffmpeg may outlive it by a moment: let it write into a file that has no name.
     part.unlink(missing_ok=True)
@@ -417,7 +417,7 @@ def _noise(pattern_seed: int) -> Any:
     return snow.filter("noise", c0s=100, c0f="t", c0_seed=pattern_seed).filter("fps", FPS)
 
 
-# Given a seed, frames of a background that moves by itself.
+# Make the frames of a background that moves by itself, from a seed.
 _MOVING: Final[dict[str, Callable[[int], Any]]] = {
     "cells": _cells,
     "clouds": _clouds,

@@ -123,7 +123,7 @@ def evaluate(
         )
         if captions is None:
             raise UsageError(
-                "--similarities says nothing of captions and videos - name their caption table with --captions"
+                "--similarities does not name its captions and videos - name their caption table with --captions"
             )
         evaluation = library.evaluate_similarities(
             similarities,

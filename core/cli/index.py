@@ -21,7 +21,7 @@ def index(source: Path | None, out: Path | None, **options: Any) -> None:
     """Embed every video and moment of SOURCE for searching.
 
     SOURCE is a run [default: the newest in ./runs], or a feature store, which is searched zero-shot. Run the same
-    command again to update the index: videos that it has already are not embedded again. Videos that are no longer
+    command again to update the index: videos that it already has are not embedded again. Videos that are no longer
     in the store stay until --prune. Another model or other moments need another folder, or --rebuild.
 
     \b

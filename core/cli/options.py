@@ -21,7 +21,7 @@ def config_options(config: type) -> Callable[[Command], Command]:
     """Return a decorator that gives a command one option for each field of a dataclass.
 
     The help of an option is the field's entry under `Attributes:` in the class's docstring, its default is the
-    field's, and `svb.config.option` says what else there is to say. The command gets the values under the fields'
+    field's, and `svb.config.option` gives the rest. The command gets the values under the fields'
     names, so that `config(**values)` is the whole way from the command line to the library.
     """
 

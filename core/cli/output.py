@@ -13,7 +13,7 @@ import click
 
 
 def say(message: str) -> None:
-    """Print a line that is no result to stderr."""
+    """Print a line to stderr that is not a result."""
     click.echo(message, err=True)
 
 
@@ -49,7 +49,7 @@ class Meter:
     def __init__(self, unit: str) -> None:
         from tqdm import tqdm
 
-        tqdm.monitor_interval = 0  # its thread would only redraw a bar that stands still
+        tqdm.monitor_interval = 0  # its thread would only redraw a bar that does not move
         tqdm.set_lock(threading.RLock())  # its own would also be a semaphore between processes
         is_terminal = sys.stderr is not None and sys.stderr.isatty()
         self._began = time.monotonic()
@@ -76,7 +76,7 @@ class Meter:
     ) -> None:
         """Show `done` of `total`, the rates of it and of `more` counts, the time it will take, and notes.
 
-        `eta_seconds` is reckoned from `done` where it is not given.
+        By default `eta_seconds` is computed from `done`.
         """
         bar = self._bar
         seconds = max(time.monotonic() - self._began, 1e-6)
@@ -105,4 +105,4 @@ class _Lines:
             say(line)
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Do nothing: no text is held back."""

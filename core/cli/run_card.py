@@ -23,14 +23,14 @@ from svb.train.run import read_run
 
 logger = logging.getLogger(__name__)
 
-# Ranks, and the checkpoint that they are of.
+# Ranks, and the checkpoint that they belong to.
 Evaluations: TypeAlias = list[tuple[Ranks, str]]
 
 
 def run_card(run: Path) -> str:
     """Return the card of a run in Markdown.
 
-    The metrics are those of the files of ranks in the run's folder, as `svb evaluate` wrote them.
+    The metrics come from the files of ranks that `svb evaluate` wrote to the run's folder.
 
     Raises:
         InputError: The folder is not a run.

@@ -18,10 +18,10 @@ from svb.config import default_path
 from svb.data.text import storable_text
 from svb.errors import InputError, UsageError
 
-# All that is imported here is needed where a running server gives the answer: nothing heavy, and little else.
+# Only what a search through a running server needs is imported here: nothing heavy.
 from svb.retrieve.answer import Answer, SearchRequest, seconds_of
 
-# Letters of a query that tell it from the others of a list.
+# Letters of a query that an error shows, to tell it from the others of a list.
 NAMED_LETTERS = 60
 HANDLES_HELP = "Time to add around each moment of the timeline.  [default: 0s]"
 
@@ -78,7 +78,7 @@ def search(
 ) -> None:
     """Find the moments that match a text, a picture or a video best.
 
-    A picture or a video is also answered with captions: those of training, those of your own files, and subtitles.
+    A picture or a video also finds captions: those of training, those of your own files, and subtitles.
     Exits with 1 if nothing is found.
 
     \b

@@ -1,8 +1,8 @@
 """ActivityNet Captions (Krishna et al., ICCV 2017), for retrieving whole videos by paragraphs.
 
 All sentences of a video, joined in the order given, are its one caption. The protocol `val_1` trains on train.json
-and tests on val_1.json: the captions of the official test set are not public. There is no val split; what is put
-aside for choosing a checkpoint is taken from the training videos when training.
+and tests on val_1.json: the captions of the official test set are not public. There is no val split: training
+holds out some of the training videos to choose a checkpoint.
 """
 
 from __future__ import annotations

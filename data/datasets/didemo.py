@@ -26,7 +26,7 @@ def read(annotations: Annotations, protocol: str, splits: Sequence[str]) -> dict
 
 
 def other_names(split: str, video_ids: Sequence[str]) -> dict[str, list[str]]:
-    """The videos are called as in the files."""
+    """Return none: the videos' files have the names of the annotations."""
     return {}
 
 

@@ -26,7 +26,7 @@ def read(annotations: Annotations, protocol: str, splits: Sequence[str]) -> dict
 
 
 def other_names(split: str, video_ids: Sequence[str]) -> dict[str, list[str]]:
-    """The clips are called as in the files, in a folder for each film."""
+    """Return none: the clips' files have the names of the annotations, in a folder for each film."""
     return {}
 
 

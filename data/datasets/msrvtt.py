@@ -2,8 +2,8 @@
 
 Protocols: `full` is the official division. `1k-A` (Yu et al., "JSFusion", ECCV 2018) tests on 1,000 clips of the
 official test split with one given caption each and trains on the 9,000 others; `1k-A-7k` trains on the official
-train and val splits alone. Neither 1k-A protocol has a val split: what is put aside for choosing a checkpoint is
-taken from the training videos when training, never from the test queries.
+train and val splits alone. Neither 1k-A protocol has a val split: training holds out some of the training videos
+to choose a checkpoint, never test queries.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PROTOCOLS = {
         "test": KnownSplit(2990, "e033df45731e025a", 59_800),
     },
 }
-# Official splits are runs of numbers: the readme in train_val_annotation.zip gives them so.
+# The readme in train_val_annotation.zip gives the official splits as ranges of numbers.
 _FULL = {"train": range(6513), "val": range(6513, 7010), "test": range(7010, 10_000)}
 
 
@@ -63,7 +63,7 @@ def read(annotations: Annotations, protocol: str, splits: Sequence[str]) -> dict
 
 
 def other_names(split: str, video_ids: Sequence[str]) -> dict[str, list[str]]:
-    """MSR-VTT's files are called `videoNNNN.mp4` wherever they are passed on."""
+    """Return none: MSR-VTT's files are called `videoNNNN.mp4` everywhere."""
     return {}
 
 

@@ -196,7 +196,7 @@ class KnownSplit:
     captions_hash: str | None = None
 
     def require_ids(self, video_ids: Sequence[str], split: str, document: Document) -> None:
-        """Raise if a list is not the official one; of a file that we never had, only warn if the number differs.
+        """Raise if a list is not the official one; if we never had that file, only warn if the number differs.
 
         Raises:
             InputError: Ids are missing, repeated, or not the official ones.

@@ -1,8 +1,8 @@
 """YouCook2 (Zhou et al., AAAI 2018): cooking videos, cut into the steps of their recipes, one sentence a step.
 
 The protocol `clips` takes each step for a video. It trains on the official training videos and tests on all steps
-of the validation videos: the sentences of the official test set are not public. There is no val split; what is put
-aside for choosing a checkpoint is taken from the training clips when training.
+of the validation videos: the sentences of the official test set are not public. There is no val split: training
+holds out some of the training clips to choose a checkpoint.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def read(annotations: Annotations, protocol: str, splits: Sequence[str]) -> dict
 
 
 def other_names(split: str, video_ids: Sequence[str]) -> dict[str, list[str]]:
-    """Nobody publishes the clips, so they have no other names."""
+    """Return none: nobody publishes the clips."""
     return {}
 
 

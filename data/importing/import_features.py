@@ -1,6 +1,6 @@
 """`svb import`: features that another tool made -> a feature store.
 
-What a video's rows must be to be stored: numbers, `(T, F)` with T and F at least 1 and F the same for all,
+A video's rows can be stored if they are numbers, `(T, F)` with T and F at least 1 and F the same for all videos,
 finite and within float16, with ascending times.
 """
 
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 LAYOUTS = {**FOLDERS, **FILES}
 FLOAT16_MAX = 65504.0
-# What such a store says in place of the decoder, the weights and the precision.
+# Such a store names this as its decoder, weights and precision.
 IMPORTED = "imported"
 
 
@@ -72,7 +72,7 @@ def import_features(
         InputError: The source is of no known layout, or a video in it cannot be stored; names it.
         MismatchError: The store was made with other settings.
         StoreError: The store is damaged or being written by another process.
-        UsageError: An option means nothing.
+        UsageError: An option makes no sense.
     """
     source, out = Path(source), Path(out)
     _check_request(source, out, backbone, fps)
@@ -149,7 +149,7 @@ def _settings(backbone: str, feature_size: int, array: str | None, fps: float | 
         "backbones": {
             backbone: {
                 "feature_size": feature_size,
-                # This is no hash of weights, so imported features share a space with no text encoder.
+                # This is not a hash of weights, so no text encoder shares a space with imported features.
                 "weights_hash": IMPORTED,
                 "precision": IMPORTED,
                 "imported": True,
@@ -252,7 +252,7 @@ class _Intake:
         if found.times_seconds is None:
             if self.fps is None and not self.counts["without times"]:
                 logger.info(
-                    f"{place} holds no times: 1 row a second is assumed, here and wherever there are none - if "
+                    f"{place} has no times: assuming 1 row a second, here and for all videos without times - if "
                     "that is wrong, import into another store with --fps"
                 )
             self.counts["without times"] += 1
@@ -262,10 +262,10 @@ class _Intake:
             raise InputError(f"{place}: times of shape {times.shape} for {num_rows} rows - expected one a row")
         if not np.isfinite(times).all() or (np.diff(times) < 0).any():
             raise InputError(
-                f"{place}: its times are not finite, ascending numbers - mend them, or remove them and give --fps"
+                f"{place}: its times are not finite, ascending numbers - fix them, or remove them and give --fps"
             )
         if self.fps is not None and not self.counts["with times"]:
-            logger.info(f"{place} holds times: they are used instead of --fps, here and wherever there are some")
+            logger.info(f"{place} has times: using them instead of --fps, here and for all videos with times")
         self.counts["with times"] += 1
         return times
 

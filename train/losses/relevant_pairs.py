@@ -18,7 +18,7 @@ def relevant_pairs(
 ) -> torch.Tensor:
     """Return a contrastive loss that knows which negatives are relevant (RANP: Falcon et al., CVIU 2024).
 
-    Relevant candidates are no negatives. The farthest of them is the second positive of an anchor and costs it the
+    Relevant candidates are not negatives. The farthest of them is the second positive of an anchor and costs it the
     loss once more, against the same negatives. For the triplet loss this is the loss of the authors' code
     (`aranciokov/ranp`); beside their softmax loss they leave relevant candidates among the negatives.
 

@@ -1,4 +1,4 @@
-"""Soft labels: how alike the frozen features of captions are says how alike captions and videos should be."""
+"""Soft labels: captions and videos should be as alike as the frozen features of their captions."""
 
 from __future__ import annotations
 
