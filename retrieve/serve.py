@@ -1,4 +1,4 @@
-"""`svb serve`: an index -> a page and an HTTP API, kept warm until it is told to stop."""
+"""`svb serve`: an index -> a page and an HTTP API, until the process is told to stop."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ async def _run(server: uvicorn.Server, listener: socket.socket, state: ServerSta
 def announced(cache: Path, url: str, token: str | None) -> Iterator[None]:
     """Announce in the cache, while the `with` lasts, that a server of the index answers at a URL.
 
-    Only this user can read the file, for it holds the token. It names its own folder: the server does not know a
-    copy of its index. It replaces what a killed server left, and leaves alone what a later server has written.
+    Only this user can read the file, because it holds the token. It names its own folder, so that nobody asks this
+    server about a copy of its index. It replaces the file of a killed server, but never that of a later server.
     """
     path = cache / ANNOUNCEMENT
     announcement = {"url": url, "pid": os.getpid(), "token": token, "folder": str(cache.resolve())}
@@ -104,15 +104,15 @@ def announced(cache: Path, url: str, token: str | None) -> Iterator[None]:
 def greeting(
     port: int, index: Path, token: str | None, *, is_new: bool, options: ServeOptions, path: str = ""
 ) -> Iterator[str]:
-    """Yield what the user of a server should know when it starts.
+    """Yield the lines that a server shows when it starts.
 
     Args:
-        port: The one it listens at.
+        port: The port that it listens at.
         index: The index's folder.
-        token: The one that clients must show, if any.
+        token: The token that clients must show, if any.
         is_new: Whether the token was made just now.
         options: How the index is served.
-        path: Where on the server clients begin.
+        path: The path of the first request.
     """
     yield f"serving {index} at http://{_address(options.host)}:{port}{path} - press Ctrl-C to stop"
     if is_new:
@@ -134,14 +134,14 @@ def _address(host: str) -> str:
 # --- the socket, and HTTP whose clients cannot keep a connection open with half a head
 
 
-# How long answers under way may take when the server is told to stop; a film that is playing would take hours.
+# How long running answers may take when the server is told to stop; a film that is playing would take hours.
 LAST_SECONDS = 3
 BACKLOG = 2048
 
 
 @contextlib.contextmanager
 def listening(host: str, port: int) -> Iterator[socket.socket]:
-    """Yield a listening socket: whoever connects from now on is answered when the index is open.
+    """Yield a listening socket: clients that connect from now on are answered once the index is open.
 
     Raises:
         InputError: The port is in use, or the address is not one of this machine.
@@ -188,8 +188,8 @@ def make_server(app: ASGIApp) -> uvicorn.Server:
 class TimedProtocol(H11Protocol):
     """uvicorn's protocol, with a time limit for a request's head; uvicorn limits only the time between requests.
 
-    It is the one on h11: the one on httptools, uvicorn's choice where that is installed, reads a header of any
-    length.
+    It is based on h11, because the protocol on httptools, uvicorn's choice if that is installed, reads headers of
+    any length.
     """
 
     _deadline: asyncio.TimerHandle | None = None

@@ -1,4 +1,4 @@
-"""Who may ask: other machines with a token, this machine except for other sites' pages; and the login form."""
+"""Who may ask: other machines with a token, and this machine, but not other sites' pages; and the login form."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Access:
     Args:
         token: The token that a client must show; None lets everybody on this machine in.
         is_loopback: Whether the server can be reached from this machine alone.
-        port: The server's port; cookies know no ports, so the session's name has it.
+        port: The server's port. A cookie is sent to every port of a host, so its name holds this one.
         public_url: The address at which a proxy shows the server to others.
     """
 
@@ -56,11 +56,11 @@ class Access:
         self._secret = secrets.token_bytes(32)
 
     def problem_with(self, method: str, headers: Headers) -> str | None:
-        """Return why a request may not come from where it comes from, or None.
+        """Return why a request's origin is refused, or None.
 
-        The Host header shows when an attacker's page has had a name of its own resolve to 127.0.0.1; Origin or
-        Sec-Fetch-Site, which pages cannot forge, show another site's form or script. Any port is fine: an ssh
-        tunnel may end at any. A proxy sends the site's Host or this machine's own, and the site's Origin.
+        The Host header shows an attacker's page whose own name resolves to 127.0.0.1. Origin and Sec-Fetch-Site,
+        which pages cannot forge, show another site's form or script. Any port is fine: an ssh tunnel may end at
+        any. A proxy sends the site's Host or this machine's own, and the site's Origin.
         """
         host, public = headers.get("host", ""), self.public_url
         name = re.sub(r":\d+$", "", host).lower()
@@ -79,7 +79,7 @@ class Access:
         return None
 
     def known_path(self, path: str) -> str:
-        """Return a request's path as we know it, whether or not the proxy has cut the public one off."""
+        """Return a request's path without the public path, which some proxies remove themselves."""
         public = self.public_url
         if public is None or not public.path or not path.startswith(f"{public.path}/"):
             return path
@@ -95,7 +95,7 @@ class Access:
         return self._is_session(cookies.get(self.cookie, ""))
 
     def is_token(self, shown: str) -> bool:
-        """Compare with the token, in a time that does not tell how much of it was right."""
+        """Compare with the token; the time that this takes does not tell how much of it was right."""
         if self.token is None:
             return True
         return hmac.compare_digest(_digest(shown), _digest(self.token))
@@ -106,9 +106,9 @@ class Access:
         return f"{end}.{self._sign(end)}"
 
     def add_session(self, response: Response, headers: Headers) -> None:
-        """Give the client of a request a session, for the server's pages alone.
+        """Give the client of a request a session, which only the server's own pages can use.
 
-        Through the proxy its cookie is for the public path, and for https if that is what people use.
+        Through a proxy its cookie is for the public path, and for https alone if the public address is https.
         """
         origin, path, is_https = headers.get("origin"), "/", False
         is_direct = origin == f"http://{headers.get('host', '')}"
@@ -173,7 +173,7 @@ def choose_token(
 
 
 def _digest(text: str) -> bytes:
-    # Digests have equal lengths: the time does not tell the token's length either.
+    # Digests have equal lengths, so the time does not tell the token's length either.
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
 
 

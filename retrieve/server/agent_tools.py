@@ -58,10 +58,10 @@ class Tool:
     """A tool of an agent.
 
     Attributes:
-        does: What it does, for the agent.
+        does: Tells the agent what it does.
         parameters: The JSON schema of its arguments.
-        call: Does it.
-        reads_only: Whether it leaves everything as it was.
+        call: Runs it.
+        reads_only: Whether it changes nothing.
     """
 
     does: str
@@ -74,8 +74,8 @@ class AgentTools:
     """The tools over an index.
 
     Args:
-        state: What keeps the index open.
-        options: What the user allows.
+        state: Keeps the index open.
+        options: The folders that the user allows.
 
     Raises:
         InputError: A folder that the user named cannot be used.
@@ -106,7 +106,7 @@ class AgentTools:
             self.tools["cut_clip"] = Tool(_CUT, _object(_CUT_PARAMETERS, *needed), self._cut, reads_only=False)
 
     async def close(self) -> None:
-        """End what is being cut."""
+        """End the cutting of clips."""
         await self._cutters.close()
 
     async def call(self, name: str, arguments: Mapping[str, Any]) -> Shown:
@@ -114,7 +114,7 @@ class AgentTools:
 
         Raises:
             UsageError: There is no such tool, or an argument is missing, unknown or not of its type.
-            SvbError, HTTPException: It cannot be done, as the functions that do it raise.
+            SvbError, HTTPException: The tool failed.
         """
         tool = self.tools.get(name)
         if tool is None:
@@ -228,7 +228,7 @@ class AgentTools:
         return sorted(path.name for path in files if path.name.isprintable())[:MAX_RESULTS]
 
     def _query_file(self, name: str) -> Path:
-        """Return a file of the folder of queries; a name that could lead out of it is refused."""
+        """Return a file in the folder of queries; refuse a name that could lead out of the folder."""
         if self._queries is None:
             raise UsageError("there is no folder of queries - send content_base64, or start svb mcp with --queries")
         path = self._queries / name
@@ -241,10 +241,10 @@ class AgentTools:
 def said_between(
     searcher: Searcher, video_id: str, begin_seconds: float, end_seconds: float
 ) -> list[dict[str, Any]]:
-    """Return what is said in a video in an interval, in order of time: subtitles and transcripts, of all languages.
+    """Return the lines of subtitles and transcripts in an interval of a video, in order of time, in all languages.
 
     Raises:
-        StoreError: It is damaged.
+        StoreError: The speech of the index is damaged.
     """
     lines = []
     for entry in searcher.manifest.get("speech", []):  # older indexes have none
@@ -263,7 +263,7 @@ def said_between(
 
 
 def _video_id(searcher: Searcher, named: str) -> str:
-    """Return the video_id of a video that is named by it, or by its key.
+    """Return the video_id of a video, which may be named by its key instead.
 
     Raises:
         InputError: The index has no such video.
@@ -309,7 +309,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 
 
 def _require_arguments(arguments: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
-    """Refuse arguments that a schema does not allow; what a request may hold, `SearchRequest` checks."""
+    """Refuse arguments that a schema does not allow; `SearchRequest` checks those of a search."""
     known = parameters["properties"]
     for name in parameters["required"]:
         if name not in arguments:
@@ -336,7 +336,7 @@ def _object(properties: dict[str, Any], *required: str) -> dict[str, Any]:
 
 
 def _search_parameters() -> dict[str, Any]:
-    """Return the schema of a request, without what only a file or a page asks for."""
+    """Return the schema of a request, without the fields for files and pages."""
     properties = request_schema()["properties"]
     for name in (*FILE_FIELDS, "with_curves"):
         del properties[name]

@@ -34,7 +34,7 @@ from svb.retrieve.server.state import ServerState
 
 logger = logging.getLogger(__name__)
 
-# Paths that need no token: the login, and whether the server is alive.
+# Paths that need no token: the login form, and the sign of life.
 OPEN_PATHS = ("/login", "/healthz")
 # The status that nginx counts for a client that hung up before its answer.
 HUNG_UP = 499
@@ -83,7 +83,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(ClientDisconnect)
     async def count_hang_up(request: Request, error: ClientDisconnect) -> Response:
-        return Response(status_code=HUNG_UP)  # nobody reads it: it is counted
+        return Response(status_code=HUNG_UP)  # nobody reads it, but it is counted
 
     @app.exception_handler(Exception)
     async def answer_internal_error(request: Request, error: Exception) -> Response:
@@ -96,7 +96,7 @@ def _add_errors(app: FastAPI) -> None:
 
 
 class Guard:
-    """Wraps the application: refuses who may not ask, adds protective headers, counts requests, logs our errors.
+    """Wraps the application: refuses clients, adds protective headers, counts requests and logs internal errors.
 
     Args:
         app: The application.
@@ -166,12 +166,12 @@ def _method(scope: Scope) -> str:
 # --- health
 
 
-# Seconds; a search takes a few of the first, a preview one of the last.
+# A search falls into one of the first buckets, a preview into one of the last.
 BUCKETS_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0)
 
 
 class RequestCounts:
-    """Counts requests by route and status, and the time they take; for one event loop."""
+    """Counts requests by route and status, and measures their time; for one event loop."""
 
     def __init__(self) -> None:
         self._requests: Counter[tuple[str, str, int]] = Counter()

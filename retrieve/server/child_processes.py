@@ -1,4 +1,4 @@
-"""Child processes that die with the server, and the pool of workers that decode: a bad file harms only a worker."""
+"""Child processes that die with the server, and a pool of them that decodes: a bad file harms only a worker."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from svb.errors import InputError, SvbError, UsageError
 from svb.retrieve.server.http import BusyError, TookTooLongError
 
-# Asks the kernel to kill this process when its parent dies, which outlasts an exec; then becomes the program.
+# Asks the kernel to kill this process when its parent dies, even after an exec; then becomes the program.
 _DIE_WITH_PARENT = """
 import ctypes, os, sys
 ctypes.CDLL(None).prctl(1, 9, 0, 0, 0)
@@ -26,7 +26,7 @@ os.execvp(sys.argv[2], sys.argv[2:])
 WORKER: tuple[str, ...] = ("-m", "svb.retrieve.server.worker")
 # An answer is a line of JSON: an embedding of some thousand numbers fits, a runaway answer does not.
 MAX_ANSWER_BYTES = 1 << 20
-# Work that nobody waits for may go on this long: killing a worker costs the next one the loading of a model.
+# Work that nobody waits for may go on this long, because the worker that replaces a killed one loads a model.
 GRACE_SECONDS = 10.0
 # The kinds of error that a worker names, and what is raised for each.
 ERRORS = {"input": InputError, "usage": UsageError, "other": SvbError}
@@ -78,8 +78,8 @@ class WorkerPool:
     async def do(self, task: str, **arguments: Any) -> Any:
         """Have a worker do one of its tasks, and return what it answers.
 
-        A task that is cancelled while it waits for a worker is not done. Once begun it is given `GRACE_SECONDS` to
-        end, then its worker is killed.
+        A task that is cancelled while it waits for a worker never starts. One that has started gets `GRACE_SECONDS`
+        to end, then its worker is killed.
 
         Raises:
             BusyError: Too many tasks are waiting, or the pool was closed.
@@ -88,7 +88,7 @@ class WorkerPool:
             SvbError: The worker says that the index or its model is at fault.
         """
         if self._num_asked >= self._max_asked:
-            raise BusyError(f"{self._num_asked} files are being decoded or wait for it - try again in a moment")
+            raise BusyError(f"{self._num_asked} files are being decoded or are waiting - try again in a moment")
         self._num_asked += 1
         try:
             await self._places.acquire()
@@ -107,7 +107,7 @@ class WorkerPool:
             self._num_asked -= 1
 
     async def close(self) -> None:
-        """End all workers; tasks that wait for one are refused."""
+        """End all workers and refuse the tasks that wait for one."""
         self._is_closed = True
         for exchange in list(self._exchanges):
             exchange.cancel()
@@ -163,6 +163,6 @@ async def _ask(process: Process, message: dict[str, Any]) -> dict[str, Any]:
         part = await process.stdout.read(1 << 16)
         line += part
         if not part or len(line) > MAX_ANSWER_BYTES:
-            raise InputError("the process that decoded this file died - the file is damaged, or made to do harm")
+            raise InputError("the process that decoded this file died - the file is damaged or malicious")
     answer: dict[str, Any] = json.loads(line)
     return answer

@@ -16,14 +16,14 @@ from svb.errors import InputError, SvbError, UsageError
 
 T = TypeVar("T")
 
-# A question is a few hundred bytes, one with a long list of folders a few thousand.
+# A request takes a few hundred bytes, with a long list of folders a few thousand.
 MAX_JSON_BYTES = 1 << 18
-# A head, or a body that is no upload, fits into a few packets: a client that takes longer blocks a connection.
+# A head, or a body that is not an upload, fits into a few packets: a slower client blocks a connection.
 RECEIVE_SECONDS = 30.0
 
 
 class BusyError(SvbError):
-    """More work is asked for at once than the server takes; the same request succeeds later."""
+    """The server has too much work at once; the same request succeeds later."""
 
 
 class TookTooLongError(SvbError):

@@ -19,14 +19,14 @@ from svb.retrieve.server.http import BusyError
 
 T = TypeVar("T")
 
-# A name made of a content's key and of what is shown of it. All other files in the folder belong to somebody else.
+# The key of a video's content, and what the file shows of it. Other files in the folder belong to somebody else.
 NAME = re.compile(r"[0-9a-f]{32}(-n?[0-9]+)*\.(jpg|mp4)")
-# A kill left behind what is written aside and has not grown for this long; until then another server may write it.
+# A file aside that is older was left by a killed server; a younger one may still be written by another server.
 _ASIDE_SECONDS = 3600.0
 
 
 class SingleFlight(Generic[T]):
-    """Does each piece of work once for all who ask for it while it runs; for one event loop.
+    """Does each piece of work once for everyone who asks for it while it runs; for one event loop.
 
     Args:
         max_running: How many pieces of work may run or wait at once; None for any number.
@@ -40,10 +40,10 @@ class SingleFlight(Generic[T]):
         self._waiting: Counter[asyncio.Task[T]] = Counter()
 
     async def do(self, name: str, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Return what the work of a name returns; starts it where it is not running.
+        """Return the result of the work of a name; start it if it is not running.
 
         Raises:
-            BusyError: It is not running, and too much other work is.
+            BusyError: It is not running, and too much other work is running.
         """
         task = self._by_name.get(name) or self._start(name, work)
         self._waiting[task] += 1
@@ -58,7 +58,7 @@ class SingleFlight(Generic[T]):
                     task.cancel()
 
     async def close(self) -> None:
-        """Wait for the work under way to end; cancel it where it ends unwatched anyway."""
+        """Wait until all work has ended; cancel it first if nobody needs it to finish."""
         for task in list(self._running) if self._ends_unwatched else []:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
@@ -84,7 +84,7 @@ class KeptFiles:
 
     Args:
         folder: Is created. Only files whose names match `NAME` are ever removed.
-        max_bytes: How much the files may take together.
+        max_bytes: Most space that the files may take together.
         max_made, ends_unwatched: How files are made; see `SingleFlight`.
 
     Attributes:
@@ -102,11 +102,11 @@ class KeptFiles:
         self._total_bytes = sum(size for _, size, _ in self._files())
 
     async def get(self, name: str, make: Callable[[Path], Awaitable[None]]) -> Path:
-        """Return the file of a name, which counts as used now; it is made where it is not kept.
+        """Return the file of a name, which counts as used now; make it if it is not there.
 
         Args:
             name: Matches `NAME`.
-            make: Writes the file to the path that it is given.
+            make: Writes the file to a given path.
 
         Raises:
             BusyError: Too many files are being made.
@@ -127,7 +127,7 @@ class KeptFiles:
         os.close(descriptor)
         try:
             await make(Path(aside))
-            # Not synced: a file that a power cut takes is made again.
+            # Not synced: a file that a power cut destroys is made again.
             Path(aside).replace(path)
         finally:
             Path(aside).unlink(missing_ok=True)
@@ -161,7 +161,7 @@ class KeptFiles:
 
 
 class CacheFolder:
-    """The folder of an index's remade files: its `cache/`, or a temporary folder where that cannot be written.
+    """The folder of files that can be made again: an index's `cache/`, or a temporary folder if that is read-only.
 
     Attributes:
         path: The folder.
@@ -174,7 +174,7 @@ class CacheFolder:
             self.path = Path(tempfile.mkdtemp(prefix="svb-cache-"))
 
     def close(self) -> None:
-        """Remove the folder where it is temporary."""
+        """Remove the folder if it is temporary."""
         if self._is_temporary:
             shutil.rmtree(self.path, ignore_errors=True)
 

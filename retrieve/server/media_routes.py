@@ -19,12 +19,12 @@ from svb.retrieve.server.http import until_hung_up
 from svb.retrieve.server.state import ServerState
 from svb.retrieve.server.video_files import VideoFile, find_file, media_type
 
-# A file may change under its address: a browser asks again, and learns from the tag that nothing did.
+# A file may change, so a browser asks again each time, and learns from the tag that it has not.
 CHECK_AGAIN = "private, no-cache"
-# A card shows its moment's picture each time somebody looks at it.
+# The page shows a moment's picture again and again.
 FOR_AN_HOUR = "private, max-age=3600"
 
-# Longer numbers than any file has bytes are no range.
+# Numbers of more digits than any file's size are not a range.
 _ONE_RANGE = re.compile(r"bytes=\s*(?:(\d{1,18})\s*-\s*(\d{0,18})|-\s*\d{1,18})\s*", re.ASCII | re.IGNORECASE)
 
 
@@ -81,7 +81,7 @@ def media_routes(state: ServerState) -> APIRouter:
 
 
 class OpenFileResponse(FileResponse):
-    """A file or one range of it, opened once: its headers and its bytes belong together, whatever its name becomes.
+    """A file or one range of it, opened once, so that headers and bytes match even if the file is replaced.
 
     Beyond Starlette's, it answers If-None-Match, and ignores a Range header that it cannot serve: another unit, no
     range at all, or several, as RFC 9110, section 14.2 allows.

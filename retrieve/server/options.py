@@ -18,7 +18,7 @@ _PUBLIC_URL = re.compile(
 
 
 def num_bytes(text: str) -> int:
-    """Return the number of bytes that a text such as 200MB says.
+    """Return the number of bytes that a text such as 200MB stands for.
 
     Raises:
         UsageError: The text is not a size.
@@ -51,7 +51,7 @@ class PublicUrl:
 
     @classmethod
     def of(cls, text: str) -> PublicUrl:
-        """Return what an address says.
+        """Read an address.
 
         Raises:
             UsageError: The text is not the address of a server.
@@ -86,7 +86,7 @@ class ServeOptions:
         preview_seconds: Time limit for making a preview.
 
     Raises:
-        UsageError: A number is out of its range, or the public address is not one.
+        UsageError: A number is out of its range, or the public address is not an address.
     """
 
     host: str = "127.0.0.1"
@@ -136,7 +136,7 @@ class McpOptions:
         device: Device that embeds images and videos.
 
     Raises:
-        UsageError: A number is out of its range, or the public address is not one.
+        UsageError: A number is out of its range, or the public address is not an address.
     """
 
     clips: Path | None = None
@@ -153,6 +153,6 @@ class McpOptions:
 
     @property
     def serve(self) -> ServeOptions:
-        """Return the options that a server of pages has too."""
+        """Return the options that `svb serve` has too."""
         shared = {name: getattr(self, name) for name in ("host", "port", "public_url", "token_file", "device")}
         return ServeOptions(**shared)

@@ -30,10 +30,10 @@ from svb.retrieve.stored.calibration import meanings_of
 if TYPE_CHECKING:
     from svb.retrieve.searching.searcher import Searcher
 
-# The folders that the page proposes come from the first videos: millions of videos would take seconds.
+# The page proposes folders of the first videos only: those of millions of videos would take seconds.
 MAX_FOLDERS, VIDEOS_LOOKED_AT = 200, 200_000
 
-# A client sends files, never the names of the server's own.
+# A client sends the file itself, never the name of a file on the server.
 FILE_FIELDS = ("image", "video", "span_seconds")
 
 # A running search cannot be ended, and must not keep its thread for minutes. Each text takes some 15 ms to embed,
@@ -132,7 +132,7 @@ async def search_upload(state: ServerState, upload: Upload, request: SearchReque
 
 
 def _request_of(upload: Upload) -> SearchRequest:
-    """Return an upload's request, with the client's name of the file as its image or video."""
+    """Return an upload's request, with the client's name for the file as its image or video."""
     asked = parse_object(upload.request)
     named = [name for name in ("text", "like", "image", "video") if asked.get(name) is not None]
     if named:
@@ -162,7 +162,7 @@ def _as_json(answer: Answer) -> str:
 
 
 def describe_index(searcher: Searcher) -> dict[str, Any]:
-    """Return what an index holds, in short."""
+    """Return a summary of what an index holds."""
     manifest = searcher.manifest
     return {
         "generation": searcher.generation,
@@ -184,7 +184,7 @@ def _folders(searcher: Searcher) -> list[str]:
     catalog = searcher.catalog
     rows = range(min(catalog.num_videos, VIDEOS_LOOKED_AT))
     counts: Counter[str] = Counter()
-    # Each folder is split once, not with each of its videos: that would hold up searches for seconds.
+    # Splitting each folder once, not once per video, saves seconds in which searches would wait.
     for folder, number in Counter(catalog.video_id(row).rpartition("/")[0] for row in rows).items():
         for path in (Path(folder), *Path(folder).parents):
             if path.name:
@@ -242,7 +242,7 @@ class TimelineVideo:
 
 @dataclass(frozen=True)
 class TimelineRequest:
-    """What a timeline is asked for: see `POST /api/timeline`."""
+    """The body of `POST /api/timeline`."""
 
     query: str
     format: str
@@ -303,7 +303,7 @@ def _timeline_request(held: dict[str, Any]) -> TimelineRequest:
 
 
 def _videos_of(searcher: Searcher, asked: TimelineRequest) -> list[dict[str, Any]]:
-    """Return the videos as results, with what the index holds of them: a client names keys, never files."""
+    """Return the videos as results, with their files from the index: a client names keys, never files."""
     videos = []
     for video in asked.videos:
         info = find_video(searcher, video.key)

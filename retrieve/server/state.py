@@ -34,7 +34,7 @@ RETRY_SECONDS = 1.0
 # A request waits this long for a newer generation to be opened, before it searches the last one.
 PATIENCE_SECONDS = 2.0
 
-# Of the manifest, and of the decision how to search the moments: inode, size and time.
+# Inode, size and time of two files: the manifest, and the decision how to search the moments.
 _Signature = tuple[tuple[int, int, int], tuple[int, int, int]]
 
 
@@ -74,10 +74,9 @@ class ServerState:
         self.previews = Previews(self._kept_previews, PREVIEWS_AT_ONCE, options.preview_seconds)
 
     async def search(self, function: Callable[[Searcher], T]) -> T:
-        """Return what a function makes of the newest snapshot, on a thread for searches.
+        """Run a function over the newest snapshot on a thread for searches, and return its result.
 
-        When the next generation is committed, the files of the one that is being searched may go: then the next one
-        is searched.
+        If the files of this snapshot disappear because the next generation is committed, the next one is searched.
         """
         searcher = await self.snapshots.newest()
         try:
@@ -100,8 +99,8 @@ class ServerState:
 class Snapshots:
     """Gives out the newest whole snapshot of the index; for one event loop.
 
-    Each request looks at inode, size and time of the files that tell of a new generation, or of an approximate
-    index made for it: that costs less than reading the request's head. A request under way keeps its snapshot.
+    For each request it looks at inode, size and time of the files that a new generation or a new approximate index
+    changes, which costs less than reading the request's head. A running request keeps its snapshot.
 
     Args:
         open_searcher: Opens the index as it is on disk; called with the snapshot before, if there is one, whose
@@ -110,7 +109,7 @@ class Snapshots:
 
     Attributes:
         current: The newest whole snapshot.
-        problem: Why the newest state on disk is not the one that is served; None where it is.
+        problem: Why the newest generation on disk is not served; None if it is.
     """
 
     def __init__(self, open_searcher: Callable[[Searcher | None], Searcher], index: Path) -> None:
@@ -123,7 +122,7 @@ class Snapshots:
         self.current = open_searcher(None)
 
     async def newest(self) -> Searcher:
-        """Return the newest whole snapshot, opened now where the index has changed."""
+        """Return the newest whole snapshot; open it first if the index has changed."""
         if self._opening is None and self._is_due():
             self._tried_at = time.monotonic()
             self._opening = asyncio.create_task(self._refresh())
@@ -132,13 +131,13 @@ class Snapshots:
         return self.current
 
     def close(self) -> None:
-        """Let go of the thread that opens snapshots."""
+        """End the thread that opens snapshots."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _is_due(self) -> bool:
         if self._signature() != self._seen:
             return True
-        # What could not be opened may have been replaced while it was read, or repaired in place.
+        # Files that could not be opened may have been replaced meanwhile, or repaired in place.
         return self.problem is not None and time.monotonic() - self._tried_at > RETRY_SECONDS
 
     async def _refresh(self) -> None:
@@ -189,7 +188,7 @@ class SearchThreads:
         return len(self._under_way)
 
     async def run(self, function: Callable[[], T]) -> T:
-        """Return what a function returns; it does not run if it is cancelled while it waits.
+        """Return a function's result; the function never runs if it is cancelled while it waits.
 
         Raises:
             BusyError: Too many searches run or wait.
@@ -206,7 +205,7 @@ class SearchThreads:
             future.add_done_callback(lambda done: _soon(loop, lambda: self._under_way.discard(done)))
 
     def close(self) -> None:
-        """Let running searches end, and drop those that wait."""
+        """Wait for running searches, and drop those that have not started."""
         self._executor.shutdown(wait=True, cancel_futures=True)
 
 

@@ -1,4 +1,4 @@
-"""Files that clients send: measured as they arrive, few at once, and removed after their search."""
+"""Files that clients send: counted as they arrive, few at once, and removed after their search."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FORM_BYTES = 1 << 18
 # A client that sends a byte a second would keep its place for years.
 RECEIVE_SECONDS = 600.0
 PREFIX = "svb-upload-"
-# Older folders were left by a server that was killed: no upload takes this long.
+# Older folders were left by a killed server: no upload takes this long.
 LEFTOVER_SECONDS = 24 * 3600.0
 
 
@@ -35,7 +35,7 @@ class Upload:
         path: Its temporary place, under a name that the server chose.
         name: The client's name for it, without folders; for messages only.
         kind: `image` or `video`.
-        request: The form's field of this name: JSON.
+        request: The form's field `request`, JSON.
     """
 
     path: Path

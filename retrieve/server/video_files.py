@@ -37,7 +37,7 @@ MP4_AUDIO = (None, "aac", "mp3", "opus", "flac")
 WEBM_VIDEO = ("vp8", "vp9", "av1")
 WEBM_AUDIO = (None, "opus", "vorbis")
 PIXELS = ("yuv420p", "yuvj420p")
-# Chromium takes the length of a file that begins later for its end, and seeks no further until it has read on; and
+# If a file begins later, Chromium takes its length for its end, and seeks no further until it has read on; and
 # browsers differ in whether a player's clock begins at 0 or with the file.
 LATEST_BEGIN_SECONDS = 0.25
 
@@ -76,7 +76,7 @@ class VideoFile:
 def find_file(searcher: Searcher, key: str) -> VideoFile:
     """Return the file of a video that the index holds.
 
-    Only a key finds one: nothing that a client sends becomes part of a path.
+    Clients name a key, and nothing that they send becomes part of a path.
 
     Raises:
         HTTPException: 404, the index has no such video, or its file is gone or out of reach; 409, the file changed.
@@ -122,7 +122,7 @@ def media_type(path: Path) -> str:
 
 
 class Probes:
-    """Remembers what the files are made of; a worker opens each file once."""
+    """Remembers the streams of each file; a worker opens a file only once."""
 
     def __init__(self, workers: WorkerPool) -> None:
         self._workers = workers
@@ -167,10 +167,10 @@ class Probes:
 
 
 def _content_key(info: VideoInfo, stat: os.stat_result) -> str:
-    """Return a name for a file's content: what was made of a file serves its copies too, wherever they are."""
+    """Return a name for a file's content: all copies of a file share the pictures and previews made of it."""
     content = info.content_hash.partition(".")[0]  # the rest tells decodings of one content apart
     if not (content and info.size_bytes and info.mtime_ns):
-        # We cannot tell whether it is the file that was indexed.
+        # We cannot tell whether this is the file that was indexed.
         content = f"{info.source_path}\0{stat.st_size}\0{stat.st_mtime_ns}"
     return hashlib.sha256(content.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
@@ -198,7 +198,7 @@ def _plain(codec: str | None) -> str | None:
 
 # --- what is made of the files
 
-# Pictures are made in these heights only, the next higher of what is asked for, and at whole tenths of a second:
+# Pictures are made only in these heights (the next one above the height asked for) and at whole tenths of a second:
 # a client that asks for everything cannot fill the disk with pictures that nobody can tell apart.
 HEIGHTS_PX = (54, 90, 120, 180, 240, 360, 480, 720)
 MAX_FRAMES = 24
@@ -229,7 +229,7 @@ class Pictures:
 
         Raises:
             HTTPException: 400, the time or the height is out of range.
-            InputError: The file gives no such picture; others as `WorkerPool.do`.
+            InputError: The file has no such picture; others as `WorkerPool.do`.
         """
         if not (math.isfinite(seconds) and seconds >= 0):
             raise HTTPException(400, f"t is {seconds} - expected seconds of at least 0")

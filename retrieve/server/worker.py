@@ -36,7 +36,7 @@ def strip(source: str, times_seconds: list[float], height: int, out: str) -> Non
 
 
 def probe(source: str) -> dict[str, Any]:
-    """Return what a file is made of; decodes nothing.
+    """Return the streams of a file, without decoding any.
 
     Returns:
         `container`, `video`, `pixels` and `audio` in ffmpeg's names. On the file's own clock `begin_seconds`, from
@@ -69,7 +69,7 @@ def probe(source: str) -> dict[str, Any]:
 
 
 def embed(index: str, request: dict[str, Any], device: str, max_seconds: float) -> dict[str, Any]:
-    """Return the `(D,)` embedding of a request's image or video, its model and what took the time."""
+    """Return the `(D,)` embedding of a request's image or video, its model, and the duration of each part."""
     began = time.perf_counter()
     from svb.retrieve.answer import SearchRequest
     from svb.retrieve.stored.manifest import read_manifest
@@ -126,7 +126,7 @@ def _codec_name(stream: object) -> str:
 
 @functools.lru_cache(maxsize=1)
 def _embedder(index: str, fingerprint: str, device: str) -> QueryEmbedder:
-    """Return the embedder of files; it is kept as long as the index has the same model."""
+    """Return the embedder of files, kept as long as the index has the same model."""
     from svb.retrieve.model.query_embedder import QueryEmbedder
     from svb.retrieve.stored.manifest import read_manifest
 
@@ -158,7 +158,7 @@ def answer(line: str) -> dict[str, Any]:
 
 
 def _kind_of(error: SvbError) -> str:
-    """Return the kind of an error; `child_processes.ERRORS` says what is raised for it."""
+    """Return the kind of an error; `child_processes.ERRORS` maps it back to a class."""
     kinds = {"usage": UsageError, "input": InputError}
     return next((kind for kind, cause in kinds.items() if isinstance(error, cause)), "other")
 
