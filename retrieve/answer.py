@@ -1,4 +1,4 @@
-"""What is asked of an index and what it answers, as plain values: for the library, `--json` and the server alike.
+"""Requests to an index and its answers, as plain values, for the library, `--json` and the server alike.
 
 `SearchRequest` is the one place that describes the options of a search: the command line, the HTTP API and
 docs/answer.schema.json are made from it (`python -m svb.retrieve.answer > docs/answer.schema.json`). This module
@@ -31,7 +31,7 @@ def seconds_of(text: str) -> float:
     """Return the seconds that `75.5`, `1:15.5` or `0:01:15.5` stands for.
 
     Raises:
-        UsageError: The text is no such time.
+        UsageError: The text is not a time.
     """
     match = _CLOCK.fullmatch(text.strip())
     if match is None:
@@ -103,7 +103,7 @@ class SearchRequest:
             )
         if self.span_seconds is not None:
             if self.video is None:
-                raise UsageError("span_seconds goes with a video, and there is none - leave it out")
+                raise UsageError("span_seconds needs a video - name one, or leave it out")
             begin, end = self.span_seconds
             if not 0 <= begin < end:
                 raise UsageError(f"the span is {begin:g} to {end:g} s - expected 0 <= start < end")
@@ -111,7 +111,7 @@ class SearchRequest:
             raise UsageError("only a text can be searched for in speech - leave out search_in and language")
         if self.search_in == "picture" and self.language is not None:
             raise UsageError(
-                f"the language {self.language!r} is that of speech - leave it out, or search in speech"
+                f"the language {self.language!r} needs a search in speech - leave it out, or search in speech"
             )
         for each in fields(self):
             _check(each.name, getattr(self, each.name), each.metadata)
@@ -176,7 +176,7 @@ class Line:
         begin_seconds: Time at which it begins; null for notes without times.
         end_seconds: Time at which it ends.
         language: Its language, such as en; empty if unknown.
-        score: 1 is about that of an average line which holds every word of the query.
+        score: About 1 for an average line that holds every word of the query.
         marks: The parts `[begin, end)` of the text, in letters, that match words of the query.
     """
 
@@ -279,7 +279,7 @@ class Answer:
         recall: Recall at 10 of the approximate index against exact search; null if exact.
         generation: Generation of the index; it grows with every change.
         elapsed_seconds: Duration of each part: `embed`, of which `load` is loading the model, `scan` and `total`.
-        notes: What the user should know about this answer.
+        notes: Notes for the user about this answer.
     """
 
     request: SearchRequest
@@ -330,7 +330,7 @@ def at_least(confidence: str, wanted: str) -> bool:
 
 
 def _check(name: str, value: Any, said: Mapping[str, Any]) -> None:
-    """Refuse a value that is not what `svb.config.option` says of its field."""
+    """Refuse a value that the field's `svb.config.option` does not allow."""
     choices, least = said.get("choices"), said.get("at_least")
     if value is None:
         return
@@ -341,7 +341,7 @@ def _check(name: str, value: Any, said: Mapping[str, Any]) -> None:
 
 
 def _fits(value: Any, annotation: str) -> bool:
-    """Tell whether a value from JSON has a field's type, for the types in `SearchRequest`."""
+    """Tell whether a value from JSON has the type of a field of `SearchRequest`."""
     if value is None:
         return "None" in annotation
     kind = annotation.removesuffix(" | None")

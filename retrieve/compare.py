@@ -23,7 +23,7 @@ class Measured:
 
     Attributes:
         path: The path that the user named.
-        seeds: The seeds of the runs; None for a file of ranks, which names none.
+        seeds: The seeds of the runs; None for a file of ranks, which does not name its seed.
         ranks: The ranks of each run.
         checkpoints: The checkpoint of each run, `best` or `last`; empty for a file.
     """
@@ -154,7 +154,7 @@ def checkpoint_of(run: Path, ranks: Ranks) -> str:
     """Return the checkpoint that the ranks belong to.
 
     Raises:
-        MismatchError: They belong to neither: the run was trained further, or the file is that of another run.
+        MismatchError: They belong to neither: the run was trained further, or the file is from another run.
     """
     for checkpoint in ("last", "best"):
         try:

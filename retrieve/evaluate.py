@@ -42,7 +42,7 @@ from svb.train.training_data import SplitData, load_split, positions_of_splits
 
 logger = logging.getLogger(__name__)
 
-# On the CPU a larger matrix of similarities (2 GB) is ranked in chunks, and on a GPU every one.
+# The CPU ranks a larger matrix of similarities (2 GB) in chunks, and a GPU every matrix.
 MAX_SIMILARITIES = 2**29
 
 
@@ -58,12 +58,12 @@ class Missing:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result of `evaluate`, with all that a reader needs to repeat it.
+    """The result of `evaluate`, with everything that a reader needs to repeat it.
 
     Attributes:
         source: The run or store.
         model: `run`, or the kind of zero-shot model.
-        model_fingerprint: Fingerprint of all that shapes an embedding, including the weights.
+        model_fingerprint: Fingerprint of everything that shapes an embedding, including the weights.
         checkpoint: `best` or `last`; empty for a store.
         epoch: Epoch of the checkpoint; 0 for a store.
         split: The split that was measured.
@@ -232,13 +232,13 @@ def evaluate_similarities(
         split: `train`, `val` or `test`.
         videos: A text file with the video_id of each column, one a line; by default the columns are the split's
             videos in the order in which the table first names them.
-        v2t_convention: As of `evaluate`.
-        relevance: As of `evaluate`.
+        v2t_convention: See `evaluate`.
+        relevance: See `evaluate`.
         ranks: File for each query's rank and values (.npz), for `svb compare`.
 
     Raises:
         InputError: The matrix has another shape or a value that is not finite, the split is empty, or the columns
-            are not the split's videos; as `evaluate` for a relevance.
+            are not the split's videos; or a relevance cannot be used, as in `evaluate`.
     """
     given = read_similarities(Path(path), Path(captions), split, Path(videos) if videos is not None else None)
     similarity, caption_video = given.similarity, given.caption_video

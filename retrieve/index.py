@@ -70,7 +70,7 @@ def index(
         MismatchError: The index was made with another model or other moments; or store or captions were made with
             other settings than the run's.
         StoreError: The index or the store is damaged, or another process is writing to the index.
-        Interrupted: By SIGINT or SIGTERM; the index is whole.
+        Interrupted: SIGINT or SIGTERM arrived; the index is whole.
     """
     source, out, config = Path(source), Path(out), config or IndexConfig()
     _require_utf8([source, out, config.store, config.captions, config.metadata, config.transcripts, *config.pools])
@@ -94,7 +94,7 @@ class _IndexRun:
         self._on_progress = on_progress
 
     def watched(self) -> list[Any]:
-        """Return a value that changes when there may be something to do."""
+        """Return a value that changes when there may be work to do."""
         files = [*self.config.pools, *([self.config.metadata] if self.config.metadata else [])]
         reads_none = self.config.sidecars is False and self.config.speech is False
         sidecars = [] if reads_none else self._sidecars.states()
@@ -110,7 +110,9 @@ class _IndexRun:
         """Update the index to its store."""
         self.model = self.model.up_to_date()
         if not (self.out / "manifest.json").exists():
-            _require_videos(self.model.opened.store)  # a source that cannot be opened leaves no folder behind
+            _require_videos(
+                self.model.opened.store
+            )  # so that a source that cannot be opened leaves no folder behind
         with writing(self.out):
             for left in reversed(range(MAX_TRIES)):
                 store = FeatureStore(self.model.source.store_path)
@@ -230,7 +232,7 @@ def _require_videos(store: FeatureStore) -> None:
 
 
 def _require_utf8(paths: Sequence[Path | str | None]) -> None:
-    """Refuse, before anything is made, paths that a manifest cannot hold and the tower's libraries cannot open."""
+    """Refuse, before anything is made, paths that a manifest cannot hold or the tower's libraries cannot open."""
     for path in paths:
         try:
             str(Path(path or "").absolute()).encode()
@@ -242,9 +244,9 @@ def _require_utf8(paths: Sequence[Path | str | None]) -> None:
 
 # --- --watch
 
-# A failure that may pass, such as a full disk, is tried again after this time.
+# After a failure that may pass, such as a full disk, the next try comes after this time.
 RETRY_SECONDS = 60.0
-# Longest time before a signal is seen.
+# Longest time until a signal is noticed.
 SLICE_SECONDS = 0.2
 
 
@@ -255,17 +257,17 @@ def watch(
 ) -> None:
     """Do work, and do it again after every change, until SIGINT or SIGTERM.
 
-    A failure of the first time is raised. Later, a damaged or missing file, a full disk or another writer is
-    reported, and the work is tried again with the next change or after a minute; what the user must decide, such
-    as another model, ends it.
+    A failure of the first run is raised. Later failures (a damaged or missing file, a full disk, another writer)
+    are logged, and the work is tried again after the next change or a minute. Errors that the user must decide
+    about, such as another model, end it.
 
     Args:
         work: What to do.
         watched: Returns a value that differs after a change.
-        seconds: Time between two looks.
+        seconds: Time between two checks.
 
     Raises:
-        Interrupted: By a signal, which is how it ends; nothing is left half-done.
+        Interrupted: A signal arrived, which is the usual end; nothing is left half-done.
     """
     seen = watched()
     work()
@@ -284,7 +286,7 @@ def watch(
                     continue  # reported already
                 retry_at = time.monotonic() + RETRY_SECONDS
                 logger.info(f"{error} - trying again when something changes, or in {RETRY_SECONDS:g} s")
-        raise Interrupted(interrupted(), "told to stop watching; run the same command again to go on")
+        raise Interrupted(interrupted(), "stopped watching; run the same command again to go on")
 
 
 def _wait(seconds: float, interrupted: Callable[[], int]) -> bool:

@@ -21,7 +21,7 @@ def search(index: Path | str, request: SearchRequest, device: str = "auto") -> A
 
 
 def open_searcher(index: Path | str, device: str = "auto", *, previous: Searcher | None = None) -> Searcher:
-    """Open an index, wherever its vectors lie; see `Searcher`."""
+    """Open an index, whether its vectors are in files or in Milvus; see `Searcher`."""
     return Searcher(index, device, previous=previous, open_server=_open_milvus)
 
 

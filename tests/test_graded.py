@@ -653,7 +653,7 @@ def test_matrices_that_cannot_be_measured_are_refused(tmp_path: Path, matrix: An
     [
         (["v1", "v2", "v3", "v3"], "video_id 'v3' appears twice"),
         (["v1", "v2", "v3"], "video 'v4' is missing - expected the 4 videos"),
-        (["v1", "v2", "v3", "v4", "v5"], "video 'v5' is no video of the measured captions"),
+        (["v1", "v2", "v3", "v4", "v5"], "video 'v5' is not a video of the measured captions"),
         (None, "no file of video_ids at"),
     ],
 )

@@ -18,7 +18,7 @@ from svb.train.training_data import FrameTable
 
 # Length of the moment of a single frame, if the video has no duration; an interval must not be empty.
 SHORTEST_SECONDS = 0.04
-# Embedded and committed at once: about 1 GB in memory for features of 1,024 numbers.
+# The most that is embedded and committed at once: about 1 GB in memory for features of 1,024 numbers.
 SEGMENT_VIDEOS = 8192
 SEGMENT_MOMENTS = 2**18
 SEGMENT_BYTES = 2**29
@@ -34,7 +34,7 @@ def embed_segment(
     """Embed videos of a store and their moments: the video head, and the same on a sliding window.
 
     Args:
-        store: The features; only those of these videos are kept in memory.
+        store: The features; only those of the embedded videos are kept in memory.
         embedder: The model.
         windows: Length and stride of moments.
         device: Where to compute.

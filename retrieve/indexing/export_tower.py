@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 # The most that float32 may differ from torch, in cosine.
 MAX_DISTANCE = 1e-4
-# Texts on which tokenizers differ.
+# Texts that tokenizers treat differently.
 TRICKY = (
     "a dog catches a frisbee",
     "A Dog CATCHES the FRISBEE, doesn't she?",
@@ -52,7 +52,7 @@ def export_tower(folder: Path, embedder: Embedder, text_encoder: TextEncoder) ->
     """Write the files of a text tower; see `svb.retrieve.model.text_tower`.
 
     Args:
-        folder: Where to; it stays empty if the encoder cannot be exported.
+        folder: Gets the files; it stays empty if the encoder cannot be exported.
         embedder: Has the text head that follows the encoder.
         text_encoder: The encoder.
 
@@ -117,7 +117,7 @@ def _require_same_tokens(tower: TextTower, parts: TokenNetwork) -> None:
 
 
 def _write_graph(path: Path, parts: TokenNetwork, embedder: Embedder, max_tokens: int) -> None:
-    """Write the encoder's network with the text head after it; its weights lie beside it in a `.bin`."""
+    """Write the encoder's network with the text head after it; its weights go into a `.bin` beside it."""
     network = _NetworkAndHead(_on_cpu(parts.network), _head_on_cpu(embedder)).eval()
     length = parts.padded_to or min(8, max_tokens)
     example = torch.full((1, length), parts.padding)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # the command's help imports no numpy
 DEFAULT_MOMENT_SECONDS = 4.0
 # Frames are hardly shown for less; a tiny stride would make endless moments.
 MIN_STRIDE_SECONDS = 0.01
-# The place of vectors that no server has.
+# The value of `to` for vectors that no server holds.
 LOCAL = "local"
 # What a new index takes for options that were never given.
 DEFAULTS: dict[str, Any] = {"sidecars": True, "speech": True, "latency_budget_seconds": 0.1, "to": LOCAL}
@@ -65,7 +65,7 @@ class IndexConfig:
         prune: Remove videos that are no longer in the store.
         rebuild: Make the whole index again and replace it at the end.
         watch: Keep running and update the index when the store or the sidecars change.
-        watch_seconds: Seconds between two looks, with --watch. [default: 10]
+        watch_seconds: Seconds between two checks for changes, with --watch. [default: 10]
         device: Device that computes: auto, cpu, cuda:0, ...
 
     Raises:
@@ -143,10 +143,10 @@ class IndexConfig:
         return MomentWindows(float(seconds), float(stride_seconds))
 
     def inputs(self, identity: Mapping[str, Any], held: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what all parts are made from, as the manifest keeps it under `inputs`.
+        """Return the inputs of all parts, as the manifest keeps them under `inputs`.
 
         Args:
-            identity: The source's, see `svb.retrieve.indexing.index_source`.
+            identity: The identity of the source, see `svb.retrieve.indexing.index_source`.
             held: The `inputs` of the manifest so far; empty for a new index.
         """
         pools, metadata = ([Path(state[0]) for state in held.get(name, [])] for name in ("pools", "metadata"))

@@ -33,7 +33,7 @@ class IndexParts:
         out: The index's folder.
         draft: The next manifest, with `inputs`.
         model: Loaded only if something must be embedded.
-        config: What is asked for in this run.
+        config: The options of this run.
     """
 
     def __init__(self, out: Path, draft: dict[str, Any], model: IndexModel, config: IndexConfig) -> None:
@@ -42,7 +42,7 @@ class IndexParts:
         self._lacks_tower = False
 
     def drop_damaged(self) -> bool:
-        """Remove parts from the draft whose files are missing or have the wrong size; returns whether there were.
+        """Remove parts from the draft whose files are missing or have the wrong size; return whether any were.
 
         They are made again. Only `svb verify`, which reads all of a file, finds changes within it.
         """
@@ -68,12 +68,12 @@ class IndexParts:
 
     @property
     def are_finished(self) -> bool:
-        """Tell whether `finish` has seen the draft's segments and inputs, in this run or an earlier one."""
+        """Tell whether this run or an earlier one has called `finish` for the draft's segments and inputs."""
         # Older versions calibrated nothing.
         return "confidence" in self._draft and bool(self._draft.get("finished") == self._finished())
 
     def note_finished(self) -> None:
-        """Note that nothing is left to finish; after a kill before this, the next run finishes."""
+        """Note that nothing is left to finish; if the run is killed before this, the next one finishes."""
         self._draft["finished"] = None if self._lacks_tower else self._finished()
 
     def _finished(self) -> str:
@@ -88,7 +88,7 @@ class IndexParts:
         self._update_text_tower()
 
     def update_sidecars(self, segments: Sequence[Segment], commit: Callable[[], object]) -> None:
-        """Update the pool of sidecars to the files beside the videos, with commits in between."""
+        """Update the pool of sidecars from the files beside the videos, with commits in between."""
         if not self._draft["inputs"]["sidecars"]:
             self._draft["captions"] = [*self._pools("training"), *self._pools("file")]
             return
@@ -111,7 +111,7 @@ class IndexParts:
     def update_speech(
         self, segments: Sequence[Segment], commit: Callable[[], object], on_progress: Callable[[int, int], None]
     ) -> None:
-        """Update what is said to the files beside and inside the videos, with commits in between."""
+        """Update the speech to the files beside and inside the videos, with commits in between."""
         inputs = self._draft["inputs"]
         if not inputs["speech"]:
             self._draft["speech"] = []
@@ -228,7 +228,7 @@ class IndexParts:
             logger.info(f"{level}: {meaning}")
 
     def _require_there(self, path: str, is_asked: bool, option: str, without: str) -> None:
-        """Refuse to silently drop a file that an index was made with; a file asked for raises when it is read."""
+        """Refuse to drop a file silently that an index was made with; one named in this run raises when read."""
         if not is_asked and not Path(path).is_file():
             raise InputError(
                 f"{path}, which the index was made with, is gone - bring it back, name another file with "
@@ -244,7 +244,7 @@ class IndexParts:
         described: list[dict[str, Any] | None] = []
         try:
             encoder = self._model.text_encoder
-        except SvbError as error:  # text searches would fail too, but searches by video would not
+        except SvbError as error:  # text searches will fail too, but searches by video will not
             logger.info(f"no text tower: {error}")
             self._draft["text"], self._draft["text_made_for"] = [], None
             self._lacks_tower = isinstance(error, ModelUnavailableError)  # the next run may find it

@@ -1,4 +1,4 @@
-"""What an index needs to catch up with its store: a comparison of two lists."""
+"""The changes that bring an index up to date with its store: a comparison of two lists."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ Place = tuple[int, int]
 
 @dataclass(frozen=True)
 class IndexPlan:
-    """What happens to every video of a store and of an index.
+    """The change for every video of a store and of an index.
 
     Attributes:
         new: Videos that the index does not have.
-        changed: Videos that it has with another content.
-        renamed: Videos whose content it has under a video_id that is gone; `video_id -> the old one`.
+        changed: Videos that it has with other content.
+        renamed: Videos whose content it has under a video_id that is gone; `new video_id -> old one`.
         touched: Videos that it has with the same content, at another path or with another time.
         gone: Videos that it has and the store does not, and where.
         num_same: How many have not changed.
-        copies: Videos among these whose vectors the index has already, and where.
-        replaced: Videos among these that replace a row of the index, and where that is.
+        copies: Videos among these whose vectors the index already has, and where.
+        replaced: Videos among these that replace a row of the index, and the place of that row.
     """
 
     new: list[str]
@@ -44,7 +44,7 @@ class IndexPlan:
         return sorted(video_id for video_id in (*self.new, *self.changed) if video_id not in self.copies)
 
     def __str__(self) -> str:
-        """Return it as a user reads it: `+412 new ~3 changed >2 renamed -7 gone =11,980 same`."""
+        """Return the plan in one line: `+412 new ~3 changed >2 renamed -7 gone =11,980 same`."""
         parts = [
             f"+{len(self.new):,} new",
             f"~{len(self.changed):,} changed",
@@ -64,8 +64,8 @@ def plan_index(
     Args:
         records: The store's newest records.
         segments: The index's.
-        by_content: Copy vectors between videos of the same content. Not for videos that were extracted at times of
-            their own: equal content then has different features.
+        by_content: Copy vectors between videos of the same content. Wrong if videos were extracted at times of
+            their own, because equal content then has different features.
     """
     held = dict(live_videos(segments))
     usable = {video_id: record for video_id, record in records.items() if record.usable}

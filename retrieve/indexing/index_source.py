@@ -1,4 +1,4 @@
-"""What an index is made from: a run or a store, as its files tell, and its model, loaded when it is first needed.
+"""The source of an index: a run or a store, as its files describe it, and its model, loaded when first needed.
 
 A run of `svb index` that has nothing to do loads none.
 """
@@ -44,7 +44,7 @@ class IndexSource:
 
     @cached_property
     def store_path(self) -> Path:
-        """Return where the features lie.
+        """Return the path of the features.
 
         Raises:
             InputError, StoreError: The run cannot be read.
@@ -55,13 +55,13 @@ class IndexSource:
 
     @property
     def captions_path(self) -> Path | None:
-        """Return where the captions' features lie; None for a store without."""
+        """Return the path of the captions' features; None for a store without captions."""
         if self.config.captions is not None or not self.is_run:
             return self.config.captions
         return Path(self._run["paths"]["captions"])
 
     def identity(self, store: FeatureStore) -> dict[str, Any]:
-        """Return what decides on model and captions; equal identities have equal ones.
+        """Return what determines model and captions: they are equal for equal identities.
 
         Raises:
             InputError, StoreError: The run or its checkpoint cannot be read.
@@ -108,7 +108,7 @@ class IndexModel:
         self._index: tuple[Path, Mapping[str, Any]] | None = None
 
     def reuse(self, index: Path, manifest: Mapping[str, Any]) -> None:
-        """Use weights that an index holds of the same model."""
+        """Use the weights that an index holds, if they are of the same model."""
         self._index = index, manifest
 
     def up_to_date(self) -> IndexModel:
@@ -122,10 +122,10 @@ class IndexModel:
 
     @cached_property
     def device(self) -> torch.device:
-        """Return where the model computes.
+        """Return the device of the model.
 
         Raises:
-            UsageError: The device is not there.
+            UsageError: The device does not exist.
         """
         from svb.device import choose_device
 
@@ -165,7 +165,7 @@ class IndexModel:
         return load_matching_text_encoder(settings, self.device)
 
     def _made_before(self, model: Mapping[str, Any]) -> Mapping[str, torch.Tensor]:
-        """Return the weights that the index holds of a model; empty for another model, or if they are damaged."""
+        """Return the index's weights of a model; empty if it has another model, or if they are damaged."""
         from svb.retrieve.model.embedder import load_heads
 
         if self._index is None or self._index[1].get("model_fingerprint") != fingerprint(model):

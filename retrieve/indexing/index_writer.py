@@ -77,7 +77,7 @@ class IndexWriter:
         rebuild: Begin with nothing, and leave the old index alone until the first commit.
 
     Attributes:
-        before: The manifest so far, whose settings go on; empty if none can be read.
+        before: The manifest so far, whose settings continue; empty if none can be read.
         draft: The next manifest without `videos`, `moments_total` and `generation`; parts may be put into it.
         segments: The draft's, mapped; a `Place` counts through them, and holds until `merge`.
 
@@ -117,7 +117,7 @@ class IndexWriter:
         """Refuse to put vectors of two models into one index.
 
         Raises:
-            MismatchError: Model or moments differ from the index's; names what differs, and both ways out.
+            MismatchError: Model or moments differ from the index's; the error names what differs and two remedies.
         """
         held = {"model": self.draft["model"], "moments": self.draft["moments"]}
         wanted: dict[str, Any] = {"model": model, "moments": moments}
@@ -159,7 +159,7 @@ class IndexWriter:
             self.segments[begin:end] = [self._open(entry) for entry in entries]
 
     def commit(self) -> bool:
-        """Make the draft the index; returns whether there was anything to write."""
+        """Make the draft the index; return whether there was anything to write."""
         entries = self.draft["segments"]
         deleted = [entry["deleted"] or {"videos": 0, "moments": 0} for entry in entries]
         self.draft["videos"] = sum(e["videos"] - d["videos"] for e, d in zip(entries, deleted, strict=True))
@@ -216,9 +216,9 @@ def live_moments(segment: Segment) -> int:
 
 
 def choose_merges(segments: Sequence[Segment], full_moments: int = FULL_MOMENTS) -> list[tuple[int, int]]:
-    """Return the neighbours to merge, as ascending half-open ranges; see above.
+    """Return the neighbours to merge, as ascending half-open ranges; the module's docstring has the rules.
 
-    A range of one is a segment to be copied without its deleted videos.
+    A range of one segment means to copy it without its deleted videos.
     """
     live = [live_moments(segment) for segment in segments]
     merges: list[tuple[int, int]] = []
@@ -280,7 +280,7 @@ def write_merged(folder: Path, segments: Sequence[Segment]) -> tuple[int, int]:
 def copy_videos(
     segments: Sequence[Segment], places: Sequence[tuple[int, int]], records: Sequence[VideoRecord]
 ) -> Segment:
-    """Return a segment of videos whose vectors an index has already, with their newest records."""
+    """Return a segment of videos whose vectors an index already has, with their newest records."""
     spans = [slice(*segments[s].moment_offsets[row : row + 2].tolist()) for s, row in places]
     held = [(segments[s], span) for (s, _), span in zip(places, spans, strict=True)]
     return segment_of(

@@ -45,8 +45,8 @@ def caption_embedder(embedder: Embedder, load: Callable[[], TextEncoder]) -> Emb
     """Return a function that embeds captions, and loads the text encoder with the first ones.
 
     Args:
-        embedder: Of the index.
-        load: Returns its text encoder.
+        embedder: The index's.
+        load: Returns the index's text encoder.
     """
 
     def embed(captions: Sequence[str]) -> NDArray[np.float32]:
@@ -81,7 +81,7 @@ def file_pool(path: Path, embed: EmbedCaptions) -> Pool:
 
     Args:
         path: A text file with one caption per line, subtitles, or a table with `caption` and optionally `video_id`.
-        embed: Of the index's model.
+        embed: Embeds captions with the index's model.
 
     Raises:
         InputError: It cannot be read, or holds no caption.
@@ -109,9 +109,9 @@ def sidecar_pool(
     """Return the captions of all sidecars; unchanged ones are not read or embedded again.
 
     Args:
-        videos: Of the index: video_id and where the file lies.
-        embed: Of the index's model.
-        previous: The earlier pool of the same model.
+        videos: The index's: the video_id and the file's path of each.
+        embed: Embeds captions with the index's model.
+        previous: An earlier pool of the same model.
         max_captions: Embed at most about this many, so that long work can be saved in between: call it again with
             the pool that it returned, until it returns that pool itself.
 

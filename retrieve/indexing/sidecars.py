@@ -44,7 +44,7 @@ _NO_CUE = re.compile(r"(WEBVTT|NOTE|STYLE|REGION)(\s|$)")
 # A letter or a digit must follow `<`, so that `1 < 2` stays: <i>, </font>, <v Roger>, <00:00:01.000>; and {\an8}.
 _TAGS = re.compile(r"</?[A-Za-z][^<>]*>|<\d[\d:.]*>|\{\\[^{}]*\}")
 _LINE_BREAKS = re.compile(r"\\[Nnh]")
-# What drones write beside each video: a cue a frame or a second, with the camera's settings and where it flew.
+# Drones write their readings beside each video: a cue per frame or second, with camera settings and position.
 _READING = re.compile(
     r"\b(SrtCnt|FrameCnt|DiffTime|GPS|HOME|BAROMETER|latitude|longt?itude|rel_alt|abs_alt|altitude|iso|shutter|fnum|ev"
     r"|ct|focal_len|SS|[HV]\.S) ?[:(]? ?-?\d",
@@ -56,7 +56,7 @@ _INVISIBLE = re.compile("[\u200b-\u200f\u202a-\u202e\u2060\ufeff]")
 
 
 def find_sidecars(videos: Iterable[Path]) -> dict[Path, list[Path]]:
-    """Return the sidecars of each video that has any: of its own name, or with a language after it.
+    """Return the sidecars of each video that has any: files of its name, perhaps with a language after it.
 
     Every folder is listed once. `a.b.srt` belongs to `a.b.mp4` if there is one, else to `a.mp4`.
     """
@@ -72,7 +72,7 @@ def find_sidecars(videos: Iterable[Path]) -> dict[Path, list[Path]]:
     return found
 
 
-# What Matroska and MP4 call languages, and what people do.
+# The codes of languages in Matroska and MP4, and those that people use.
 _LANGUAGE_CODES = """
 ara:ar ben:bn bul:bg cat:ca ces:cs cze:cs chi:zh zho:zh dan:da deu:de ger:de dut:nl nld:nl ell:el gre:el eng:en
 est:et fin:fi fra:fr fre:fr heb:he hin:hi hrv:hr hun:hu ind:id ita:it jpn:ja kor:ko lav:lv lit:lt nor:no nob:nb
@@ -83,14 +83,14 @@ _TWO_LETTERS = dict(pair.split(":") for pair in _LANGUAGE_CODES.split())
 
 
 def language_of(tag: str) -> str:
-    """Return a language as it is shown and asked for, such as `en` or `pt-br`; empty if the tag names none."""
+    """Return a language as users see and type it, such as `en` or `pt-br`; empty if the tag names none."""
     first, *rest = tag.strip().lower().replace("_", "-").split("-")
     first = _TWO_LETTERS.get(first, first)
     return "-".join([first, *rest]) if first else ""
 
 
 def language_of_sidecar(path: Path) -> str:
-    """Return the language that a file's name or its WebVTT header tells; empty if neither does."""
+    """Return the language in a file's name or its WebVTT header; empty if neither names one."""
     match = _LANGUAGE.search(path.stem)
     if match is not None:
         return language_of(match[0].split(".")[1])
@@ -208,7 +208,7 @@ def _clean(line: str) -> str:
 
 
 def _without_repeats(cues: Iterable[tuple[Cue, list[str]]]) -> list[Cue]:
-    """Leave out lines that a cue shows on from the one before it, and cues that show nothing new."""
+    """Leave out lines that a cue repeats from the one before it, and cues that show nothing new."""
     kept: list[Cue] = []
     shown, until = list[str](), 0.0
     for cue, lines in cues:

@@ -1,6 +1,6 @@
 """A text encoder taken apart for the export: its tokenizer as JSON of `tokenizers`, its network without the text.
 
-Each family is built in its own way. One that is not known here stays with torch, and works all the same.
+Each family is built in its own way. An encoder of another family works too, but only with torch.
 """
 
 from __future__ import annotations

@@ -42,10 +42,10 @@ TRAINED_ON = 48  # vectors per list; FAISS wants at least 39
 # Share of rows that may be added or removed before the lists are made again.
 MAX_CHANGED = 0.2
 TIMED_QUERIES = 32
-# As many rows as a search asks for first: videos have several moments among the nearest.
+# A search asks for so many rows first, because videos have several moments among the nearest.
 TIMED_K = 256
 ROUNDS = 5
-# A scan that takes longer than this needs no second look.
+# A scan that takes longer than this is not timed again.
 ENOUGH_SECONDS = 3.0
 BLOCK = 65536
 

@@ -1,4 +1,4 @@
-"""`svb verify` of an index: are its files unchanged, do they fit together, do its vectors have length 1."""
+"""`svb verify` of an index: are its files unchanged, do they fit together, do its vectors have length 1?"""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 # float16 rounds each number, and so the length of a vector, by at most 2^-11 of it; twice that to be safe.
 NORM_TOLERANCE = 2.0**-10
-# Per number of a vector: another batch may change it, and each side rounds the last bit of float16.
+# For each number of a vector: another batch may change it, and both sides round the last bit of float16.
 RECOMPUTED_TOLERANCE = 1.5e-3
 BLOCK_ROWS = 65536
 
@@ -36,8 +36,9 @@ BLOCK_ROWS = 65536
 def verify_index(folder: Path) -> list[str]:
     """Return what is wrong with an index, a line each; empty when it is whole.
 
-    Checked: every file has its size and hash, that of an approximate index too; offsets ascend; counts agree with
-    the manifest; every video appears once; all vectors are finite and have length 1 but for rounding.
+    It checks that every file has its size and hash, also that of an approximate index; that offsets ascend; that
+    counts agree with the manifest; that every video appears once; and that all vectors have length 1, except for
+    rounding.
 
     Raises:
         InputError, StoreError: There is no index, or its manifest is damaged.

@@ -56,7 +56,7 @@ class Explanation:
         run: The run.
         epoch: The epoch of its checkpoint.
         variant: The videos from which it was trained to rebuild captions.
-        note: A warning about the run's numbers, usually empty.
+        note: A warning about the run's numbers; usually empty.
         temperature: Temperature of the softmax over the support set.
         support_size: S, the number of training videos that share the weights.
         entropy: Entropy of the weights in nats; `log(S)` if all weigh the same.

@@ -101,7 +101,7 @@ def _read_columns(path: Path, of_split: Sequence[str]) -> list[str]:
     differing = set(video_ids) ^ set(of_split)
     if differing:
         first = min(differing)
-        what = "is no video of the measured captions" if first in video_ids else "is missing"
+        what = "is not a video of the measured captions" if first in video_ids else "is missing"
         raise InputError(f"{path}: video {first!r} {what} - expected the {len(of_split)} videos of the captions")
     return video_ids
 

@@ -72,7 +72,7 @@ class Normalised:
         bank_split: The split whose captions (t2v) and videos (v2t) were the query bank; empty without a bank.
         bank_captions: Number of captions in the bank.
         bank_videos: Number of videos in the bank.
-        metrics: As those of `Evaluation`.
+        metrics: As in `Evaluation`.
     """
 
     description: str
@@ -153,12 +153,12 @@ def normalised_scores(
 
 @dataclass(frozen=True)
 class QueryBank:
-    """What the queries of a bank say about G candidates.
+    """The similarities of a bank's queries and G candidates, summed up.
 
     Attributes:
         log_sums: `(G,)` float64, log of the sum over the bank of `exp(scale * similarity)`.
         is_hub: `(G,)` bool, True on the best candidate of at least one query of the bank (the paper's activation
-            set, k = 1), and on all that are equally good.
+            set, k = 1), and on all equally good ones.
         scale: The inverse temperature.
     """
 

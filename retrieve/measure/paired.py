@@ -196,7 +196,7 @@ def t_interval(differences: NDArray[np.float64]) -> Interval | None:
 
 
 def is_chance(ranks: Ranks) -> bool:
-    """Tell whether t2v ranks are no better than guessing: their mean is worse than chance less 3 standard errors.
+    """Tell whether t2v ranks are no better than guessing: their mean beats chance by at most 3 standard errors.
 
     Captions of one video count together. A collapsed model, whose similarities are all equal, is at chance.
     """

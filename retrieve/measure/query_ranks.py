@@ -58,7 +58,7 @@ class Ranks:
         tie_rule: How equal similarities count.
         model: Fingerprint of the measured model.
         selected_on: The split that chose the run's best checkpoint; empty for a store.
-        graded: Values of every query in percent, such as `t2v/nDCG by words`; NaN where a query has none.
+        graded: Values of every query in percent, such as `t2v/nDCG by words`; NaN if a query has none.
         relevances: The fingerprint of each relevance, by its name.
     """
 
@@ -221,7 +221,7 @@ class Graded:
     Attributes:
         description: How the relevance is counted.
         fingerprint: Equal for equal relevances; only values of one relevance can be compared.
-        metrics: Means in percent, such as `t2v/nDCG@10 of others`; a measure that no query has is not there.
+        metrics: Means in percent, such as `t2v/nDCG@10 of others`; without measures that no query has.
         left_out: The number of queries without any relevant candidate, by measure.
     """
 
@@ -241,7 +241,7 @@ def graded_measures(
     """Return the graded measures by each relevance, and every query's value as `ranks.npz` holds it.
 
     Args:
-        names: As `svb.data.relevance.make_relevance` takes them.
+        names: Names of relevances for `svb.data.relevance.make_relevance`.
         similarity: `(C, V)`.
         table: The whole caption table.
         measured: The C captions and caption_ids, and the V video_ids.

@@ -1,1 +1,1 @@
-"""An index whose vectors lie in Milvus."""
+"""An index whose vectors are in Milvus."""

@@ -38,9 +38,9 @@ logger = logging.getLogger(__name__)
 
 # Deleted in one call.
 MAX_DELETED = 5000
-# A server may have much to sort.
+# A server may take long to sort many vectors.
 FLUSH_SECONDS = 600.0
-# Each is asked twice, so an approximate collection is measured in seconds.
+# Each query is sent twice; so few take seconds.
 NUM_QUERIES = 100
 
 
@@ -56,7 +56,7 @@ def mirror(
     Called before the manifest is committed, so readers of the manifest find all vectors on the server.
 
     Args:
-        folder: The index's; its embeddings lie here.
+        folder: The index's, which holds the embeddings.
         manifest: The next manifest; its parts are published.
         uri: See `Target.parse`.
         on_progress: Called with the number of videos sent, and of all to send.

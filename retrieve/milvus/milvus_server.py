@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 
 TOKEN = "SVB_MILVUS_TOKEN"
 CONNECT_SECONDS, CALL_SECONDS = 10.0, 30.0
-# The most that a server takes or gives in one call.
+# The most rows and bytes that a server takes or gives in one call.
 MAX_ROWS = 16384
 BYTES_A_CALL = 8 << 20
-# Keys of videos are below it.
+# The largest key of a video is below this.
 LAST_KEY = 2**63 - 1
 LONGEST_TEXT = 65535
 SCHEMES = {"milvus": "http", "milvus+tls": "https"}
@@ -50,7 +50,7 @@ _PROPERTY = "svb.index"
 
 @dataclass(frozen=True)
 class Target:
-    """Where an index's vectors lie.
+    """The address of an index's vectors.
 
     Attributes:
         uri: The address as the user wrote it.
@@ -165,7 +165,7 @@ class MilvusServer:
             )
 
     def require(self, embedding_size: int, made_with: dict[str, str]) -> str:
-        """Check that both collections belong to such an index, and load them; returns their index type.
+        """Check that both collections belong to such an index, load them, and return their index type.
 
         Raises:
             MismatchError: They have another model or size, or svb did not make them.
@@ -188,10 +188,10 @@ class MilvusServer:
         return str(index.get("index_type", "unknown"))
 
     def search(self, by: str, embedding: NDArray[np.float32], k: int, only: str) -> list[dict[str, Any]]:
-        """Return the k nearest rows that pass a filter, best first, even if k is more than a server gives at once.
+        """Return the k nearest rows that pass a filter, best first, even if k exceeds what a server gives at once.
 
-        Then the videos' keys are split into ranges of about as many rows, and a range that needs more rows in two,
-        until no row is missing among the k nearest.
+        Then it splits the videos' keys into ranges of about as many rows, and each range that needs more rows into
+        two, until no row is missing among the k nearest.
 
         Args:
             by: `moment` or `video`.
@@ -287,7 +287,7 @@ def connect(target: Target, *, create: bool = False) -> MilvusServer:
 
 
 def _made_with(described: dict[str, Any]) -> dict[str, str]:
-    """Return what made a collection; empty if svb did not. Not every server keeps both places."""
+    """Return the settings of a collection; empty if svb did not make it. Not every server keeps both copies."""
     for text in (described.get("properties", {}).get(_PROPERTY, ""), described.get("description", "")):
         with contextlib.suppress(ValueError):
             held = json.loads(text)

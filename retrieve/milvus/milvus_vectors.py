@@ -1,4 +1,4 @@
-"""Searches through Milvus: vectors lie on a server, all other data of videos and moments in the index's folder.
+"""Searches through Milvus: vectors are on a server, all other data of videos and moments in the index's folder.
 
 Rows of a collection that this generation of the index does not have are ignored, so a collection can be searched
 while it is being filled. Segments that were committed but not sent yet are compared here.
@@ -34,7 +34,7 @@ from svb.retrieve.stored.segment import open_segment, open_segments
 
 # The most keys that a filter names: 200 kB of them.
 MAX_KEYS = 10_000
-# Rows to look through if a filter cannot name the videos that pass.
+# Rows to try first if a filter cannot name the videos that pass.
 FIRST_ROWS = 16384
 
 
@@ -49,10 +49,10 @@ class MilvusVectors:
         recall: Measured for an approximate collection; None if it is exact.
         cache: A folder for data that can be fetched again.
         fresh: Vectors of the segments that the collections do not have yet.
-        fresh_videos: `(V,)`, the videos of `catalog` that lie in these.
+        fresh_videos: `(V,)`, True on the videos of `catalog` that are in these segments.
 
     Attributes:
-        num_missing: How many videos have their vectors neither in the collections nor here.
+        num_missing: Number of videos whose vectors are neither in the collections nor here.
     """
 
     def __init__(
@@ -210,7 +210,7 @@ class MilvusVectors:
     def _search(
         self, by: str, embedding: NDArray[np.float32], k: int, passing: NDArray[np.bool_], only: str
     ) -> Nearest:
-        """Return the k nearest rows of videos that pass; the filter `only` leaves all of these."""
+        """Return the k nearest rows of videos that pass; the filter `only` must leave them all."""
         server, num_rows = self._connected(), k
         while True:
             hits = server.search(by, embedding, num_rows, only)

@@ -31,7 +31,7 @@ from svb.train.model import embed_in_batches
 from svb.train.run import build_model, read_run
 from svb.train.training_data import FrameTable
 
-# Zero-shot embeddings are means, for which any number of frames would do; this bounds a batch's memory.
+# Zero-shot embeddings are means of any number of frames; this limits a batch's memory.
 ZERO_SHOT_MAX_FRAMES = 256
 # Weights of a run that only its losses use.
 SCALES = ("log_logit_scale", "log_support_temperature")
@@ -97,7 +97,7 @@ class OneVideo(nn.Module):
 
 
 class TorchTower:
-    """A text encoder with its text head, for an index without an exported text tower; it takes seconds to load."""
+    """A text encoder with its text head, for an index without an exported text tower. Loading it takes seconds."""
 
     def __init__(self, text_encoder: TextEncoder, embedder: Embedder) -> None:
         self._encoder = text_encoder

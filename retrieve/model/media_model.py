@@ -1,4 +1,4 @@
-"""What turns the frames of one file into its embedding: an index's backbones and video head.
+"""An index's backbones and video head, which turn the frames of one file into its embedding.
 
 `GraphMedia` runs exported graphs of the user's cache, without torch. `TorchMedia` in torch_media.py does what a
 graph cannot, and exports the graphs for the next query. Both keep what they have loaded.
@@ -41,7 +41,7 @@ FramesToEmbedding = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
 class MediaModel(Protocol):
-    """What an index makes of the frames of one file.
+    """Turns the frames of one file into its embedding, as an index did.
 
     Attributes:
         model: The description of its model.
@@ -56,7 +56,7 @@ class MediaModel(Protocol):
         """Return the `(D,)` embedding of one file's rows."""
 
     def keep_graphs(self) -> None:
-        """Export what `GraphMedia` needs and the cache lacks; do nothing where it cannot be had."""
+        """Export the graphs that `GraphMedia` needs and the cache lacks, if they can be exported."""
 
 
 class GraphMedia:
@@ -105,7 +105,7 @@ class GraphMedia:
         return self._head(rows.features[places].astype(np.float32))
 
     def keep_graphs(self) -> None:
-        """Do nothing: they are there."""
+        """Do nothing: the cache has them."""
 
 
 def open_graph_media(folder: Path, manifest: Mapping[str, Any]) -> GraphMedia | None:
@@ -140,7 +140,7 @@ def may_have_graphs(model: Mapping[str, Any]) -> bool:
 def _backbone_graph(name: str, settings: Mapping[str, Any]) -> Graph:
     key = backbone_key(name, settings)
     if not resembles(key, settings["precision"]):
-        raise NoGraphError(f"nobody has compared the graph of {name} with its rows in {settings['precision']}")
+        raise NoGraphError(f"the graph of {name} was never compared with its rows in {settings['precision']}")
     graph = read_graph(key)
     if graph is None:
         raise NoGraphError(f"the graph of {name} is not in the cache")
@@ -164,12 +164,12 @@ def _head(folder: Path, manifest: Mapping[str, Any]) -> FramesToEmbedding | None
 
 
 def _mean_of_frames(frames: NDArray[np.float32]) -> NDArray[np.float32]:
-    """As `svb.train.heads.mean_of_frames`."""
+    """Do the same as `svb.train.heads.mean_of_frames`."""
     return _normalised(_normalised(frames).mean(axis=0))
 
 
 def _conse(weights: Mapping[str, NDArray[np.float32]], frames: NDArray[np.float32]) -> NDArray[np.float32]:
-    """As `svb.retrieve.model.embedder.Conse`."""
+    """Do the same as `svb.retrieve.model.embedder.Conse`."""
     logits = (frames @ weights["weight"].T + weights["bias"]) / TEMPERATURE  # (T, C)
     powers = np.exp(logits - logits.max(axis=1, keepdims=True))
     probabilities = (powers / powers.sum(axis=1, keepdims=True)).mean(axis=0)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from svb.retrieve.model.torch_media import TorchMedia
 
 MAX_ENTRIES = 10_000
-# Removed at once when there are too many, so that few queries must list all files.
+# So many are removed at once, so that few queries must list all files.
 REMOVED_AT_ONCE = 1_000
 _CHECKSUM_BYTES = 32
 # A file aside that is older was left by a killed process.
@@ -68,7 +68,7 @@ class QueryEmbedder:
         folder: The index's.
         manifest: As `svb.retrieve.stored.manifest.read_manifest` gives it.
         device: Device for torch, if it is needed.
-        exports: Export, after the first file in torch, what later processes need to embed files without it.
+        exports: After the first file in torch, export graphs, so that later processes embed files without torch.
 
     Attributes:
         load_seconds: How long queries have waited for models to be loaded.
@@ -86,7 +86,7 @@ class QueryEmbedder:
         self._cache = QueryCache(folder / "cache", "-".join([manifest["model_fingerprint"], *exported]))
 
     def fits(self, manifest: Mapping[str, Any]) -> bool:
-        """Tell whether another generation of its index has the same model, so that it can serve that one too."""
+        """Tell whether another generation of the index has the same model, so that this embedder fits it too."""
         return all(self._manifest[name] == manifest[name] for name in ("model_fingerprint", "text", "heads"))
 
     def embed_text(self, text: str, what: str = "the query") -> NDArray[np.float32]:
@@ -153,7 +153,7 @@ class QueryEmbedder:
             yield
         except ModuleNotFoundError as error:
             raise InputError(
-                f"{error.name} is not installed: here only texts and videos of the index can be searched with, in "
+                f"{error.name} is not installed, so only texts and videos of the index can be searched with, in "
                 "an index with its own text tower - `pip install svb-video`, or take the full image"
             ) from error
         finally:
@@ -161,7 +161,7 @@ class QueryEmbedder:
 
     @cached_property
     def _media(self) -> GraphMedia | TorchMedia:
-        """The backbones and the video head; graphs where they are at hand, as they need no torch."""
+        """The backbones and the video head; graphs if the cache has them, because they need no torch."""
         from svb.retrieve.model.media_model import open_graph_media
 
         with self._loading():
@@ -206,7 +206,7 @@ class QueryCache:
 
     Args:
         folder: An index's `cache`.
-        fingerprint: Of the model; embeddings of other models are not found.
+        fingerprint: The model's; embeddings of other models are not found.
         max_entries: Most files to keep, of all models together; the oldest are removed.
     """
 

@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 # What PIL reads by itself: it hands some formats, such as EPS, to other programs.
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 MAX_PICTURE_BYTES = 256 * 2**20
-# Backbones look at a few hundred thousand: a picture that is far larger is scaled down before it is copied about.
+# Backbones look at a few hundred thousand: a picture that is far larger is scaled down before it is copied.
 MAX_PICTURE_PIXELS = 12_000_000
 
 
 def embed_image(file: Path, media: MediaModel) -> NDArray[np.float32]:
-    """Return the `(D,)` embedding of a picture: that of a video of one frame.
+    """Return the `(D,)` embedding of a picture, as that of a video of one frame.
 
     Args:
         file: JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF.
@@ -79,7 +79,7 @@ def embed_video(file: Path, span_seconds: tuple[float, float] | None, media: Med
     chunks: Iterable[FrameChunk] = opened.chunks()
     single = all(held["clip_frames"] == 1 for held in parts_of(video).values())
     if span_seconds is not None and single:
-        # Frames outside it need not be looked at by the backbones, which are what takes time.
+        # Frames outside it do not go through the backbones, which take most of the time.
         chunks = _within(chunks, span_seconds)
     rows = _rows(media, chunks, file)
     if span_seconds is not None:
@@ -111,7 +111,7 @@ def read_picture(file: Path) -> NDArray[np.uint8]:
         raise
     except FileNotFoundError as error:
         raise InputError(f"{file} does not exist - expected a picture; check the path") from error
-    except Exception as error:  # what the many readers of PIL raise on damage has no common root
+    except Exception as error:  # the errors of PIL's many readers have no common root
         raise InputError(
             f"{file} cannot be used as a picture ({error}) - expected one of {', '.join(PICTURE_FORMATS)}"
         ) from error
@@ -160,7 +160,7 @@ def _require_computable(video: dict[str, Any], file: Path) -> None:
 
 
 def _rows(media: MediaModel, chunks: Iterable[FrameChunk], file: Path) -> FrameFeatures:
-    """Return the features of frames as those of one video, of several backbones side by side."""
+    """Return the features of frames as one video, with those of several backbones side by side."""
     from svb.data.fusion import fuse
     from svb.data.rows import FrameFeatures
 

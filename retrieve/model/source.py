@@ -24,13 +24,13 @@ from svb.retrieve.model.embedder import (
 from svb.train.config import TrainConfig, stored_options
 from svb.train.run import read_run
 
-# Reads a classifier's class names, unless another is asked for.
+# The default text encoder for the class names of a classifier.
 DEFAULT_CLASS_TEXT_ENCODER = "offline:minilm-l6"
 
 
 @dataclass(frozen=True)
 class OpenedSource:
-    """A run or a store with all that belongs to it.
+    """A run or a store, with everything that belongs to it.
 
     Attributes:
         embedder: The run's heads, or the store's zero-shot model.
@@ -62,7 +62,7 @@ def open_source(
 
     Args:
         source: A run's or a store's path.
-        device: Where the embedder computes.
+        device: The device that the embedder uses.
         store: A run's feature store, if it has moved.
         captions: A caption features file; the run's own by default.
         backbone: Backbone whose features are used, if a store holds several.

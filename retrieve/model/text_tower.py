@@ -4,8 +4,8 @@ tokenizer.json   text to tokens, as the `tokenizers` library reads it
 float32.onnx     tokens (1, L) int64 to embeddings (1, D) float32, L2-normalised
 float32.bin      its weights; mapped into memory, so only what a text needs is read
 
-`svb.retrieve.indexing.export_tower` writes them; older versions wrote some in int8, which are read alike. Loading
-takes a tenth of the CPU time of importing torch.
+`svb.retrieve.indexing.export_tower` writes them; older versions wrote some in int8, which can still be read.
+Loading takes a tenth of the CPU time of importing torch.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class TextTower:
 
     @property
     def max_tokens(self) -> int:
-        """How many tokens it reads, including those that it adds itself."""
+        """The most tokens that it reads, including those that it adds itself."""
         return int(self._entry["max_tokens"])
 
     def num_tokens(self, text: str) -> int:
@@ -137,7 +137,7 @@ _DO_NEXT = "make the index again with `svb index --rebuild`"
 
 def _fix(text: str) -> str:
     """Do what open_clip's `basic_clean` does: undo mixed-up encodings and HTML."""
-    # ftfy takes as long to import as a query to answer, and leaves such a text as it is.
+    # Importing ftfy takes as long as a query, and it would not change such a text.
     if not (text.isascii() and text.isprintable() and "&" not in text):
         import ftfy
 

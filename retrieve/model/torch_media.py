@@ -81,7 +81,7 @@ class TorchMedia:
                     head_key(self._embedder.fingerprint), lambda folder: _export_head(self._embedder, folder)
                 )
         except (NoGraphError, MismatchError, OSError) as error:
-            logger.info(f"files as queries of this index load PyTorch: {error}")
+            logger.info(f"searches of this index with files will load PyTorch: {error}")
 
 
 def _export_head(embedder: Embedder, folder: Path) -> None:

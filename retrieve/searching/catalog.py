@@ -1,4 +1,4 @@
-"""Everything that an index holds of its videos and moments besides their vectors, and filters that choose by it."""
+"""Everything that an index knows about its videos and moments besides their vectors, and filters that use it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from svb.retrieve.answer import SearchRequest
 from svb.retrieve.stored.metadata import Metadata
 from svb.retrieve.stored.segment import Segment
 
-# Rows that show how scores of a query are spread: enough for its tail, and read in a few milliseconds.
+# Rows that show how a query's scores are distributed: enough for the tail, and read in a few milliseconds.
 SAMPLE_ROWS = 8192
 
 
 class FileState(NamedTuple):
-    """A video's file when it was extracted; 0 and empty if not known, as after some imports."""
+    """The file of a video when it was extracted; 0 and empty if unknown, as after some imports."""
 
     size_bytes: int
     mtime_ns: int
@@ -38,8 +38,8 @@ class Catalog:
 
     Attributes:
         segments: The same.
-        num_videos: V, with deleted ones.
-        num_moments: M, with those of deleted videos.
+        num_videos: V, including deleted ones.
+        num_moments: M, including those of deleted videos.
         embedding_size: D.
         any_deleted: Whether any video was deleted.
         video_begins: `(S + 1,)`, the first video of each of S segments, and V.
@@ -71,7 +71,7 @@ class Catalog:
         return found
 
     def sample_rows(self, by: str) -> NDArray[np.int64]:
-        """Return live rows, always the same: all, or 8,192 random ones if there are more."""
+        """Return all live rows, or the same 8,192 random ones each time if there are more."""
         live = np.arange(self.num_moments if by == "moment" else self.num_videos)
         if self.any_deleted:
             live = np.flatnonzero(np.repeat(self.alive, self.moment_counts) if by == "moment" else self.alive)
@@ -107,7 +107,7 @@ class Catalog:
         return self.alive if allowed is None else self.alive & allowed
 
     def row_of(self, video_id: str) -> int | None:
-        """Return a live video's row, however its accents are spelled; None if there is none."""
+        """Return a live video's row, whatever the encoding of its accents; None if there is none."""
         row = self.live_rows.get(video_id)
         if row is None and not video_id.isascii():
             row = self.live_rows.get(spelled_as([video_id], self.live_rows).get(video_id, ""))
@@ -149,7 +149,7 @@ class Catalog:
     def in_segments(
         self, rows: NDArray[np.int64], *, by: str
     ) -> list[tuple[Segment, NDArray[np.int64] | slice, NDArray[np.int64]]]:
-        """Return the segments that hold some rows, with the positions of these in `rows`, and their local rows."""
+        """Return the segments that hold some rows, with positions in `rows` and local row numbers."""
         if len(self.segments) == 1:
             return [(self.segments[0], slice(None), rows)]
         begins = self.moment_begins if by == "moment" else self.video_begins

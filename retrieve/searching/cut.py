@@ -28,7 +28,7 @@ TIME_LIMIT_PER_SECOND = 20.0
 MIN_CLIP_SECONDS = 0.2
 # A clip whose first frame comes later than this begins at the wrong place.
 MAX_LATE_SECONDS = 0.1
-NAME_LETTERS = 48  # of up to 4 bytes each: a file's name may have 255
+NAME_LETTERS = 48  # each takes up to 4 bytes, and a file's name may have 255
 
 
 def cut_moments(answers: Sequence[Answer], folder: Path) -> list[Path]:
@@ -163,7 +163,7 @@ def _run(arguments: list[str], video_fd: int, files: tuple[Path, Path], time_lim
         ) from error
     if exit_code == 0:
         return ""
-    if any(os.strerror(errno.ENOSPC) in line for line in lines):  # later lines only tell what followed from it
+    if any(os.strerror(errno.ENOSPC) in line for line in lines):  # later lines only report the consequences
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target.parent))
     return lines[-1].strip() if lines else f"exit status {exit_code}"
 

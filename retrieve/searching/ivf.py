@@ -55,7 +55,7 @@ class IvfVectors:
         exact: All vectors.
         segments: Its segments, in the same order.
         index: The inverted lists; never changed.
-        decision: What the lists cover, and how they were tuned.
+        decision: The segments that the lists cover, and the tuning.
 
     Attributes:
         exact_vectors: Compare every row.
@@ -76,7 +76,7 @@ class IvfVectors:
         self.embeddings, self.background = exact.embeddings, exact.background
         self.recall: float | None = min(decision["recall"], decision["recall_videos"])
         self._index, self._nprobe = index, int(decision["nprobe"])
-        # How many rows a scan compares within the budget: if a filter leaves no more, a scan misses none.
+        # Rows that a scan compares within the budget: if a filter leaves no more than these, a scan misses none.
         self._rows_in_budget = decision["rows"] * decision["budget_seconds"] / decision["exact_seconds"]
         self._place(segments, decision["segments"])
 
@@ -103,7 +103,7 @@ class IvfVectors:
     def nearest(
         self, embedding: NDArray[np.float32], k: int, *, by: str, allowed: NDArray[np.bool_] | None
     ) -> Nearest:
-        """As `Vectors.nearest`; whole videos are few and compared exactly."""
+        """As `Vectors.nearest`; whole videos are few, and are compared exactly."""
         if by == "video":
             return self.exact_vectors.nearest(embedding, k, by=by, allowed=allowed)
         share, bitmap, counted = 1.0, self._live_bitmap if self._any_lost else None, self.catalog.alive
@@ -113,7 +113,7 @@ class IvfVectors:
             if rows <= self._rows_in_budget:
                 return self.exact_vectors.nearest(embedding, k, by=by, allowed=allowed)
             share, bitmap = rows / self.catalog.num_moments, self._bitmap(counted)
-        # If a filter leaves a third of the rows, the ten nearest of them lie in three times as many lists.
+        # If a filter leaves a third of the rows, the ten nearest of them are in three times as many lists.
         nprobe = math.ceil(max(self._nprobe, 2 * k * self._index.nlist / self._index.ntotal) / share)
         proposed = self._proposed(embedding, k, nprobe, bitmap, counted)
         if self._any_fresh:

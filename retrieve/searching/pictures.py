@@ -31,7 +31,7 @@ from svb.extract.decode.sampling import TIME_TOLERANCE_SECONDS
 TIME_LIMIT_SECONDS = 20.0
 # If a seek lands late (MPEG-TS has no index), it is tried again this much earlier.
 STEPS_BACK_SECONDS = (0.0, 3.0, 15.0, math.inf)
-# Up to this distance, decoding on costs less than seeking to a key frame, which may lie behind.
+# Up to this distance, decoding further costs less than seeking to a key frame, which may be behind.
 READ_ON_SECONDS = 2.0
 MAX_HEIGHT_PX = 2160
 MAX_STRIP_WIDTH_PX = 65_000  # JPEG's own limit is 65,535
@@ -47,7 +47,7 @@ def frame_at(
         path: The video.
         seconds: On the file's own clock, as moments are; the first or the last frame stands for a time beyond it.
         height: In pixels; a lower video is not enlarged.
-        time_limit_seconds: The longest it may take.
+        time_limit_seconds: The longest that decoding may take.
 
     Raises:
         InputError: The file is missing, is not a video, exceeds the decoder's limits, or takes too long.
@@ -169,7 +169,7 @@ class FrameReader:
         path: The file, for messages.
         container: As `svb.extract.decode.pyav_file.opened` gives it.
         stream: The stream to read.
-        until: What `time.monotonic` says when it has taken too long.
+        until: The value of `time.monotonic` after which it gives up.
     """
 
     def __init__(self, path: Path, container: InputContainer, stream: VideoStream, until: float) -> None:
@@ -213,7 +213,7 @@ class FrameReader:
         return seconds - tolerance_seconds <= self._held[1] <= seconds
 
     def _seek(self, seconds: float) -> None:
-        """Go to a key frame before a time, from which that time can be read on to."""
+        """Go to a key frame before a time, from which reading on reaches that time."""
         unit = self._stream.time_base
         if unit is None or self._stream.start_time is None:
             return  # a bare stream has no times to seek to
@@ -223,7 +223,7 @@ class FrameReader:
             try:
                 self._container.seek(round(target / unit), stream=self._stream, backward=True)
             except (av.error.FFmpegError, OverflowError):
-                return  # a file that cannot seek is read on from where it is
+                return  # a file that cannot seek is read on from its current place
             self._stream.codec_context.flush_buffers()
             self._frames, self._held, self._next = self._decoded(), None, None
             is_early = self._advance() and self._held is not None and self._held[1] <= seconds

@@ -15,9 +15,9 @@ from svb.retrieve.searching.vectors import Vectors
 BLOCK = 16384
 # Embeddings have unit length, within the precision of float16.
 MAX_COSINE = 1.01
-WAY_OUT = "find it with `svb verify` and restore it, or make the index again with `svb index --rebuild`"
+DO_NEXT = "find it with `svb verify` and restore it, or make the index again with `svb index --rebuild`"
 
-# A scan for some hundred rows takes no longer than one for ten, and often they are all that is needed.
+# A scan for some hundred rows takes no longer than one for ten, and often they are enough.
 FIRST_ROWS = 256
 GROWTH = 8
 
@@ -36,7 +36,7 @@ class Query:
     """Scores rows by cosines.
 
     The score of a row is its mean cosine with the wanted texts. An unwanted text lowers it by how much more the row
-    resembles that text than rows usually do. It never raises it, so a negative cannot become a wish for its
+    resembles that text than rows usually do. It never raises it, so an unwanted text cannot become a wish for its
     opposite.
 
     Attributes:
@@ -97,8 +97,8 @@ class EmbeddedRequest:
 def cosines(rows: NDArray[np.float32], others: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return the products of `(..., D)` rows with others, broadcast against each other.
 
-    They are computed row by row. The threads of a matrix product would cost a query more than they save, and would
-    compete with those of other queries. And equal rows get equal scores wherever they are.
+    They are computed row by row: the threads of a matrix product would cost a query more than they save, and would
+    compete with those of other queries. So equal rows also get equal scores, wherever they are.
     """
     products: NDArray[np.float32] = np.vecdot(rows, others)
     return products
@@ -113,7 +113,7 @@ def require_cosines(scores: NDArray[np.float32]) -> None:
     bad = scores[~(np.abs(scores) <= MAX_COSINE)]
     if bad.size:
         raise StoreError(
-            f"the index holds a damaged embedding, whose cosine with the query is {float(bad[0]):g} - {WAY_OUT}"
+            f"the index holds a damaged embedding, whose cosine with the query is {float(bad[0]):g} - {DO_NEXT}"
         )
 
 
@@ -127,7 +127,7 @@ def require_unit_length(rows: NDArray[np.float32]) -> None:
     bad = lengths[~(np.abs(lengths - 1) <= MAX_COSINE - 1)]
     if bad.size:
         raise StoreError(
-            f"the index holds a damaged embedding, of length {float(bad[0]):g} instead of 1 - {WAY_OUT}"
+            f"the index holds a damaged embedding, of length {float(bad[0]):g} instead of 1 - {DO_NEXT}"
         )
 
 
@@ -246,8 +246,8 @@ def fold_duplicates(
         k: K.
 
     Returns:
-        A list for each candidate kept, best first: its position, and those of its near-duplicates. Candidates some
-        way behind the K-th are not looked at.
+        A list for each kept candidate, best first: its position, then those of its near-duplicates. Candidates far
+        behind the K-th are not compared.
     """
     kept: list[list[int]] = []
     kept_embeddings: list[NDArray[np.float32]] = []

@@ -45,10 +45,10 @@ class Truth:
 
 
 def draw_queries(exact: SegmentVectors, captions: NDArray[np.floating] | None) -> tuple[str, NDArray[np.float32]]:
-    """Return what queries are, `captions` or `moments`, and `(Q, D)` of them, at most 1,000, always the same.
+    """Return the kind of queries, `captions` or `moments`, and `(Q, D)` queries: at most 1,000, always the same.
 
-    Without captions, moments stand in for them, each moved by its own length in a random direction. An index
-    without moments gives no queries.
+    Without captions it uses moments, each moved by its own length in a random direction. An index without moments
+    has no queries.
     """
     random = np.random.default_rng(1)
     if captions is not None and len(captions) >= MIN_CAPTIONS:
@@ -60,7 +60,7 @@ def draw_queries(exact: SegmentVectors, captions: NDArray[np.floating] | None) -
 
 
 def find_truth(exact: SegmentVectors, segments: Sequence[Segment], queries: NDArray[np.float32]) -> Truth:
-    """Compare all queries with all live moments, block by block."""
+    """Compare all queries with all live moments, one block at a time."""
     best_scores = np.full((len(queries), NUM_MOMENTS), -np.inf, np.float32)
     best_rows = np.full((len(queries), NUM_MOMENTS), -1, np.int64)
     live = np.repeat(exact.catalog.alive, exact.catalog.moment_counts)

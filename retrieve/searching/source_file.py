@@ -1,4 +1,4 @@
-"""Is a video's file still the one that was indexed? If not, we would cut, show or play another one."""
+"""Is a video's file still the one that was indexed? If it is not, svb must not cut, show or play it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from svb.retrieve.answer import VideoResult
 
 
 def problem_of(result: VideoResult) -> str | None:
-    """Return how a result's file differs from the one indexed, going by size and time; None if it does not."""
+    """Return how a result's file differs from the indexed one in size and time; None if it does not."""
     try:
         stat = Path(result.source_path).stat()
     except (OSError, ValueError):
@@ -24,7 +24,7 @@ def problem_of(result: VideoResult) -> str | None:
 
 
 def changes_of(stat: os.stat_result, size_bytes: int, mtime_ns: int) -> str:
-    """Return how a file differs from the one indexed, of which 0 means unknown; empty if it does not."""
+    """Return how a file differs from the indexed size and time, of which 0 means unknown; empty if it does not."""
     return ", ".join(_changes(stat, size_bytes, mtime_ns))
 
 
@@ -38,5 +38,5 @@ def _changes(stat: os.stat_result, size_bytes: int, mtime_ns: int) -> Iterator[s
 def _clock(mtime_ns: int) -> str:
     try:
         return datetime.fromtimestamp(mtime_ns / 1e9).astimezone().isoformat(" ", "milliseconds")
-    except (OverflowError, OSError, ValueError):  # no calendar has this time
+    except (OverflowError, OSError, ValueError):  # the calendar does not reach this time
         return f"{mtime_ns} ns"

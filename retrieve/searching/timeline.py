@@ -32,14 +32,14 @@ _NTSC = (Fraction(24000, 1001), Fraction(30000, 1001), Fraction(60000, 1001), Fr
 _WHOLE = tuple(map(Fraction, (15, 24, 25, 30, 48, 50, 60, 100, 120, 240)))
 # A header's rate may be off by so much: it is a number of frames over a duration in whole units of time.
 RATE_TOLERANCE = Fraction(1, 5000)
-# The least common rate of a file's frame times; beyond this it says how finely it counts, not how it was recorded.
+# Above this, the least common rate of a file's frame times is its unit of time, not the rate of the recording.
 MAX_RATE = 240
 _TIMECODE = re.compile(r"(\d{2}):(\d{2}):(\d{2})([:;.])(\d{2,3})")
 
 
 @dataclass(frozen=True)
 class SourceVideo:
-    """What an editor must know of a video's file.
+    """The facts about a video's file that an editor needs.
 
     Attributes:
         path: The file.
@@ -92,7 +92,7 @@ class TimelineClip:
 def timeline_clips(
     found: Sequence[tuple[str, Sequence[VideoResult]]], handles_seconds: float = 0.0
 ) -> tuple[list[TimelineClip], list[str]]:
-    """Return the moments found as clips of their files, and what the user should know about them.
+    """Return the moments found as clips of their files, and notes for the user.
 
     Args:
         found: Queries, each with the videos found for it.
@@ -182,7 +182,7 @@ def _rate(path: Path, stream: VideoStream) -> tuple[Fraction, bool]:
     """Return a stream's exact frame rate, and whether it varies.
 
     Raises:
-        InputError: The file does not tell.
+        InputError: The file does not say.
     """
     average, least_common = stream.average_rate, stream.base_rate
     if not average:
@@ -190,7 +190,7 @@ def _rate(path: Path, stream: VideoStream) -> tuple[Fraction, bool]:
             f"the frame rate of {path} is not known, and an editor counts frames - write it anew at a rate of "
             "your choice: `ffmpeg -i FILE -r 25 NEW.mp4`"
         )
-    # Of interlaced video the least common rate may be that of the fields.
+    # The least common rate of interlaced video may be that of its fields.
     if not least_common or any(_alike(average * times, least_common) for times in (1, 2)):
         return _standard(average), False
     if least_common <= MAX_RATE:

@@ -35,21 +35,21 @@ def write_timeline(
         handles_seconds: Time to add before and after each moment.
 
     Returns:
-        What the user should know: what was left out and why.
+        Notes for the user: what was left out and why.
 
     Raises:
-        UsageError: The suffix is unknown, or the handles are not a time.
+        UsageError: The suffix is unknown, or the handles are out of range.
         InputError: No moment can be used, `.otio` needs a package that is not installed, or the file cannot be
             written.
     """
     require_timeline(file, handles_seconds)
     clips, notes = timeline_clips(found, handles_seconds)
     if not clips:
-        raise InputError("there is no moment to put on a timeline - search for something else")
+        raise InputError("no moment was found for the timeline - search for something else")
     if file.suffix.lower() == ".edl":
         clips, more = _of_one_rate(clips)
         notes += more
-    # A name in a file system may hold bytes that are no text.
+    # A name in a file system may hold bytes that are not text.
     title = storable_text(f"svb: {', '.join(dict.fromkeys(clip.query for clip in clips))}"[:120])
     text = WRITERS[file.suffix.lower()](title, clips)
     try:
@@ -63,10 +63,10 @@ def write_timeline(
 
 
 def require_timeline(file: Path, handles_seconds: float = 0.0) -> None:
-    """Refuse, before anything is searched, a file that no timeline can be written to.
+    """Refuse a file that no timeline can be written to, before anything is searched.
 
     Raises:
-        UsageError: Its suffix is unknown, it is a folder, or the handles are not a time.
+        UsageError: Its suffix is unknown, it is a folder, or the handles are out of range.
         InputError: opentimelineio is needed and not installed.
     """
     if file.suffix.lower() not in WRITERS:

@@ -1,6 +1,6 @@
 """The vectors of an index: what a search asks of them, and exact scans of its segments and caption pools.
 
-On the CPU, FAISS reads float16 rows where they lie, so a mapped file is never copied. The GPU's half has only been
+On the CPU, FAISS reads float16 rows in place, so a mapped file is never copied. The GPU's half has only been
 tested with mocks, on machines without a GPU.
 """
 
@@ -30,10 +30,10 @@ Nearest = tuple[NDArray[np.float32], NDArray[np.int64]]
 
 
 class Vectors(Protocol):
-    """The embeddings of a catalog's videos and moments, wherever they lie.
+    """The embeddings of a catalog's videos and moments, in files or on a server.
 
     Attributes:
-        catalog: What the rows are.
+        catalog: The videos and moments of the rows.
         exact: Whether `nearest` compares every row.
         recall: If it does not, the measured share of the ten nearest that it finds.
     """
@@ -53,7 +53,7 @@ class Vectors(Protocol):
         Args:
             embedding: `(D,)`.
             k: How many.
-            by: `moment` or `video`: what the rows are.
+            by: `moment` or `video`, the kind of rows.
             allowed: `(V,)`, the videos that count; None for all. Deleted videos never count.
         """
         ...
@@ -72,7 +72,7 @@ class SegmentVectors:
 
     Args:
         segments: In the order of the manifest.
-        device: Where many searches are done; `auto` takes the first GPU that FAISS can use, if there is one.
+        device: Device that scans after many searches; `auto` takes the first GPU that FAISS can use, if any.
     """
 
     exact = True
@@ -144,7 +144,7 @@ class SegmentVectors:
 
 
 class CaptionPools:
-    """All pools of an index; opened with the first question. Threads may share it.
+    """All pools of an index, opened with the first query. Threads may share it.
 
     Args:
         folder: The index's.
@@ -201,7 +201,7 @@ class CaptionPools:
 
 
 def _pool_of(opened: Sequence[tuple[Pool, list[Piece]]], row: int) -> tuple[Pool, int]:
-    """Return the pool that a row lies in, and the row that is its first."""
+    """Return the pool that holds a row, and the pool's first row."""
     return next(
         (pool, of_pool[0].begin) for pool, of_pool in reversed(opened) if of_pool and of_pool[0].begin <= row
     )
@@ -222,10 +222,10 @@ BLOCK = 65536
 MAX_K = 2048
 # Copying all rows to the GPU costs about as much as this many scans on the CPU.
 FIRST_QUERIES = 32
-# Rows of one index on the GPU, as float32. FAISS adds what is no larger in one piece; a second piece would have it
-# move the first, and so hold all rows twice.
+# Size of one index on the GPU, as float32. FAISS adds so many rows in one piece; with a second piece it would move
+# the first one, and so hold all rows twice.
 GPU_PIECE_BYTES = 255 << 20
-# What FAISS may take beside the rows; by default it takes 1.5 GB.
+# Memory that FAISS may take besides the rows; by default it takes 1.5 GB.
 GPU_SCRATCH_BYTES = 128 << 20
 
 
@@ -234,7 +234,7 @@ class Piece:
     """Neighbouring rows that one thread scans.
 
     Attributes:
-        begin: The number of its first row among all that are scanned together.
+        begin: The number of its first row among all rows of the scan.
         rows: `(N, D)` float16, contiguous; `index` points into it.
         index: FAISS's view of it.
     """
@@ -245,7 +245,7 @@ class Piece:
 
 
 def cut_into_pieces(rows: NDArray[np.float16], begin: int) -> list[Piece]:
-    """Prepare `(N, D)` rows to be scanned, the first of which has the number `begin`; reads none of them."""
+    """Prepare a scan of `(N, D)` rows, the first of which has the number `begin`; read none of them yet."""
     num_pieces = max(1, -(-rows.nbytes // PIECE_BYTES)) if len(rows) else 0
     edges = [len(rows) * piece // num_pieces for piece in range(num_pieces + 1)] if num_pieces else []
     return [
@@ -262,7 +262,7 @@ def scan(
     All scans of a process share as many threads as it has cores, however many queries run at once.
 
     Args:
-        pieces: Of the rows, in order.
+        pieces: The rows, in order.
         embedding: `(D,)`.
         k: How many; fewer if there are fewer rows.
         selected: By row number, whether it counts; None for all.
@@ -297,14 +297,14 @@ def _scan_piece(piece: Piece, embedding: NDArray[np.float32], k: int, mask: NDAr
 
 @functools.cache
 def _threads(process: int) -> ThreadPoolExecutor:
-    """Return the process's threads; a forked one has none of its parent's and makes its own."""
+    """Return the process's threads; a forked process has none of its parent's and makes its own."""
     cores = len(os.sched_getaffinity(process)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # One thread for each piece: OpenMP's own threads would compete with the pool's.
     return ThreadPoolExecutor(cores, "scan", initializer=faiss.omp_set_num_threads, initargs=(1,))
 
 
 def _view(rows: NDArray[np.float16]) -> faiss.Index:
-    """Return an exact inner-product index over rows that stay where they are, and must outlive it.
+    """Return an exact inner-product index over rows that are not copied, and must outlive it.
 
     A FAISS that cannot use foreign memory copies them.
     """
@@ -314,7 +314,7 @@ def _view(rows: NDArray[np.float16]) -> faiss.Index:
             index.add(np.ascontiguousarray(rows[begin : begin + BLOCK], np.float32))
         return index
     pointer = faiss.swig_ptr(rows.view(np.uint8).reshape(-1))
-    # The owner of the empty index is nobody: Python keeps the rows alive, so FAISS need not.
+    # The empty index's owner means nobody: Python keeps the rows alive, so FAISS need not.
     index.codes = faiss.MaybeOwnedVectorUInt8.create_view(pointer, rows.nbytes, index.codes.owner)
     index.ntotal = len(rows)
     return index
@@ -323,7 +323,7 @@ def _view(rows: NDArray[np.float16]) -> faiss.Index:
 class GpuScan:
     """Scans rows on a GPU after enough queries; returns None when the CPU must do it.
 
-    Before that many queries no GPU is even looked for, which would take longer than a search. Float32 takes twice
+    Before, it does not even look for a GPU, which takes longer than a search. Float32 takes twice
     the memory of the rows, and gives the CPU's scores; FAISS's float16 would round them.
 
     Args:
@@ -364,7 +364,7 @@ class GpuScan:
         return k_best(found, k)
 
     def _is_ready(self) -> bool:
-        """Tell whether the GPU has the rows; the first query that makes it worthwhile copies them, others go on."""
+        """Tell whether the GPU has the rows; the first query that makes copying worthwhile copies them."""
         with self._lock:
             self._queries += 1
             if self._queries <= FIRST_QUERIES or self._is_filling:
