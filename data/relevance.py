@@ -88,15 +88,14 @@ class TextRelevance:
     """Mean IoU of one or several kinds of words, between a caption and the captions of a video.
 
     Attributes:
-        kinds: A `(C, words)` matrix of 0 and 1 for each kind of words, such as verbs; its rows are in `order`.
-        order: `(C,)` the captions, those of one video next to each other.
-        begins: `(V + 1,)` where the captions of each video begin in `order`.
-        place: `(C,)` the position of each caption in `order`.
+        kinds: A `(C, words)` matrix of 0 and 1 for each kind of words, such as verbs; captions of one video are next
+            to each other.
+        begins: `(V + 1,)` the first row of each video's captions.
+        place: `(C,)` the row of each caption.
         over: `max` or `mean` over the captions of a video.
     """
 
     kinds: tuple[scipy.sparse.csr_array, ...]
-    order: NDArray[np.int64]
     begins: NDArray[np.int64]
     place: NDArray[np.int64]
     over: str
@@ -210,7 +209,6 @@ def words_relevance(
     said = [[sorted(words) for words in kind] for kind in kinds]
     return TextRelevance(
         tuple(_matrix([kind[row] for row in order.tolist()]) for kind in kinds),
-        order,
         np.concatenate([[0], counts.cumsum()]),
         place,
         over,

@@ -20,9 +20,7 @@ from svb.retrieve.measure.hub_normalisation import (
     Embeddings,
     Normalised,
     check_methods,
-    describe_normalised,
-    normalised_scores,
-    scale_of,
+    measure_normalised,
 )
 from svb.retrieve.measure.query_ranks import RANKS_FILE, Graded, graded_measures, write_ranks
 from svb.retrieve.model.embedder import Embedder
@@ -142,9 +140,10 @@ def evaluate(
         UsageError: A method is unknown, or its query bank would be the queries themselves.
     """
     check_methods(normalise_by, split)
+    torch_device = choose_device(device)
     inputs = open_source(
         Path(source),
-        device=choose_device(device),
+        device=torch_device,
         store=store,
         captions=captions,
         backbone=backbone,
@@ -160,19 +159,16 @@ def evaluate(
     if not positions[split]:
         raise InputError(f"the captions have no {split} split - choose another with --split")
     missing = _missing(inputs, positions[split], split, allow_missing)
-    data = _load(inputs, positions[split], choose_device(device))
+    data = _load(inputs, positions[split], torch_device)
     _require_unseen(inputs, split, data, source)
     embeddings = _embed(embedder, data)
     caption_video = data.video_of
-    ranks_by = {"": _plain_ranks(embeddings, caption_video, v2t_convention, data.caption_video.device)}
-    bank = _bank(inputs, positions["train"], choose_device(device)) if NEEDS_BANK & {*normalise_by} else None
+    ranks_by = {"": _plain_ranks(embeddings, caption_video, v2t_convention, torch_device)}
+    bank = _bank(inputs, positions["train"], torch_device) if NEEDS_BANK & {*normalise_by} else None
     normalised: dict[str, Normalised] = {}
     for method in dict.fromkeys(normalise_by):
-        scale, scale_source = scale_of(method, embedder.weights)
-        t2v, v2t = normalised_scores(method, embeddings, bank, scale)
-        ranks_by[method] = t2v_ranks(t2v, caption_video), v2t_ranks(v2t, caption_video, v2t_convention)
-        normalised[method] = describe_normalised(
-            method, scale, scale_source, bank, ranks_metrics(*ranks_by[method])
+        ranks_by[method], normalised[method] = measure_normalised(
+            method, embeddings, bank, embedder.weights, caption_video, v2t_convention
         )
     graded: dict[str, Graded] = {}
     graded_by_query: dict[str, Any] = {}
@@ -186,11 +182,8 @@ def evaluate(
         )
     selected_on = inputs.config.select_on if is_run else ""
     if ranks is not None:
-        ids = (
-            data.caption_ids,
-            [data.frames.video_ids[row] for row in caption_video.tolist()],
-            data.frames.video_ids,
-        )
+        video_ids = data.frames.video_ids
+        ids = data.caption_ids, [video_ids[row] for row in caption_video.tolist()], video_ids
         how = {"split": split, "model": embedder.fingerprint, "tie_rule": TIE_RULE, "selected_on": selected_on}
         write_ranks(ranks, ranks_by, ids, {**how, "v2t_convention": v2t_convention, **graded_by_query})
     return Evaluation(

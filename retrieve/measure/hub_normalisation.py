@@ -16,7 +16,13 @@ import torch
 from numpy.typing import NDArray
 
 from svb.errors import UsageError
-from svb.train.retrieval_metrics import require_finite_similarities
+from svb.train.retrieval_metrics import (
+    RanksOfBoth,
+    ranks_metrics,
+    require_finite_similarities,
+    t2v_ranks,
+    v2t_ranks,
+)
 
 METHODS = {
     "qb-norm": "QB-Norm, dynamic inverted softmax (Bogolin et al. 2022)",
@@ -125,6 +131,33 @@ def describe_normalised(
         bank_videos=len(bank.videos) if bank else 0,
         metrics=metrics,
     )
+
+
+def measure_normalised(
+    method: str,
+    split: Embeddings,
+    bank: Embeddings | None,
+    weights: Mapping[str, torch.Tensor],
+    caption_video: NDArray[np.int64],
+    v2t_convention: str,
+) -> tuple[RanksOfBoth, Normalised]:
+    """Return the ranks of a split by one of `METHODS`, and their metrics.
+
+    Args:
+        method: `qb-norm` or `dual-softmax`.
+        split: Queries and candidates.
+        bank: The training split, which only qb-norm needs.
+        weights: The model's, which may hold its scale.
+        caption_video: `(C,)` column of each caption's own video.
+        v2t_convention: One of `V2T_CONVENTIONS`.
+
+    Raises:
+        InputError: A value is not finite; the error names the first bad video.
+    """
+    scale, scale_source = scale_of(method, weights)
+    t2v, v2t = normalised_scores(method, split, bank, scale)
+    ranks = t2v_ranks(t2v, caption_video), v2t_ranks(v2t, caption_video, v2t_convention)
+    return ranks, describe_normalised(method, scale, scale_source, bank, ranks_metrics(*ranks))
 
 
 def normalised_scores(
