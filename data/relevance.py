@@ -88,8 +88,8 @@ class TextRelevance:
     """Mean IoU of one or several kinds of words, between a caption and the captions of a video.
 
     Attributes:
-        kinds: A `(C, words)` matrix of 0 and 1 for each kind of words, such as verbs; captions of one video are next
-            to each other.
+        kinds: A `(C, words)` matrix of 0 and 1 for each kind of words, such as verbs; captions of one video are
+            next to each other.
         begins: `(V + 1,)` the first row of each video's captions.
         place: `(C,)` the row of each caption.
         over: `max` or `mean` over the captions of a video.
