@@ -143,10 +143,10 @@ def _request_of(upload: Upload) -> SearchRequest:
 def limited(
     request: SearchRequest, *, max_listed: int = MAX_LISTED, max_returned: int = MAX_RETURNED
 ) -> SearchRequest:
-    """Return a request that lists and asks for no more than a server does.
+    """Return the request, if it lists and asks for no more than a server allows.
 
     Raises:
-        UsageError: It does.
+        UsageError: It lists or asks for more.
     """
     for name in ("plus", "without", "folders", "where"):
         if (number := len(getattr(request, name))) > max_listed:
