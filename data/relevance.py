@@ -127,7 +127,7 @@ class TextRelevance:
         return [(kind.T.tocsr(), np.diff(kind.indptr).astype(np.float32)) for kind in self.kinds]
 
     def among(self, captions: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return the `(c, c)` IoU of single captions with each other, whatever else is said of their videos."""
+        """Return the `(c, c)` IoU of single captions with each other, without other captions of their videos."""
         rows = [kind[self.place[captions]] for kind in self.kinds]
         ious = [_iou(kind, kind.T.tocsr(), np.diff(kind.indptr).astype(np.float32)) for kind in rows]
         among: NDArray[np.float32] = np.mean(ious, axis=0)

@@ -83,8 +83,8 @@ async def _run(server: uvicorn.Server, listener: socket.socket, state: ServerSta
 def announced(cache: Path, url: str, token: str | None) -> Iterator[None]:
     """Announce in the cache, while the `with` lasts, that a server of the index answers at a URL.
 
-    Only this user can read the file, because it holds the token. It names its own folder, so that nobody asks this
-    server about a copy of its index. It replaces the file of a killed server, but never that of a later server.
+    Only this user can read the file, because it holds the token. It names its own folder, so that this server is
+    not asked about a copy of its index. It replaces the file of a killed server, but never that of a later server.
     """
     path = cache / ANNOUNCEMENT
     announcement = {"url": url, "pid": os.getpid(), "token": token, "folder": str(cache.resolve())}

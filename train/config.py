@@ -67,7 +67,7 @@ class TrainConfig:
             `t5:MODEL`, a pretrained T5 from a model hub or a folder.
         decoder_size: Width of the small transformer decoder.
         decoder_layers: Number of layers in the small transformer decoder.
-        decode_fraction: Share of a batch's captions to rebuild, drawn anew each step.
+        decode_fraction: Share of a batch's captions to rebuild, drawn again at each step.
         min_word_count: Leave words rarer than this in training out of the vocabulary.
         captions_per_video: Train on this many captions per video, drawn once; 0 takes all.
         caption_sampling: Draw `one` caption per video in each epoch, or take `all`.

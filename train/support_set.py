@@ -74,7 +74,7 @@ def mix(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Average the support videos' frame sequences time step by time step.
 
-    A video that has ended before a time step takes no part in it; the weights of the others are scaled up.
+    A video that has ended before a time step is left out there; the weights of the others are scaled up.
 
     Args:
         weights: `(B, S)`.

@@ -22,7 +22,7 @@ def config_options(config: type) -> Callable[[Command], Command]:
 
     The help of an option is the field's entry under `Attributes:` in the class's docstring, its default is the
     field's, and `svb.config.option` gives the rest. The command gets the values under the fields'
-    names, so that `config(**values)` is the whole way from the command line to the library.
+    names, so `config(**values)` is all that it needs to call the library.
     """
 
     def decorate(command: Command) -> Command:

@@ -187,7 +187,7 @@ def _rate(path: Path, stream: VideoStream) -> tuple[Fraction, bool]:
     average, least_common = stream.average_rate, stream.base_rate
     if not average:
         raise InputError(
-            f"the frame rate of {path} is not known, and an editor counts frames - write it anew at a rate of "
+            f"the frame rate of {path} is not known, and an editor counts frames - encode it again at a rate of "
             "your choice: `ffmpeg -i FILE -r 25 NEW.mp4`"
         )
     # The least common rate of interlaced video may be that of its fields.

@@ -54,11 +54,11 @@ class SingleFlight(Generic[T]):
             if not self._waiting[task]:
                 del self._waiting[task]
                 if self._ends_unwatched and not task.done():
-                    self._by_name.pop(name, None)  # whoever asks while this ends starts it anew
+                    self._by_name.pop(name, None)  # a request that comes while this ends starts it again
                     task.cancel()
 
     async def close(self) -> None:
-        """Wait until all work has ended; cancel it first if nobody needs it to finish."""
+        """Wait until all work has ended; cancel it first if unwatched work is cancelled anyway."""
         for task in list(self._running) if self._ends_unwatched else []:
             task.cancel()
         await asyncio.gather(*self._running, return_exceptions=True)
