@@ -226,7 +226,7 @@ class TestLayouts:
         (source / "._a.npy").write_bytes(b"what a Mac leaves")
         text = said(source, tmp_path / "out")
         assert f"importing {source} into {tmp_path / 'out'} as {NAME}: a .npy file a video" in text
-        assert "a.npy holds no times: 1 row a second is assumed" in text and text.count("holds no times") == 1
+        assert "a.npy has no times: assuming 1 row a second" in text and text.count("has no times") == 1
         assert text.endswith("3 videos imported; 7 rows of 4 numbers added")
         assert content(tmp_path / "out") == {
             "a": (a.tolist(), [0.0, 1.0, 2.0]),
@@ -237,7 +237,7 @@ class TestLayouts:
         assert record.source_path == str(source / "deep" / "b.npy") and record.decoder == "imported"
         assert record.size_bytes == (source / "deep" / "b.npy").stat().st_size and len(record.content_hash) == 64
         assert record.status == "ok" and np.isnan(record.duration_seconds)
-        assert "holds no times" not in said(source, tmp_path / "faster", fps=2.5)
+        assert "has no times" not in said(source, tmp_path / "faster", fps=2.5)
         assert content(tmp_path / "faster")["a"][1] == [0.0, 0.4, 0.8]
 
     def test_video_features(self, tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ class TestLayouts:
         with pytest.raises(InputError, match="holds flow, rgb - expected one array of features; name it with"):
             imported(source, tmp_path / "out")
         text = said(source, tmp_path / "out", array="rgb", fps=3.0)
-        assert "holds times: they are used instead of --fps" in text and "as video_features writes them" in text
+        assert "has times: using them instead of --fps" in text and "as video_features writes them" in text
         assert content(tmp_path / "out") == {"my_clip": (rgb.tolist(), [0.04, 1.0, 2.5])}
         assert FeatureStore(tmp_path / "out").records["my_clip"].frame_rate == 25.0
 
@@ -438,7 +438,7 @@ REFUSED = {
     "one npy": (lambda f: npy(a=GOOD)(f) / "a.npy", "{s} is one .npy file - give the folder that holds one for ev"),
     "no id": (npz(features=GOOD, video_id=np.array("")), "a.npz: its video_id is empty - give every video an id"),
     "times too few": (npz(features=GOOD, times_seconds=[0.0, 1.0]), "times of shape (2,) for 3 rows - expected on"),
-    "times back": (npz(features=GOOD, times_seconds=[0, 2, 1]), "its times are not finite, ascending numbers - me"),
+    "times back": (npz(features=GOOD, times_seconds=[0, 2, 1]), "its times are not finite, ascending numbers - fi"),
     "times nan": (npz(features=GOOD, times_seconds=[0, 1, np.nan]), "its times are not finite, ascending numbers"),
     "misnamed": (npy(a_rgb=GOOD, a_fps=np.array(1), b=GOOD), "b.npy is not called <video_id>_<feature>.npy, as vi"),
     "no rate": (npy(a_rgb=GOOD, a_fps=GOOD), "a_fps.npy cannot be read (cannot reshape array of size 12"),

@@ -236,7 +236,7 @@ class TestWatch:
         def on_message(line: str) -> None:
             state[0] += 1  # something has changed, once for each message
 
-        with pytest.raises(Interrupted, match="told to stop watching"):
+        with pytest.raises(Interrupted, match="stopped watching"):
             watch(work, lambda: min(state[0], 1), 0.01)
         assert len(runs) == 3
         assert said[1] == f"{error} - trying again when something changes, or in 0.1 s"

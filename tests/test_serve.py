@@ -300,7 +300,7 @@ def test_a_file_is_searched_with_and_removed(worked: Path, served: Serving) -> N
         (b"x", {"request": "{"}, 400, "not valid JSON"),
         (b"x", {"request": '{"image": "/etc/passwd"}'}, 400, "image cannot go with a file"),
         (b"x", {"request": '{"text": "a"}'}, 400, "text cannot go with a file"),
-        (b"x", {"request": '{"span_seconds": [0, 1]}'}, 400, "goes with a video"),
+        (b"x", {"request": '{"span_seconds": [0, 1]}'}, 400, "needs a video"),
         (b"noise", {}, 400, "a b.PNG is no picture"),
         (b"die", {}, 400, "the process that decoded this file died"),
         (b"another", {}, 503, "another model"),
