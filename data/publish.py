@@ -134,13 +134,17 @@ def remove_leftovers(folder: Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def lock_folder(folder: Path) -> int:
+def lock_folder(folder: Path, written: Path | None = None) -> int:
     """Make this process the folder's one writer until it closes the descriptor that is returned, or ends.
+
+    Args:
+        folder: The folder.
+        written: What it serves to write, for the error; by default the folder itself.
 
     Raises:
         StoreError: Another process is writing to it, or the file system has no locks.
     """
-    lock = FolderLock(folder)
+    lock = FolderLock(folder, written)
     lock.take()
     return lock.descriptor
 
@@ -152,8 +156,8 @@ class FolderLock:
         descriptor: The lock's open file; closing it gives the right back.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, written: Path | None = None) -> None:
+        self._written = written or folder
         self.descriptor = os.open(folder / "writer.lock", os.O_RDWR | os.O_CREAT, 0o644)
 
     def take(self, *, shared_with_others: bool = False) -> bool:
@@ -173,8 +177,8 @@ class FolderLock:
             if time.monotonic() >= until:
                 self.close()
                 raise StoreError(
-                    f"cannot lock {self._folder} for writing - another process is writing to it: wait for it to "
-                    "end, or write to another folder with -o"
+                    f"cannot lock {self._written} for writing - another process is writing to it: wait for it to "
+                    "end, or write elsewhere with -o"
                 )
             time.sleep(0.05)
         return True
@@ -201,7 +205,7 @@ class FolderLock:
         except OSError as error:
             self.close()
             raise StoreError(
-                f"the file system of {self._folder} refuses locks ({error.strerror}) - without one, two writers "
+                f"the file system of {self._written} refuses locks ({error.strerror}) - without one, two writers "
                 "could destroy each other's work: write to a local disk, or mount it with locks"
             ) from error
         return True

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
-from collections.abc import Callable, Collection, Sequence
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +19,7 @@ from svb.data.caption_features import CaptionFeatures, read_caption_features, wr
 from svb.data.caption_table import CaptionTable, read_caption_table, split_contents
 from svb.data.datasets import read_dataset, with_names_of
 from svb.data.feature_store import FeatureStore
-from svb.data.publish import published_file, remove_leftovers
+from svb.data.publish import lock_folder, published_file, remove_leftovers
 from svb.device import choose_device
 from svb.errors import InputError, UsageError
 from svb.extract.text_encoders import DEFAULT_TEXT_ENCODER, absolute_name, load_text_encoder
@@ -67,44 +70,75 @@ def captions(
         InputError: The table, or an annotation file, cannot be used.
         UsageError: The data set has no such protocol or split, or no data set is named.
         MismatchError: `out` holds another table or text encoder.
+        StoreError: Another process is writing `out`, or it is damaged.
         ModelUnavailableError: The text encoder's weights cannot be had.
     """
     table, out, text_encoder = Path(table), Path(out), absolute_name(text_encoder)
     read, contents = _read(table, drop_empty, dataset, protocol, splits, store)
     if out.is_dir():
         raise InputError(f"{out} is a folder - name the file to write with -o, such as {out / 'captions.h5'}")
-    existing = read_caption_features(out) if out.exists() else None
-    if existing is not None:
-        settings = existing.settings
-        require_same(
-            {
-                "text_encoder": settings["text_encoder"]["name"],
-                "captions": settings["table_hash"],
-                "dataset": settings.get("dataset"),
-            },
-            {"text_encoder": text_encoder, "captions": contents["table_hash"], "dataset": contents.get("dataset")},
-            what=f"{out}",
-            do_next="Write to another file with -o, or remove this one.",
-        )
-        logger.info(f"nothing to do: {out} holds these {len(read)} captions")
+    if _is_done(out, text_encoder, contents):
         return out
-    encoder = load_text_encoder(text_encoder, choose_device(device))
-    distinct = list(dict.fromkeys(read.captions))
-    features = _encode_in_blocks(encoder, distinct, out, on_progress)
-    cut = [caption for caption in distinct if encoder.num_tokens(caption) > encoder.max_tokens]
-    if cut:
-        logger.info(
-            f"{len(cut)} captions are longer than the {encoder.max_tokens} tokens that {text_encoder} reads; "
-            f"the rest of each was not seen, first of {cut[0][:60]!r}"
-        )
-    row_of = {caption: row for row, caption in enumerate(distinct)}
-    rows = [row_of[caption] for caption in read.captions]
-    settings = {"text_encoder": encoder.settings(), **contents}
-    write_caption_features(out, CaptionFeatures(read, features[rows], settings))
-    for path in _blocks_folder(out).glob("*.npy"):
-        path.unlink()
-    _blocks_folder(out).rmdir()
+    with _blocks_of(out) as blocks:
+        if _is_done(out, text_encoder, contents):  # by whoever had the lock until now
+            return out
+        encoder = load_text_encoder(text_encoder, choose_device(device))
+        distinct = list(dict.fromkeys(read.captions))
+        features = _encode_in_blocks(encoder, distinct, blocks, on_progress)
+        cut = [caption for caption in distinct if encoder.num_tokens(caption) > encoder.max_tokens]
+        if cut:
+            logger.info(
+                f"{len(cut)} captions are longer than the {encoder.max_tokens} tokens that {text_encoder} reads; "
+                f"the rest of each was not seen, first of {cut[0][:60]!r}"
+            )
+        row_of = {caption: row for row, caption in enumerate(distinct)}
+        rows = [row_of[caption] for caption in read.captions]
+        settings = {"text_encoder": encoder.settings(), **contents}
+        write_caption_features(out, CaptionFeatures(read, features[rows], settings))
     return out
+
+
+def _is_done(out: Path, text_encoder: str, contents: Mapping[str, Any]) -> bool:
+    """Return whether `out` is there and holds what it is to hold.
+
+    Raises:
+        MismatchError: It holds another table or text encoder.
+    """
+    if not out.exists():
+        return False
+    existing = read_caption_features(out)
+    settings = existing.settings
+    require_same(
+        {
+            "text_encoder": settings["text_encoder"]["name"],
+            "captions": settings["table_hash"],
+            "dataset": settings.get("dataset"),
+        },
+        {"text_encoder": text_encoder, "captions": contents["table_hash"], "dataset": contents.get("dataset")},
+        what=f"{out}",
+        do_next="Write to another file with -o, or remove this one.",
+    )
+    logger.info(f"nothing to do: {out} holds these {len(existing.table)} captions")
+    return True
+
+
+@contextlib.contextmanager
+def _blocks_of(out: Path) -> Iterator[Path]:
+    """Yield the folder of the finished blocks of `out`, locked; it stays only if there are some and no `out`.
+
+    Raises:
+        StoreError: Another process is writing `out`.
+    """
+    folder = out.parent / f".{out.name}.blocks"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(folder, out)
+    try:
+        remove_leftovers(folder)
+        yield folder
+    finally:
+        if out.exists() or not any(folder.glob("*.npy")):
+            shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
 
 
 def _read(
@@ -135,11 +169,8 @@ def _read(
 
 
 def _encode_in_blocks(
-    encoder: TextEncoder, distinct: Sequence[str], out: Path, on_progress: Callable[[int, int], None]
+    encoder: TextEncoder, distinct: Sequence[str], folder: Path, on_progress: Callable[[int, int], None]
 ) -> NDArray[np.float16]:
-    folder = _blocks_folder(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
     features = np.empty((len(distinct), encoder.feature_size), np.float16)
     for begin in range(0, len(distinct), BLOCK):
         block = distinct[begin : begin + BLOCK]
@@ -163,10 +194,6 @@ def _as_stored(features: NDArray[np.float32], captions: Sequence[str]) -> NDArra
             "holds finite values up to 65504; choose another text encoder"
         )
     return stored
-
-
-def _blocks_folder(out: Path) -> Path:
-    return out.parent / f".{out.name}.blocks"
 
 
 def _hash_table(table: CaptionTable) -> str:

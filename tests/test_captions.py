@@ -133,6 +133,23 @@ def test_blocks_of_another_encoder_are_not_taken(
     assert letters.asked == ["a", "b", "a", "b", "c", "d"]
 
 
+def test_two_at_once_into_one_file(letters: Letters, tmp_path: Path) -> None:
+    given, out = table(tmp_path / "t.csv", "a dog", "a cat"), tmp_path / "c.h5"
+    encode, refusals = letters.encode_batch, []
+
+    def encode_beside_another(batch: Sequence[str]) -> torch.Tensor:
+        with pytest.raises(StoreError, match=rf"cannot lock {out} .* another process is writing to it") as caught:
+            run(given, out)
+        refusals.append(caught.value)
+        return encode(batch)
+
+    letters.encode_batch = encode_beside_another  # type: ignore[method-assign]
+    run(given, out)
+    assert len(refusals) == 1
+    np.testing.assert_array_equal(read_caption_features(out).features, counts(["a dog", "a cat"]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.h5", "t.csv"]
+
+
 def test_the_second_run_does_nothing(letters: Letters, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given, out = table(tmp_path / "t.csv", "a dog", "a cat"), tmp_path / "c.h5"
     run(given, out)
