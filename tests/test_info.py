@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,15 @@ def test_a_screenful_and_what_to_do_next(
     held = json.loads(run_svb("info", path, "--json").stdout)
     everything = run_svb("info", path, "--all").stdout.splitlines()
     assert everything[:2] == [f"path: {path}", f"kind: {held['kind']}"] and len(everything) > len(held)
+
+
+def test_a_run_is_described_without_torch(indexed_run: Path) -> None:
+    code = "import sys; from svb.cli import run; sys.exit(run(sys.argv[1:]) or 'torch' in sys.modules)"
+    shown = subprocess.run(
+        [sys.executable, "-c", code, "info", str(indexed_run)], capture_output=True, text=True, check=False
+    )
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "best" in shown.stdout and "R@1" in shown.stdout
 
 
 def test_a_store_with_failures_names_the_command_that_lists_them(tmp_path: Path, run_svb: RunSvb) -> None:

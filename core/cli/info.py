@@ -148,14 +148,16 @@ def _describe_captions(path: Path) -> dict[str, Any]:
 
 
 def _describe_run(path: Path) -> dict[str, Any]:
-    from svb.train.checkpoint import load_checkpoint
+    from svb.data.description import read_description
     from svb.train.config import selection_note
-    from svb.train.run import read_run
 
-    description = read_run(path)
+    description = read_description(path / "config.json", kind="a run", make=f"svb train -o {path}")
     note = selection_note(description["config"].get("select_on", "val"))
-    held = {name: load_checkpoint(path / name) for name in ("best", "last") if (path / name).is_dir()}
-    checkpoints = {name: {"epoch": c.epoch, **c.metrics} for name, c in held.items()}
+    checkpoints = {}
+    for name in ("best", "last"):
+        if (path / name).is_dir():  # its JSON says what is printed; the weights would need torch
+            held = read_description(path / name / "checkpoint.json", kind="a whole checkpoint", make="svb train")
+            checkpoints[name] = {"epoch": held["epoch"], **held["metrics"]}
     stamp = {"note": note} if note else {}
     return {
         **stamp,
@@ -197,8 +199,13 @@ def _verify_captions(path: Path) -> list[str]:
 
 
 def _verify_run(path: Path) -> list[str]:
-    held = _describe_run(path)  # reads every file against its hash
+    from svb.train.checkpoint import load_checkpoint
+
+    held = _describe_run(path)
     missing = [name for name in ("best", "last") if name not in held]
+    for name in ("best", "last"):
+        if name in held:
+            load_checkpoint(path / name)  # reads every file against its hash
     return [f"{path / name} is missing: the training has not got that far, or it was removed" for name in missing]
 
 
