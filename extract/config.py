@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from svb.config import option, require_same
 from svb.device import PRECISIONS, describe_device
-from svb.errors import InputError, MismatchError, UsageError
+from svb.errors import UsageError
 from svb.extract.backbones import DEFAULT_BACKBONE, absolute_name, package_versions
-from svb.extract.backbones.transform import stored_transform
-from svb.extract.decode.options import DecodeOptions, Limits
+from svb.extract.decode.options import DecodeOptions, Limits, decoder_settings
 from svb.extract.decode.sampling import Sampling
 from svb.extract.inputs import FolderRules
 
@@ -405,27 +404,6 @@ class ExtractConfig:
         }
 
 
-def require_same_transforms(stored: Mapping[str, Any], wanted: Mapping[str, Any], out: Path) -> None:
-    """Refuse to add to a store whose frames were prepared in another way; `stored` and `wanted` are settings.
-
-    svb once scaled the short side for every backbone, with bicubic, whatever its library says.
-
-    Raises:
-        MismatchError: Names the backbone, both ways, and the command that extracts anew.
-    """
-    for name, settings in wanted["backbones"].items():
-        held = stored["backbones"].get(name, {})
-        if "resize" not in held or settings["weights_hash"] != held["weights_hash"]:
-            continue
-        before, now = stored_transform(held), stored_transform(settings)
-        if before != now:
-            raise MismatchError(
-                f"frames in the feature store {out} were not prepared for {name} as it wants them: there {before}, "
-                f"but the model was trained on: {now} - extract into a new store with `svb extract VIDEOS -o "
-                f"{out}-new --backbone {name}`; this one can still be trained on, indexed and searched"
-            )
-
-
 def words_of_older_reader(path: Path, description: Mapping[str, Any]) -> str:
     """Return what to say of a store whose first videos were read by an older svb, from its description."""
     is_older: bool = description.get("provenance", {}).get("reader", 1) < READER
@@ -436,53 +414,3 @@ def words_of_older_reader(path: Path, description: Mapping[str, Any]) -> str:
         "other kinds of files otherwise - extract into another folder to read all alike; docs/extraction.md lists "
         "the kinds"
     )
-
-
-def decoder_settings(options: DecodeOptions) -> dict[str, Any]:
-    """Return a decoder, its version and what it does beyond the ordinary, as stored and fingerprinted."""
-    size = options.resize_px
-    beyond = {
-        "fast": options.fast,
-        "hwaccel": options.hwaccel,
-        "resize_px": list(size) if isinstance(size, tuple) else size,
-        "interpolation": options.interpolation if options.interpolation != "bicubic" else None,
-    }
-    return {**_name_and_version(options.decoder), **{name: value for name, value in beyond.items() if value}}
-
-
-def stored_decode_options(settings: Mapping[str, Any]) -> DecodeOptions:
-    """Return how the videos of a store were decoded, from its settings.
-
-    Raises:
-        InputError: The features were not computed from video here, or each video had times of its own.
-    """
-    decoder, sampling = settings["decoder"], settings["sampling"]
-    if "times" in sampling:
-        raise InputError(
-            "the videos of this store were sampled at times of their own - another file can only be compared with "
-            "a store that was extracted with --fps, --frames or their like"
-        )
-    return DecodeOptions(
-        Sampling(**sampling),
-        decoder["name"],
-        fast=decoder.get("fast", False),
-        hwaccel=decoder.get("hwaccel"),
-        resize_px=stored_resize_px(decoder),
-        interpolation=decoder.get("interpolation", "bicubic"),
-    )
-
-
-def stored_resize_px(decoder: Mapping[str, Any]) -> int | tuple[int, int] | None:
-    """Return the size that a store's decoder scaled frames to, as `DecodeOptions` has it."""
-    size: int | list[int] | None = decoder.get("resize_px")
-    return (size[0], size[1]) if isinstance(size, list) else size
-
-
-def _name_and_version(decoder: str) -> dict[str, Any]:
-    if decoder == "pyav":
-        import av
-
-        return {"name": "pyav", "version": f"{av.__version__}, libavcodec {av.library_versions['libavcodec'][0]}"}
-    import imageio_ffmpeg
-
-    return {"name": "ffmpeg", "version": imageio_ffmpeg.get_ffmpeg_version()}

@@ -13,7 +13,7 @@ from svb.data.feature_store import FeatureStore
 from svb.device import choose_device
 from svb.errors import InputError, UsageError
 from svb.extract.backbones.engine import load_matching_backbone
-from svb.extract.config import decoder_settings, stored_decode_options
+from svb.extract.decode.options import decoder_settings, stored_decode_options
 from svb.extract.one_file import extract_file
 from svb.extract.plan import is_done
 

@@ -10,8 +10,8 @@ import pytest
 from numpy.typing import NDArray
 
 from svb.extract.decode import ffmpeg_decoder, pyav_decoder
-from svb.extract.decode.decoder import DecodeEnd, DecodeError, Decoder, FrameChunk, VideoProperties, resized
-from svb.extract.decode.options import DecodeOptions
+from svb.extract.decode.decoder import DecodeEnd, DecodeError, Decoder, FrameChunk, VideoProperties
+from svb.extract.decode.options import DecodeOptions, resized
 from svb.extract.decode.sampling import Sampling
 
 DECODERS: dict[str, Decoder] = {"pyav": pyav_decoder.decode, "ffmpeg": ffmpeg_decoder.decode}

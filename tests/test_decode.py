@@ -12,7 +12,7 @@ import pytest
 from decoding import B_FRAMES, DECODERS, Decoded, each_decoder, failure, run
 
 from svb.extract.decode import decoder as decode_module
-from svb.extract.decode import ffmpeg_decoder, ffmpeg_filters, pyav_decoder
+from svb.extract.decode import ffmpeg_arguments, ffmpeg_decoder, pyav_decoder
 from svb.extract.decode.choice import FrameChooser
 from svb.extract.decode.decoder import DecodeEnd, Decoder, FrameChunk, VideoProperties, judge_end
 from svb.extract.decode.options import DecodeOptions
@@ -282,12 +282,12 @@ def test_transparent_webp_is_seen_on_white(tmp_path: Path) -> None:
 
 def test_selecting_thousands_of_positions_fits_into_an_argument() -> None:
     positions = range(0, 10_000_000, 2000)
-    expression = ffmpeg_filters.select_expression(Sampling(frames=5000), ffmpeg_filters.Choice(positions))
+    expression = ffmpeg_arguments.select_expression(Sampling(frames=5000), ffmpeg_arguments.Choice(positions))
     assert len(positions) == 5000
     assert len(expression) < 120_000
-    targets = ffmpeg_filters.Choice(targets_seconds=[number / 29.97 for number in range(100_000, 102_000)])
-    assert len(ffmpeg_filters.select_expression(Sampling(frames=2000), targets)) < 120_000
-    assert ffmpeg_filters.select_expression(Sampling(frames=5001), ffmpeg_filters.Choice(range(5001))) == "1"
+    targets = ffmpeg_arguments.Choice(targets_seconds=[number / 29.97 for number in range(100_000, 102_000)])
+    assert len(ffmpeg_arguments.select_expression(Sampling(frames=2000), targets)) < 120_000
+    assert ffmpeg_arguments.select_expression(Sampling(frames=5001), ffmpeg_arguments.Choice(range(5001))) == "1"
 
 
 def test_a_clock_that_jumps_back_gives_no_frame_twice() -> None:

@@ -22,9 +22,8 @@ from svb.errors import MismatchError, SvbError, UsageError
 from svb.extract.backbones import engine, graph, load_backbone
 from svb.extract.backbones.backbone import Backbone
 from svb.extract.backbones.graph import backbone_key, graphs_folder
-from svb.extract.backbones.transform import Transform, stored_transform
+from svb.extract.backbones.transform import Transform, squares_by_pil, stored_transform
 from svb.extract.compute.packing import Packer
-from svb.extract.compute.squares import squares_by_pil
 from svb.extract.compute.transform import to_squares
 from svb.extract.config import ExtractConfig
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ import clips
 import field_coded
 import numpy as np
 import pytest
-from decoding import B_FRAMES, EVERY_FRAME, each_decoder, failure, run
+from decoding import B_FRAMES, DECODERS, EVERY_FRAME, each_decoder, failure, run
 
 from svb.data.rows import VideoRecord
 from svb.extract.decode import choice, pyav_decoder
@@ -28,6 +29,7 @@ from svb.extract.decode.sampling import Sampling
 from svb.extract.plan import plan_videos
 from svb.retrieve.model.query_media import _within
 
+FRAGMENTS = ("-movflags", "frag_keyframe+empty_moov+default_base_moof", "-g", "10")
 SDR = "scale=out_color_matrix=bt709:out_range=tv,format=yuv444p,setparams=color_primaries=bt709:color_trc=bt709"
 
 
@@ -208,8 +210,7 @@ class TestClocks:
             assert run(decoder, path, EVERY_FRAME).end == DecodeEnd("ok")
 
     def test_fragments_of_a_clock_that_began_long_ago(self, decoder: Decoder, tmp_path: Path) -> None:
-        flags = ("-movflags", "frag_keyframe+empty_moov+default_base_moof", "-g", "10")
-        path = clips.make_clip(tmp_path / "a.mp4", extra=flags)
+        path = clips.make_clip(tmp_path / "a.mp4", extra=FRAGMENTS)
         data = bytearray(path.read_bytes())
         scale = struct.unpack(">I", data[(at := data.index(b"mdhd") + 16) : at + 4])[0]
         at = -1
@@ -245,24 +246,116 @@ class TestClocks:
         assert len(run(decoder, path, EVERY_FRAME).times_seconds) == num_frames
 
 
-@pytest.mark.parametrize("sound", [(), ("-f", "lavfi", "-i", "sine=duration=2", "-c:a", "libvorbis")])
-@pytest.mark.parametrize("codec", ["libtheora", "libvpx"])
-def test_joined_ogg(sound: tuple[str, ...], codec: str, tmp_path: Path) -> None:
+@each_decoder
+def test_an_index_that_a_live_stream_repeats(decoder: Decoder, tmp_path: Path) -> None:
+    path = clips.make_clip(tmp_path / "a.mp4", extra=FRAGMENTS)
+    data = path.read_bytes()
+    first = data.index(b"moof") - 4
+    second = data.index(b"moof", first + 8) - 4
+    path.write_bytes(data[:second] + data[:first] + data[second:])
+    decoded = run(decoder, path, EVERY_FRAME)
+    assert decoded.end == DecodeEnd("ok") and len(decoded.times_seconds) == clips.count_frames(path) == 20
+
+
+@each_decoder
+@pytest.mark.parametrize(
+    ("name", "codec", "is_whole"),
+    [
+        ("a.mkv", clips.X264, True), ("a.webm", ("-c:v", "libvpx"), True), ("a.avi", ("-c:v", "mpeg4"), True),
+        ("a.vob", ("-c:v", "mpeg2video"), True), ("a.gif", (), True),
+        ("a.mp4", clips.X264, False), ("b.mp4", (*clips.X264, *FRAGMENTS), False),
+        ("a.flv", clips.X264, False), ("a.wmv", ("-c:v", "wmv2"), False),
+    ],
+)  # fmt: skip
+def test_other_joined_files(
+    decoder: Decoder, name: str, codec: tuple[str, ...], is_whole: bool, tmp_path: Path
+) -> None:
+    """They are read whole, or the record says what was not read."""
+    parts = [
+        clips.make_clip(tmp_path / f"{grey}-{name}", source=f"color=c=0x{grey}{grey}{grey}", codec=codec)
+        for grey in ("20", "a0")
+    ]
+    assert [clips.count_frames(part) for part in parts] == [20, 20]
+    decoded = run(decoder, join(tmp_path / name, *parts), EVERY_FRAME)
+    greys = decoded.frames.mean(axis=(1, 2, 3))
+    if is_whole:
+        assert (decoded.end.status, decoded.end.error) == ("ok", "")
+        np.testing.assert_allclose(greys, np.repeat([0x20, 0xA0], 20), atol=4)
+    else:
+        assert (decoded.end.status, decoded.end.cause) == ("partial", "truncated")
+        assert "; 2 recordings were joined here, and not all of them can be read" in decoded.end.error
+        np.testing.assert_allclose(greys[:20], np.repeat(0x20, 20), atol=4)
+        assert len(greys) < 40
+
+
+VORBIS = ("-f", "lavfi", "-i", "sine=duration=2", "-c:a", "libvorbis")
+
+
+def make_ogg_parts(folder: Path, codec: str, sound: tuple[str, ...] = ()) -> list[Path]:
+    """Write three clips of 20 frames; the second one is larger."""
     parts = []
-    for size in ("64x48", "96x64", "64x48"):
+    for number, size in enumerate(("64x48", "96x64", "64x48")):
         source = ("-f", "lavfi", "-i", f"testsrc2=size={size}:rate=10:duration=2", *sound[:4])
-        parts.append(tmp_path / f"{len(parts)}.ogv")
-        clips.run_ffmpeg(*source, "-c:v", codec, *sound[4:], "-g", "5", f"file:{parts[-1]}")
-    path = join(tmp_path / "a.ogv", *parts)
-    assert [clips.count_frames(part) for part in parts] == [20, 20, 20]
-    alone = [run(pyav_decoder.decode, part, DecodeOptions(EVERY_FRAME, resize_px=16)) for part in parts]
-    joined = run(pyav_decoder.decode, path, DecodeOptions(EVERY_FRAME, resize_px=16))
-    assert joined.end == DecodeEnd("ok", duration_seconds=pytest.approx(6, abs=0.2))
-    np.testing.assert_allclose(joined.times_seconds, np.arange(60) / 10, atol=0.01)
-    np.testing.assert_array_equal(joined.frames[:20], alone[0].frames)
-    np.testing.assert_array_equal(joined.frames[40:], alone[2].frames)
-    eight = run(pyav_decoder.decode, path, DecodeOptions(Sampling(frames=8), resize_px=16))
-    np.testing.assert_allclose(eight.times_seconds, (np.arange(8) + 0.5) * 6 / 8, atol=0.2)
+        parts.append(clips.draw(folder / f"{number}.ogv", *source, "-c:v", codec, *sound[4:], "-g", "5"))
+    return parts
+
+
+@each_decoder
+class TestOgg:
+    @pytest.mark.parametrize(("codec", "sound"), [("libtheora", ()), ("libtheora", VORBIS), ("libvpx", VORBIS)])
+    def test_joined(self, decoder: Decoder, sound: tuple[str, ...], codec: str, tmp_path: Path) -> None:
+        parts = make_ogg_parts(tmp_path, codec, sound)
+        assert [clips.count_frames(part) for part in parts] == [20, 20, 20]
+        path = join(tmp_path / "a.ogv", *parts)
+        alone = [run(decoder, part, DecodeOptions(EVERY_FRAME, resize_px=16)) for part in parts[::2]]
+        whole = run(decoder, path, DecodeOptions(EVERY_FRAME, resize_px=16))
+        assert whole.end == DecodeEnd("ok", duration_seconds=pytest.approx(6, abs=0.2))
+        np.testing.assert_allclose(whole.times_seconds, np.arange(60) / 10, atol=0.01)
+        np.testing.assert_array_equal(whole.frames[:20], alone[0].frames)
+        np.testing.assert_array_equal(whole.frames[40:], alone[1].frames)
+        eight = run(decoder, path, DecodeOptions(Sampling(frames=8), resize_px=16, fast=bool(sound)))
+        np.testing.assert_allclose(eight.times_seconds, (np.arange(8) + 0.5) * 6 / 8, atol=0.2)
+
+    def test_a_cut(self, decoder: Decoder, tmp_path: Path) -> None:
+        parts = make_ogg_parts(tmp_path, "libtheora")
+        path, whole = tmp_path / "a.ogv", [part.read_bytes() for part in parts]
+        for number in range(3):
+            cut = [data[: len(data) * 2 // 3] if n == number else data for n, data in enumerate(whole)]
+            (tmp_path / "cut.ogv").write_bytes(cut[number])
+            num_frames = clips.count_frames(tmp_path / "cut.ogv")
+            assert 0 < num_frames < 20
+            path.write_bytes(b"".join(cut))
+            for file, count, where in (
+                (tmp_path / "cut.ogv", num_frames, "the file is cut"),
+                (path, 40 + num_frames, f"part {number + 1} of 3 is cut"),
+            ):
+                decoded = run(decoder, file, EVERY_FRAME)
+                assert len(decoded.times_seconds) == count
+                assert (decoded.end.status, decoded.end.cause) == ("partial", "truncated")
+                assert re.fullmatch(rf"decoded {(count - 1) / 10:.1f} s; {where}", decoded.end.error)
+
+    def test_a_part_that_gives_nothing(self, decoder: Decoder, tmp_path: Path) -> None:
+        parts = make_ogg_parts(tmp_path, "libtheora")
+        sound = tmp_path / "sound.ogg"
+        clips.run_ffmpeg("-f", "lavfi", "-i", "sine=duration=2", "-c:a", "libvorbis", f"file:{sound}")
+        decoded = run(decoder, join(tmp_path / "a.ogv", parts[0], sound, parts[2]), EVERY_FRAME)
+        assert (decoded.end.status, decoded.end.cause) == ("partial", "concealed_errors")
+        assert len(decoded.times_seconds) == 40
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(fps=3), Sampling(every_nth=7), Sampling(keyframes=True), Sampling(scenes=0.02),
+        Sampling(times_seconds=(0.5, 2.55, 5.95)), Sampling(frames=5),
+    ],
+)  # fmt: skip
+def test_both_decoders_take_the_same_frames_of_a_joined_ogg(sampling: Sampling, tmp_path: Path) -> None:
+    path = join(tmp_path / "a.ogv", *make_ogg_parts(tmp_path, "libtheora"))
+    ours, theirs = (run(decoder, path, DecodeOptions(sampling, resize_px=16)) for decoder in DECODERS.values())
+    np.testing.assert_allclose(ours.times_seconds, theirs.times_seconds, atol=1e-9)
+    np.testing.assert_array_equal(ours.frames, theirs.frames)
+    assert len(ours.times_seconds) > 2 and ours.end == theirs.end
 
 
 def test_a_picture_that_stays_to_the_end_is_no_loss(tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from decoding import B_FRAMES, DECODERS, each_decoder, run, times_of
 
 from svb.errors import InputError, UsageError
 from svb.extract.decode import decoder as decode_module
-from svb.extract.decode import ffmpeg_decoder, ffmpeg_filters, ffmpeg_process, pyav_decoder
+from svb.extract.decode import ffmpeg_arguments, ffmpeg_process, pyav_decoder
 from svb.extract.decode.choice import StretchList
-from svb.extract.decode.decoder import DecodeEnd, DecodeError, Decoder, FrameChunk, resized
+from svb.extract.decode.decoder import DecodeEnd, DecodeError, Decoder, FrameChunk
 from svb.extract.decode.ffmpeg_process import require_hwaccel
-from svb.extract.decode.options import DecodeOptions
+from svb.extract.decode.options import DecodeOptions, resized
 from svb.extract.decode.sampling import Sampling, read_times, shown_at
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -342,8 +342,8 @@ class TestHardware:
 
     def test_the_arguments(self) -> None:
         options = DecodeOptions(Sampling(fps=1), decoder="ffmpeg", hwaccel="cuda", fast=True)
-        source = ffmpeg_decoder._Source(Path("a.mp4"), 7, options)
-        arguments = ffmpeg_decoder._decode_arguments(source, ffmpeg_filters.Choice(), 8)
+        source = ffmpeg_arguments.Source(Path("a.mp4"), 7, options)
+        arguments = ffmpeg_arguments.decode_arguments(source, ffmpeg_arguments.Choice(), 8)
         before_input = arguments[: arguments.index("-i")]
         for option, value in (("-hwaccel", "cuda"), ("-skip_frame", "noref"), ("-threads", "1")):
             assert before_input[before_input.index(option) + 1] == value

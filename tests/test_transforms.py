@@ -33,7 +33,7 @@ from svb.extract.backbones.backbone import Backbone
 from svb.extract.backbones.engine import load_matching_backbone
 from svb.extract.backbones.transform import PLAIN, Transform, stored_transform
 from svb.extract.compute.transform import to_squares
-from svb.extract.config import stored_decode_options
+from svb.extract.decode.options import stored_decode_options
 from svb.extract.one_file import OneFile
 
 CPU = torch.device("cpu")

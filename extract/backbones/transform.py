@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from svb.errors import UsageError
+from svb.errors import MismatchError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 MODES = ("shortest", "squash", "longest")
 INTERPOLATIONS = ("bilinear", "bicubic")
@@ -150,3 +155,52 @@ def cannot_prepare(name: str, wanted: str, expected: str) -> UsageError:
     return UsageError(
         f"{name} wants {wanted}, which svb cannot prepare - expected {expected}: choose another model"
     )
+
+
+def require_same_transforms(stored: Mapping[str, Any], wanted: Mapping[str, Any], out: Path) -> None:
+    """Refuse to add to a store whose frames were prepared in another way; `stored` and `wanted` are settings.
+
+    svb once scaled the short side for every backbone, with bicubic, whatever its library says.
+
+    Raises:
+        MismatchError: Names the backbone, both ways, and the command that extracts anew.
+    """
+    for name, settings in wanted["backbones"].items():
+        held = stored["backbones"].get(name, {})
+        if "resize" not in held or settings["weights_hash"] != held["weights_hash"]:
+            continue
+        before, now = stored_transform(held), stored_transform(settings)
+        if before != now:
+            raise MismatchError(
+                f"frames in the feature store {out} were not prepared for {name} as it wants them: there {before}, "
+                f"but the model was trained on: {now} - extract into a new store with `svb extract VIDEOS -o "
+                f"{out}-new --backbone {name}`; this one can still be trained on, indexed and searched"
+            )
+
+
+def squares_by_pil(frames: NDArray[np.uint8], transform: Transform) -> NDArray[np.uint8]:
+    """Scale frames and crop or pad them by PIL: for a few frames, without torch.
+
+    PIL is what the networks were trained with; `svb.extract.compute.transform` comes within 2 of 255 of it.
+
+    Args:
+        frames: `(T, H, W, 3)` uint8.
+        transform: How; it must ask for antialiasing.
+
+    Returns:
+        `(T, 3, S, S)` uint8.
+    """
+    import numpy as np
+    from PIL import Image
+
+    size = transform.image_size
+    height, width = transform.scaled_px(*frames.shape[1:3])
+    box = round(max(width - size, 0) / 2), round(max(height - size, 0) / 2)
+    place = max(size - width, 0) // 2, max(size - height, 0) // 2
+    squares = np.empty((len(frames), 3, size, size), np.uint8)
+    for frame, square in zip(frames, squares, strict=True):
+        scaled = Image.fromarray(frame).resize((width, height), Image.Resampling[transform.interpolation.upper()])
+        canvas = Image.new("RGB", (size, size), transform.fill)
+        canvas.paste(scaled.crop((*box, min(box[0] + size, width), min(box[1] + size, height))), place)
+        square[:] = np.asarray(canvas).transpose(2, 0, 1)
+    return squares

@@ -57,21 +57,29 @@ class RunningClock:
 
     Attributes:
         restarts: How often a clock started again.
+        parts: How many parts there were before this one, in a file that is known to be joined.
     """
 
     def __init__(self) -> None:
-        self.restarts = 0
+        self.restarts = self.parts = 0
+        self._is_new = False
         self._step = DEFAULT_STEP_SECONDS
         self._offset = self._offset_before = 0.0
         self._last = -math.inf
+
+    def begin_part(self) -> None:
+        """Have the next frame follow the last one, whatever its time: another part of a joined file begins."""
+        self.parts += 1
+        self._is_new = self._last > -math.inf
 
     def running(self, time_seconds: float) -> float:
         """Return the time that a frame has on a clock that runs on; the file's own time before any restart."""
         running = time_seconds + self._offset
         before = time_seconds + self._offset_before
-        if self._last < before < self._last + RESTART_SECONDS < running:
+        if not self._is_new and self._last < before < self._last + RESTART_SECONDS < running:
             self._offset, running = self._offset_before, before
-        elif running < self._last - RESTART_SECONDS:
+        elif self._is_new or running < self._last - RESTART_SECONDS:
+            self._is_new = False
             self.restarts += 1
             self._offset_before = self._offset
             self._offset = self._last + self._step - time_seconds

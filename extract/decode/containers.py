@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import math
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 # An MP4's fragments begin after a few boxes.
 MAX_BOXES_BEFORE_FRAGMENTS = 50
@@ -19,9 +21,11 @@ TS_PACKET_BYTES, TS_SYNC_BYTE = 188, b"\x47"
 TS_BYTES_LOOKED_AT = 2**20
 
 # Of a page of Ogg: https://www.rfc-editor.org/rfc/rfc3533#section-6
-OGG_HEADER_BYTES, MAX_OGG_SEGMENTS, OGG_FIRST_PAGE = 27, 255, 2
+OGG_SYNC, OGG_HEADER_BYTES, MAX_OGG_SEGMENTS, OGG_FIRST_PAGE = b"OggS", 27, 255, 2
 # The rest of the file counts as one part.
 MAX_OGG_PARTS = 1000
+
+FLV_HEADER_BYTES, ASF_BEGIN = 13, bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
 
 # Matroska's names of elements: https://www.matroska.org/technical/elements.html
 _SEGMENT, _TRACKS, _TRACK, _TRACK_TYPE, _VIDEO = 0x18538067, 0x1654AE6B, 0xAE, 0x83, 0xE0
@@ -86,28 +90,114 @@ def _is_scrambled(path: Path) -> bool:
     return sum(control != 0 for control in controls) > len(controls) / 2
 
 
-def ogg_parts(path: Path) -> list[tuple[int, int]]:
-    """Return where the parts of a joined Ogg file begin and end, in bytes; empty if a file is not joined.
+@dataclass(frozen=True)
+class OggPart:
+    """A part of an Ogg file, from the byte `begin` to before the byte `end`; `is_cut` if it ends amid a page."""
 
-    libavformat reads the first part, and others only if they hold a single stream.
+    begin: int
+    end: int
+    is_cut: bool
+
+
+def ogg_parts(path: Path) -> list[OggPart]:
+    """Return the parts that an Ogg file was joined of, one for an ordinary one, none if the file is no Ogg.
+
+    libavformat reads the first part, and others only if they hold a single stream. It notices no cut: the
+    length that an Ogg promises is the time on its last page.
     """
     begins: list[int] = []
-    at = 0
-    was_first_page = False
+    are_cut: list[bool] = []
+    was_first, page_end = False, 0
     with path.open("rb") as file:
-        size = file.seek(0, 2)
-        while at + OGG_HEADER_BYTES <= size and len(begins) < MAX_OGG_PARTS:
-            file.seek(at)
-            header = file.read(OGG_HEADER_BYTES + MAX_OGG_SEGMENTS)
-            if header[:4] != b"OggS":
+        size = file.seek(0, os.SEEK_END)
+        for begin, end, is_first in _ogg_pages(file, size):
+            if is_first and not was_first:
+                are_cut += [page_end > begin] if begins else []
+                begins.append(begin)
+            was_first, page_end = is_first, end
+            if len(begins) == MAX_OGG_PARTS:
                 break
-            is_first_page = bool(header[5] & OGG_FIRST_PAGE)
-            if is_first_page and not was_first_page:
-                begins.append(at)
-            was_first_page = is_first_page
+    ends = [*begins[1:], size]
+    return [OggPart(*part) for part in zip(begins, ends, [*are_cut, page_end > size], strict=False)]
+
+
+def _ogg_pages(file: BinaryIO, size: int) -> Iterator[tuple[int, int, bool]]:
+    """Yield where each page begins, where it says that it ends, and whether it is the first of a stream."""
+    begin, at = 0, 0
+    while 0 <= at < size:
+        file.seek(at)
+        header = file.read(OGG_HEADER_BYTES + MAX_OGG_SEGMENTS)
+        if not header.startswith(OGG_SYNC):
+            if at == 0:
+                return
+            at = _find(file, OGG_SYNC, begin + len(OGG_SYNC))  # the page was cut, or something else follows it
+            continue
+        begin, at = at, size + 1
+        if len(header) >= OGG_HEADER_BYTES:
             segments = header[OGG_HEADER_BYTES : OGG_HEADER_BYTES + header[26]]
-            at += OGG_HEADER_BYTES + len(segments) + sum(segments)
-    return list(zip(begins, [*begins[1:], size], strict=True)) if len(begins) > 1 else []
+            at = begin + OGG_HEADER_BYTES + len(segments) + sum(segments)
+        yield begin, at, len(header) > 5 and bool(header[5] & OGG_FIRST_PAGE)
+
+
+def _find(file: BinaryIO, wanted: bytes, start: int) -> int:
+    """Return where these bytes are first found from a place on; -1 if they are not."""
+    file.seek(start)
+    before = b""
+    while block := file.read(2**20):
+        found = (before + block).find(wanted)
+        if found >= 0:
+            return start - len(before) + found
+        start += len(block)
+        before = block[1 - len(wanted) :]
+    return -1
+
+
+def what_is_missing(path: Path, parts: Sequence[OggPart]) -> str:
+    """Return what the record says of what a file's bytes show to be missing; empty if nothing is.
+
+    `parts` are those of an Ogg file.
+    """
+    if num_unread := _num_unread_recordings(path):
+        return f"{1 + num_unread} recordings were joined here, and not all of them can be read: split the file"
+    if len(parts) == 1:
+        return "the file is cut" if parts[0].is_cut else ""
+    cut = (number for number, part in enumerate(parts, 1) if part.is_cut)
+    return ", ".join(f"part {number} of {len(parts)} is cut" for number in cut)
+
+
+def _num_unread_recordings(path: Path) -> int:
+    """Return how many recordings follow the first in a joined MP4, FLV or ASF: libavformat skips most of them."""
+    with path.open("rb") as file:
+        begin = file.read(len(ASF_BEGIN))
+        begin = begin if begin == ASF_BEGIN else begin[:FLV_HEADER_BYTES] if begin.startswith(b"FLV") else b""
+        count = at = 0
+        while begin and (at := _find(file, begin, at + len(begin))) >= 0:
+            count += 1
+        # Live streams repeat their index: another recording is one whose fragments begin as early as the first.
+        num_indexes, fragment_times = 0, list[float]()
+        for box in _boxes(path):
+            num_indexes += box.kind == b"moov"
+            if box.kind == b"moof" and len(fragment_times) < num_indexes:
+                file.seek(box.start)
+                fragment_times.append(_fragment_time(file.read(min(box.end - box.start, MAX_INDEX_BYTES))))
+    if fragment_times:
+        return sum(time <= fragment_times[0] for time in fragment_times[1:])
+    return count or max(0, num_indexes - 1)
+
+
+def _fragment_time(moof: bytes) -> float:
+    """Return when a fragment begins, in its track's unit; NaN if it does not say."""
+    at = moof.find(b"tfdt")
+    if not 0 <= at < len(moof) - 16:
+        return math.nan
+    return int.from_bytes(moof[at + 8 : at + (16 if moof[at + 4] else 12)], "big")
+
+
+def part_url(part: OggPart | None) -> tuple[str, str]:
+    """Return what libavformat is to open for a part of the open file, or for all of it, and the protocols."""
+    if part is None:
+        return "fd:", "fd"
+    return f"subfile,,start,{part.begin},end,{part.end},,:fd:", "fd,subfile"
 
 
 @dataclass(frozen=True)

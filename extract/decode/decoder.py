@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from svb.errors import SvbError
 from svb.extract.decode.containers import is_encrypted, lacks_index
-from svb.extract.decode.options import DecodeOptions, Limits
+from svb.extract.decode.options import MAX_ASPECT_RATIO, MIN_ASPECT_RATIO, DecodeOptions, Limits
 
 # A chunk goes from a decode worker to the backbones in one piece; this bounds a worker's memory
 # however long the video is.
@@ -41,9 +41,6 @@ NEUTRAL_COLOURS = ((), ("color_primaries", "color_trc"), ("color_primaries", "co
 
 # What the ffmpeg program adds to a stream's pixels for its default flag.
 DEFAULT_FLAG_PIXELS = 5_000_000
-
-# Anamorphic video has ratios from 1:2 to 64:33; a damaged header can ask for frames of gigabytes.
-MIN_ASPECT_RATIO, MAX_ASPECT_RATIO = 1 / 8, 8.0
 
 
 @dataclass(frozen=True)
@@ -298,23 +295,6 @@ def square_pixels_width(width: int, sample_aspect_ratio: float) -> int:
     return max(1, math.floor(width * sample_aspect_ratio + 0.5))
 
 
-def resized(width: int, height: int, resize_px: int | tuple[int, int] | None) -> tuple[int, int]:
-    """Return the width and height of a scaled frame, as `DecodeOptions.resize_px` tells.
-
-    The short side is `resize_px`, and the long side is rounded down, as on the device.
-
-    A strip longer than `MAX_ASPECT_RATIO` times its short side keeps its size: enlarged, it might not fit
-    into memory.
-    """
-    if isinstance(resize_px, tuple):
-        return resize_px[1], resize_px[0]
-    short, long = min(width, height), max(width, height)
-    if resize_px is None or long > MAX_ASPECT_RATIO * short:
-        return width, height
-    long_side = int(resize_px * long / short)
-    return (long_side, resize_px) if width > height else (resize_px, long_side)
-
-
 def right_angle(degrees: float) -> int:
     """Return the nearest of 0, 90, 180 and 270."""
     return round(degrees / 90) * 90 % 360
@@ -396,8 +376,9 @@ def judge_end(
     errors: DecodeErrors,
     whole_file_seconds: Callable[[], float],
     note: str = "",
+    missing: str = "",
 ) -> DecodeEnd:
-    """Return `partial` if the decoder complained or the file holds less than it promises, else `ok`.
+    """Return `partial` if the decoder complained or something is missing of the file, else `ok`.
 
     Args:
         properties: Hold the promised duration.
@@ -406,6 +387,7 @@ def judge_end(
         whole_file_seconds: Lists every packet of the file, sound included. Called only if frames end
             before the promise: a slide shown for long, or sound that outlasts the picture, is no loss.
         note: Added to the words; see `note_of`.
+        missing: What else is known to be missing; see `containers.what_is_missing`.
     """
     promised, rate = properties.duration_seconds, properties.frame_rate
     short = promised_but_missing(promised, decoded_seconds, rate)
@@ -413,10 +395,14 @@ def judge_end(
     duration = decoded_seconds if promised_but_missing(decoded_seconds, promised, rate) else None
     if short and not errors.count:
         short = promised_but_missing(promised, whole_file_seconds(), rate)
-    if not errors.count and not short:
+    if not errors.count and not short and not missing:
         return DecodeEnd("ok", note, duration_seconds=duration)
-    of_promised = f" of {promised:.1f} s" if promised > 0 else ""
-    words = f"decode errors: {errors.count}, the last: {errors.last_words}" if errors.count else "the file ends"
-    cause = "truncated" if short else "concealed_errors"
-    words = "; ".join([f"decoded {decoded_seconds:.1f} s{of_promised}", words, *([note] if note else [])])
-    return DecodeEnd("partial", words, cause, duration)
+    # A cut Ogg promises what is left of it.
+    of_promised = f" of {promised:.1f} s" if promised > 0 and not missing else ""
+    words = [f"decoded {decoded_seconds:.1f} s{of_promised}"]
+    if errors.count:
+        words.append(f"decode errors: {errors.count}, the last: {errors.last_words}")
+    if missing or not errors.count:
+        words.append(missing or "the file ends")
+    cause = "truncated" if short or missing else "concealed_errors"
+    return DecodeEnd("partial", "; ".join([*words, *([note] if note else [])]), cause, duration)

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
 from array import array
 from collections import deque
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,9 @@ from svb.extract.decode.choice import (
     decoded_at_right_positions,
     without_skipping,
 )
+from svb.extract.decode.containers import ogg_parts, what_is_missing
 from svb.extract.decode.decoder import (
     NEUTRAL_COLOURS,
-    SCALE_FLAGS,
-    SDR_COLOURS,
     ChunkBuilder,
     DecodeError,
     FrameChunk,
@@ -41,63 +40,31 @@ from svb.extract.decode.decoder import (
     best_stream,
     check_file,
     judge_end,
-    max_pixels,
-    no_video,
     note_of,
     on_white,
     origin_seconds,
     require_clear,
     unreadable,
-    zero_frames,
 )
-from svb.extract.decode.ffmpeg_filters import Choice, print_time, scaled_size, select_expression
-from svb.extract.decode.ffmpeg_process import FfmpegLog, FfmpegProcess, Lines, PamPictures
-from svb.extract.decode.options import DecodeOptions
+from svb.extract.decode.ffmpeg_arguments import (
+    CHOSEN,
+    DECODED,
+    Choice,
+    Source,
+    decode_arguments,
+    input_options,
+    print_time,
+)
+from svb.extract.decode.ffmpeg_log import FfmpegLog, note_packet
+from svb.extract.decode.ffmpeg_process import FfmpegProcess, Lines, PamPictures
+from svb.extract.decode.options import DecodeOptions, resized
 from svb.extract.decode.sampling import shown_at
-
-# libavutil's AV_NOPTS_VALUE, which framecrc prints as a number.
-NO_TIMESTAMP = -(1 << 63)
-
-# Printed with the time of every decoded frame, and of every chosen one.
-DECODED, CHOSEN = "decoded", "chosen"
-
-
-@dataclass(frozen=True)
-class _Source:
-    """The file, its open descriptor and how to decode it.
-
-    The last four only show once ffmpeg has described the file; then it is started anew.
-
-    Attributes:
-        stream: The number of the video stream to use; None means the first that is no cover art.
-        is_turned: Whether ffmpeg turns the picture.
-        hdr_transfer: The name of a transfer function for HDR, or empty.
-        neutral: How many of `NEUTRAL_COLOURS` were tried.
-        hardware_words: Why the hardware decoder that was asked for is not used, or empty.
-    """
-
-    path: Path
-    fd: int
-    options: DecodeOptions
-    stream: int | None = None
-    is_turned: bool = False
-    hdr_transfer: str = ""
-    neutral: int = 0
-    hardware_words: str = ""
-
-    def input(self, **options: Any) -> Any:
-        """Return the graph's input: the open file and nothing else, so that a playlist cannot open other files."""
-        return ffmpeg.input("fd:", fd=self.fd, protocol_whitelist="fd", copyts=None, **options)
-
-    def video(self, **options: Any) -> Any:
-        """Return the graph's video stream."""
-        return self.input(**options)["V:0" if self.stream is None else str(self.stream)]
 
 
 class _StartAnewError(Exception):
     """ffmpeg's log shows, before the first frame, that the file must be decoded otherwise."""
 
-    def __init__(self, source: _Source) -> None:
+    def __init__(self, source: Source) -> None:
         self.source = source
 
 
@@ -126,7 +93,7 @@ def decode(path: Path, options: DecodeOptions) -> Iterator[Item]:
     except OSError as error:
         raise unreadable(path, str(error)) from error
     with file:
-        source = _Source(path, file.fileno(), options)
+        source = _source(path, file.fileno(), options)
         if options.hwaccel is not None and len(_hardware_failures) == MAX_HARDWARE_FAILURES:
             source = _in_software(source, _hardware_failures[-1])
         done = _Done()
@@ -148,7 +115,15 @@ def decode(path: Path, options: DecodeOptions) -> Iterator[Item]:
                 source = replace(source, options=unskipped)
 
 
-def _in_software(source: _Source, words: str) -> _Source:
+def _source(path: Path, fd: int, options: DecodeOptions) -> Source:
+    parts = tuple(ogg_parts(path))
+    if len(parts) < 2:
+        return Source(path, fd, options, parts)
+    # The frames to take are found by decoding all parts, which skips nothing.
+    return Source(path, fd, replace(options, fast=False), parts, parts[0])
+
+
+def _in_software(source: Source, words: str) -> Source:
     options = replace(source.options, hwaccel=None, hwaccel_device=None)
     return replace(source, options=options, hardware_words=words)
 
@@ -171,7 +146,7 @@ class _Done:
                 yield item
 
 
-def _decode(source: _Source) -> Iterator[Item]:
+def _decode(source: Source) -> Iterator[Item]:
     sampling, is_fast = source.options.sampling, source.options.fast
     if sampling.frames is not None and not is_fast:
         listed = _list_packets([source.video()], source)
@@ -189,7 +164,7 @@ def _decode(source: _Source) -> Iterator[Item]:
     yield from _decode_choice(source, Choice(positions))
 
 
-def _positions_by_time(source: _Source) -> list[int]:
+def _positions_by_time(source: Source) -> list[int]:
     """Return the positions of the frames that the sampling uses, from the times of all frames."""
     chooser = FrameChooser(source.path, source.options)
     positions = []
@@ -201,19 +176,19 @@ def _positions_by_time(source: _Source) -> list[int]:
     return positions
 
 
-def _decode_choice(source: _Source, choice: Choice) -> Iterator[Item]:
+def _decode_choice(source: Source, choice: Choice) -> Iterator[Item]:
     run = _DecodeRun(source, choice)
     chunks = ChunkBuilder()
     properties: VideoProperties | None = None
     for frame, time_seconds in _frames_or_last(run):
         if properties is None:
-            properties = run.properties()
+            properties = run.log.properties()
             yield properties
         yield from chunks.add(frame, time_seconds)
     if source.options.hwaccel is not None and (properties is None or run.log.errors.count):
         _require_hardware(run.log, has_frames=properties is not None)
     if properties is None:
-        raise _failure(source.path, run.log)
+        raise run.log.failure(source.path)
     yield from chunks.flush()
     end = judge_end(
         properties,
@@ -221,6 +196,7 @@ def _decode_choice(source: _Source, choice: Choice) -> Iterator[Item]:
         run.log.errors,
         lambda: _whole_file_seconds(source, run.log.container_format),
         note_of(*run.log.place_among_videos, source.hdr_transfer, source.hardware_words),
+        what_is_missing(source.path, source.parts),
     )
     yield replace(end, in_software=bool(source.hardware_words))
 
@@ -236,13 +212,15 @@ def _require_hardware(log: FfmpegLog, has_frames: bool) -> None:
         raise _HardwareError(words)
 
 
-def _choice(source: _Source) -> Choice:
+def _choice(source: Source) -> Choice:
     """List the wanted frames beforehand, from packets or decoded frames, if the sampling needs it."""
     sampling, is_fast = source.options.sampling, source.options.fast
     if sampling.times_seconds is not None:
         # Only the next frame tells whether a frame is shown at a time, and a filter cannot look ahead.
         with contextlib.closing(_DecodeRun(source, Choice()).times()) as times:
             return Choice([position for position, _ in shown_at(sampling.times_seconds, enumerate(times))] or [0])
+    if source.is_joined and (sampling.fps is not None or sampling.every_nth is not None):
+        return Choice(_positions_by_time(source))  # ffmpeg itself would begin to count anew with each part
     if not is_fast or (sampling.frames is None and sampling.every_nth is None):
         return Choice()
     return Choice(targets_seconds=_list_packets([source.video()], source).targets_seconds(sampling))
@@ -256,30 +234,22 @@ def _frames_or_last(run: _DecodeRun) -> Iterator[tuple[NDArray[np.uint8], float]
         yield from run.frames()
 
 
-def _failure(path: Path, log: FfmpegLog) -> DecodeError:
-    if not log.container_format:
-        return unreadable(path, log.last_words)
-    if not log.has_video:
-        return no_video(path, has_picture=log.has_picture)
-    return zero_frames(path, log.last_words)
-
-
 class _DecodeRun:
-    """Runs ffmpeg over the file and pairs pictures with their times.
+    """Runs ffmpeg over the file, part by part if it was joined, and pairs pictures with their times.
 
     Attributes:
         choice: The frames to use.
-        log: ffmpeg's log.
+        log: ffmpeg's log; of a joined file that of the first part that gives a frame, and the errors of all.
         chooser: Counts every decoded frame; drops frames that ffmpeg's filter graph lets through by mistake.
     """
 
-    def __init__(self, source: _Source, choice: Choice) -> None:
+    def __init__(self, source: Source, choice: Choice) -> None:
         self.choice = choice
         self._source = source
         self._clear()
 
     def _clear(self) -> None:
-        self.log = _new_log(self._source)
+        self.log = self._log_of_part = FfmpegLog(self._source.stream)
         choice = self.choice
         self.chooser = FrameChooser(
             self._source.path, self._source.options, choice.positions, choice.targets_seconds, choice.seen_seconds
@@ -292,15 +262,13 @@ class _DecodeRun:
     def times(self) -> Generator[float]:
         """Yield the time of every decoded frame without making pictures."""
 
-        def arguments(times_fd: int) -> list[str]:
-            stream = print_time(self._source.video(**_input_options(self._source.options)), DECODED, times_fd)
+        def arguments(source: Source, times_fd: int) -> list[str]:
+            stream = print_time(source.video(**input_options(source.options)), DECODED, times_fd)
             return list(ffmpeg.get_args(stream.output("pipe:1", f="null", fps_mode="passthrough")))
 
-        with FfmpegProcess(arguments, self._source.fd) as process:
-            for source, data in process.output():
-                if source == "log":
-                    _read_log(self.log, data, self._source)
-                elif source == "times":
+        with contextlib.closing(self._output(arguments)) as output:
+            for kind, data in output:
+                if kind == "times":
                     for line in self._times.feed(data):
                         self._note_time(line)
                         if line.startswith(DECODED):
@@ -310,20 +278,51 @@ class _DecodeRun:
         """Yield the chosen frames, `(H, W, 3)`, with their times."""
         self._clear()
 
-        def arguments(times_fd: int) -> list[str]:
-            return _decode_arguments(self._source, self.choice, times_fd)
+        def arguments(source: Source, times_fd: int) -> list[str]:
+            if self.chooser.decoded:  # all frames get the size of the first
+                width, height = resized(*self.log.displayed_px, source.options.resize_px)
+                source = replace(source, options=replace(source.options, resize_px=(height, width)))
+            return decode_arguments(source, self.choice.after(self.chooser.decoded), times_fd)
 
-        with FfmpegProcess(arguments, self._source.fd) as process:
-            for source, data in process.output():
-                if source == "log":
-                    _read_log(self.log, data, self._source)
-                    _require_known_picture(self.log, self._source)
-                elif source == "times":
+        with contextlib.closing(self._output(arguments)) as output:
+            for kind, data in output:
+                if kind == "log":
+                    _require_known_picture(self._log_of_part, self._source)
+                elif kind == "times":
                     for line in self._times.feed(data):
                         self._note_time(line)
                 else:
                     self._pictures.feed(data)
                 yield from self._pairs()
+
+    def _output(self, arguments: Callable[[Source, int], list[str]]) -> Generator[tuple[str, bytes]]:
+        """Run ffmpeg on each part of the file and yield what it writes; its log is read already."""
+        for number, source in enumerate(self._source.in_parts(), 1):
+            num_before, refusal = self.chooser.decoded, ""
+            if number > 1:
+                self._begin_part()
+            with FfmpegProcess(partial(arguments, source), source.fd) as process:
+                for kind, data in process.output():
+                    if kind == "log":
+                        try:
+                            _read_log(self._log_of_part, data, source)
+                        except DecodeError as error:
+                            if number == 1:
+                                raise
+                            refusal = str(error)
+                            break
+                    yield kind, data
+            if refusal or (number > 1 and self.chooser.decoded == num_before):
+                self.log.errors.add(refusal or f"part {number} gave no frame")
+
+    def _begin_part(self) -> None:
+        errors, self._log_of_part = self.log.errors, FfmpegLog(self._source.stream)
+        self._log_of_part.errors = errors
+        if not self.chooser.decoded:
+            self.log = self._log_of_part
+        self._clock.begin_part()
+        self._pictures, self._times = PamPictures(), Lines()
+        self._chosen_seconds.clear()
 
     def _note_time(self, line: str) -> None:
         # Each frame has two lines: `frame:0 pts:0 pts_time:0`, then `decoded=1` or `chosen=1`.
@@ -331,7 +330,7 @@ class _DecodeRun:
             self._timestamp = int(line.split("pts:")[1].split(maxsplit=1)[0])
         elif line.startswith(DECODED):
             # The same double as the filters' `t` and as PyAV's decoder has.
-            self._time_seconds = self._clock.running(self._timestamp * self.log.unit_seconds)
+            self._time_seconds = self._clock.running(self._timestamp * self._log_of_part.unit_seconds)
             if self._clock.restarts and self._source.options.sampling.fps is not None and not self.choice.is_listed:
                 raise _ClockRestartedError
             self.chooser.count(self._time_seconds)
@@ -346,18 +345,6 @@ class _DecodeRun:
             if time_seconds is not None:
                 yield on_white(picture), time_seconds
 
-    def properties(self) -> VideoProperties:
-        """Return the properties that the log gives, with the size of frames before resizing."""
-        width, height = self.log.displayed_px
-        return VideoProperties(
-            duration_seconds=self.log.duration_seconds,
-            frame_rate=self.log.frame_rate,
-            width_px=width,
-            height_px=height,
-            rotation_degrees=self.log.rotation_degrees,
-            codec=self.log.codec,
-        )
-
     def decoded_seconds(self) -> float:
         """Return how many seconds were decoded, whether or not their frames were used."""
         frame_seconds = 1 / self.log.frame_rate if self.log.frame_rate > 0 else 0.0
@@ -365,13 +352,7 @@ class _DecodeRun:
         return end - origin_seconds(self.log.container_format, self.chooser.first_time_seconds)
 
 
-def _new_log(source: _Source) -> FfmpegLog:
-    log = FfmpegLog()
-    log.stream = source.stream
-    return log
-
-
-def _read_log(log: FfmpegLog, data: bytes, source: _Source) -> None:
+def _read_log(log: FfmpegLog, data: bytes, source: Source) -> None:
     """Feed a log.
 
     Raises:
@@ -380,7 +361,8 @@ def _read_log(log: FfmpegLog, data: bytes, source: _Source) -> None:
     """
     had_description = log.is_described
     log.feed(data)
-    if log.is_described and source.stream is None and len(candidates := log.candidates()) > 1:
+    may_choose = source.stream is None and source.is_first_part
+    if log.is_described and may_choose and len(candidates := log.candidates()) > 1:
         stills: list[int] = []
         if "mp4" in log.container_format:
             numbers = [candidate.number for candidate in candidates]
@@ -393,7 +375,7 @@ def _read_log(log: FfmpegLog, data: bytes, source: _Source) -> None:
         require_clear(source.path, log.container_format)
 
 
-def _require_known_picture(log: FfmpegLog, source: _Source) -> None:
+def _require_known_picture(log: FfmpegLog, source: Source) -> None:
     """Start anew if the picture needs other filters.
 
     Raises:
@@ -408,44 +390,7 @@ def _require_known_picture(log: FfmpegLog, source: _Source) -> None:
         raise _StartAnewError(known)
 
 
-def _input_options(options: DecodeOptions) -> dict[str, Any]:
-    arguments: dict[str, Any] = {"threads": 1, "max_pixels": max_pixels(options.limits)}
-    if options.sampling.keyframes or options.fast:
-        arguments["skip_frame"] = "nokey" if options.sampling.keyframes else "noref"
-    if options.hwaccel is not None:
-        arguments["hwaccel"] = options.hwaccel
-        if options.hwaccel_device is not None:
-            arguments["hwaccel_device"] = options.hwaccel_device
-    return arguments
-
-
-def _decode_arguments(source: _Source, choice: Choice, times_fd: int) -> list[str]:
-    sampling = source.options.sampling
-    options = _input_options(source.options)
-    if not source.is_turned and sampling.scenes is None:
-        # If the resolution changes ffmpeg would build the graph anew, and the choice would start over.
-        # Instead the scale filter adapts. The filters that turn a picture cannot, so turned video keeps
-        # the default: after a change its frames may be up to a grid step late, or missing. The filter
-        # that finds scenes cannot either: it would read past the end of smaller frames.
-        options["reinit_filter"] = 0
-    width, height = scaled_size(source.options.resize_px)
-    if "colorspace" in NEUTRAL_COLOURS[source.neutral]:
-        # ffmpeg refuses a reserved matrix even before the first filter.
-        options["colorspace"] = "unknown"
-    stream = print_time(source.video(**options), DECODED, times_fd)
-    if neutral := NEUTRAL_COLOURS[source.neutral]:
-        stream = stream.filter("setparams", **dict.fromkeys(neutral, "unknown"))
-    to_sdr = dict(pair.split("=") for pair in SDR_COLOURS.split(":")) if source.hdr_transfer else {}
-    stream = print_time(stream.filter("select", select_expression(sampling, choice)), CHOSEN, times_fd)
-    stream = (
-        stream.filter("scale", w=width, h=height, flags=f"{source.options.interpolation}+{SCALE_FLAGS}", **to_sdr)
-        .filter("format", "rgba")
-        .output("pipe:1", f="image2pipe", fps_mode="passthrough", threads=1, **{"c:v": "pam"})
-    )
-    return list(ffmpeg.get_args(stream))
-
-
-def _whole_file_seconds(source: _Source, container_format: str) -> float:
+def _whole_file_seconds(source: Source, container_format: str) -> float:
     """Return the duration of all the file's packets, sound included."""
     # With several video streams ffmpeg only names the duration of the longest.
     others = ["a?"] if source.stream is None else ["a?", "V?"]
@@ -453,10 +398,10 @@ def _whole_file_seconds(source: _Source, container_format: str) -> float:
     return times.end_seconds - origin_seconds(container_format, times.start_seconds)
 
 
-def _list_packets(streams: list[Any], source: _Source) -> PacketTimes:
+def _list_packets(streams: list[Any], source: Source) -> PacketTimes:
     """List the times of packets without decoding them."""
     graph = ffmpeg.output(*streams, "pipe:1", f="framecrc", c="copy", copyinkf=None)
-    log, lines = _new_log(source), Lines()
+    log, lines = FfmpegLog(source.stream), Lines()
     listed: PacketTimes | None = None
     units: dict[str, float] = {}
     with FfmpegProcess(lambda _: list(ffmpeg.get_args(graph)), source.fd) as process:
@@ -466,21 +411,5 @@ def _list_packets(streams: list[Any], source: _Source) -> PacketTimes:
                 continue
             listed = listed or PacketTimes(1 / log.frame_rate if log.frame_rate > 0 else 0.0)
             for line in lines.feed(data):
-                _note_packet(line, units, listed)
+                note_packet(line, units, listed)
     return listed or PacketTimes(0.0)
-
-
-def _note_packet(line: str, units: dict[str, float], times: PacketTimes) -> None:
-    """Read a line of framecrc: `#tb 0: 1/25`, or `stream, dts, pts, duration, size, checksum[, F=flags]`."""
-    unit = re.match(r"#tb (\d+): (\d+)/(\d+)", line)
-    if unit:
-        units[unit[1]] = int(unit[2]) / int(unit[3])
-    if line.startswith("#") or line.count(",") < 5:
-        return
-    stream, dts, pts, duration, *_ = (field.strip() for field in line.split(","))
-    flags = re.search(r"F=0x([0-9a-fA-F]+)", line)
-    is_discarded = flags is not None and int(flags[1], 16) & 4
-    if not is_discarded:
-        timestamp = int(dts) if int(pts) == NO_TIMESTAMP else int(pts)
-        seconds = None if timestamp == NO_TIMESTAMP else timestamp * units[stream]
-        times.add(seconds, int(duration) * units[stream])

@@ -1,11 +1,16 @@
-"""How the videos of an extraction are decoded: the options that a decode worker is given."""
+"""How the videos of an extraction are decoded: the options of a decode worker, and what a store says of them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
-from svb.errors import UsageError
+from svb.errors import InputError, UsageError
 from svb.extract.decode.sampling import Sampling
+
+# Anamorphic video has ratios from 1:2 to 64:33; a damaged header can ask for frames of gigabytes.
+MIN_ASPECT_RATIO, MAX_ASPECT_RATIO = 1 / 8, 8.0
 
 
 @dataclass(frozen=True)
@@ -78,3 +83,70 @@ class DecodeOptions:
         sizes = self.resize_px if isinstance(self.resize_px, tuple) else (self.resize_px or 0,)
         if self.resize_px is not None and min(sizes) < 1:
             raise UsageError(f"cannot resize frames to {self.resize_px} px - give at least 1")
+
+
+def resized(width: int, height: int, resize_px: int | tuple[int, int] | None) -> tuple[int, int]:
+    """Return the width and height of a scaled frame, as `DecodeOptions.resize_px` tells.
+
+    The short side is `resize_px`, and the long side is rounded down, as on the device.
+
+    A strip longer than `MAX_ASPECT_RATIO` times its short side keeps its size: enlarged, it might not fit
+    into memory.
+    """
+    if isinstance(resize_px, tuple):
+        return resize_px[1], resize_px[0]
+    short, long = min(width, height), max(width, height)
+    if resize_px is None or long > MAX_ASPECT_RATIO * short:
+        return width, height
+    long_side = int(resize_px * long / short)
+    return (long_side, resize_px) if width > height else (resize_px, long_side)
+
+
+def decoder_settings(options: DecodeOptions) -> dict[str, Any]:
+    """Return a decoder, its version and what it does beyond the ordinary, as stored and fingerprinted."""
+    size = options.resize_px
+    beyond = {
+        "fast": options.fast,
+        "hwaccel": options.hwaccel,
+        "resize_px": list(size) if isinstance(size, tuple) else size,
+        "interpolation": options.interpolation if options.interpolation != "bicubic" else None,
+    }
+    return {**_name_and_version(options.decoder), **{name: value for name, value in beyond.items() if value}}
+
+
+def stored_decode_options(settings: Mapping[str, Any]) -> DecodeOptions:
+    """Return how the videos of a store were decoded, from its settings.
+
+    Raises:
+        InputError: The features were not computed from video here, or each video had times of its own.
+    """
+    decoder, sampling = settings["decoder"], settings["sampling"]
+    if "times" in sampling:
+        raise InputError(
+            "the videos of this store were sampled at times of their own - another file can only be compared with "
+            "a store that was extracted with --fps, --frames or their like"
+        )
+    return DecodeOptions(
+        Sampling(**sampling),
+        decoder["name"],
+        fast=decoder.get("fast", False),
+        hwaccel=decoder.get("hwaccel"),
+        resize_px=stored_resize_px(decoder),
+        interpolation=decoder.get("interpolation", "bicubic"),
+    )
+
+
+def stored_resize_px(decoder: Mapping[str, Any]) -> int | tuple[int, int] | None:
+    """Return the size that a store's decoder scaled frames to, as `DecodeOptions` has it."""
+    size: int | list[int] | None = decoder.get("resize_px")
+    return (size[0], size[1]) if isinstance(size, list) else size
+
+
+def _name_and_version(decoder: str) -> dict[str, Any]:
+    if decoder == "pyav":
+        import av
+
+        return {"name": "pyav", "version": f"{av.__version__}, libavcodec {av.library_versions['libavcodec'][0]}"}
+    import imageio_ffmpeg
+
+    return {"name": "ffmpeg", "version": imageio_ffmpeg.get_ffmpeg_version()}

@@ -7,10 +7,12 @@ mending frame times, going on after a damaged packet, and reporting a file that 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +33,7 @@ from svb.extract.decode.choice import (
     decoded_at_right_positions,
     without_skipping,
 )
-from svb.extract.decode.containers import container_crop, ogg_parts
+from svb.extract.decode.containers import OggPart, container_crop, ogg_parts, what_is_missing
 from svb.extract.decode.decoder import (
     ChunkBuilder,
     DecodeError,
@@ -87,6 +89,8 @@ def decode(path: Path, options: DecodeOptions) -> Iterator[Item]:
     show that the frames come out the same. At the first sign of damage the whole video is decoded.
     """
     check_file(path)
+    if options.fast and len(ogg_parts(path)) > 1:
+        options = replace(options, fast=False)  # the frames to take are found by decoding all parts
     try:
         yield from _decode_what_is_needed(path, options)
         return
@@ -135,9 +139,10 @@ def _decode(
         crop = container_crop(path, container.format.name, stream.index)
         converter = Converter(stream, options.resize_px, crop, options.interpolation)
         running = RunningClock()
+        parts = ogg_parts(path)
         decoded = itertools.chain(
             _decoded_frames(container, stream, errors, running, plan),
-            _frames_of_other_parts(path, options, errors, running),
+            _frames_of_other_parts(path, parts[1:], options, errors, running),
         )
         first = next(decoded, None)
         if first is None:
@@ -148,7 +153,7 @@ def _decode(
         hdr = hdr_transfer(first[0])
         frames = _Counted(itertools.chain([first], decoded), chooser)
         chosen = (
-            _chosen(frames, options.sampling, chooser, stream)
+            _chosen(frames, options.sampling, chooser, stream, running)
             if plan is None
             else _planned(frames, plan, chooser, errors)
         )
@@ -166,7 +171,9 @@ def _decode(
             chooser.first_time_seconds, chooser.last_time_seconds = plan.first_time_seconds, plan.last_time_seconds
         decoded_seconds = _decoded_seconds(container, chooser, properties)
         note = note_of(*place_among_videos(container, stream), hdr)
-    yield judge_end(properties, decoded_seconds, errors, lambda: whole_file_seconds(path, options.limits), note)
+        missing = what_is_missing(path, parts)
+    whole_seconds = functools.partial(whole_file_seconds, path, options.limits)
+    yield judge_end(properties, decoded_seconds, errors, whole_seconds, note, missing)
 
 
 def _skipped(options: DecodeOptions) -> Literal["NONKEY", "NONREF", "DEFAULT"]:
@@ -240,7 +247,7 @@ class _Counted:
 
 
 def _chosen(
-    frames: _Counted, sampling: Sampling, chooser: FrameChooser, stream: VideoStream
+    frames: _Counted, sampling: Sampling, chooser: FrameChooser, stream: VideoStream, running: RunningClock
 ) -> Iterator[tuple[VideoFrame, float]]:
     """Yield the frames that are used, with their times."""
     if sampling.times_seconds is not None:
@@ -248,8 +255,11 @@ def _chosen(
             chooser.use(time_seconds)
             yield frame, time_seconds
         return
-    scenes = None if sampling.scenes is None else SceneDetector(stream, sampling.scenes)
+    scenes: SceneDetector | None = None
+    part = -1
     for frame, time_seconds in frames:
+        if sampling.scenes is not None and part != running.parts:  # a part begins with a scene
+            scenes, part = SceneDetector(stream, sampling.scenes), running.parts
         # Some codecs cannot skip: their other frames arrive here.
         if sampling.keyframes and not frame.key_frame:
             continue
@@ -300,18 +310,24 @@ def _decoded_frames(
 
 
 def _frames_of_other_parts(
-    path: Path, options: DecodeOptions, errors: DecodeErrors, running: RunningClock
+    path: Path, parts: Sequence[OggPart], options: DecodeOptions, errors: DecodeErrors, running: RunningClock
 ) -> Iterator[tuple[VideoFrame, float]]:
-    """Yield the frames of all parts but the first of an Ogg file that was joined of several."""
-    for part in ogg_parts(path)[1:]:
+    """Yield the frames of these parts of a joined Ogg file; one that gives none is damage."""
+    for number, part in enumerate(parts, 2):
+        running.begin_part()
+        num_frames = 0
         with contextlib.ExitStack() as stack:
             try:
                 container, stream = stack.enter_context(opened(path, options.limits, part))
             except DecodeError as error:
                 errors.add(str(error))
-                return
+                continue
             stream.codec_context.skip_frame = _skipped(options)
-            yield from _decoded_frames(container, stream, errors, running)
+            for frame in _decoded_frames(container, stream, errors, running):
+                num_frames += 1
+                yield frame
+        if not num_frames:
+            errors.add(f"part {number} gave no frame")
 
 
 def _needed_packets(packets: Iterator[Packet[VideoStream]], plan: SkipPlan) -> Iterator[Packet[VideoStream] | None]:

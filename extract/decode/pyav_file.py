@@ -19,7 +19,7 @@ from av.video.stream import VideoStream
 
 from svb.extract.decode import decoder as decode_module
 from svb.extract.decode.choice import PacketTimes
-from svb.extract.decode.containers import is_fragmented, ogg_parts
+from svb.extract.decode.containers import OggPart, is_fragmented, ogg_parts, part_url
 from svb.extract.decode.decoder import (
     Candidate,
     DecodeErrors,
@@ -39,9 +39,7 @@ from svb.extract.decode.options import Limits
 
 
 @contextlib.contextmanager
-def opened(
-    path: Path, limits: Limits, part: tuple[int, int] | None = None
-) -> Iterator[tuple[InputContainer, VideoStream]]:
+def opened(path: Path, limits: Limits, part: OggPart | None = None) -> Iterator[tuple[InputContainer, VideoStream]]:
     """Open a file and its best video stream that is no cover art; refuse what exceeds the limits.
 
     The demuxer gets one open file and access to nothing else: a playlist that is named .mp4 cannot
@@ -50,15 +48,14 @@ def opened(
     Args:
         path: The file.
         limits: Which files are refused.
-        part: Where in the file a part of a joined Ogg file begins and ends, in bytes; by default the first.
+        part: The part of a joined Ogg file; by default the first.
     """
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(path.open("rb"))
-            options = {"fd": str(file.fileno()), "protocol_whitelist": "fd"}
-            url, (begin, end) = "fd:", part or next(iter(ogg_parts(path)), (0, 0))
-            if end:
-                url, options["protocol_whitelist"] = f"subfile,,start,{begin},end,{end},,:fd:", "fd,subfile"
+            parts = [] if part is not None else ogg_parts(path)
+            url, protocols = part_url(parts[0] if len(parts) > 1 else part)
+            options = {"fd": str(file.fileno()), "protocol_whitelist": protocols}
             container = stack.enter_context(av.open(url, options=options))
         except (OSError, ValueError, av.error.FFmpegError) as error:
             raise unreadable(path, words_of(error)) from error

@@ -23,9 +23,9 @@ from svb.extract.decode.decoder import (
     SCALE_FLAGS,
     SDR_COLOURS,
     on_white,
-    resized,
     square_pixels_width,
 )
+from svb.extract.decode.options import resized
 
 # libavutil's number for unknown primaries, transfer function and matrix.
 UNKNOWN_COLOUR = 2

@@ -74,7 +74,7 @@ class GraphMedia:
         self._transforms = [stored_transform(held) for held in parts_of(model["video"]).values()]
 
     def rows(self, chunks: Iterable[FrameChunk]) -> list[Rows]:
-        from svb.extract.compute.squares import squares_by_pil
+        from svb.extract.backbones.transform import squares_by_pil
 
         times: list[NDArray[np.float64]] = []
         features: list[list[NDArray[np.float32]]] = [[] for _ in self._graphs]

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from svb.data.fusion import parts_of
 from svb.errors import InputError
-from svb.extract.decode.decoder import FrameChunk, on_white, resized
+from svb.extract.decode.decoder import FrameChunk, on_white
+from svb.extract.decode.options import resized
 from svb.extract.decode.sampling import TIME_TOLERANCE_SECONDS
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def embed_video(file: Path, span_seconds: tuple[float, float] | None, media: Med
             computed here.
         MismatchError: A backbone's weights here are not those of the index.
     """
-    from svb.extract.config import stored_decode_options
+    from svb.extract.decode.options import stored_decode_options
     from svb.extract.one_file import OneFile
 
     video = media.model["video"]
@@ -141,7 +142,7 @@ def _scaled(frame: NDArray[np.uint8], decoder: dict[str, Any]) -> NDArray[np.uin
     """Return a frame as an index's decoder would have made it, whose scaling differs from PIL's by tenths."""
     from PIL import Image
 
-    from svb.extract.config import stored_resize_px
+    from svb.extract.decode.options import stored_resize_px
 
     resize_px = stored_resize_px(decoder)
     if resize_px is None:
