@@ -7,11 +7,10 @@ import importlib.util
 import logging
 import os
 import socket
-import sys
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from svb.config import typed
 from svb.data.feature_store import FeatureStore, GrowingRecords, read_store_description
@@ -27,12 +26,9 @@ from svb.extract.plan import Plan, PlannedVideo, is_done, plan_videos
 from svb.extract.pool.decode_pool import NOBODY, DecodePool, Listed
 from svb.extract.pool.worker import Finished, Started
 from svb.extract.progress import ExtractProgress, RunLog, what_limited
-from svb.extract.together.devices import extract_on_devices, see_one_gpu
+from svb.extract.together.devices import device_of, extract_on_devices, own_device, turn_to_choose_engine
 from svb.extract.together.leases import UNIT_VIDEOS, LeasedVideos, Leases, start_at, units
 from svb.interrupts import deferred_interrupts
-
-if TYPE_CHECKING:
-    from svb.extract.compute.pipeline import Contents
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +93,10 @@ def _extract_planned(
     plan: Plan, out: Path, config: ExtractConfig, on_progress: Callable[[ExtractProgress], None]
 ) -> str:
     """Extract what was planned, and return what limited it in a sentence."""
-    config = _with_engine(config, out)
-    with _workplace(config, plan, out) as workplace, _open_store(out, config, workplace) as (writer, log):
+    with contextlib.ExitStack() as stack:
+        with turn_to_choose_engine(config, out) as agreed:
+            workplace = stack.enter_context(_workplace(agreed, plan, out))
+            writer, log = stack.enter_context(_open_store(out, agreed, workplace))
         signal_number = _fill(writer, log, workplace, on_progress)  # frames -> backbones -> shards
         vanished = workplace.vanished
         if not signal_number:
@@ -121,7 +119,7 @@ def settled(videos: Sequence[Path | str], out: Path | str, config: ExtractConfig
     out = Path(out)
     if not (out / "store.json").exists():
         return config.settled(None)
-    full, new = config.settled(read_store_description(out)), config.settled(None).on(_device_of(out))
+    full, new = config.settled(read_store_description(out)), config.settled(None).on(device_of(out))
     taken = [field for field in fields(full) if getattr(full, field.name) != getattr(config, field.name)]
     words = [
         typed(field, value) for field in taken if (value := getattr(full, field.name)) != getattr(new, field.name)
@@ -228,7 +226,7 @@ class ThisMachine:
     """This machine, with the backbones loaded; see `Workplace`. With a rank it shares the videos with others."""
 
     def __init__(self, config: ExtractConfig, plan: Plan, out: Path) -> None:
-        self._device = choose_device(_own_device(config, out))  # it chooses a GPU before torch is there
+        self._device = choose_device(own_device(config, out))  # it chooses a GPU before torch is there
         self.provenance = config.provenance(self._device)
         config = config.on(self._device.type)
         self._config, self._plan, self._out = config, plan, out
@@ -240,7 +238,7 @@ class ThisMachine:
         self.description = {"videos": len(plan.todo), "num_workers": self._num_workers}
 
     def fill(self, writer: FeatureStoreWriter, is_interrupted: Callable[[], int]) -> Generator[None, None, None]:
-        from svb.extract.compute.pipeline import Pipeline  # and with it torch
+        from svb.extract.compute.pipeline import Contents, Pipeline  # and with it torch
 
         config = self._config
         with (
@@ -248,7 +246,9 @@ class ThisMachine:
             self._source(writer) as source,
             cores_for_batches(self._device, config.compile) as (executor, ahead),
         ):
-            self._contents = None if config.times else _known_contents(self._out, self._plan, config, writer)
+            self._contents = None
+            if not config.times:  # where each video has its own times, copies are not sampled alike
+                self._contents = Contents.known(FeatureStore(self._out), self._plan, config.retry, writer)
             self._pool = DecodePool(
                 self._num_workers,
                 config.decode_options_for(self._networks),
@@ -338,13 +338,6 @@ def _require_possible(config: ExtractConfig) -> None:
         )
 
 
-def _with_engine(config: ExtractConfig, out: Path) -> ExtractConfig:
-    """Return the options, with PyTorch where several processes would each choose an engine for a new store."""
-    together = config.place is not None or config.ray is not None
-    is_new = not (out / "store.json").exists()
-    return replace(config, engine="torch") if together and is_new and config.engine == "auto" else config
-
-
 def _plan(videos: Sequence[Path | str], out: Path, config: ExtractConfig) -> Plan:
     records: Mapping[str, VideoRecord] = {}
     if (out / "store.json").exists():
@@ -375,21 +368,6 @@ def _without_work(plan: Plan, out: Path, config: ExtractConfig) -> None:
     logger.info(f"nothing to do: all {len(plan.asked)} videos are in {out}, unchanged")
 
 
-def _known_contents(out: Path, plan: Plan, config: ExtractConfig, writer: FeatureStoreWriter) -> Contents:
-    from svb.extract.compute.pipeline import Contents
-
-    store = FeatureStore(out)
-    changing = {video.video_id for video in plan.todo} | {record.video_id for record in plan.vanished}
-    usable = [record for record in store.records.values() if record.usable and record.status not in config.retry]
-    return Contents(
-        held=[record for record in usable if record.video_id not in changing],
-        touched=[record for record in usable if record.video_id in changing],
-        vanished=plan.vanished,
-        read=lambda video_id: writer.added(video_id) or (store.records[video_id], store.rows_of(video_id)),
-        remove=writer.remove,
-    )
-
-
 def _undone(
     out: Path, plan: Plan, retry: Collection[str]
 ) -> Callable[[Collection[PlannedVideo]], list[PlannedVideo]]:
@@ -408,34 +386,6 @@ def _undone(
         return [video for video in videos if is_undone(video)]
 
     return undone
-
-
-def _device_of(out: Path) -> str:
-    """Return the device that a store was made on; empty if there is none, or it does not say."""
-    if not (out / "store.json").exists():
-        return ""
-    return str(read_store_description(out)["provenance"].get("device", ""))
-
-
-def _own_device(config: ExtractConfig, out: Path) -> str:
-    """Return the device; of several processes of one machine each takes a GPU, where there are any.
-
-    With `auto` a store that was made on the CPU stays there: a GPU's rows may differ in their last bits.
-    """
-    local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID")
-    takes_own = config.device in ("auto", "cuda") and config.place is not None and local is not None
-    # Where torch is there already, CUDA may have been asked for its GPUs, and would not look again.
-    sees_one = takes_own and "torch" not in sys.modules and see_one_gpu(int(local or 0))
-
-    import torch
-
-    if config.device == "auto" and torch.cuda.is_available() and _device_of(out) == "cpu":
-        logger.info(f"{out} was made on the CPU: new videos are computed there too - give --device to change that")
-        return "cpu"
-    if not takes_own or sees_one:
-        return config.device
-    gpus = torch.cuda.device_count()
-    return f"cuda:{int(local or 0) % gpus}" if gpus else config.device
 
 
 def _remove(vanished: Sequence[VideoRecord], writer: FeatureStoreWriter) -> None:

@@ -24,7 +24,7 @@ from svb.errors import DeviceError, MismatchError, UsageError
 from svb.extract.backbones.backbone import Backbone
 from svb.extract.backbones.transform import Transform
 from svb.extract.config import ExtractConfig
-from svb.extract.run import _own_device
+from svb.extract.together.devices import own_device
 from svb.train import loop
 from svb.train.run import read_run, train
 
@@ -146,7 +146,7 @@ def test_each_rank_of_an_extraction_has_its_gpu(
     cards: Cards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, own: str
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "3")  # more ranks than cards: they are taken in turn
-    assert _own_device(ExtractConfig(device=asked, rank=3, world_size=4), tmp_path / "out") == own
+    assert own_device(ExtractConfig(device=asked, rank=3, world_size=4), tmp_path / "out") == own
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ from svb.extract.one_file import extract_file
 from svb.extract.plan import plan_videos
 from svb.extract.pool.decode_pool import DecodePool
 from svb.extract.pool.worker import Finished, decode_file
+from svb.extract.together import devices as devices_module
 
 pytestmark = pytest.mark.usefixtures("toy_backbones")
 
@@ -254,9 +255,9 @@ class TestAdding:
     def test_a_store_that_was_made_on_the_cpu_stays_there(self, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         config = ExtractConfig()
-        assert run_module._own_device(config, out) == "cpu"
-        assert run_module._own_device(config, out / "new") == "auto"
-        assert run_module._own_device(replace(config, device="cuda"), out) == "cuda"
+        assert devices_module.own_device(config, out) == "cpu"
+        assert devices_module.own_device(config, out / "new") == "auto"
+        assert devices_module.own_device(replace(config, device="cuda"), out) == "cuda"
 
     def test_the_batch_size_follows_the_device_where_no_store_settles_it(
         self, folder: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

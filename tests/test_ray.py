@@ -12,7 +12,9 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import clips
@@ -256,7 +258,9 @@ def test_the_command_line_with_a_cluster_of_its_own(
     assert ran.returncode == 0, ran.stderr
     assert "Ray: backbone actors: 1 (one a node), decoders: " in ran.stderr and "Traceback" not in ran.stderr
     assert json.loads(ran.stdout)["videos"] == {"ok": 4}
-    assert_same(tmp_path / "out", run(clips_folder, tmp_path / "alone", backbone))
+    engine = FeatureStore(tmp_path / "out").settings["backbones"][backbone].get("engine", "torch")  # the faster one
+    assert "engine: " in ran.stderr
+    assert_same(tmp_path / "out", run(clips_folder, tmp_path / "alone", backbone, engine=engine))
     assert processes(mark, "raylet") == before, "the cluster has ended"
 
 
@@ -380,3 +384,29 @@ def test_a_sick_gpu_is_left_out(monkeypatch: pytest.MonkeyPatch, error: str, tmp
     with driver.BackboneActors(ExtractConfig(), resources, videos) as actors, pytest.raises(SvbError, match=error):
         while True:
             actors.next()
+
+
+def test_the_first_actor_on_a_cpu_chooses_the_engine_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    from svb.extract.together import ray as driver
+    from svb.extract.together.ray_actor import ActorLoaded
+
+    backbone = {"precision": "float32", "engine": "onnx"}
+    settings = {"decoder": {"name": "pyav"}, "sampling": {"fps": 1.0}, "backbones": {"toy:frames": backbone}}
+    opened: list[str] = []
+
+    def make(config: ExtractConfig, *arguments: object) -> SimpleNamespace:
+        def load() -> ActorLoaded:
+            opened.append(config.engine)
+            return ActorLoaded({**settings, "batch_size": 32}, {}, "cpu")
+
+        return SimpleNamespace(open=SimpleNamespace(remote=load))
+
+    actors = SimpleNamespace(options=lambda **options: SimpleNamespace(remote=make))
+    monkeypatch.setattr(
+        driver, "ray", SimpleNamespace(remote=lambda kind: actors, get=lambda value: value, kill=lambda actor: None)
+    )
+    places = [{"scheduling_strategy": number} for number in range(4)]
+    started = driver.BackboneActors(ExtractConfig(("toy:frames",)), driver.ClusterResources(4, places, ""), [])
+    with ThreadPoolExecutor(4) as executor:
+        assert all(executor.map(started._started, places))
+    assert sorted(opened) == ["auto", "onnx", "onnx", "onnx"]

@@ -97,11 +97,11 @@ def test_other_options_that_choose_devices() -> None:
 def test_each_rank_sees_its_own_gpu_before_torch_looks(
     listed: str | None, seen: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_module, "sys", SimpleNamespace(modules={}))
+    monkeypatch.setattr(devices_module, "sys", SimpleNamespace(modules={}))
     for rank, expected in enumerate(seen):
         let_see(listed, monkeypatch, 2)
         monkeypatch.setenv("LOCAL_RANK", str(rank))
-        assert run_module._own_device(ExtractConfig(rank=rank, world_size=3), tmp_path) == "auto"
+        assert devices_module.own_device(ExtractConfig(rank=rank, world_size=3), tmp_path) == "auto"
         assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
 
 
@@ -112,10 +112,11 @@ def extract_by(
     monkeypatch: pytest.MonkeyPatch,
     on_progress: Callable[[ExtractProgress], None] = lambda progress: None,
     devices: str = "cpu,cpu",
+    engine: str = "torch",
 ) -> list[str]:
     """Extract in two processes that do this in place of their share; returns the messages."""
     monkeypatch.setattr(run_module, "_extract_share", share)
-    return run(videos, out, devices=devices, workers=4, on_progress=on_progress)
+    return run(videos, out, devices=devices, engine=engine, workers=4, on_progress=on_progress)
 
 
 def test_an_interrupt_reaches_all(clips_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,3 +174,14 @@ def test_two_processes_and_the_bytes_of_one(
     assert verify_store(tmp_path / "out") == []
     died = [message for message in messages if "died with exit code -9" in message]
     assert len(died) == (share is shares.first_dies)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("toy_backbones")
+def test_the_engine_is_chosen_once_for_all(
+    clips_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages = extract_by(shares.of_two_minds, clips_folder, tmp_path / "out", monkeypatch, engine="auto")
+    assert set(statuses(tmp_path / "out").values()) == {"ok"}
+    assert not [message for message in messages if "ended (" in message]
+    assert len([message for message in messages if message.startswith("engine: ")]) == 1

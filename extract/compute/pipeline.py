@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -11,12 +11,14 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from svb.data.feature_store import FeatureStore
+from svb.data.feature_store_writer import FeatureStoreWriter
 from svb.data.rows import USABLE, VideoRecord, VideoRows
 from svb.extract.backbones.backbone import Backbone
 from svb.extract.compute.packing import Packer, to_rows, with_memory
 from svb.extract.compute.transform import Uploader
 from svb.extract.decode.decoder import FrameChunk, VideoProperties
-from svb.extract.plan import PlannedVideo
+from svb.extract.plan import Plan, PlannedVideo
 from svb.extract.pool.worker import DUPLICATE, Alive, Finished, Message, Started
 
 Content = tuple[VideoRecord, Mapping[str, VideoRows]]
@@ -224,6 +226,19 @@ class Contents:
         self._own_hash = {record.video_id: record.content_hash for record in touched}
         self._claims: dict[str, int] = {}
         self._read, self._remove = read, remove
+
+    @classmethod
+    def known(cls, store: FeatureStore, plan: Plan, retry: Collection[str], writer: FeatureStoreWriter) -> Contents:
+        """Return what a store knows that a plan's videos go to; `retry` are statuses that count for nothing."""
+        changing = {video.video_id for video in plan.todo} | {record.video_id for record in plan.vanished}
+        usable = [record for record in store.records.values() if record.usable and record.status not in retry]
+        return cls(
+            held=[record for record in usable if record.video_id not in changing],
+            touched=[record for record in usable if record.video_id in changing],
+            vanished=plan.vanished,
+            read=lambda video_id: writer.added(video_id) or (store.records[video_id], store.rows_of(video_id)),
+            remove=writer.remove,
+        )
 
     def is_wanted(self, position: int, video: PlannedVideo, content_hash: str) -> bool:
         """Tell whether to decode a content: it is neither held nor being decoded. Called from a thread."""

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from svb.data.feature_store import read_store_description
+from svb.data.publish import FolderLock
 from svb.errors import Interrupted, SvbError, UsageError
 from svb.extract.config import ExtractConfig
 from svb.extract.plan import Plan
@@ -70,6 +73,57 @@ def see_one_gpu(number: int) -> bool:
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
     return bool(gpus)
+
+
+def device_of(out: Path) -> str:
+    """Return the device that a store was made on; empty if there is none, or it does not say."""
+    if not (out / "store.json").exists():
+        return ""
+    return str(read_store_description(out)["provenance"].get("device", ""))
+
+
+def own_device(config: ExtractConfig, out: Path) -> str:
+    """Return the device; of several processes of one machine each takes a GPU, where there are any.
+
+    With `auto` a store that was made on the CPU stays there: a GPU's rows may differ in their last bits.
+    """
+    local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID")
+    takes_own = config.device in ("auto", "cuda") and config.place is not None and local is not None
+    # Where torch is there already, CUDA may have been asked for its GPUs, and would not look again.
+    sees_one = takes_own and "torch" not in sys.modules and see_one_gpu(int(local or 0))
+
+    import torch
+
+    if config.device == "auto" and torch.cuda.is_available() and device_of(out) == "cpu":
+        logger.info(f"{out} was made on the CPU: new videos are computed there too - give --device to change that")
+        return "cpu"
+    if not takes_own or sees_one:
+        return config.device
+    gpus = torch.cuda.device_count()
+    return f"cuda:{int(local or 0) % gpus}" if gpus else config.device
+
+
+@contextlib.contextmanager
+def turn_to_choose_engine(config: ExtractConfig, out: Path) -> Iterator[ExtractConfig]:
+    """Yield the options; of several processes that may choose a new store's engine, one comes in at a time.
+
+    The first one measures and makes the store; the others then take its engine.
+    """
+    has_gpu = config.device != "cpu" and bool(visible_gpus())
+    if config.place is None or config.engine != "auto" or has_gpu:
+        yield config
+        return
+    (out / "leases").mkdir(parents=True, exist_ok=True)
+    lock = FolderLock(out / "leases")
+    try:
+        while not lock.take_alone():
+            time.sleep(TELL_SECONDS)
+        if (out / "store.json").exists():
+            lock.close()
+            config = config.settled(read_store_description(out))
+        yield config
+    finally:
+        lock.close()
 
 
 def chosen_devices(asked: str) -> list[str]:

@@ -197,7 +197,8 @@ class BackboneActors:
 
     def __init__(self, config: ExtractConfig, resources: ClusterResources, todo: Sequence[PlannedVideo]) -> None:
         num_tasks = math.ceil(resources.num_cpus / len(resources.places))
-        self._arguments = config, num_tasks, __version__
+        self._config, self._num_tasks = config, num_tasks
+        self._choosing = threading.Lock()
         self._size = max(1, min(TASK_VIDEOS, len(todo) // (TASKS_PER_CPU * resources.num_cpus)))
         self._stock = STOCK * num_tasks * self._size
         self._waiting = deque(self._cut(todo))
@@ -282,14 +283,12 @@ class BackboneActors:
 
     def _work(self, place: Mapping[str, Any], given: dict[str, PlannedVideo]) -> Iterator[ActorLoaded | ActorDid]:
         """Yield what one actor says, until it dies or the run ends; `given` is what it has not done yet."""
-        with self._lock:
-            if self._stop.is_set():
-                return
-            options = {"num_cpus": 0, "max_concurrency": 2, **place}
-            actor: Any = ray.remote(BackboneActor).options(**options).remote(*self._arguments)
-            self._actors.append(actor)
+        started = self._started(place)
+        if started is None:
+            return
+        actor, loaded = started
         try:
-            yield ray.get(actor.open.remote())
+            yield loaded
             for reference in actor.run.remote():
                 did = ray.get(reference)
                 for record, _ in did.contents:
@@ -300,6 +299,33 @@ class BackboneActors:
                 yield did
         finally:
             ray.kill(actor)
+
+    def _started(self, place: Mapping[str, Any]) -> tuple[Any, ActorLoaded] | None:
+        """Return an actor that has loaded its backbones; None if the run has ended.
+
+        The first one on a CPU chooses the engine, and the others take its choice.
+        """
+        with self._choosing:
+            if self._config.engine == "auto" and "num_gpus" not in place:
+                started = self._loaded(place)
+                if started is not None:
+                    self._config = self._config.settled({"settings": started[1].settings, "provenance": {}})
+                return started
+        return self._loaded(place)
+
+    def _loaded(self, place: Mapping[str, Any]) -> tuple[Any, ActorLoaded] | None:
+        with self._lock:
+            if self._stop.is_set():
+                return None
+            options = {"num_cpus": 0, "max_concurrency": 2, **place}
+            arguments = self._config, self._num_tasks, __version__
+            actor: Any = ray.remote(BackboneActor).options(**options).remote(*arguments)
+            self._actors.append(actor)
+        try:
+            return actor, ray.get(actor.open.remote())
+        except BaseException:
+            ray.kill(actor)
+            raise
 
     def _cut(self, videos: Sequence[PlannedVideo]) -> list[TaskVideos]:
         """Return the videos of each task."""
