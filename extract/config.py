@@ -13,7 +13,7 @@ from svb.config import option, require_same
 from svb.device import PRECISIONS, describe_device
 from svb.errors import UsageError
 from svb.extract.backbones import DEFAULT_BACKBONE, absolute_name, package_versions
-from svb.extract.decode.options import DecodeOptions, Limits, decoder_settings
+from svb.extract.decode.options import DECODERS, READER, DecodeOptions, Limits, decoder_settings
 from svb.extract.decode.sampling import Sampling
 from svb.extract.inputs import FolderRules
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from svb.extract.backbones.backbone import Backbone
     from svb.extract.decode.sampling import TimesTable
 
-DECODERS = ("pyav", "ffmpeg")
 RESIZES = ("device", "decoder")
 ENGINES = ("auto", "torch", "onnx")
 SAMPLINGS = ("fps", "frames", "every_nth", "keyframes", "scenes", "times")
@@ -33,8 +32,6 @@ MAX_BATCH_SIZE = 4096
 DEFAULTS: dict[str, Any] = {"backbones": (DEFAULT_BACKBONE,), "fps": 1.0, "decoder": "pyav", "resize": "device"}
 # A GPU waits for Python to start its work: at 32 it would stand still most of the time.
 BATCH_SIZES = {"cpu": 32, "cuda": 256}
-# Recorded in a store. Raised when files are read otherwise than before: other frames, times, colours or streams.
-READER = 2
 # Packages whose versions are recorded beside those that the backbones name.
 PACKAGES = ("svb-video", "torch", "av", "imageio-ffmpeg", "h5py", "numpy", "onnxruntime")
 
@@ -402,15 +399,3 @@ class ExtractConfig:
             # In bfloat16 the last bits of a row depend on it.
             "batch_size": self.frames_a_batch,
         }
-
-
-def words_of_older_reader(path: Path, description: Mapping[str, Any]) -> str:
-    """Return what to say of a store whose first videos were read by an older svb, from its description."""
-    is_older: bool = description.get("provenance", {}).get("reader", 1) < READER
-    if not is_older or description["settings"]["decoder"]["name"] not in DECODERS:
-        return ""
-    return (
-        f"{path} was begun by an older svb, which read HDR, several video streams, joined recordings and a few "
-        "other kinds of files otherwise - extract into another folder to read all alike; docs/extraction.md lists "
-        "the kinds"
-    )

@@ -20,7 +20,8 @@ from svb.device import choose_device, explained_errors
 from svb.errors import Interrupted, StoreError, UsageError
 from svb.extract.backbones.transform import require_same_transforms
 from svb.extract.compute.machine import cores_for_batches, keep_freed_memory, share_of_cores
-from svb.extract.config import ExtractConfig, words_of_older_reader
+from svb.extract.config import ExtractConfig
+from svb.extract.decode.options import words_of_older_reader
 from svb.extract.inputs import first_names, require_there
 from svb.extract.plan import Plan, PlannedVideo, is_done, plan_videos
 from svb.extract.pool.decode_pool import NOBODY, DecodePool, Listed

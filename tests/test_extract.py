@@ -32,10 +32,10 @@ from svb.extract.backbones import DEFAULT_BACKBONE, load_backbone
 from svb.extract.backbones.transform import Transform
 from svb.extract.compute.packing import Packer, to_rows
 from svb.extract.compute.transform import to_squares
-from svb.extract.config import BATCH_SIZES, READER, ExtractConfig
+from svb.extract.config import BATCH_SIZES, ExtractConfig
 from svb.extract.decode import pyav_decoder
 from svb.extract.decode.decoder import DecodeError, FrameChunk
-from svb.extract.decode.options import DecodeOptions
+from svb.extract.decode.options import READER, DecodeOptions
 from svb.extract.decode.sampling import Sampling
 from svb.extract.one_file import extract_file
 from svb.extract.plan import plan_videos
@@ -277,7 +277,7 @@ class TestAdding:
         self, folder: Path, out: Path, run_svb: RunSvb, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         for says in (False, True):
-            monkeypatch.setattr("svb.extract.config.READER", READER + says)
+            monkeypatch.setattr("svb.extract.decode.options.READER", READER + says)
             words = f"{out} was begun by an older svb, which read HDR"
             assert any(words in message for message in run(folder, out)) == says
             verified = run_svb("verify", out)

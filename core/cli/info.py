@@ -184,7 +184,7 @@ def _describe_index(path: Path) -> dict[str, Any]:
 
 def _verify_store(path: Path) -> list[str]:
     from svb.data.feature_store import FeatureStore, verify_store
-    from svb.extract.config import words_of_older_reader
+    from svb.extract.decode.options import words_of_older_reader
 
     problems = verify_store(path)
     if not problems and (words := words_of_older_reader(path, FeatureStore(path).description)):

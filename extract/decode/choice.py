@@ -348,6 +348,24 @@ def _units(data: memoryview, length_bytes: int) -> tuple[set[int], list[bytes]]:
     return (kinds if at == len(data) else set()), sets
 
 
+class PassedOn:
+    """What has been passed on of a file, so that decoding it in another way passes on the rest."""
+
+    def __init__(self) -> None:
+        self._had_properties = False
+        self._last_seconds = -math.inf
+
+    def rest_of(self, items: Iterator[Item]) -> Iterator[Item]:
+        """Pass on what is new: frames later than the last one, and the properties once."""
+        for item in items:
+            if isinstance(item, FrameChunk):
+                yield from item.after(self._last_seconds)
+                self._last_seconds = max(self._last_seconds, float(item.frame_times_seconds[-1]))
+            elif not (self._had_properties and isinstance(item, VideoProperties)):
+                self._had_properties = True
+                yield item
+
+
 def decoded_at_right_positions(
     decode: Callable[[list[int], array[float]], Iterator[Item]], listed: PacketTimes, sampling: Sampling
 ) -> Iterator[Item]:

@@ -9,7 +9,6 @@ prints each frame's timestamp before and after the choice.
 from __future__ import annotations
 
 import contextlib
-import math
 from array import array
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -26,6 +25,7 @@ from svb.extract.decode.choice import (
     FrameChooser,
     Item,
     PacketTimes,
+    PassedOn,
     RunningClock,
     decoded_at_right_positions,
     without_skipping,
@@ -35,7 +35,6 @@ from svb.extract.decode.decoder import (
     NEUTRAL_COLOURS,
     ChunkBuilder,
     DecodeError,
-    FrameChunk,
     VideoProperties,
     best_stream,
     check_file,
@@ -96,10 +95,10 @@ def decode(path: Path, options: DecodeOptions) -> Iterator[Item]:
         source = _source(path, file.fileno(), options)
         if options.hwaccel is not None and len(_hardware_failures) == MAX_HARDWARE_FAILURES:
             source = _in_software(source, _hardware_failures[-1])
-        done = _Done()
+        passed_on = PassedOn()
         while True:
             try:
-                yield from done.rest_of(_decode(source))
+                yield from passed_on.rest_of(_decode(source))
                 if source.options.hwaccel is not None:
                     _hardware_failures.clear()
                 return
@@ -126,24 +125,6 @@ def _source(path: Path, fd: int, options: DecodeOptions) -> Source:
 def _in_software(source: Source, words: str) -> Source:
     options = replace(source.options, hwaccel=None, hwaccel_device=None)
     return replace(source, options=options, hardware_words=words)
-
-
-class _Done:
-    """What has been passed on of a file, so that decoding it in another way passes on the rest."""
-
-    def __init__(self) -> None:
-        self._had_properties = False
-        self._last_seconds = -math.inf
-
-    def rest_of(self, items: Iterator[Item]) -> Iterator[Item]:
-        """Pass on what is new: frames later than the last one, and the properties once."""
-        for item in items:
-            if isinstance(item, FrameChunk):
-                yield from item.after(self._last_seconds)
-                self._last_seconds = max(self._last_seconds, float(item.frame_times_seconds[-1]))
-            elif not (self._had_properties and isinstance(item, VideoProperties)):
-                self._had_properties = True
-                yield item
 
 
 def _decode(source: Source) -> Iterator[Item]:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 from svb.errors import InputError, UsageError
 from svb.extract.decode.sampling import Sampling
+
+DECODERS = ("pyav", "ffmpeg")
+# Recorded in a store. Raised when files are read otherwise than before: other frames, times, colours or streams.
+READER = 2
 
 # Anamorphic video has ratios from 1:2 to 64:33; a damaged header can ask for frames of gigabytes.
 MIN_ASPECT_RATIO, MAX_ASPECT_RATIO = 1 / 8, 8.0
@@ -150,3 +155,15 @@ def _name_and_version(decoder: str) -> dict[str, Any]:
     import imageio_ffmpeg
 
     return {"name": "ffmpeg", "version": imageio_ffmpeg.get_ffmpeg_version()}
+
+
+def words_of_older_reader(path: Path, description: Mapping[str, Any]) -> str:
+    """Return what to say of a store whose first videos were read by an older svb, from its description."""
+    is_older: bool = description.get("provenance", {}).get("reader", 1) < READER
+    if not is_older or description["settings"]["decoder"]["name"] not in DECODERS:
+        return ""
+    return (
+        f"{path} was begun by an older svb, which read HDR, several video streams, joined recordings and a few "
+        "other kinds of files otherwise - extract into another folder to read all alike; docs/extraction.md lists "
+        "the kinds"
+    )

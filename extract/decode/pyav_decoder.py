@@ -27,6 +27,7 @@ from svb.extract.decode.choice import (
     FrameChooser,
     Item,
     PacketTimes,
+    PassedOn,
     RunningClock,
     SkipPlan,
     StretchList,
@@ -38,7 +39,6 @@ from svb.extract.decode.decoder import (
     ChunkBuilder,
     DecodeError,
     DecodeErrors,
-    FrameChunk,
     VideoProperties,
     check_file,
     judge_end,
@@ -103,30 +103,19 @@ def decode(path: Path, options: DecodeOptions) -> Iterator[Item]:
 
 def _decode_what_is_needed(path: Path, options: DecodeOptions) -> Iterator[Item]:
     listed, chooser, plan = _listed(path, options)
-    had_properties = False
-    last_seconds = -math.inf
+    passed_on = PassedOn()
     if plan is not None:
         with contextlib.suppress(_NotAsListedError):
-            for item in _decode(path, options, FrameChooser(path, options), plan):
-                had_properties = True
-                if isinstance(item, FrameChunk):
-                    last_seconds = float(item.frame_times_seconds[-1])
-                yield item
+            yield from passed_on.rest_of(_decode(path, options, FrameChooser(path, options), plan))
             return
 
     def decode_at(positions: list[int], seen_seconds: array[float]) -> Iterator[Item]:
         return _decode(path, options, FrameChooser(path, options, positions, seen_seconds=seen_seconds))
 
-    needs_count = listed is not None and options.sampling.frames is not None and not options.fast
-    for item in (
-        decoded_at_right_positions(decode_at, listed, options.sampling)
-        if listed is not None and needs_count
-        else _decode(path, options, chooser)
-    ):
-        if isinstance(item, FrameChunk):
-            yield from item.after(last_seconds)
-        elif not (had_properties and isinstance(item, VideoProperties)):
-            yield item
+    if listed is not None and options.sampling.frames is not None and not options.fast:
+        yield from passed_on.rest_of(decoded_at_right_positions(decode_at, listed, options.sampling))
+    else:
+        yield from passed_on.rest_of(_decode(path, options, chooser))
 
 
 def _decode(
