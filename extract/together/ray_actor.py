@@ -90,6 +90,8 @@ class BackboneActor:
                 f"a node of the Ray cluster has svb {__version__}, the driver {self._version} - install the same "
                 "version on all"
             )
+        self._messages: list[str] = []
+        _gather_messages(self._messages)
         # Ray lends frames read-only, and nothing here writes to them.
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         self._device = choose_device(self._config.device)
@@ -109,8 +111,7 @@ class BackboneActor:
     def run(self) -> Iterator[ActorDid]:
         """Yield what is done, for ever: whole videos as soon as they are, and every half second how it gets on."""
         records = _RecordsForDriver()
-        messages: list[str] = []
-        _gather_messages(messages)
+        messages = self._messages
         frames, waiting, workers_waiting = 0, 0.0, 0.0
         reported = time.monotonic()
         if self._device.type == "cpu":
