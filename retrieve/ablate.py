@@ -28,16 +28,23 @@ TABLE, CELLS, RUNS, PLOT = "ablation.md", "cells.csv", "runs.csv", "ablation.png
 # A process gets this long to save its state when it is asked to end.
 END_SECONDS = 30.0
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-# Runs a command of svb in a process that also ends when its stdin does, that is, when ablate is gone.
+# Runs commands of svb until one fails, as `a && b` does, but imports PyTorch only once. The process ends when its
+# stdin does too, that is, when ablate is gone.
 _SVB = """
-import os, threading
+import os, shlex, sys, threading
 def end_with_stdin():
     while os.read(0, 1):
         pass
     os._exit(1)
 threading.Thread(target=end_with_stdin, daemon=True).start()
 from svb.cli import main
-main()
+for command in sys.argv[1:]:
+    sys.argv = shlex.split(command)
+    try:
+        main()
+    except SystemExit as ended:
+        if ended.code:
+            raise
 """
 
 
@@ -51,7 +58,7 @@ def ablate(
     """Train and evaluate every cell of a config file with every seed, and compare the cells with the baseline.
 
     Finished runs are kept, killed ones continue, failed ones are tried again. Every run is made by the commands
-    that the tables print, each in a process of its own.
+    that the tables print, in a process of its own.
 
     Args:
         config: A TOML file; see `svb.retrieve.measure.ablation_config`.
@@ -155,16 +162,14 @@ class _Processes:
         """Run the commands of a run; return the error of the first that fails, or an empty string."""
         log = self._logs / f"{run.folder.parent.name},{run.folder.name}.log"
         commands = [run.evaluate_command] if run.is_trained else [run.train_command, run.evaluate_command]
-        return next((error for command in commands if (error := self._run(command, log))), "")
-
-    def _run(self, command: Sequence[str], log: Path) -> str:
+        lines = [shlex.join(command) for command in commands]
         with log.open("ab") as output, self._lock:
             if self._is_ended:
                 return "interrupted"
-            output.write(f"$ {shlex.join(command)}\n".encode())
+            output.write(f"$ {' && '.join(lines)}\n".encode())
             output.flush()
             process = subprocess.Popen(
-                [sys.executable, "-c", _SVB, *command[1:]],
+                [sys.executable, "-c", _SVB, *lines],
                 stdin=subprocess.PIPE,  # nothing is written to it: its end tells the process that ablate is gone
                 stdout=output,
                 stderr=output,

@@ -502,9 +502,8 @@ class TestFailures:
         assert "diverges seed 0 FAILED: the loss is" in ran.stdout and "| **good** | 1 |" in ran.stdout
         assert list(task.finished()) == ["good seed 0"]
         log = (task.out / "logs" / "good,seed-0.log").read_text("utf-8")
-        assert [line.split()[3] for line in log.splitlines() if line.startswith("$ svb ")] == [
-            str(task.store), str(task.out / "runs" / "good" / "seed-0")
-        ]  # fmt: skip
+        [run] = [run for run in plan_runs(read_ablation(task.config), task.out, "cpu")[0] if run.is_finished]
+        assert [line for line in log.splitlines() if line.startswith("$ ")] == [f"$ {run.command}"]
         assert "epoch   4  loss" in log and "20 captions against" not in log
 
     @pytest.mark.parametrize(
