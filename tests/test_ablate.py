@@ -449,7 +449,8 @@ class TestKept:
         folder = own.out / "runs" / "variant=none" / "seed-0"
         (own.folder / "t5").mkdir()
         change_config(folder, lambda held: held["config"].pop("caption_decoder"))
-        options = {name: f"t5:{own.folder / 't5'}", "rebuild": "tokens"}
+        options = {name: f"t5:{own.folder / 't5'}", "rebuild": "tokens", "support_values": "frames"}
+        options |= {"soft_label_weight": 0.0, "cross_captioning_weight": 0.1}
         change_config(folder, lambda held: held["config"].update(options))
         evaluate(folder, checkpoint="last")
         monkeypatch.chdir(own.folder)

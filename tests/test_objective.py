@@ -44,7 +44,7 @@ def make_split() -> SplitData:
 
 def make_objective(**options: Any) -> Objective:
     defaults: dict[str, Any] = {"embedding_size": 4, "decoder_size": 8, "rebuild": "tokens", "dropout": 0.0}
-    defaults |= {"support_temperature": 0.4, "logit_scale": 5.0}
+    defaults |= {"support_temperature": 0.4, "logit_scale": 5.0, "soft_label_weight": 0.0}
     config, split = TrainConfig(**{**defaults, **options}), make_split()
     torch.manual_seed(1)
     vocabulary = Vocabulary.of(CAPTIONS, 2)

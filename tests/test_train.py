@@ -28,7 +28,7 @@ from svb.errors import InputError, MismatchError, StoreError, UsageError
 from svb.train import loop, objective
 from svb.train import run as train_run
 from svb.train.checkpoint import load_checkpoint
-from svb.train.config import CAPTION_SAMPLING, LOSSES, VARIANTS, TrainConfig
+from svb.train.config import CAPTION_SAMPLING, LOSSES, VARIANTS, TrainConfig, stored_options
 from svb.train.run import read_run, train
 from svb.train.training_data import draw_captions, epoch_batches, positions_of_splits
 
@@ -210,6 +210,7 @@ def test_batches_that_hold_one_video_alone_cost_nothing(
     """Two captions a batch, of two videos with two captions each: often both are of one video."""
     task = synthetic.make_task(tmp_path, num_train=2, num_val=2)
     options = {"variant": variant, "rebuild": rebuild, "loss": loss, "intra_modal_weight": 0.5}
+    options["soft_label_weight"] = 0.0  # two captions of one video have soft labels of each other
     config = small(caption_sampling="all", batch_size=2, min_word_count=1, epochs=8, dropout=0.0, **options)
     run = train(*task, tmp_path / "run", config)
     assert all(math.isfinite(value) for line in lines(run) for value in line.values())
@@ -475,9 +476,10 @@ OTHER_VALUE = {
 def other_value(field: dataclasses.Field[Any]) -> Any:
     if field.name in OTHER_VALUE:
         return OTHER_VALUE[field.name]
+    default = getattr(TrainConfig(), field.name)
     if choices := field.metadata.get("choices"):
-        return next(choice for choice in choices if choice != field.default)
-    return not field.default if isinstance(field.default, bool) else type(field.default)(field.default + 1)
+        return next(choice for choice in choices if choice != default)
+    return not default if isinstance(default, bool) else type(default)(default + 1)
 
 
 @pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.name)
@@ -504,8 +506,30 @@ def test_every_option_has_help_and_changes_the_config(
     monkeypatch.setattr(train_run, "train", lambda store, captions, out, config, **_: seen.append(config) or out)
     result = CliRunner().invoke(cli, ["train", "f", "c", "-o", str(tmp_path / "run"), *given])
     assert result.exit_code == 0, result.output
-    assert seen == [dataclasses.replace(TrainConfig(), **also, **{field.name: value})]
+    assert seen == [TrainConfig(**also, **{field.name: value})]
     assert seen[0] != TrainConfig()
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({}, (3.0, 2.0, "pooled")),
+        ({"loss": "max_margin"}, (0.0, 0.1, "pooled")),
+        ({"rebuild": "tokens"}, (0.0, 0.1, "frames")),
+        ({"loss": "max_margin", "soft_label_weight": 0.3, "support_values": "frames"}, (0.3, 0.1, "frames")),
+    ],
+)
+def test_weights_that_were_tuned_with_info_nce_are_defaults_there_only(
+    options: dict[str, Any], wanted: tuple[float, float, str]
+) -> None:
+    config = TrainConfig(**options)
+    assert (config.soft_label_weight, config.cross_captioning_weight, config.support_values) == wanted
+
+
+def test_a_run_made_before_soft_labels_had_none() -> None:
+    held = dataclasses.asdict(TrainConfig())
+    del held["soft_label_weight"]
+    assert TrainConfig(**stored_options(held)).soft_label_weight == 0
 
 
 def test_the_command_says_what_it_chose_and_prints_the_run(

@@ -49,7 +49,8 @@ class TrainConfig:
             positive (RANP); 0 omits it.
         caption_relevance: Relevance of captions to each other: IoU of content `words`, or of `verbs-nouns`, which
             needs spaCy.
-        soft_label_weight: Weight of soft labels, which the frozen features of the captions give; 0 omits them.
+        soft_label_weight: Weight of soft labels, which the frozen features of the captions give; 0 omits them. The
+            default is 3 where `info_nce` rebuilds embeddings, where it was tuned, else 0.
         soft_label_temperature: Temperature of the softmax over caption features that makes soft labels.
         retrieval_scale: Before the contrastive loss, replace embeddings by what they retrieve from the batch at
             this scale of similarities (CLOOB); 0 omits it.
@@ -57,10 +58,12 @@ class TrainConfig:
         learn_logit_scale: Learn the logit scale, or keep it fixed.
         variant: Videos to rebuild a caption from: `cross` the others of the batch, `identity` its own, `full` both,
             `hybrid` the mean of identity and full; `none` turns cross-captioning off.
-        cross_captioning_weight: Weight of the cross-captioning loss beside the contrastive loss.
+        cross_captioning_weight: Weight of the cross-captioning loss beside the contrastive loss. The default is 2
+            where `info_nce` rebuilds embeddings, else 0.1.
         support_temperature: Temperature of the softmax over the support set.
         learn_support_temperature: Learn the support temperature, or keep it fixed.
-        support_values: Average the support set's `frames` time step by time step, or `pooled` videos.
+        support_values: Average the support set's `frames` time step by time step, or `pooled` videos. The default
+            is pooled, or frames where tokens are rebuilt.
         memory_bank: Number of earlier batches' videos to keep in the support set; 0 keeps none.
         rebuild: Rebuild a caption's `tokens`, or its frozen `embedding`, which costs much less.
         caption_decoder: Decoder that rebuilds tokens: `transformer`, a small one that knows the training words, or
@@ -102,16 +105,16 @@ class TrainConfig:
     intra_modal_weight: float = 0.0
     relevant_from: float = 0.0
     caption_relevance: str = option("words", choices=CAPTION_RELEVANCE)
-    soft_label_weight: float = 0.0
+    soft_label_weight: float = option(None)
     soft_label_temperature: float = 0.5
     retrieval_scale: float = 0.0
     logit_scale: float = 20.0
     learn_logit_scale: bool = True
     variant: str = option("cross", choices=VARIANTS)
-    cross_captioning_weight: float = 0.1
+    cross_captioning_weight: float = option(None)
     support_temperature: float = 0.1
     learn_support_temperature: bool = option(False, both=True)
-    support_values: str = option("frames", choices=SUPPORT_VALUES)
+    support_values: str = option(None, choices=SUPPORT_VALUES)
     memory_bank: int = 0
     rebuild: str = option("embedding", choices=REBUILD)
     caption_decoder: str = "transformer"
@@ -138,6 +141,12 @@ class TrainConfig:
         return self.val_fraction if self.select_on == "val" else 0.0
 
     def __post_init__(self) -> None:
+        left_open = {
+            name: value
+            for name, value in _defaults_of(self.loss, self.rebuild).items()
+            if getattr(self, name) is None
+        }
+        vars(self).update(left_open)
         for field in fields(self):
             value = getattr(self, field.name)
             if field.metadata.get("choices"):
@@ -168,8 +177,23 @@ class TrainConfig:
             raise UsageError(f"seed is {self.seed} - expected less than {2**32}")
 
 
+def _defaults_of(loss: str, rebuild: str) -> dict[str, Any]:
+    """Return the defaults that depend on other options; docs/results.md says how they were chosen."""
+    is_tuned = loss == "info_nce" and rebuild == "embedding"
+    return {
+        "soft_label_weight": 3.0 if is_tuned else 0.0,
+        "cross_captioning_weight": 2.0 if is_tuned else 0.1,
+        "support_values": "pooled" if rebuild == "embedding" else "frames",
+    }
+
+
 def stored_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options in a run's config.json under the names that they have today."""
+    """Return the options of a run's config.json; a run that was made before soft labels names none and had none."""
+    return {"soft_label_weight": 0.0, **renamed_options(config)}
+
+
+def renamed_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options under the names that they have today."""
     return {"caption_decoder" if name == "decoder" else name: value for name, value in config.items()}
 
 

@@ -263,7 +263,7 @@ def _open_run(out: Path, description: dict[str, Any], vocabulary: Vocabulary | N
     stored = {name: held for name, held in read_run(out).items() if name not in (*about, "format_version")}
     if "decoder_precision" not in description:
         stored.pop("decoder_precision", None)  # older runs name one even if they do not use it
-    # An option that is newer than the run has its default, which changes nothing.
+    # An option that is newer than the run has a value that changes nothing.
     stored["config"] = {**asdict(TrainConfig()), **stored_options(stored["config"])}
     require_same(
         stored,

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import itertools
 import sys
+import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 from svb.config import default_path, fingerprint
 from svb.errors import InputError, UsageError
-from svb.train.config import TrainConfig, stored_options
+from svb.train.config import TrainConfig, renamed_options
 from svb.train.retrieval_metrics import V2T_CONVENTIONS
 
 if sys.version_info >= (3, 11):
@@ -26,6 +27,7 @@ else:
     import tomli as tomllib
 
 INPUTS = ("store", "captions", "backbone")
+TYPES = typing.get_type_hints(TrainConfig)
 FIELDS = {field.name: field.default for field in dataclasses.fields(TrainConfig) if field.name != "seed"}
 SPLITS = ("train", "val", "test")
 CHECKPOINTS = ("best", "last")
@@ -234,9 +236,9 @@ def _cell(name: str, common: Mapping[str, Any], own: Mapping[str, Any]) -> Cell:
 def _options(written: Mapping[str, Any], place: str, more: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return the options of a cell, each in the type of its field."""
     options: dict[str, Any] = {}
-    for name, value in stored_options(written).items():
+    for name, value in renamed_options(written).items():
         _require_known(name, (*FIELDS, *INPUTS, *more), place)
-        wanted = type(FIELDS[name]) if name in FIELDS else str
+        wanted = TYPES.get(name, str)
         _require_type(f"{place} {name}", value, wanted)
         options[name] = float(value) if wanted is float else value
     return options

@@ -228,7 +228,7 @@ def _identity_of(run: Path) -> str | None:
         held = read_run(run)
         return fingerprint(
             {
-                # Options newer than the run get their defaults, which change nothing.
+                # Options newer than the run get values that change nothing.
                 "config": dataclasses.asdict(TrainConfig(**stored_options(held["config"]))),
                 "video": held["video"],
                 "captions": held["text"]["captions_fingerprint"],
