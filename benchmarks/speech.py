@@ -1,161 +1,251 @@
 """Is a spoken line found, and does speech leave pictures alone? `python benchmarks/speech.py --run RUN`.
 
-Videos of MSR-VTT mini, indexed by a run on it, say what captions of VATEX say: two captions of one VATEX video
-after each other are a topic, seven topics are a video's speech (subtitles alone; cues of 3 to 6 s). Queries:
+Videos of MSR-VTT mini, indexed by a run on it, say something as subtitles: seven topics each, a topic is two
+sentences after each other. Two corpora of speech:
 
-words     the three rarest words of a caption that is said, in any order
+captions  two captions of a VATEX video are a topic: what is said looks like what is seen, the worst case
+prose     two sentences of Python's own documentation: talk about something else
+
+Queries, of which each has the videos that answer it:
+
+words     one to three of the rarest words of a sentence that is said, in any order
+quote     three words of a sentence as they follow each other, in quotes
 meaning   a third caption of the same VATEX video, which nobody says
-seen      a caption of a val video of MSR-VTT: what the picture shows
+both      a caption of a video whose speech has another caption of it
+seen      a caption of a video that shows it and says nothing like it
 
-R@1 is the share of queries whose first video is the right one, "inside" that of queries whose first moment lies in
-the topic as well. The second part searches a million cues with random vectors: time and memory of `svb search`.
+One half of the queries, by a hash of their text, is to choose the weights with; what is reported is of the
+other. "Inside" is the share of queries whose first video is the right one and whose first line lies in the right
+topic. The last part searches a million cues with random vectors: time and memory of `svb search`.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import collections
+import hashlib
+import itertools
 import json
+import os
 import random
 import re
-import resource
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
+import sysconfig
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import shared
 
 VATEX = Path(__file__).resolve().parents[2] / "shared" / "annotations" / "vatex" / "validation.jsonl"
 TOPICS_A_VIDEO, NUM_VIDEOS = 7, 400
-WORDS_WEIGHTS = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 1.0)
-SPEECH_WEIGHTS = (0.0, 1.0, 1.25, 1.5, 1.75, 2.0)
-OTHER_WAYS = ("sum, 1", "sum, 2", "reciprocal ranks")
+KINDS = {"prose": ("words", "quote", "seen"), "captions": ("words", "quote", "meaning", "both", "seen")}
+BY_RANKS = ("reciprocal ranks", "", "")
+MEANING_WEIGHTS = (0.0, 0.2, 0.4, 0.6, 0.8)
+WHERE = ("picture", "speech", "both")
+Span = tuple[float, float]
+Hits = list[tuple[bool, bool]]
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A query, the video that answers it, and when; the kind is one of the docstring's."""
+    """A query of one of the docstring's kinds, and the videos that answer it, with when they say so if they do."""
 
     kind: str
     text: str
+    right: Mapping[str, Sequence[Span]]
+
+    @property
+    def is_reported(self) -> bool:
+        return hashlib.sha256(self.text.encode()).digest()[0] % 2 == 1
+
+
+@dataclass(frozen=True)
+class Topic:
+    """What a video says from when to when, cue by cue, and another sentence for it, which nobody says."""
+
     video_id: str
-    span: tuple[float, float] | None = None
+    span: Span
+    cues: Sequence[str]
+    unsaid: str
 
 
 def measure(folder: Path, options: argparse.Namespace) -> tuple[Any, str]:
-    index, asked = make_index(folder, options)
-    hits = sweep(index, asked, options.words_weight)
-    spoken = [
-        [_named(w), *(f"{100 * hits[kind, 'speech', w][n]:.1f}" for kind in ("words", "meaning") for n in (0, 1))]
-        for w in WORDS_WEIGHTS
-    ]
-    both = [
-        [
-            str(w),
-            *(f"{100 * hits[kind, 'both', w][n]:.1f}" for kind in ("words", "meaning", "seen") for n in (0, 1)),
-        ]
-        for w in (*SPEECH_WEIGHTS, *OTHER_WAYS)
-    ]
-    large = million(index, options)
-    text = "\n\n".join(
-        [
-            "What is said, `--in speech`, percent:",
-            shared.table(["weight of words", "words R@1", "inside", "meaning R@1", "inside"], spoken),
-            f"Seen and said, R@1 and R@5 in percent, words with {options.words_weight:g}:",
-            shared.table(["weight of speech", "words R@1", "R@5", "meaning R@1", "R@5", "seen R@1", "R@5"], both),
-            f"{options.cues:,} cues, {large['windows']:,} windows: words {large['words_mib']:.0f} MiB, made in "
-            f"{large['make_seconds']:.0f} s; vectors {large['vectors_mib']:.0f} MiB",
-            shared.table(["query", "scan ms", "CPU-s of the process", "memory MiB"], large["rows"]),
-        ]
+    measured, texts = dict[str, Any](), list[str]()
+
+    def tell(title: str, names: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        texts.append(f"{title}\n\n{shared.table(names, rows)}")
+        print(texts[-1], end="\n\n", file=sys.stderr, flush=True)
+
+    for corpus, kinds in KINDS.items():
+        index, asked = make_index(folder, corpus, options)
+        alone, together = tune(index, [each for each in asked if not each.is_reported])
+        found, exact = report(index, [each for each in asked if each.is_reported])
+        measured[corpus] = {"alone": alone, "together": together, "found": found, "exact": exact}
+        ranked = [kind for kind in kinds if kind != "quote"]
+        tell(
+            f"{corpus}: what is said alone, R@1 / inside, half to choose with:",
+            ["weight of the meaning", *ranked],
+            alone,
+        )
+        names = ["weight of the meaning", "of the lesser", "speech times", *ranked]
+        tell(f"{corpus}: seen and said, R@1 / R@10, half to choose with:", names, together)
+        names = ["query", "queries", *(f"`--in {where}`" for where in WHERE)]
+        tell(f"{corpus}: R@1 / R@10, half to report; {exact} quotes found all videos and no other:", names, found)
+    measured["large"] = large = million(index, options)
+    tell(
+        f"{options.cues:,} cues, {large['windows']:,} windows: words {large['words_mib']:.0f} MiB, made in "
+        f"{large['make_seconds']:.0f} CPU-s; vectors {large['vectors_mib']:.0f} MiB",
+        ["query", "scan ms", "CPU-s of the process", "memory MiB"],
+        large["rows"],
     )
-    return {"found": {" ".join(map(str, key)): value for key, value in hits.items()}, "large": large}, text
+    return measured, "\n\n".join(texts)
 
 
-def _named(weight: float) -> str:
-    return {0.0: "0 (meaning alone)", 1.0: "1 (words alone)"}.get(weight, f"{weight:g}")
+# --- videos that say something, and queries
 
 
-def make_index(folder: Path, options: argparse.Namespace) -> tuple[Path, list[Asked]]:
-    """Return an index of videos with speech, and queries."""
+def make_index(folder: Path, corpus: str, options: argparse.Namespace) -> tuple[Path, list[Asked]]:
+    """Return an index of videos with speech, and queries in a random order; another corpus takes the index over."""
     from svb.data.caption_features import read_caption_features
     from svb.data.feature_store import FeatureStore
     from svb.data.feature_store_writer import FeatureStoreWriter
     from svb.retrieve.index import IndexConfig, index
 
-    run = json.loads((options.run / "config.json").read_text("utf-8"))
-    store, table = (
-        FeatureStore(Path(run["paths"]["store"])),
-        read_caption_features(Path(run["paths"]["captions"])).table,
-    )
-    rows = list(zip(table.video_ids, table.captions, table.splits, strict=True))
-    val = sorted({video_id for video_id, _, split in rows if split == "val"})
-    rest = sorted({video_id for video_id, _, split in rows if split == "train"})
+    paths = json.loads((options.run / "config.json").read_text("utf-8"))["paths"]
+    store, table = FeatureStore(Path(paths["store"])), read_caption_features(Path(paths["captions"])).table
+    captions, train = collections.defaultdict[str, list[str]](list), set[str]()
+    for video_id, caption, split in zip(table.video_ids, table.captions, table.splits, strict=True):
+        if split == "val":
+            captions[video_id].append(caption)
+        elif split == "train":
+            train.add(video_id)
     draw = random.Random(0)
-    video_ids = sorted([*val, *draw.sample(rest, NUM_VIDEOS - len(val))])
+    video_ids = sorted([*captions, *draw.sample(sorted(train), NUM_VIDEOS - len(captions))])
     videos = folder / "videos"
-    videos.mkdir()
-    with FeatureStoreWriter(folder / "features", store.settings, {}) as writer:
-        for video_id in video_ids:
-            record = replace(store.records[video_id], source_path=str(videos / f"{video_id}.mp4"))
-            writer.add(record, store.rows_of(video_id))
-    asked = write_subtitles(videos, video_ids, draw)
-    captions = [(caption, video_id) for video_id, caption, split in rows if split == "val"]
-    asked += [Asked("seen", caption, video_id) for caption, video_id in draw.sample(captions, options.seen)]
-    spoken = [[each for each in asked if each.kind == kind] for kind in ("words", "meaning")]
-    asked = [each for of in spoken for each in of[: options.queries]] + [a for a in asked if a.kind == "seen"]
+    if not videos.exists():
+        videos.mkdir()
+        with FeatureStoreWriter(folder / "features", store.settings, {}) as writer:
+            for video_id in video_ids:
+                record = replace(store.records[video_id], source_path=str(videos / f"{video_id}.mp4"))
+                writer.add(record, store.rows_of(video_id))
+    # Every second val video also says one of its captions; another one asks for it.
+    says_own = sorted(captions)[::2] if "both" in KINDS[corpus] else []
+    own = {video_id: draw.sample(captions[video_id], 2) for video_id in says_own}
+    topics = write_subtitles(videos, video_ids, sentences(corpus, draw), own, draw)
+    asked = [each for kind in KINDS[corpus] if kind != "seen" for each in queries(kind, topics, own, draw)]
+    shown = [(caption, v) for v, of_video in captions.items() for caption in of_video if v not in own]
+    asked += [Asked("seen", caption, {v: ()}) for caption, v in draw.sample(shown, len(shown))]
+    counts = collections.Counter[str]()
+    kept = []
+    for each in asked:
+        counts[each.kind] += 1
+        if counts[each.kind] <= options.queries:
+            kept.append(each)
     config = IndexConfig(store=folder / "features", sidecars=False)
-    return index(options.run, folder / "index", config), asked
+    return index(options.run, folder / "index", config), kept
 
 
-def write_subtitles(videos: Path, video_ids: Sequence[str], draw: random.Random) -> list[Asked]:
+def sentences(corpus: str, draw: random.Random) -> list[tuple[str, str, str]]:
+    """Return what topics say: two sentences, and one that nobody says, in a random order."""
+    if corpus == "captions":
+        with VATEX.open(encoding="utf-8") as file:
+            held = [[" ".join(caption.split()) for caption in json.loads(line)["captions"]] for line in file]
+        said = [(a, b, c) for a, b, c in (draw.sample(of_video, 3) for of_video in held)]
+    else:
+        found = list[str]()
+        for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-z]*.py")):
+            tree = ast.parse(path.read_bytes())
+            nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
+            for text in filter(None, map(ast.get_docstring, nodes)):
+                found += re.split(r"(?<=[.!?])\s+", " ".join(text.split()))
+        plain = [
+            each
+            for each in dict.fromkeys(found)
+            if each.isascii() and not {*"<>&"} & {*each} and 5 <= len(_words(each)) <= 25
+        ]
+        said = [(a, b, "") for a, b in zip(plain[::2], plain[1::2], strict=False)]
+    draw.shuffle(said)
+    return said
+
+
+def write_subtitles(
+    videos: Path,
+    video_ids: Sequence[str],
+    said: Sequence[tuple[str, str, str]],
+    own: Mapping[str, Sequence[str]],
+    draw: random.Random,
+) -> list[Topic]:
+    """Write what videos say beside them."""
     from svb.retrieve.stored.cues import clock_of
 
-    topics = []
-    with VATEX.open(encoding="utf-8") as file:
-        for line in file:
-            captions = [" ".join(caption.split()) for caption in json.loads(line)["captions"]]
-            topics.append(draw.sample(captions, 3))
-    draw.shuffle(topics)
-    counts = collections.Counter(word for said in topics for text in said[:2] for word in set(_words(text)))
-    asked = []
-    for number, video_id in enumerate(video_ids):
+    topics, left = [], iter(said)
+    for video_id in video_ids:
         at, blocks = 0.0, ["WEBVTT"]
-        for said in topics[number * TOPICS_A_VIDEO : (number + 1) * TOPICS_A_VIDEO]:
+        of_video = list(itertools.islice(left, TOPICS_A_VIDEO))
+        if video_id in own:
+            of_video[3] = (own[video_id][0], of_video[3][1], "")
+        for *cues, unsaid in of_video:
             begin = at
-            for text in said[:2]:
+            for text in cues:
                 end = at + draw.uniform(3, 6)
                 blocks.append(f"{clock_of(at)} --> {clock_of(end)}\n{text}")
                 at = end
-            rarest = sorted(set(_words(said[0])), key=lambda word: (counts[word], word))[:3]
-            draw.shuffle(rarest)
-            asked.append(Asked("words", " ".join(rarest), video_id, (begin, at)))
-            asked.append(Asked("meaning", said[2], video_id, (begin, at)))
+            topics.append(Topic(video_id, (begin, at), cues, unsaid))
         (videos / f"{video_id}.en.vtt").write_text("\n\n".join(blocks) + "\n", "utf-8")
+    return topics
+
+
+def queries(
+    kind: str, topics: Sequence[Topic], own: Mapping[str, Sequence[str]], draw: random.Random
+) -> list[Asked]:
+    """Return queries of one kind, in a random order."""
+    words = [set(_words(" ".join(topic.cues))) for topic in topics]
+    having = collections.defaultdict[str, set[int]](set)
+    said = collections.defaultdict[str, list[str]](list)
+    for number, topic in enumerate(topics):
+        said[topic.video_id] += _words(" ".join(topic.cues))
+        for word in words[number]:
+            having[word].add(number)
+    spoken = {video_id: f" {' '.join(of_video)} " for video_id, of_video in said.items()}
+    asked = []
+    for topic in topics:
+        first = _words(topic.cues[0])
+        if kind == "words":
+            chosen = sorted(set(first), key=lambda word: (len(having[word]), word))[: draw.randint(1, 3)]
+            draw.shuffle(chosen)
+            right = collections.defaultdict[str, list[Span]](list)
+            for number in set.intersection(*(having[word] for word in chosen)):
+                right[topics[number].video_id].append(topics[number].span)
+            asked.append(Asked(kind, " ".join(chosen), right))
+        elif kind == "quote" and len(first) > 3:
+            begin = draw.randrange(len(first) - 2)
+            phrase = " ".join(first[begin : begin + 3])
+            asked.append(Asked(kind, f'"{phrase}"', {v: () for v, text in spoken.items() if f" {phrase} " in text}))
+        elif kind == "both" and topic.cues[0] == own.get(topic.video_id, [""])[0]:
+            asked.append(Asked(kind, own[topic.video_id][1], {topic.video_id: [topic.span]}))
+        elif kind == "meaning" and topic.unsaid:
+            asked.append(Asked(kind, topic.unsaid, {topic.video_id: [topic.span]}))
     draw.shuffle(asked)
     return asked
 
 
 def _words(text: str) -> list[str]:
-    return re.findall("[a-z]+", text.lower())
+    return re.findall("[a-z0-9]+", text.lower())
 
 
-def sweep(
-    index: Path, asked: Sequence[Asked], fixed_weight: float
-) -> dict[tuple[str, str, float | str], tuple[float, float]]:
-    """Return two shares by kind of query, where, and weight or way.
+# --- choosing the weights, and what comes of them
 
-    Of speech alone, where weights of words are tried, R@1 and the share whose first line is inside the topic; of
-    both together, with one weight of words, R@1 and R@5.
-    """
-    import numpy as np
 
+def tune(index: Path, asked: Sequence[Asked]) -> tuple[list[list[str]], list[list[str]]]:
+    """Return rows of two tables: of what is said alone, and of both, by the weights in `said` and `fused`."""
     from svb.retrieve.answer import SearchRequest
     from svb.retrieve.search import open_searcher
-    from svb.retrieve.searching import said
+    from svb.retrieve.searching import fused, said
     from svb.retrieve.searching.rank import EmbeddedRequest
     from svb.retrieve.searching.results import Spread, independent_rows
 
@@ -164,55 +254,82 @@ def sweep(
     speech = said.SpeechSearch(index, searcher.manifest["speech"][0], catalog)
     moments = searcher.vectors.embeddings(np.arange(catalog.num_moments), by="moment")
     begins = np.array([catalog.moment_range(row)[0] for row in range(catalog.num_videos)])
-    hits = collections.defaultdict[tuple[str, str, float | str], list[tuple[bool, bool]]](list)
-    for each in asked:
-        request, embedded = SearchRequest(text=each.text), EmbeddedRequest(searcher.embed_text(each.text))
-        right, pictures = catalog.row_of(each.video_id), moments @ embedded.main
+    meaning, lesser = said.MEANING_WEIGHT, fused.LESSER_WEIGHT
+    # The weight of the meaning, that of the lesser score, and what the scores of speech are multiplied by.
+    ways = [*((each, lesser, 1.0) for each in MEANING_WEIGHTS), *((meaning, each, 1.0) for each in (0.0, 0.2, 0.5))]
+    ways += [(meaning, lesser, 0.8), (meaning, lesser, 1.25)]
+    alone, together = collections.defaultdict[Any, Hits](list), collections.defaultdict[Any, Hits](list)
+    for each in (each for each in asked if each.kind != "quote"):
+        embedded = EmbeddedRequest(searcher.embed_text(each.text))
+        right = [row for row in map(catalog.row_of, each.right) if row is not None]
+        pictures = moments @ embedded.main
         spread = Spread.of(pictures, independent_rows(catalog, "moment"))
         seen = spread.share_of_chance(np.maximum.reduceat(pictures, begins))
-        for weight in WORDS_WEIGHTS if each.kind != "seen" else (fixed_weight,):
-            said.WORDS_WEIGHT = weight
-            heard = speech.ask(request, embedded, None)
+        scores = {}
+        for weight in MEANING_WEIGHTS:
+            said.MEANING_WEIGHT = weight
+            heard = speech.ask(SearchRequest(text=each.text), embedded, None)
             first = next(iter(heard.found), None)
-            (line,) = heard.lines_of(first, 1) if first is not None else (None,)
-            inside = bool(
-                line is not None
-                and each.span is not None
-                and line.begin_seconds < each.span[1]
-                and line.end_seconds > each.span[0]
-            )
-            hits[each.kind, "speech", weight].append((first == right, first == right and inside))
-            if weight == fixed_weight:
-                scores = np.zeros(catalog.num_videos)
-                for row, (score, _) in heard.found.items():
-                    scores[row] = score
-        for way in (*SPEECH_WEIGHTS, *OTHER_WAYS):
-            best = (-_together(way, seen, scores)).argsort(kind="stable")[:5].tolist()
-            hits[each.kind, "both", way].append((best[0] == right, right in best))
-    return {key: (_mean(a for a, _ in of), _mean(b for _, b in of)) for key, of in hits.items()}
+            inside = first in right and _is_inside(heard.lines_of(first, 1)[0], each.right[catalog.video_id(first)])
+            alone[each.kind, weight].append((first in right, inside))
+            scores[weight] = np.zeros(catalog.num_videos)
+            scores[weight][list(heard.found)] = [score for score, _ in heard.found.values()]
+        for way in ways:
+            fused.LESSER_WEIGHT = way[1]
+            together[each.kind, way].append(_first_and_ten(fused.fuse(seen, way[2] * scores[way[0]]), right))
+        ranks = ((-of).argsort(kind="stable").argsort(kind="stable") for of in (seen, scores[meaning]))
+        together[each.kind, BY_RANKS].append(_first_and_ten(sum(1 / (61 + rank) for rank in ranks), right))
+    said.MEANING_WEIGHT, fused.LESSER_WEIGHT = meaning, lesser
+    kinds = list(dict.fromkeys(kind for kind, _, _ in alone))
+    return (
+        [[f"{weight:g}", *(_percents(alone[kind, weight]) for kind in kinds)] for weight in MEANING_WEIGHTS],
+        [[*map(str, way), *(_percents(together[kind, way]) for kind in kinds)] for way in (*ways, BY_RANKS)],
+    )
 
 
-def _together(way: float | str, seen: Any, said: Any) -> Any:
-    """Return the scores of all videos from both of theirs: as svb has them, with a weight, or in another way."""
-    from svb.retrieve.searching import fused
-
-    if isinstance(way, float):
-        fused.SPEECH_WEIGHT = way
-        return fused.fuse(seen, said)
-    if way.startswith("sum"):
-        return seen + float(way.split()[1]) * said
-    return sum(1 / (61 + (-each).argsort(kind="stable").argsort(kind="stable")) for each in (seen, said))
+def _is_inside(line: Any, spans: Sequence[Span]) -> bool:
+    return any(line.begin_seconds < end and line.end_seconds > begin for begin, end in spans)
 
 
-def _mean(values: Any) -> float:
-    held = list(values)
-    return sum(held) / len(held)
+def _first_and_ten(scores: Any, right: Sequence[int]) -> tuple[bool, bool]:
+    """Return whether a right video is the best of `(V,)` scores, and among the ten best."""
+    best = (-scores).argsort(kind="stable")[:10].tolist()
+    return best[0] in right, not set(right).isdisjoint(best)
+
+
+def _percents(hits: Hits) -> str:
+    return " / ".join(f"{100 * sum(of) / len(hits):.1f}" for of in zip(*hits, strict=True))
+
+
+def report(index: Path, asked: Sequence[Asked]) -> tuple[list[list[str]], str]:
+    """Return R@1 and R@10 of each kind of query through the door that users take, and how many quotes are exact."""
+    from svb.retrieve.answer import SearchRequest
+    from svb.retrieve.search import open_searcher
+
+    searcher = open_searcher(index)
+    hits = collections.defaultdict[Any, Hits](list)
+    exact = list[bool]()
+    for each in asked:
+        if each.kind == "quote":
+            request = SearchRequest(text=each.text, k=NUM_VIDEOS, fold=False)
+            exact.append({result.video_id for result in searcher.search(request).results} == set(each.right))
+            continue
+        for where in WHERE:
+            request = SearchRequest(text=each.text, search_in=where, k=10, fold=False)
+            found = [result.video_id for result in searcher.search(request).results]
+            hits[each.kind, where].append((found[0] in each.right, not set(each.right).isdisjoint(found)))
+    kinds = dict.fromkeys(kind for kind, _ in hits)
+    rows = [
+        [kind, str(len(hits[kind, "both"])), *(_percents(hits[kind, where]) for where in WHERE)] for kind in kinds
+    ]
+    return rows, f"{sum(exact)} of {len(exact)}"
+
+
+# --- a million cues
 
 
 def million(index: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Give an index a million cues, and return what searching them takes."""
-    import numpy as np
-
     from svb.retrieve.searching.words import keep_words, words_path
     from svb.retrieve.stored.cues import Cue, Track, cut_into_windows, open_speech, publish_speech, speech_of
     from svb.retrieve.stored.manifest import commit, read_manifest
@@ -234,34 +351,36 @@ def million(index: Path, options: argparse.Namespace) -> dict[str, Any]:
     ]
     windows = [cut_into_windows(track.cues) for track in tracks]
     num_windows, size = sum(map(len, windows)), held.window_embeddings.shape[1]
-    vectors = np.random.default_rng(0).normal(size=(num_windows, size)).astype(np.float32)
+    vectors = np.random.default_rng(0).standard_normal((num_windows, size), np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     speech = speech_of(tracks, vectors.astype(np.float16), windows)
     entry = publish_speech(index, speech)
     commit(index, {**manifest, "generation": manifest["generation"] + 1, "speech": [entry]})
-    began = time.perf_counter()
-    keep_words(index, entry["key"], speech)
-    made_seconds = time.perf_counter() - began
+    cost = shared.cost_of(lambda: keep_words(index, entry["key"], speech))
     rows = []
     for text in ("trampoline", "a man plays the guitar on a stage", '"plays the guitar"', "the"):
         command = [sys.executable, "-m", "svb", "search", text, "--in", "speech", "--index", str(index), "--json"]
-        scans, cpus = [], []
-        for _ in range(options.rounds + 1):
-            before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            done = subprocess.run([*command, "--no-server"], check=True, capture_output=True)
-            after = resource.getrusage(resource.RUSAGE_CHILDREN)
-            scans.append(1000 * json.loads(done.stdout)["elapsed_seconds"]["scan"])
-            cpus.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-        rows.append([f"`{text}`", shared.spread(scans[1:]), shared.spread(cpus[1:]), f"up to {memory:.0f}"])
-    path = words_path(index, entry["key"])
+        runs = [_run([*command, "--no-server"]) for _ in range(options.rounds + 1)][
+            1:
+        ]  # the first keeps the vector
+        rows.append([f"`{text}`", *(shared.spread([run[of] for run in runs]) for of in range(3))])
     return {
         "windows": num_windows,
-        "words_mib": path.stat().st_size / 2**20,
+        "words_mib": words_path(index, entry["key"]).stat().st_size / 2**20,
         "vectors_mib": speech.window_embeddings.nbytes / 2**20,
-        "make_seconds": made_seconds,
+        "make_seconds": cost.cpu_seconds,
         "rows": rows,
     }
+
+
+def _run(command: Sequence[str]) -> tuple[float, float, float]:
+    """Run a search; return the milliseconds of its scan, and the CPU-seconds and MiB of the process."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        answer = json.load(process.stdout)
+        _, _, usage = os.wait4(process.pid, 0)
+        process.returncode = 0
+    return 1000 * answer["elapsed_seconds"]["scan"], usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
 
 
 if __name__ == "__main__":
@@ -269,9 +388,7 @@ if __name__ == "__main__":
         __doc__,
         measure,
         run=(None, "a run on MSR-VTT mini, with its store and captions"),
-        queries=(150, "queries of each kind"),
-        seen=(400, "queries for what is seen"),
-        words_weight=(0.8, "weight of words in the second table"),
+        queries=(200, "queries of each kind, half of them to choose the weights with"),
         cues=(1_000_000, "cues of the last part"),
         rounds=(3, "rounds of each query of the last part"),
     )

@@ -11,7 +11,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,20 @@ TAKES = ("first take", "second take", "titles", "rehearsal", "outtakes", "the lo
 BACKBONE = "offline:efficientnet-lite0"
 SVB = (sys.executable, "-m", "svb")
 CHROMIUM_OPTIONS = ("--no-sandbox", "--disable-gpu", "--hide-scrollbars")
-QUERY = "a red heart"
+QUERY, SPOKEN_QUERY = "a red heart", "a red heart for the annual budget"
+SAID = {
+    ("monday/first take", "en"): (
+        "Good morning, and welcome to the annual budget of our club.",
+        "We spent less than planned, and nobody knows why.",
+        "The red heart on our posters cost more than the hall.",
+    ),
+    ("tuesday/titles", "en"): (
+        "Next week we meet again.",
+        "The budget for next year follows.",
+        "Bring your own tea.",
+    ),
+    ("friday/rehearsal", "de"): ("Guten Morgen.", "Das annual budget, also der Haushalt, ist beschlossen."),
+}
 
 
 def main(demo: Path) -> None:
@@ -37,6 +50,9 @@ def main(demo: Path) -> None:
         run("extract", reels, "-o", demo / "reels_features", "--backbone", BACKBONE, "--fps", "2")
         moments = ("--moment-seconds", "2", "--moment-stride-seconds", "1")
         run("index", demo / "run", "--store", demo / "reels_features", "-o", demo / "reels_index", *moments)
+    if not (demo / "spoken_index").exists():
+        spoken = ("--store", demo / "reels_features", "--transcripts", make_transcripts(demo))
+        run("index", demo / "run", *spoken, "-o", demo / "spoken_index", "--moment-seconds", "2")
     report = demo / "report.html"
     queries = demo / "queries.txt"
     queries.write_text("a red heart\na yellow star\nsomething purple\n")
@@ -44,6 +60,8 @@ def main(demo: Path) -> None:
     OUT.mkdir(exist_ok=True)
     with served(demo / "reels_index"):
         shoot(report)
+    with served(demo / "spoken_index"):
+        shoot_speech()
 
 
 def make_reels(demo: Path) -> Path:
@@ -63,6 +81,17 @@ def make_reels(demo: Path) -> Path:
         subprocess.run([*ffmpeg, *scale, "-movflags", "+faststart", path], check=True)
         listed.unlink()  # a .txt beside a video is its captions
     return demo / "reels"
+
+
+def make_transcripts(demo: Path) -> Path:
+    """Let a few reels say something, three seconds a line."""
+    folder = demo / "transcripts"
+    for (name, language), lines in SAID.items():
+        path = folder / f"{name}.vtt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cues = [f"00:{3 * n:02}.000 --> 00:{3 * n + 3:02}.000\n{line}\n" for n, line in enumerate(lines, start=1)]
+        path.write_text("\n".join([f"WEBVTT\nLanguage: {language}\n", *cues]), "utf-8")
+    return folder
 
 
 def run(*arguments: object) -> None:
@@ -88,8 +117,12 @@ def answers() -> bool:
         return False
 
 
-def shoot(report: Path) -> None:
-    asked = f"{URL}?q={quote_plus(QUERY)}"
+Shot = Callable[..., None]
+
+
+@contextmanager
+def camera() -> Iterator[Shot]:
+    """Yield what takes a picture of a page: its name, the address, what to do there, its size and colours."""
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=CHROMIUM_OPTIONS)
 
@@ -105,6 +138,13 @@ def shoot(report: Path) -> None:
             page.screenshot(path=OUT / f"{name}.png")
             page.close()
 
+        yield shot
+        chromium.close()
+
+
+def shoot(report: Path) -> None:
+    asked = f"{URL}?q={quote_plus(QUERY)}"
+    with camera() as shot:
         shot("page", asked)
         shot("page-dark", asked, color_scheme="dark")
         shot("page-player", asked, play, height=760)
@@ -117,7 +157,13 @@ def shoot(report: Path) -> None:
         shot("page-help", URL, lambda page: (page.locator("body").click(), page.keyboard.press("?")), height=640)
         shot("page-phone", asked, width=360, height=740, is_mobile=True, has_touch=True)
         shot("report", report.resolve().as_uri())
-        chromium.close()
+
+
+def shoot_speech() -> None:
+    asked = f"{URL}?q={quote_plus(SPOKEN_QUERY)}"
+    with camera() as shot:
+        shot("page-speech", asked, height=560)
+        shot("page-speech-phone", asked, width=360, height=740, is_mobile=True, has_touch=True)
 
 
 def play(page: Page) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from clips import draw, make_clip, run_ffmpeg
 from conftest import RunSvb
-from indexes import MOMENTS, Kept, files_of, index, touch
+from indexes import MOMENTS, Kept, files_of, fingerprint, index, touch
 from serving import serving
 from watching import browser, until, watch
 
@@ -33,7 +33,8 @@ from svb.retrieve.transcribe import TranscribeConfig, transcribe
 pytestmark = pytest.mark.usefixtures("words_encoder")
 
 # What is said in which video, and in which file beside it: a phrase that goes on in the next cue, one that stays in
-# its stem, another form of the words, the words far apart, accents, a script without spaces, markup.
+# its stem, another form of the words, the words far apart, accents, a script without spaces, markup, an encoding
+# of old with times that overlap, jump back and run backwards.
 SAID = {
     "clip000.en.srt": [(1, 3, "Welcome to the annual"), (3, 5, "budget of the company"), (30, 31, "a dog barks")],
     "clip000.de.srt": [(1, 5, "Willkommen zum jährlichen Haushalt")],
@@ -44,7 +45,14 @@ SAID = {
     "clip004.srt": [(0, 4, "今年の年次予算について")],
     "clip005.srt": [(0, 4, "&lt;img src=x onerror=alert(1)&gt; trampoline <script>alert(2)</script>")],
     "clip006.txt": "a note about zebras\n",
+    "clip007.srt": [
+        (5, 7, "größer als Walrosse"),
+        (1, 3, "the walrus sings"),
+        (2, 6, "Walrus and tuba overlap"),
+        (9, 8, "never backwards"),
+    ],
 }
+ENCODINGS = {"clip007.srt": "cp1252", "clip003.srt": "utf-16"}
 
 
 def clock(seconds: float) -> str:
@@ -67,7 +75,8 @@ def spoken(indexed_run: Path, built_index: Path, tmp_path_factory: pytest.TempPa
         touch(store, f"clip{number:03}", source_path=str(folder / f"clip{number:03}.mp4"))
     for name, cues in SAID.items():
         text = cues if isinstance(cues, str) else subtitles(cues)
-        (folder / name).write_text(f"WEBVTT\n\n{text.replace(',', '.')}" if name.endswith("vtt") else text)
+        text = f"WEBVTT\n\n{text.replace(',', '.')}" if name.endswith("vtt") else text
+        (folder / name).write_bytes(text.encode(ENCODINGS.get(name, "utf-8")))
     encoder = synthetic.make_text_encoder()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("svb.retrieve.model.embedder.load_matching_text_encoder", lambda settings, device: encoder)
@@ -93,6 +102,9 @@ def ask(index: Path, text: str, **options: Any) -> list[Any]:
         ('"年次予算"', {"clip004"}),
         ('"about zebras"', {"clip006"}),
         ('"never said"', set()),
+        ('"größer als"', {"clip007"}),
+        ('"sings walrus and"', {"clip007"}),
+        ('"never backwards"', set()),
     ],
 )
 def test_what_is_quoted_is_said_word_for_word_and_nothing_else_is_found(
@@ -170,11 +182,19 @@ def test_pictures_alone_are_found_as_ever(spoken: Path, built_index: Path) -> No
         ]
 
 
-def test_an_index_without_speech_says_how_to_add_it(built_index: Path) -> None:
-    for options in ({"search_in": "speech"}, {"search_in": "both"}, {"language": "en"}):
-        with pytest.raises(InputError, match="run `svb index` on it again"):
-            ask(built_index, "a dog", **options)
-    open_searcher(built_index).search(SearchRequest(text="a dog"))
+def test_an_index_without_speech_says_how_to_add_it(built_index: Path, kept: Kept, tmp_path: Path) -> None:
+    manifest = read_manifest(kept.out)  # as an older version wrote it
+    del manifest["speech"], manifest["inputs"]["speech"], manifest["inputs"]["transcripts"]
+    (kept.out / "manifest.json").write_text(json.dumps({**manifest, "checksum": fingerprint(manifest)}))
+    for held in (built_index, kept.out):
+        for options in ({"search_in": "speech"}, {"search_in": "both"}, {"language": "en"}):
+            with pytest.raises(InputError, match="run `svb index` on it again"):
+                ask(held, "a dog", **options)
+        assert ask(held, "a dog")[0].why == "seen"
+    touch(kept.store, "clip000", source_path=str(tmp_path / "clip000.mp4"))
+    (tmp_path / "clip000.srt").write_text(subtitles([(1, 2, "a trampoline")]))
+    kept.update()
+    assert ask(kept.out, "trampoline", search_in="speech")[0].video_id == "clip000"
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "junk", "bits", "another"])
@@ -309,7 +329,7 @@ class TestStreams:
         run_ffmpeg(*source, "-c:v", "libx264", "-c:s", "srt", "-output_ts_offset", "10", str(clip))
         assert read_streams(clip)[0].cues[0].begin_seconds == pytest.approx(11, abs=0.05)
 
-    def test_pictures_of_text_are_said_and_left_out(self, srt: Path, tmp_path: Path, said: list[str]) -> None:
+    def test_pictures_of_text_are_said_and_left_out(self, srt: Path, tmp_path: Path, kept: Kept) -> None:
         clip = tmp_path / "pictures.mkv"
         pictures = ("-f", "lavfi", "-i", "color=red:size=64x48:rate=1:duration=2")
         run_ffmpeg(
@@ -319,8 +339,10 @@ class TestStreams:
         held = clip.read_bytes()
         assert held.count(b"S_TEXT/UTF8") == 1
         clip.write_bytes(held.replace(b"S_TEXT/UTF8", b"S_HDMV/PGS\0"))
-        assert read_streams(clip) == []
-        assert any("holds pictures (hdmv_pgs_subtitle), not text, and was left out" in line for line in said)
+        touch(kept.store, "clip000", source_path=str(clip))
+        kept.update()
+        assert any("holds pictures (hdmv_pgs_subtitle), not text, and was left out" in line for line in kept.said)
+        assert read_manifest(kept.out)["speech"][0]["cues"] == 0
 
     def test_files_without(self, tmp_path: Path) -> None:
         assert read_streams(make_clip(tmp_path / "a.mp4", seconds=1)) == []
@@ -439,6 +461,8 @@ class TestDoors:
         ran = run_svb("search", "trampoline", "--index", spoken, "--in", "speech", "--csv", "-k", 1)
         assert ran.stdout.splitlines()[0].endswith(",moment_score,kind,line")
         assert ",said,<img src=x onerror=alert(1)> trampoline alert(2)" in ran.stdout
+        ran = run_svb("search", "budget", "--index", spoken, "--language", "fr")
+        assert 'Bienvenue au budget annuel" [fr]' in ran.stdout and ran.stdout.count("said") == 1
         ran = run_svb("search", "--like", "clip000", "--in", "speech", "--index", spoken)
         assert ran.exit_code == 2 and "only a text" in ran.stderr
 

@@ -501,7 +501,7 @@ function cardOf(result, scale) {
   const isMeasured = answer.request.text !== undefined && answer.request.by !== "video" && (result.why ?? "seen") === "seen";
   $(".badge", card).title = `${result.confidence}: ${isMeasured && info.confidence?.[result.confidence] || "how sure this result is"}`;
   $(".score", card).textContent = result.score.toFixed(3);
-  if (result.lines?.length) {
+  if (searchesSpeech()) {
     $(".why", card).textContent = result.why;
     $(".score", card).title = "What is seen and what is said together: 1 is where chance ends";
   }
@@ -524,6 +524,11 @@ function cardOf(result, scale) {
   wireActions(card);
   seen.observe(card);
   return card;
+}
+
+function searchesSpeech() {
+  const {request, results} = answer;
+  return request.text !== undefined && request.search_in !== "picture" && (info.has_speech || results.some(result => result.lines?.length));
 }
 
 // A line that is said, with the words that were asked for; its marks count letters, not UTF-16's halves.

@@ -1,9 +1,9 @@
-"""Results of what is seen and what is said together: both scores are brought to one scale, then joined.
+"""Results of what is seen and what is said together: both scores are on one scale, and the better one counts.
 
 A score is divided by what the best of as many unrelated rows reaches by chance, see
-`svb.retrieve.searching.results`: 1 is where chance ends. The better one counts, and a part of the lesser is added.
-A plain sum lets the noise of one hide a sure find of the other: some picture always seems to fit, some line too.
-`benchmarks/speech.py` measures the weights.
+`svb.retrieve.searching.results` and `svb.retrieve.searching.said`: 1 is where chance ends. Of the lesser score, a
+small part is added. A plain sum lets the noise of one hide a sure find of the other: some picture always seems to
+fit, some line too. `benchmarks/speech.py` measures it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from svb.retrieve.searching.vectors import Vectors
 from svb.retrieve.stored.calibration import Calibration
 from svb.retrieve.stored.metadata import Metadata
 
-SPEECH_WEIGHT = 1.5
-LESSER_WEIGHT = 0.2
+LESSER_WEIGHT = 0.1
 # Videos that are among the best by what is seen or by what is said; all others are below.
 CANDIDATES = 256
 
@@ -58,7 +57,7 @@ def fused_results(
     kept = keep_best(vectors, videos[order], request.k, request.fold)
     found = [Found(int(group[0]), tuple(group[1:].tolist())) for group in kept]
     place_of = {video: place for place, video in enumerate(videos.tolist())}
-    told = SPEECH_WEIGHT * said >= seen
+    told = said >= seen
     results = []
     described = describe_results(vectors, metadata, request, embedded, found, calibration)
     for row, result in zip(found, described, strict=True):
@@ -70,8 +69,7 @@ def fused_results(
 
 def fuse(seen: NDArray[np.float64], said: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the `(n,)` scores of videos from both of theirs, on the scale on which 1 is where chance ends."""
-    spoken = SPEECH_WEIGHT * said
-    scores: NDArray[np.float64] = np.maximum(seen, spoken) + LESSER_WEIGHT * np.minimum(seen, spoken)
+    scores: NDArray[np.float64] = np.maximum(seen, said) + LESSER_WEIGHT * np.minimum(seen, said)
     return scores
 
 

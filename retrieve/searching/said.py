@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,13 +16,13 @@ from svb.errors import InputError
 from svb.retrieve.answer import Line, SearchRequest
 from svb.retrieve.searching.catalog import SAMPLE_ROWS, Catalog
 from svb.retrieve.searching.rank import EmbeddedRequest
-from svb.retrieve.searching.results import Spread
+from svb.retrieve.searching.results import FEWEST_ROWS, Spread
 from svb.retrieve.searching.vectors import Piece, cut_into_pieces, scan
 from svb.retrieve.searching.words import STOP_WORDS, Wanted, WordIndex, find_phrase, fold, marked, wanted_of
 from svb.retrieve.stored.cues import Speech, open_speech
 
-# The weight of words; that of the meaning is the rest. `benchmarks/speech.py` measures it.
-WORDS_WEIGHT = 0.8
+# The weight of the meaning beside that of the words. `benchmarks/speech.py` measures it.
+MEANING_WEIGHT = 0.4
 # As many windows as could be among the best by either way are scored by both.
 CANDIDATES = 512
 # What a line that is said word for word scores.
@@ -45,8 +46,8 @@ class Heard:
     """What a query found in the speech of an index.
 
     Attributes:
-        found: Score and confidence of each video, by its row in the catalog, best first; a score of 1 is as good as
-            sure.
+        found: Score and confidence of each video, by its row in the catalog, best first; a score of 1 is where
+            chance ends.
         is_quoted: Whether the query quotes, so that no other video counts.
         notes: What the user should know.
     """
@@ -99,10 +100,10 @@ class SpeechSearch:
         selected = self._counted_windows(counted, request.language)
         if wanted.phrases:
             return self._quoted(wanted.phrases, texts, selected, request.k)
-        windows, by_words, shares = self._words.scores(wanted.terms)
-        held = selected[windows]
-        windows, by_words, shares = windows[held], by_words[held], shares[held]
-        best = np.argsort(-by_words, kind="stable")[:CANDIDATES]
+        words = self._words.scores(wanted.terms)
+        held = selected[words.windows]
+        windows, bm25, shares = words.windows[held], words.bm25[held], words.shares[held]
+        best = np.argsort(-bm25, kind="stable")[:CANDIDATES]
         query = embedded.query_over(lambda: self._background)
         _, near = scan(self._pieces, query.positive, CANDIDATES, None if selected.all() else selected)
         candidates = np.union1d(windows[best], near)
@@ -113,8 +114,12 @@ class SpeechSearch:
         # A candidate that says none of the words is not at its place; the last place is the one appended.
         place = np.searchsorted(windows, candidates)
         is_said = np.append(windows, -1)[place] == candidates
-        words, share = (np.where(is_said, np.append(of, 0.0)[place], 0.0) for of in (by_words, shares))
-        scores = WORDS_WEIGHT * words + (1 - WORDS_WEIGHT) * spread.share_of_chance(cosines)
+        share = np.where(is_said, np.append(shares, 0.0)[place], 0.0)
+        # Of N windows the best says by chance what a share of 1/N says; among normal scores it stands out by
+        # sqrt(2 ln N). So this is on the scale of cosines and pictures, on which 1 is where chance ends.
+        beyond = np.sqrt(share * words.weight / math.log(max(self._speech.num_windows, FEWEST_ROWS)))
+        # A long query has some words in common with much; a line that answers it has most of them.
+        scores = np.hypot(share * beyond, MEANING_WEIGHT * spread.share_of_chance(cosines))
         places: dict[int, list[tuple[_Place, float]]] = {}
         sure: dict[int, str] = {}
         for number in np.lexsort((candidates, -scores)).tolist():

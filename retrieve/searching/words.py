@@ -130,6 +130,26 @@ def find_phrase(phrase: Sequence[str], text: str) -> list[tuple[int, int]]:
     return [(a, b) for a, b in spans if is_single[0] or not a or not text[a - 1].isalnum()]
 
 
+@dataclass(frozen=True)
+class WordScores:
+    """The W windows in which any of some terms is said.
+
+    A term weighs minus the logarithm of the share of windows that say it, about. So several weigh together as the
+    share that would say all of them if each were said independently.
+
+    Attributes:
+        windows: `(W,)`, ascending.
+        bm25: `(W,)`, divided by that of an average window that says every term once.
+        shares: `(W,)`, the share of the terms that are said, by weight.
+        weight: Of all terms.
+    """
+
+    windows: NDArray[np.int64]
+    bm25: NDArray[np.float64]
+    shares: NDArray[np.float64]
+    weight: float
+
+
 class WordIndex:
     """The words of an index's speech. Threads may share it.
 
@@ -145,12 +165,8 @@ class WordIndex:
         self._lock = threading.Lock()
         self._database: sqlite3.Connection | None = None
 
-    def scores(self, terms: Sequence[Term]) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-        """Return the windows in which any term is said, ascending, their scores, and the share of terms said.
-
-        The score is BM25 divided by that of an average window that says every term once. The share counts a rare
-        term for more than a common one, as BM25 does.
-        """
+    def scores(self, terms: Sequence[Term]) -> WordScores:
+        """Return in which windows any term is said, and how much of the terms."""
         found = [self._of_term(term) for term in terms]
         N = self._speech.num_windows
         # BM25's usual weight of a word, which is above zero however common it is.
@@ -161,7 +177,7 @@ class WordIndex:
         scores = np.bincount(place, np.concatenate([np.empty(0), *parts]), len(windows))
         shares = np.bincount(place, np.repeat(weights, [len(rows) for rows, _ in found]), len(windows))
         total = max(sum(weights), LEAST_IDF)
-        return windows, scores / total, shares / total
+        return WordScores(windows, scores / total, shares / total, float(total))
 
     def windows_with(self, word: str) -> NDArray[np.int64]:
         """Return the windows in which a word is said in any of its forms, ascending."""
