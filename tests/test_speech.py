@@ -164,6 +164,12 @@ def test_a_line_is_found_by_its_meaning(spoken: Path) -> None:
     assert "we were running" in found.lines[0].text and found.lines[0].marks == ()
 
 
+def test_a_line_with_few_of_the_words_does_not_hide_what_is_seen(spoken: Path) -> None:
+    for text in ("boat train annual", "car train running"):
+        assert ask(spoken, text)[0].video_id == ask(spoken, text, search_in="picture")[0].video_id
+    assert ask(spoken, "annual budget company")[0].why == "said"
+
+
 def test_every_language_is_kept_shown_and_asked_for(spoken: Path) -> None:
     assert read_manifest(spoken)["speech"][0]["languages"] == ["de", "en", "fr"]
     for language, text in (("de", "haushalt"), ("en", "budget"), ("fr", "budget"), ("FR", "annuel")):
