@@ -33,6 +33,8 @@ import re
 import subprocess
 import sys
 import sysconfig
+import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -280,7 +282,7 @@ def tune(index: Path, asked: Sequence[Asked]) -> tuple[list[list[str]], list[lis
         ranks = ((-of).argsort(kind="stable").argsort(kind="stable") for of in (seen, scores[meaning]))
         together[each.kind, BY_RANKS].append(_first_and_ten(sum(1 / (61 + rank) for rank in ranks), right))
     said.MEANING_WEIGHT, fused.LESSER_WEIGHT = meaning, lesser
-    kinds = list(dict.fromkeys(kind for kind, _, _ in alone))
+    kinds = list(dict.fromkeys(kind for kind, _ in alone))
     return (
         [[f"{weight:g}", *(_percents(alone[kind, weight]) for kind in kinds)] for weight in MEANING_WEIGHTS],
         [[*map(str, way), *(_percents(together[kind, way]) for kind in kinds)] for way in (*ways, BY_RANKS)],
@@ -317,7 +319,8 @@ def report(index: Path, asked: Sequence[Asked]) -> tuple[list[list[str]], str]:
         for where in WHERE:
             request = SearchRequest(text=each.text, search_in=where, k=10, fold=False)
             found = [result.video_id for result in searcher.search(request).results]
-            hits[each.kind, where].append((found[0] in each.right, not set(each.right).isdisjoint(found)))
+            is_right = [video_id in each.right for video_id in found]
+            hits[each.kind, where].append((any(is_right[:1]), any(is_right)))
     kinds = dict.fromkeys(kind for kind, _ in hits)
     rows = [
         [kind, str(len(hits[kind, "both"])), *(_percents(hits[kind, where]) for where in WHERE)] for kind in kinds
@@ -359,11 +362,11 @@ def million(index: Path, options: argparse.Namespace) -> dict[str, Any]:
     commit(index, {**manifest, "generation": manifest["generation"] + 1, "speech": [entry]})
     cost = shared.cost_of(lambda: keep_words(index, entry["key"], speech))
     rows = []
-    for text in ("trampoline", "a man plays the guitar on a stage", '"plays the guitar"', "the"):
+    quote = " ".join(texts[0].split()[1:4])
+    for text in ("trampoline", "a man plays the guitar on a stage", f'"{quote}"', "the"):
         command = [sys.executable, "-m", "svb", "search", text, "--in", "speech", "--index", str(index), "--json"]
-        runs = [_run([*command, "--no-server"]) for _ in range(options.rounds + 1)][
-            1:
-        ]  # the first keeps the vector
+        _run([*command, "--no-server"])  # the first one keeps the query's vector
+        runs = [_run([*command, "--no-server"]) for _ in range(options.rounds)]
         rows.append([f"`{text}`", *(shared.spread([run[of] for run in runs]) for of in range(3))])
     return {
         "windows": num_windows,
@@ -375,13 +378,19 @@ def million(index: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run(command: Sequence[str]) -> tuple[float, float, float]:
-    """Run a search; return the milliseconds of its scan, and the CPU-seconds and MiB of the process."""
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        answer = json.load(process.stdout)
-        _, _, usage = os.wait4(process.pid, 0)
-        process.returncode = 0
-    return 1000 * answer["elapsed_seconds"]["scan"], usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+    """Run a search; return the milliseconds of its scan, and the CPU-seconds and MiB of the process.
+
+    Its memory is watched while it runs: what wait4(2) tells of a program's peak counts the process that started it.
+    """
+    with tempfile.TemporaryFile() as out:
+        process, peak = subprocess.Popen(command, stdout=out), 0.0
+        while not (waited := os.wait4(process.pid, os.WNOHANG))[0]:
+            peak = max(peak, shared.memory_mib("VmHWM", process.pid))
+            time.sleep(0.005)
+        process.returncode = os.waitstatus_to_exitcode(waited[1])
+        out.seek(0)
+        answer, usage = json.load(out), waited[2]
+    return 1000 * answer["elapsed_seconds"]["scan"], usage.ru_utime + usage.ru_stime, peak
 
 
 if __name__ == "__main__":
