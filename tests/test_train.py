@@ -517,6 +517,7 @@ def test_every_option_has_help_and_changes_the_config(
         ({"loss": "max_margin"}, (0.0, 0.1, "pooled")),
         ({"rebuild": "tokens"}, (0.0, 0.1, "frames")),
         ({"loss": "max_margin", "soft_label_weight": 0.3, "support_values": "frames"}, (0.3, 0.1, "frames")),
+        ({"soft_label_weight": 0, "cross_captioning_weight": 1}, (0.0, 1.0, "pooled")),  # whole numbers too
     ],
 )
 def test_weights_that_were_tuned_with_info_nce_are_defaults_there_only(

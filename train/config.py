@@ -147,6 +147,8 @@ class TrainConfig:
             if getattr(self, name) is None
         }
         vars(self).update(left_open)
+        floats = [field.name for field in fields(self) if field.type == "float"]
+        vars(self).update({name: float(getattr(self, name)) for name in floats})  # 0 is 0.0
         for field in fields(self):
             value = getattr(self, field.name)
             if field.metadata.get("choices"):
