@@ -100,7 +100,7 @@ class OggPart:
 
 
 def ogg_parts(path: Path) -> list[OggPart]:
-    """Return the parts that an Ogg file was joined of, one for an ordinary one, none if the file is no Ogg.
+    """Return the parts that an Ogg file was joined from: one if it was not joined, none if it is not an Ogg file.
 
     libavformat reads the first part, and others only if they hold a single stream. It notices no cut: the
     length that an Ogg promises is the time on its last page.

@@ -92,8 +92,8 @@ def _with_lines(
     Args:
         result: What is seen.
         heard: What the query found in speech.
-        row: The video's.
-        score: Of both.
+        row: The video's row in the catalog.
+        score: The video's score by both.
         is_told: Whether what is said counts for more: then even a weak line says why the video is there.
         request: The request.
     """

@@ -134,14 +134,14 @@ def find_phrase(phrase: Sequence[str], text: str) -> list[tuple[int, int]]:
 class WordScores:
     """The W windows in which any of some terms is said.
 
-    A term weighs minus the logarithm of the share of windows that say it, about. So several weigh together as the
-    share that would say all of them if each were said independently.
+    The weight of a term is about minus the logarithm of the share of windows that say it. So the weight of several
+    is that of the share that would say all of them if each were said independently.
 
     Attributes:
         windows: `(W,)`, ascending.
         bm25: `(W,)`, divided by that of an average window that says every term once.
         shares: `(W,)`, the share of the terms that are said, by weight.
-        weight: Of all terms.
+        weight: The weight of all terms together.
     """
 
     windows: NDArray[np.int64]
