@@ -577,7 +577,7 @@ def trainers(task: Task) -> Iterator[int]:
 def test_a_stopped_ablation_goes_on_to_the_same_numbers(tmp_path: Path, sign: signal.Signals) -> None:
     killed, whole = (Task.make(tmp_path / name, num_train=60, num_val=40) for name in ("killed", "whole"))
     for task in (killed, whole):
-        common = COMMON.replace("epochs = 4", "epochs = 100")
+        common = COMMON.replace("epochs = 4", "epochs = 400")  # it must not end before the signal
         task.write(GRID.replace('"cross"', '"cross", "full"'), "seeds = [0]", common)
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command(killed), **pipes, start_new_session=True) as process:  # as a shell does

@@ -110,7 +110,7 @@ def test_search_is_measured_as_an_index_grows_and_within_a_budget(tmp_path: Path
 
 @pytest.mark.slow
 def test_moments_are_measured_beside_whole_videos_and_chunks(tmp_path: Path) -> None:
-    options = {"sets": "generated", "videos": 180, "epochs": 5, "window_seconds": 2}
+    options = {"sets": "generated", "videos": 180, "epochs": 10, "window_seconds": 2}
     rows = run_benchmark(tmp_path, "moments.py", **options)[0]["generated"]
     assert list(rows) == ["the whole video", "chunks of 30 s", "svb, windows of 2 s"]
     for numbers in rows.values():
