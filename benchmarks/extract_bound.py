@@ -50,7 +50,7 @@ def measure(folder: Path, options: argparse.Namespace) -> tuple[list[dict[str, A
     # svb changes how its process asks for memory, which speeds up the backbone alone as well: from the start, then.
     shared.extract_with(shared.FREE, folder, workers=1)(lead)
     rows = []
-    for name, clips, rounds in clip_sets(folder, options):
+    for name, clips, rounds in shared.clip_sets(folder, options):
         held = hold_frames(clips)
         of_set = [
             {"clips": name, "videos": len(clips), "backbone": backbone, "rounds": []}
@@ -61,19 +61,6 @@ def measure(folder: Path, options: argparse.Namespace) -> tuple[list[dict[str, A
             measure_round(of_set, held, lead, clips, folder, options)
         rows += of_set
     return rows, table_of(rows)
-
-
-def clip_sets(folder: Path, options: argparse.Namespace) -> Iterator[tuple[str, list[Path], int]]:
-    """Yield each set's name, clips and rounds: none for a count of 0 or where MSR-VTT's clips are missing."""
-    long = shared.Footage("1280x720", "2500k", options.long_seconds)
-    made = (shared.SHORT, options.short), (shared.MEDIUM, options.medium), (long, options.long)
-    for footage, count in made:
-        if count:
-            clips = shared.make_clips(folder / footage.size, footage, count)
-            yield str(footage), clips, 1 if footage is long else options.rounds
-    if options.msrvtt and shared.MSRVTT_MINI.is_dir():
-        clips = sorted((shared.MSRVTT_MINI / "clips").glob("*.mp4"))[: options.msrvtt]
-        yield "msrvtt-mini", clips, options.rounds
 
 
 def measure_round(
@@ -181,11 +168,7 @@ if __name__ == "__main__":
         __doc__,
         measure,
         rounds=(3, "how often everything is measured, in turn"),
-        short=(16, "clips of 15 s"),
-        medium=(3, "clips of 60 s"),
-        long=(1, "clips of --long-seconds, measured in one round"),
-        long_seconds=(600, "length of a long clip"),
-        msrvtt=(32, "clips of the small MSR-VTT"),
+        **shared.CLIP_SETS,
         precision=("float32", "of the backbone"),
         engine=("auto", "of the backbone: auto, torch or onnx"),
     )

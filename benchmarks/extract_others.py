@@ -36,35 +36,50 @@ PATIENCE_SECONDS = 900
 
 
 def measure(folder: Path, options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Return the costs in rounds, how alike the features are, and the last words of what did not run."""
+    """Return the costs in rounds of each set of clips, and their tables."""
     import torch
 
     shared.pin_to(CORES)
     torch.set_num_threads(CORES)
-    clips = shared.make_clips(folder / "short", shared.SHORT, options.videos)
     lead = shared.make_clips(folder / "lead", shared.LEAD_IN, CORES)
     weights = random_weights(folder / "vit-b-32.pt")
-    named = {"clip-video-encode": options.clip_video_encode, "dinotool": options.dinotool}
-    pythons = {tool: python for tool, python in named.items() if python}
-    cosines: dict[str, tuple[float, float]] = {}
     # The first run of these weights exports their graph, which is no part of the comparison.
     shared.extract_with(f"open_clip:ViT-B-32/{weights}", folder, workers=CORES)(lead)
-    rounds = []
-    for number in range(options.rounds):
-        print(f"round {number + 1} of {options.rounds}", file=sys.stderr)
+    measured, tables = dict[str, Any](), list[str]()
+    for name, clips, num_rounds in shared.clip_sets(folder, options):
+        of_set = folder / f"set{len(tables)}"
+        rounds, alike = measure_set(of_set, name, clips, lead, weights, num_rounds, options)
+        measured[name] = rounds
+        tables.append(f"{len(clips)} of {name}:\n\n" + shared.table_against(rounds, len(clips), alike))
+    return measured, "\n\n".join(tables)
+
+
+def measure_set(
+    folder: Path,
+    name: str,
+    clips: Sequence[Path],
+    lead: Sequence[Path],
+    weights: Path,
+    num_rounds: int,
+    options: argparse.Namespace,
+) -> tuple[list[dict[str, shared.Cost]], dict[str, str]]:
+    """Return what each tool took in each round, and a column of how alike its features are to svb's."""
+    named = {"clip-video-encode": options.clip_video_encode, "dinotool": options.dinotool}
+    pythons = {tool: python for tool, python in named.items() if python}
+    rounds, alike = list[dict[str, shared.Cost]](), {"": "cosine with svb's features: mean, lowest"}
+    for number in range(num_rounds):
+        print(f"{name}: round {number + 1} of {num_rounds}", file=sys.stderr)
         stores: list[Path] = []
         extract = shared.extract_with(f"open_clip:ViT-B-32/{weights}", folder, workers=CORES)
         _, cost = shared.cold_and_steady(lambda paths: stores.append(extract(paths)), lead, clips)  # noqa: B023
         taken, own = {"svb": cost}, rows_of_store(stores[1], clips)
         for tool, python in pythons.items():
             out = folder / f"{tool}-{number}"
-            taken[tool] = drive(tool, python, clips, lead[:1], out, weights)
-            cosines[tool] = likeness(own, out)
+            taken[tool] = drive(tool, python, clips, lead[:1], out, weights, frame_rate(clips[0]))
+            mean, lowest = likeness(own, out)
+            alike[tool] = f"{mean:.4f}, {lowest:.4f}"
         rounds.append(taken)
-    alike = {name: f"{mean:.4f}, {lowest:.4f}" for name, (mean, lowest) in cosines.items()}
-    extra = {"": "cosine with svb's features: mean, lowest", **alike}
-    text = shared.table_against(rounds, len(clips), extra)
-    return {"rounds": rounds, "cosine": cosines}, text
+    return rounds, alike
 
 
 def random_weights(path: Path) -> Path:
@@ -76,13 +91,29 @@ def random_weights(path: Path) -> Path:
     return path
 
 
+def frame_rate(path: Path) -> int:
+    """Return the frames a second of a clip, so that every tool takes one frame a second."""
+    import av
+
+    with av.open(str(path)) as container:
+        rate = container.streams.video[0].average_rate
+    assert rate is not None
+    return round(rate)
+
+
 def drive(
-    tool: str, python: Path, clips: Sequence[Path], lead: Sequence[Path], out: Path, weights: Path
+    tool: str,
+    python: Path,
+    clips: Sequence[Path],
+    lead: Sequence[Path],
+    out: Path,
+    weights: Path,
+    every_nth: int,
 ) -> shared.Cost:
     """Run a tool in its environment, which writes one file of features a clip, and return its costs."""
-    out.mkdir()
+    out.mkdir(parents=True)
     request = {"tool": tool, "lead": [*map(str, lead)], "clips": [*map(str, clips)], "out": str(out)}
-    request |= {"weights": str(weights), "every_nth": shared.FRAME_RATE, "batch_size": shared.BATCH_SIZE}
+    request |= {"weights": str(weights), "every_nth": every_nth, "batch_size": shared.BATCH_SIZE}
     (out / "request.json").write_text(json.dumps(request), "utf-8")
     command = [python, Path(__file__).with_name("drive_others.py"), out / "request.json"]
     subprocess.run(command, check=True, timeout=PATIENCE_SECONDS, stdout=subprocess.DEVNULL)
@@ -124,7 +155,7 @@ if __name__ == "__main__":
         __doc__,
         measure,
         rounds=(3, "how often everything is measured, in turn"),
-        videos=(16, "clips of 15 s"),
+        **shared.CLIP_SETS,
         clip_video_encode=(None, "the Python of its environment"),
         dinotool=(None, "the Python of its environment"),
     )

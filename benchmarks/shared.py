@@ -20,7 +20,7 @@ import struct
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -255,8 +255,29 @@ class Footage:
 
 SHORT, MEDIUM = Footage("426x240", "300k", 15), Footage("854x480", "1000k", 60)
 TINY, LEAD_IN = Footage("64x64", "30k", 2, 8), Footage("64x64", "30k", BATCH_SIZE, 1)
+# Options of the benchmarks that measure several sets of clips.
+CLIP_SETS = {
+    "short": (16, "clips of 15 s"),
+    "medium": (3, "clips of 60 s"),
+    "long": (1, "clips of --long-seconds, measured in one round"),
+    "long_seconds": (600, "length of a long clip"),
+    "msrvtt": (32, "clips of the small MSR-VTT"),
+}
 # Longer clips repeat a piece: encoding ten minutes would take longer than measuring them.
 ENCODED_FRAMES = 900
+
+
+def clip_sets(folder: Path, options: argparse.Namespace) -> Iterator[tuple[str, list[Path], int]]:
+    """Yield each set's name, clips and rounds: none for a count of 0 or where MSR-VTT's clips are missing."""
+    long = Footage("1280x720", "2500k", options.long_seconds)
+    made = (SHORT, options.short), (MEDIUM, options.medium), (long, options.long)
+    for footage, count in made:
+        if count:
+            clips = make_clips(folder / footage.size, footage, count)
+            yield str(footage), clips, 1 if footage is long else options.rounds
+    if options.msrvtt and MSRVTT_MINI.is_dir():
+        clips = sorted((MSRVTT_MINI / "clips").glob("*.mp4"))[: options.msrvtt]
+        yield "msrvtt-mini", clips, options.rounds
 
 
 def make_clips(folder: Path, footage: Footage, count: int, distinct: int = 2) -> list[Path]:
