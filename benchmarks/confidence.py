@@ -9,9 +9,8 @@ left out   the same captions, with all right videos taken out of the index: no a
 nonsense   texts of which no index has anything
 
 The fitted rule is measured on captions of videos that it was not fitted to, half of the videos each time. Two rules
-need no captions: the earlier one compares how far a score stands out from those of its query over the index; one of
-random texts calls a score strong that is higher than the best scores of 99 % of them, and fair from 90 % on. The
-bare score has no levels.
+need no captions: that of random texts, which an index without captions has, and the earlier one, which compares how
+far a score stands out from those of its query over the index. The bare score has no levels.
 """
 
 from __future__ import annotations
@@ -44,17 +43,6 @@ invoice number 40217; medieval latin grammar; antitrust litigation; soil erosion
 committee; patent for a steam valve; radio spectrum auction; dative plural endings; sovereign debt
 restructuring; papal bull of 1493; tensor calculus lecture notes; the gold standard; municipal zoning ordinance"""
 COMMON_SHARE = 0.05
-RANDOM_WORDS = """
-man woman child girl boy people crowd team dog cat horse bird fish animal car train boat plane bicycle truck
-road street house room kitchen table chair door window garden tree flower grass river lake sea beach mountain
-snow rain sky sun moon star night day city village school office shop market church hospital factory farm field
-forest bridge tower book paper letter picture music song guitar piano drum dance game ball race food bread meat
-fruit apple cake soup water milk coffee glass bottle knife phone computer screen camera light lamp fire smoke
-stone metal wood plastic cloth dress hat shoe money law tax bank war peace history science number word name
-voice body head face hand eye hair foot heart circle square red blue green yellow white black small large old
-new fast slow hot cold happy sad walk run jump sit stand talk sing read write draw paint build break open close
-cut cook eat drink drive fly swim climb throw catch push pull buy sell teach learn play win lose"""
-NUM_RANDOM_TEXTS, RANDOM_SHARES = 400, {"strong": 0.99, "fair": 0.9}
 
 
 @dataclass(frozen=True)
@@ -118,9 +106,8 @@ def measure_run(run: Path, out: Path) -> tuple[str, list[list[str]], list[str]]:
         chances_left_out[~fitted] = rule.chances(left_out.features[~fitted])
     rule = calibrate.fit_first(*held_answers.first(half | ~half))
     common = is_right.mean(axis=1) >= COMMON_SHARE
-    tops = np.sort(
-        best_scores(searcher, np.stack([searcher.embed_text(text) for text in random_texts()])).max(axis=1)
-    )
+    asked_at_random = np.stack([searcher.embed_text(text) for text in calibrate.random_texts()])
+    of_random_texts = calibrate.fit_to_random_texts(searcher.catalog, asked_at_random, len(asked_at_random)).rule
     rows = []
     for kind, answers, of, chosen in (
         ("captions", captions, chances, slice(None)),
@@ -129,10 +116,7 @@ def measure_run(run: Path, out: Path) -> tuple[str, list[list[str]], list[str]]:
         ("nonsense", nothing, rule.chances(nothing.features), slice(None)),
     ):
         fitted_levels = np.array([level_of(chance) for chance in of])[chosen]
-        shares = np.searchsorted(tops, answers.features[chosen, 0]) / len(tops)
-        by_random = np.array(
-            [next((n for n, s in RANDOM_SHARES.items() if share >= s), "weak") for share in shares]
-        )
+        by_random = np.array([level_of(chance) for chance in of_random_texts.chances(answers.features[chosen])])
         rules = {"fitted": fitted_levels, "earlier": answers.before[chosen], "random texts": by_random}
         for said, levels in rules.items():
             right = answers.right[chosen]
@@ -198,12 +182,6 @@ def best_scores(searcher: Searcher, queries: NDArray[np.float32]) -> NDArray[np.
     windows = searcher.vectors.embeddings(np.arange(counts.sum()), by="moment")
     scores: NDArray[np.float32] = np.maximum.reduceat(queries @ windows.T, np.cumsum(counts) - counts, axis=1)
     return scores
-
-
-def random_texts() -> list[str]:
-    """Return texts that fit nothing in particular: one to eight words each, always the same."""
-    draw, words = np.random.default_rng(0), RANDOM_WORDS.split()
-    return [" ".join(draw.choice(words, draw.integers(1, 9), replace=False)) for _ in range(NUM_RANDOM_TEXTS)]
 
 
 def _share(chosen: NDArray[np.bool_], right: NDArray[np.bool_]) -> str:

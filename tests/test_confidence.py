@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,15 @@ from indexes import Kept, edit_manifest, files_of, index
 
 from svb.retrieve.answer import SearchRequest
 from svb.retrieve.indexing import calibrate
-from svb.retrieve.indexing.calibrate import Asked, auc, calibration_error, fit, levels_of
+from svb.retrieve.indexing.calibrate import (
+    NUM_RANDOM_TEXTS,
+    Asked,
+    auc,
+    calibration_error,
+    fit,
+    levels_of,
+    random_texts,
+)
 from svb.retrieve.indexing.verify_index import verify_index
 from svb.retrieve.searching.searcher import Searcher
 from svb.retrieve.server.search_routes import describe_index
@@ -70,8 +79,25 @@ def test_an_index_of_before_opens_and_is_calibrated_by_the_next_run(kept: Kept, 
     assert Searcher(kept.out).search(SearchRequest(text="a dog")).results
     assert "an older version made it - run `svb index` on it again" in run_svb("info", kept.out).stdout
     kept.update()
-    assert read_manifest(kept.out)["confidence"] == []  # 40 val captions are too few
-    assert "too few videos with val captions" in run_svb("info", kept.out).stdout
+    (entry,) = read_manifest(kept.out)["confidence"]  # 40 val captions are too few
+    assert entry["random_texts"] == NUM_RANDOM_TEXTS
+    told = run_svb("info", kept.out).stdout
+    assert "strong: scores higher than the best answers to 99 % of 400 random texts" in told
+    searcher = Searcher(kept.out)
+    best = [searcher.search(SearchRequest(text=text, k=1)) for text in random_texts()]
+    counts = Counter(answer.confidence for answer in best)
+    assert counts["strong"] == 4 and counts["fair"] == 36
+
+
+@pytest.mark.usefixtures("words_encoder")
+def test_random_texts_are_embedded_once(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit_manifest(kept.out, finished=None)
+    kept.update()  # the session's index was made without a text encoder
+    before = read_manifest(kept.out)["confidence"]
+    monkeypatch.setattr(calibrate, "random_texts", lambda: pytest.fail("the index holds their embeddings"))
+    edit_manifest(kept.out, finished=None)
+    kept.update()
+    assert read_manifest(kept.out)["confidence"] == before != []
 
 
 def test_a_damaged_calibration_is_made_again(calibrated: Kept) -> None:

@@ -5,12 +5,14 @@ shares enough of its words. `svb.retrieve.stored.calibration` says what is fitte
 with the first wrong ones for queries without an answer, and the nine behind them give the weight of the gap. The
 levels are measured on captions of videos that the rule was not fitted to: two rules, each of one half of the
 videos, are measured on the other half. The one that is kept is fitted to all.
+
+An index without captions of its own is asked random texts, which nothing in it answers but by chance.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,12 +24,31 @@ from svb.data.caption_words import content_words
 from svb.retrieve.answer import CONFIDENCES
 from svb.retrieve.searching.catalog import Catalog
 from svb.retrieve.searching.vectors import SegmentVectors
-from svb.retrieve.stored.calibration import Calibration, Rule, level_of, publish_calibration
+from svb.retrieve.stored.calibration import (
+    LEAST_CHANCES,
+    RANDOM_SHARES,
+    Calibration,
+    Rule,
+    level_of,
+    publish_calibration,
+)
 from svb.retrieve.stored.segment import Segment
 
 if TYPE_CHECKING:
     from svb.retrieve.model.source import OpenedSource
 
+# Of these a random text has one to eight.
+EVERYDAY_WORDS = """
+man woman child girl boy people crowd team dog cat horse bird fish animal car train boat plane bicycle truck
+road street house room kitchen table chair door window garden tree flower grass river lake sea beach mountain
+snow rain sky sun moon star night day city village school office shop market church hospital factory farm field
+forest bridge tower book paper letter picture music song guitar piano drum dance game ball race food bread meat
+fruit apple cake soup water milk coffee glass bottle knife phone computer screen camera light lamp fire smoke
+stone metal wood plastic cloth dress hat shoe money law tax bank war peace history science number word name
+voice body head face hand eye hair foot heart circle square red blue green yellow white black small large old
+new fast slow hot cold happy sad walk run jump sit stand talk sing read write draw paint build break open close
+cut cook eat drink drive fly swim climb throw catch push pull buy sell teach learn play win lose"""
+NUM_RANDOM_TEXTS = 400
 # Fewer say too little; more cost time and hardly change the rule.
 MIN_CAPTIONS, MAX_CAPTIONS = 100, 1000
 # The scores of captions with moments: a million moments are asked with 100 captions, which takes seconds.
@@ -92,28 +113,72 @@ class Asked:
         return Asked(*(held[chosen] for held in vars(self).values()))
 
 
-def calibrate(out: Path, segments: Sequence[Segment], opened: OpenedSource) -> list[dict[str, Any]]:
-    """Return the entry of an index's calibration in a list, which is empty if there are too few captions for it.
+def calibrate(
+    out: Path,
+    segments: Sequence[Segment],
+    opened: OpenedSource,
+    embed_random_texts: Callable[[], NDArray[np.float16] | None],
+) -> list[dict[str, Any]]:
+    """Return the entry of an index's calibration in a list; it is empty without videos or without a text encoder.
 
     Args:
         out: The index's folder.
         segments: All of the index.
         opened: What it was made from.
+        embed_random_texts: Returns `(n, D)` embeddings of `random_texts`, None if there is no text encoder; called
+            if there are too few captions.
     """
+    catalog = Catalog(segments)
+    if not catalog.alive.any():
+        return []
+    most = min(MAX_CAPTIONS, max(MIN_CAPTIONS, MAX_SCORES // max(1, catalog.num_moments)))
+    training, held = _captions_of_splits(opened, catalog)
+    if len(held) < MIN_CAPTIONS:
+        if (embeddings := embed_random_texts()) is None:
+            return []
+        calibration = fit_to_random_texts(catalog, embeddings, most)
+        measured: dict[str, Any] = {
+            "random_texts": min(most, len(embeddings)),
+            "made_for": opened.embedder.fingerprint,
+        }
+    else:
+        words = words_of(opened, training)
+        calibration, measured = fit(ask(opened, catalog, choose(held, most), words), words)
+    return [publish_calibration(out, calibration, measured)]
+
+
+def _captions_of_splits(opened: OpenedSource, catalog: Catalog) -> tuple[Sequence[int], Sequence[int]]:
+    """Return the positions of the training captions, and of the val captions of the index's videos."""
     from svb.train.training_data import positions_of_splits
 
-    captions, catalog = opened.captions, Catalog(segments)
-    if captions is None:
-        return []
-    positions = positions_of_splits(captions, val_fraction=opened.config.put_aside, quiet=True)
-    rows = catalog.live_rows
-    held = [position for position in positions["val"] if captions.table.video_ids[position] in rows]
-    most = min(MAX_CAPTIONS, max(MIN_CAPTIONS, MAX_SCORES // max(1, catalog.num_moments)))
-    if len(held) < MIN_CAPTIONS:
-        return []
-    words = words_of(opened, positions["train"])
-    calibration, measured = fit(ask(opened, catalog, choose(held, most), words), words)
-    return [publish_calibration(out, calibration, measured)]
+    if opened.captions is None:
+        return [], []
+    video_ids, rows = opened.captions.table.video_ids, catalog.live_rows
+    positions = positions_of_splits(opened.captions, val_fraction=opened.config.put_aside, quiet=True)
+    return positions["train"], [position for position in positions["val"] if video_ids[position] in rows]
+
+
+def random_texts() -> list[str]:
+    """Return texts that fit nothing in particular, always the same."""
+    draw, words = np.random.default_rng(0), EVERYDAY_WORDS.split()
+    return [" ".join(draw.choice(words, draw.integers(1, 9), replace=False)) for _ in range(NUM_RANDOM_TEXTS)]
+
+
+def fit_to_random_texts(catalog: Catalog, embeddings: NDArray[np.floating], most: int) -> Calibration:
+    """Return the rule by which an answer is strong, or fair, if it beats the best answers to most random texts.
+
+    Args:
+        catalog: What is searched.
+        embeddings: `(n, D)`, of `random_texts`.
+        most: How many of them to search with at most.
+    """
+    best_scores = _best_videos(catalog, embeddings[:most].astype(np.float32))[1][:, 0]
+    least = {level: float(np.quantile(best_scores, share)) for level, share in RANDOM_SHARES.items()}
+    logits = {level: float(np.log(chance / (1 - chance))) for level, chance in LEAST_CHANCES.items()}
+    # The logistic function that has each level's least chance at its least score.
+    weight = (logits["strong"] - logits["fair"]) / max(1e-3, least["strong"] - least["fair"])
+    rule = Rule(_rounded(logits["fair"] - weight * least["fair"]), _rounded(weight), 0.0, 0.0, 0.0)
+    return Calibration(rule, 0, {}, embeddings.astype(np.float16))
 
 
 def words_of(opened: OpenedSource, positions: Sequence[int]) -> Calibration:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from svb.config import fingerprint
 from svb.data.publish import hash_file
@@ -13,12 +17,12 @@ from svb.errors import InputError, ModelUnavailableError, SvbError
 from svb.retrieve.indexing.index_config import LOCAL, IndexConfig
 from svb.retrieve.indexing.index_plan import live_videos
 from svb.retrieve.indexing.index_source import IndexModel
-from svb.retrieve.stored.calibration import meanings_of
+from svb.retrieve.stored.calibration import KNOWN, meanings_of
 from svb.retrieve.stored.cues import open_speech, publish_speech
 from svb.retrieve.stored.manifest import part_folder, publish_part
 from svb.retrieve.stored.metadata import publish_metadata
 from svb.retrieve.stored.pools import open_pool, publish_pool
-from svb.retrieve.stored.segment import Segment, require_sizes
+from svb.retrieve.stored.segment import Segment, open_array, require_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +73,10 @@ class IndexParts:
     @property
     def are_finished(self) -> bool:
         """Tell whether this run or an earlier one has called `finish` for the draft's segments and inputs."""
-        # Older versions calibrated nothing.
-        return "confidence" in self._draft and bool(self._draft.get("finished") == self._finished())
+        # Older versions calibrated nothing, or no index without captions.
+        held, can_be = self._draft.get("confidence"), self._draft["text"] and self._draft["segments"]
+        is_calibrated = held is not None and bool(held or not can_be)
+        return is_calibrated and bool(self._draft.get("finished") == self._finished())
 
     def note_finished(self) -> None:
         """Note that nothing is left to finish; if the run is killed before this, the next one finishes."""
@@ -223,9 +229,24 @@ class IndexParts:
     def _update_confidence(self, segments: Sequence[Segment]) -> None:
         from svb.retrieve.indexing.calibrate import calibrate
 
-        self._draft["confidence"] = calibrate(self._out, segments, self._model.opened)
+        self._draft["confidence"] = calibrate(self._out, segments, self._model.opened, self._random_texts)
         for level, meaning in meanings_of(self._draft).items():
             logger.info(f"{level}: {meaning}")
+
+    def _random_texts(self) -> NDArray[np.float16] | None:
+        """Return `(n, D)` embeddings of random texts: those that the index holds, if they are of its model.
+
+        None if there is no text encoder, and so no search by text.
+        """
+        from svb.retrieve.indexing.calibrate import random_texts
+
+        for entry in self._draft.get("confidence", []):
+            if entry.get("made_for") == self._model.embedder.fingerprint:
+                return open_array(part_folder(self._out, "confidence", entry) / KNOWN)
+        with contextlib.suppress(SvbError):  # the text tower, which is made next, says what is wrong
+            embeddings: NDArray[np.float16] = self._embed(random_texts()).astype(np.float16)
+            return embeddings
+        return None
 
     def _require_there(self, path: str, is_asked: bool, option: str, without: str) -> None:
         """Refuse to drop a file silently that an index was made with; one named in this run raises when read."""

@@ -1,9 +1,9 @@
 """Builds the results for the videos that were found: their scores, moments and confidence.
 
 Confidence says how sure an answer is. For a text, ranked by moments, it comes from the index's calibration:
-`svb.retrieve.stored.calibration`. For all else, and in an index without one, it depends on how a query's scores are
-spread over the whole index. The best of N rows that have nothing to do with a query stands out by a little less
-than sqrt(2 ln N) standard deviations. So an answer is
+`svb.retrieve.stored.calibration`. For all else it depends on how a query's scores are spread over the whole index.
+The best of N rows that have nothing to do with a query stands out by a little less than sqrt(2 ln N) standard
+deviations. So an answer is
 
     strong    from sqrt(2 ln N) on: hardly by chance
     fair      from 0.9 of it on: about where chance ends

@@ -1,13 +1,16 @@
 """How sure an answer to a text is: a rule that `svb index` fits and measures with captions of its own videos.
 
 confidence/<key>/words.json   how many training captions there are, and how many of them hold each content word
-confidence/<key>/known.npy    (K, D) float16, embeddings of some training captions
+confidence/<key>/known.npy    (K, D) float16, embeddings of some training captions, or of the random texts
 
 The chance that a video is right is a logistic function of its score, of how well the model knows the query, and
 of how far the score is below the best of the index. The score alone tells little: a model scores what it has
 never heard of nearly as high. It knows a query whose words are common in the captions that it learned from, and
 that is close to one of them. How many others fit as well does not count against a video, and common things have
 common words.
+
+An index without such captions is asked random texts instead. Its rule knows only the score: an answer is strong if
+it scores higher than the best answers to nearly all of these texts, and fair if it scores higher than most of them.
 """
 
 from __future__ import annotations
@@ -33,6 +36,12 @@ from svb.retrieve.stored.segment import open_array, require_sizes
 # From this chance on an answer is strong, or fair.
 LEAST_CHANCES = {"strong": 0.7, "fair": 0.3}
 WORDS, KNOWN = "words.json", "known.npy"
+# An answer with these chances scores higher than the best answers to this share of random texts.
+RANDOM_SHARES = {"strong": 0.99, "fair": 0.9}
+_PLACES = {
+    **{level: f"higher than the best answers to {100 * share:.0f} %" for level, share in RANDOM_SHARES.items()},
+    "weak": "no higher than the best answers to many",
+}
 # A word that is in no caption counts as if it were in so many.
 UNHEARD = 0.3
 
@@ -68,9 +77,9 @@ class Calibration:
 
     Attributes:
         rule: The rule.
-        num_captions: How many captions there are.
+        num_captions: How many captions there are; 0 if the rule comes from random texts.
         counts: How many of them hold each content word.
-        known_embeddings: `(K, D)` float16 of some of them; there may be none.
+        known_embeddings: `(K, D)` float16 of some of them, or of the random texts; there may be none.
     """
 
     rule: Rule
@@ -116,7 +125,8 @@ def publish_calibration(out: Path, calibration: Calibration, measured: Mapping[s
     Args:
         out: The index's folder.
         calibration: What to write.
-        measured: What it is worth, for people: `captions`, `auc`, `score_auc`, `error` and `levels`.
+        measured: What it is worth, for people: `captions`, `auc`, `score_auc`, `error` and `levels`; for a rule of
+            random texts `random_texts`, how many there are, and `made_for`, the model's fingerprint.
     """
     held = canonical_json({"captions": calibration.num_captions, "counts": dict(calibration.counts)})
 
@@ -152,11 +162,16 @@ def open_calibration(folder: Path, manifest: Mapping[str, Any]) -> Calibration |
 
 def meanings_of(manifest: Mapping[str, Any]) -> dict[str, str]:
     """Return what each confidence was measured to mean, for people; empty for an index without a calibration."""
-    return {
-        level: f"right in {100 * held['right']:.0f} % of {held['answers']:,} first answers, measured with "
-        f"{entry['captions']:,} captions"
-        if held["answers"]
-        else f"no first answer to {entry['captions']:,} captions was"
-        for entry in manifest.get("confidence", [])
-        for level, held in entry["levels"].items()
-    }
+    for entry in manifest.get("confidence", []):
+        if "random_texts" in entry:
+            return {
+                level: f"scores {_PLACES[level]} of {entry['random_texts']} random texts" for level in CONFIDENCES
+            }
+        return {
+            level: f"right in {100 * held['right']:.0f} % of {held['answers']:,} first answers, measured with "
+            f"{entry['captions']:,} captions"
+            if held["answers"]
+            else f"no first answer to {entry['captions']:,} captions was"
+            for level, held in entry["levels"].items()
+        }
+    return {}
