@@ -37,6 +37,12 @@ class Ran(NamedTuple):
 RunSvb = Callable[..., Ran]
 
 
+def assert_refused(ran: Ran, words: str) -> None:
+    """Assert that a command ended with a line that says `words`, and with no output."""
+    assert ran.exit_code == 1 and not ran.stdout and "Traceback" not in ran.stderr, ran
+    assert ran.stderr.splitlines()[-1].startswith("svb: ") and words in ran.stderr.splitlines()[-1], ran.stderr
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Give each file to one process, which makes what its tests share once; slow tests are dealt out one by one."""

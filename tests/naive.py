@@ -35,21 +35,25 @@ def _support_row(cosines: Sequence[float], own: Sequence[bool], variant: str, te
 
 
 def mix(weights: Matrix, frame_sequences: Sequence[Matrix], frame_mask: Mask) -> list[list[list[float] | None]]:
-    """Weighted mean of the support videos at each time step, of those that still go on; None where none does."""
-    num_steps, size = len(frame_mask[0]), len(frame_sequences[0][0])
-    mixtures: list[list[list[float] | None]] = []
-    for row in weights:
-        steps: list[list[float] | None] = []
-        for t in range(num_steps):
-            present = [s for s in range(len(row)) if frame_mask[s][t]]
-            total = sum(row[s] for s in present)
-            steps.append(
-                [sum(row[s] * frame_sequences[s][t][d] for s in present) / total for d in range(size)]
-                if total > 0
-                else None
-            )
-        mixtures.append(steps)
-    return mixtures
+    """`mixture` of each row of weights; None at the steps that no video goes on to."""
+    videos = [
+        [frame for frame, is_real in zip(frames, mask, strict=True) if is_real]
+        for frames, mask in zip(frame_sequences, frame_mask, strict=True)
+    ]
+    num_steps = len(frame_mask[0])
+    return [[*mixture(row, videos), *[None] * num_steps][:num_steps] for row in weights]
+
+
+def mixture(weights: Sequence[float], videos: Sequence[Matrix]) -> list[list[float]]:
+    """Weighted mean of the support videos at each time step, of those that still go on."""
+    steps = []
+    for t in range(max(map(len, videos))):
+        going_on = [(weight, video[t]) for weight, video in zip(weights, videos, strict=True) if len(video) > t]
+        total = sum(weight for weight, _ in going_on)
+        if total:
+            size = len(videos[0][0])
+            steps.append([sum(weight * frame[d] for weight, frame in going_on) / total for d in range(size)])
+    return steps
 
 
 def masked_mean(frames: Sequence[Matrix], frame_mask: Mask) -> list[list[float]]:
@@ -209,13 +213,20 @@ def info_nce(positive: float, negatives: Sequence[float], logit_scale: float) ->
     return -math.log(own / (own + sum(math.exp(logit_scale * negative) for negative in negatives)))
 
 
-def max_margin(positive: float, negatives: Sequence[float], margin: float, which: str) -> float:
-    """max(0, margin + negative - own) of one anchor: of the hardest negative, or the mean over all."""
-    if which == "semi_hard":
-        negatives = [negative for negative in negatives if negative < positive]
-    if not negatives:
+def max_margin(
+    positive: float, negatives: Sequence[float], margin: float, which: str, relevances: Sequence[float] = ()
+) -> float:
+    """max(0, margin + negative - own) of one anchor: of the hardest negative, or the mean over all.
+
+    With relevances, the margin to a negative is smaller the more relevant it is.
+    """
+    hinges = [
+        max(0.0, margin * (1 - relevance) + negative - positive)
+        for negative, relevance in zip(negatives, relevances or [0.0] * len(negatives), strict=True)
+        if which != "semi_hard" or negative < positive
+    ]
+    if not hinges:
         return 0.0
-    hinges = [max(0.0, margin + negative - positive) for negative in negatives]
     return sum(hinges) / len(hinges) if which == "mean" else max(hinges)
 
 
@@ -224,20 +235,6 @@ def info_loob(positive: float, negatives: Sequence[float], logit_scale: float) -
     if not negatives:
         return 0.0
     return -math.log(math.exp(logit_scale * positive) / sum(math.exp(logit_scale * other) for other in negatives))
-
-
-def relevance_margin(
-    positive: float, negatives: Sequence[float], relevances: Sequence[float], margin: float, which: str
-) -> float:
-    """The triplet loss whose margin to a negative is smaller the more relevant the negative is."""
-    hinges = [
-        max(0.0, margin * (1 - relevance) + negative - positive)
-        for negative, relevance in zip(negatives, relevances, strict=True)
-        if which != "semi_hard" or negative < positive
-    ]
-    if not hinges:
-        return 0.0
-    return sum(hinges) / len(hinges) if which == "mean" else max(hinges)
 
 
 def relevant_pairs(
@@ -290,55 +287,34 @@ class Seen(NamedTuple):
 
 
 def objective(
+    contrastive: float,
     captions: Matrix,
     batch: Sequence[Seen],
     older: Sequence[Seen],
-    cost: Callable[[float, Sequence[float]], float],
     rebuild: Callable[[int, Matrix], tuple[float, int]],
     *,
     variant: str,
     temperature: float,
     weight: float,
-    intra_modal_weight: float = 0.0,
-    is_decoded: Sequence[bool] | None = None,
+    is_decoded: Sequence[bool],
 ) -> tuple[float, float, float, float]:
     """The loss of a batch, and its parts: contrastive, cross-captioning, entropy of the support weights.
 
-    `batch` holds the video of every caption, `cost` is an anchor's from its positive and its negatives; `rebuild`
-    says what rebuilding the caption of that number costs from a mixture of frames, and over how many words.
+    `batch` holds the video of every caption; `rebuild` says what rebuilding the caption of that number costs from a
+    mixture of frames, and over how many words.
     """
-    size = len(captions)
-    videos = [seen.embedding for seen in batch]
-    pairs = [(captions, videos, 0.5), (videos, captions, 0.5)]
-    pairs += [(captions, captions, intra_modal_weight / 2), (videos, videos, intra_modal_weight / 2)]
-    contrastive = 0.0
-    for anchors, candidates, share in pairs:
-        for i in range(size):
-            negatives = [dot(anchors[i], candidates[j]) for j in range(size) if batch[j].video != batch[i].video]
-            contrastive += share * cost(dot(captions[i], videos[i]), negatives) / size
     total, count, entropy, rebuilt = 0.0, 0, 0.0, 0
-    for i in range(size):
+    for i in range(len(captions)):
         support = [*batch, *(seen for seen in older if seen.video != batch[i].video)]
         own = [seen.video == batch[i].video for seen in support]
-        if (is_decoded is not None and not is_decoded[i]) or (variant == "cross" and all(own)):
+        if variant == "none" or not is_decoded[i] or (variant == "cross" and all(own)):
             continue
         row = _support_row([dot(captions[i], seen.embedding) for seen in support], own, variant, temperature)
-        loss, words = rebuild(i, _mixture(row, [seen.frames for seen in support]))
+        loss, words = rebuild(i, mixture(row, [seen.frames for seen in support]))
         total, count, rebuilt = total + loss, count + words, rebuilt + 1
         entropy -= sum(share * math.log(share) for share in row if share)
     cross_captioning = total / count if count else 0.0
     return contrastive + weight * cross_captioning, contrastive, cross_captioning, entropy / max(1, rebuilt)
-
-
-def _mixture(weights: Sequence[float], videos: Sequence[Matrix]) -> list[list[float]]:
-    mixture = []
-    for t in range(max(map(len, videos))):
-        going_on = [(weight, video[t]) for weight, video in zip(weights, videos, strict=True) if len(video) > t]
-        total = sum(weight for weight, _ in going_on)
-        if total:
-            size = len(videos[0][0])
-            mixture.append([sum(weight * frame[d] for weight, frame in going_on) / total for d in range(size)])
-    return mixture
 
 
 def graded_measures(similarity: Sequence[float], gains: Sequence[float], right_from: float) -> dict[str, float]:

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import synthetic
 
 from svb.data.description import publish_description
+from svb.data.feature_store import FeatureStore
 from svb.train.config import TrainConfig
 from svb.train.run import read_run
 
@@ -71,6 +73,13 @@ def kill_after(epochs: int) -> Callable[[dict[str, float]], None]:
             raise Killed
 
     return on_epoch
+
+
+def without_features(store: Path, out: Path, *video_ids: str) -> Path:
+    """Copy a made-up store, and have videos fail in it."""
+    loaded = FeatureStore(store).load(synthetic.BACKBONE)
+    parts = zip(loaded.video_ids, np.split(loaded.features, loaded.offsets[1:-1]), strict=True)
+    return synthetic.make_store(out, {v: part[:0] if v in video_ids else part for v, part in parts})
 
 
 def change_config(run: Path, change: Callable[[dict[str, Any]], object]) -> None:

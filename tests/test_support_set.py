@@ -1,21 +1,30 @@
+"""Support weights and mixtures, and the videos of earlier batches that stand beside a batch."""
+
 from __future__ import annotations
+
+from collections import deque
 
 import naive
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from svb.train.config import VARIANTS
 from svb.train.heads import masked_mean
+from svb.train.memory_bank import MemoryBank
 from svb.train.support_set import entropy, mix, own_mask, support_weights
 from svb.train.training_data import FrameTable
 
 WEIGHTED = [variant for variant in VARIANTS if variant != "none"]
 OWNERS = {"a caption a video": [0, 1, 2, 3], "pairs": [0, 0, 1, 1], "three of one": [2, 2, 0, 2]}
+every_variant = pytest.mark.parametrize("variant", WEIGHTED)
+every_batch = pytest.mark.parametrize("owners", OWNERS.values(), ids=OWNERS.keys())
 
 
 def make_embeddings(owners: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return `(B, D)` captions and the videos of each, and which videos are a caption's own."""
     random = torch.Generator().manual_seed(1)
     rows = torch.tensor(owners)
     captions = F.normalize(torch.randn(len(owners), 5, generator=random, dtype=torch.float64), dim=-1)
@@ -23,8 +32,8 @@ def make_embeddings(owners: list[int]) -> tuple[torch.Tensor, torch.Tensor, torc
     return captions, videos[rows], own_mask(rows, rows)
 
 
-@pytest.mark.parametrize("owners", OWNERS.values(), ids=OWNERS.keys())
-@pytest.mark.parametrize("variant", WEIGHTED)
+@every_batch
+@every_variant
 @pytest.mark.parametrize("temperature", [0.01, 0.1, 1.0])
 def test_weights_are_their_formula_and_rows_sum_to_one(variant: str, owners: list[int], temperature: float) -> None:
     captions, videos, own = make_embeddings(owners)
@@ -32,23 +41,11 @@ def test_weights_are_their_formula_and_rows_sum_to_one(variant: str, owners: lis
     expected = naive.support_weights(captions.tolist(), videos.tolist(), own.tolist(), variant, temperature)
     np.testing.assert_allclose(weights.numpy(), expected, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(weights.sum(dim=1).numpy(), 1, rtol=1e-12)
+    if variant == "cross":  # exactly
+        assert (weights[own] == 0).all() and (weights[~own] > 0).all()
 
 
-@pytest.mark.parametrize("owners", OWNERS.values(), ids=OWNERS.keys())
-def test_cross_gives_its_own_video_nothing_and_no_gradient(owners: list[int]) -> None:
-    captions, videos, own = make_embeddings(owners)
-    videos.requires_grad_()
-    weights = support_weights(captions, videos, own, variant="cross", temperature=0.1)
-    assert (weights[own] == 0).all() and (weights[~own] > 0).all()
-    coefficients = torch.arange(weights.numel(), dtype=torch.float64).view(weights.shape)
-    (weights[0] * coefficients[0]).sum().backward()
-    assert videos.grad is not None and videos.grad.isfinite().all()
-    assert (videos.grad[own[0]] == 0).all()
-    if (~own[0]).sum() > 1:  # a single video left has all of the weight, whatever it shows
-        assert (videos.grad[~own[0]] != 0).any()
-
-
-@pytest.mark.parametrize("variant", WEIGHTED)
+@every_variant
 def test_a_collapsed_model_rebuilds_from_all_allowed_videos_alike(variant: str) -> None:
     same = F.normalize(torch.ones(4, 5), dim=-1)
     own = torch.eye(4, dtype=torch.bool)
@@ -98,15 +95,13 @@ def test_padding_in_the_support_set_changes_no_mixture() -> None:
     weights = torch.rand(3, 2, generator=random)
     frames = torch.randn(2, 4, 3, generator=random)
     frame_mask = torch.tensor([[True, True, False, False], [True, True, True, False]])
-    mixtures, goes_on = mix(weights, frames, frame_mask)
-    other, other_goes_on = mix(weights, torch.where(frame_mask[..., None], frames, 1e6), frame_mask)
-    torch.testing.assert_close(mixtures, other, rtol=0, atol=0)
-    assert torch.equal(goes_on, other_goes_on)
+    garbage = torch.where(frame_mask[..., None], frames, 1e6)
+    for found, expected in zip(mix(weights, garbage, frame_mask), mix(weights, frames, frame_mask), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_masked_mean_is_its_formula() -> None:
-    random = torch.Generator().manual_seed(4)
-    frames = torch.randn(3, 5, 2, generator=random)
+    frames = torch.randn(3, 5, 2, generator=torch.Generator().manual_seed(4))
     frame_mask = torch.arange(5)[None] < torch.tensor([1, 3, 5])[:, None]
     expected = naive.masked_mean(frames.tolist(), frame_mask.tolist())
     np.testing.assert_allclose(masked_mean(frames, frame_mask).numpy(), expected, rtol=1e-5)
@@ -122,12 +117,10 @@ def test_long_videos_are_thinned_to_the_middle_of_equal_parts(max_frames: int) -
     frames, frame_mask = table.gather(rows)
     # A share of the videos, as long as the longest of all.
     longest = table.longest(rows.numpy())
-    assert (
-        table.real_places(rows[1:4].numpy(), longest).tolist() == frame_mask[1:4].flatten().nonzero()[:, 0].tolist()
-    )
     shared_frames, shared_mask = table.gather(rows[1:4], longest)
     assert torch.equal(shared_frames, frames[1:4]) and torch.equal(shared_mask, frame_mask[1:4])
-    assert torch.equal(table.mask(rows[1:4], longest), frame_mask[1:4])
+    assert torch.equal(table.mask(rows[1:4], longest), shared_mask)
+    assert table.real_places(rows[1:4].numpy(), longest).tolist() == shared_mask.flatten().nonzero()[:, 0].tolist()
     assert table.gather(rows[:1])[0].shape[1] == 1
     assert frames.shape[1] == min(max_frames, max(lengths))
     begin = 0
@@ -138,7 +131,7 @@ def test_long_videos_are_thinned_to_the_middle_of_equal_parts(max_frames: int) -
         begin += length
 
 
-@pytest.mark.parametrize("variant", WEIGHTED)
+@every_variant
 def test_an_older_state_of_its_own_video_counts_for_nothing(variant: str) -> None:
     captions, videos, _ = make_embeddings([0, 1, 1])
     _, stored, _ = make_embeddings([0, 1, 2])
@@ -157,17 +150,17 @@ def test_an_older_state_of_its_own_video_counts_for_nothing(variant: str) -> Non
         assert (weights[row, ~kept] == 0).all()
 
 
-@pytest.mark.parametrize("variant", WEIGHTED)
-def test_gradients_of_weights_and_mixtures_are_the_slopes(variant: str) -> None:
-    captions, videos, own = make_embeddings([0, 1, 1, 2])
+@every_batch
+@every_variant
+def test_gradients_of_weights_and_mixtures_are_the_slopes(variant: str, owners: list[int]) -> None:
+    captions, videos, own = make_embeddings(owners)
     random = torch.Generator().manual_seed(5)
     frame_sequences = torch.randn(4, 3, 2, generator=random, dtype=torch.float64)
     frame_mask = torch.arange(3)[None] < torch.tensor([1, 3, 2, 3])[:, None]
     temperature = torch.tensor(0.4, dtype=torch.float64)
 
-    def mixtures(
-        captions: torch.Tensor, videos: torch.Tensor, temperature: torch.Tensor, frame_sequences: torch.Tensor
-    ) -> torch.Tensor:
+    def mixtures(*given: torch.Tensor) -> torch.Tensor:
+        captions, videos, temperature, frame_sequences = given
         weights = support_weights(captions, videos, own, variant=variant, temperature=temperature)
         return mix(weights, frame_sequences, frame_mask)[0]
 
@@ -178,3 +171,67 @@ def test_gradients_of_weights_and_mixtures_are_the_slopes(variant: str) -> None:
 def test_entropy_is_its_formula() -> None:
     weights = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25], [0.5, 0.5, 0.0, 0.0]])
     assert entropy(weights).tolist() == pytest.approx([0.0, np.log(4), np.log(2)])
+
+
+# The memory bank
+
+
+ROWS, FRAMES, SIZE = 5, 4, 3
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, NDArray[np.int64]]
+Row = tuple[list[float], list[list[float]], int]
+
+
+def make_bank() -> MemoryBank:
+    """Return an empty bank, whose rows would show in whatever read them."""
+    bank = MemoryBank(ROWS, FRAMES, SIZE)
+    bank.embeddings.fill_(float("nan"))
+    bank.frame_sequences.fill_(float("nan"))
+    bank.frame_mask.fill_(True)
+    bank.video.fill_(-7)
+    return bank
+
+
+def make_batch(size: int, first_video: int) -> Batch:
+    """Return videos of 1 to FRAMES frames each, padded to the longest of them."""
+    random = torch.Generator().manual_seed(first_video)
+    lengths = torch.randint(1, FRAMES + 1, (size,), generator=random)
+    frame_mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
+    frames = torch.randn(*frame_mask.shape, SIZE, generator=random)
+    return torch.randn(size, SIZE, generator=random), frames, frame_mask, np.arange(size) + first_video
+
+
+def rows_of(batch: Batch) -> list[Row]:
+    return [
+        (embedding.tolist(), frames[mask].tolist(), int(video))
+        for embedding, frames, mask, video in zip(*batch, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("sizes", [[size] * 9 for size in (1, 2, 3, 4, 5, 6, 7, 10, 11)] + [[3, 1, 7, 2, 5, 1, 4]])
+def test_first_in_first_out(sizes: list[int]) -> None:
+    bank, queue, seen = make_bank(), deque[Row](maxlen=ROWS), 0
+    assert [len(part) for part in bank.read()] == [0, 0, 0, 0]
+    names = {"embeddings", "frame_sequences", "frame_mask", "video", "position", "num_valid"}
+    assert set(bank.state_dict()) == names  # as checkpoints have them
+    for size in sizes:
+        batch = make_batch(size, seen)
+        bank.add(*batch)
+        queue.extend(rows_of(batch))
+        seen += size
+        held = rows_of(bank.read())
+        assert bank.num_valid == len(held) == min(seen, ROWS)
+        oldest = int(bank.position) if seen > ROWS else 0
+        assert held[oldest:] + held[:oldest] == list(queue)
+        other = make_bank()  # its state is all there is to it
+        other.load_state_dict(bank.state_dict())
+        bank = other
+
+
+def test_what_is_held_does_not_change_with_what_it_was_made_of() -> None:
+    bank, batch = make_bank(), make_batch(2, 0)
+    bank.add(batch[0].requires_grad_(), *batch[1:])
+    assert not bank.embeddings.requires_grad
+    before = rows_of(bank.read())
+    with torch.no_grad():
+        batch[0].zero_()
+    assert rows_of(bank.read()) == before

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -31,19 +32,12 @@ def train_all(plan: Plan, processes: Processes) -> None:
     """Train `plan["configs"]`, by the name of the run that each makes in `plan["out"]`."""
     with as_one_of(processes), exactly(plan["dtype"]):
         for name, options in plan["configs"].items():
-            config = TrainConfig(**options)
+            arguments = (plan["store"], plan["captions"], Path(plan["out"]) / name, TrainConfig(**options))
             if name in plan.get("interrupted", []):
-                with interrupted_at_step(3, processes):
-                    _train_until_interrupted(plan, name, config)
-            run.train(plan["store"], plan["captions"], Path(plan["out"]) / name, config, device="cpu")
-
-
-def _train_until_interrupted(plan: Plan, name: str, config: TrainConfig) -> None:
-    try:
-        run.train(plan["store"], plan["captions"], Path(plan["out"]) / name, config, device="cpu")
-    except KeyboardInterrupt:
-        return
-    raise AssertionError("the interrupt was lost")
+                with interrupted_at_step(3, processes), contextlib.suppress(KeyboardInterrupt):
+                    run.train(*arguments, device="cpu")
+                    raise AssertionError("the interrupt was lost")
+            run.train(*arguments, device="cpu")
 
 
 @contextlib.contextmanager
@@ -54,7 +48,7 @@ def as_one_of(processes: Processes) -> Iterator[None]:
     def joined(device: str) -> Iterator[tuple[Processes, str]]:
         yield processes, device
 
-    with patched(run, joined_processes=joined, draw_curves=lambda folder: folder):
+    with patch.multiple(run, joined_processes=joined, draw_curves=lambda folder: folder):
         yield
 
 
@@ -71,8 +65,8 @@ def exactly(dtype_name: str) -> Iterator[None]:
     torch.set_default_dtype(dtype)
     try:
         with (
-            patched(run, _decoder_dtype=lambda device: dtype),
-            patched(torch.Tensor, float=lambda tensor: tensor.to(dtype)),
+            patch.object(run, "_decoder_dtype", lambda device: dtype),
+            patch.object(torch.Tensor, "float", lambda tensor: tensor.to(dtype)),
         ):
             yield
     finally:
@@ -91,20 +85,8 @@ def interrupted_at_step(step: int, processes: Processes) -> Iterator[None]:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*arguments)
 
-    with patched(objective, info_nce=interrupting):
+    with patch.object(objective, "info_nce", interrupting):
         yield
-
-
-@contextlib.contextmanager
-def patched(where: Any, **values: Any) -> Iterator[None]:
-    before = {name: getattr(where, name) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(where, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(where, name, value)
 
 
 def gather_and_its_gradient(processes: Processes, total: int) -> dict[str, Any]:
