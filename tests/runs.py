@@ -59,6 +59,12 @@ def lines(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def recall_sums(run: Path, split: str) -> dict[float, float]:
+    """Return by epoch the sum of recalls that chooses a checkpoint, where it was measured."""
+    names = [f"{split}/{way}/R@{k}" for way in ("t2v", "v2t") for k in (1, 5, 10)]
+    return {line["epoch"]: sum(line[name] for name in names) for line in lines(run) if names[0] in line}
+
+
 def small(**options: Any) -> TrainConfig:
     return dataclasses.replace(SMALL, **options)
 

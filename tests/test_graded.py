@@ -438,15 +438,6 @@ def test_evaluate_prints_and_stores_graded_measures(runs: Path, tmp_path: Path, 
     assert read_ranks(tmp_path / "plain.npz").graded == {}
 
 
-def test_judged_at_ten_is_printed_with_judgements(runs: Path, tmp_path: Path, run_svb: RunSvb) -> None:
-    table = read_caption_features(runs / "captions.h5").table
-    row = table.splits.index("val")
-    path = judgements(tmp_path / "j.csv", [(table.caption_ids[row], table.video_ids[row], 2)])
-    ran = run_svb("evaluate", runs / "set" / "seed-0", "--relevance", path, "--ranks", tmp_path / "r.npz")
-    assert "judged@10" in ran.stdout and "1 judged pairs of j.csv" in ran.stdout
-    assert "left out, t2v captions with nothing relevant to find: 31 from nDCG, 31 from R-Precision" in ran.stdout
-
-
 def test_compare_pairs_graded_measures(runs: Path, tmp_path: Path, run_svb: RunSvb) -> None:
     paths = [tmp_path / f"{seed}.npz" for seed in (0, 1)]
     for seed, path in enumerate(paths):
@@ -471,17 +462,21 @@ def test_compare_pairs_graded_measures(runs: Path, tmp_path: Path, run_svb: RunS
     assert len(compare(*paths).differences) == 5
 
 
-def test_other_relevances_of_one_name_are_not_compared(runs: Path, tmp_path: Path) -> None:
-    table = read_caption_features(runs / "captions.h5").table
+def test_judgements_are_printed_and_those_of_one_name_kept_apart(
+    runs: Path, tmp_path: Path, run_svb: RunSvb
+) -> None:
+    run, table = runs / "set" / "seed-0", read_caption_features(runs / "captions.h5").table
     row = table.splits.index("val")
-    for folder, value in (("a", 1), ("b", 0.5)):
+    for folder, value in (("a", 2), ("b", 0.5)):
         (tmp_path / folder).mkdir()
-        path = judgements(tmp_path / folder / "j.csv", [(table.captions[row], table.video_ids[row], value)])
-        evaluate(runs / "set" / "seed-0", ranks=tmp_path / f"{folder}.npz", relevance=[str(path)])
+        path = judgements(tmp_path / folder / "j.csv", [(table.caption_ids[row], table.video_ids[row], value)])
+        shown = run_svb("evaluate", run, "--relevance", path, "--ranks", tmp_path / f"{folder}.npz").stdout
+        assert "judged@10" in shown and "1 judged pairs of j.csv" in shown
+        assert "left out, t2v captions with nothing relevant to find: 31 from nDCG" in shown
     with pytest.raises(MismatchError, match=r"measured by different relevances j\.csv"):
         compare(tmp_path / "a.npz", tmp_path / "b.npz")
     with pytest.raises(UsageError, match=r"two relevances are named j\.csv"):
-        evaluate(runs / "set" / "seed-0", relevance=[str(tmp_path / name / "j.csv") for name in "ab"])
+        evaluate(run, relevance=[str(tmp_path / name / "j.csv") for name in "ab"])
 
 
 @pytest.mark.parametrize("by", ["words", "group"])

@@ -105,11 +105,6 @@ def test_a_loss_is_its_formula_and_its_gradient_the_slope(name: str, owners: lis
     torch.testing.assert_close(loss(positive, nearer, is_negative), costs, rtol=0, atol=0)
 
 
-def test_info_nce_trains_its_scale() -> None:
-    batch = make_batch([0, 1, 2, 3])
-    assert_slopes(lambda scale: info_nce(*batch, scale), torch.tensor(5.0, dtype=torch.float64))
-
-
 def test_other_negatives_are_refused() -> None:
     with pytest.raises(UsageError, match="negatives is 'easy' - expected one of hardest, semi_hard, mean"):
         max_margin(*make_batch([0, 1]), 0.2, "easy")

@@ -199,18 +199,6 @@ def test_nothing_overflows(scale: float) -> None:
         assert np.isfinite(dual_softmax(similarity, scale)).all()
 
 
-@pytest.mark.parametrize("value", [-1.0, 0.0, 0.3])
-@pytest.mark.parametrize("levels", [None, 3])
-def test_a_bank_that_says_nothing_changes_no_rank(value: float, levels: int | None) -> None:
-    similarity, owners = make_cosines(36, 9, levels=levels), np.arange(36) % 9
-    t2v = qb_norm(similarity, query_bank([np.full((50, 9), value, np.float32)], 100.0))
-    v2t = qb_norm(similarity.T, query_bank([np.full((50, 36), value, np.float32)], 100.0)).T
-    np.testing.assert_array_equal(t2v_ranks(t2v, owners), t2v_ranks(similarity, owners))
-    for convention in ("set", "best"):
-        expected = v2t_ranks(similarity, owners, convention)
-        np.testing.assert_array_equal(v2t_ranks(v2t, owners, convention), expected)
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_a_collapsed_model_still_scores_chance(method: str) -> None:
     one = np.array([0.6, 0.8], np.float32)

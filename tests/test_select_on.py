@@ -11,7 +11,7 @@ import pytest
 import synthetic
 from conftest import RunSvb, assert_refused
 from messages import heard
-from runs import Task, lines
+from runs import Task, lines, recall_sums
 
 from svb.data.caption_features import read_caption_features
 from svb.errors import InputError
@@ -72,11 +72,7 @@ def test_forced_it_is_chosen_by_test(forced: Path) -> None:
     assert description["config"]["select_on"] == "test"
     assert description["data"]["val"] is None and description["data"]["test"]["videos"] == 20
     assert description["data"]["train"]["videos"] == 60  # none is put aside as val
-    sums = {
-        line["epoch"]: sum(line[f"test/{way}/R@{k}"] for way in ("t2v", "v2t") for k in (1, 5, 10))
-        for line in lines(forced)
-        if "test/t2v/R@1" in line
-    }
+    sums = recall_sums(forced, "test")
     assert len(sums) == 2 and sums[best.epoch] == max(sums.values())
     assert not [name for line in lines(forced) for name in line if name.startswith("val")]
 

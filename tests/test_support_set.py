@@ -90,16 +90,6 @@ def test_a_mixture_has_a_gradient_even_where_next_to_nothing_goes_on() -> None:
     assert frame_sequences.grad is not None and frame_sequences.grad.isfinite().all()
 
 
-def test_padding_in_the_support_set_changes_no_mixture() -> None:
-    random = torch.Generator().manual_seed(3)
-    weights = torch.rand(3, 2, generator=random)
-    frames = torch.randn(2, 4, 3, generator=random)
-    frame_mask = torch.tensor([[True, True, False, False], [True, True, True, False]])
-    garbage = torch.where(frame_mask[..., None], frames, 1e6)
-    for found, expected in zip(mix(weights, garbage, frame_mask), mix(weights, frames, frame_mask), strict=True):
-        assert torch.equal(found, expected)
-
-
 def test_masked_mean_is_its_formula() -> None:
     frames = torch.randn(3, 5, 2, generator=torch.Generator().manual_seed(4))
     frame_mask = torch.arange(5)[None] < torch.tensor([1, 3, 5])[:, None]

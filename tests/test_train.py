@@ -18,7 +18,7 @@ from conftest import RunSvb
 from host_waits import HostWaits
 from messages import heard
 from numpy.typing import NDArray
-from runs import SMALL, Task, as_of_an_older_svb, change_config, contents, lines, small
+from runs import SMALL, Task, as_of_an_older_svb, change_config, contents, lines, recall_sums, small
 
 from svb.cli import cli
 from svb.data.caption_features import read_caption_features
@@ -48,33 +48,22 @@ def whole_run(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param({"loss": "info_nce", "variant": "none"}, marks=pytest.mark.slow),
-        pytest.param({"loss": "max_margin", "variant": "none"}, marks=pytest.mark.slow),
-        {"loss": "info_nce", "variant": "cross"},
-        {"loss": "max_margin", "variant": "cross", "rebuild": "embedding", "memory_bank": 20},
+        {},
+        {"loss": "max_margin", "variant": "none"},
+        {"loss": "max_margin", "rebuild": "embedding", "memory_bank": 20},
     ],
 )
 def test_learns_a_task(task: Task, tmp_path: Path, options: dict[str, Any]) -> None:
-    config = small(**options, epochs=20, evaluate_every=20)
-    metrics = lines(train(*task, tmp_path / "run", config))
+    metrics = lines(train(*task, tmp_path / "run", small(**options, epochs=20, evaluate_every=20)))
     # 20 videos: chance is 5 %.
-    assert metrics[-1]["val/t2v/R@1"] > 50
-    assert metrics[-1]["val/v2t/R@1"] > 50
+    assert metrics[-1]["val/t2v/R@1"] > 50 and metrics[-1]["val/v2t/R@1"] > 50
     assert metrics[-1]["loss"] < metrics[0]["loss"]
 
 
 def test_metrics_say_what_was_measured(whole_run: Path) -> None:
-    metrics = lines(whole_run)
-    assert [line["epoch"] for line in metrics] == [1, 2, 3, 4, 5, 6]
-    assert ["val/t2v/R@1" in line for line in metrics] == [False, True] * 3
-    best = load_checkpoint(whole_run / "best")
-    assert best.training == {} and best.metrics
-    sums = {
-        line["epoch"]: sum(line[f"val/{way}/R@{k}"] for way in ("t2v", "v2t") for k in (1, 5, 10))
-        for line in metrics
-        if "val/t2v/R@1" in line
-    }
-    assert sums[best.epoch] == max(sums.values())
+    sums, best = recall_sums(whole_run, "val"), load_checkpoint(whole_run / "best")
+    assert [line["epoch"] for line in lines(whole_run)] == [1, 2, 3, 4, 5, 6] and [*sums] == [2, 4, 6]
+    assert best.training == {} and best.metrics and sums[best.epoch] == max(sums.values())
     assert load_checkpoint(whole_run / "last").epoch == 6
 
 
@@ -124,18 +113,13 @@ def test_what_has_no_counterpart_is_said_and_left_out(tmp_path: Path) -> None:
     assert (data["train"]["videos"], data["val"]["videos"]) == (6, 2)
 
 
-@pytest.mark.parametrize(
-    ("split_of_last", "fraction", "said"),
-    [("val", 0.1, ["no video of the val split has features"]), ("train", 0.0, [])],
-)
-def test_without_val_the_last_epoch_is_the_best(
-    tmp_path: Path, split_of_last: str, fraction: float, said: list[str]
-) -> None:
-    rows = [(f"v{v}", "a dog", "train" if v < 4 else split_of_last) for v in range(6)]
+@pytest.mark.parametrize(("split", "val_fraction"), [("val", 0.1), ("train", 0.0)])
+def test_without_val_the_last_epoch_is_the_best(tmp_path: Path, split: str, val_fraction: float) -> None:
+    rows = [(f"v{v}", "a dog", "train" if v < 4 else split) for v in range(6)]
     task = make_random_task(tmp_path, {f"v{v}": 2 for v in range(4)}, rows)
     messages = heard()
-    run = train(*task, tmp_path / "run", small(epochs=2, val_fraction=fraction))
-    assert [words for words in said if not any(words in message for message in messages)] == []
+    run = train(*task, tmp_path / "run", small(epochs=2, val_fraction=val_fraction))
+    assert any("no video of the val split has features" in said for said in messages) == (split == "val")
     assert load_checkpoint(run / "best").epoch == 2 and read_run(run)["data"]["val"] is None
 
 
