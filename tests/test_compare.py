@@ -70,13 +70,8 @@ def test_two_runs(whole: Path, run_svb: RunSvb) -> None:
     ]
     ranks = [read_ranks(whole / run / "ranks.npz") for run in ("a/seed-0", "b/seed-1")]
     for line, expected in zip(lines[4:], paired_differences(ranks[:1], ranks[1:]), strict=True):
-        over = expected.over_videos
-        values = [
-            *expected.metric.split("/"),
-            f"{expected.a:.1f}",
-            f"{expected.b:.1f}",
-            f"{expected.difference:+.2f}",
-        ]
+        over, numbers = expected.over_videos, (f"{expected.a:.1f}", f"{expected.b:.1f}")
+        values = [*expected.metric.split("/"), *numbers, f"{expected.difference:+.2f}"]
         assert line.split()[:8] == [*values, f"{over.low:+.2f}", "to", f"{over.high:+.2f}"]
     assert "one pair of runs" in ran.stderr
 

@@ -218,9 +218,8 @@ def test_other_features_are_refused(trained: Path, tmp_path: Path) -> None:
     store = synthetic.make_store(tmp_path / "features", videos, seconds_between_frames=0.5)
     with pytest.raises(MismatchError, match=r"sampling\.fps: stored 2\.0, wanted 1\.0.*--store"):
         evaluate(trained, store=store)
-    captions = synthetic.make_captions(
-        tmp_path / "captions.h5", [("clip060", "a dog", "val")], np.ones((1, 20)), text_encoder="synthetic:other"
-    )
+    rows, given = [("clip060", "a dog", "val")], {"text_encoder": "synthetic:other"}
+    captions = synthetic.make_captions(tmp_path / "captions.h5", rows, np.ones((1, 20)), **given)
     with pytest.raises(MismatchError, match=r"name: stored 'synthetic:other', wanted 'synthetic:words'.*--capt"):
         evaluate(trained, captions=captions)
 

@@ -223,21 +223,18 @@ def test_costly_checkpoints_are_written_less_often(
 
 
 NAN, INF = float("nan"), float("inf")
-Spoil = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# In which call, of two a step and four steps an epoch, how, what is said, and where the state before stands.
+SPOILT: dict[str, tuple[int, Callable[..., torch.Tensor], str, tuple[int, int]]] = {
+    "loss": (19, lambda cost, of: cost * NAN, r"the loss is nan, .* lower --learning-rate", (2, 1)),
+    "gradient": (8, lambda cost, of: cost + (of - of).abs().sqrt(), "its gradient nan", (0, 3)),
+}
 
 
-@pytest.mark.parametrize(
-    ("loss", "call", "spoil", "words", "saved"),
-    [  # two calls a step, four steps an epoch
-        *((loss, 19, lambda cost, _: cost * NAN, r"the loss is nan, .* lower --lea", (2, 1)) for loss in LOSSES),
-        # In the last step of the first epoch.
-        ("info_nce", 8, lambda cost, of: cost + (of - of).abs().sqrt(), "its gradient nan", (0, 3)),
-    ],
-)
+@pytest.mark.parametrize(("loss", "what"), [*((loss, "loss") for loss in LOSSES), ("info_nce", "gradient")])
 def test_what_is_no_number_is_an_error_that_keeps_the_state_before(
-    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str, call: int, spoil: Spoil, words: str,
-    saved: tuple[int, int],
-) -> None:  # fmt: skip
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str, what: str
+) -> None:
+    call, spoil, words, saved = SPOILT[what]
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
     real, calls = getattr(objective, loss), 0
 
