@@ -23,6 +23,7 @@ from decoding import B_FRAMES, DECODERS, EVERY_FRAME, each_decoder, failure, run
 
 from svb.data.rows import VideoRecord
 from svb.extract.decode import choice, pyav_decoder
+from svb.extract.decode.containers import ogg_parts
 from svb.extract.decode.decoder import DecodeEnd, Decoder, FrameChunk
 from svb.extract.decode.options import DecodeOptions
 from svb.extract.decode.sampling import Sampling
@@ -333,6 +334,8 @@ class TestOgg:
                 assert len(decoded.times_seconds) == count
                 assert (decoded.end.status, decoded.end.cause) == ("partial", "truncated")
                 assert re.fullmatch(rf"decoded {(count - 1) / 10:.1f} s; {where}", decoded.end.error)
+        (tmp_path / "cut.ogv").write_bytes(whole[0] + b"Og")  # within a page's first bytes
+        assert run(decoder, tmp_path / "cut.ogv", EVERY_FRAME).end.error.endswith("; the file is cut")
 
     def test_a_part_that_gives_nothing(self, decoder: Decoder, tmp_path: Path) -> None:
         parts = make_ogg_parts(tmp_path, "libtheora")
@@ -341,6 +344,13 @@ class TestOgg:
         decoded = run(decoder, join(tmp_path / "a.ogv", parts[0], sound, parts[2]), EVERY_FRAME)
         assert (decoded.end.status, decoded.end.cause) == ("partial", "concealed_errors")
         assert len(decoded.times_seconds) == 40
+
+
+def test_an_ogg_of_false_beginnings_is_given_up(tmp_path: Path) -> None:
+    (tmp_path / "a.ogv").write_bytes(b"OggS\0\2" * 10**5)
+    signs_of_life: list[None] = []
+    assert len(ogg_parts(tmp_path / "a.ogv", lambda: signs_of_life.append(None))) == 1
+    assert 0 < len(signs_of_life) < 10**4
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -20,10 +20,14 @@ TS_PACKET_BYTES, TS_SYNC_BYTE = 188, b"\x47"
 
 TS_BYTES_LOOKED_AT = 2**20
 
-# Of a page of Ogg: https://www.rfc-editor.org/rfc/rfc3533#section-6
-OGG_SYNC, OGG_HEADER_BYTES, MAX_OGG_SEGMENTS, OGG_FIRST_PAGE = b"OggS", 27, 255, 2
+# A page of Ogg begins with these four letters and its version: https://www.rfc-editor.org/rfc/rfc3533#section-6
+OGG_SYNC, OGG_HEADER_BYTES, MAX_OGG_SEGMENTS, OGG_FIRST_PAGE = b"OggS\0", 27, 255, 2
 # The rest of the file counts as one part.
 MAX_OGG_PARTS = 1000
+# After so many places where no page follows a page, the rest of the file counts as one page.
+MAX_OGG_GAPS = 1000
+
+SEARCHED_BYTES = 2**16
 
 FLV_HEADER_BYTES, ASF_BEGIN = 13, bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
 
@@ -99,18 +103,18 @@ class OggPart:
     is_cut: bool
 
 
-def ogg_parts(path: Path) -> list[OggPart]:
+def ogg_parts(path: Path, on_read: Callable[[], None]) -> list[OggPart]:
     """Return the parts that an Ogg file was joined from: one if it was not joined, none if it is not an Ogg file.
 
     libavformat reads the first part, and others only if they hold a single stream. It notices no cut: the
-    length that an Ogg promises is the time on its last page.
+    length that an Ogg promises is the time on its last page. `on_read` is called often.
     """
     begins: list[int] = []
     are_cut: list[bool] = []
     was_first, page_end = False, 0
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
-        for begin, end, is_first in _ogg_pages(file, size):
+        for begin, end, is_first in _ogg_pages(file, size, on_read):
             if is_first and not was_first:
                 are_cut += [page_end > begin] if begins else []
                 begins.append(begin)
@@ -121,16 +125,22 @@ def ogg_parts(path: Path) -> list[OggPart]:
     return [OggPart(*part) for part in zip(begins, ends, [*are_cut, page_end > size], strict=False)]
 
 
-def _ogg_pages(file: BinaryIO, size: int) -> Iterator[tuple[int, int, bool]]:
+def _ogg_pages(file: BinaryIO, size: int, on_read: Callable[[], None]) -> Iterator[tuple[int, int, bool]]:
     """Yield where each page begins, where it says that it ends, and whether it is the first of a stream."""
-    begin, at = 0, 0
-    while 0 <= at < size:
+    begin = at = num_gaps = 0
+    while at != size and num_gaps < MAX_OGG_GAPS:
+        on_read()
         file.seek(at)
         header = file.read(OGG_HEADER_BYTES + MAX_OGG_SEGMENTS)
         if not header.startswith(OGG_SYNC):
             if at == 0:
                 return
-            at = _find(file, OGG_SYNC, begin + len(OGG_SYNC))  # the page was cut, or something else follows it
+            num_gaps += 1
+            # The page was cut, something else follows it, or the next page was cut within its first bytes.
+            found = next(_places(file, OGG_SYNC, begin + len(OGG_SYNC), on_read), size)
+            if at < found and OGG_SYNC.startswith(header[: found - at]):
+                yield at, found + 1, False
+            at = found
             continue
         begin, at = at, size + 1
         if len(header) >= OGG_HEADER_BYTES:
@@ -139,25 +149,27 @@ def _ogg_pages(file: BinaryIO, size: int) -> Iterator[tuple[int, int, bool]]:
         yield begin, at, len(header) > 5 and bool(header[5] & OGG_FIRST_PAGE)
 
 
-def _find(file: BinaryIO, wanted: bytes, start: int) -> int:
-    """Return where these bytes are first found from a place on; -1 if they are not."""
+def _places(file: BinaryIO, wanted: bytes, start: int, on_read: Callable[[], None]) -> Iterator[int]:
+    """Yield each place from `start` on where these bytes are found."""
     file.seek(start)
-    before = b""
-    while block := file.read(2**20):
-        found = (before + block).find(wanted)
-        if found >= 0:
-            return start - len(before) + found
-        start += len(block)
-        before = block[1 - len(wanted) :]
-    return -1
+    held = b""
+    while block := file.read(SEARCHED_BYTES):
+        on_read()
+        held += block
+        done = 0
+        while (found := held.find(wanted, done)) >= 0:
+            yield start + found
+            done = found + len(wanted)
+        done = max(done, len(held) - len(wanted) + 1)
+        start, held = start + done, held[done:]
 
 
-def what_is_missing(path: Path, parts: Sequence[OggPart]) -> str:
+def what_is_missing(path: Path, parts: Sequence[OggPart], on_read: Callable[[], None]) -> str:
     """Return what the record says of what a file's bytes show to be missing; empty if nothing is.
 
-    `parts` are those of an Ogg file.
+    `parts` are those of an Ogg file; `on_read` is called often.
     """
-    if num_unread := _num_unread_recordings(path):
+    if num_unread := _num_unread_recordings(path, on_read):
         return f"{1 + num_unread} recordings were joined here, and not all of them can be read: split the file"
     if len(parts) == 1:
         return "the file is cut" if parts[0].is_cut else ""
@@ -165,17 +177,16 @@ def what_is_missing(path: Path, parts: Sequence[OggPart]) -> str:
     return ", ".join(f"part {number} of {len(parts)} is cut" for number in cut)
 
 
-def _num_unread_recordings(path: Path) -> int:
+def _num_unread_recordings(path: Path, on_read: Callable[[], None]) -> int:
     """Return how many recordings follow the first in a joined MP4, FLV or ASF: libavformat skips most of them."""
     with path.open("rb") as file:
         begin = file.read(len(ASF_BEGIN))
         begin = begin if begin == ASF_BEGIN else begin[:FLV_HEADER_BYTES] if begin.startswith(b"FLV") else b""
-        count = at = 0
-        while begin and (at := _find(file, begin, at + len(begin))) >= 0:
-            count += 1
+        count = sum(1 for _ in _places(file, begin, len(begin), on_read)) if begin else 0
         # Live streams repeat their index: another recording is one whose fragments begin as early as the first.
         num_indexes, fragment_times = 0, list[float]()
         for box in _boxes(path):
+            on_read()
             num_indexes += box.kind == b"moov"
             if box.kind == b"moof" and len(fragment_times) < num_indexes:
                 file.seek(box.start)

@@ -21,6 +21,7 @@ import ffmpeg
 import numpy as np
 from numpy.typing import NDArray
 
+from svb.extract.decode import decoder as decode_module
 from svb.extract.decode.choice import (
     FrameChooser,
     Item,
@@ -115,7 +116,7 @@ def decode(path: Path, options: DecodeOptions) -> Iterator[Item]:
 
 
 def _source(path: Path, fd: int, options: DecodeOptions) -> Source:
-    parts = tuple(ogg_parts(path))
+    parts = tuple(ogg_parts(path, decode_module.heartbeat))
     if len(parts) < 2:
         return Source(path, fd, options, parts)
     # The frames to take are found by decoding all parts, which skips nothing.
@@ -177,7 +178,7 @@ def _decode_choice(source: Source, choice: Choice) -> Iterator[Item]:
         run.log.errors,
         lambda: _whole_file_seconds(source, run.log.container_format),
         note_of(*run.log.place_among_videos, source.hdr_transfer, source.hardware_words),
-        what_is_missing(source.path, source.parts),
+        what_is_missing(source.path, source.parts, decode_module.heartbeat),
     )
     yield replace(end, in_software=bool(source.hardware_words))
 

@@ -23,6 +23,7 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
+from svb.extract.decode import decoder as decode_module
 from svb.extract.decode.choice import (
     FrameChooser,
     Item,
@@ -89,7 +90,7 @@ def decode(path: Path, options: DecodeOptions) -> Iterator[Item]:
     show that the frames come out the same. At the first sign of damage the whole video is decoded.
     """
     check_file(path)
-    if options.fast and len(ogg_parts(path)) > 1:
+    if options.fast and len(ogg_parts(path, decode_module.heartbeat)) > 1:
         options = replace(options, fast=False)  # the frames to take are found by decoding all parts
     try:
         yield from _decode_what_is_needed(path, options)
@@ -128,7 +129,7 @@ def _decode(
         crop = container_crop(path, container.format.name, stream.index)
         converter = Converter(stream, options.resize_px, crop, options.interpolation)
         running = RunningClock()
-        parts = ogg_parts(path)
+        parts = ogg_parts(path, decode_module.heartbeat)
         decoded = itertools.chain(
             _decoded_frames(container, stream, errors, running, plan),
             _frames_of_other_parts(path, parts[1:], options, errors, running),
@@ -160,7 +161,7 @@ def _decode(
             chooser.first_time_seconds, chooser.last_time_seconds = plan.first_time_seconds, plan.last_time_seconds
         decoded_seconds = _decoded_seconds(container, chooser, properties)
         note = note_of(*place_among_videos(container, stream), hdr)
-        missing = what_is_missing(path, parts)
+        missing = what_is_missing(path, parts, decode_module.heartbeat)
     whole_seconds = functools.partial(whole_file_seconds, path, options.limits)
     yield judge_end(properties, decoded_seconds, errors, whole_seconds, note, missing)
 

@@ -53,7 +53,7 @@ def opened(path: Path, limits: Limits, part: OggPart | None = None) -> Iterator[
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(path.open("rb"))
-            parts = [] if part is not None else ogg_parts(path)
+            parts = [] if part is not None else ogg_parts(path, decode_module.heartbeat)
             url, protocols = part_url(parts[0] if len(parts) > 1 else part)
             options = {"fd": str(file.fileno()), "protocol_whitelist": protocols}
             container = stack.enter_context(av.open(url, options=options))
