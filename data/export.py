@@ -25,7 +25,7 @@ import numpy as np
 
 from svb.data.feature_store import FeatureStore
 from svb.data.feature_store_writer import export_store
-from svb.data.publish import published_file, published_folder
+from svb.data.publish import one_writer, published_file, published_folder
 from svb.data.rows import FrameFeatures, VideoRows
 from svb.errors import InputError, UsageError
 
@@ -52,21 +52,21 @@ def export(store: FeatureStore, out: Path, *, layout: str = "h5", backbone: str 
 
     Raises:
         InputError: There is something at `out` already, or the store has no such features.
-        StoreError: The store is damaged.
+        StoreError: The store is damaged, or another process is writing `out`.
         UsageError: An option makes no sense.
     """
     if layout not in LAYOUTS:
         raise UsageError(f"unknown layout {layout!r} - expected one of {', '.join(LAYOUTS)}")
-    if os.path.lexists(out):
-        raise InputError(f"{out} exists - remove it, or name another with -o")
-    if layout == "h5":
-        if backbone is not None:
-            raise UsageError("h5 holds all backbones of a store - leave out --backbone, or choose another --format")
-        return export_store(store, out)
-    backbone = store.only_backbone(backbone)
-    if not store.video_ids:
+    if layout == "h5" and backbone is not None:
+        raise UsageError("h5 holds all backbones of a store - leave out --backbone, or choose another --format")
+    if layout != "h5" and not store.video_ids:
         raise InputError(f"no video of {store.path} has features - `svb info {store.path} --failures` says why")
-    _WRITERS[layout](store, backbone, out)
+    with one_writer(out):
+        if os.path.lexists(out):
+            raise InputError(f"{out} exists - remove it, or name another with -o")
+        if layout == "h5":
+            return export_store(store, out)
+        _WRITERS[layout](store, store.only_backbone(backbone), out)
     left_out = len(store.records) - len(store.video_ids)
     if left_out:
         logger.info(

@@ -21,6 +21,9 @@ from svb.errors import StoreError, SvbError
 # What a killed process leaves behind begins with this; whoever holds the folder next removes it.
 ASIDE_PREFIX = ".aside-"
 
+# The file in a folder that its writer has locked.
+LOCK_NAME = "writer.lock"
+
 # How libraries say that a file could not be written to its end.
 _DISK_IS_FULL = re.compile(
     r"No space left|File too large|Disk quota exceeded|requested and \d+ written|file write failed|write error|"
@@ -149,6 +152,42 @@ def lock_folder(folder: Path, written: Path | None = None) -> int:
     return lock.descriptor
 
 
+@contextlib.contextmanager
+def one_writer(path: Path, role: str = "writing") -> Iterator[Path]:
+    """Make this process the one writer of `path`; yields a folder beside it for what a killed run is to leave.
+
+    The folder stays only if something was put into it and there is no `path`.
+
+    Args:
+        path: The file or folder that is written.
+        role: The end of the folder's name.
+
+    Raises:
+        StoreError: Another process is writing `path`, or the file system has no locks.
+    """
+    folder = _beside(path, role)
+    lock = _lock_that_may_vanish(folder, path)
+    try:
+        remove_leftovers(folder)
+        yield folder
+    finally:
+        if path.exists() or all(entry.name == LOCK_NAME for entry in folder.glob("*")):
+            shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _lock_that_may_vanish(folder: Path, written: Path) -> int:
+    """Make and lock a folder that its last holder may be removing: a lock counts only if its file is there."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            lock = lock_folder(folder, written)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock), (folder / LOCK_NAME).stat()):
+                    return lock
+            os.close(lock)
+
+
 class FolderLock:
     """The right to write to a folder: one process has it alone, or several share it; it ends with them.
 
@@ -158,7 +197,7 @@ class FolderLock:
 
     def __init__(self, folder: Path, written: Path | None = None) -> None:
         self._written = written or folder
-        self.descriptor = os.open(folder / "writer.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        self.descriptor = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
 
     def take(self, *, shared_with_others: bool = False) -> bool:
         """Take the right to write; returns whether this process has it alone.

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
-import os
-import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +16,7 @@ from svb.data.caption_features import CaptionFeatures, read_caption_features, wr
 from svb.data.caption_table import CaptionTable, read_caption_table, split_contents
 from svb.data.datasets import read_dataset, with_names_of
 from svb.data.feature_store import FeatureStore
-from svb.data.publish import lock_folder, published_file, remove_leftovers
+from svb.data.publish import one_writer, published_file
 from svb.device import choose_device
 from svb.errors import InputError, UsageError
 from svb.extract.text_encoders import DEFAULT_TEXT_ENCODER, absolute_name, load_text_encoder
@@ -79,7 +76,7 @@ def captions(
         raise InputError(f"{out} is a folder - name the file to write with -o, such as {out / 'captions.h5'}")
     if _is_done(out, text_encoder, contents):
         return out
-    with _blocks_of(out) as blocks:
+    with one_writer(out, "blocks") as blocks:
         if _is_done(out, text_encoder, contents):  # by whoever had the lock until now
             return out
         encoder = load_text_encoder(text_encoder, choose_device(device))
@@ -120,25 +117,6 @@ def _is_done(out: Path, text_encoder: str, contents: Mapping[str, Any]) -> bool:
     )
     logger.info(f"nothing to do: {out} holds these {len(existing.table)} captions")
     return True
-
-
-@contextlib.contextmanager
-def _blocks_of(out: Path) -> Iterator[Path]:
-    """Yield the folder of the finished blocks of `out`, locked; it stays only if there are some and no `out`.
-
-    Raises:
-        StoreError: Another process is writing `out`.
-    """
-    folder = out.parent / f".{out.name}.blocks"
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(folder, out)
-    try:
-        remove_leftovers(folder)
-        yield folder
-    finally:
-        if out.exists() or not any(folder.glob("*.npy")):
-            shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
 
 
 def _read(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from messages import heard
 from numpy.typing import NDArray
 from torch import nn
 
+from svb.data import publish
 from svb.data.caption_features import read_caption_features
 from svb.data.caption_table import read_caption_table
 from svb.errors import InputError, MismatchError, StoreError
@@ -148,6 +150,23 @@ def test_two_at_once_into_one_file(letters: Letters, tmp_path: Path) -> None:
     assert len(refusals) == 1
     np.testing.assert_array_equal(read_caption_features(out).features, counts(["a dog", "a cat"]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.h5", "t.csv"]
+
+
+def test_another_removes_its_blocks_at_that_instant(
+    letters: Letters, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given, out = table(tmp_path / "t.csv", "a dog", "a cat"), tmp_path / "c.h5"
+    lock_folder, locks = publish.lock_folder, []
+
+    def lock_what_vanishes(folder: Path, written: Path) -> int:
+        locks.append(lock_folder(folder, written))
+        if len(locks) == 1:
+            shutil.rmtree(folder)
+        return locks[-1]
+
+    monkeypatch.setattr(publish, "lock_folder", lock_what_vanishes)
+    run(given, out)
+    assert len(locks) == 2 and out.exists()
 
 
 def test_the_second_run_does_nothing(letters: Letters, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

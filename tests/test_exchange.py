@@ -31,8 +31,9 @@ from svb.data.feature_store import FeatureStore, verify_store
 from svb.data.importing import files as import_files
 from svb.data.importing.import_features import LAYOUTS as IMPORT_LAYOUTS
 from svb.data.importing.import_features import import_features
+from svb.data.publish import one_writer
 from svb.data.rows import VideoRows
-from svb.errors import InputError, MismatchError, UsageError
+from svb.errors import InputError, MismatchError, StoreError, UsageError
 from svb.retrieve.answer import SearchRequest
 from svb.retrieve.search import Searcher
 from svb.train.run import train
@@ -182,6 +183,12 @@ class TestExport:
             assert ran.exit_code == 1 and ran.stdout == ""
             assert ran.stderr == f"svb: {tmp_path / name} exists - remove it, or name another with -o\n"
         assert (tmp_path / "file").read_text() == "mine" and (tmp_path / "folder" / "deep").is_dir()
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_two_at_once_into_one_place(self, layout: str, store: Path, tmp_path: Path) -> None:
+        with one_writer(tmp_path / "x"), pytest.raises(StoreError, match="another process is writing to it"):
+            export(FeatureStore(store), tmp_path / "x", layout=layout)
+        assert not names_in(tmp_path)
 
     @pytest.mark.parametrize("layout", OTHER_LAYOUTS)
     def test_what_fails_half_way_leaves_nothing(
