@@ -83,7 +83,7 @@ def measure_run(run: Path, out: Path) -> tuple[str, list[list[str]], list[str]]:
     assert opened.captions is not None
     table, rows_of = opened.captions.table, searcher.catalog.live_rows
     positions = positions_of_splits(opened.captions, val_fraction=opened.config.put_aside, quiet=True)
-    words = calibrate.words_of(opened, positions["train"])
+    words = calibrate.known_words(opened, positions["train"])
     held = [position for position in positions["val"] if table.video_ids[position] in rows_of]
     asked = calibrate.choose(held, calibrate.MAX_CAPTIONS)
     is_right = right_videos(opened, searcher, asked)

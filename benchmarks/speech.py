@@ -278,7 +278,9 @@ def tune(index: Path, asked: Sequence[Asked]) -> tuple[list[list[str]], list[lis
             scores[weight][list(heard.found)] = [score for score, _ in heard.found.values()]
         for way in ways:
             fused.LESSER_WEIGHT = way[1]
-            together[each.kind, way].append(_first_and_ten(fused.fuse(seen, way[2] * scores[way[0]]), right))
+            together[each.kind, way].append(
+                _first_and_ten(fused.joint_scores(seen, way[2] * scores[way[0]]), right)
+            )
         ranks = ((-of).argsort(kind="stable").argsort(kind="stable") for of in (seen, scores[meaning]))
         together[each.kind, BY_RANKS].append(_first_and_ten(sum(1 / (61 + rank) for rank in ranks), right))
     said.MEANING_WEIGHT, fused.LESSER_WEIGHT = meaning, lesser

@@ -9,7 +9,7 @@ from pathlib import Path
 from svb.config import default_path
 from svb.errors import InputError, UsageError
 
-STOP_WORDS = frozenset(
+_COMMON_WORDS = frozenset(
     re.findall(
         r"\S+",
         """
@@ -27,7 +27,7 @@ where which while who whom why will with won't would wouldn't you your yours you
 
 def content_words(caption: str) -> set[str]:
     """Return the words of a caption in small letters, without the common words that say nothing of its content."""
-    return set(re.findall(r"[^\W_]+(?:'[^\W_]+)*", caption.lower().replace("\u2019", "'"))) - STOP_WORDS
+    return set(re.findall(r"[^\W_]+(?:'[^\W_]+)*", caption.lower().replace("\u2019", "'"))) - _COMMON_WORDS
 
 
 def verbs_and_nouns(captions: Sequence[str]) -> list[list[set[str]]]:

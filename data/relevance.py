@@ -218,13 +218,13 @@ def words_relevance(
     )
 
 
-def _matrix(words_of: Sequence[Collection[str]]) -> scipy.sparse.csr_array:
+def _matrix(word_sets: Sequence[Collection[str]]) -> scipy.sparse.csr_array:
     column: dict[str, int] = {}
-    columns = [column.setdefault(word, len(column)) for words in words_of for word in sorted(words)]
-    ends = np.cumsum([0, *map(len, words_of)])
+    columns = [column.setdefault(word, len(column)) for words in word_sets for word in sorted(words)]
+    ends = np.cumsum([0, *map(len, word_sets)])
     ones = np.ones(len(columns), np.float32)
     return scipy.sparse.csr_array(
-        (ones, np.array(columns, np.int32), ends), shape=(len(words_of), max(1, len(column)))
+        (ones, np.array(columns, np.int32), ends), shape=(len(word_sets), max(1, len(column)))
     )
 
 

@@ -53,12 +53,12 @@ from svb.extract.decode.options import DecodeOptions
 from svb.extract.decode.pyav_file import (
     FrameClock,
     add_packet,
+    error_words,
     opened,
     place_among_videos,
     promised_seconds,
     read_packets,
     whole_file_seconds,
-    words_of,
 )
 from svb.extract.decode.pyav_pictures import (
     Converter,
@@ -344,7 +344,7 @@ def _decode_packet(
         with av.logging.Capture() as log:
             frames = stream.codec_context.decode(packet)
     except av.error.FFmpegError as error:
-        errors.add(words_of(error))
+        errors.add(error_words(error))
     finally:
         av.logging.set_level(level)
     concealed = [message.strip() for _, _, message in log if message.startswith(HIDDEN_DAMAGE)]

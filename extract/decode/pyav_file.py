@@ -58,7 +58,7 @@ def opened(path: Path, limits: Limits, part: OggPart | None = None) -> Iterator[
             options = {"fd": str(file.fileno()), "protocol_whitelist": protocols}
             container = stack.enter_context(av.open(url, options=options))
         except (OSError, ValueError, av.error.FFmpegError) as error:
-            raise unreadable(path, words_of(error)) from error
+            raise unreadable(path, error_words(error)) from error
         require_streams(path, limits, len(container.streams))
         # PyAV asks for invented times, which are out of order for packed AVI; ffmpeg does not.
         container.flags &= ~cast("int", Flags.gen_pts.value)
@@ -114,7 +114,7 @@ def read_packets(
             decode_module.heartbeat()
             yield packet
     except av.error.FFmpegError as error:
-        errors.add(words_of(error))
+        errors.add(error_words(error))
 
 
 class FrameClock:
@@ -197,5 +197,5 @@ def promised_seconds(container: InputContainer, stream: VideoStream, path: Path)
     )
 
 
-def words_of(error: Exception) -> str:
+def error_words(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)

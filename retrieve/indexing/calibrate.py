@@ -142,7 +142,7 @@ def calibrate(
             "made_for": opened.embedder.fingerprint,
         }
     else:
-        words = words_of(opened, training)
+        words = known_words(opened, training)
         calibration, measured = fit(ask(opened, catalog, choose(held, most), words), words)
     return [publish_calibration(out, calibration, measured)]
 
@@ -181,7 +181,7 @@ def fit_to_random_texts(catalog: Catalog, embeddings: NDArray[np.floating], most
     return Calibration(rule, 0, {}, embeddings.astype(np.float16))
 
 
-def words_of(opened: OpenedSource, positions: Sequence[int]) -> Calibration:
+def known_words(opened: OpenedSource, positions: Sequence[int]) -> Calibration:
     """Return what is known of the training captions at some positions, with a rule that is not fitted yet."""
     assert opened.captions is not None
     texts = opened.captions.table.captions

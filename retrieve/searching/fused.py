@@ -52,7 +52,7 @@ def fused_results(
         seen = spread.share_of_chance(_picture_scores(vectors, query, videos, by))
     else:
         seen = np.zeros(len(videos))
-    scores = fuse(seen, said) if sees else said
+    scores = joint_scores(seen, said) if sees else said
     order = np.lexsort((videos, -scores))
     kept = keep_best(vectors, videos[order], request.k, request.fold)
     found = [Found(int(group[0]), tuple(group[1:].tolist())) for group in kept]
@@ -67,7 +67,7 @@ def fused_results(
     return numbered(results, request), best, heard.notes
 
 
-def fuse(seen: NDArray[np.float64], said: NDArray[np.float64]) -> NDArray[np.float64]:
+def joint_scores(seen: NDArray[np.float64], said: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the `(n,)` scores of videos from both of theirs, on the scale on which 1 is where chance ends."""
     scores: NDArray[np.float64] = np.maximum(seen, said) + LESSER_WEIGHT * np.minimum(seen, said)
     return scores
