@@ -111,7 +111,7 @@ class WordNet:
         (Lesk, *Automatic Sense Disambiguation Using Machine Readable Dictionaries*, SIGDOC 1986).
 
         Args:
-            lemma: Its base form, in small letters.
+            lemma: The word's base form, in small letters.
             kind: One of `WORD_KINDS`.
             context: The words of the sentence.
         """

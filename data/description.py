@@ -29,7 +29,7 @@ def read_description(path: Path, *, kind: str, make: str, format_version: int = 
 
     Args:
         path: The JSON file.
-        kind: What its folder is, with an article, such as `a run`.
+        kind: What the described folder is, with an article, such as `a run`.
         make: The command that makes one.
         format_version: The newest that the caller reads.
 

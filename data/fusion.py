@@ -97,7 +97,7 @@ def _rows_beside(first: FrameFeatures, other: FrameFeatures) -> NDArray[np.int64
 def nearest_rows(times_seconds: NDArray[np.float64], wanted_seconds: NDArray[np.float64]) -> NDArray[np.int64]:
     """Return the position of the nearest of ascending `(T,)` times, at least one, for each wanted one.
 
-    Of two equally near it is the earlier.
+    If two are equally near, the earlier one counts.
     """
     after = np.searchsorted(times_seconds, wanted_seconds).clip(max=len(times_seconds) - 1)
     before = np.maximum(after - 1, 0)

@@ -297,7 +297,7 @@ def make_relevance(
         name: `group`, a key of `TEXT_SOURCES` with or without `:mean`, or a file of judgements.
         table: The whole caption table.
         captions: C measured sentences.
-        caption_ids: Their ids.
+        caption_ids: The ids of the captions.
         video_ids: V ids, each with at least one caption.
         caption_video: `(C,)` column of each caption's own video.
 

@@ -61,7 +61,7 @@ def write_shard(
         path: The file to make.
         store: The content of the store's store.json, repeated in the file so that it stands alone.
         records: V records.
-        rows: For each record its rows by backbone; empty for a failed video.
+        rows: The rows of each record by backbone; empty for a failed video.
         feature_sizes: F of every backbone.
         replaces: Names of the shards that this one takes the place of.
     """

@@ -36,7 +36,7 @@ class TableKind:
     Attributes:
         name: Such as `caption table`.
         columns: The columns that it must have.
-        header: What its header should be.
+        header: The header that the table should have.
         ragged: What to do about a row that has more or fewer fields than the header.
     """
 

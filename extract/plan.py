@@ -24,8 +24,8 @@ class PlannedVideo:
     """A video to extract.
 
     Attributes:
-        video_id: Its id in the store.
-        path: Where its file lies.
+        video_id: The video's id in the store.
+        path: The video's file.
         size_bytes: The file's size; 0 if the file cannot be read.
         tries: How often the unchanged file has been tried before.
         times_seconds: The times to sample it at; empty if sampling is the same for all videos.
@@ -44,7 +44,7 @@ class Plan:
 
     Attributes:
         asked: All videos asked for, in order.
-        todo: Those to extract, in order.
+        todo: The videos to extract, in order.
         vanished: Videos of the store whose files should be in the folders or lists asked for, and are gone.
         messages: What the user should know: ignored files, ids that had to be made unique.
     """

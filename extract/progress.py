@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,29 @@ class ExtractProgress:
         if not self.bytes_done or not self.num_bytes:
             return None
         return self.seconds * max(0, self.num_bytes - self.bytes_done) / self.bytes_done
+
+
+def progress_of_all(
+    told: Sequence[ExtractProgress], num_videos: int, num_bytes: int, device: str
+) -> ExtractProgress:
+    """Return how far several processes are together.
+
+    Videos that died with their process are counted again where they are done again.
+    """
+    several = max(1, len(told))
+    return ExtractProgress(
+        num_videos=num_videos,
+        num_bytes=num_bytes,
+        videos_done=min(num_videos, sum(one.videos_done for one in told)),
+        bytes_done=min(num_bytes, sum(one.bytes_done for one in told)),
+        frames_done=sum(one.frames_done for one in told),
+        seconds=max((one.seconds for one in told), default=0.0),
+        decode_wait_share=sum(one.decode_wait_share for one in told) / several,
+        device_wait_share=sum(one.device_wait_share for one in told) / several,
+        queue_depth=sum(one.queue_depth for one in told),
+        num_workers=max(1, sum(one.num_workers for one in told)),
+        device=device,
+    )
 
 
 def what_limited(progress: ExtractProgress) -> str:

@@ -149,9 +149,9 @@ class Workplace(Protocol):
     """Where videos are decoded and go through the backbones: this machine, or a Ray cluster.
 
     Attributes:
-        settings: Of the store, as the backbones that were loaded make them.
+        settings: The store's settings, with those of the backbones that were loaded.
         provenance: The device and the versions of packages.
-        description: For the log of the run.
+        description: The facts that the log of the run records.
     """
 
     settings: dict[str, Any]

@@ -175,7 +175,7 @@ class Line:
         text: The words.
         begin_seconds: Time at which it begins; null for notes without times.
         end_seconds: Time at which it ends.
-        language: Its language, such as en; empty if unknown.
+        language: The cue's language, such as en; empty if unknown.
         score: About 1 for an average line that holds every word of the query.
         marks: The parts `[begin, end)` of the text, in letters, that match words of the query.
     """

@@ -152,9 +152,7 @@ def evaluate(
     embedder, is_run = inputs.embedder, inputs.embedder.model["kind"] == "run"
     if inputs.captions is None:
         raise InputError(f"{source} is a feature store - name its caption features with --captions captions.h5")
-    ranks = ranks or (Path(source) / RANKS_FILE if is_run else None)
-    if ranks is not None and ranks.is_dir():
-        raise UsageError(f"{ranks} is a folder - expected a file name for --ranks, such as {ranks / RANKS_FILE}")
+    ranks = _ranks_file(ranks or (Path(source) / RANKS_FILE if is_run else None))
     positions = positions_of_splits(inputs.captions, val_fraction=inputs.config.put_aside)
     if not positions[split]:
         raise InputError(f"the captions have no {split} split - choose another with --split")
@@ -163,6 +161,7 @@ def evaluate(
     _require_unseen(inputs, split, data, source)
     embeddings = _embed(embedder, data)
     caption_video = data.video_of
+    video_ids = data.frames.video_ids
     ranks_by = {"": _plain_ranks(embeddings, caption_video, v2t_convention, torch_device)}
     bank = _bank(inputs, positions["train"], torch_device) if NEEDS_BANK & {*normalise_by} else None
     normalised: dict[str, Normalised] = {}
@@ -173,16 +172,12 @@ def evaluate(
     graded: dict[str, Graded] = {}
     graded_by_query: dict[str, Any] = {}
     if relevance:
+        texts = data.captions, data.caption_ids, video_ids
         graded, graded_by_query = graded_measures(
-            relevance,
-            embeddings.similarity(),
-            inputs.captions.table,
-            (data.captions, data.caption_ids, data.frames.video_ids),
-            caption_video,
+            relevance, embeddings.similarity(), inputs.captions.table, texts, caption_video
         )
     selected_on = inputs.config.select_on if is_run else ""
     if ranks is not None:
-        video_ids = data.frames.video_ids
         ids = data.caption_ids, [video_ids[row] for row in caption_video.tolist()], video_ids
         how = {"split": split, "model": embedder.fingerprint, "tie_rule": TIE_RULE, "selected_on": selected_on}
         write_ranks(ranks, ranks_by, ids, {**how, "v2t_convention": v2t_convention, **graded_by_query})
@@ -261,6 +256,12 @@ def evaluate_similarities(
         normalised={},
         graded=graded,
     )
+
+
+def _ranks_file(ranks: Path | None) -> Path | None:
+    if ranks is not None and ranks.is_dir():
+        raise UsageError(f"{ranks} is a folder - expected a file name for --ranks, such as {ranks / RANKS_FILE}")
+    return ranks
 
 
 def _plain_ranks(

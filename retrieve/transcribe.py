@@ -123,7 +123,7 @@ def transcribe(
         InputError: A source is not there, or holds no videos.
         ModelUnavailableError: The model cannot be loaded.
         StoreError: Another process is writing to the folder.
-        Interrupted: By SIGINT or SIGTERM; finished transcripts are kept.
+        Interrupted: SIGINT or SIGTERM came; finished transcripts are kept.
     """
     out, config = Path(out), config or TranscribeConfig()
     videos = _videos([Path(source) for source in sources])

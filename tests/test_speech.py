@@ -21,7 +21,7 @@ from watching import browser, until, watch
 
 from svb.errors import InputError, ModelUnavailableError, StoreError
 from svb.retrieve.answer import SearchRequest
-from svb.retrieve.indexing.subtitle_streams import read_streams
+from svb.retrieve.indexing.make_speech import read_streams
 from svb.retrieve.indexing.verify_index import verify_index
 from svb.retrieve.search import open_searcher
 from svb.retrieve.searching.searcher import Searcher

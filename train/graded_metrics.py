@@ -204,8 +204,8 @@ def _mean_of_ties(ranked: Values, ties: _Ties) -> Values:
 def _precision_of_right(is_right: Values, ties: _Ties) -> Values:
     """Return `(Q, N)`: at each place the precision if the candidate is right, else 0, over all orders of ties.
 
-    Of m tied candidates t are right. The j-th of them is right with a chance of t / m, and the j - 1 before it then
-    hold (j - 1) (t - 1) / (m - 1) right ones on average.
+    If t of m tied candidates are right, the j-th of them is right with a chance of t / m, and the j - 1 before it
+    then hold (j - 1) (t - 1) / (m - 1) right ones on average.
     """
     counted, place = is_right.cumsum(axis=1), np.arange(1, is_right.shape[1] + 1)
     expected: Values = is_right * counted / place

@@ -20,7 +20,7 @@ class MemoryBank(nn.Module):
         rows: The number of videos that it holds when full.
         frames: T, the longest frame sequence that it takes.
         size: D.
-        device: Where embeddings and frame sequences are.
+        device: The device that holds embeddings and frame sequences.
     """
 
     def __init__(self, rows: int, frames: int, size: int, device: torch.device | None = None) -> None:

@@ -44,8 +44,8 @@ class StepLosses:
 
     Attributes:
         loss: The sum that is minimised.
-        contrastive: Its first part, with the soft labels.
-        cross_captioning: Its second part, not yet weighted.
+        contrastive: The first part of the sum, with the soft labels.
+        cross_captioning: The second part of the sum, before it is weighted.
         support_entropy: Entropy of the support weights in nats, which says how widely they spread.
     """
 

@@ -62,7 +62,7 @@ def v2t_ranks(
         `(V,)` ranks from 1.
 
     Raises:
-        InputError: As `t2v_ranks`, or a video has no caption, or the convention is unknown.
+        InputError: A case of `t2v_ranks`, or a video has no caption, or the convention is unknown.
     """
     _check(similarity, caption_video)
     num_videos = similarity.shape[1]

@@ -22,7 +22,7 @@ class Dataset:
     """A data set that `svb captions --dataset` reads.
 
     Attributes:
-        title: Its name in prose.
+        title: The data set's name in prose.
         protocols: The known splits by protocol; the first is the default.
         read: `read(annotations, protocol, splits) -> {split: {video_id: captions}}`; checks the ids.
         other_names: `other_names(split, video_ids) -> {video_id: names}` that the files may have instead.
@@ -50,8 +50,8 @@ class OfficialCaptions:
     """A data set's captions under a protocol.
 
     Attributes:
-        table: Its video_ids are the data set's own or a store's; its caption_ids are the data set's.
-        dataset: Its name in DATASETS.
+        table: Its video_ids are those of the data set or of a store, its caption_ids those of the data set.
+        dataset: The data set's name in DATASETS.
         protocol: The division into splits.
         splits: `split_contents` by the data set's own video_ids.
     """
@@ -68,10 +68,10 @@ def read_dataset(
     """Read a data set's official annotation files.
 
     Args:
-        name: In DATASETS.
+        name: A name in DATASETS.
         folder: Holds the annotation files under their official names, as they are or in zip files.
         protocol: The data set's first one by default.
-        splits: Those to read; all that the protocol has by default.
+        splits: The splits to read; by default all that the protocol has.
 
     Raises:
         InputError: A file is missing, damaged, or not the official one; names the file.

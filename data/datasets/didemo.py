@@ -38,7 +38,7 @@ def _paragraphs(document: Document) -> dict[str, list[str]]:
     for moment in moments:
         if not isinstance(moment, dict) or not isinstance(moment.get("video"), str):
             raise document.error("a moment has no video")
-        # As a store names it: without its suffix.
+        # A store names a video without its suffix.
         video_id = PurePosixPath(moment["video"]).stem
         sentences.setdefault(video_id, []).extend(document.captions(video_id, [moment.get("description")]))
     return {video_id: [" ".join(" ".join(held).split())] for video_id, held in sentences.items()}

@@ -27,7 +27,7 @@ class OfficialFile:
     """A file of a data set.
 
     Attributes:
-        names: Its official name, then other names and forms in which it is passed on.
+        names: The file's official name, then other names and forms in which it is passed on.
         origin: Who publishes it, and in which archive.
     """
 
@@ -40,9 +40,9 @@ class Document:
     """An official file that was found and read.
 
     Attributes:
-        file: The file of the data set that it is.
-        name: Which of the file's names it has.
-        place: Its path, for messages.
+        file: The entry of the data set that this file answers to.
+        name: The one of the entry's names that this file has.
+        place: The document's path, for messages.
     """
 
     file: OfficialFile
@@ -187,7 +187,7 @@ class KnownSplit:
         num_videos: Number of videos; None if the publications differ.
         video_ids_hash: `svb.data.caption_table.hash_lines` of their ids; None if we never had the official file.
         num_captions: Number of captions; None if the versions in use differ.
-        captions_hash: Of `split_contents`; None if it could not be taken from the official file.
+        captions_hash: The hash that `split_contents` gives; None if it could not be taken from the official file.
     """
 
     num_videos: int | None = None

@@ -45,8 +45,8 @@ class FoundVideo:
     """A video in a source.
 
     Attributes:
-        video_id: As the source spells it.
-        place: Its name in messages: the file, and what in it.
+        video_id: The video's id as the source spells it.
+        place: The name to use in messages: the file, and the place in it.
         file: The file that it is in.
         is_whole_file: Whether the file holds this video alone.
         read: Reads its rows.
@@ -93,7 +93,7 @@ def choose_array(names: Collection[str], array: str | None, place: str) -> str:
     Args:
         names: The names of its arrays, without times and the id.
         array: The name that was asked for.
-        place: Its name in messages.
+        place: The name to use in messages.
 
     Raises:
         InputError: The array is not there, or there are several and none was asked for.

@@ -80,7 +80,7 @@ class Backbone:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Of one input: `(3, S, S)`, or `(3, clip_frames, S, S)`."""
+        """The shape of one input: `(3, S, S)`, or `(3, clip_frames, S, S)`."""
         clip = (self.clip_frames,) if self.clip_frames > 1 else ()
         return (3, *clip, self.image_size, self.image_size)
 
@@ -97,7 +97,7 @@ class Backbone:
         """Move the network to a device and precision; convolutions run channels-last there.
 
         Args:
-            device: Where to.
+            device: The device to move it to.
             dtype: The precision to compute in.
             compile: Compile the network, which takes a minute and changes the last bits of its rows. `module`
                 stays the network itself, whose weights the compiled one shares.

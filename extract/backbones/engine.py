@@ -107,7 +107,7 @@ def graph_of(backbone: Backbone) -> Graph:
     """Return a backbone's graph from the cache; where it is not there, export it and compare it with PyTorch.
 
     Args:
-        backbone: In float32 on the CPU.
+        backbone: A backbone in float32 on the CPU.
 
     Raises:
         NoGraphError: It cannot be exported, or the graph does something else.
@@ -125,8 +125,8 @@ def prepare_graph(name: str, settings: Mapping[str, Any]) -> None:
     """Put the graph of a backbone that made some features into the cache, and how close it comes to them.
 
     Args:
-        name: Its name.
-        settings: Those in the store of the features.
+        name: The backbone's name.
+        settings: The backbone's settings in the store of the features.
 
     Raises:
         NoGraphError: The backbone has no graph.

@@ -26,10 +26,10 @@ def write_graph(
     """Write a network of one input and one output; its weights lie beside it in a `.bin`.
 
     Args:
-        network: In float32 on the CPU, in evaluation mode.
+        network: A network in float32 on the CPU, in evaluation mode.
         example: An input.
-        path: The graph's, which ends in `.onnx`.
-        names: Of the input and the output.
+        path: The graph's file, which ends in `.onnx`.
+        names: The names of the input and the output.
         dynamic: Dimensions of the input that may have other sizes than the example's, as `torch.export.Dim`.
 
     Raises:

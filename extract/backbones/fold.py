@@ -24,7 +24,7 @@ def fold_batch_norms(module: nn.Module, image_shape: tuple[int, ...]) -> int:
 
     Args:
         module: A frozen network in float32, in evaluation mode; changed in place.
-        image_shape: Of one input, `(3, S, S)` or `(3, clip_frames, S, S)`.
+        image_shape: The shape of one input, `(3, S, S)` or `(3, clip_frames, S, S)`.
 
     Returns:
         How many were folded.

@@ -25,7 +25,7 @@ class Uploader:
     """Copies frames to a device; on a GPU from pinned memory, on a stream of its own.
 
     Args:
-        device: Where to; on the CPU nothing is copied.
+        device: The device to copy to; nothing is copied on the CPU.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -42,7 +42,7 @@ class Uploader:
     ) -> dict[tuple[object, ...], torch.Tensor]:
         """Return the squares of `(T, H, W, 3)` uint8 frames by the geometry of transforms, on the device.
 
-        Those of one geometry are made once. What the device cannot scale is scaled on the CPU.
+        The weights of one geometry are made once. What the device cannot scale is scaled on the CPU.
         """
         squares: dict[tuple[object, ...], torch.Tensor] = {}
         uploaded: torch.Tensor | None = None

@@ -27,7 +27,6 @@ CHUNK_BYTES = 16 * 2**20
 # Small frames are enlarged for the backbone: 512 squares of 224 pixels are 77 MB there.
 CHUNK_FRAMES = 512
 
-
 # Without these flags swscale rounds and places chroma less exactly, and PyAV's and ffmpeg's pixels differ.
 SCALE_FLAGS = "accurate_rnd+full_chroma_int+full_chroma_inp"
 
@@ -37,7 +36,6 @@ SDR_COLOURS = "out_primaries=bt709:out_transfer=bt709"
 # Reserved or unknown colour numbers make swscale refuse a frame: they are set to unknown. Primaries and
 # transfer go first, because a frame of SDR needs only its matrix.
 NEUTRAL_COLOURS = ((), ("color_primaries", "color_trc"), ("color_primaries", "color_trc", "colorspace"))
-
 
 # What the ffmpeg program adds to a stream's pixels for its default flag.
 DEFAULT_FLAG_PIXELS = 5_000_000
@@ -270,12 +268,6 @@ def require_streams(path: Path, limits: Limits, num_streams: int) -> None:
     if num_streams > limits.max_streams:
         words = f"has {num_streams} streams - expected at most {limits.max_streams}"
         raise over_limit(path, words, "--max-streams")
-
-
-def max_pixels(limits: Limits) -> int:
-    """Return the most pixels that libavcodec may decode: it counts whole blocks, of up to 128 pixels."""
-    width, height = (-(-size // 128) * 128 for size in (limits.max_width_px, limits.max_height_px))
-    return width * height
 
 
 def require_clear(path: Path, container_format: str) -> None:

@@ -16,7 +16,6 @@ from svb.extract.decode.decoder import (
     NEUTRAL_COLOURS,
     SCALE_FLAGS,
     SDR_COLOURS,
-    max_pixels,
 )
 from svb.extract.decode.options import MAX_ASPECT_RATIO, MIN_ASPECT_RATIO, DecodeOptions
 from svb.extract.decode.sampling import TIME_TOLERANCE_SECONDS, Sampling
@@ -39,7 +38,7 @@ class Source:
     The last four only show once ffmpeg has described the file; then it is started anew.
 
     Attributes:
-        parts: Those of an Ogg file.
+        parts: The parts of an Ogg file.
         part: The part of a joined file to read; None for all of a file that is not joined.
         stream: The number of the video stream to use; None means the first that is no cover art.
         is_turned: Whether ffmpeg turns the picture.
@@ -167,7 +166,7 @@ def print_time(stream: Any, key: str, times_fd: int) -> Any:
 
 
 def input_options(options: DecodeOptions) -> dict[str, Any]:
-    arguments: dict[str, Any] = {"threads": 1, "max_pixels": max_pixels(options.limits)}
+    arguments: dict[str, Any] = {"threads": 1, "max_pixels": options.limits.max_pixels}
     if options.sampling.keyframes or options.fast:
         arguments["skip_frame"] = "nokey" if options.sampling.keyframes else "noref"
     if options.hwaccel is not None:

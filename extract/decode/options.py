@@ -44,6 +44,12 @@ class Limits:
                     f"a {limit.name} of {getattr(self, limit.name)} lets no video in - give more than 0"
                 )
 
+    @property
+    def max_pixels(self) -> int:
+        """The most pixels that libavcodec may decode: it counts whole blocks, of up to 128 pixels."""
+        width, height = (-(-size // 128) * 128 for size in (self.max_width_px, self.max_height_px))
+        return width * height
+
 
 @dataclass(frozen=True)
 class DecodeOptions:

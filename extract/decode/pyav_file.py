@@ -24,7 +24,6 @@ from svb.extract.decode.decoder import (
     Candidate,
     DecodeErrors,
     best_stream,
-    max_pixels,
     no_video,
     origin_seconds,
     require_clear,
@@ -74,7 +73,7 @@ def opened(path: Path, limits: Limits, part: OggPart | None = None) -> Iterator[
         require_clear(path, container.format.name)
         require_duration(path, limits, promised_seconds(container, stream, path))
         require_duration(path, limits, (container.duration or 0) / 1e6 - _counted_start(container, path))
-        stream.codec_context.options = {"max_pixels": str(max_pixels(limits))}
+        stream.codec_context.options = {"max_pixels": str(limits.max_pixels)}
         # Automatic threading can hang where many decoders run at once.
         stream.codec_context.thread_count = 1
         stream.codec_context.thread_type = "NONE"

@@ -20,7 +20,7 @@ class TextEncoder:
 
     Attributes:
         name: `family:model[/weights]`, the key in every file.
-        module: Its network, whose weights are hashed.
+        module: The network, whose weights are hashed.
         feature_size: F.
         encode_batch: At most `BATCH` captions to `(B, F)` features, not normalised.
         num_tokens: How many tokens a caption has, with the special ones.

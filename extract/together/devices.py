@@ -27,7 +27,7 @@ from svb.errors import Interrupted, SvbError, UsageError
 from svb.extract.config import ExtractConfig
 from svb.extract.plan import Plan
 from svb.extract.pool.worker import die_with_parent
-from svb.extract.progress import ExtractProgress, what_limited
+from svb.extract.progress import ExtractProgress, progress_of_all, what_limited
 from svb.extract.together.leases import release_those_of
 from svb.interrupts import deferred_interrupts
 
@@ -240,21 +240,9 @@ def _config_of(config: ExtractConfig, devices: Sequence[str], number: int) -> Ex
 
 
 def _together(processes: Sequence[_Process], plan: Plan, devices: Sequence[str]) -> ExtractProgress:
-    """Return how far all are. Videos that died with their process are counted again where they are done again."""
     told = [process.progress for process in processes if process.progress is not None]
-    several = max(1, len(told))
-    return ExtractProgress(
-        num_videos=len(plan.todo),
-        num_bytes=plan.num_bytes,
-        videos_done=min(len(plan.todo), sum(one.videos_done for one in told)),
-        bytes_done=min(plan.num_bytes, sum(one.bytes_done for one in told)),
-        frames_done=sum(one.frames_done for one in told),
-        seconds=max((one.seconds for one in told), default=0.0),
-        decode_wait_share=sum(one.decode_wait_share for one in told) / several,
-        device_wait_share=sum(one.device_wait_share for one in told) / several,
-        queue_depth=sum(one.queue_depth for one in told),
-        num_workers=max(1, sum(one.num_workers for one in told)),
-        device="cpu" if devices[0] == "cpu" else _names(devices),
+    return progress_of_all(
+        told, len(plan.todo), plan.num_bytes, device="cpu" if devices[0] == "cpu" else _names(devices)
     )
 
 
@@ -280,7 +268,7 @@ class _Process:
 
     Attributes:
         runs: Whether it has not ended yet.
-        failure: Its error, once it has ended before all videos were done.
+        failure: The error of a process that has ended before all videos were done.
     """
 
     def __init__(

@@ -307,7 +307,6 @@ class LeasedVideos:
 
     Args:
         units: All units, in the order that this process walks them.
-        leases: To take them by.
         undone: Returns those of some videos that the store has no record of yet.
         todo: What there is to do, as this process began.
 

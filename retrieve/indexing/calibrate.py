@@ -123,8 +123,8 @@ def calibrate(
 
     Args:
         out: The index's folder.
-        segments: All of the index.
-        opened: What it was made from.
+        segments: All segments of the index.
+        opened: The run or store that the index was made from.
         embed_random_texts: Returns `(n, D)` embeddings of `random_texts`, None if there is no text encoder; called
             if there are too few captions.
     """

@@ -57,7 +57,7 @@ def export_tower(folder: Path, embedder: Embedder, text_encoder: TextEncoder) ->
         text_encoder: The encoder.
 
     Returns:
-        Its entry in the manifest, or None if it cannot be exported: then text searches load torch.
+        The tower's entry in the manifest, or None if it cannot be exported: then text searches load torch.
 
     Raises:
         OSError: The disk is full.

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
+import subprocess
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from svb.data.text import mtime_ns_of
 from svb.errors import InputError
+from svb.extract.decode.ffmpeg_process import run_to_end
 from svb.retrieve.indexing.sidecars import (
     MAX_SPEECH_BYTES,
     find_sidecars,
+    language_of,
     language_of_sidecar,
     read_sidecar,
 )
@@ -31,7 +37,15 @@ from svb.retrieve.stored.cues import (
     speech_of,
 )
 
+if TYPE_CHECKING:
+    from av.subtitles.stream import SubtitleStream
+
 logger = logging.getLogger(__name__)
+
+TEXT_CODECS = ("subrip", "srt", "ass", "ssa", "webvtt", "mov_text", "text")
+# The whole file may have to be read for its subtitles, from a slow disk.
+SUBTITLES_TIME_LIMIT_SECONDS = 60.0
+SLOWEST_BYTES_PER_SECOND = 10e6
 
 # Texts to `(W, D)` float32, L2-normalised.
 EmbedTexts = Callable[[Sequence[str]], NDArray[np.float32]]
@@ -74,14 +88,14 @@ def collect_speech(
     What is known of a video whose file is not there, such as on a disk that is not mounted, stays.
 
     Args:
-        videos: Of the index: video_id and where the file lies.
-        embed: Of the index's model.
-        previous: What is known already, embedded by the same model.
+        videos: The video_id of each video of the index, and the path of its file.
+        embed: Embeds texts with the index's model.
+        previous: The speech that is known already, embedded by the same model.
         transcripts: Folder of transcripts, as `svb transcribe` makes them.
         embedding_size: D.
         max_windows: Embed about this many windows at most, so that long work can be saved in between: call it again
             with what it returned, until it returns that itself.
-        on_progress: Called with the number of files read, and of all to read.
+        on_progress: Called with how many files were read, and how many are to be read.
 
     Returns:
         `previous` itself if nothing has changed; None if there is no file that could say anything.
@@ -166,8 +180,6 @@ def _read(file: _File) -> list[Track]:
 
     try:
         if file.kind == "stream":
-            from svb.retrieve.indexing.subtitle_streams import read_streams
-
             streams = read_streams(path)
             return [track(f"{path}#{each.number}", each.language, each.cues) for each in streams] or [
                 track(f"{path}#", "", [])
@@ -176,3 +188,83 @@ def _read(file: _File) -> list[Track]:
     except InputError as error:
         logger.info(f"{error}; it was left out")
         return [track(f"{path}#" if file.kind == "stream" else file.path, "", [])]
+
+
+@dataclass(frozen=True)
+class StreamCues:
+    """A subtitle stream of a file: its number among all streams, its language (empty if not known), its cues."""
+
+    number: int
+    language: str
+    cues: list[Cue]
+
+
+def read_streams(path: Path) -> list[StreamCues]:
+    """Return the subtitle streams of a video that hold text; pictures of text are left out, and the log names them.
+
+    SubRip, ASS, WebVTT and MP4's timed text are read. PyAV lists the streams; the ffmpeg program, which can be
+    stopped, writes them as WebVTT.
+
+    Raises:
+        InputError: The file cannot be opened, or its subtitles cannot be read.
+    """
+    with _open_video(path) as file:
+        languages = _text_streams(path, file.fileno())
+        return _cues_of_streams(path, file.fileno(), languages) if languages else []
+
+
+def _open_video(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}) - expected a video file") from error
+
+
+def _text_streams(path: Path, fd: int) -> dict[int, str]:
+    """Return the language of each stream of text, by its number."""
+    import av  # a search that finds nothing new to read needs none of it
+    import av.error
+
+    try:
+        # The demuxer gets one open file and access to nothing else, as in decoding.
+        with av.open("fd:", options={"fd": str(fd), "protocol_whitelist": "fd"}) as container:
+            found = [
+                (stream.index, _codec_of(stream), stream.language or "") for stream in container.streams.subtitles
+            ]
+    except (OSError, ValueError, av.error.FFmpegError) as error:
+        raise InputError(f"{path} has no subtitles that can be read ({error})") from error
+    for number, codec, _ in found:
+        if codec not in TEXT_CODECS:
+            what = f"holds pictures ({codec}), not text" if codec else "has an unknown codec"
+            logger.info(f"{path}: subtitle stream {number} {what}, and was left out")
+    return {number: language_of(language) for number, codec, language in found if codec in TEXT_CODECS}
+
+
+def _codec_of(stream: SubtitleStream) -> str:
+    return stream.codec_context.codec.canonical_name if stream.codec_context else ""
+
+
+def _cues_of_streams(path: Path, fd: int, languages: dict[int, str]) -> list[StreamCues]:
+    with tempfile.TemporaryDirectory(prefix="svb-subtitles-") as folder:
+        files = {number: Path(folder) / f"{number}.vtt" for number in languages}
+        # Times stay on the file's own clock, as those of moments are.
+        arguments = ["-nostdin", "-hide_banner", "-nostats", "-v", "error", "-copyts"]
+        arguments += ["-protocol_whitelist", "fd", "-fd", str(fd), "-i", "fd:"]
+        for number, file in files.items():
+            arguments += ["-map", f"0:{number}", "-c:s", "webvtt", "-f", "webvtt", "-y", f"file:{file}"]
+        limit = SUBTITLES_TIME_LIMIT_SECONDS + os.fstat(fd).st_size / SLOWEST_BYTES_PER_SECOND
+        try:
+            exit_code, lines = run_to_end(arguments, fd, limit)
+        except subprocess.TimeoutExpired as error:
+            raise InputError(
+                f"{path}: reading its subtitles took more than {limit:.0f} s and was stopped"
+            ) from error
+        if exit_code:
+            raise InputError(
+                f"{path} has subtitles that cannot be read ({lines[-1] if lines else 'ffmpeg failed'})"
+            )
+        return [
+            StreamCues(number, languages[number], read_sidecar(file, MAX_SPEECH_BYTES))
+            for number, file in files.items()
+            if file.exists()
+        ]

@@ -237,7 +237,7 @@ def seconds_a_query(vectors: Vectors, queries: NDArray[np.float32]) -> float:
     machine makes a scan slower, and nothing makes it faster.
 
     Args:
-        vectors: To be searched.
+        vectors: The vectors to search.
         queries: `(Q, D)`, at least one.
     """
     vectors.nearest(queries[0], TIMED_K, by="moment", allowed=None)

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 # float16 rounds each number, and so the length of a vector, by at most 2^-11 of it; twice that to be safe.
 NORM_TOLERANCE = 2.0**-10
-# For each number of a vector: another batch may change it, and both sides round the last bit of float16.
+# The most by which a number of a vector may differ: another batch may change it, and both sides round to float16.
 RECOMPUTED_TOLERANCE = 1.5e-3
 BLOCK_ROWS = 65536
 

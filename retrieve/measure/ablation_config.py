@@ -54,7 +54,7 @@ class Cell:
     Attributes:
         name: The options that differ, such as `variant=cross loss=max_margin`, or its name in the config file.
         store: A feature store.
-        captions: Its caption features.
+        captions: The caption features of the data set.
         backbone: The backbone to train on; None if the store holds only one.
         config: The options; each run sets its seed.
     """

@@ -38,8 +38,8 @@ class PlannedRun:
     """One cell with one seed.
 
     Attributes:
-        cell: Its data and options.
-        seed: Its seed.
+        cell: The data and options of the run.
+        seed: The run's seed.
         folder: The run's folder, which may not exist yet.
         train_command: The words of the `svb train` command that makes it.
         evaluate_command: The words of the `svb evaluate` command that measures it.
@@ -206,7 +206,7 @@ def _queries(store: FeatureStore, captions: CaptionFeatures, positions: Sequence
 
 def _identity(cell: Cell, seed: int, data: _CellData) -> str:
     config = cell.with_seed(seed)
-    # As the run stores it.
+    # This is the form that the run stores.
     config = dataclasses.replace(config, caption_decoder=absolute_decoder(config.caption_decoder))
     positions = positions_of_splits(data.captions, val_fraction=config.put_aside, quiet=True)["train"]
     if config.captions_per_video:

@@ -37,7 +37,7 @@ class Row:
 
     Attributes:
         cell: The cell.
-        runs: Its finished runs, by seed.
+        runs: The finished runs of the cell, by seed.
         metrics: A dict per run, see `svb.train.retrieval_metrics.summarise`.
         seconds: CPU-seconds of each run's training, if known.
         num_at_chance: Number of runs that are no better than guessing.

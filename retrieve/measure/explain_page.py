@@ -34,8 +34,8 @@ class SupportVideo:
     """A video that takes part in a mixture.
 
     Attributes:
-        video_id: Its video_id in the training split.
-        weight: Its share of the mixture; the shares of the whole support set sum to 1.
+        video_id: The video's id in the training split.
+        weight: The video's share of the mixture; the shares of the whole support set sum to 1.
         caption: One of its captions.
         file: The file that its features were extracted from.
     """

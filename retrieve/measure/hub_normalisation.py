@@ -78,7 +78,7 @@ class Normalised:
         bank_split: The split whose captions (t2v) and videos (v2t) were the query bank; empty without a bank.
         bank_captions: Number of captions in the bank.
         bank_videos: Number of videos in the bank.
-        metrics: As in `Evaluation`.
+        metrics: The metrics, named as in `Evaluation`.
     """
 
     description: str

@@ -32,8 +32,8 @@ class Interval:
     """The range of a difference with 95 % confidence, and how often chance alone gets that far from 0.
 
     Attributes:
-        low: In percentage points.
-        high: In percentage points.
+        low: The lower end, in percentage points.
+        high: The upper end, in percentage points.
         p: Two-sided p-value of no difference.
     """
 
@@ -72,7 +72,7 @@ def paired_differences(
 
     Args:
         a: The evaluations of one model, one per seed.
-        b: Those of another model, on the same queries.
+        b: The ranks of another model, on the same queries.
         resamples: How often videos are drawn again.
         seed: The seed of the draws, which all metrics share.
 

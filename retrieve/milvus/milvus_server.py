@@ -251,7 +251,7 @@ def connect(target: Target, *, create: bool = False) -> MilvusServer:
     """Connect to a server, or open a file.
 
     Args:
-        target: Where it is.
+        target: The server's address.
         create: Make the file if there is none.
 
     Raises:

@@ -45,7 +45,7 @@ class MilvusVectors:
         catalog: The index's videos and moments.
         keys: `(V,)`, as `video_keys` gives them.
         target: The server.
-        made_with: As `made_with` gives it.
+        made_with: The description that `made_with` gives.
         recall: Measured for an approximate collection; None if it is exact.
         cache: A folder for data that can be fetched again.
         fresh: Vectors of the segments that the collections do not have yet.

@@ -42,10 +42,10 @@ class Embedder:
     """Turns features of videos and captions into embeddings.
 
     Attributes:
-        model: Its description, as stored in an index: `kind`, `video` and `text` settings, weights.
+        model: The model's description, as stored in an index: `kind`, `video` and `text` settings, weights.
         video_head: `(B, T, F)` float32, `(B, T)` bool -> `(B, D)`, L2-normalised.
         text_head: `(B, F)` float32, on any device -> `(B, D)`, L2-normalised.
-        weights: By name, of the heads or of ConSE; empty if backbone and text encoder need nothing else.
+        weights: The weights of the heads or of ConSE by name; empty if backbone and text encoder need no others.
     """
 
     model: dict[str, Any]
@@ -165,7 +165,7 @@ def index_embedder(
 
     Args:
         folder: The index's.
-        manifest: As `svb.retrieve.stored.manifest.read_manifest` gives it.
+        manifest: The index's manifest.
         device: Where to compute.
         text_encoder: Returns the queries' encoder, if the caller may have loaded it.
 

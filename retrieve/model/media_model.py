@@ -113,7 +113,7 @@ def open_graph_media(folder: Path, manifest: Mapping[str, Any]) -> GraphMedia | 
 
     Args:
         folder: The index's.
-        manifest: As `svb.retrieve.stored.manifest.read_manifest` gives it.
+        manifest: The index's manifest.
 
     Raises:
         StoreError: The heads' file is damaged.

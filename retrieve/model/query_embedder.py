@@ -66,7 +66,7 @@ class QueryEmbedder:
 
     Args:
         folder: The index's.
-        manifest: As `svb.retrieve.stored.manifest.read_manifest` gives it.
+        manifest: The index's manifest.
         device: Device for torch, if it is needed.
         exports: After the first file in torch, export graphs, so that later processes embed files without torch.
 
@@ -94,7 +94,7 @@ class QueryEmbedder:
 
         Args:
             text: The text.
-            what: Its name in messages.
+            what: The name to use in messages.
 
         Raises:
             InputError: It is empty, not Unicode, or longer than the text encoder reads.

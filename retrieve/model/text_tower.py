@@ -40,7 +40,7 @@ class TextTower:
 
     Args:
         folder: The part's.
-        entry: Its entry in the manifest.
+        entry: The tower's entry in the manifest.
 
     Raises:
         StoreError: A file is missing or has the wrong size, or a newer svb wrote it.

@@ -32,7 +32,7 @@ class TorchMedia:
     """An index's backbones and video head in torch; the backbones are loaded with the first file.
 
     Args:
-        embedder: What made the index.
+        embedder: The model that made the index.
         device: Where to compute.
         loading: Entered while backbones are loaded.
     """

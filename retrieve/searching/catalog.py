@@ -34,7 +34,7 @@ class Catalog:
     Nothing is read before it is needed. Threads may share it.
 
     Args:
-        segments: In the order of the manifest; their embeddings are not read.
+        segments: The segments in the order of the manifest; their embeddings are not read.
 
     Attributes:
         segments: The same.

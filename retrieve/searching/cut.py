@@ -13,7 +13,7 @@ from pathlib import Path
 
 from svb.data.publish import published_file
 from svb.errors import InputError
-from svb.extract.decode.decoder import DecodeError, check_file, max_pixels
+from svb.extract.decode.decoder import DecodeError, check_file
 from svb.extract.decode.ffmpeg_process import run_to_end
 from svb.extract.decode.options import Limits
 from svb.retrieve.answer import Answer, Moment, VideoResult
@@ -128,7 +128,7 @@ def _arguments(video_fd: int, interval: tuple[float, float], target: Path, by_se
     seek = ["-seek_timestamp", "1", *begin] if by_seeking else ["-copyts"]
     read = [
         "-max_pixels",
-        str(max_pixels(Limits())),
+        str(Limits().max_pixels),
         "-protocol_whitelist",
         "fd",
         "-fd",

@@ -90,7 +90,7 @@ def _with_lines(
     """Return a result with what is said, why it is there, and the moments of both kinds.
 
     Args:
-        result: What is seen.
+        result: The result by pictures.
         heard: What the query found in speech.
         row: The video's row in the catalog.
         score: The video's score by both.

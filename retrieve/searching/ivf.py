@@ -34,7 +34,7 @@ def open_ivf(
     Args:
         folder: The index's.
         exact: The vectors of `segments`.
-        segments: In the manifest's order.
+        segments: The segments in the manifest's order.
     """
     try:
         decision = read_decision(folder)
@@ -53,7 +53,7 @@ class IvfVectors:
 
     Args:
         exact: All vectors.
-        segments: Its segments, in the same order.
+        segments: The index's segments, in the same order.
         index: The inverted lists; never changed.
         decision: The segments that the lists cover, and the tuning.
 

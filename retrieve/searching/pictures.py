@@ -46,7 +46,7 @@ def frame_at(
     Args:
         path: The video.
         seconds: On the file's own clock, as moments are; the first or the last frame stands for a time beyond it.
-        height: In pixels; a lower video is not enlarged.
+        height: The height in pixels; a lower video is not enlarged.
         time_limit_seconds: The longest that decoding may take.
 
     Raises:
@@ -68,7 +68,7 @@ def frames_at(
     Args:
         path: The video.
         times_seconds: At least one; see `frame_at`.
-        height: In pixels; a lower video is not enlarged.
+        height: The height in pixels; a lower video is not enlarged.
         tolerance_seconds: A frame may be this much earlier than the one shown: key frames cost far less.
         time_limit_seconds: The longest that all of them may take.
 
@@ -167,7 +167,7 @@ class FrameReader:
 
     Args:
         path: The file, for messages.
-        container: As `svb.extract.decode.pyav_file.opened` gives it.
+        container: The container that `svb.extract.decode.pyav_file.opened` gives.
         stream: The stream to read.
         until: The value of `time.monotonic` after which it gives up.
     """

@@ -139,7 +139,7 @@ class Found:
     """A video that was found.
 
     Attributes:
-        row: Its number in the catalog.
+        row: The number of the video in the catalog.
         duplicates: The rows of the near-duplicates listed under it.
     """
 

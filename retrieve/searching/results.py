@@ -47,7 +47,7 @@ class VideoInfo:
         video_id: The video_id in the store.
         source_path: Path of its file when it was extracted.
         duration_seconds: None if unknown.
-        metadata: Its columns of the metadata table.
+        metadata: The video's columns of the metadata table.
         size_bytes: Size of its file when it was extracted; 0 if unknown, as for some imports.
         mtime_ns: Last change of its file when it was extracted; 0 if unknown.
         content_hash: Hash of its file's content; empty if unknown.

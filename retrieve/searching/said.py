@@ -68,9 +68,9 @@ class SpeechSearch:
     """The speech of an index, opened for searching. Threads may share it.
 
     Args:
-        folder: The index's.
-        entry: That of its speech in the manifest.
-        catalog: Of its videos.
+        folder: The index's folder.
+        entry: The speech's entry in the manifest.
+        catalog: The catalog of the index's videos.
     """
 
     def __init__(self, folder: Path, entry: Mapping[str, Any], catalog: Catalog) -> None:
@@ -84,7 +84,7 @@ class SpeechSearch:
 
         Args:
             request: The request.
-            embedded: Its texts.
+            embedded: The request's texts, embedded.
             allowed: `(V,)`, the videos that count; None for all.
 
         Raises:
@@ -115,7 +115,7 @@ class SpeechSearch:
         place = np.searchsorted(windows, candidates)
         is_said = np.append(windows, -1)[place] == candidates
         share = np.where(is_said, np.append(shares, 0.0)[place], 0.0)
-        # Of N windows the best says by chance what a share of 1/N says; among normal scores it stands out by
+        # The best of N windows says by chance what a share of 1/N says; among normal scores it stands out by
         # sqrt(2 ln N). So this is on the scale of cosines and pictures, on which 1 is where chance ends.
         beyond = np.sqrt(share * words.weight / math.log(max(self._speech.num_windows, FEWEST_ROWS)))
         # A long query has some words in common with much; a line that answers it has most of them.

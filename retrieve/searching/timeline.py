@@ -46,7 +46,7 @@ class SourceVideo:
         rate: Frames a second, exact; where it varies, the one that editors lay it out on.
         is_variable: Whether the rate varies.
         first_seconds: Time of the first frame, on the file's own clock.
-        num_frames: How many frames it has at its rate.
+        num_frames: How many frames the video has at its rate.
         start_frame: The frame number that its start timecode stands for; 0 without one.
         is_drop_frame: Whether its timecode leaves numbers out to keep up with the clock.
         has_sound: Whether it has an audio stream.
@@ -72,7 +72,7 @@ class TimelineClip:
         mark_frame: The frame with the highest score.
         query: What was searched for.
         result: The video that was found.
-        moment: Its moment, in exact seconds.
+        moment: The moment that was found, in exact seconds.
     """
 
     source: SourceVideo

@@ -31,7 +31,7 @@ def write_timeline(
 
     Args:
         found: Queries, each with the videos found for it.
-        file: Where to write; the suffix tells the format, see `require_timeline`.
+        file: The file to write; the suffix tells the format, see `require_timeline`.
         handles_seconds: Time to add before and after each moment.
 
     Returns:
@@ -66,7 +66,7 @@ def require_timeline(file: Path, handles_seconds: float = 0.0) -> None:
     """Refuse a file that no timeline can be written to, before anything is searched.
 
     Raises:
-        UsageError: Its suffix is unknown, it is a folder, or the handles are out of range.
+        UsageError: The file's suffix is unknown, it is a folder, or the handles are out of range.
         InputError: opentimelineio is needed and not installed.
     """
     if file.suffix.lower() not in WRITERS:

@@ -71,7 +71,7 @@ class SegmentVectors:
     """`Vectors` of segments on this machine; nothing is read before it is needed. Threads may share it.
 
     Args:
-        segments: In the order of the manifest.
+        segments: The segments in the order of the manifest.
         device: Device that scans after many searches; `auto` takes the first GPU that FAISS can use, if any.
     """
 
@@ -147,8 +147,8 @@ class CaptionPools:
     """All pools of an index, opened with the first query. Threads may share it.
 
     Args:
-        folder: The index's.
-        manifest: As `svb.retrieve.stored.manifest.read_manifest` gives it.
+        folder: The index's folder.
+        manifest: The index's manifest.
     """
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any]) -> None:
@@ -193,10 +193,8 @@ class CaptionPools:
             if self._opened is None:
                 pools = [open_pool(self._folder, entry) for entry in self._entries]
                 begins = np.cumsum([0, *map(len, pools)]).tolist()
-                pieces = [
-                    cut_into_pieces(pool.embeddings, begin) for pool, begin in zip(pools, begins, strict=False)
-                ]
-                self._opened = list(zip(pools, pieces, strict=True))
+                cut = [cut_into_pieces(pool.embeddings, begin) for pool, begin in zip(pools, begins, strict=False)]
+                self._opened = list(zip(pools, cut, strict=True))
             return self._opened
 
 
@@ -265,7 +263,7 @@ def scan(
         pieces: The rows, in order.
         embedding: `(D,)`.
         k: How many; fewer if there are fewer rows.
-        selected: By row number, whether it counts; None for all.
+        selected: `(N,)`, whether each row counts; None for all.
     """
     masks = [None if selected is None else selected[p.begin : p.begin + len(p.rows)] for p in pieces]
     jobs = [

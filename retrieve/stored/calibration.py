@@ -103,7 +103,7 @@ class Calibration:
 
         Args:
             score: The video's.
-            query: As `query` returns it.
+            query: The facts that `query` returns.
             best_score: The highest score of the index, or of a sample of it.
         """
         features = np.array([[score, *query, max(0.0, best_score - score)]])

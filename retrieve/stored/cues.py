@@ -117,9 +117,9 @@ def speech_of(tracks: Sequence[Track], embeddings: NDArray[np.float16], windows:
     """Return tracks as columns.
 
     Args:
-        tracks: S of them.
+        tracks: S tracks.
         embeddings: `(W, D)` of their windows.
-        windows: Of each track, the numbers of cues in its windows, as `cut_into_windows` returns them.
+        windows: How many cues each window of each track has, as `cut_into_windows` returns it.
     """
     cues = [cue for track in tracks for cue in track.cues]
     seconds = np.array([(cue.begin_seconds, cue.end_seconds) for cue in cues], np.float64)  # None becomes NaN
@@ -224,8 +224,8 @@ def open_speech(folder: Path, entry: Mapping[str, Any]) -> Speech:
     """Map what is said; no vector is read.
 
     Args:
-        folder: The index's.
-        entry: That of the manifest.
+        folder: The index's folder.
+        entry: The speech's entry in the manifest.
 
     Raises:
         StoreError: A file is missing, or is not what was written as far as its size and header tell.

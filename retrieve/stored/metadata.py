@@ -199,7 +199,7 @@ def publish_metadata(out: Path, table: Path, video_ids: Collection[str]) -> dict
         out: The index's folder.
         table: CSV, JSON lines or Parquet with `video_id` and any columns. In a table of captions, which has a
             column `caption` and a row for each, values that all rows of a video share belong to the video.
-        video_ids: Of the index.
+        video_ids: The video_ids of the index.
 
     Raises:
         InputError: The table cannot be read, has no other column or no row, or contradicts itself about a video.

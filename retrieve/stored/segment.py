@@ -46,7 +46,7 @@ class MomentWindows:
 
     Attributes:
         seconds: Length of a moment.
-        stride_seconds: From the begin of one moment to the next.
+        stride_seconds: The time from the begin of one moment to the next.
     """
 
     seconds: float
@@ -58,7 +58,7 @@ class Segment:
     """A segment in memory or mapped from its files; see the layout above.
 
     Attributes:
-        key: Its folder's name; empty before it is written.
+        key: The name of the segment's folder; empty before it is written.
         deleted: The rows of videos that no longer count, ascending.
     """
 
@@ -179,7 +179,7 @@ def open_segments(folder: Path, manifest: Mapping[str, Any], *, with_vectors: bo
 
     Args:
         folder: The index's.
-        manifest: As `svb.retrieve.stored.manifest.read_manifest` gives it.
+        manifest: The index's manifest.
         with_vectors: Map the embeddings too; otherwise zeros that take no memory stand for them.
 
     Raises:
