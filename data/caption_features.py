@@ -7,7 +7,7 @@ One HDF5 file, for C captions and a text encoder with features of size F:
     <text encoder>/features                (C, F) float16, not normalised
     attributes                             format_version, settings (JSON), has_split
 
-In the group's name every `/` of the text encoder's name is written `@`.
+Every `/` of the text encoder's name is written `@` in the group's name.
 """
 
 from __future__ import annotations

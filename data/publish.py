@@ -111,7 +111,7 @@ def published_folder(path: Path, previous: Path | None = None) -> Iterator[Path]
 def recover_folder(path: Path) -> None:
     """Finish what a kill in `published_folder` interrupted; only the folder's one writer may call this.
 
-    Where `path` is missing the newest whole folder becomes it; what else was left is removed.
+    If `path` is missing, the newest whole folder becomes it; what else was left is removed.
     """
     beside = (_beside(path, "new"), _beside(path, "old"))
     for whole in beside:

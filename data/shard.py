@@ -10,7 +10,7 @@ Layout, for V videos and, per backbone, N rows of F numbers (plain HDF5, contigu
     <backbone>/times_seconds   (N,) float64
     <backbone>/offsets         (V + 1,) int64, video v owns rows offsets[v]:offsets[v + 1]
 
-In the group's name every `/` of the backbone's name is written `@`.
+Every `/` of the backbone's name is written `@` in the group's name.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from typing import Any
 from svb.data.text import is_storable
 from svb.errors import InputError
 
-# Where a row is, and its values by column; a missing value is None, NaN or not there.
+# The place of a row, and its values by column; a missing value is None, NaN or not there.
 Row = tuple[str, Mapping[str, Any]]
 # What pandas calls an index that has no name.
 _UNNAMED_INDEX = re.compile(r"__index_level_\d+__")

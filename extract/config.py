@@ -396,6 +396,6 @@ class ExtractConfig:
         return {
             "sampling": {"times": table.content_hash} if table else self._sampling.settings(),
             "decoder": decoder,
-            # In bfloat16 the last bits of a row depend on it.
+            # The last bits of a row depend on it in bfloat16.
             "batch_size": self.frames_a_batch,
         }

@@ -27,12 +27,13 @@ VIDEO_SUFFIXES = frozenset(
 )
 LIST_SUFFIXES = frozenset({".txt", ".csv", ".parquet"})
 PLAYLIST_SUFFIXES = frozenset({".asx", ".m3u", ".m3u8", ".mpd", ".pls", ".wpl", ".xspf"})
-# Beside a video of the same name they are its thumbnail.
+# A picture beside a video of the same name is its thumbnail.
 PICTURE_SUFFIXES = frozenset({".jpeg", ".jpg", ".png", ".webp"})
 # TypeScript has the suffixes of transport streams.
 TYPESCRIPT_SUFFIXES = frozenset({".mts", ".ts"})
 TEXT_BYTES_LOOKED_AT = 4096
-# Where systems keep what was deleted, and what they make for themselves; names with a dot in front come on top.
+# Folders in which systems keep what was deleted, and what they make for themselves. Names with a dot in front are
+# left out too.
 HIDDEN_NAMES = frozenset(
     (
         *("$recycle.bin", "recycler", "#recycle", "@recycle", "trash", "lost+found", "lost.dir"),

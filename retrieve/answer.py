@@ -15,7 +15,7 @@ from typing import Any
 from svb.config import json_schema, option
 from svb.errors import UsageError
 
-# From the surest to the least sure; `svb.retrieve.searching.results` says what each means.
+# The confidences from the surest to the least sure; `svb.retrieve.searching.results` says what each means.
 CONFIDENCES = ("strong", "fair", "weak")
 RANKED_BY = ("moment", "video")
 # Why a video was found, and what a request searches for it.

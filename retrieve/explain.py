@@ -254,7 +254,7 @@ def _matrices(model: RetrievalModel, split: SplitData) -> tuple[dict[str, NDArra
     """Return the weights of all variants over one batch, with one caption per video, and these captions."""
     videos = np.sort(np.random.default_rng(0).permutation(split.num_videos)[:MATRIX_SIZE])
     rows = torch.from_numpy(videos).to(split.caption_video.device)
-    # With similar videos next to each other, those that share weight show as blocks.
+    # Similar videos stand next to each other, so those that share weight show as blocks.
     embeddings, _, _ = _video_side(model, split, rows)
     order = torch.from_numpy(leaves_list(linkage(embeddings.cpu().numpy(), "average")).astype(np.int64))
     rows, embeddings = rows[order.to(rows.device)], embeddings[order.to(rows.device)]

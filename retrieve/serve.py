@@ -31,7 +31,7 @@ from svb.retrieve.server.state import ServerState
 
 logger = logging.getLogger(__name__)
 
-# In the index's cache: tells `svb search` on this machine where the server of the index answers.
+# This file in the index's cache tells `svb search` on this machine where the server of the index answers.
 ANNOUNCEMENT = "server.json"
 
 

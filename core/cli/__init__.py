@@ -21,7 +21,7 @@ import click
 from svb import __version__
 from svb.errors import SvbError
 
-# Where each command is, in the order the data flows.
+# The module of each command, in the order in which data flows.
 COMMANDS = {
     "extract": "svb.cli.extract:extract",
     "import": "svb.cli.import_:import_",

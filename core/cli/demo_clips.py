@@ -31,7 +31,7 @@ VAL_FRACTION = 1 / 6
 # Stored beside the clips; raise it when the same plan would draw or say something else.
 DEMO_VERSION = 1
 
-# On the left an attribute, on the right the words that captions use for it.
+# Each attribute, with the words that captions use for it.
 OBJECTS: Final[dict[str, tuple[str, ...]]] = {
     "circle": ("circle", "disc", "ball"),
     "crescent": ("crescent", "crescent moon", "moon"),
@@ -413,7 +413,7 @@ def _fractal(pattern_seed: int) -> Any:
 
 def _noise(pattern_seed: int) -> Any:
     snow = _source("color", c="gray", s="96x72", r=FPS / 2)
-    # On luma alone; the filter does not take grey frames.
+    # It works on luma alone; the filter does not take grey frames.
     return snow.filter("noise", c0s=100, c0f="t", c0_seed=pattern_seed).filter("fps", FPS)
 
 

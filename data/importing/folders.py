@@ -28,7 +28,7 @@ from svb.data.importing.found import (
 )
 from svb.errors import InputError, UsageError
 
-# Beside `<id>_<feature>.npy`, video_features writes when each row was taken and the video's frame rate.
+# video_features writes when each row was taken, and the video's frame rate, beside `<id>_<feature>.npy`.
 STAMPS, RATE = "_timestamps_ms", "_fps"
 # clip-retrieval's files, which hold a row for each of many images.
 CLIP_RETRIEVAL = re.compile(r"(img|text)_emb_\d+")

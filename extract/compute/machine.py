@@ -30,7 +30,7 @@ def share_of_cores() -> int:
 def cores_for_batches(device: torch.device, compile: bool = False) -> Iterator[tuple[Executor | None, int]]:
     """Yield what runs batches, and how many of them may run at once.
 
-    On the CPU every core has a batch of its own: cores that share one wait for each other at every layer, and
+    Every core of a CPU has a batch of its own: cores that share one wait for each other at every layer, and
     longer where decoders want the cores too. Features then do not depend on the number of cores. What is compiled
     runs on all cores at once.
     """

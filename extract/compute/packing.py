@@ -27,7 +27,7 @@ from svb.extract.backbones.export import one_line
 
 logger = logging.getLogger(__name__)
 
-# Where memory runs out, ONNX Runtime raises a MemoryError and torch a RuntimeError.
+# If memory runs out, ONNX Runtime raises a MemoryError and torch a RuntimeError.
 _MAYBE_OUT_OF_MEMORY = (RuntimeError, MemoryError)
 
 Made = TypeVar("Made")

@@ -25,7 +25,7 @@ Content = tuple[VideoRecord, Mapping[str, VideoRows]]
 
 
 class Records(Protocol):
-    """Where records and rows go: a store's writer, or a list."""
+    """What takes records and rows: a store's writer, or a list."""
 
     def add(self, record: VideoRecord, rows: Mapping[str, VideoRows]) -> None:
         """Take one finished video; `rows` by backbone, empty for a failed one."""

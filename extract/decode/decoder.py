@@ -30,7 +30,7 @@ CHUNK_FRAMES = 512
 # Without these flags swscale rounds and places chroma less exactly, and PyAV's and ffmpeg's pixels differ.
 SCALE_FLAGS = "accurate_rnd+full_chroma_int+full_chroma_inp"
 
-# To map HDR to SDR; swscale does it when it is told the colours that are wanted.
+# swscale maps HDR to SDR when it is told the colours that are wanted.
 SDR_COLOURS = "out_primaries=bt709:out_transfer=bt709"
 
 # Reserved or unknown colour numbers make swscale refuse a frame: they are set to unknown. Primaries and

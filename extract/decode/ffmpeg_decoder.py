@@ -374,7 +374,7 @@ def _require_known_picture(log: FfmpegLog, source: Source) -> None:
 
 def _whole_file_seconds(source: Source, container_format: str) -> float:
     """Return the duration of all the file's packets, sound included."""
-    # With several video streams ffmpeg only names the duration of the longest.
+    # ffmpeg names only the duration of the longest of several video streams.
     others = ["a?"] if source.stream is None else ["a?", "V?"]
     times = _list_packets([source.video(), *(source.input()[other] for other in others)], source)
     return times.end_seconds - origin_seconds(container_format, times.start_seconds)

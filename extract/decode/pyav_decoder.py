@@ -69,7 +69,7 @@ from svb.extract.decode.pyav_pictures import (
 )
 from svb.extract.decode.sampling import Sampling, shown_at
 
-# At this many frames a second nearly every stretch holds a wanted one: listing packets is not worth it.
+# If this many frames a second are wanted, nearly every stretch holds one: listing packets is not worth it.
 FPS_THAT_NEEDS_ALL = 1.0
 
 # How libavcodec's messages about concealed damage begin.

@@ -85,11 +85,11 @@ def device_of(out: Path) -> str:
 def own_device(config: ExtractConfig, out: Path) -> str:
     """Return the device; of several processes of one machine each takes a GPU, where there are any.
 
-    With `auto` a store that was made on the CPU stays there: a GPU's rows may differ in their last bits.
+    A store that was made on the CPU stays there with `auto`: a GPU's rows may differ in their last bits.
     """
     local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID")
     takes_own = config.device in ("auto", "cuda") and config.place is not None and local is not None
-    # Where torch is there already, CUDA may have been asked for its GPUs, and would not look again.
+    # If torch is imported already, CUDA may have been asked for its GPUs, and would not look again.
     sees_one = takes_own and "torch" not in sys.modules and see_one_gpu(int(local or 0))
 
     import torch

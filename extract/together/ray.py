@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 CONNECT_SECONDS = 5.0
 # The most videos of one decode task: its decoder takes a second to start.
 TASK_VIDEOS = 8
-# With few videos tasks are smaller, so that there are this many for each CPU.
+# Tasks are smaller if there are few videos, so that there are this many for each CPU.
 TASKS_PER_CPU = 4
 # An actor is given tasks for all its CPUs, and as many that wait.
 STOCK = 2

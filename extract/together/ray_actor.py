@@ -147,7 +147,7 @@ class BackboneActor:
 
 
 class _RecordsForDriver:
-    """Where the pipeline's records go until the driver hears of them."""
+    """Holds the pipeline's records until the driver hears of them."""
 
     def __init__(self) -> None:
         self.contents: list[Content] = []

@@ -177,7 +177,7 @@ def _parse(text: str) -> tuple[list[tuple[Cue, list[str]]], int]:
         starts = [number for number, line in enumerate(lines) if "-->" in line]
         num_broken += not starts and not _NO_CUE.match(block) and any(_clean(line) for line in lines)
         for start, end in pairwise([*starts, len(lines)]):
-            # Where the empty line between two cues is missing, the next one's number ends this one's words.
+            # If the empty line between two cues is missing, the next one's number ends this one's words.
             words = lines[start + 1 : end - 1 if end < len(lines) and lines[end - 1].strip().isdigit() else end]
             words = [cleaned for cleaned in map(_clean, words) if cleaned]
             times = _times(lines[start])

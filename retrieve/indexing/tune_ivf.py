@@ -34,7 +34,7 @@ from svb.retrieve.stored.segment import Segment
 logger = logging.getLogger(__name__)
 
 RECALL = 0.99
-# With fewer rows a full scan is faster than inverted lists.
+# A full scan is faster than inverted lists if there are fewer rows.
 MIN_ROWS = 1000
 # More lists find rows faster, but take hours to make on few cores.
 MAX_LISTS = 4096

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 PLOTTED = "t2v/R@1"
 VIDEOS_COLOUR, SEEDS_COLOUR = "#1f5fa8", "#c8641e"
 COLUMNS = ("t2v/R@1", "t2v/R@5", "t2v/R@10", "t2v/MedR", "v2t/R@1", "v2t/R@10")
-# Of each relevance that the config file names.
+# These measures are shown for each relevance that the config file names.
 GRADED_COLUMNS = ("t2v/nDCG@10 of others", "t2v/mAP@R of others", "t2v/R-Precision of others")
 
 

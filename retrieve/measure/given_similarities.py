@@ -64,7 +64,7 @@ def read_similarities(path: Path, captions: Path, split: str, videos: Path | Non
         video_ids = _read_columns(videos, video_ids)
     similarity, content_hash = _read_matrix(path, len(rows), len(video_ids))
     require_finite_similarities(similarity, [table.caption_ids[row] for row in rows], video_ids)
-    # In the order of svb's own evaluations, so that `svb compare` can pair the two.
+    # This is the order of svb's own evaluations, so that `svb compare` can pair the two.
     columns = sorted(range(len(video_ids)), key=lambda column: video_ids[column])
     order = sorted(range(len(rows)), key=lambda place: of_captions[place])
     rows, video_ids = [rows[place] for place in order], [video_ids[column] for column in columns]

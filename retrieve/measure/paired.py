@@ -165,7 +165,7 @@ def resampled_ratios(
         rows = min(chunk, resamples - begin)
         drawn = random.integers(0, num_clusters, (rows, num_clusters))
         drawn += np.arange(rows)[:, None] * num_clusters
-        # With the number of times that each cluster was drawn, sums of clusters are one matrix product.
+        # The number of times that each cluster was drawn makes the sums of clusters one matrix product.
         counts = np.bincount(drawn.ravel(), minlength=rows * num_clusters).reshape(rows, num_clusters)
         totals = counts.astype(np.float64) @ both
         # A draw of videos without any query of a measure has the difference 0.

@@ -109,7 +109,7 @@ def _with_lines(
     confidence = sure
     if is_seen:
         confidence = min(sure, result.confidence, key=CONFIDENCES.index)
-        # At least one of each kind, the said ones first: they are exact.
+        # At least one of each kind is shown, the said ones first: they are exact.
         num_said = min(len(spoken), max(1, request.num_moments - len(result.moments), request.num_moments // 2))
         spoken = [*spoken[:num_said], *result.moments][: max(request.num_moments, 1)]
     return replace(

@@ -16,7 +16,7 @@ K = 10
 # The ten best videos are looked for among this many moments: neighbouring moments of a video are alike.
 NUM_MOMENTS = 128
 NUM_QUERIES = 1000
-# With fewer captions recall is too coarse.
+# Recall is too coarse if there are fewer captions.
 MIN_CAPTIONS = 100
 BLOCK = 65536
 # Sums in another order differ by less than this.

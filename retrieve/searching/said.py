@@ -211,7 +211,7 @@ class SpeechSearch:
         is_quoted: bool = False,
         notes: tuple[str, ...] = (),
     ) -> Heard:
-        # Where all score the same, those that say it more often come first.
+        # If all score the same, those that say it more often come first.
         best = sorted(
             places, key=lambda video: (-places[video][0][1], -len(places[video]) if is_quoted else 0, video)
         )

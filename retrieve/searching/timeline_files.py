@@ -228,7 +228,7 @@ def _fcpxml(title: str, clips: Sequence[TimelineClip]) -> str:
     sequence = ElementTree.SubElement(project, "sequence", of_sequence)
     spine, at = ElementTree.SubElement(sequence, "spine"), 0
     for clip in clips:
-        # On the sequence a clip lasts whole frames of the sequence.
+        # A clip lasts whole frames of the sequence that it is on.
         count = max(1, round((clip.end_frame - clip.begin_frame) / clip.source.rate * rate))
         _add_fcpxml_clip(spine, clip, ids[clip.source.path], (at / rate, count / rate))
         at += count

@@ -33,7 +33,7 @@ from svb.retrieve.answer import CONFIDENCES
 from svb.retrieve.stored.manifest import part_folder, publish_part
 from svb.retrieve.stored.segment import open_array, require_sizes
 
-# From this chance on an answer is strong, or fair.
+# The chance from which an answer is strong, or fair.
 LEAST_CHANCES = {"strong": 0.7, "fair": 0.3}
 WORDS, KNOWN = "words.json", "known.npy"
 # An answer with these chances scores higher than the best answers to this share of random texts.

@@ -30,7 +30,7 @@ from svb.errors import StoreError
 from svb.retrieve.stored.manifest import part_folder, publish_part
 from svb.retrieve.stored.segment import StringColumn, open_array, require_sizes
 
-# Beside the video, inside it, or made by `svb transcribe`.
+# A track lies beside the video, inside it, or was made by `svb transcribe`.
 KINDS = ("sidecar", "stream", "transcript")
 # What is said within this time is searched as one text.
 WINDOW_SECONDS = 10.0

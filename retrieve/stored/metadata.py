@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 Value = float | str | None
 
-# From here on float64 takes different integers for one: such a column holds names, not numbers.
+# float64 takes different integers for one from here on: such a column holds names, not numbers.
 _EXACT = 2.0**53
 # The column that makes a table one of captions.
 CAPTION = "caption"

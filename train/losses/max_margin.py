@@ -23,7 +23,7 @@ def max_margin(
     An anchor without such negatives costs nothing.
 
     With a relevance, the margin of each negative is `margin * (1 - relevance)`, and the nearest negative is the one
-    with the largest hinge. At a margin of 1 that is the loss of Falcon et al., *Relevance-based Margin for
+    with the largest hinge. With a margin of 1 it is the loss of Falcon et al., *Relevance-based Margin for
     Contrastively-trained Video Retrieval Models* (ICMR 2022).
 
     Args:
