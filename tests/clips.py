@@ -18,12 +18,8 @@ X264 = ("-c:v", "libx264", "-preset", "ultrafast", "-pix_fmt", "yuv420p")
 
 def run_ffmpeg(*arguments: str) -> None:
     """Run ffmpeg; what it says becomes the test's failure message."""
-    done = subprocess.run(
-        [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-y", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-y", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -57,11 +53,6 @@ def make_clip(
     return draw(path, "-f", "lavfi", "-i", pattern, "-vf", filters, *codec, *extra)
 
 
-def make_odd_size_clip(path: Path) -> Path:
-    """Write a clip of 67x51: chroma planes have half a pixel too many."""
-    return make_clip(path, filters="scale=67:51", codec=("-c:v", "ffv1", "-pix_fmt", "yuv420p"))
-
-
 def make_one_frame_clip(path: Path) -> Path:
     return make_clip(path, seconds=0.1, fps=10)
 
@@ -82,13 +73,8 @@ def make_turned_clip(path: Path, degrees: int, **mirrored: bool) -> Path:
 
 def make_variable_rate_clip(path: Path) -> Path:
     """Write a clip that drops frames unevenly, as phones and screen recordings do."""
-    return make_clip(
-        path,
-        seconds=3,
-        fps=30,
-        filters="select='lt(mod(n,7),2)+gt(n,60)'",
-        extra=("-fps_mode", "vfr", "-enc_time_base", "1/1000"),
-    )
+    options = ("-fps_mode", "vfr", "-enc_time_base", "1/1000")
+    return make_clip(path, seconds=3, fps=30, filters="select='lt(mod(n,7),2)+gt(n,60)'", extra=options)
 
 
 def make_late_clip(path: Path, start_seconds: float = 4.7) -> Path:
@@ -165,14 +151,6 @@ def make_scenes(path: Path, *, num_scenes: int, scene_seconds: float) -> Path:
     still = "".join(f"[{number}]format=yuv420p,{freeze}[s{number}];" for number in range(num_scenes))
     joined = "".join(f"[s{number}]" for number in range(num_scenes)) + f"concat=n={num_scenes}:v=1"
     return draw(path, *inputs, "-filter_complex", still + joined, "-r", "10", *X264, "-bf", "2")
-
-
-def make_clip_without_keyframes(path: Path) -> Path:
-    """Write what a tuner that was switched on amid a broadcast records: no picture stands for itself."""
-    whole = make_clip(path.with_name(f"whole-{path.name}"), codec=("-c:v", "mpeg4", "-g", "600"))
-    drop = ("-bsf:v", "noise=drop=key")
-    run_ffmpeg("-i", f"file:{whole}", "-c", "copy", *drop, "-copyinkf", f"file:{path}")
-    return path
 
 
 def count_frames(path: Path) -> int:

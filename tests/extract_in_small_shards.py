@@ -1,12 +1,9 @@
 """A program that test_chaos kills: `svb extract` with a shard after every two videos.
 
-    python extract_in_small_shards.py VIDEOS OUT
-    python extract_in_small_shards.py --serve
-
-The second loads torch once and then makes a run, in a process of its own, of every line of its input: in JSON
-its videos and out, rank and world_size where several fill the store, and before which of its changes of the disk
-it waits to be killed, counted in the whole run or in its compaction. It says the run's process id, when it
-begins to compact the store, when it waits, and its exit code when it has ended.
+It loads torch once and then makes a run, in a process of its own, of every line of its input: in JSON its videos
+and out, rank and world_size where several fill the store, and before which of its changes of the disk it waits to
+be killed, counted in the whole run or in its compaction. It says the run's process id, when it begins to compact
+the store, when it waits, and its exit code when it has ended.
 
 Decode workers import this file, too: what takes long to load is only loaded by the runs.
 """
@@ -78,7 +75,7 @@ def run(videos: str, out: str, change: int = 0, change_in_compaction: int = 0, *
     run_module.extract([Path(videos)], Path(out), config)
 
 
-def serve() -> None:
+def main() -> None:
     import toy_backbone  # noqa: F401 - torch with it
 
     from svb.extract import run as run_module  # noqa: F401
@@ -98,7 +95,4 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--serve":
-        serve()
-    else:
-        run(sys.argv[1], sys.argv[2])
+    main()

@@ -7,15 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from messages import heard
 from numpy.typing import NDArray
 
 from svb.data.feature_store import FeatureStore
+from svb.extract.backbones import load_backbone
+from svb.extract.backbones.backbone import Backbone
 from svb.extract.config import ExtractConfig
 from svb.extract.progress import ExtractProgress
 from svb.extract.run import extract
 
 FRAMES, WIDE, CLIPS = "toy:frames", "toy:wide", "toy:clips"
+
+
+def toy(name: str = FRAMES) -> Backbone:
+    return load_backbone(name, torch.device("cpu"), torch.float32)
 
 
 def run(

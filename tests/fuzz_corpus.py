@@ -138,6 +138,7 @@ class Lie:
 
 
 _ENDS = (0, 1, 0x7FFFFFFF, 0xFFFFFFFF)
+_ONE, _MOST = b"\0\0\0\1", b"\x7f\xff\xff\xff"
 LIES = (
     Lie("faststart.mp4", b"tkhd", 80, ">I", (0, 0xFFFFFFFF)),
     Lie("turned.mp4", b"tkhd", 44, ">9i", (b"\0" * 36, b"\x7f\xff\xff\xff" * 9)),
@@ -159,13 +160,7 @@ LIES = (
     Lie("index-at-end.mp4", b"stss", 8, ">I", _ENDS),
     Lie("faststart.mp4", b"elst", 12, ">I", _ENDS),
     Lie("index-at-end.mp4", b"elst", 16, ">I", _ENDS),
-    Lie(
-        "index-at-end.mp4",
-        b"pasp",
-        4,
-        ">II",
-        (b"\0\0\0\1\x7f" + b"\xff" * 3, b"\x7f" + b"\xff" * 3 + b"\0\0\0\1", b"\0" * 8),
-    ),
+    Lie("index-at-end.mp4", b"pasp", 4, ">II", (_ONE + _MOST, _MOST + _ONE, b"\0" * 8)),
     Lie("index-at-end.mp4", b"moov", -4, ">I", _ENDS),
     Lie("faststart.mp4", b"mdat", -4, ">I", (0, 1, 0xFFFFFFFF)),
     Lie("b-frames.mkv", b"\xb0\x82", 2, ">H", (0, 1, 0xFFFF)),
@@ -193,15 +188,16 @@ def _oddities(folder: Path, good: dict[str, bytes]) -> dict[str, bytes]:
     (folder / "words.srt").write_text("1\n00:00:00,000 --> 00:00:02,000\nNothing to see\n")
     words = ("-i", f"file:{folder / 'words.srt'}")
     clips.make_song_with_cover(folder / "cover.mp3")
-    clips.run_ffmpeg("-f", "lavfi", "-i", "sine=duration=1", *EXACT, f"file:{folder / 'sound-only.mp4'}")
-    clips.run_ffmpeg("-f", "lavfi", "-i", "sine=duration=1", *EXACT, f"file:{folder / 'sound-only.mkv'}")
-    clips.run_ffmpeg(*words, "-c:s", "mov_text", *EXACT, f"file:{folder / 'words-only.mp4'}")
-    clips.run_ffmpeg(*words, *EXACT, f"file:{folder / 'words-only.mkv'}")
-    clips.run_ffmpeg("-f", "lavfi", "-i", "testsrc2", "-frames:v", "1", f"file:{folder / 'still.png'}")
-    made = ("sound-only.mp4", "sound-only.mkv", "words-only.mp4", "words-only.mkv")
+    sound, still = ("-f", "lavfi", "-i", "sine=duration=1"), ("-f", "lavfi", "-i", "testsrc2", "-frames:v", "1")
+    made = {
+        **{"sound-only.mp4": sound, "sound-only.mkv": sound, "still.png": still},
+        **{"words-only.mp4": (*words, "-c:s", "mov_text"), "words-only.mkv": words},
+    }
+    for name, arguments in made.items():
+        clips.run_ffmpeg(*arguments, *EXACT, f"file:{folder / name}")
     segments = "#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\n{}\n#EXT-X-ENDLIST\n"
     return {
-        **{name: (folder / name).read_bytes() for name in made},
+        **{name: (folder / name).read_bytes() for name in made if name != "still.png"},
         "cover-art.mp4": (folder / "cover.mp3").read_bytes(),
         "still.avi": (folder / "still.png").read_bytes(),
         "really-mp4.avi": good["faststart.mp4"] + bytes(8),

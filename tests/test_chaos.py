@@ -28,21 +28,17 @@ NUM_KILLS, NUM_KILLS_IN_COMPACTION = 40, 10
 NUM_RANKS, NUM_RANK_KILLS = 3, 9
 
 
-def make_many_clips(folder: Path, count: int) -> None:
+@pytest.fixture
+def videos(tmp_path: Path) -> Path:
     """Cut one long video into clips of half a second to one and a half, all different: one ffmpeg, not hundreds."""
-    lengths = [0.5 + 0.5 * (number % 3) for number in range(count)]
+    folder = tmp_path / "many"
+    folder.mkdir()
+    lengths = [0.5 + 0.5 * (number % 3) for number in range(NUM_VIDEOS)]
     ends = ",".join(str(end) for end in itertools.accumulate(lengths[:-1]))
     cut = ("-force_key_frames", ends, "-f", "segment", "-segment_times", ends, "-reset_timestamps", "1")
     drawn = ("-f", "lavfi", "-i", f"testsrc2=size=64x48:rate=10:duration={sum(lengths)}", "-vf", "hue=h=7*t")
     clips.run_ffmpeg(*drawn, *clips.X264, *cut, str(folder / "%03d.mp4"))
-    assert len(list(folder.iterdir())) == count
-
-
-@pytest.fixture
-def videos(tmp_path: Path) -> Path:
-    folder = tmp_path / "many"
-    folder.mkdir()
-    make_many_clips(folder, NUM_VIDEOS)
+    assert len(list(folder.iterdir())) == NUM_VIDEOS
     (folder / "013.mp4").write_text("no video")
     return folder
 
@@ -52,25 +48,23 @@ class Server:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, PROGRAM, "--serve"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self._run = 0
+        self.run = 0  # the process of the run
 
     def start(self, videos: Path, out: Path, **options: int) -> None:
-        assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"videos": str(videos), "out": str(out), **options}) + "\n")
         self._process.stdin.flush()
-        self._run = int(self.read())
+        self.run = int(self.read())
 
     def read(self) -> str:
         """Return the next line that the run says."""
-        assert self._process.stdout is not None
         return self._process.stdout.readline().strip()
 
     def kill(self) -> bool:
         """Kill the run; returns whether it had not ended before."""
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self._run, signal.SIGKILL)
+            os.kill(self.run, signal.SIGKILL)
         return self.wait() == -signal.SIGKILL
 
     def wait(self) -> int:
@@ -89,12 +83,6 @@ def servers() -> Iterator[list[Server]]:
     yield started
     for server in started:
         server.close()
-
-
-def start(videos: Path, out: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, PROGRAM, videos, out], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
 
 
 def published(out: Path) -> dict[str, bytes]:
@@ -123,10 +111,10 @@ def content(out: Path) -> dict[str, tuple[object, ...]]:
     return found
 
 
-def assert_ends_as_undisturbed(videos: Path, out: Path, undisturbed: Path) -> None:
-    process = start(videos, undisturbed)
-    _, words = process.communicate()
-    assert process.returncode == 0, words
+def assert_ends_as_undisturbed(server: Server, videos: Path, out: Path, undisturbed: Path) -> None:
+    for folder in (out, undisturbed):
+        server.start(videos, folder)
+        assert server.wait() == 0
     assert verify_store(out) == []
     assert content(out) == content(undisturbed)
     assert sorted(content(out)) == sorted(path.stem for path in videos.iterdir())
@@ -172,9 +160,7 @@ def test_fifty_kills_and_the_same_bytes(videos: Path, servers: list[Server], tmp
         known = content(out)
         assert len(known) == NUM_VIDEOS - NUM_KILLS_IN_COMPACTION + number
     (late / f"{NUM_KILLS_IN_COMPACTION:03}.mp4").rename(videos / "last.mp4")
-    server.start(videos, out)
-    assert server.wait() == 0
-    assert_ends_as_undisturbed(videos, out, tmp_path / "undisturbed")
+    assert_ends_as_undisturbed(server, videos, out, tmp_path / "undisturbed")
 
 
 @pytest.mark.slow
@@ -196,21 +182,17 @@ def test_killed_ranks_and_the_same_bytes(videos: Path, servers: list[Server], tm
     assert not list((out / "leases").iterdir())
     # One process goes on alone, and removes what those that were killed left aside.
     last.rename(videos / "last.mp4")
-    servers[0].start(videos, out)
-    assert servers[0].wait() == 0
-    assert_ends_as_undisturbed(videos, out, tmp_path / "undisturbed")
+    assert_ends_as_undisturbed(servers[0], videos, out, tmp_path / "undisturbed")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="looks for processes in /proc")
-def test_a_killed_run_leaves_no_decoders(videos: Path, tmp_path: Path) -> None:
-    process = start(videos, tmp_path / "out")
+def test_a_killed_run_leaves_no_decoders(videos: Path, servers: list[Server], tmp_path: Path) -> None:
+    servers[0].start(videos, tmp_path / "out")
     until = time.monotonic() + 600
-    while len(workers := decoders(process.pid)) < 2 and time.monotonic() < until:
+    while len(workers := decoders(servers[0].run)) < 2 and time.monotonic() < until:
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert len(workers) == 2
+    assert servers[0].kill() and len(workers) == 2
     while any(is_decoder(worker) for worker in workers) and time.monotonic() < until:
         time.sleep(0.1)
     assert not any(is_decoder(worker) for worker in workers)

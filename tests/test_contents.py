@@ -6,18 +6,17 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import clips
 import numpy as np
 import pytest
-import torch
-from extraction import FRAMES, features, num_extracted, run, statuses
+from extraction import FRAMES, features, num_extracted, run, statuses, toy
 
 from svb.data.feature_store import FeatureStore, verify_store
 from svb.data.feature_store_writer import FeatureStoreWriter
 from svb.data.rows import VideoRecord, VideoRows
 from svb.errors import StoreError
-from svb.extract.backbones import load_backbone
 from svb.extract.compute.pipeline import Contents, Pipeline
 from svb.extract.decode.decoder import FrameChunk, VideoProperties
 from svb.extract.plan import PlannedVideo
@@ -34,29 +33,31 @@ def frames_decoded(videos: Path | list[Path], out: Path, **options: object) -> t
 
 
 class TestRenamed:
-    def test_a_renamed_file_is_not_decoded_again(self, folder: Path, out: Path) -> None:
+    @pytest.mark.parametrize(
+        ("names", "is_gone", "words"),
+        [
+            (["z"], True, "1 renamed, 0 duplicates"),
+            (["y", "z"], True, "1 renamed, 1 duplicates"),
+            (["z"], False, "0 renamed, 1 duplicates"),
+        ],
+    )
+    def test_new_names_of_a_file_are_not_decoded(
+        self, names: list[str], is_gone: bool, words: str, folder: Path, out: Path
+    ) -> None:
         before = features(out)
-        (folder / "a.mp4").rename(folder / "z.mp4")
+        for name in names:
+            shutil.copy(folder / "a.mp4", folder / f"{name}.mp4")
+        if is_gone:
+            (folder / "a.mp4").unlink()
         frames, messages = frames_decoded(folder, out)
-        assert frames == 0
-        assert "not decoded, because their content is known: 1 renamed, 0 duplicates" in messages
+        assert frames == 0 and f"not decoded, because their content is known: {words}" in messages
         after = features(out)
-        assert set(after) == {"z", "b", "c", "deep/d"}
-        np.testing.assert_array_equal(after["z"], before["a"])
-        record = FeatureStore(out).records["z"]
-        assert record.source_path == str(folder / "z.mp4")
+        assert set(after) == {*before, *names} - ({"a"} if is_gone else set())
+        for name in names:
+            assert after[name].tobytes() == before["a"].tobytes()
+            assert FeatureStore(out).records[name].source_path == str(folder / f"{name}.mp4")
         assert verify_store(out) == []
         assert run(folder, out)[-1].startswith("nothing to do")
-
-    def test_two_new_names_of_one_vanished_file(self, folder: Path, out: Path) -> None:
-        before = features(out)["a"]
-        shutil.copy(folder / "a.mp4", folder / "y.mp4")
-        (folder / "a.mp4").rename(folder / "z.mp4")
-        frames, messages = frames_decoded(folder, out)
-        assert frames == 0
-        assert "not decoded, because their content is known: 1 renamed, 1 duplicates" in messages
-        after = features(out)
-        assert "a" not in after and after["y"].tobytes() == after["z"].tobytes() == before.tobytes()
 
     def test_a_file_that_was_only_touched_is_not_decoded_again(self, folder: Path, out: Path) -> None:
         os.utime(folder / "a.mp4", ns=(1, 1))
@@ -84,37 +85,30 @@ class TestRenamed:
         assert len(after["a"]) == 3 and len(before["a"]) == 1
 
 
-class Records:
-    """What a pipeline passes on, in memory."""
-
-    def __init__(self) -> None:
-        self.held: dict[str, tuple[VideoRecord, Mapping[str, VideoRows]]] = {}
-
-    def add(self, record: VideoRecord, rows: Mapping[str, VideoRows]) -> None:
-        self.held[record.video_id] = record, rows
-
-
 class TestDuplicates:
-    def test_a_copy_that_stands_before_its_original_is_recorded_too(self) -> None:
-        """The workers hash the second file first, so that the first is its copy."""
-        records = Records()
-        backbone = load_backbone("toy:frames", torch.device("cpu"), torch.float32)
-        contents = Contents([], [], [], lambda video_id: records.held[video_id], lambda record: None)
-        pipeline = Pipeline([backbone], 4, records, contents=contents)
+    @pytest.mark.parametrize(
+        "end", [Finished("ok", "", "pyav", content_hash="same"), Finished("decoder_crash", "killed", "pyav")]
+    )
+    def test_a_copy_that_stands_before_its_original_is_recorded_too(self, end: Finished) -> None:
+        """The workers hash the second file first, so that the first is its copy. One that is killed says none."""
+        held: dict[str, tuple[VideoRecord, Mapping[str, VideoRows]]] = {}
+        records = SimpleNamespace(add=lambda record, rows: held.update({record.video_id: (record, rows)}))
+        contents = Contents([], [], [], held.__getitem__, lambda record: None)
+        pipeline = Pipeline([toy()], 4, records, contents=contents)
         copy, original = PlannedVideo("a", Path("a.mp4")), PlannedVideo("b", Path("b.mp4"))
         assert contents.is_wanted(1, original, "same") and not contents.is_wanted(0, copy, "same")
-        frames = FrameChunk(np.zeros((2, 48, 64, 3), np.uint8), np.arange(2.0))
         for position, message in (
             (0, Started(copy)),
             (1, Started(original)),
             (0, Finished(DUPLICATE, "", "pyav", content_hash="same")),
             (1, VideoProperties(1.0, 10.0, 64, 48, 0, "h264")),
-            (1, frames),
-            (1, Finished("ok", "", "pyav", content_hash="same")),
+            (1, FrameChunk(np.zeros((2, 48, 64, 3), np.uint8), np.arange(2.0))),
+            (1, end),
         ):
             pipeline.take(position, message)
         pipeline.finish()
-        assert sorted(records.held) == ["a", "b"]
+        assert sorted(held) == ["a", "b"]
+        assert {(record.status, record.content_hash) for record, _ in held.values()} == {(end.status, "same")}
 
     def test_a_run_that_loses_a_video_says_so(
         self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -132,45 +126,30 @@ class TestDuplicates:
         run(folder, tmp_path / "out")
         assert set(features(tmp_path / "out")) == {"a", "b", "c", "deep/d"}
 
-    def test_each_content_is_decoded_once(self, folder: Path, tmp_path: Path) -> None:
-        frames_of_one, _ = frames_decoded(folder, tmp_path / "plain")
+    def test_each_content_is_decoded_once(self, folder: Path, toy_store: Path, tmp_path: Path) -> None:
+        plain = features(toy_store)
         for name in ("copy1.mp4", "copy2.mp4", "deep/copy3.mp4"):
             shutil.copy(folder / "a.mp4", folder / name)
         frames, messages = frames_decoded(folder, tmp_path / "out", workers=3)
-        assert frames == frames_of_one
+        assert frames == sum(map(len, plain.values()))
         assert "not decoded, because their content is known: 0 renamed, 3 duplicates" in messages
         rows = features(tmp_path / "out")
         assert {rows[name].tobytes() for name in ("copy1", "copy2", "deep/copy3")} == {rows["a"].tobytes()}
-        assert rows["a"].tobytes() == features(tmp_path / "plain")["a"].tobytes()
+        assert rows["a"].tobytes() == plain["a"].tobytes()
         paths = {record.source_path for record in FeatureStore(tmp_path / "out").records.values()}
         assert len(paths) == 7
-
-    def test_a_copy_of_what_was_extracted_before(self, folder: Path, out: Path) -> None:
-        shutil.copy(folder / "b.mkv", folder / "copy.mkv")
-        frames, _ = frames_decoded(folder, out)
-        rows = features(out)
-        assert frames == 0 and rows["copy"].tobytes() == rows["b"].tobytes()
 
     def test_copies_of_a_failure_fail_alike_and_are_tried_again_together(
         self, folder: Path, tmp_path: Path
     ) -> None:
-        for name in ("x.mp4", "y.mp4"):
-            (folder / name).write_text("no video")
-        run(folder, tmp_path / "out")
-        records = FeatureStore(tmp_path / "out").records
-        assert records["x"].status == records["y"].status == "unreadable"
-        assert (records["x"].tries, records["y"].tries) == (1, 1)
-        run(folder, tmp_path / "out", retry_failed="all")
-        assert [FeatureStore(tmp_path / "out").records[name].tries for name in ("x", "y")] == [2, 2]
-
-    def test_only_some_failures_are_tried_again(self, folder: Path, tmp_path: Path) -> None:
-        (folder / "x.mp4").write_text("no video")
-        (folder / "y.mp4").touch()
-        run(folder, tmp_path / "out")
-        assert num_extracted(folder, tmp_path / "out", retry_failed="empty") == 1
-        records = FeatureStore(tmp_path / "out").records
-        tries = [(records[name].status, records[name].tries) for name in ("x", "y")]
-        assert tries == [("unreadable", 1), ("empty", 2)]
+        for name, content in (("x.mp4", "no video"), ("y.mp4", "no video"), ("z.mp4", "")):
+            (folder / name).write_text(content)
+        for retry, num_tried, tries in ((None, 7, (1, 1, 1)), ("empty", 1, (1, 1, 2)), ("all", 3, (2, 2, 3))):
+            options = {"retry_failed": retry} if retry else {}
+            assert num_extracted(folder, tmp_path / "out", **options) == num_tried
+            records = FeatureStore(tmp_path / "out").records
+            found = [(records[name].status, records[name].tries) for name in ("x", "y", "z")]
+            assert found == list(zip(("unreadable", "unreadable", "empty"), tries, strict=True))
 
 
 class TestVanished:
@@ -181,7 +160,7 @@ class TestVanished:
         # A removal must hold back what it removes for as long as that is in any shard.
         monkeypatch.setattr("svb.data.feature_store_writer.SHARD_VIDEOS", videos_a_shard)
         run(folder, tmp_path / "out")
-        (folder / "a.mp4").unlink()
+        (folder / "a.mp4").rename(tmp_path / "a.mp4")
         (folder / "deep" / "d.avi").unlink()
         messages = run(folder, tmp_path / "out")
         words = f"2 files are gone, first {folder / 'a.mp4'}: their features are kept; --prune takes them out"
@@ -194,13 +173,9 @@ class TestVanished:
         run(folder, tmp_path / "out", prune=True)
         assert set(statuses(tmp_path / "out")) == set(features(tmp_path / "out")) == {"b", "c", "new"}
         assert verify_store(tmp_path / "out") == []
-
-    def test_a_pruned_video_may_come_back(self, folder: Path, out: Path, tmp_path: Path) -> None:
-        (folder / "a.mp4").rename(tmp_path / "a.mp4")
-        run(folder, out, prune=True)
-        (tmp_path / "a.mp4").rename(folder / "a.mp4")
-        frames, _ = frames_decoded(folder, out)
-        assert frames == 1 and set(statuses(out)) == {"a", "b", "c", "deep/d"}
+        (tmp_path / "a.mp4").rename(folder / "a.mp4")  # it comes back
+        assert frames_decoded(folder, tmp_path / "out")[0] == 1
+        assert set(statuses(tmp_path / "out")) == {"a", "b", "c", "new"}
 
     def test_videos_of_other_folders_are_left_alone(self, folder: Path, tmp_path: Path) -> None:
         (tmp_path / "other").mkdir()
@@ -210,23 +185,6 @@ class TestVanished:
         messages = run(folder, tmp_path / "out", prune=True)
         assert not any("are gone" in message for message in messages)
         assert "o" in statuses(tmp_path / "out")
-
-
-def record(video_id: str, content_hash: str, status: str = "ok") -> VideoRecord:
-    return VideoRecord(video_id, f"/{video_id}", 1, 1, content_hash, 1.0, 1.0, 1, 1, 0, "h264", "pyav", status, "")
-
-
-def test_a_decoder_that_dies_leaves_no_copy_waiting() -> None:
-    settled: dict[str, VideoRecord] = {}
-    contents = Contents([], [], [], read=lambda video_id: (settled[video_id], {}), remove=lambda record: None)
-    first, copy = PlannedVideo("first", Path("/first")), PlannedVideo("copy", Path("/copy"))
-    assert contents.is_wanted(0, first, "aa") and not contents.is_wanted(1, copy, "aa")
-    assert contents.of(copy, "aa") is None
-    # Its worker was killed: what is known of the content is what it asked about.
-    assert contents.claimed_by(0) == "aa" and contents.claimed_by(1) == ""
-    settled["first"] = record("first", "aa", "decoder_crash")
-    contents.settled(settled["first"])
-    assert contents.of(copy, "aa") == (settled["first"], {})
 
 
 def test_times_of_their_own_are_not_shared_by_copies(folder: Path, tmp_path: Path) -> None:

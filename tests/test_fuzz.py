@@ -19,7 +19,7 @@ import fuzz_corpus
 import pytest
 
 from svb.data.feature_store import FeatureStore, verify_store
-from svb.data.rows import FAILURES, USABLE, VideoRecord, VideoRows
+from svb.data.rows import FAILURES, USABLE, VideoRecord
 from svb.data.text import storable_text
 from svb.extract.config import ExtractConfig
 from svb.extract.run import extract
@@ -46,15 +46,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def folder(corpus: list[Path]) -> Path:
-    return corpus[0].parent
-
-
-@pytest.fixture(scope="module")
-def extracted(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def extracted(corpus: list[Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """Return the store of the whole corpus, and how the process fared that made it."""
     out = tmp_path_factory.mktemp("store") / "out"
-    return out, extract_watched(out, [folder])
+    return out, extract_watched(out, [corpus[0].parent])
 
 
 def extract_watched(out: Path, videos: Sequence[Path], **options: object) -> dict[str, Any]:
@@ -110,15 +105,12 @@ def assert_is_recorded(out: Path, videos: Iterable[Path]) -> Counter[str]:
 
 def contents(out: Path) -> dict[str, tuple[str, list[bytes]]]:
     """Return of every file of a store how it ended, and its rows' bytes."""
-    store = FeatureStore(out)
-    return {
-        path: (record.status, [part for rows in store.rows_of(record.video_id).values() for part in parts(rows)])
-        for path, record in records_by_path(out).items()
-    }
-
-
-def parts(rows: VideoRows) -> tuple[bytes, bytes]:
-    return rows.features.tobytes(), rows.times_seconds.tobytes()
+    store, found = FeatureStore(out), {}
+    for path, record in records_by_path(out).items():
+        rows = store.rows_of(record.video_id).values()
+        parts = [part.tobytes() for held in rows for part in (held.features, held.times_seconds)]
+        found[path] = record.status, parts
+    return found
 
 
 def good(corpus: Iterable[Path]) -> list[Path]:
@@ -185,10 +177,8 @@ def test_a_second_run_has_nothing_to_do(corpus: list[Path], extracted: tuple[Pat
     assert {path: path.read_bytes() for path in out.rglob("*.h5")} == before
 
 
-def test_without_partial_videos(
-    corpus: list[Path], folder: Path, extracted: tuple[Path, dict[str, Any]], tmp_path: Path
-) -> None:
-    extract_watched(tmp_path / "out", [folder], on_partial="fail")
+def test_without_partial_videos(corpus: list[Path], extracted: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    extract_watched(tmp_path / "out", [corpus[0].parent], on_partial="fail")
     assert "partial" not in assert_is_recorded(tmp_path / "out", corpus)
     strict = records_by_path(tmp_path / "out")
     for path, record in records_by_path(extracted[0]).items():

@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import IO
+from unittest import mock
 
 import pytest
 
@@ -114,7 +115,7 @@ def kill(process: BaseProcess, number: int) -> None:
 
 
 def work_together(start: Start, folder: Path, num_workers: int, stale: float) -> dict[str, int]:
-    """Have several processes do all units; returns how often each was done."""
+    """Return how often each unit was done by several processes that do all of them."""
     done = folder.parent / "done"
     done.mkdir()
     for worker in [start(work, folder, done, rank, num_workers, stale) for rank in range(num_workers)]:
@@ -125,16 +126,16 @@ def work_together(start: Start, folder: Path, num_workers: int, stale: float) ->
 
 
 class TestManyProcesses:
+    keys = tuple(unit.key for unit in units(planned(200), 1))
+
     def test_every_unit_is_done_exactly_once(self, start: Start, tmp_path: Path) -> None:
-        keys = [unit.key for unit in units(planned(200), 1)]
-        assert work_together(start, tmp_path / "leases", 4, STALE) == dict.fromkeys(keys, 1)
+        assert work_together(start, tmp_path / "leases", 4, STALE) == dict.fromkeys(self.keys, 1)
 
     def test_others_finish_what_a_killed_process_held(self, start: Start, tmp_path: Path) -> None:
-        keys = [unit.key for unit in units(planned(200), 1)]
-        holder, _ = start_holder(start, tmp_path / "leases", keys[::40], 0.8)
+        holder, _ = start_holder(start, tmp_path / "leases", self.keys[::40], 0.8)
         kill(holder, signal.SIGKILL)
         # One that gets no time for so long is robbed, and does a unit again.
-        assert work_together(start, tmp_path / "leases", 2, 0.8).keys() == set(keys)
+        assert work_together(start, tmp_path / "leases", 2, 0.8).keys() == set(self.keys)
 
     def test_a_suspended_holder_notices_that_it_was_robbed(self, start: Start, tmp_path: Path) -> None:
         holder, connection = start_holder(start, tmp_path, ["a", "b"], 0.5)
@@ -176,16 +177,14 @@ class TestManyProcesses:
 
 
 class TestOneProcess:
-    def test_a_lease_says_who_holds_it(self, tmp_path: Path) -> None:
-        with Leases(tmp_path / "made" / "here", "me") as leases:
-            assert leases.acquire("a") and leases.acquire("a") and leases.held == {"a"}
-            content = json.loads((tmp_path / "made" / "here" / "a.lease").read_text())
-            assert (content["owner"], content["pid"]) == ("me", os.getpid())
-            assert content["host"] and len(content["nonce"]) == 32
-
-    def test_a_live_lease_is_refused_until_it_is_released(self, tmp_path: Path) -> None:
+    def test_a_live_lease_says_who_holds_it_and_is_refused_until_it_is_released(self, tmp_path: Path) -> None:
+        tmp_path = tmp_path / "made" / "here"
         with Leases(tmp_path, "one") as one, Leases(tmp_path, "two") as two:
-            assert one.acquire("a") and not two.acquire("a") and two.held == set()
+            assert one.acquire("a") and one.acquire("a") and one.held == {"a"}
+            content = json.loads((tmp_path / "a.lease").read_text())
+            assert (content["owner"], content["pid"]) == ("one", os.getpid())
+            assert content["host"] and len(content["nonce"]) == 32
+            assert not two.acquire("a") and two.held == set()
             two.release("a")
             assert (tmp_path / "a.lease").exists()
             one.release("a")
@@ -256,9 +255,9 @@ class TestOneProcess:
             assert [path.name for path in tmp_path.iterdir()] == ["a.lease"]
 
     def test_what_the_dead_left_is_swept(self, tmp_path: Path) -> None:
-        for name in ("done.lease", ".lease-0123", "alive.lease", "notes.txt"):
-            (tmp_path / name).touch()
+        (tmp_path / "alive.lease").touch()
         for name in ("done.lease", ".lease-0123", "notes.txt"):
+            (tmp_path / name).touch()
             os.utime(tmp_path / name, (time.time() - 100,) * 2)
         with Leases(tmp_path, "one"):
             assert sorted(path.name for path in tmp_path.iterdir()) == ["alive.lease", "notes.txt"]
@@ -278,8 +277,6 @@ class TestErrors:
         (tmp_path / "leases").touch()
         with pytest.raises(StoreError, match=r"cannot keep leases in .* - expected a folder .*: mend its"):
             Leases(tmp_path / "leases", "one")
-
-    def test_a_read_only_folder(self, tmp_path: Path) -> None:
         tmp_path.chmod(0o500)
         folder = Path("/sys") if os.geteuid() == 0 else tmp_path  # root may write to any folder of a disk
         with pytest.raises(StoreError, match=r"\((Permission denied|Read-only file system)\)"):
@@ -287,32 +284,24 @@ class TestErrors:
 
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
     def test_a_full_disk_leaves_no_half_a_lease(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        open_file = Path.open
-
         def open_full(path: Path, mode: str) -> IO[bytes]:
-            if mode != "xb":
-                return open_file(path, mode)
+            assert mode == "xb"
             path.touch()
-            return open_file(Path("/dev/full"), "wb")
+            return open("/dev/full", "wb")  # noqa: PTH123
 
         with Leases(tmp_path, "one") as leases:
-            monkeypatch.setattr(Path, "open", open_full)
-            with pytest.raises(StoreError, match="No space left on device"):
+            with monkeypatch.context() as patch, pytest.raises(StoreError, match="No space left on device"):
+                patch.setattr(Path, "open", open_full)
                 leases.acquire("a")
             assert leases.held == set() and list(tmp_path.iterdir()) == []
 
     def test_a_hiccup_is_forgiven_a_long_one_is_not(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        failures = []
-
-        def fail(*_: object) -> None:
-            failures.append(1)
-            raise OSError(errno.EIO, "Input/output error")
-
+        fail = mock.Mock(side_effect=OSError(errno.EIO, "Input/output error"))
         with Leases(tmp_path, "one", HEARTBEAT, 1.0) as leases:
             assert leases.acquire("a")
             with monkeypatch.context() as patch:
                 patch.setattr(os, "utime", fail)
-                wait_until(lambda: len(failures) >= 2)
+                wait_until(lambda: fail.call_count >= 2)
                 wait_until(lambda: leases.held == set())
             # The file is still there and its own: the next heartbeat that succeeds makes it held again.
             wait_until(lambda: leases.held == {"a"})
@@ -353,29 +342,25 @@ class TestRankAndWorld:
         for name in (name for pair in RANK_VARIABLES for name in pair):
             monkeypatch.delenv(name, raising=False)
 
-    def test_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_none_and_several(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert rank_and_world() is None
         monkeypatch.setenv("SLURM_NTASKS", "8")  # as in a shell of salloc
         assert rank_and_world() is None
+        for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("SLURM_PROCID", "5"), ("SLURM_NTASKS", "9")):
+            monkeypatch.setenv(name, value)
+        assert rank_and_world() == (1, 2)  # torchrun goes first
 
     @pytest.mark.parametrize("pair", RANK_VARIABLES)
     def test_every_launcher(self, pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(pair[0], "3")
         monkeypatch.setenv(pair[1], "8")
         assert rank_and_world() == (3, 8)
-        for value in ("8", "-1", "1.5", "three", "\u00b2"):
-            monkeypatch.setenv(pair[0], value)
-            with pytest.raises(UsageError, match=f"{pair[0]} is '{value}' - expected a whole number from 0 to 7"):
-                rank_and_world()
-        for value in ("0", "-1", "many"):
-            monkeypatch.setenv(pair[1], value)
-            with pytest.raises(UsageError, match=f"{pair[1]} is '{value}' - expected a whole number from 1"):
-                rank_and_world()
+        ranks, worlds = ("8", "-1", "1.5", "three", "\u00b2"), ("0", "-1", "many")
+        for name, values, words in ((pair[0], ranks, "from 0 to 7"), (pair[1], worlds, "from 1")):
+            for value in values:
+                monkeypatch.setenv(name, value)
+                with pytest.raises(UsageError, match=f"{name} is '{value}' - expected a whole number {words}"):
+                    rank_and_world()
         monkeypatch.setenv(pair[0], "0")
         monkeypatch.setenv(pair[1], "1")
         assert rank_and_world() is None
-
-    def test_torchrun_goes_first(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("SLURM_PROCID", "5"), ("SLURM_NTASKS", "9")):
-            monkeypatch.setenv(name, value)
-        assert rank_and_world() == (1, 2)

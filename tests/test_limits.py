@@ -23,12 +23,10 @@ SAMPLINGS = [Sampling(fps=2), Sampling(frames=4), Sampling(times_seconds=(1.0,))
 
 def refusal(decoder: Decoder, path: Path, limits: Limits, sampling: Sampling = SAMPLINGS[0]) -> str:
     """Return the message of a file that is refused before anything is had of it."""
-    got: list[object] = []
     before = clips.child_processes()
     with pytest.raises(DecodeError) as caught:
-        got.extend(decoder(path, DecodeOptions(sampling, limits=limits)))
+        next(iter(decoder(path, DecodeOptions(sampling, limits=limits))))
     assert caught.value.status == "over_limit"
-    assert not got
     assert clips.child_processes() == before
     return str(caught.value)
 
@@ -61,10 +59,8 @@ class TestLimits:
         path = clips.make_clip(tmp_path / "a.mp4", seconds=3)
         for sampling in SAMPLINGS:
             words = refusal(decoder, path, Limits(max_duration_seconds=2.9), sampling)
-            assert words.startswith(f"{path} promises ")
-            assert words.endswith(
-                " hours of video - expected at most 0.000805556; if you trust it raise --max-hours"
-            )
+            too_long = "hours of video - expected at most 0.000805556; if you trust it raise --max-hours"
+            assert words.startswith(f"{path} promises ") and words.endswith(too_long)
         path = clips.make_clip_with_sound(tmp_path / "a.mp4", seconds=1, sound_seconds=4)
         assert "--max-hours" in refusal(decoder, path, Limits(max_duration_seconds=3))
 
@@ -88,10 +84,6 @@ def test_limits_that_let_nothing_in() -> None:
         Limits(max_duration_seconds=float("nan"))
 
 
-SDP = (
-    "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\n"
-    "m=video {port} RTP/AVP/TCP 96\na=rtpmap:96 H264/90000\n"
-)
 DASH = """<?xml version="1.0"?>
 <MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" mediaPresentationDuration="PT2S" minBufferTime="PT1S"
  profiles="urn:mpeg:dash:profile:isoff-on-demand:2011"><Period>
@@ -104,7 +96,8 @@ PLAYLISTS = {
     "hls": "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{target}\n#EXT-X-ENDLIST\n",
     "hls of playlists": "#EXTM3U\n#EXT-X-STREAM-INF:BANDWIDTH=1000\n{target}\n",
     "dash": DASH,
-    "sdp": SDP,
+    "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\n"
+    "m=video {port} RTP/AVP/TCP 96\na=rtpmap:96 H264/90000\n",
 }
 TARGETS = ("{name}", "{path}", "file:{path}", "http://127.0.0.1:{port}/a.ts", "tcp://127.0.0.1:{port}")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import math
 import os
-import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -31,144 +30,9 @@ from svb.extract.plan import plan_videos
 from svb.retrieve.model.query_media import _within
 
 FRAGMENTS = ("-movflags", "frag_keyframe+empty_moov+default_base_moof", "-g", "10")
-SDR = "scale=out_color_matrix=bt709:out_range=tv,format=yuv444p,setparams=color_primaries=bt709:color_trc=bt709"
-
-
-def make_clip_with_colours(path: Path, primaries: int, transfer: int, matrix: int) -> Path:
-    """Write a clip whose container, unlike its bitstream, names colours: any numbers, as some phones do."""
-    plain = clips.make_clip(path.with_name(f"plain-{path.name}"), seconds=0.3)
-    names = ("-color_primaries", "bt709", "-color_trc", "bt709", "-colorspace", "bt709", "-movflags", "write_colr")
-    clips.run_ffmpeg("-i", f"file:{plain}", "-c", "copy", *names, f"file:{path}")
-    data = bytearray(path.read_bytes())
-    at = data.index(b"colrnclx") + 8
-    for number, value in enumerate((primaries, transfer, matrix)):
-        data[at + 2 * number : at + 2 * number + 2] = value.to_bytes(2, "big")
-    path.write_bytes(data)
-    return plain
-
-
-@each_decoder
-class TestColours:
-    @pytest.mark.parametrize("colours", [(3, 3, 6), (3, 1, 2), (1, 0, 2), (2, 2, 3), (2, 2, 13), (12, 17, 255)])
-    def test_numbers_that_mean_nothing(
-        self, decoder: Decoder, colours: tuple[int, int, int], tmp_path: Path
-    ) -> None:
-        plain = make_clip_with_colours(tmp_path / "a.mp4", *colours)
-        decoded = run(decoder, tmp_path / "a.mp4", EVERY_FRAME)
-        assert decoded.end == DecodeEnd("ok")
-        # 6 and unknown are both BT.601, the matrix of the clip that names none.
-        np.testing.assert_array_equal(decoded.frames, run(decoder, plain, EVERY_FRAME).frames)
-
-    @pytest.mark.slow  # swscale takes seconds to prepare
-    @pytest.mark.parametrize("transfer", ["smpte2084", "arib-std-b67"])
-    def test_hdr_is_mapped(self, decoder: Decoder, transfer: str, tmp_path: Path) -> None:
-        # Eight greys and colours of SDR, put into HDR by zscale, which no decoder here uses.
-        to_hdr = (
-            f"{SDR}:colorspace=bt709:range=tv,zscale=t=linear:npl=203,format=gbrpf32le,"
-            f"zscale=p=bt2020:t={transfer}:m=bt2020nc:r=tv:npl=203,format=yuv420p10le"
-        )
-        path = clips.make_clip(
-            tmp_path / "a.mkv",
-            source="smptebars",
-            seconds=0.3,
-            filters=to_hdr,
-            codec=("-c:v", "ffv1"),
-            extra=("-color_primaries", "bt2020", "-color_trc", transfer, "-colorspace", "bt2020nc"),
-        )
-        sdr = clips.make_clip(tmp_path / "sdr.mkv", source="smptebars", seconds=0.3, codec=("-c:v", "ffv1"))
-        decoded, expected = (run(decoder, file, Sampling(frames=1)) for file in (path, sdr))
-        assert decoded.end == DecodeEnd("ok", f"HDR ({transfer}) was mapped to SDR")
-        # Not the same numbers, as the two standards differ in how bright white is; the same picture.
-        ours, theirs = (item.frames.reshape(-1).astype(float) for item in (decoded, expected))
-        assert np.corrcoef(ours, theirs)[0, 1] > 0.95
-
-
-@each_decoder
-class TestStreams:
-    def make(self, path: Path, sizes: list[str], seconds: list[float], *options: str) -> Path:
-        sources = [
-            f"testsrc2=size={size}:rate=10:duration={length}" for size, length in zip(sizes, seconds, strict=True)
-        ]
-        inputs = [argument for source in sources for argument in ("-f", "lavfi", "-i", source)]
-        maps = [argument for number in range(len(sources)) for argument in ("-map", str(number))]
-        clips.run_ffmpeg(*inputs, *maps, *clips.X264, *options, f"file:{path}")
-        return path
-
-    @pytest.mark.parametrize(
-        ("name", "sizes", "seconds", "options", "expected"),
-        [
-            # A phone's still before its clip, small and large.
-            ("a.mp4", ["64x48", "160x120"], [0.1, 2.0], (), (160, 2, 20)),
-            ("a.mp4", ["320x240", "160x120"], [0.1, 2.0], (), (160, 2, 20)),
-            # A small proxy before the film, which has the default flag or more pixels.
-            ("a.mkv", ["64x48", "160x120"], [1.0, 2.0], ("-disposition:v:0", "0"), (160, 2, 20)),
-            (
-                "a.mkv",
-                ["160x120", "64x48"],
-                [2.0, 1.0],
-                ("-disposition:v:0", "0", "-disposition:v:1", "default"),
-                (64, 2, 10),
-            ),
-            (
-                "a.mkv",
-                ["160x120", "64x48"],
-                [2.0, 1.0],
-                ("-disposition:v:0", "default", "-disposition:v:1", "0"),
-                (160, 1, 20),
-            ),
-            ("a.ts", ["64x48", "160x120", "160x120"], [1.0, 1.0, 2.0], (), (160, 2, 10)),
-        ],
-    )
-    def test_the_one_that_ffmpeg_takes(
-        self,
-        decoder: Decoder,
-        name: str,
-        sizes: list[str],
-        seconds: list[float],
-        options: tuple[str, ...],
-        expected: tuple[int, int, int],
-        tmp_path: Path,
-    ) -> None:
-        path = self.make(tmp_path / name, sizes, seconds, *options)
-        width, place, num_frames = expected
-        for sampling, count in ((EVERY_FRAME, num_frames), (Sampling(frames=4), 4)):
-            decoded = run(decoder, path, sampling)
-            assert decoded.properties.width_px == width
-            assert decoded.end == DecodeEnd("ok", f"used video stream {place} of {len(sizes)}")
-            assert len(decoded.times_seconds) == count
-
-
-@each_decoder
-class TestContainerCrop:
-    # Left, top, right and bottom, of 64x48.
-    @pytest.mark.parametrize("crop", [(0, 8, 0, 8), (4, 0, 12, 0), (3, 5, 0, 0), (0, 0, 7, 1)])
-    @pytest.mark.parametrize("resize_px", [None, 20])
-    def test_it_is_not_shown(
-        self, decoder: Decoder, crop: tuple[int, int, int, int], resize_px: int | None, tmp_path: Path
-    ) -> None:
-        left, top, right, bottom = crop
-        names = ("-color_primaries", "bt709", "-color_trc", "bt709", "-colorspace", "bt709", "-color_range", "tv")
-        path = clips.make_clip(
-            tmp_path / "a.mkv", seconds=0.3, codec=("-c:v", "ffv1", "-pix_fmt", "yuv444p"), extra=names
-        )
-        data = bytearray(path.read_bytes())
-        # What the container says of colours makes room for the crop; a Void element fills the rest.
-        at = data.index(b"\x55\xb0")
-        size = 3 + (data[at + 2] & 0x7F)
-        sides = zip((b"\x54\xcc", b"\x54\xbb", b"\x54\xdd", b"\x54\xaa"), crop, strict=True)
-        elements = b"".join(name + b"\x81" + bytes([pixels]) for name, pixels in sides if pixels)
-        rest = size - len(elements) - 2
-        assert rest >= 0
-        data[at : at + size] = elements + b"\xec" + bytes([0x80 | rest]) + bytes(rest)
-        expected = tmp_path / "expected.mkv"
-        cut = f"crop={64 - left - right}:{48 - top - bottom}:{left}:{top}:exact=1"
-        unknown = "setparams=color_primaries=unknown:color_trc=unknown:colorspace=unknown"
-        clips.run_ffmpeg("-i", f"file:{path}", "-vf", f"{cut},{unknown}", "-c:v", "ffv1", f"file:{expected}")
-        path.write_bytes(data)
-        options = DecodeOptions(EVERY_FRAME, resize_px=resize_px)
-        ours, theirs = (run(decoder, file, options) for file in (path, expected))
-        assert (ours.properties.width_px, ours.properties.height_px) == (64 - left - right, 48 - top - bottom)
-        np.testing.assert_array_equal(ours.frames, theirs.frames)
+NAMED_BT709 = ("-color_primaries", "bt709", "-color_trc", "bt709", "-colorspace", "bt709")
+VORBIS = ("-f", "lavfi", "-i", "sine=duration=2", "-c:a", "libvorbis")
+FFV1 = ("-c:v", "ffv1", "-pix_fmt", "yuv444p")
 
 
 def plain_times(path: Path) -> list[float]:
@@ -182,15 +46,131 @@ def join(path: Path, *parts: Path) -> Path:
     return path
 
 
+def make_greys(folder: Path, name: str, *greys: int, **options: object) -> list[Path]:
+    """Write clips of 20 frames, each of a grey of its own."""
+    sources = {grey: f"color=c=0x{grey:02x}{grey:02x}{grey:02x}" for grey in greys}
+    return [
+        clips.make_clip(folder / f"{grey}-{name}", source=source, **options) for grey, source in sources.items()
+    ]
+
+
+def put_element(data: bytearray, at: int, size: int, element: bytes) -> None:
+    """Put an element of Matroska in the place of others; a Void element fills the rest."""
+    rest = size - len(element) - 2
+    assert rest >= 0
+    data[at : at + size] = element + b"\xec" + bytes([0x80 | rest]) + bytes(rest)
+
+
+@each_decoder
+class TestColours:
+    @pytest.mark.parametrize("colours", [(3, 3, 6), (3, 1, 2), (1, 0, 2), (2, 2, 3), (2, 2, 13), (12, 17, 255)])
+    def test_numbers_that_mean_nothing(
+        self, decoder: Decoder, colours: tuple[int, int, int], tmp_path: Path
+    ) -> None:
+        """The container, unlike the bitstream, names colours: any numbers, as some phones do."""
+        plain, path = clips.make_clip(tmp_path / "plain.mp4", seconds=0.3), tmp_path / "a.mp4"
+        copy = ("-c", "copy", *NAMED_BT709, "-movflags", "write_colr")
+        clips.run_ffmpeg("-i", f"file:{plain}", *copy, f"file:{path}")
+        data = bytearray(path.read_bytes())
+        at = data.index(b"colrnclx") + 8
+        data[at : at + 6] = struct.pack(">3H", *colours)
+        path.write_bytes(data)
+        decoded = run(decoder, path, EVERY_FRAME)
+        assert decoded.end == DecodeEnd("ok")
+        # 6 and unknown are both BT.601, the matrix of the clip that names none.
+        np.testing.assert_array_equal(decoded.frames, run(decoder, plain, EVERY_FRAME).frames)
+
+    @pytest.mark.slow  # swscale takes seconds to prepare
+    @pytest.mark.parametrize("transfer", ["smpte2084", "arib-std-b67"])
+    def test_hdr_is_mapped(self, decoder: Decoder, transfer: str, tmp_path: Path) -> None:
+        # Eight greys and colours of SDR, put into HDR by zscale, which no decoder here uses.
+        to_hdr = (
+            "scale=out_color_matrix=bt709:out_range=tv,format=yuv444p,"
+            "setparams=color_primaries=bt709:color_trc=bt709:colorspace=bt709:range=tv,"
+            f"zscale=t=linear:npl=203,format=gbrpf32le,"
+            f"zscale=p=bt2020:t={transfer}:m=bt2020nc:r=tv:npl=203,format=yuv420p10le"
+        )
+        named = ("-color_primaries", "bt2020", "-color_trc", transfer, "-colorspace", "bt2020nc")
+        bars = {"source": "smptebars", "seconds": 0.3, "codec": ("-c:v", "ffv1")}
+        path = clips.make_clip(tmp_path / "a.mkv", filters=to_hdr, extra=named, **bars)
+        sdr = clips.make_clip(tmp_path / "sdr.mkv", **bars)
+        decoded, expected = (run(decoder, file, Sampling(frames=1)) for file in (path, sdr))
+        assert decoded.end == DecodeEnd("ok", f"HDR ({transfer}) was mapped to SDR")
+        # Not the same numbers, as the two standards differ in how bright white is; the same picture.
+        ours, theirs = (item.frames.reshape(-1).astype(float) for item in (decoded, expected))
+        assert np.corrcoef(ours, theirs)[0, 1] > 0.95
+
+
+@each_decoder
+@pytest.mark.parametrize(
+    ("name", "streams", "flagged", "expected"),
+    [
+        # A phone's still before its clip, small and large.
+        ("a.mp4", [("64x48", 0.1), ("160x120", 2)], None, (160, 2, 20)),
+        ("a.mp4", [("320x240", 0.1), ("160x120", 2)], None, (160, 2, 20)),
+        # A small proxy before the film, which has the default flag or more pixels.
+        ("a.mkv", [("64x48", 1), ("160x120", 2)], -1, (160, 2, 20)),
+        ("a.mkv", [("160x120", 2), ("64x48", 1)], 1, (64, 2, 10)),
+        ("a.mkv", [("160x120", 2), ("64x48", 1)], 0, (160, 1, 20)),
+        ("a.ts", [("64x48", 1), ("160x120", 1), ("160x120", 2)], None, (160, 2, 10)),
+    ],
+)
+def test_of_several_streams_the_one_that_ffmpeg_takes(
+    decoder: Decoder,
+    name: str,
+    streams: list[tuple[str, float]],
+    flagged: int | None,
+    expected: tuple[int, int, int],
+    tmp_path: Path,
+) -> None:
+    inputs, output = [], list(clips.X264)
+    for number, (size, seconds) in enumerate(streams):
+        inputs += ["-f", "lavfi", "-i", f"testsrc2=size={size}:rate=10:duration={seconds}"]
+        output += ["-map", str(number)]
+        if flagged is not None:
+            output += [f"-disposition:v:{number}", "default" if number == flagged else "0"]
+    clips.run_ffmpeg(*inputs, *output, f"file:{tmp_path / name}")
+    width, place, num_frames = expected
+    for sampling, count in ((EVERY_FRAME, num_frames), (Sampling(frames=4), 4)):
+        decoded = run(decoder, tmp_path / name, sampling)
+        assert decoded.properties.width_px == width
+        assert decoded.end == DecodeEnd("ok", f"used video stream {place} of {len(streams)}")
+        assert len(decoded.times_seconds) == count
+
+
+@each_decoder
+@pytest.mark.parametrize(
+    ("crop", "resize_px"),  # left, top, right and bottom, of 64x48
+    [((0, 8, 0, 8), None), ((4, 0, 12, 0), 20), ((3, 5, 0, 0), None), ((0, 0, 7, 1), None), ((3, 5, 0, 0), 20)],
+)
+def test_what_the_container_crops_is_not_shown(
+    decoder: Decoder, crop: tuple[int, int, int, int], resize_px: int | None, tmp_path: Path
+) -> None:
+    left, top, right, bottom = crop
+    named = (*NAMED_BT709, "-color_range", "tv")
+    path = clips.make_clip(tmp_path / "a.mkv", seconds=0.3, codec=FFV1, extra=named)
+    data, expected = bytearray(path.read_bytes()), tmp_path / "expected.mkv"
+    # What the container says of colours makes room for the crop.
+    at = data.index(b"\x55\xb0")
+    sides = zip((b"\x54\xcc", b"\x54\xbb", b"\x54\xdd", b"\x54\xaa"), crop, strict=True)
+    elements = b"".join(name + b"\x81" + bytes([pixels]) for name, pixels in sides if pixels)
+    put_element(data, at, 3 + (data[at + 2] & 0x7F), elements)
+    cut = f"crop={64 - left - right}:{48 - top - bottom}:{left}:{top}:exact=1"
+    unknown = "setparams=color_primaries=unknown:color_trc=unknown:colorspace=unknown"
+    clips.run_ffmpeg("-i", f"file:{path}", "-vf", f"{cut},{unknown}", "-c:v", "ffv1", f"file:{expected}")
+    path.write_bytes(data)
+    ours, theirs = (
+        run(decoder, file, DecodeOptions(EVERY_FRAME, resize_px=resize_px)) for file in (path, expected)
+    )
+    assert (ours.properties.width_px, ours.properties.height_px) == (64 - left - right, 48 - top - bottom)
+    np.testing.assert_array_equal(ours.frames, theirs.frames)
+
+
 @each_decoder
 class TestClocks:
     def test_joined_transport_streams(self, decoder: Decoder, tmp_path: Path) -> None:
         # Each part has a grey of its own and a clock of its own.
-        parts = [
-            clips.make_clip(tmp_path / f"{grey}.ts", source=f"color=c=0x{grey}{grey}{grey}", extra=("-g", "10"))
-            for grey in ("20", "60", "a0", "e0")
-        ]
-        path = join(tmp_path / "a.ts", *parts)
+        path = join(tmp_path / "a.ts", *make_greys(tmp_path, "a.ts", 0x20, 0x60, 0xA0, 0xE0, extra=("-g", "10")))
         raw = plain_times(path)
         assert len(raw) == 80 and max(raw) < 4
         greys = np.repeat([0x20, 0x60, 0xA0, 0xE0], 20)
@@ -204,21 +184,19 @@ class TestClocks:
         for sampling in (Sampling(frames=8), Sampling(times_seconds=tuple(raw[0] + np.arange(8) + 0.5))):
             decoded = run(decoder, path, sampling)
             np.testing.assert_allclose(decoded.frames.mean(axis=(1, 2, 3)), greys[5::10], atol=3)
-
-    def test_one_that_was_not_joined_keeps_its_duration(self, decoder: Decoder, tmp_path: Path) -> None:
-        for name in ("a.ts", "a.mkv", "a.mp4"):
-            path = clips.make_clip(tmp_path / name)
-            assert run(decoder, path, EVERY_FRAME).end == DecodeEnd("ok")
+        # One that was not joined keeps its duration.
+        for name in ("b.ts", "b.mkv", "b.mp4"):
+            assert run(decoder, clips.make_clip(tmp_path / name), EVERY_FRAME).end == DecodeEnd("ok")
 
     def test_fragments_of_a_clock_that_began_long_ago(self, decoder: Decoder, tmp_path: Path) -> None:
         path = clips.make_clip(tmp_path / "a.mp4", extra=FRAGMENTS)
         data = bytearray(path.read_bytes())
-        scale = struct.unpack(">I", data[(at := data.index(b"mdhd") + 16) : at + 4])[0]
+        (scale,) = struct.unpack_from(">I", data, data.index(b"mdhd") + 16)
         at = -1
         while (at := data.find(b"tfdt", at + 1)) >= 0:
             assert data[at + 4] == 1  # 64 bits
-            (began,) = struct.unpack(">Q", data[at + 8 : at + 16])
-            data[at + 8 : at + 16] = struct.pack(">Q", began + 50 * 3600 * scale)
+            (began,) = struct.unpack_from(">Q", data, at + 8)
+            struct.pack_into(">Q", data, at + 8, began + 50 * 3600 * scale)
         path.write_bytes(data)
         decoded = run(decoder, path, EVERY_FRAME)
         assert decoded.end == DecodeEnd("ok")
@@ -230,32 +208,29 @@ class TestClocks:
     def test_a_cut_file_whose_sound_lies_last(self, decoder: Decoder, tmp_path: Path) -> None:
         path = tmp_path / "a.mp4"
         clips.make_clip_with_sound(tmp_path / "src.mkv", seconds=5, sound_seconds=5)
-        packets: dict[str, list[av.Packet]] = {"video": [], "audio": []}
         options = {"movflags": "faststart", "max_interleave_delta": "1"}
         with av.open(str(tmp_path / "src.mkv")) as source, av.open(str(path), "w", options=options) as out:
             made = {stream.index: out.add_stream_from_template(stream) for stream in source.streams}
-            for packet in source.demux():
-                if packet.size:
-                    packets[packet.stream.type].append(packet)
-            for packet in packets["video"] + packets["audio"]:
+            packets = sorted(
+                (p for p in source.demux() if p.size), key=lambda packet: packet.stream.type == "audio"
+            )
+            num_sound_bytes = sum(packet.size for packet in packets if packet.stream.type == "audio")
+            for packet in packets:
                 packet.stream = made[packet.stream.index]
                 out.mux(packet)
-        num_sound_bytes = sum(packet.size for packet in packets["audio"])
         path.write_bytes(path.read_bytes()[: -num_sound_bytes // 2])
         num_frames = clips.count_frames(path)
         assert num_frames >= 49
         assert len(run(decoder, path, EVERY_FRAME).times_seconds) == num_frames
 
-
-@each_decoder
-def test_an_index_that_a_live_stream_repeats(decoder: Decoder, tmp_path: Path) -> None:
-    path = clips.make_clip(tmp_path / "a.mp4", extra=FRAGMENTS)
-    data = path.read_bytes()
-    first = data.index(b"moof") - 4
-    second = data.index(b"moof", first + 8) - 4
-    path.write_bytes(data[:second] + data[:first] + data[second:])
-    decoded = run(decoder, path, EVERY_FRAME)
-    assert decoded.end == DecodeEnd("ok") and len(decoded.times_seconds) == clips.count_frames(path) == 20
+    def test_an_index_that_a_live_stream_repeats(self, decoder: Decoder, tmp_path: Path) -> None:
+        path = clips.make_clip(tmp_path / "a.mp4", extra=FRAGMENTS)
+        data = path.read_bytes()
+        first = data.index(b"moof") - 4
+        second = data.index(b"moof", first + 8) - 4
+        path.write_bytes(data[:second] + data[:first] + data[second:])
+        decoded = run(decoder, path, EVERY_FRAME)
+        assert decoded.end == DecodeEnd("ok") and len(decoded.times_seconds) == clips.count_frames(path) == 20
 
 
 @each_decoder
@@ -272,10 +247,7 @@ def test_other_joined_files(
     decoder: Decoder, name: str, codec: tuple[str, ...], is_whole: bool, tmp_path: Path
 ) -> None:
     """They are read whole, or the record says what was not read."""
-    parts = [
-        clips.make_clip(tmp_path / f"{grey}-{name}", source=f"color=c=0x{grey}{grey}{grey}", codec=codec)
-        for grey in ("20", "a0")
-    ]
+    parts = make_greys(tmp_path, name, 0x20, 0xA0, codec=codec)
     assert [clips.count_frames(part) for part in parts] == [20, 20]
     decoded = run(decoder, join(tmp_path / name, *parts), EVERY_FRAME)
     greys = decoded.frames.mean(axis=(1, 2, 3))
@@ -289,10 +261,7 @@ def test_other_joined_files(
         assert len(greys) < 40
 
 
-VORBIS = ("-f", "lavfi", "-i", "sine=duration=2", "-c:a", "libvorbis")
-
-
-def make_ogg_parts(folder: Path, codec: str, sound: tuple[str, ...] = ()) -> list[Path]:
+def make_ogg_parts(folder: Path, codec: str = "libtheora", sound: tuple[str, ...] = ()) -> list[Path]:
     """Write three clips of 20 frames; the second one is larger."""
     parts = []
     for number, size in enumerate(("64x48", "96x64", "64x48")):
@@ -308,18 +277,17 @@ class TestOgg:
         parts = make_ogg_parts(tmp_path, codec, sound)
         assert [clips.count_frames(part) for part in parts] == [20, 20, 20]
         path = join(tmp_path / "a.ogv", *parts)
-        alone = [run(decoder, part, DecodeOptions(EVERY_FRAME, resize_px=16)) for part in parts[::2]]
-        whole = run(decoder, path, DecodeOptions(EVERY_FRAME, resize_px=16))
+        every = DecodeOptions(EVERY_FRAME, resize_px=16)
+        first, whole, last = (run(decoder, file, every) for file in (parts[0], path, parts[2]))
         assert whole.end == DecodeEnd("ok", duration_seconds=pytest.approx(6, abs=0.2))
         np.testing.assert_allclose(whole.times_seconds, np.arange(60) / 10, atol=0.01)
-        np.testing.assert_array_equal(whole.frames[:20], alone[0].frames)
-        np.testing.assert_array_equal(whole.frames[40:], alone[1].frames)
+        np.testing.assert_array_equal(whole.frames[:20], first.frames)
+        np.testing.assert_array_equal(whole.frames[40:], last.frames)
         eight = run(decoder, path, DecodeOptions(Sampling(frames=8), resize_px=16, fast=bool(sound)))
         np.testing.assert_allclose(eight.times_seconds, (np.arange(8) + 0.5) * 6 / 8, atol=0.2)
 
     def test_a_cut(self, decoder: Decoder, tmp_path: Path) -> None:
-        parts = make_ogg_parts(tmp_path, "libtheora")
-        path, whole = tmp_path / "a.ogv", [part.read_bytes() for part in parts]
+        path, whole = tmp_path / "a.ogv", [part.read_bytes() for part in make_ogg_parts(tmp_path)]
         for number in range(3):
             cut = [data[: len(data) * 2 // 3] if n == number else data for n, data in enumerate(whole)]
             (tmp_path / "cut.ogv").write_bytes(cut[number])
@@ -333,15 +301,14 @@ class TestOgg:
                 decoded = run(decoder, file, EVERY_FRAME)
                 assert len(decoded.times_seconds) == count
                 assert (decoded.end.status, decoded.end.cause) == ("partial", "truncated")
-                assert re.fullmatch(rf"decoded {(count - 1) / 10:.1f} s; {where}", decoded.end.error)
+                assert decoded.end.error == f"decoded {(count - 1) / 10:.1f} s; {where}"
         (tmp_path / "cut.ogv").write_bytes(whole[0] + b"Og")  # within a page's first bytes
         assert run(decoder, tmp_path / "cut.ogv", EVERY_FRAME).end.error.endswith("; the file is cut")
 
     def test_a_part_that_gives_nothing(self, decoder: Decoder, tmp_path: Path) -> None:
-        parts = make_ogg_parts(tmp_path, "libtheora")
-        sound = tmp_path / "sound.ogg"
-        clips.run_ffmpeg("-f", "lavfi", "-i", "sine=duration=2", "-c:a", "libvorbis", f"file:{sound}")
-        decoded = run(decoder, join(tmp_path / "a.ogv", parts[0], sound, parts[2]), EVERY_FRAME)
+        first, _, last = make_ogg_parts(tmp_path)
+        sound = clips.draw(tmp_path / "sound.ogg", *VORBIS)
+        decoded = run(decoder, join(tmp_path / "a.ogv", first, sound, last), EVERY_FRAME)
         assert (decoded.end.status, decoded.end.cause) == ("partial", "concealed_errors")
         assert len(decoded.times_seconds) == 40
 
@@ -361,7 +328,7 @@ def test_an_ogg_of_false_beginnings_is_given_up(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_both_decoders_take_the_same_frames_of_a_joined_ogg(sampling: Sampling, tmp_path: Path) -> None:
-    path = join(tmp_path / "a.ogv", *make_ogg_parts(tmp_path, "libtheora"))
+    path = join(tmp_path / "a.ogv", *make_ogg_parts(tmp_path))
     ours, theirs = (run(decoder, path, DecodeOptions(sampling, resize_px=16)) for decoder in DECODERS.values())
     np.testing.assert_allclose(ours.times_seconds, theirs.times_seconds, atol=1e-9)
     np.testing.assert_array_equal(ours.frames, theirs.frames)
@@ -375,17 +342,11 @@ def test_a_picture_that_stays_to_the_end_is_no_loss(tmp_path: Path) -> None:
 
 def make_hidden_frames(path: Path) -> Path:
     """Write VP8 with frames that are never shown: others refer to them."""
-    source = (
-        "-f",
-        "lavfi",
-        "-i",
-        "testsrc2=size=64x48:rate=25:duration=4",
-        "-passlogfile",
-        str(path.with_suffix(".log")),
-    )
+    source = ("-f", "lavfi", "-i", "testsrc2=size=64x48:rate=25:duration=4")
     codec = ("-c:v", "libvpx", "-auto-alt-ref", "1", "-lag-in-frames", "25", "-arnr-maxframes", "7", "-g", "999")
+    log = ("-b:v", "100k", "-passlogfile", str(path.with_suffix(".log")))
     for number in ("1", "2"):
-        clips.run_ffmpeg(*source, *codec, "-b:v", "100k", "-pass", number, f"file:{path}")
+        clips.run_ffmpeg(*source, *codec, *log, "-pass", number, f"file:{path}")
     return path
 
 
@@ -401,10 +362,8 @@ def make_tuned_in(path: Path) -> Path:
 @pytest.mark.parametrize(
     ("name", "make"),
     [
-        ("a.webm", make_hidden_frames),
-        ("a.ts", make_tuned_in),
-        ("b.ts", field_coded.write),
-        ("b.mkv", field_coded.write),
+        *(("a.webm", make_hidden_frames), ("a.ts", make_tuned_in)),
+        *(("b.ts", field_coded.write), ("b.mkv", field_coded.write)),
     ],
 )
 def test_packets_are_no_frames(
@@ -424,19 +383,18 @@ def test_packets_are_no_frames(
     np.testing.assert_array_equal(run(decoder, path, Sampling(frames=8)).frames, decoded.frames)
 
 
+def refuse(*_: object, **__: object) -> NoReturn:
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
 @each_decoder
 class TestRefused:
     def test_without_permission(self, decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = clips.make_clip(tmp_path / "a.mp4", seconds=0.3)
-
-        def refuse(*_: object, **__: object) -> NoReturn:
-            raise PermissionError(errno.EACCES, "Permission denied")
-
         with monkeypatch.context() as patch:  # root may read everything
-            patch.setattr(Path, "open", refuse)
-            assert failure(decoder, path) == "no_permission"
-            patch.setattr(Path, "stat", refuse)
-            assert failure(decoder, path) == "no_permission"
+            for name in ("open", "stat"):
+                patch.setattr(Path, name, refuse)
+                assert failure(decoder, path) == "no_permission"
         assert run(decoder, path, EVERY_FRAME).end == DecodeEnd("ok")
 
     def test_a_name_that_is_too_long(self, decoder: Decoder, tmp_path: Path) -> None:
@@ -444,21 +402,17 @@ class TestRefused:
 
     def test_encrypted(self, decoder: Decoder, tmp_path: Path) -> None:
         key = ("-encryption_scheme", "cenc-aes-ctr", "-encryption_key", "76a6c65c5ea762046bd749a2e632ccbb")
-        path = clips.make_clip(
-            tmp_path / "a.mp4", extra=(*key, "-encryption_kid", "a7e61c373e219033c21091fa607bf3b8")
-        )
-        assert failure(decoder, path) == "encrypted"
+        key_id = ("-encryption_kid", "a7e61c373e219033c21091fa607bf3b8")
+        assert failure(decoder, clips.make_clip(tmp_path / "a.mp4", extra=(*key, *key_id))) == "encrypted"
 
     def test_encrypted_matroska(self, decoder: Decoder, tmp_path: Path) -> None:
         path = clips.make_clip(tmp_path / "a.mkv", extra=("-metadata:s:v", "title=" + "x" * 60))
         data = bytearray(path.read_bytes())
-        # The title makes room for ContentEncodings; a Void element fills the rest.
-        at = data.index(b"\x53\x6e\xbc" + b"x" * 60)
+        # The title makes room for ContentEncodings.
         encryption = b"\x50\x35\x80"
         encoding = b"\x62\x40" + bytes([0x80 | 4 + len(encryption)]) + b"\x50\x33\x81\x01" + encryption
         element = b"\x6d\x80" + bytes([0x80 | len(encoding)]) + encoding
-        rest = 63 - len(element) - 2
-        data[at : at + 63] = element + b"\xec" + bytes([0x80 | rest]) + bytes(rest)
+        put_element(data, data.index(b"\x53\x6e\xbc" + b"x" * 60), 63, element)
         assert run(decoder, path, EVERY_FRAME).end == DecodeEnd("ok")
         path.write_bytes(data)
         assert failure(decoder, path) == "encrypted"
@@ -476,28 +430,19 @@ class TestRefused:
 def test_a_file_is_tried_again_when_it_may_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = clips.make_clip(tmp_path / "a.mp4", seconds=0.3)
     found = path.stat()
-    record = VideoRecord(
-        **{"video_id": "a", "source_path": str(path), "size_bytes": found.st_size, "mtime_ns": found.st_mtime_ns},
-        **{"content_hash": "", "duration_seconds": math.nan, "frame_rate": math.nan, "width_px": 0, "height_px": 0},
-        **{"rotation_degrees": 0, "codec": "", "decoder": "pyav", "status": "no_permission", "error": "no"},
-    )
+    of_file = ("a", str(path), found.st_size, found.st_mtime_ns, "")
+    record = VideoRecord(*of_file, math.nan, math.nan, 0, 0, 0, "", "pyav", "no_permission", "no")
     for may_read in (False, True):  # root may read everything
         monkeypatch.setattr(os, "access", lambda *_, may_read=may_read: may_read)
         assert bool(plan_videos([path], {"a": record}).todo) == may_read
 
 
 def test_a_part_between_two_frames_is_the_frame_shown_then() -> None:
-    frames = np.arange(3, dtype=np.uint8).reshape(3, 1, 1, 1).repeat(3, axis=3)
+    frames, times = np.zeros((3, 1, 1, 3), np.uint8), np.array([0.0, 10.0, 100.0])
     for size in (1, 3):
-        times = np.array([0.0, 10.0, 100.0])
         chunks = [FrameChunk(frames[at : at + size], times[at : at + size]) for at in range(0, 3, size)]
-        for span, expected in (
-            ((20.0, 99.0), 10.0),
-            ((1.0, 2.0), 0.0),
-            ((101.0, 102.0), 100.0),
-            ((10.0, 11.0), 10.0),
-        ):
-            (chunk,) = _within(iter(chunks), span)
-            assert chunk.frame_times_seconds.tolist() == [expected]
+        for begin, end, shown in ((20, 99, 10), (1, 2, 0), (101, 102, 100), (10, 11, 10)):
+            (chunk,) = _within(iter(chunks), (begin, end))
+            assert chunk.frame_times_seconds.tolist() == [shown]
     late = FrameChunk(frames[:1], np.array([5.0]))
     assert [chunk.frame_times_seconds.tolist() for chunk in _within([late], (1.0, 2.0))] == [[5.0]]

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import synthetic
@@ -55,6 +56,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     # Each step's loss is interrupted in one process, between forward and backward.
     "interrupted": {"learn_support_temperature": True, "memory_bank": 9},
 }
+MEETING = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
 # What a softmax cancels has a gradient of rounding alone, and Adam makes steps of it as long as any other.
 CANCELLED = ("in_proj_bias", "query_key_value.bias")
 
@@ -63,9 +65,6 @@ CANCELLED = ("in_proj_bias", "query_key_value.bias")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
     folder = tmp_path_factory.mktemp("task")
     return synthetic.make_task(folder, num_train=30, num_val=6, feature_size=10, text_size=8)
-
-
-Runs = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +85,8 @@ def together(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
                 train_together.train_all(plan, Processes())
             return out
         (out / "plan.json").write_text(json.dumps({**plan, "interrupted": ["interrupted"]}))
-        command = [sys.executable, str(DRIVER), str(out / "plan.json")]
-        common = {**os.environ, "WORLD_SIZE": str(world)}
-        started = [subprocess.Popen(command, env={**common, "RANK": str(rank)}) for rank in range(world)]
+        command, place = [sys.executable, DRIVER, out / "plan.json"], {**os.environ, "WORLD_SIZE": str(world)}
+        started = [subprocess.Popen(command, env={**place, "RANK": str(rank)}) for rank in range(world)]
         try:
             assert [process.wait(600) for process in started] == [0] * world
         finally:
@@ -97,11 +95,6 @@ def together(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
         return out
 
     return runs_of
-
-
-def torchrun(world: int, *arguments: object) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-    return [*launcher, *map(str, arguments)]
 
 
 def assert_same(one: Path, many: Path, *, parameters: float, metrics: float, but: tuple[str, ...] = ()) -> None:
@@ -148,14 +141,6 @@ def test_a_gather_carries_the_gradients_of_all_processes(world: int, together: C
         assert covered == list(range(total))
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
-def test_shares_are_the_batch_in_order_and_nearly_equal(world: int) -> None:
-    for total in (7, 8, 15, 16):
-        shares = [list(range(total))[Processes(rank, world).share(total)] for rank in range(world)]
-        assert [row for share in shares for row in share] == list(range(total))
-        assert max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
 @pytest.mark.parametrize(
     ("missing", "device", "words"),
     [
@@ -166,10 +151,9 @@ def test_shares_are_the_batch_in_order_and_nearly_equal(world: int) -> None:
 def test_processes_that_cannot_be_joined(
     monkeypatch: pytest.MonkeyPatch, missing: str, device: str, words: str
 ) -> None:
-    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
-        if name != missing:
-            monkeypatch.setenv(name, value)
-    monkeypatch.delenv(missing or "unset", raising=False)
+    for name, value in MEETING.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(missing, raising=False)
     with pytest.raises(UsageError, match=words), joined_processes(device):
         pass
 
@@ -179,21 +163,19 @@ def test_each_process_takes_the_gpu_of_its_number_among_those_it_sees(
     monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     """Four processes a machine of which each is shown two GPUs; torch.cuda and NCCL are mocked."""
-    for name, value in {"WORLD_SIZE": "4", "RANK": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+    for name, value in {**MEETING, "WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "3"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    started: list[tuple[Any, ...]] = []
-    for name, answer in {"is_available": True, "device_count": 2}.items():
-        monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: started.append(("current", device)))
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: started.append((backend, options)))
-    for name, answer in {"get_rank": 3, "get_world_size": 4, "destroy_process_group": None}.items():
-        monkeypatch.setattr(dist, name, lambda answer=answer: answer)
+    for name, answer in {"is_available": True, "device_count": 2, "set_device": None}.items():
+        monkeypatch.setattr(torch.cuda, name, mock.Mock(return_value=answer))
+    answers = {"get_rank": 3, "get_world_size": 4, "init_process_group": None, "destroy_process_group": None}
+    for name, answer in answers.items():
+        monkeypatch.setattr(dist, name, mock.Mock(return_value=answer))
     with joined_processes(device) as (joined, own):
         assert (joined, own) == (Processes(3, 4), "cuda:1")
+    torch.cuda.set_device.assert_called_once_with("cuda:1")
     # Evaluating and saving, for which the others wait, may take longer than NCCL's ten minutes.
     options = {"timeout": timedelta(hours=24), "device_id": torch.device("cuda:1")}
-    assert started == [("current", "cuda:1"), ("nccl", options)]
+    dist.init_process_group.assert_called_once_with("nccl", **options)
 
 
 def test_the_gradient_that_autograd_gives_is_not_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,17 +200,12 @@ def test_the_gradient_that_autograd_gives_is_not_written_to(monkeypatch: pytest.
 def test_a_failed_exchange_is_not_always_the_others_fault(
     monkeypatch: pytest.MonkeyPatch, error: RuntimeError, kind: type[Exception], words: str
 ) -> None:
-    def fail() -> None:
-        raise error
-
-    monkeypatch.setattr(dist, "barrier", fail)
+    monkeypatch.setattr(dist, "barrier", mock.Mock(side_effect=error))
     with pytest.raises(kind, match=words):
         Processes(0, 2).wait()
 
 
-def test_a_batch_smaller_than_the_processes_is_refused(
-    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_smaller_than_the_processes_is_refused(task: Task, tmp_path: Path) -> None:
     with (
         train_together.as_one_of(Processes(0, 16)),
         pytest.raises(UsageError, match=r"batches of 15 captions for 16 processes - .* start fewer processes"),
@@ -240,7 +217,10 @@ def test_a_batch_smaller_than_the_processes_is_refused(
 def svb_train(task: Task, out: Path, *options: object) -> list[str]:
     sizes = {"embedding-size": 8, "decoder-size": 8, "batch-size": 15, "evaluate-every": 1000}
     small = ["--rebuild", "tokens", *(part for name, size in sizes.items() for part in (f"--{name}", size))]
-    return torchrun(2, "-m", "svb", "train", *task, "-o", out, "--device", "cpu", *small, *options)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m"]
+    return [
+        str(part) for part in (*launcher, "svb", "train", *task, "-o", out, "--device", "cpu", *small, *options)
+    ]
 
 
 def run_to_its_end(command: list[str]) -> subprocess.CompletedProcess[str]:

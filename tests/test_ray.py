@@ -77,24 +77,18 @@ def run(videos: Path, out: Path, backbone: str, ray: str | None = None, **option
     return extract([videos], out, ExtractConfig((backbone,), ray=ray, **settings), on_progress=on_progress)
 
 
-def content(out: Path) -> dict[str, tuple[bytes, bytes]]:
-    """Return every usable video's features and times, to the byte."""
-    store = FeatureStore(out)
-    loaded = store.load(store.backbones[0])
-    spans = zip(loaded.video_ids, loaded.offsets[:-1], loaded.offsets[1:], strict=True)
-    return {
-        video_id: (loaded.features[begin:end].tobytes(), loaded.times_seconds[begin:end].tobytes())
-        for video_id, begin, end in spans
-    }
-
-
-def statuses(out: Path) -> dict[str, str]:
-    return {video_id: record.status for video_id, record in FeatureStore(out).records.items()}
+def content(out: Path) -> dict[str, tuple[str, list[bytes]]]:
+    """Return every video's status, and its features and times to the byte."""
+    store, found = FeatureStore(out), {}
+    for video_id, record in store.records.items():
+        rows = store.rows_of(video_id).values()
+        parts = [part.tobytes() for held in rows for part in (held.features, held.times_seconds)]
+        found[video_id] = record.status, parts
+    return found
 
 
 def assert_same(out: Path, alone: Path) -> None:
     assert content(out) == content(alone)
-    assert statuses(out) == statuses(alone)
     assert verify_store(out) == []
     recorded = [record.video_id for shard in FeatureStore(out).shards for record in shard.records]
     assert sorted(recorded) == sorted(set(recorded)), "recorded twice"
@@ -155,55 +149,50 @@ def kill(mark: str) -> Iterator[Callable[[str, int], None]]:
 def power_off(cluster: Any, node: Any) -> None:
     """Kill a node of a simulated cluster at once; Ray's own way lets its workers live for some seconds."""
     (raylet,) = node.all_processes["raylet"]
-    workers = [
-        int(child)
-        for task in Path(f"/proc/{raylet.process.pid}/task").iterdir()
-        for child in (task / "children").read_text().split()
-    ]
+    tasks = Path(f"/proc/{raylet.process.pid}/task").iterdir()
+    workers = [int(child) for task in tasks for child in (task / "children").read_text().split()]
     cluster.remove_node(node, allow_graceful=False)
     for process in workers:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in Linux's /proc")
-class TestOnTwoNodes:
-    @pytest.fixture
-    def cluster(self, mark: str) -> Iterator[Any]:
-        from ray.cluster_utils import Cluster
+@contextlib.contextmanager
+def running_cluster(mark: str, num_cpus: int) -> Iterator[Any]:
+    from ray.cluster_utils import Cluster
 
-        cluster = started(mark, lambda: Cluster(initialize_head=True, head_node_args={"num_cpus": 1}))
-        started(mark, lambda: cluster.add_node(num_cpus=1))
+    cluster = started(mark, lambda: Cluster(initialize_head=True, head_node_args={"num_cpus": num_cpus}))
+    try:
         yield cluster
+    finally:
         cluster.shutdown()
 
-    def test_a_node_that_dies_halfway(
-        self, videos: Path, alone: Path, backbone: str, tmp_path: Path, cluster: Any, mark: str
-    ) -> None:
-        messages = heard()
-        done: list[int] = []
 
-        def watch(progress: ExtractProgress) -> None:
-            done.append(progress.videos_done)
-            actors, loading = (processes(mark, f"ray::BackboneActor{what}") for what in ("", ".open"))
-            if progress.videos_done >= 4 and len(actors) == 2 and not loading and cluster.worker_nodes:
-                power_off(cluster, next(iter(cluster.worker_nodes)))
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in Linux's /proc")
+def test_a_node_that_dies_halfway(videos: Path, alone: Path, backbone: str, tmp_path: Path, mark: str) -> None:
+    messages = heard()
+    done: list[int] = []
 
+    def watch(progress: ExtractProgress) -> None:
+        done.append(progress.videos_done)
+        actors, loading = (processes(mark, f"ray::BackboneActor{what}") for what in ("", ".open"))
+        if progress.videos_done >= 4 and len(actors) == 2 and not loading and cluster.worker_nodes:
+            power_off(cluster, next(iter(cluster.worker_nodes)))
+
+    with running_cluster(mark, 1) as cluster:
+        started(mark, lambda: cluster.add_node(num_cpus=1))
         run(videos, tmp_path / "out", backbone, cluster.address, on_progress=watch)
         assert messages[0] == "Ray: backbone actors: 2 (one a node), decoders: 2 (one a CPU)"
         assert not cluster.worker_nodes and done[-1] == 30
-        # Whether its actor had videos just then is chance; an actor that surely has some is killed below.
-        assert_same(tmp_path / "out", alone)
+    # Whether its actor had videos just then is chance; an actor that surely has some is killed below.
+    assert_same(tmp_path / "out", alone)
 
 
 @pytest.fixture(scope="module")
 def address(mark: str) -> Iterator[str]:
-    from ray.cluster_utils import Cluster
-
-    cluster = started(mark, lambda: Cluster(initialize_head=True, head_node_args={"num_cpus": 2}))
-    yield cluster.address
-    cluster.shutdown()
+    with running_cluster(mark, 2) as cluster:
+        yield cluster.address
 
 
 @pytest.mark.slow
@@ -217,21 +206,24 @@ class TestProcessesThatDie:
         failed = [record for record in FeatureStore(out).records.values() if record.status == "decoder_crash"]
         assert [record.error for record in failed] == ["the decoder's process died with exit code -9"]
         run(videos, out, backbone, address, retry_failed="decoder_crash")
-        assert content(out) == content(alone)
+        assert_same(out, alone)
 
-    def test_a_decode_task_costs_none(
-        self, videos: Path, alone: Path, backbone: str, tmp_path: Path, address: str, kill: Any
-    ) -> None:
-        kill("ray::decode", 2)
-        assert_same(run(videos, tmp_path / "out", backbone, address), alone)
-
-    def test_a_backbone_actor_costs_none(
-        self, videos: Path, alone: Path, backbone: str, tmp_path: Path, address: str, kill: Any
+    @pytest.mark.parametrize(("words", "times"), [("ray::decode", 2), ("ray::BackboneActor.run", 1)])
+    def test_a_decode_task_or_a_backbone_actor_costs_none(
+        self,
+        words: str,
+        times: int,
+        videos: Path,
+        alone: Path,
+        backbone: str,
+        tmp_path: Path,
+        address: str,
+        kill: Any,
     ) -> None:
         messages = heard()
-        kill("ray::BackboneActor.run")
+        kill(words, times)
         out = run(videos, tmp_path / "out", backbone, address)
-        assert any("was lost" in message for message in messages)
+        assert any("was lost" in message for message in messages) or words == "ray::decode"
         assert_same(out, alone)
 
     def test_a_video_whose_task_always_dies_is_given_up(
@@ -278,7 +270,7 @@ def test_what_is_whole_is_kept_when_the_driver_is_told_to_stop(
     with pytest.raises(Interrupted, match=r"interrupted - .* run the same command again to go on") as caught:
         run(videos, tmp_path / "out", backbone, address, on_progress=stop)
     assert caught.value.exit_code == 75
-    assert 4 <= len(statuses(tmp_path / "out")) < 30
+    assert 4 <= len(content(tmp_path / "out")) < 30
     assert_same(run(videos, tmp_path / "out", backbone), alone)
 
 
@@ -293,7 +285,7 @@ def test_a_file_that_only_the_driver_sees_is_not_recorded(
             run(Path(f"/proc/self/fd/{folder}/00.mp4"), tmp_path / "out", backbone, address)
     finally:
         os.close(folder)
-    assert statuses(tmp_path / "out") == {}
+    assert content(tmp_path / "out") == {}
 
 
 class TestMistakes:
@@ -330,6 +322,7 @@ class TestMistakes:
             ({"rank": 0, "world_size": 2}, "got a rank and a Ray cluster, which shares the work out itself"),
             ({"device": "cuda:1"}, "device 'cuda:1' on a Ray cluster - expected auto, cpu or cuda"),
             ({"hwaccel": "cuda", "decoder": "ffmpeg"}, "hardware decoder 'cuda' on a Ray cluster"),
+            ({"workers": 2}, "got --workers 2 and --ray, which decodes on all CPUs - leave out --workers"),
         ],
     )
     def test_options_that_mean_nothing_there(
@@ -337,12 +330,6 @@ class TestMistakes:
     ) -> None:
         with pytest.raises(UsageError, match=words):
             run(clips_folder, tmp_path / "out", "timm:test_resnet", "auto", **options)
-
-    def test_workers_are_the_clusters(self, clips_folder: Path, tmp_path: Path, run_svb: RunSvb) -> None:
-        ran = run_svb("extract", clips_folder, "-o", tmp_path / "out", "--ray", "auto", "--workers", 2)
-        assert (ran.exit_code, ran.stderr.splitlines()[-1]) == (
-            *(2, "svb: got --workers 2 and --ray, which decodes on all CPUs - leave out --workers"),
-        )
 
 
 @pytest.mark.parametrize("error", ["CUDA error: an illegal memory access", "out of memory", "cannot compute"])
