@@ -62,6 +62,16 @@ def features(out: Path, backbone: str = FRAMES) -> dict[str, NDArray[np.float16]
     return {v: loaded.features[begin:end] for v, (begin, end) in zip(loaded.video_ids, spans, strict=True)}
 
 
+def contents(out: Path) -> dict[str, tuple[object, ...]]:
+    """Return of every file of a store how it ended, its hash, and the bytes of its features and times."""
+    store, found = FeatureStore(out), {}
+    for video_id, record in store.records.items():
+        rows = store.rows_of(video_id).values()
+        parts = [part.tobytes() for held in rows for part in (held.features, held.times_seconds)]
+        found[record.source_path] = record.status, record.error, record.content_hash, parts
+    return found
+
+
 def assert_same_bytes(out: Path, other: Path, *backbones: str) -> None:
     for backbone in backbones or (FRAMES,):
         one, two = (

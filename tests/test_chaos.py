@@ -18,6 +18,7 @@ from pathlib import Path
 import clips
 import h5py
 import pytest
+from extraction import contents
 
 from svb.data.feature_store import FeatureStore, verify_store
 
@@ -97,27 +98,13 @@ def videos_in(shards: dict[str, bytes], out: Path) -> Counter[str]:
     return found
 
 
-def content(out: Path) -> dict[str, tuple[object, ...]]:
-    """Return of every video how it ended and the bytes of its rows of both backbones."""
-    store = FeatureStore(out)
-    rows = {name: store.load(name) for name in ("toy:frames", "toy:clips")}
-    found: dict[str, tuple[object, ...]] = {
-        video_id: (record.status, record.error, record.content_hash) for video_id, record in store.records.items()
-    }
-    for loaded in rows.values():
-        for video_id, begin, end in zip(loaded.video_ids, loaded.offsets[:-1], loaded.offsets[1:], strict=True):
-            span = slice(begin, end)
-            found[video_id] += (loaded.features[span].tobytes(), loaded.times_seconds[span].tobytes())
-    return found
-
-
 def assert_ends_as_undisturbed(server: Server, videos: Path, out: Path, undisturbed: Path) -> None:
     for folder in (out, undisturbed):
         server.start(videos, folder)
         assert server.wait() == 0
     assert verify_store(out) == []
-    assert content(out) == content(undisturbed)
-    assert sorted(content(out)) == sorted(path.stem for path in videos.iterdir())
+    assert contents(out) == contents(undisturbed)
+    assert sorted(contents(out)) == sorted(map(str, videos.iterdir()))
     # Every video stands once in the store: nothing was done twice, and nothing that was merged is left.
     assert set(videos_in(published(out), out).values()) == {1}
     assert not list(out.rglob(".aside-*"))
@@ -149,15 +136,15 @@ def test_fifty_kills_and_the_same_bytes(videos: Path, servers: list[Server], tmp
     assert set(videos_in(seen, out)) == set(records) and NUM_KILLS <= len(records) < NUM_VIDEOS
     assert {record.status for record in records.values()} <= {"ok", "unreadable"}
 
-    known = content(out)
+    known = contents(out)
     for number in range(NUM_KILLS_IN_COMPACTION):
         (late / f"{number:03}.mp4").rename(videos / f"late-{number:03}.mp4")  # else there is nothing to do
         server.start(videos, out, change_in_compaction=chance.randrange(1, 20))
         assert [server.read(), server.read()] == ["compacting", "waiting"]
         assert server.kill()
         assert verify_store(out) == []
-        assert known.items() <= content(out).items()
-        known = content(out)
+        assert known.items() <= contents(out).items()
+        known = contents(out)
         assert len(known) == NUM_VIDEOS - NUM_KILLS_IN_COMPACTION + number
     (late / f"{NUM_KILLS_IN_COMPACTION:03}.mp4").rename(videos / "last.mp4")
     assert_ends_as_undisturbed(server, videos, out, tmp_path / "undisturbed")

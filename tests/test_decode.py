@@ -117,16 +117,10 @@ ZOO = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not clips.VIDEO_ZOO.is_dir(), reason=f"no real footage: {clips.VIDEO_ZOO} is missing")
-@pytest.mark.parametrize(
-    ("name", "sampling"),
-    [
-        pytest.param(name, kind, marks=() if kind in ("frames", "times") else pytest.mark.slow)
-        for name in ZOO
-        for kind in SAMPLINGS
-        if kind != "every"
-    ],
-)
+@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("sampling", [kind for kind in SAMPLINGS if kind != "every"])
 def test_decoders_agree_on_real_footage(name: str, sampling: str) -> None:
     decoded = assert_same(clips.VIDEO_ZOO / name, SAMPLINGS[sampling])
     assert decoded.end.status == ("partial" if name == "corrupted.mp4" else "ok")

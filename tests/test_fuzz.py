@@ -17,12 +17,11 @@ from typing import Any
 
 import fuzz_corpus
 import pytest
+from extraction import contents, run
 
 from svb.data.feature_store import FeatureStore, verify_store
 from svb.data.rows import FAILURES, USABLE, VideoRecord
 from svb.data.text import storable_text
-from svb.extract.config import ExtractConfig
-from svb.extract.run import extract
 
 pytestmark = [
     pytest.mark.slow,
@@ -103,16 +102,6 @@ def assert_is_recorded(out: Path, videos: Iterable[Path]) -> Counter[str]:
     return statuses
 
 
-def contents(out: Path) -> dict[str, tuple[str, list[bytes]]]:
-    """Return of every file of a store how it ended, and its rows' bytes."""
-    store, found = FeatureStore(out), {}
-    for path, record in records_by_path(out).items():
-        rows = store.rows_of(record.video_id).values()
-        parts = [part.tobytes() for held in rows for part in (held.features, held.times_seconds)]
-        found[path] = record.status, parts
-    return found
-
-
 def good(corpus: Iterable[Path]) -> list[Path]:
     return [path for path in corpus if "-good-" in path.name]
 
@@ -153,10 +142,10 @@ def test_good_files_among_them_are_what_they_are_alone(
     among = contents(extracted[0])
     assert len(good(corpus)) > 15
     for path in good(corpus):
-        config = ExtractConfig(BACKBONES, precision="float32", engine="torch", workers=1, batch_size=4)
-        out = extract([path], tmp_path / path.name, config)
+        run(path, tmp_path / path.name, *BACKBONES)
+        assert verify_store(tmp_path / path.name) == []
         assert among[str(path)][0] == "ok"
-        assert contents(out) == {str(path): among[str(path)]}
+        assert contents(tmp_path / path.name) == {str(path): among[str(path)]}
 
 
 def test_neighbours_leave_every_file_alone(

@@ -191,20 +191,14 @@ class TestOneProcess:
             assert not (tmp_path / "a.lease").exists() and one.held == set()
             assert two.acquire("a") and not one.acquire("a")
 
-    def test_the_heartbeat_keeps_a_lease(self, tmp_path: Path) -> None:
+    def test_the_heartbeat_keeps_a_lease_and_closing_leaves_nothing(self, tmp_path: Path) -> None:
         with Leases(tmp_path, "one", HEARTBEAT, STALE) as one, Leases(tmp_path, "two", HEARTBEAT, STALE) as two:
             assert one.acquire("a")
             date_back(tmp_path, "a", 100)
             wait_until(lambda: time.time() - (tmp_path / "a.lease").stat().st_mtime < STALE)
             assert not two.acquire("a") and one.held == {"a"}
-
-    def test_closing_leaves_nothing(self, tmp_path: Path) -> None:
-        leases = Leases(tmp_path, "one", HEARTBEAT, STALE)
-        assert leases.acquire("a") and leases.acquire("b")
-        leases.release("b")
-        leases.close()
-        leases.close()
-        assert leases.held == set() and list(tmp_path.iterdir()) == []
+            one.close()
+        assert one.held == set() and list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize("seconds", [100, -100])
     def test_age_is_by_the_disk_s_clock(

@@ -22,6 +22,7 @@ import pytest
 import timm
 import torch
 from conftest import RunSvb
+from extraction import contents
 from messages import heard
 
 from svb.data.feature_store import FeatureStore, verify_store
@@ -77,18 +78,8 @@ def run(videos: Path, out: Path, backbone: str, ray: str | None = None, **option
     return extract([videos], out, ExtractConfig((backbone,), ray=ray, **settings), on_progress=on_progress)
 
 
-def content(out: Path) -> dict[str, tuple[str, list[bytes]]]:
-    """Return every video's status, and its features and times to the byte."""
-    store, found = FeatureStore(out), {}
-    for video_id, record in store.records.items():
-        rows = store.rows_of(video_id).values()
-        parts = [part.tobytes() for held in rows for part in (held.features, held.times_seconds)]
-        found[video_id] = record.status, parts
-    return found
-
-
 def assert_same(out: Path, alone: Path) -> None:
-    assert content(out) == content(alone)
+    assert contents(out) == contents(alone)
     assert verify_store(out) == []
     recorded = [record.video_id for shard in FeatureStore(out).shards for record in shard.records]
     assert sorted(recorded) == sorted(set(recorded)), "recorded twice"
@@ -270,7 +261,7 @@ def test_what_is_whole_is_kept_when_the_driver_is_told_to_stop(
     with pytest.raises(Interrupted, match=r"interrupted - .* run the same command again to go on") as caught:
         run(videos, tmp_path / "out", backbone, address, on_progress=stop)
     assert caught.value.exit_code == 75
-    assert 4 <= len(content(tmp_path / "out")) < 30
+    assert 4 <= len(contents(tmp_path / "out")) < 30
     assert_same(run(videos, tmp_path / "out", backbone), alone)
 
 
@@ -285,7 +276,7 @@ def test_a_file_that_only_the_driver_sees_is_not_recorded(
             run(Path(f"/proc/self/fd/{folder}/00.mp4"), tmp_path / "out", backbone, address)
     finally:
         os.close(folder)
-    assert content(tmp_path / "out") == {}
+    assert contents(tmp_path / "out") == {}
 
 
 class TestMistakes:

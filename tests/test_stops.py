@@ -32,6 +32,7 @@ from extraction import CLIPS, FRAMES, assert_same_bytes, features, num_extracted
 from messages import heard
 
 from svb.data.feature_store import FeatureStore, verify_store
+from svb.data.feature_store_writer import FeatureStoreWriter
 from svb.errors import StoreError, SvbError
 from svb.extract import run as run_module
 from svb.extract.backbones.backbone import Backbone
@@ -148,6 +149,15 @@ class TestDisks:
         monkeypatch.setattr(fcntl, "flock", refuse)
         with pytest.raises(StoreError, match=r"refuses locks \(No locks available\) .* mount it with locks"):
             run(clips_folder, tmp_path / "out")
+
+    def test_two_extractions_at_once(self, folder: Path, out: Path) -> None:
+        clips.make_clip(folder / "new.mp4", seconds=0.3)
+        settings = FeatureStore(out).settings
+        with FeatureStoreWriter(out, settings, {}), pytest.raises(StoreError, match="another process is writing"):
+            run(folder, out)
+        with FeatureStoreWriter(out, settings, {}, shared=True):
+            run(folder, out, rank=0, world_size=2)  # those that share let each other in
+        assert len(statuses(out)) == 5
 
 
 @pytest.mark.usefixtures("spawned_workers")
