@@ -431,7 +431,7 @@ class TestCommand:
     def test_samplings(
         self, options: tuple[str, ...], settings: object, clips_folder: Path, tmp_path: Path, run_svb: RunSvb
     ) -> None:
-        arguments = (*options, "-o", tmp_path / "out", "--backbone", FRAMES, "--workers", 1)
+        arguments = (*options, "-o", tmp_path / "out", "--backbone", FRAMES, "--workers", 1, "--engine", "torch")
         ran = run_svb("extract", clips_folder / "a.mp4", *arguments)
         assert ran.exit_code == 0, ran.stderr
         store = FeatureStore(tmp_path / "out")
@@ -441,7 +441,7 @@ class TestCommand:
     def test_frames_scaled_by_the_decoder_are_nearly_those_of_the_device(
         self, clips_folder: Path, toy_store: Path, tmp_path: Path, run_svb: RunSvb
     ) -> None:
-        common = ("--backbone", FRAMES, "--precision", "float32", "--workers", 1)
+        common = ("--backbone", FRAMES, "--precision", "float32", "--workers", 1, "--engine", "torch")
         for name, option in (("decoder", ("--resize", "decoder")), ("fast", ("--fast-decode",))):
             assert run_svb("extract", clips_folder, "-o", tmp_path / name, *common, *option).exit_code == 0
         scaled = features(tmp_path / "decoder")
