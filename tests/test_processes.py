@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -70,12 +71,10 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Task:
 @pytest.fixture(scope="module")
 def together(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], Path]:
     """Return the folder of the runs of all configs that so many processes made with a dtype."""
-    made: dict[tuple[int, str], Path] = {}
 
+    @functools.cache
     def runs_of(world: int, dtype: str) -> Path:
-        if (world, dtype) in made:
-            return made[world, dtype]
-        made[world, dtype] = out = tmp_path_factory.mktemp(f"{world}-{dtype}")
+        out = tmp_path_factory.mktemp(f"{world}-{dtype}")
         configs = {name: dataclasses.asdict(tiny(**COMMON, **options)) for name, options in CONFIGS.items()}
         plan: dict[str, Any] = {"store": str(task[0]), "captions": str(task[1]), "out": str(out)}
         plan |= {"configs": configs, "dtype": dtype}

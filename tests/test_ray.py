@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -104,37 +105,29 @@ def processes(mark: str, words: str) -> list[int]:
     """Return the processes of these tests whose command line has these words."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
+        with contextlib.suppress(OSError, UnicodeDecodeError):  # it is gone, or another user's
             if words in (folder / "cmdline").read_text() and mark in (folder / "environ").read_text():
                 found.append(int(folder.name))
-        except (OSError, UnicodeDecodeError):  # it is gone, or another user's
-            continue
     return sorted(found)
 
 
 @pytest.fixture
 def kill(mark: str) -> Iterator[Callable[[str, int], None]]:
     """Return `kill(words, times)`: it kills processes with these words, each as soon as there is one."""
-    threads: list[threading.Thread] = []
     ended = threading.Event()
 
-    def start(words: str, times: int = 1) -> None:
-        def watch() -> None:
-            killed: set[int] = set()
-            while len(killed) < times and not ended.is_set():
-                for process in processes(mark, words):
-                    if process not in killed and len(killed) < times:
-                        os.kill(process, signal.SIGKILL)
-                        killed.add(process)
-                time.sleep(0.05)
+    def watch(words: str, times: int = 1) -> None:
+        killed: set[int] = set()
+        while len(killed) < times and not ended.is_set():
+            for process in sorted({*processes(mark, words)} - killed):
+                if len(killed) < times:
+                    os.kill(process, signal.SIGKILL)
+                    killed.add(process)
+            time.sleep(0.05)
 
-        threads.append(threading.Thread(target=watch))
-        threads[-1].start()
-
-    yield start
-    ended.set()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor() as executor:
+        yield functools.partial(executor.submit, watch)
+        ended.set()
 
 
 def power_off(cluster: Any, node: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -13,7 +14,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -50,14 +50,13 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def whole_runs(task: Task, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return the run of a kind that nothing interrupted, saved once, at its end; only to be read."""
-    folder, made = tmp_path_factory.mktemp("runs"), {}
+    folder = tmp_path_factory.mktemp("runs")
 
+    @functools.cache
     def whole_run(kind: str) -> Path:
-        if kind not in made:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(loop, "CHECKPOINT_SECONDS", 1e9)
-                made[kind] = train(*task, folder / str(len(made)), tiny(**KINDS[kind]))
-        return made[kind]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "CHECKPOINT_SECONDS", 1e9)
+            return train(*task, folder / kind, tiny(**KINDS[kind]))
 
     return whole_run
 
@@ -233,7 +232,7 @@ def test_an_interrupt_ends_the_step_and_saves(
 ) -> None:
     out, before = tmp_path / "run", signal.getsignal(number)
     arguments = ["train", *task, "-o", out, *arguments_of(tiny(**KINDS[kind]))]
-    act_in(monkeypatch, step, partial(interrupt, number))
+    act_in(monkeypatch, step, functools.partial(interrupt, number))
     ran = run_svb(*arguments)
     assert ran.exit_code == 130 and ran.stdout == ""
     assert ran.stderr.splitlines()[-1].startswith("svb: interrupted - ")
@@ -248,7 +247,7 @@ def test_an_interrupt_ends_the_step_and_saves(
 def test_an_interrupt_in_the_last_step_comes_too_late(
     task: Task, whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    act_in(monkeypatch, 6, partial(interrupt, signal.SIGTERM))
+    act_in(monkeypatch, 6, functools.partial(interrupt, signal.SIGTERM))
     assert contents(train(*task, tmp_path / "run", TINY)) == contents(whole_run)
 
 
@@ -266,7 +265,7 @@ def test_other_interrupts_are_not_lost(
         if moment == "evaluation":
             patch.setattr(loop, "split_metrics", interrupting)
         else:  # which stops at once
-            act_in(patch, 5, partial(interrupt, signal.SIGINT, signal.SIGTERM))
+            act_in(patch, 5, functools.partial(interrupt, signal.SIGINT, signal.SIGTERM))
         with pytest.raises(KeyboardInterrupt):
             train(*task, tmp_path / "run", TINY)
     assert place(last) == (1, 1) if moment == "evaluation" else not last.exists()
