@@ -19,6 +19,7 @@ from svb.extract.decode import decoder as decode_module
 from svb.extract.decode import ffmpeg_process, pyav_decoder
 from svb.extract.decode.choice import StretchList
 from svb.extract.decode.decoder import DecodeEnd, DecodeError, Decoder, FrameChunk
+from svb.extract.decode.ffmpeg_arguments import input_options
 from svb.extract.decode.ffmpeg_process import require_hwaccel
 from svb.extract.decode.options import DecodeOptions, resized
 from svb.extract.decode.sampling import Sampling, read_times, shown_at
@@ -293,6 +294,8 @@ class TestHardware:
         unknown = r"no hardware decoder 'abacus' - expected one of .*leave out --hwaccel, or set IMAGEIO_FFMPEG_EXE"
         with pytest.raises(UsageError, match=unknown):
             require_hwaccel("abacus")
+        options = DecodeOptions(Sampling(fps=1), decoder="ffmpeg", hwaccel="cuda")
+        assert input_options(options)["threads"] == 1  # workers share the cores
 
     def test_a_device_that_is_not_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
         known = ("Hardware acceleration methods:\ncuda\nvaapi\n\n", 0)
