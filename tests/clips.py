@@ -53,6 +53,11 @@ def make_clip(
     return draw(path, "-f", "lavfi", "-i", pattern, "-vf", filters, *codec, *extra)
 
 
+def make_odd_size_clip(path: Path) -> Path:
+    """Write a clip of 67x51: chroma planes have half a pixel too many."""
+    return make_clip(path, filters="scale=67:51", codec=("-c:v", "ffv1", "-pix_fmt", "yuv420p"))
+
+
 def make_one_frame_clip(path: Path) -> Path:
     return make_clip(path, seconds=0.1, fps=10)
 
