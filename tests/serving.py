@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import os
@@ -15,13 +16,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
+import httpx2
+import imageio_ffmpeg
 import pytest
-from starlette.testclient import TestClient
-from starlette.types import ASGIApp
 
 from svb.data.description import publish_description
+from svb.retrieve import serve
 from svb.retrieve.answer import Answer, Moment, SearchRequest, VideoResult
 from svb.retrieve.searching.results import VideoInfo
 from svb.retrieve.server import child_processes
@@ -31,15 +33,13 @@ from svb.retrieve.server.options import ServeOptions
 from svb.retrieve.server.state import ServerState
 from svb.retrieve.stored.manifest import FORMAT_VERSION, read_manifest
 
-BASE_URL = "http://localhost:8765"
-
 
 def key_of(video_id: str) -> str:
     return hashlib.sha256(video_id.encode()).hexdigest()[:16]
 
 
-def commit(folder: Path, generation: int, videos: dict[str, Path], **more: Any) -> None:
-    """Write a manifest for a fake index; the videos stand in it, where a real one names segments."""
+def commit(folder: Path, generation: int, videos: dict[str, Path]) -> None:
+    """Write a manifest for a fake index; it holds the videos, where a real one names segments."""
     manifest = {
         "format": "svb index",
         "generation": generation,
@@ -50,9 +50,16 @@ def commit(folder: Path, generation: int, videos: dict[str, Path], **more: Any) 
         "metadata": [{"columns": {"place": "text"}}],
         "captions": [],
         "held": {video_id: [str(path), *_state(path)] for video_id, path in videos.items()},
-        **more,
     }
     publish_description(folder / "manifest.json", manifest, format_version=FORMAT_VERSION)
+
+
+def _state(path: Path) -> tuple[int, int, str]:
+    """Return size, time and hash as a store holds them; only a regular file is read."""
+    if not path.exists():
+        return 1, 1, ""
+    content_hash = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    return path.stat().st_size, path.stat().st_mtime_ns, content_hash
 
 
 def make_index(folder: Path, videos: dict[str, Path]) -> Path:
@@ -81,10 +88,24 @@ def use_odd_workers(patch: pytest.MonkeyPatch, folder: Path) -> Path:
     return log
 
 
+@pytest.fixture
+def encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the log of an ffmpeg, found by its name, that logs each run and waits for a file `release`."""
+    log, ffmpeg = tmp_path / "ffmpeg.log", tmp_path / "bin" / "slow-ffmpeg"
+    ffmpeg.parent.mkdir()
+    wait = f"while [ ! -e {tmp_path}/release ]; do sleep 0.05; done"
+    ffmpeg.write_text(f'#!/bin/sh\necho run >> {log}\n{wait}\nexec {imageio_ffmpeg.get_ffmpeg_exe()} "$@"\n')
+    ffmpeg.chmod(0o755)
+    log.touch()
+    monkeypatch.setenv("PATH", f"{ffmpeg.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", ffmpeg.name)
+    return log
+
+
 class FakeSearcher:
     """Answers with all videos of its manifest, in the order of their names.
 
-    A text `slow` waits for `release`, and says by `started` that it does.
+    A search for `slow` releases `started`, and then waits for `release`.
     """
 
     release, started = threading.Event(), threading.Semaphore(0)
@@ -92,15 +113,13 @@ class FakeSearcher:
     def __init__(self, path: Path) -> None:
         self.path, self.manifest = path, read_manifest(path)
         self.generation = self.manifest["generation"]
-        held = self.manifest["held"]
-        self._ids = sorted(held)
-        self._held = held
-        self.catalog = SimpleNamespace(num_videos=len(held), video_id=self._ids.__getitem__)
+        self._held = self.manifest["held"]
+        self._ids = sorted(self._held)
+        self.catalog = SimpleNamespace(num_videos=len(self._ids), video_id=self._ids.__getitem__)
 
-    def video(self, key: str) -> Any:
-        for video_id in self._ids:
+    def video(self, key: str) -> VideoInfo | None:
+        for video_id, (path, *state) in self._held.items():
             if key_of(video_id) == key:
-                path, *state = self._held[video_id]
                 return VideoInfo(key, video_id, path, 2.0, {"place": "here"}, *state)
         return None
 
@@ -122,11 +141,12 @@ class FakeSearcher:
         return self.search(request)
 
 
-class Serving:
-    """A server around a fake index, and a client of it."""
+class Serving(NamedTuple):
+    """A server on a thread, and a client of it."""
 
-    def __init__(self, folder: Path, client: TestClient, app: ASGIApp, state: ServerState) -> None:
-        self.folder, self.client, self.app, self.state = folder, client, app, state
+    folder: Path
+    port: int
+    client: httpx2.Client
 
 
 @contextlib.contextmanager
@@ -138,42 +158,69 @@ def serving(
     open_searcher: Callable[[Any], Any] | None = None,
     **options: Any,
 ) -> Iterator[Serving]:
+    """Serve an index, a fake one unless `open_searcher` opens another."""
     cache = folder / "cache"
     cache.mkdir(exist_ok=True)
-    open_searcher = open_searcher or (lambda previous: FakeSearcher(folder))
-    state = ServerState(folder, cache, open_searcher, ServeOptions(**options))
-    access = Access(token, is_loopback=is_loopback, port=8765, public_url=state.options.public)
-    app = make_app(state, access)
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        TestClient(app, base_url=BASE_URL, follow_redirects=False) as client,
-    ):
+    state = ServerState(
+        folder, cache, open_searcher or (lambda previous: FakeSearcher(folder)), ServeOptions(**options)
+    )
+
+    def app_at(port: int) -> Any:
+        return make_app(state, Access(token, is_loopback=is_loopback, port=port, public_url=state.options.public))
+
+    with pytest.MonkeyPatch.context() as patch, on_a_thread(app_at, state.close) as port:
         # A busy machine may take longer to open a generation than a server's clients are asked to wait.
         patch.setattr("svb.retrieve.server.state.PATIENCE_SECONDS", 600)
         try:
-            yield Serving(folder, client, app, state)
+            with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=600) as client:
+                yield Serving(folder, port, client)
         finally:
             FakeSearcher.release.set()
-            assert client.portal is not None
-            client.portal.call(state.close)
 
 
-def _state(path: Path) -> tuple[int, int, str]:
-    """Return size, time and hash as they would stand in a store; what is no regular file is not read."""
-    if not path.exists():
-        return 1, 1, ""
-    content_hash = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-    return path.stat().st_size, path.stat().st_mtime_ns, content_hash
+@contextlib.contextmanager
+def on_a_thread(app_at: Callable[[int], Any], close: Callable[[], Any] | None = None) -> Iterator[int]:
+    """Serve the application of a port as `svb serve` does, on a thread; yields the port."""
+    with serve.listening("127.0.0.1", 0) as listener, pytest.MonkeyPatch.context() as patch:
+        assert listener.proto == socket.IPPROTO_TCP  # asyncio looks at it before it sets TCP_NODELAY
+        patch.setattr(serve, "LAST_SECONDS", 1)
+        port = listener.getsockname()[1]
+        server = serve.make_server(app_at(port))
+
+        async def run() -> None:
+            try:
+                await server.serve(sockets=[listener])
+            finally:
+                if close is not None:
+                    await close()
+
+        thread = threading.Thread(target=lambda: asyncio.run(run()))
+        thread.start()
+        try:
+            yield port
+        finally:
+            server.should_exit = True
+            thread.join(600)
+            assert not thread.is_alive()
+
+
+def connect(port: int) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), timeout=600)
+
+
+def raw(port: int, request: bytes) -> bytes:
+    """Send bytes as they are and return what comes until the server closes."""
+    with connect(port) as connection:
+        connection.sendall(request)
+        return b"".join(iter(lambda: connection.recv(1 << 16), b""))
 
 
 class Server:
     """A real `svb serve` in a process of its own."""
 
-    def __init__(self, index: Path, *arguments: str, env: dict[str, str] | None = None) -> None:
-        command = [sys.executable, "-m", "svb", "serve", "--index", str(index), "--port", "0", *arguments]
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **(env or {})}
-        )
+    def __init__(self, index: Path, *arguments: str, svb: tuple[str, ...] = (sys.executable, "-m", "svb")) -> None:
+        command = [*svb, "serve", "--index", str(index), "--port", "0", *arguments]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert self.process.stderr is not None
         self.greeting = self.process.stderr.readline()
         match = re.search(r"http://\S+:(\d+)", self.greeting)
@@ -201,19 +248,12 @@ class Server:
         (queue,) = re.findall(rf"{ends} \S+ \S+:(\S+)", Path("/proc/net/tcp").read_text())
         return int(queue, 16)
 
-    def raw(self, request: bytes) -> bytes:
-        """Send bytes as they are and return what comes until the server closes."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=600) as connection:
-            connection.sendall(request)
-            return b"".join(iter(lambda: connection.recv(1 << 16), b""))
-
 
 @contextlib.contextmanager
-def running(index: Path, *arguments: str, env: dict[str, str] | None = None) -> Iterator[Server]:
-    server = Server(index, *arguments, env=env)
+def running(index: Path, *arguments: str, **how: Any) -> Iterator[Server]:
+    server = Server(index, *arguments, **how)
     try:
         yield server
     finally:
-        if server.process.poll() is None:
-            server.process.kill()
+        server.process.kill()
         server.process.communicate()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import threading
 from collections.abc import Iterator, Mapping
@@ -12,19 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import uvicorn
 from clips import make_clip
 from numpy.typing import NDArray
+from serving import serving
 from watching import EVIL
 
 from svb.retrieve.indexing.index_writer import IndexWriter, writing
 from svb.retrieve.model.query_embedder import QueryEmbedder
 from svb.retrieve.search import Searcher
-from svb.retrieve.server.access import Access
-from svb.retrieve.server.app import make_app
 from svb.retrieve.server.child_processes import WorkerPool
-from svb.retrieve.server.options import ServeOptions
-from svb.retrieve.server.state import ServerState
 from svb.retrieve.stored.metadata import publish_metadata
 from svb.retrieve.stored.pools import Pool, publish_pool
 from svb.retrieve.stored.segment import Segment, StringColumn
@@ -41,7 +36,6 @@ class Shown:
 
     Attributes:
         path: Its file, which may be missing.
-        seconds: How long it lasts.
         topics: `{topic: (when, how clearly)}`.
         metadata: For the index's metadata table.
         begin: What its own clock shows at its first frame.
@@ -74,18 +68,6 @@ def make_shown(folder: Path) -> dict[str, Shown]:
     }
 
 
-def make_late_shown(folder: Path) -> dict[str, Shown]:
-    """Draw a clip that browsers play and one that they do not, whose own clocks begin late."""
-    folder.mkdir(parents=True)
-    options: Any = {"seconds": 9, "size": "160x120", "filters": "setpts=PTS+4.7/TB"}
-    plays = make_clip(folder / "late.mp4", extra=("-copyts", "-g", "10", "-movflags", "+faststart"), **options)
-    needs_preview = make_clip(folder / "late.ts", extra=("-copyts", "-g", "10"), **options)
-    return {
-        "mp4": Shown(plays, 9, {"boat": (5.5, 0.8)}, {"camera": "X100", "stars": "5"}, begin=4.7),
-        "ts": Shown(needs_preview, 9, {"gull": (5.5, 0.8)}, begin=6.1),
-    }
-
-
 def make_index(folder: Path, shown: Mapping[str, Shown], num_others: int = 40) -> Path:
     """Write an index of the videos, and of others that show nothing and are gone: what scores stand out from."""
     random = np.random.default_rng(0)
@@ -113,7 +95,12 @@ def make_index(folder: Path, shown: Mapping[str, Shown], num_others: int = 40) -
         writer.draft["moments"] = {"seconds": MOMENT_SECONDS, "stride_seconds": 1.0}
         writer.add(segment)
         writer.draft["captions"] = [publish_pool(folder, _captions())]
-        writer.draft["metadata"] = [publish_metadata(folder, _write_table(folder, shown), list(held))]
+        table = folder / "metadata.csv"
+        rows = (
+            f'"{name}",{",".join(video.metadata.values())}\n' for name, video in shown.items() if video.metadata
+        )
+        table.write_text("".join(("video_id,camera,stars\n", *rows)))
+        writer.draft["metadata"] = [publish_metadata(folder, table, list(held))]
         writer.commit()
     return folder
 
@@ -151,32 +138,8 @@ def made_up_model(slow: threading.Event) -> Iterator[None]:
 @contextlib.contextmanager
 def served(index: Path, token: str | None = None) -> Iterator[str]:
     """Yield the address of a server of the index."""
-    cache = index / "cache"
-    cache.mkdir(exist_ok=True)
-    loop_of: list[asyncio.AbstractEventLoop] = []
-
-    async def run() -> None:
-        loop_of.append(asyncio.get_running_loop())
-        state = ServerState(index, cache, lambda previous: Searcher(index, previous=previous), ServeOptions())
-        server.config.app = make_app(state, Access(token, is_loopback=True, port=port))  # type: ignore[arg-type]
-        try:
-            await server.serve(sockets=[listener])
-        finally:
-            await state.close()
-
-    config = uvicorn.Config("none", port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
-    listener = config.bind_socket()
-    listener.listen()  # whoever connects from now on is answered
-    port = listener.getsockname()[1]
-    thread = threading.Thread(target=lambda: asyncio.run(run()))
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{port}/"
-    finally:
-        server.should_exit = True
-        thread.join(600)
-        listener.close()
+    with serving(index, token=token, open_searcher=lambda previous: Searcher(index, previous=previous)) as served:
+        yield f"http://127.0.0.1:{served.port}/"
 
 
 def _moments_of(video: Shown, random: np.random.Generator) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -199,20 +162,16 @@ def _captions() -> Pool:
     return Pool("training", "training", "made up", StringColumn.of(said), videos, seconds, embeddings)
 
 
-def _write_table(folder: Path, shown: Mapping[str, Shown]) -> Path:
-    path = folder / "metadata.csv"
-    rows = [
-        f'"{name}",{video.metadata["camera"]},{video.metadata["stars"]}'
-        for name, video in shown.items()
-        if video.metadata
-    ]
-    path.write_text("\n".join(["video_id,camera,stars", *rows]) + "\n")
-    return path
-
-
 def _unit(vectors: NDArray[Any]) -> NDArray[Any]:
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
 def _state(path: Path) -> tuple[int, int]:
     return (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else (1, 1)
+
+
+if __name__ == "__main__":  # a process that is `svb`, without the model of the index
+    from svb.cli import main
+
+    with made_up_model(threading.Event()):
+        main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.requests import Request
 
 from svb.cli.client import RunningServer, running_server
 from svb.retrieve.answer import Answer, CaptionResult, Moment, SearchRequest, VideoResult
@@ -76,14 +78,16 @@ def announce(index: Path, port: int, **changes: object) -> Path:
     return index
 
 
+def ask(index: Path, request: SearchRequest | None = None) -> Answer | None:
+    """Ask the server that an index announces."""
+    server = running_server(index)
+    assert server is not None
+    return server.search(request or SearchRequest(text="a"))
+
+
 def test_a_text_is_posted_and_answered(stub: Stub, tmp_path: Path) -> None:
-    server = running_server(announce(tmp_path, stub.port, token="secret-1"))
-    assert (
-        server == RunningServer("127.0.0.1", stub.port, "secret-1")
-        and server.url == f"http://127.0.0.1:{stub.port}"
-    )
     request = SearchRequest(text="a dög", plus=("x",), k=3)
-    answer = server.search(request)
+    answer = ask(announce(tmp_path, stub.port, token="secret-1"), request)
     assert answer is not None and answer.request == request
     assert [result.video_id for result in answer.results] == ["v1", "v2"] and answer.generation == 3
     ((path, headers, body),) = stub.seen
@@ -97,84 +101,63 @@ def test_a_file_is_uploaded_as_a_form(stub: Stub, tmp_path: Path, kind: str) -> 
     file = tmp_path / 'od"d\nname.MP4'
     file.write_bytes(content)
     request = SearchRequest(**{kind: str(file)}, k=4, span_seconds=(1.0, 2.5) if kind == "video" else None)
-    server = running_server(announce(tmp_path, stub.port))
-    assert server is not None
-    answer = server.search(request)
+    answer = ask(announce(tmp_path, stub.port), request)
     assert answer is not None and answer.request == request
     ((path, headers, body),) = stub.seen
     assert path == "/api/search/file" and headers["Authorization"] is None
-    # What the server's own parser makes of it.
-    held = form_of(headers["Content-Type"], body)
-    assert json.loads(held.pop("request")[1]) == {
-        **({"span_seconds": [1.0, 2.5]} if kind == "video" else {}),
-        "k": 4,
-    }
-    assert held == {"kind": (None, kind.encode()), "file": ("query.MP4", content)}
 
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body}
 
-def form_of(content_type: str, body: bytes) -> dict[str, tuple[str | None, bytes]]:
-    import io
+    async def read() -> None:
+        """Read it as the server does."""
+        sent = [(b"content-type", headers["Content-Type"].encode())]
+        async with Request({"type": "http", "headers": sent}, receive).form() as form:
+            span = {"span_seconds": [1.0, 2.5]} if kind == "video" else {}
+            assert json.loads(form["request"]) == {**span, "k": 4} and form["kind"] == kind
+            assert set(form) == {"kind", "request", "file"}
+            assert (form["file"].filename, await form["file"].read()) == ("query.MP4", content)
 
-    from python_multipart import parse_form
-
-    held: dict[str, tuple[str | None, bytes]] = {}
-
-    def on_field(part: Any) -> None:
-        held[part.field_name.decode()] = (None, part.value)
-
-    def on_file(part: Any) -> None:
-        part.file_object.seek(0)
-        held[part.field_name.decode()] = (part.file_name.decode(), part.file_object.read())
-
-    headers = {"Content-Type": content_type.encode(), "Content-Length": str(len(body)).encode()}
-    parse_form(headers, io.BytesIO(body), on_field, on_file)
-    return held
+    asyncio.run(read())
 
 
 def test_a_refusal_or_an_answer_that_makes_no_sense_is_done_without(stub: Stub, tmp_path: Path) -> None:
-    server = running_server(announce(tmp_path, stub.port))
-    assert server is not None
+    announce(tmp_path, stub.port)
     bodies = (b"", b"{", b"[]", b"null", b'"x"', b"{}", b'{"results": 3}', b"\xff", b'{"results": [{"rank": 1}]}')
     refused = [(status, b'{"error": "no"}') for status in (400, 401, 404, 413, 415, 429, 500, 503)]
     for stub.status, stub.body in [*refused, *((200, body) for body in bodies)]:
-        assert server.search(SearchRequest(text="a")) is None
+        assert ask(tmp_path) is None
     assert len(stub.seen) == 17
 
 
-@pytest.mark.parametrize("says", [b"", b"SSH-2.0-OpenSSH_9.6\r\n", b"HTTP/1.1 200 OK\r\n\r\n"])
-def test_what_speaks_otherwise_or_hangs_up_is_done_without(tmp_path: Path, says: bytes) -> None:
+def test_nobody_there_or_what_speaks_otherwise_is_done_without(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
+        announce(tmp_path, listening.getsockname()[1])
+        for says in (b"", b"SSH-2.0-OpenSSH_9.6\r\n", b"HTTP/1.1 200 OK\r\n\r\n"):
 
-        def answer() -> None:
-            connection, _ = listening.accept()
-            with connection:
-                connection.sendall(says)
+            def answer(says: bytes = says) -> None:
+                with listening.accept()[0] as connection:
+                    connection.sendall(says)
 
-        threading.Thread(target=answer, daemon=True).start()
-        server = running_server(announce(tmp_path, listening.getsockname()[1]))
-        assert server is not None and server.search(SearchRequest(text="a")) is None
-
-
-def test_nobody_there_is_no_error(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        port = listening.getsockname()[1]
-    server = running_server(announce(tmp_path, port))
-    assert server is not None and server.search(SearchRequest(text="a")) is None
-    assert server.search(SearchRequest(image=str(tmp_path / "none.png"))) is None
+            threading.Thread(target=answer, daemon=True).start()
+            assert ask(tmp_path) is None
+    assert ask(tmp_path) is None
+    assert ask(tmp_path, SearchRequest(image=str(tmp_path / "none.png"))) is None
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
+def test_what_cannot_be_this_users_server_is_not_believed(tmp_path: Path) -> None:
+    assert running_server(tmp_path) is None
+    for changes in (
         *({"pid": pid} for pid in (2**22 + 5, 0, -1, "1", 10**30)),  # the first is past the largest of Linux
         *({"url": f"http://{host}:80"} for host in ("example.org", "127.0.0.1.example.org", "10.0.0.1")),
         *({"url": url} for url in ("https://127.0.0.1:80", "http://127.0.0.1", "http://127.0.0.1:80@example.org")),
         {"url": None},
         *({"token": token} for token in (3, "a\r\nHost: b", "ü")),
-    ],
-)
-def test_what_cannot_be_this_users_server_is_not_believed(tmp_path: Path, changes: dict[str, object]) -> None:
-    assert running_server(announce(tmp_path, 80, **changes)) is None
+    ):
+        assert running_server(announce(tmp_path, 80, **changes)) is None, changes
+    for damaged in (b"", b"{", b"[]", b"3", b"\xff", b'{"url": "http://127.0.0.1:80"}'):
+        (tmp_path / "cache" / "server.json").write_bytes(damaged)
+        assert running_server(tmp_path) is None, damaged
 
 
 def test_a_copy_of_an_index_is_not_answered_for_by_the_server_of_the_original(tmp_path: Path) -> None:
@@ -183,14 +166,6 @@ def test_a_copy_of_an_index_is_not_answered_for_by_the_server_of_the_original(tm
     assert running_server(Path(shutil.copytree(original, tmp_path / "copy"))) is None
     (tmp_path / "link").symlink_to(original)
     assert running_server(tmp_path / "link") is not None
-
-
-def test_a_damaged_announcement_is_none(tmp_path: Path) -> None:
-    assert running_server(tmp_path) is None
-    (tmp_path / "cache").mkdir()
-    for content in (b"", b"{", b"[]", b"3", b"\xff", b'{"url": "http://127.0.0.1:80"}'):
-        (tmp_path / "cache" / "server.json").write_bytes(content)
-        assert running_server(tmp_path) is None
 
 
 def test_another_loopback_address_is_this_machine(tmp_path: Path) -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import configparser
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
-import urllib.request
 from pathlib import Path
 
+import httpx2
 import pytest
 import test_search_clips
+from serving import running
 from test_search_clips import World
 
 from svb.retrieve.answer import SearchRequest
@@ -50,7 +50,9 @@ def test_the_lean_requirements_are_those_of_the_package() -> None:
 
 
 @pytest.mark.slow
-def test_a_lean_environment_searches_and_serves(world: World, tmp_path: Path) -> None:
+def test_a_lean_environment_searches_and_serves(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, environment = tmp_path / "src", tmp_path / "environment"
     ignored = shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", "__pycache__", "demo", "tests", "docs")
     shutil.copytree(ROOT, source, ignore=ignored)
@@ -77,22 +79,15 @@ def test_a_lean_environment_searches_and_serves(world: World, tmp_path: Path) ->
     assert run("--like", "clip1").returncode == 0
     refused = run("--video", world.clip(1))
     assert refused.returncode == 1 and "is not installed" in refused.stderr and "Traceback" not in refused.stderr
-    env = {**os.environ, "SVB_TOKEN": "a-token-of-some-length"}
-    command = [svb, "serve", "--host", "0.0.0.0", "--port", "0", "--index", index]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, cwd=tmp_path) as server:
-        try:
-            assert server.stderr is not None
-            match = re.search(r"http://\S+", server.stderr.readline())
-            assert match is not None
-            with urllib.request.urlopen(f"{match[0]}/healthz") as answer:
-                assert json.load(answer) == {"status": "ok"}
-            headers = {"authorization": "Bearer a-token-of-some-length", "content-type": "application/json"}
-            body = json.dumps({"text": "a picture of a fractal"}).encode()
-            with urllib.request.urlopen(urllib.request.Request(f"{match[0]}/api/search", body, headers)) as answer:
-                best = json.load(answer)["results"][0]
-            assert best["video_id"] == expected.results[0].video_id
-            poster = urllib.request.Request(f"{match[0]}/poster/{best['key']}?t=1", headers=headers)
-            with urllib.request.urlopen(poster) as answer:
-                assert answer.headers["content-type"] == "image/jpeg"
-        finally:
-            server.terminate()
+    monkeypatch.setenv("SVB_TOKEN", "a-token-of-some-length")
+    token = {"authorization": "Bearer a-token-of-some-length"}
+    with (
+        running(index, "--host", "0.0.0.0", svb=(str(svb),)) as server,
+        httpx2.Client(base_url=server.url) as client,
+    ):
+        assert client.get("/healthz").json() == {"status": "ok"}
+        answer = client.post("/api/search", json={"text": "a picture of a fractal"}, headers=token, timeout=600)
+        best = answer.json()["results"][0]
+        assert best["video_id"] == expected.results[0].video_id
+        poster = client.get(f"/poster/{best['key']}?t=1", headers=token, timeout=600)
+        assert poster.headers["content-type"] == "image/jpeg"

@@ -34,9 +34,9 @@ from svb.retrieve.server.agent_tools import MAX_RESULTS
 from svb.retrieve.stored.cues import Cue, Track, cut_into_windows, publish_speech, speech_of
 from svb.retrieve.stored.manifest import commit, read_manifest
 
-SERVER = Path(__file__).with_name("agent_server.py")
+SERVER = Path(shown.__file__)
 SCHEMA = json.loads((Path(__file__).resolve().parents[1] / "docs" / "answer.schema.json").read_text("utf-8"))
-TOKEN = "a token of some length"
+TOKEN = "a-token-of-some-length"
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +44,8 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An index with subtitles of two of its videos, and a folder of queries and a secret beside it."""
     folder = tmp_path_factory.mktemp("agents")
     out = shown.make_index(folder / "index", shown.make_shown(folder / "videos"))
-    lines = (
-        Cue("the boat leaves", 1.0, 2.5),
-        Cue("wind from the west", 12.0, 13.0),
-        Cue("<script>alert(1)</script>", 19.0, 19.5),
-    )
+    lines = [Cue("the boat leaves", 1.0, 2.5), Cue("wind from the west", 12.0, 13.0)]
+    lines.append(Cue("<script>alert(1)</script>", 19.0, 19.5))
     tracks = [
         Track("harbour/boat", "a.en.srt", "en", "sidecar", (1, 1), lines),
         Track("tall", "b.srt", "", "sidecar", (1, 1), [Cue("of another video", 1.0, 2.0)]),
@@ -56,9 +53,8 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
     windows = [cut_into_windows(track.cues) for track in tracks]
     embeddings = np.stack([shown.embed("boat")] * sum(map(len, windows))).astype(np.float16)
     entry = publish_speech(out, speech_of(tracks, embeddings, windows))
-    manifest = {
-        name: value for name, value in read_manifest(out).items() if name not in ("checksum", "format_version")
-    }
+    manifest = read_manifest(out)
+    del manifest["format_version"]
     commit(out, {**manifest, "speech": [entry]})
     (folder / "queries").mkdir()
     Image.new("RGB", (8, 8)).save(folder / "queries" / "red.png")
@@ -96,6 +92,9 @@ def pictures_of(result: mcp_types.CallToolResult) -> list[Image.Image]:
 
 def test_an_agent_searches_looks_reads_and_cuts_and_no_more(index: Path, tmp_path: Path) -> None:
     async def ask(client: Client) -> None:
+        async def use(tool: str, **arguments: Any) -> dict[str, Any]:
+            return value_of(await client.call_tool(tool, arguments))
+
         await assert_refused(client)
         assert list((tmp_path / "clips").iterdir()) == []
         assert client.instructions is not None and "video_id" in client.instructions
@@ -106,24 +105,22 @@ def test_an_agent_searches_looks_reads_and_cuts_and_no_more(index: Path, tmp_pat
         for name, tool in tools.items():
             assert tool.annotations is not None and tool.annotations.read_only_hint == (name != "cut_clip")
             assert not {"oneOf", "anyOf", "allOf"} & {*tool.input_schema}  # which some clients refuse
-        held = value_of(await client.call_tool("describe_index", {}))
+        held = await use("describe_index")
         assert (held["num_videos"], held["query_files"]) == (45, ["red.png"])
-        listed = value_of(await client.call_tool("list_videos", {"folder": "other", "begin": 30, "count": 5}))
+        listed = await use("list_videos", folder="other", begin=30, count=5)
         assert (listed["num_videos"], listed["next_begin"]) == (40, 35)
         assert [video["video_id"] for video in listed["videos"]] == [f"other/{n}" for n in range(30, 35)]
-        answer = value_of(await client.call_tool("search", {"text": "a boat", "k": 2}))
+        answer = await use("search", text="a boat", k=2)
         jsonschema.validate(answer, SCHEMA)
         best = answer["results"][0]
         assert [result["video_id"] for result in answer["results"]] == ["harbour/boat", EVIL]
-        like = value_of(await client.call_tool("search", {"like": "harbour/boat", "plus": None, "k": 3}))
-        assert len(like["results"]) == 3
+        assert len((await use("search", like="harbour/boat", plus=None, k=3))["results"]) == 3
         content = base64.b64encode((index.parent / "queries" / "red.png").read_bytes()).decode()
         for file in ({"name": "red.png"}, {"content_base64": content, "kind": "video", "span_seconds": [0, 1]}):
-            answer = value_of(await client.call_tool("search_file", {**file, "k": 1}))
+            answer = await use("search_file", **file, k=1)
             jsonschema.validate(answer, SCHEMA)
             assert answer["results"][0]["video_id"] == "harbour/boat"
-        moment = best["moments"][0]
-        span = {"begin_seconds": moment["begin_seconds"], "end_seconds": moment["end_seconds"]}
+        span = {name: best["moments"][0][name] for name in ("begin_seconds", "end_seconds")}
         for named in (best["video_id"], best["key"]):
             looked = await client.call_tool("look", {"video_id": named, **span, "frames": 4})
             poster, strip = pictures_of(looked)
@@ -131,31 +128,19 @@ def test_an_agent_searches_looks_reads_and_cuts_and_no_more(index: Path, tmp_pat
             assert value_of(looked)["picture_seconds"] == span["begin_seconds"]
             assert len(value_of(looked)["strip_seconds"]) == 4
         assert len(pictures_of(await client.call_tool("look", {"video_id": "tall", "begin_seconds": 3}))) == 1
-        said = value_of(
-            await client.call_tool("read_said", {"video_id": "harbour/boat", "seconds": 13, "around_seconds": 6})
-        )
-        assert said["lines"] == [
-            {
-                **{"text": "wind from the west", "begin_seconds": 12.0, "end_seconds": 13.0},
-                **{"language": "en", "source": "sidecar"},
-            }
-        ]
-        assert (
-            len(value_of(await client.call_tool("read_said", {"video_id": "harbour/boat", "seconds": 9}))["lines"])
-            == 3
-        )
+        said = await use("read_said", video_id="harbour/boat", seconds=13, around_seconds=6)
+        wind = {"text": "wind from the west", "begin_seconds": 12.0, "end_seconds": 13.0}
+        assert said["lines"] == [{**wind, "language": "en", "source": "sidecar"}]
+        assert len((await use("read_said", video_id="harbour/boat", seconds=9))["lines"]) == 3
         for _ in range(2):  # the second time it is there
-            cut = value_of(
-                await client.call_tool(
-                    "cut_clip", {"video_id": "harbour/boat", "begin_seconds": 2, "end_seconds": 3.5}
-                )
-            )
+            cut = await use("cut_clip", video_id="harbour/boat", begin_seconds=2, end_seconds=3.5)
             assert cut["clip"] == f"harbour_boat-{video_key('harbour/boat')[:6]}-2.000-3.500.mp4"
         assert duration_seconds(tmp_path / "clips" / cut["clip"]) == pytest.approx(1.5, abs=0.11)
 
     talk(index, tmp_path / "clips", ask, "--queries", str(index.parent / "queries"))
 
 
+SPAN = {"begin_seconds": 1, "end_seconds": 2}
 REFUSED: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("search", {"text": "boat", "k": 10_000}, f"k is 10000 - expected 1 to {MAX_RESULTS}"),
     ("search", {"text": "boat", "plus": ["x"] * 101}, "plus has 101 entries"),
@@ -172,19 +157,15 @@ REFUSED: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("search_file", {"name": "red.png", "kind": "text"}, "expected one of image, video"),
     ("look", {"video_id": "../videos/tall.mp4", "begin_seconds": 1}, "the index has no video"),
     ("look", {"video_id": "tall", "begin_seconds": "1"}, "begin_seconds is '1' - expected a value of type number"),
-    ("look", {"video_id": "tall", "begin_seconds": 1, "end_seconds": 2, "frames": 10_000}, "expected 1 to 24"),
+    ("look", {"video_id": "tall", **SPAN, "frames": 10_000}, "expected 1 to 24"),
     ("look", {"video_id": "gone", "begin_seconds": 1}, "gone.mp4 is gone"),
     ("look", {"video_id": "tall"}, "begin_seconds is missing"),
     ("read_said", {"video_id": "tall", "seconds": -1}, "expected 0 to"),
     ("list_videos", {"count": 10_000}, "count is 10000"),
-    ("cut_clip", {"video_id": "../tall", "begin_seconds": 1, "end_seconds": 2}, "the index has no video"),
+    ("cut_clip", {"video_id": "../tall", **SPAN}, "the index has no video"),
     ("cut_clip", {"video_id": "tall", "begin_seconds": 2, "end_seconds": 1}, "expected 0 <= begin < end"),
     ("cut_clip", {"video_id": "tall", "begin_seconds": 0, "end_seconds": 1e6}, "at most 600 s"),
-    (
-        "cut_clip",
-        {"video_id": "tall", "begin_seconds": 1, "end_seconds": 2, "folder": "/tmp"},
-        "unknown argument folder",
-    ),
+    ("cut_clip", {"video_id": "tall", **SPAN, "folder": "/tmp"}, "unknown argument folder"),
     ("delete", {}, "there is no tool 'delete'"),
 )
 
@@ -206,10 +187,7 @@ def test_without_folders_nothing_can_be_cut_nor_kept(index: Path, tmp_path: Path
         looked = await client.call_tool("look", {"video_id": "tall", "begin_seconds": 1})
         assert len(pictures_of(looked)) == 1
         assert "cut_clip" not in [tool.name for tool in (await client.list_tools()).tools]
-        result = await client.session.call_tool(
-            "cut_clip", {"video_id": "tall", "begin_seconds": 1, "end_seconds": 2}
-        )
-        assert result.is_error
+        assert (await client.session.call_tool("cut_clip", {"video_id": "tall", **SPAN})).is_error
         result = await client.session.call_tool("search_file", {"name": "red.png"})
         assert "--queries" in result.content[0].text
 
@@ -226,12 +204,8 @@ def test_a_client_that_goes_away_ends_the_server_and_its_work(index: Path, leave
     command = [sys.executable, str(SERVER), "mcp", "--index", str(index)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as server:
         assert server.stdin is not None and server.stdout is not None and server.stderr is not None
-        about = {
-            "clientInfo": {"name": "test", "version": "1"},
-            "capabilities": {},
-            "protocolVersion": "2025-06-18",
-        }
-        server.stdin.write(b"no message\n" + line(1, "initialize", **about))
+        about = {"clientInfo": {"name": "test", "version": "1"}, "capabilities": {}}
+        server.stdin.write(b"no message\n" + line(1, "initialize", **about, protocolVersion="2025-06-18"))
         server.stdin.write(b'{"jsonrpc": "2.0", "method": "notifications/initialized"}\n')
         server.stdin.write(line(2, "tools/call", name="look", arguments={"video_id": "tall", "begin_seconds": 1}))
         server.stdin.flush()
@@ -253,7 +227,7 @@ def test_a_client_that_goes_away_ends_the_server_and_its_work(index: Path, leave
 
 @pytest.mark.slow
 def test_over_http_the_rules_are_those_of_serve(index: Path, tmp_path: Path) -> None:
-    (tmp_path / "token").write_text(TOKEN.replace(" ", "-"))
+    (tmp_path / "token").write_text(TOKEN)
     command = [sys.executable, str(SERVER), "mcp", "--index", str(index), "--http", "--port", "0"]
     command += ["--token-file", str(tmp_path / "token")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
@@ -261,7 +235,7 @@ def test_over_http_the_rules_are_those_of_serve(index: Path, tmp_path: Path) -> 
             assert server.stderr is not None
             match = re.search(r"http://\S+/mcp", server.stderr.readline())
             assert match is not None
-            url, token = match[0], {"authorization": f"Bearer {TOKEN.replace(' ', '-')}"}
+            url, token = match[0], {"authorization": f"Bearer {TOKEN}"}
             accepts = {"accept": "application/json, text/event-stream"}
             for status, headers in (
                 (401, {}),

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,54 +15,26 @@ from typing import Any
 import pytest
 import serving as s
 from clips import make_clip
-from messages import heard
 from serving import FakeSearcher, Serving, key_of
-from starlette.types import Message
-
-from svb.retrieve.serve import listening, make_server
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_clip(tmp_path_factory.mktemp("clips") / "hang.mp4", seconds=2)
 
 
 @pytest.fixture
-def index(tmp_path: Path, clip: Path) -> Path:
-    return s.make_index(tmp_path / "index", {"hang": clip})
+def index(tmp_path: Path) -> Path:
+    return s.make_index(tmp_path / "index", {"hang": make_clip(tmp_path / "hang.mp4", seconds=2)})
 
 
-@pytest.mark.parametrize(
-    ("field", "most", "more"),
-    [
-        *((name, ["a=1"] * 32, ["a=1"] * 33) for name in ("plus", "without", "folders", "where")),
-        *((name, 1000, 1001) for name in ("k", "num_moments", "num_captions")),
-    ],
-)
-def test_a_question_asks_for_a_limited_amount(served: Serving, field: str, most: Any, more: Any) -> None:
-    for asked, status in ((most, 200), (more, 400)):
-        response = served.client.post("/api/search", json={"text": "a", field: asked})
-        assert response.status_code == status, response.text
-    assert response.json()["error"].startswith(f"{field} ")
-    form = {"kind": "image", "request": f'{{"{field}": {str(more).replace(chr(39), chr(34))}}}'}
-    refused = served.client.post("/api/search/file", data=form, files={"file": ("a.png", b"x")})
-    assert refused.status_code == 400 and refused.json()["error"].startswith(f"{field} ")
-
-
-@contextlib.contextmanager
-def running(app: Any) -> Iterator[Callable[[], socket.socket]]:
-    """Serve an application as `svb serve` does, on a thread; yields what connects to it."""
-    with listening("127.0.0.1", 0) as listener:
-        assert listener.proto == socket.IPPROTO_TCP  # asyncio looks at it before it sets TCP_NODELAY
-        server = make_server(app)
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
-        thread.start()
-        try:
-            yield lambda: socket.create_connection(listener.getsockname(), timeout=600)
-        finally:
-            server.should_exit = True
-            thread.join(600)
-            assert not thread.is_alive()
+def test_a_question_asks_for_a_limited_amount(served: Serving) -> None:
+    most: dict[str, tuple[Any, Any]] = dict.fromkeys(("k", "num_moments", "num_captions"), (1000, 1001))
+    most |= dict.fromkeys(("plus", "without", "folders", "where"), (["a=1"] * 32, ["a=1"] * 33))
+    for field, (enough, more) in most.items():
+        allowed = served.client.post("/api/search", json={"text": "a", field: enough})
+        assert allowed.status_code == 200, allowed.text
+        form = {"kind": "image", "request": json.dumps({field: more})}
+        for refused in (
+            served.client.post("/api/search", json={"text": "a", field: more}),
+            served.client.post("/api/search/file", data=form, files={"file": ("a.png", b"x")}),
+        ):
+            assert refused.status_code == 400 and refused.json()["error"].startswith(f"{field} ")
 
 
 def test_a_head_must_come_in_time_and_a_slow_answer_may_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,14 +47,14 @@ def test_a_head_must_come_in_time_and_a_slow_answer_may_not(monkeypatch: pytest.
         await send({"type": "http.response.body", "body": b"ok"})
 
     head = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
-    with running(slow_app) as connect, connect() as whole:
-        with connect() as endless, contextlib.suppress(ConnectionError):
+    with s.on_a_thread(lambda port: slow_app) as port, s.connect(port) as whole:
+        with s.connect(port) as endless, contextlib.suppress(ConnectionError):
             endless.sendall(head + b"X: " + b"a" * 200_000)
             assert endless.recv(1000).startswith(b"HTTP/1.1 400")
         whole.sendall(head + b"\r\n")
         assert begun.wait(600)
         monkeypatch.setattr("svb.retrieve.server.http.RECEIVE_SECONDS", 0.2)
-        with connect() as silent, connect() as trickling:
+        with s.connect(port) as silent, s.connect(port) as trickling:
             with contextlib.suppress(ConnectionError):  # the server ends it in the middle
                 trickling.sendall(head + b"X: ")
                 while True:
@@ -105,7 +76,7 @@ def test_a_file_cut_while_it_is_sent_ends_the_connection(index: Path, tmp_path: 
     with file.open("wb") as out:
         out.truncate(60_000_000)
     s.commit(index, 1, {"a": file})
-    with s.serving(index) as served, running(served.app) as connect, connect() as client:
+    with s.serving(index) as served, s.connect(served.port) as client:
         client.sendall(f"GET /media/{key_of('a')} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         assert client.recv(100).startswith(b"HTTP/1.1 200")
         os.truncate(file, 1000)
@@ -116,52 +87,17 @@ def test_a_file_cut_while_it_is_sent_ends_the_connection(index: Path, tmp_path: 
         assert received < 60_000_000
 
 
-def post(
-    served: Serving, path: str, *parts: Message, then: Callable[[], object], kind: str = "application/json"
-) -> list[Message]:
-    """Post a request in parts, hang up when `then` returns, and return what the server sent."""
-    sent: list[Message] = []
-    waiting = [*parts]
-
-    async def receive() -> Message:
-        if waiting:
-            return waiting.pop(0)
-        await asyncio.to_thread(then)
-        return {"type": "http.disconnect"}
-
-    async def send(message: Message) -> None:
-        sent.append(message)
-
-    scope = {
-        **{"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "root_path": ""},
-        **{"query_string": b"", "scheme": "http", "client": ("127.0.0.1", 1), "server": ("localhost", 8765)},
-        "headers": [(b"host", b"localhost"), (b"content-type", kind.encode())],
-    }
-    assert served.client.portal is not None
-    served.client.portal.call(served.app, scope, receive, send)
-    return sent
-
-
-def body(content: bytes, *, more: bool = False) -> Message:
-    return {"type": "http.request", "body": content, "more_body": more}
+def request(path: str, kind: str, num_bytes: int, body: bytes) -> bytes:
+    """Return a request that announces so many bytes; its body may have fewer."""
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: {num_bytes}\r\n\r\n"
+    return head.encode() + body
 
 
 def test_a_body_must_come_in_time(served: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("svb.retrieve.server.http.RECEIVE_SECONDS", 0.2)
-    enough = threading.Event()
-    sent = post(served, "/api/search", body(b"{", more=True), then=lambda: enough.wait(600))
-    enough.set()
-    assert sent[0]["status"] == 408 and (b"connection", b"close") in sent[0]["headers"]
-    assert b"did not arrive within 0.2 s" in sent[1]["body"]
-
-
-def test_a_client_that_hangs_up_is_no_error_of_ours(served: Serving) -> None:
-    messages = heard()
-    post(served, "/api/search", body(b'{"text": "slow"}'), then=lambda: FakeSearcher.started.acquire(timeout=600))
-    post(served, "/api/search", then=lambda: None)
-    counts = [line for line in served.client.get("/metrics").text.splitlines() if '"/api/search",status=' in line]
-    assert counts == ['svb_requests_total{method="POST",route="/api/search",status="499"} 2']
-    assert not messages
+    answer = s.raw(served.port, request("/api/search", "application/json", 99, b"{"))
+    assert answer.startswith(b"HTTP/1.1 408") and b"connection: close" in answer.lower()
+    assert b"did not arrive within 0.2 s" in answer
 
 
 def test_work_that_nobody_waits_for_does_not_keep_its_worker(
@@ -170,8 +106,9 @@ def test_work_that_nobody_waits_for_does_not_keep_its_worker(
     monkeypatch.setattr("svb.retrieve.server.child_processes.GRACE_SECONDS", 0.1)
     form = b'--b\r\nContent-Disposition: form-data; name="kind"\r\n\r\nimage\r\n--b\r\n'
     form += b'Content-Disposition: form-data; name="file"; filename="a.png"\r\n\r\nhang\r\n--b--\r\n'
-    kind = "multipart/form-data; boundary=b"
-    post(served, "/api/search/file", body(form), then=lambda: s.until(worked.read_text), kind=kind)
+    with s.connect(served.port) as client:
+        client.sendall(request("/api/search/file", "multipart/form-data; boundary=b", len(form), form))
+        s.until(worked.read_text)
     # There is one worker that embeds: it must have been replaced.
     files = {"file": ("a.png", b"pixels")}
     response = served.client.post("/api/search/file", data={"kind": "image"}, files=files)
@@ -179,21 +116,14 @@ def test_work_that_nobody_waits_for_does_not_keep_its_worker(
 
 
 def test_the_end_waits_for_no_queue(index: Path, worked: Path) -> None:
-    statuses: list[int] = []
-    with s.serving(index) as served:
-
-        def ask_for_poster(tenth: int) -> None:
-            statuses.append(served.client.get(f"/poster/{key_of('hang')}?t={tenth / 10}").status_code)
-
-        threads = [threading.Thread(target=ask_for_poster, args=(tenth,)) for tenth in range(20)]
-        for thread in threads:
-            thread.start()
-        s.until(lambda: worked.read_text().count("poster") == 2)
-        assert served.client.portal is not None
-        served.client.portal.call(served.state.close)
-        for thread in threads:
-            thread.join(600)
-    assert statuses == [503] * 20
+    head = "GET /poster/{}?t={} HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with contextlib.ExitStack() as clients:
+        with s.serving(index) as served:
+            waiting = [clients.enter_context(s.connect(served.port)) for _ in range(20)]
+            for tenth, client in enumerate(waiting):
+                client.sendall(head.format(key_of("hang"), tenth / 10).encode())
+            s.until(lambda: worked.read_text().count("poster") == 2)
+        assert {client.recv(100).split()[1] for client in waiting} == {b"503"}
     assert worked.read_text().count("poster") == 2
     assert not list((index / "cache" / "pictures").iterdir())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +31,26 @@ def browser() -> Iterator[Any]:
         chromium = running.chromium.launch(executable_path=str(CHROMIUM), args=CHROMIUM_OPTIONS)
         yield chromium
         chromium.close()
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with browser() as chromium:
+        yield chromium
+
+
+@contextlib.contextmanager
+def opened(chromium: Any, url: str = "file:", *, expected: str = "404", **options: Any) -> Iterator[Any]:
+    """Open a tab that may load only what is below an address; what goes wrong fails it, or is `expected`."""
+    context = chromium.new_context(**{"base_url": url, "viewport": {"width": 1200, "height": 900}, **options})
+    page = context.new_page()
+    page.set_default_timeout(600_000)
+    problems = watch(page, lambda sent: sent.startswith((url, "data:")))
+    try:
+        yield page
+    finally:
+        context.close()
+    assert [problem for problem in problems if not re.search(expected, problem)] == []
 
 
 def until(page: Any, expression: str, seconds: float = 600) -> None:

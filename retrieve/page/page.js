@@ -1,5 +1,5 @@
 "use strict";
-// Names and captions come from strangers' files: everything is shown as text, never as markup.
+// Names and captions come from strangers' files: the page shows everything as text, never as markup.
 const $ = (selector, within = document) => within.querySelector(selector);
 const $$ = (selector, within = document) => [...within.querySelectorAll(selector)];
 const embedded = JSON.parse($("#embedded").textContent); // null behind a server; {answers, pictures, files} in a report
@@ -271,7 +271,7 @@ const hasVideoSuffix = name => $("#file").accept.split(",").some(each => each.st
 
 function takeFile(file) {
   const kind = file.type.split("/")[0] === "image" ? "image" : /^video\//.test(file.type) || hasVideoSuffix(file.name) ? "video" : null;
-  if (!kind) return toast(`${file.name} is neither an image nor a video that this page knows.`);
+  if (!kind) return toast(`${file.name} is neither an image nor a video that this page knows - choose another file`);
   const id = Date.now();
   files.set(id, file);
   subject = {id, file, kind, span: null};
@@ -297,7 +297,7 @@ function submit() {
 const MOST = 1000; // the most videos that a server answers with
 const SHOWN = {with_curves: true, num_moments: 5};
 
-// Returns whether the page shows what this search found; a newer question may have overtaken it.
+// Returns whether the page shows what this search found: a newer question may have overtaken it.
 async function search(asked, push) {
   asking?.abort();
   const mine = asking = new AbortController();
@@ -328,13 +328,13 @@ async function search(asked, push) {
   return true;
 }
 
-// Whether a question was asked, with or without an answer.
+// Tells whether a question was asked, with or without an answer.
 const isAsked = () => $("#hero").hidden;
 
-// What the history keeps of a subject: a file does not fit into an address.
+// Returns what the history keeps of a subject: a file does not fit into an address.
 const keptOf = asked => asked?.file ? {id: asked.id, kind: asked.kind, span: asked.span} : null;
 
-// Whether the address and the history belong to a question.
+// Tells whether the address and the history belong to a question.
 function isAt({fields, subject}) {
   return location.search === toAddress(fields) && JSON.stringify(history.state?.file ?? null) === JSON.stringify(keptOf(subject));
 }
@@ -442,14 +442,14 @@ function captionsOf(captions) {
 }
 
 function scaleOf(results) {
-  // One scale for all results: a curve that looks flat is flat.
+  // All results share one scale: a curve that looks flat is flat.
   const scores = results.flatMap(result => [...result.curve?.scores ?? [], ...seenOf(result).map(moment => moment.score)]);
   const [low, high] = scores.reduce(([least, most], score) => [Math.min(least, score), Math.max(most, score)], [Infinity, -Infinity]);
   const span = Math.max(high - low, 0.02);
   return score => 94 - 84 * (score - low) / span;
 }
 
-// Only what is seen has a place on the scale of the curve; a line that is said has a score of its own.
+// Only what is seen has a place on the scale of the curve; a spoken line has a score of its own.
 const seenOf = result => result.moments.filter(moment => moment.kind !== "said");
 
 // Moments are on the file's own clock. A video may begin late on it; its duration counts from there.
@@ -503,7 +503,7 @@ function cardOf(result, scale) {
   $(".score", card).textContent = result.score.toFixed(3);
   if (searchesSpeech()) {
     $(".why", card).textContent = result.why;
-    $(".score", card).title = "What is seen and what is said together: 1 is where chance ends";
+    $(".score", card).title = "Score of picture and speech together; a score below 1 may be chance";
   }
   const image = $(".poster img", card);
   image.onload = () => image.classList.toggle("tall", image.naturalHeight > image.naturalWidth);
@@ -531,7 +531,7 @@ function searchesSpeech() {
   return request.text !== undefined && request.search_in !== "picture" && (info.has_speech || results.some(result => result.lines?.length));
 }
 
-// A line that is said, with the words that were asked for; its marks count letters, not UTF-16's halves.
+// Draws a spoken line and marks the words that were asked for; its marks count letters, not UTF-16's halves.
 function lineOf(card, line) {
   const letters = [...line.text], part = (begin, end) => letters.slice(begin, end).join(""), shown = [];
   let end = 0;
@@ -617,7 +617,7 @@ function drawTimeline(card) {
 }
 
 function drawCurve({times_seconds: times, scores}, begin, duration, scale) {
-  // The middles of moments do not reach the ends of the video: the first and last score are drawn out to them.
+  // The middles of moments do not reach the ends of the video, so the first and last score are drawn out to them.
   const points = [[begin, scores[0]], ...times.map((seconds, i) => [seconds, scores[i]]), [begin + duration, scores.at(-1)]];
   const line = points.map(([seconds, score]) => `${(1000 * (seconds - begin) / duration).toFixed(1)} ${scale(score).toFixed(1)}`).join("L");
   return draw("svg", {viewBox: "0 0 1000 100", preserveAspectRatio: "none", "aria-hidden": "true"},
@@ -697,7 +697,7 @@ function wireActions(card) {
   $("[data-do=duplicates]", card).textContent = `+${count(result.duplicates.length, "near-duplicate")}`;
 }
 
-// The time at which a card's player is, or would begin.
+// Returns the time at which a card's player is, or would begin.
 function secondsAt(card) {
   if (opened?.card !== card) return card.result.moments[0].best_seconds;
   return opened.video.readyState > 0 ? opened.video.currentTime + opened.offset : opened.seconds;

@@ -1,4 +1,4 @@
-"""page.html, page.css and page.js as one file: for a server, and for a report that holds its own data."""
+"""Joins page.html, page.css and page.js into one file, for a server or for a report that holds its own data."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def page_with_data(data: Mapping[str, Any]) -> str:
         "base-uri 'none'; form-action 'none'"
     )
     meta = f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-    # In ASCII: the names of files may not be valid Unicode.
+    # The data is in ASCII, because the names of files may not be valid Unicode.
     embedded = re.sub("[<>&]", lambda match: _ESCAPES[match[0]], json.dumps(data, allow_nan=False))
     return _joined(nonce="", policy=meta, embedded=embedded)
 
 
 def _joined(**parts: str) -> str:
-    """Return the template with its marks replaced, all at once: what is put in is not searched for marks."""
+    """Return the template with all its marks replaced at once, so that no mark in an inserted text is replaced."""
     parts |= {"style": _read("page.css"), "script": _read("page.js")}
     marks = f"@({'|'.join(parts)})@"
     return re.sub(marks, lambda match: parts[match[1]], _read("page.html"))

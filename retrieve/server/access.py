@@ -1,4 +1,4 @@
-"""Who may ask: other machines with a token, and this machine, but not other sites' pages; and the login form."""
+"""Who may ask: this machine and whoever shows the token, but no other site's page; and the login form."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ class Access:
     def problem_with(self, method: str, headers: Headers) -> str | None:
         """Return why a request's origin is refused, or None.
 
-        The Host header shows an attacker's page whose own name resolves to 127.0.0.1. Origin and Sec-Fetch-Site,
-        which pages cannot forge, show another site's form or script. Any port is fine: an ssh tunnel may end at
-        any. A proxy sends the site's Host or this machine's own, and the site's Origin.
+        The Host header betrays an attacker's page whose own name resolves to 127.0.0.1. Origin and Sec-Fetch-Site,
+        which pages cannot forge, betray another site's form or script. Any port is fine: an ssh tunnel may end at
+        any port. A proxy sends the site's Host or this machine's own, and the site's Origin.
         """
         host, public = headers.get("host", ""), self.public_url
         name = re.sub(r":\d+$", "", host).lower()
@@ -95,7 +95,7 @@ class Access:
         return self._is_session(cookies.get(self.cookie, ""))
 
     def is_token(self, shown: str) -> bool:
-        """Compare with the token; the time that this takes does not tell how much of it was right."""
+        """Compare a text with the token; the time that this takes does not tell how much of the text was right."""
         if self.token is None:
             return True
         return hmac.compare_digest(_digest(shown), _digest(self.token))
@@ -108,7 +108,7 @@ class Access:
     def add_session(self, response: Response, headers: Headers) -> None:
         """Give the client of a request a session, which only the server's own pages can use.
 
-        Through a proxy its cookie is for the public path, and for https alone if the public address is https.
+        Through a proxy, the cookie belongs to the public path, and to https alone if the public address is https.
         """
         origin, path, is_https = headers.get("origin"), "/", False
         is_direct = origin == f"http://{headers.get('host', '')}"
@@ -224,7 +224,7 @@ def login_routes(access: Access) -> APIRouter:
         query = re.sub(r"[^!-~]", "", fields.get("query", [""])[0])
         if not access.is_token(fields.get("token", [""])[0].strip()):
             return login_page(401, query, "That is not the token.")
-        # Always to the page: an address from the form could lead anywhere.
+        # The form leads to the page and nowhere else: an address in it could lead anywhere.
         response = RedirectResponse(f"./?{query}" if query else "./", 303)
         access.add_session(response, request.headers)
         return response

@@ -91,7 +91,9 @@ class AgentTools:
             try:
                 self._clips.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise InputError(f"{self._clips} cannot be made ({error.strerror}) - name another") from error
+                raise InputError(
+                    f"the folder {self._clips} cannot be made ({error.strerror}) - name another one"
+                ) from error
         self._cutters = WorkerPool(1, 4, CUT_SECONDS)
         self.tools = {
             "search": Tool(_SEARCH, _search_parameters(), self._search),
@@ -132,7 +134,7 @@ class AgentTools:
         rest = {name: value for name, value in arguments.items() if name not in ("kind", "name", "content_base64")}
         kind, name, content = arguments.get("kind", "image"), arguments.get("name"), arguments.get("content_base64")
         if (name is None) == (content is None):
-            raise UsageError("expected either name or content_base64")
+            raise UsageError("expected either name or content_base64 - give exactly one of them")
         request = _limited(SearchRequest.from_json({**rest, kind: name or f"the {kind} sent"}))
         with tempfile.TemporaryDirectory(prefix=PREFIX) as folder:
             if content is None:
@@ -241,7 +243,7 @@ class AgentTools:
 def said_between(
     searcher: Searcher, video_id: str, begin_seconds: float, end_seconds: float
 ) -> list[dict[str, Any]]:
-    """Return the lines of subtitles and transcripts in an interval of a video, in order of time, in all languages.
+    """Return all lines of subtitles and transcripts in an interval of a video, in any language, in order of time.
 
     Raises:
         StoreError: The speech of the index is damaged.
@@ -351,14 +353,14 @@ Give exactly one of text and like. Each result has a video_id, a confidence (wea
 not what was asked for), and its best moments with exact begin_seconds and end_seconds on the file's own clock."""
 _SEARCH_FILE = """Find the moments that look like an image or a video.
 
-The file is its bytes in base64, or the name of a file in the folder of queries, which describe_index lists. Some
-captions that describe the file come with the answer."""
+Give the file's bytes in base64, or the name of a file in the folder of queries; describe_index lists these names.
+The answer also holds captions that describe the file."""
 _DESCRIBE = "Tell what the index holds: how many videos and moments, folders, metadata columns, the model."
-_LIST = "List the videos of the index with their length and metadata, a part at a time."
-_LOOK = """Look at a moment of a video: the frame shown at begin_seconds and, up to end_seconds, a strip of frames
-side by side, in order of time. Both are JPEG."""
+_LIST = "List the videos of the index with their length and metadata, some videos at a time."
+_LOOK = """Look at a moment of a video. The answer is the frame shown at begin_seconds and, if end_seconds is given,
+a strip of frames side by side, in order of time. Both are JPEG."""
 _SAID = "Read what is said in a video around a time: subtitles and transcripts, each line with its exact time."
-_CUT = "Cut a part of a video out as an MP4 file, into the folder that the user named when svb mcp was started."
+_CUT = "Cut a part out of a video as an MP4 file, into the folder that the user named at the start of svb mcp."
 
 _VIDEO = {"type": "string", "description": "The video_id as search or list_videos gives it; never a path."}
 _SECONDS = {"type": "number", "minimum": 0, "maximum": 1e7}
@@ -371,17 +373,24 @@ _FILE_PARAMETERS = {
     "content_base64": {"type": "string", "description": "The bytes of a file, in base64."},
     "span_seconds": {
         **{"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 2},
-        "description": "Begin and end of the part of a video to search with.",
+        "description": "Begin and end, in seconds, of the part of a video to search with.",
     },
     "k": {**_COUNT, "description": "Number of videos to return. [default: 10]"},
     "num_captions": {**_COUNT, "minimum": 0, "description": "Number of captions to return. [default: 10]"},
     "folders": {**{"type": "array", "items": {"type": "string"}}, "description": "Search only in these folders."},
 }
 _LIST_PARAMETERS = {
-    "folder": {"type": "string", "description": "Only videos in this folder."},
-    "contains": {"type": "string", "description": "Only videos whose video_id contains this, in any case."},
-    "begin": {"type": "integer", "minimum": 0, "description": "How many to skip: next_begin of the part before."},
-    "count": {**_COUNT, "description": f"How many to list. [default: {MAX_RESULTS}]"},
+    "folder": {"type": "string", "description": "List only the videos in this folder."},
+    "contains": {
+        "type": "string",
+        "description": "List only videos whose video_id contains this; case is ignored.",
+    },
+    "begin": {
+        "type": "integer",
+        "minimum": 0,
+        "description": "Number of videos to skip: next_begin of the last list.",
+    },
+    "count": {**_COUNT, "description": f"Number of videos to list. [default: {MAX_RESULTS}]"},
 }
 _LOOK_PARAMETERS = {
     "video_id": _VIDEO,
@@ -392,6 +401,6 @@ _LOOK_PARAMETERS = {
 _SAID_PARAMETERS = {
     "video_id": _VIDEO,
     "seconds": {**_SECONDS, "description": "The time, in seconds of the file's own clock."},
-    "around_seconds": {**_SECONDS, "description": "How long before and after it. [default: 30]"},
+    "around_seconds": {**_SECONDS, "description": "Seconds to read before and after it. [default: 30]"},
 }
 _CUT_PARAMETERS = {"video_id": _VIDEO, "begin_seconds": _BEGIN, "end_seconds": _END}

@@ -34,7 +34,7 @@ from svb.retrieve.server.state import ServerState
 
 logger = logging.getLogger(__name__)
 
-# Paths that need no token: the login form, and the sign of life.
+# Paths that need no token: the login form, and the health check.
 OPEN_PATHS = ("/login", "/healthz")
 # The status that nginx counts for a client that hung up before its answer.
 HUNG_UP = 499
@@ -127,7 +127,7 @@ class Guard:
             await self._answer(scope, receive, send_protected)
         except (ClientDisconnect, ConnectionError):
             status = status or HUNG_UP
-        except asyncio.CancelledError:  # the server is shutting down, and has waited long enough
+        except asyncio.CancelledError:  # the server is told to stop, and has waited long enough
             if not status:
                 await error_response(503, "the server is shutting down")(scope, receive, send_protected)
         except Exception:
@@ -218,7 +218,7 @@ def health_routes(state: ServerState, counts: RequestCounts) -> APIRouter:
 
     @router.get("/healthz", summary="Whether the server is alive and serves the newest index")
     async def health(request: Request) -> Response:
-        """`degraded` while what is on disk is damaged, and the last whole generation is still served."""
+        """The status is `degraded` while the index on disk is damaged and the last whole generation is served."""
         searcher = await state.snapshots.newest()
         problem = state.snapshots.problem
         told: dict[str, object] = {"status": "degraded" if problem else "ok"}

@@ -1,4 +1,4 @@
-"""Child processes that die with the server, and a pool of them that decodes: a bad file harms only a worker."""
+"""Child processes that die with the server, and a pool of workers that decode: a bad file harms only a worker."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from svb.errors import InputError, SvbError, UsageError
 from svb.retrieve.server.http import BusyError, TookTooLongError
 
-# Asks the kernel to kill this process when its parent dies, even after an exec; then becomes the program.
+# This asks the kernel to kill the process when its parent dies, even after an exec; then it becomes the program.
 _DIE_WITH_PARENT = """
 import ctypes, os, sys
 ctypes.CDLL(None).prctl(1, 9, 0, 0, 0)

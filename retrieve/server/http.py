@@ -16,7 +16,7 @@ from svb.errors import InputError, SvbError, UsageError
 
 T = TypeVar("T")
 
-# A request takes a few hundred bytes, with a long list of folders a few thousand.
+# A request takes a few hundred bytes, or a few thousand if it lists many folders.
 MAX_JSON_BYTES = 1 << 18
 # A head, or a body that is not an upload, fits into a few packets: a slower client blocks a connection.
 RECEIVE_SECONDS = 30.0

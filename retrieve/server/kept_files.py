@@ -76,14 +76,14 @@ class SingleFlight(Generic[T]):
         if self._by_name.get(name) is task:
             del self._by_name[name]
         if not task.cancelled():
-            task.exception()  # those who asked may all have left: nobody else takes this error
+            task.exception()  # everybody who asked may have left: nobody else takes this error
 
 
 class KeptFiles:
-    """A folder of files that can be made again; those used longest ago are removed when they take too much space.
+    """A folder of files that can be made again; it removes those used longest ago when they take too much space.
 
     Args:
-        folder: Is created. Only files whose names match `NAME` are ever removed.
+        folder: The folder, which is made if it is missing. Only files whose names match `NAME` are ever removed.
         max_bytes: Most space that the files may take together.
         max_made, ends_unwatched: How files are made; see `SingleFlight`.
 
@@ -127,7 +127,7 @@ class KeptFiles:
         os.close(descriptor)
         try:
             await make(Path(aside))
-            # Not synced: a file that a power cut destroys is made again.
+            # The file is not synced: if a power cut destroys it, it is made again.
             Path(aside).replace(path)
         finally:
             Path(aside).unlink(missing_ok=True)
@@ -137,7 +137,7 @@ class KeptFiles:
         return path
 
     def _make_room(self, newest: Path) -> None:
-        """Remove files down to nine tenths of the limit, or every next file would look at all of them."""
+        """Remove files down to nine tenths of the limit; otherwise every new file would look at all of them."""
         files = sorted(self._files())
         self._total_bytes = sum(size for _, size, _ in files)
         for _, size, path in files:

@@ -24,7 +24,7 @@ CHECK_AGAIN = "private, no-cache"
 # The page shows a moment's picture again and again.
 FOR_AN_HOUR = "private, max-age=3600"
 
-# Numbers of more digits than any file's size are not a range.
+# A number with more digits than any file's size does not name a range.
 _ONE_RANGE = re.compile(r"bytes=\s*(?:(\d{1,18})\s*-\s*(\d{0,18})|-\s*\d{1,18})\s*", re.ASCII | re.IGNORECASE)
 
 
@@ -36,12 +36,12 @@ def media_routes(state: ServerState) -> APIRouter:
         return await asyncio.to_thread(find_file, await state.snapshots.newest(), key)
 
     async def media(key: str) -> Response:
-        """The video's file; byte ranges are served."""
+        """Send the video's file, or a byte range of it."""
         path = (await file_of(key)).path
         return OpenFileResponse(path, media_type(path), CHECK_AGAIN)
 
     async def preview(request: Request, key: str) -> Response:
-        """The video as H.264 and AAC in MP4, made at the first request; byte ranges are served."""
+        """Send the video as H.264 and AAC in MP4, or a byte range of that; the first request makes the file."""
         file = await file_of(key)
 
         async def make() -> Path:
@@ -51,7 +51,7 @@ def media_routes(state: ServerState) -> APIRouter:
         return OpenFileResponse(await _made(request, make()), "video/mp4", CHECK_AGAIN)
 
     async def poster(request: Request, key: str, t: float = 0.0, h: int = 180) -> Response:
-        """The frame shown at `t` seconds of the file's own clock as a JPEG, about `h` pixels high."""
+        """Send the frame shown at `t` seconds of the file's own clock as a JPEG, about `h` pixels high."""
         file = await file_of(key)
 
         async def make() -> Path:
@@ -60,7 +60,7 @@ def media_routes(state: ServerState) -> APIRouter:
         return OpenFileResponse(await _made(request, make()), "image/jpeg", FOR_AN_HOUR)
 
     async def strip(request: Request, key: str, n: int = 12, h: int = 54) -> Response:
-        """One JPEG of `n` frames side by side, at `(i + 0.5) / n` of the duration, about `h` pixels high."""
+        """Send a JPEG of `n` frames side by side, at `(i + 0.5) / n` of the duration, about `h` pixels high."""
         file = await file_of(key)
 
         async def make() -> Path:
@@ -83,8 +83,8 @@ def media_routes(state: ServerState) -> APIRouter:
 class OpenFileResponse(FileResponse):
     """A file or one range of it, opened once, so that headers and bytes match even if the file is replaced.
 
-    Beyond Starlette's, it answers If-None-Match, and ignores a Range header that it cannot serve: another unit, no
-    range at all, or several, as RFC 9110, section 14.2 allows.
+    Unlike Starlette's response, it answers If-None-Match. It ignores a Range header that it cannot serve (another
+    unit, no range at all, or several ranges), which RFC 9110, section 14.2 allows.
 
     Args:
         path: A regular file.

@@ -1,4 +1,4 @@
-"""The routes that search, and the one that makes a timeline for an editor of what was found."""
+"""The routes that search, and the route that makes a timeline for an editor from what was found."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from svb.retrieve.stored.calibration import meanings_of
 if TYPE_CHECKING:
     from svb.retrieve.searching.searcher import Searcher
 
-# The page proposes folders of the first videos only: those of millions of videos would take seconds.
+# The page proposes only the folders of the first videos: collecting those of millions of videos would take seconds.
 MAX_FOLDERS, VIDEOS_LOOKED_AT = 200, 200_000
 
 # A client sends the file itself, never the name of a file on the server.
 FILE_FIELDS = ("image", "video", "span_seconds")
 
-# A running search cannot be ended, and must not keep its thread for minutes. Each text takes some 15 ms to embed,
-# each video in the answer a fraction of that.
+# A running search cannot be ended, and must not keep its thread for minutes. Each text that it embeds takes some
+# 15 ms, and each video in the answer a fraction of that.
 MAX_LISTED, MAX_RETURNED = 32, 1000
 # The fields of a request that say how much to return.
 COUNTS = ("k", "num_moments", "num_captions")
@@ -87,8 +87,8 @@ def search_routes(state: ServerState) -> APIRouter:
     async def video(key: str) -> Response:
         """Tell whether a video's file is there, unchanged, and whether browsers play it as it is.
 
-        Moments are on the file's own clock. On it `begin_seconds` is when the video begins, from which its duration
-        counts, and `preview_begin_seconds` is when a preview of it begins.
+        Moments are on the file's own clock. On this clock, the video begins at `begin_seconds`, from which its
+        duration counts, and a preview of it begins at `preview_begin_seconds`.
         """
         searcher = await state.snapshots.newest()
         info = await asyncio.to_thread(find_video, searcher, key)
@@ -136,7 +136,7 @@ def _request_of(upload: Upload) -> SearchRequest:
     asked = parse_object(upload.request)
     named = [name for name in ("text", "like", "image", "video") if asked.get(name) is not None]
     if named:
-        raise HTTPException(400, f"{', '.join(named)} cannot go with a file - leave it out")
+        raise HTTPException(400, f"{', '.join(named)} cannot go with a file - send the request without it")
     return limited(SearchRequest.from_json({**asked, upload.kind: upload.name}))
 
 
@@ -180,7 +180,7 @@ def describe_index(searcher: Searcher) -> dict[str, Any]:
 
 
 def _folders(searcher: Searcher) -> list[str]:
-    """Return the folders in the video_ids; where there are too many, those with the most videos."""
+    """Return the folders in the video_ids; if there are too many, return those with the most videos."""
     catalog = searcher.catalog
     rows = range(min(catalog.num_videos, VIDEOS_LOOKED_AT))
     counts: Counter[str] = Counter()
@@ -225,7 +225,7 @@ def _request_schema() -> dict[str, Any]:
 # --- timelines
 
 FORMATS = ("otio", "edl", "fcpxml")
-# A frame is decoded for each.
+# The timeline decodes a frame for each.
 MAX_MOMENTS = 1000
 
 
@@ -259,9 +259,9 @@ def timeline_routes(state: ServerState) -> APIRouter:
 
     @router.post("/api/timeline", openapi_extra=_timeline_body(), summary="A timeline for an editor")
     async def timeline(request: Request) -> Response:
-        """Make a timeline of an answer's moments: `{name, content, notes}`, the text of the file.
+        """Make a timeline of an answer's moments: `{name, content, notes}`.
 
-        Notes say what was left out and why.
+        The content is the text of the file. The notes say what was left out and why.
         """
         asked = _timeline_request(await read_json(request))
         searcher = await state.snapshots.newest()
@@ -298,12 +298,12 @@ def _timeline_request(held: dict[str, Any]) -> TimelineRequest:
         for number in (moment.begin_seconds, moment.end_seconds, moment.best_seconds, moment.score)
     ]
     if not all(math.isfinite(number) for number in (*numbers, asked.handles_seconds)):
-        raise HTTPException(400, "a time or a score is not a finite number")
+        raise HTTPException(400, "a time or a score is not a finite number - expected finite numbers")
     return asked
 
 
 def _videos_of(searcher: Searcher, asked: TimelineRequest) -> list[dict[str, Any]]:
-    """Return the videos as results, with their files from the index: a client names keys, never files."""
+    """Return the videos as results, with their files as the index names them: a client names keys, never files."""
     videos = []
     for video in asked.videos:
         info = find_video(searcher, video.key)

@@ -34,7 +34,7 @@ RETRY_SECONDS = 1.0
 # A request waits this long for a newer generation to be opened, before it searches the last one.
 PATIENCE_SECONDS = 2.0
 
-# Inode, size and time of two files: the manifest, and the decision how to search the moments.
+# Inode, size and time of two files: the manifest, and the file that says how to search the moments.
 _Signature = tuple[tuple[int, int, int], tuple[int, int, int]]
 
 
@@ -59,7 +59,7 @@ class ServerState:
         self.snapshots = Snapshots(open_searcher, index)
         self.searches = SearchThreads(options.threads, options.max_searches)
         self.uploads = Uploads(options.max_upload_bytes, options.uploads_at_once)
-        # Two pools: a video that takes minutes to embed must not hold up the posters, nor the other way round.
+        # Two pools keep a video that takes minutes to embed from holding up the posters, and the other way round.
         self.embedders = WorkerPool(1, options.uploads_at_once, options.upload_seconds)
         self.decoders = WorkerPool(PICTURES_AT_ONCE, PICTURES_WAITING, options.picture_seconds)
         self.probes = Probes(self.decoders)
@@ -103,8 +103,8 @@ class Snapshots:
     changes, which costs less than reading the request's head. A running request keeps its snapshot.
 
     Args:
-        open_searcher: Opens the index as it is on disk; called with the snapshot before, if there is one, whose
-            loaded model may be used again.
+        open_searcher: Opens the index as it is on disk. It gets the last snapshot, if there is one, and may use its
+            loaded model again.
         index: The index's folder.
 
     Attributes:
@@ -144,7 +144,7 @@ class Snapshots:
         seen = self._signature()
         try:
             opened = await asyncio.get_running_loop().run_in_executor(self._thread, self._open_if_changed, seen)
-        except Exception as error:  # whatever is wrong with the new files, the old ones are whole
+        except Exception as error:  # whatever is wrong with the new files: the old ones are whole
             problem = f"{type(error).__name__}: {error}"
             if problem != self.problem:
                 logger.warning("still serving generation %d: %s", self.current.generation, problem)

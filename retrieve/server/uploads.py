@@ -35,7 +35,7 @@ class Upload:
         path: Its temporary place, under a name that the server chose.
         name: The client's name for it, without folders; for messages only.
         kind: `image` or `video`.
-        request: The form's field `request`, JSON.
+        request: The form's field `request`, which holds JSON.
     """
 
     path: Path

@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 MAX_PROBED = 10_000
 
-# What recent Chromium, Firefox and Safari all play. HEVC they play on some machines only.
+# Recent releases of Chromium, Firefox and Safari all play these. They play HEVC only on some machines.
 MP4_VIDEO = ("h264", "av1", "vp9")
 MP4_AUDIO = (None, "aac", "mp3", "opus", "flac")
 WEBM_VIDEO = ("vp8", "vp9", "av1")
 WEBM_AUDIO = (None, "opus", "vorbis")
 PIXELS = ("yuv420p", "yuvj420p")
-# If a file begins later, Chromium takes its length for its end, and seeks no further until it has read on; and
-# browsers differ in whether a player's clock begins at 0 or with the file.
+# If a file begins later, Chromium takes its length for its end, and seeks no further until it has read on. Browsers
+# also differ in whether a player's clock begins at 0 or with the file.
 LATEST_BEGIN_SECONDS = 0.25
 
 MEDIA_TYPES = {
@@ -145,7 +145,7 @@ class Probes:
     async def begin_seconds(self, file: VideoFile) -> float:
         """Return the time from which a video's duration counts, on the file's own clock.
 
-        Raises as `WorkerPool.do`.
+        Raises the errors of `WorkerPool.do`.
         """
         begin: float = (await self._streams(file))["begin_seconds"]
         return begin
@@ -176,7 +176,7 @@ def _content_key(info: VideoInfo, stat: os.stat_result) -> str:
 
 
 def _is_playable(streams: Mapping[str, Any], path: Path) -> bool:
-    """Tell whether all browsers play a file as it is, and alike."""
+    """Tell whether all browsers play a file as it is, and in the same way."""
     if streams["preview_begin_seconds"] > LATEST_BEGIN_SECONDS:
         return False
     container, video, audio = streams["container"] or "", _plain(streams["video"]), _plain(streams["audio"])
@@ -184,19 +184,19 @@ def _is_playable(streams: Mapping[str, Any], path: Path) -> bool:
         return False
     if "mp4" in container.split(","):
         return video in MP4_VIDEO and audio in MP4_AUDIO
-    # Matroska with the same streams plays in some browsers only; ffmpeg gives both one name, the suffix differs.
+    # Only some browsers play Matroska with the same streams; ffmpeg has one name for both, but the suffix differs.
     is_webm = "webm" in container.split(",") and path.suffix.lower() == ".webm"
     return is_webm and video in WEBM_VIDEO and audio in WEBM_AUDIO
 
 
 def _plain(codec: str | None) -> str | None:
-    """Return a codec's name in place of its decoder's."""
+    """Return the name of a codec, given the name of its decoder."""
     return {"libdav1d": "av1", "libaom-av1": "av1", "libvpx-vp9": "vp9", "libvpx": "vp8", "mp3float": "mp3"}.get(
         codec or "", codec
     )
 
 
-# --- what is made of the files
+# --- what is made from the files
 
 # Pictures are made only in these heights (the next one above the height asked for) and at whole tenths of a second:
 # a client that asks for everything cannot fill the disk with pictures that nobody can tell apart.
@@ -229,7 +229,7 @@ class Pictures:
 
         Raises:
             HTTPException: 400, the time or the height is out of range.
-            InputError: The file has no such picture; others as `WorkerPool.do`.
+            InputError: The file has no such picture. Also the other errors of `WorkerPool.do`.
         """
         if not (math.isfinite(seconds) and seconds >= 0):
             raise HTTPException(400, f"t is {seconds} - expected seconds of at least 0")
@@ -250,7 +250,7 @@ class Pictures:
 
         Raises:
             HTTPException: 400, a number is out of range; 404, the video's duration is not known.
-            InputError: The file gives no such picture; others as `WorkerPool.do`.
+            InputError: The file gives no such picture. Also the other errors of `WorkerPool.do`.
         """
         if not 1 <= num_frames <= MAX_FRAMES:
             raise HTTPException(400, f"n is {num_frames} - expected 1 to {MAX_FRAMES} frames")
@@ -338,17 +338,17 @@ def _ffmpeg_command(source_fd: int, out: Path, *, copy_video: bool, max_bytes: i
     import imageio_ffmpeg
 
     shrink = f"min(1,{PREVIEW_WIDTH_PX}/(iw*sar))"
-    # Pixels that are not square become square; both sides are even, as 4:2:0 needs it.
+    # Pixels that are not square become square, and both sides become even, as 4:2:0 requires.
     size = f"w='max(2,trunc(iw*sar*{shrink}/2)*2)':h='max(2,trunc(ih*{shrink}/2)*2)'"
     encode = (
         *("-vf", f"scale={size},setsar=1,format=yuv420p"),
-        # A key frame every few seconds: a click waits for all frames since the last one.
+        # There is a key frame every few seconds, because a click waits for all frames since the last one.
         *("-c:v", "libx264", "-preset", "veryfast", "-crf", "23", "-g", "60"),
     )
     return [
         imageio_ffmpeg.get_ffmpeg_exe(),
         *("-nostdin", "-hide_banner", "-v", "error", "-y", "-threads", "2", "-filter_threads", "1"),
-        # The open file and nothing else: a playlist cannot open other files.
+        # ffmpeg reads the open file and nothing else: a playlist cannot open other files.
         *("-protocol_whitelist", "fd", "-fd", str(source_fd), "-i", "fd:"),
         *("-map", "0:V:0", "-map", "0:a:0?", "-sn", "-dn", "-map_metadata", "-1"),
         *(("-c:v", "copy") if copy_video else encode),

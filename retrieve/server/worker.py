@@ -1,4 +1,4 @@
-"""The process that decodes for the server: a line of JSON in, a line of JSON out, until the server closes the pipe.
+"""The process that decodes for the server: it answers each line of JSON with one, until the server closes the pipe.
 
 `svb.retrieve.server.child_processes` starts it, and kills it when it takes too long. It imports torch only where
 the user's cache lacks the graphs of an index.
@@ -39,9 +39,9 @@ def probe(source: str) -> dict[str, Any]:
     """Return the streams of a file, without decoding any.
 
     Returns:
-        `container`, `video`, `pixels` and `audio` in ffmpeg's names. On the file's own clock `begin_seconds`, from
-        which its duration counts, and `preview_begin_seconds`, when the first of its streams begins: ffmpeg makes 0
-        of that in a preview.
+        `container`, `video`, `pixels` and `audio`, as ffmpeg names them, and two times on the file's own clock. The
+        duration counts from `begin_seconds`. The first of the streams begins at `preview_begin_seconds`, which
+        becomes 0 in a preview that ffmpeg makes.
 
     Raises:
         InputError: The file is not a video.
@@ -90,7 +90,7 @@ def embed(index: str, request: dict[str, Any], device: str, max_seconds: float) 
 
 
 def timeline(query: str, videos: list[dict[str, Any]], handles_seconds: float, out: str) -> list[str]:
-    """Write a timeline for an editor of videos that were found; return what the user should know about it."""
+    """Write a timeline of videos that were found, for an editor; return what the user should know about it."""
     from svb.retrieve.answer import Moment, VideoResult
     from svb.retrieve.searching.timeline_files import write_timeline
 
@@ -102,7 +102,7 @@ def timeline(query: str, videos: list[dict[str, Any]], handles_seconds: float, o
 
 
 def cut(source: str, begin_seconds: float, end_seconds: float, out: str) -> None:
-    """Cut a part of a video out as a clip."""
+    """Cut a part out of a video as a clip."""
     from svb.retrieve.searching.cut import cut_clip
 
     cut_clip(Path(source), begin_seconds, end_seconds, Path(out))
@@ -152,7 +152,10 @@ def answer(line: str) -> dict[str, Any]:
     except SvbError as error:
         return {"error": str(error), "kind": _kind_of(error)}
     except ModuleNotFoundError as error:
-        return {"error": f"{error.name} is not installed on this server, which this needs", "kind": "other"}
+        return {
+            "error": f"{error.name} is not installed on this server, and this request needs it",
+            "kind": "other",
+        }
     except (MemoryError, OSError, RuntimeError, ValueError) as error:  # a strange file must not end the worker
         return {"error": f"this file cannot be used ({type(error).__name__}: {error})", "kind": "input"}
 
