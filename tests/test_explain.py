@@ -8,9 +8,10 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import clips
 import naive
@@ -87,22 +88,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         yield World(tmp_path_factory.mktemp("world"))
 
 
-@pytest.fixture
-def explained(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Explanation]:
-    """Return `explained(run, ...)`: what would be written, without decoding and drawing it."""
-    caught: list[Explanation] = []
-
-    def catch(explanation: Explanation, out: Path, *arguments: object) -> Path:
-        caught.append(explanation)
-        return out / "index.html"
-
-    def call(*arguments: Any, **options: Any) -> Explanation:
-        with monkeypatch.context() as patch:
-            patch.setattr(explain_module, "write_page", catch)
-            explain(*arguments, **options)
-        return caught.pop()
-
-    return call
+def explained(*arguments: Any, **options: Any) -> Explanation:
+    """Return what `explain` would write, without decoding and drawing it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(explain_module, "write_page", write := Mock())
+        explain(*arguments, **options)
+    (explanation, *_), _ = write.call_args
+    assert isinstance(explanation, Explanation)
+    return explanation
 
 
 def video_embeddings(world: World, run: Path, video_ids: list[str]) -> list[list[float]]:
@@ -132,9 +125,7 @@ def shown_weights(explanation: Explanation) -> dict[str, float]:
 
 
 @every_kind
-def test_the_weights_are_those_of_cross_on_this_query(
-    kind: str, world: World, explained: Callable[..., Explanation]
-) -> None:
+def test_the_weights_are_those_of_cross_on_this_query(kind: str, world: World) -> None:
     run = world.run(kind)
     shown = explained(run, "a red dog", support_size=0, k=99)
     expected = expected_weights(world, run, caption_embedding(run, "a red dog"), sorted(TRAIN))
@@ -151,7 +142,7 @@ def test_the_weights_are_those_of_cross_on_this_query(
 
 @pytest.mark.parametrize("query", [{"caption": ODD}, {"video": "v0"}, {"video": "videos/v0.mp4"}])
 def test_the_querys_own_video_takes_no_part(
-    query: dict[str, str], world: World, explained: Callable[..., Explanation], monkeypatch: pytest.MonkeyPatch
+    query: dict[str, str], world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(world.videos.parent)
     run, others = world.run("tokens"), sorted(set(TRAIN) - {"v0"})
@@ -163,9 +154,7 @@ def test_the_querys_own_video_takes_no_part(
     assert "support set of 6 training videos without its own, v0," in summary(shown)
 
 
-def test_what_belongs_to_no_one_training_video_is_rebuilt_from_all(
-    world: World, explained: Callable[..., Explanation], tmp_path: Path
-) -> None:
+def test_what_belongs_to_no_one_training_video_is_rebuilt_from_all(world: World, tmp_path: Path) -> None:
     run = world.run("tokens")
     assert explained(run, "a colour", support_size=0).support_size == 7
     assert explained(run, video="w1", support_size=0).support_size == 7
@@ -179,7 +168,7 @@ def test_what_belongs_to_no_one_training_video_is_rebuilt_from_all(
     assert shown_weights(again) == pytest.approx(expected, abs=0.02)
 
 
-def test_support_size(world: World, explained: Callable[..., Explanation]) -> None:
+def test_support_size(world: World) -> None:
     for size, expected in ((None, 4), (1, 1), (3, 3), (0, 7), (1000, 7)):
         shown = explained(world.run("tokens"), "a dog", support_size=size, k=99)
         assert shown.support_size == len(shown.videos) == expected
@@ -213,9 +202,7 @@ def model_of(run: Path) -> Any:
 
 
 @every_kind
-def test_what_became_of_the_mixture_is_shown(
-    kind: str, world: World, explained: Callable[..., Explanation], tmp_path: Path
-) -> None:
+def test_what_became_of_the_mixture_is_shown(kind: str, world: World, tmp_path: Path) -> None:
     run = world.run(kind)
     shown = explained(run, video="v1", support_size=0, k=99)
     page = explain(run, video="v1", support_size=0, out=tmp_path, k=1)
@@ -249,7 +236,7 @@ def test_what_became_of_the_mixture_is_shown(
     assert all(f"{cosine:.2f}  {caption}" in text for caption, cosine in shown.nearest)
 
 
-def test_the_matrices_are_of_one_batch_of_val(world: World, explained: Callable[..., Explanation]) -> None:
+def test_the_matrices_are_of_one_batch_of_val(world: World) -> None:
     run = world.run("tokens")
     shown = explained(run, "a dog")
     of = {"w1 of val": "w1", "w2 of val": "w2", ODD_ON_VAL: "w0"}
@@ -270,9 +257,7 @@ def make_run(world: World, folder: Path, rows: list[tuple[str, str, str]], **opt
     return train(world.store, captions, folder / "run", tiny(min_word_count=1, **options))
 
 
-def test_without_a_batch_of_val_the_matrices_are_of_training(
-    world: World, explained: Callable[..., Explanation], tmp_path: Path
-) -> None:
+def test_without_a_batch_of_val_the_matrices_are_of_training(world: World, tmp_path: Path) -> None:
     rows = [(video_id, f"only {video_id} has this", "train") for video_id in TRAIN]
     for number, val in enumerate(([], [("nowhere", "gone", "val")], [("w0", "a dog", "val")])):
         (tmp_path / str(number)).mkdir()
@@ -280,9 +265,7 @@ def test_without_a_batch_of_val_the_matrices_are_of_training(
         assert sorted(explained(run, "a dog").matrix_captions) == sorted(caption for _, caption, _ in rows)
 
 
-def test_a_run_selected_on_test_says_so(
-    world: World, explained: Callable[..., Explanation], tmp_path: Path
-) -> None:
+def test_a_run_selected_on_test_says_so(world: World, tmp_path: Path) -> None:
     rows = [(v, f"only {v} has this", "test" if v in ("v0", "v1") else "train") for v in TRAIN]
     run = make_run(world, tmp_path, rows, select_on="test")
     assert "SELECTED ON TEST" in summary(explained(run, "a dog", support_size=0))
@@ -315,7 +298,7 @@ def pictures_of(page: Path) -> list[str]:
     return sources
 
 
-def test_a_page_of_odd_captions(world: World, explained: Callable[..., Explanation], tmp_path: Path) -> None:
+def test_a_page_of_odd_captions(world: World, tmp_path: Path) -> None:
     messages = heard()
     query = {"video": "v1", "support_size": 0, "k": 7}
     page = explain(world.run("tokens"), **query, out=tmp_path / "out")
