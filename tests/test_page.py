@@ -318,6 +318,7 @@ def test_similar_videos_captions_and_more_videos(page: Any) -> None:
     assert EVIL not in names(page)
     assert page.evaluate("new URLSearchParams(location.search).get('like')") == EVIL
     # More videos of the question that was answered, not of the one that is typed.
+    show(page, f"?like={EVIL}")
     page.get_by_role("button", name=f"Remove {EVIL}").click()
     page.get_by_label("What to look for").fill("something else")
     page.get_by_role("button", name="More videos").click()
