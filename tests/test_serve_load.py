@@ -1,6 +1,6 @@
 """Many clients while the index changes: no error, and no row of another generation than the answer names.
 
-`SVB_LOAD_SECONDS=60 pytest -m slow tests/test_serve_load.py` is a minute of it.
+`SVB_LOAD_SECONDS=60 pytest -m slow -s tests/test_serve_load.py -k many` is a minute of it, and tells times.
 """
 
 from __future__ import annotations
@@ -132,18 +132,18 @@ def check(world: World, query: str, answer: dict[str, Any]) -> None:
 
 async def ask_on(
     client: httpx2.AsyncClient, number: int, enough: asyncio.Event
-) -> list[tuple[str, dict[str, Any]]]:
+) -> list[tuple[str, float, dict[str, Any]]]:
     """Ask until it is enough, one question after the other; return each with its answer."""
     answers = []
     while not enough.is_set():
         query = QUERIES[(number + len(answers)) % len(QUERIES)]
         response = await client.post("/api/search", json={"text": query, "k": K, "fold": False})
         assert response.status_code == 200, response.text
-        answers.append((query, response.json()))
+        answers.append((query, response.elapsed.total_seconds(), response.json()))
     return answers
 
 
-async def ask_during_updates(server: Server, world: World) -> list[list[tuple[str, dict[str, Any]]]]:
+async def ask_during_updates(server: Server, world: World) -> list[list[tuple[str, float, dict[str, Any]]]]:
     """Ask as many clients while the index changes; return what each asked, with the answers."""
     limits = httpx2.Limits(max_connections=CLIENTS, max_keepalive_connections=CLIENTS)
     async with httpx2.AsyncClient(base_url=server.url, limits=limits, timeout=None) as client:
@@ -165,13 +165,16 @@ def test_many_clients_while_the_index_is_updated(world: World) -> None:
         assert health["status"] == "ok"
         assert server.stop() == (0, "")
     for answers in asked:
-        generations = [answer["generation"] for _, answer in answers]
+        generations = [answer["generation"] for _, _, answer in answers]
         assert generations == sorted(generations)
-        for query, answer in answers:
+        for query, _, answer in answers:
             check(world, query, answer)
     assert f'status="200"}} {sum(map(len, asked))}' in metrics
-    seen = {answer["generation"] for answers in asked for _, answer in answers}
+    seen = {answer["generation"] for answers in asked for _, _, answer in answers}
     assert len(seen) >= 2, "the index did not change while it was searched"
+    seconds = [seconds for answers in asked for _, seconds, _ in answers]
+    p50, p99 = np.percentile(seconds, [50, 99])
+    print(f"{len(seconds)} answers, p50 {p50:.2f} s, p99 {p99:.2f} s, {len(seen)} generations")
 
 
 def kill_at(write: int) -> None:

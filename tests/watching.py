@@ -44,7 +44,7 @@ def opened(chromium: Any, url: str = "file:", *, expected: str = "404", **option
     """Open a tab that may load only what is below an address; what goes wrong fails it, or is `expected`."""
     context = chromium.new_context(**{"base_url": url, "viewport": {"width": 1200, "height": 900}, **options})
     page = context.new_page()
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(600_000)
     problems = watch(page, lambda sent: sent.startswith((url, "data:")))
     try:
         yield page
@@ -53,7 +53,7 @@ def opened(chromium: Any, url: str = "file:", *, expected: str = "404", **option
     assert [problem for problem in problems if not re.search(expected, problem)] == []
 
 
-def until(page: Any, expression: str, seconds: float = 20) -> None:
+def until(page: Any, expression: str, seconds: float = 600) -> None:
     """Wait until an expression is true in a page; Playwright's own way to do so is against the page's policy."""
     end = time.monotonic() + seconds
     while not page.evaluate(expression):
