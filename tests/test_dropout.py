@@ -9,8 +9,7 @@ from svb.train.heads import Dropout
 @pytest.mark.parametrize("probability", [0.1, 0.25, 0.5, 0.9, 0.999])
 def test_drops_its_share_and_keeps_the_mean(probability: float) -> None:
     torch.manual_seed(0)
-    values = torch.full((1000, 997), 3.0)
-    dropped = Dropout(probability)(values)
+    dropped = Dropout(probability)(torch.full((1000, 997), 3.0))
     share = float((dropped == 0).double().mean())
     assert share == pytest.approx(min(255, round(256 * probability)) / 256, abs=0.002)
     assert float(dropped.double().mean()) == pytest.approx(3.0, rel=0.05)
@@ -25,24 +24,16 @@ def test_every_byte_of_a_word_is_drawn() -> None:
     torch.testing.assert_close(shares, torch.full((8,), 0.5, dtype=torch.float64), atol=0.02, rtol=0)
 
 
-def test_what_is_dropped_has_no_gradient_and_the_seed_decides() -> None:
-    values = torch.ones(100, requires_grad=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_what_is_dropped_has_no_gradient_and_the_seed_decides(dtype: torch.dtype) -> None:
+    values = torch.ones(100, requires_grad=True, dtype=dtype)
     torch.manual_seed(3)
     first = Dropout(0.5)(values)
     first.sum().backward()
-    assert values.grad is not None
+    assert values.grad is not None and first.dtype == dtype
     assert torch.equal(values.grad, first.detach())
     torch.manual_seed(3)
     assert torch.equal(Dropout(0.5)(values), first)
     assert not torch.equal(Dropout(0.5)(values), first)
-
-
-def test_nothing_is_dropped_outside_training_or_at_zero() -> None:
-    values = torch.randn(7)
-    assert Dropout(0.5).eval()(values) is values
-    assert Dropout(0.0)(values) is values
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_precision_is_kept(dtype: torch.dtype) -> None:
-    assert Dropout(0.5)(torch.ones(9, dtype=dtype)).dtype == dtype
+    # Nothing is dropped outside training, or at zero.
+    assert Dropout(0.5).eval()(values) is Dropout(0.0)(values) is values

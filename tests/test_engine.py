@@ -1,18 +1,22 @@
-"""Which engine computes backbones, the cache of graphs, and that a graph does what torch does."""
+"""Which engine computes a backbone, and how: graphs in ONNX Runtime, and batch norms folded into convolutions."""
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
+import torchvision
 from extraction import CLIPS, FRAMES, assert_same_bytes, features, run
 from messages import heard
 from torch import nn
@@ -21,15 +25,14 @@ from svb.data.feature_store import FeatureStore
 from svb.errors import MismatchError, SvbError, UsageError
 from svb.extract.backbones import engine, graph, load_backbone
 from svb.extract.backbones.backbone import Backbone
+from svb.extract.backbones.fold import FOLDABLE, fold_batch_norms
 from svb.extract.backbones.graph import backbone_key, graphs_folder
-from svb.extract.backbones.transform import Transform, squares_by_pil, stored_transform
+from svb.extract.backbones.transform import Transform
 from svb.extract.compute.packing import Packer
-from svb.extract.compute.transform import to_squares
 from svb.extract.config import ExtractConfig
 
 CPU = torch.device("cpu")
 LITE0 = "offline:efficientnet-lite0"
-MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 pytestmark = pytest.mark.usefixtures("toy_backbones")
 
 
@@ -65,10 +68,6 @@ def exports(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def seconds(onnx: float, torch: float) -> Any:
-    return lambda *arguments: {"onnx": onnx, "torch": torch}
-
-
 def test_auto_takes_the_faster_one_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     table: list[tuple[dict[str, Any], tuple[float, float], str, str]] = [
         ({}, (0.4, 1.0), "onnx", "engine: ONNX Runtime in float32; ONNX Runtime takes 0.40 of the CPU time that"),
@@ -79,20 +78,19 @@ def test_auto_takes_the_faster_one_and_says_so(monkeypatch: pytest.MonkeyPatch) 
     ]
     load(chosen="onnx")  # is exported
     for options, (onnx_seconds, torch_seconds), expected, sentence in table:
-        monkeypatch.setattr(engine, "_measured", seconds(onnx_seconds, torch_seconds))
+        taken = {"onnx": onnx_seconds, "torch": torch_seconds}
+        monkeypatch.setattr(engine, "_measured", lambda *arguments, taken=taken: taken)
         said = heard()
         assert load(**options).settings().get("engine", "torch") == expected
         assert [line[: len(sentence)] for line in said] == [sentence][: bool(sentence)], options
-
-
-def test_bfloat16_competes_where_it_is_what_auto_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("svb.device._cpu_has_amx", lambda: True)
+    # bfloat16 competes where it is what auto takes.
     asked: list[torch.dtype] = []
 
     def measured(backbone: Backbone, graph: object, dtype: torch.dtype, batch_size: int) -> dict[str, float]:
         asked.append(dtype)
         return {"onnx": 1.2, "torch": 1.0}
 
+    monkeypatch.setattr("svb.device._cpu_has_amx", lambda: True)
     monkeypatch.setattr(engine, "_measured", measured)
     assert load(precision="auto").settings()["precision"] == "bfloat16" and asked == [torch.bfloat16]
 
@@ -109,7 +107,9 @@ def test_a_graph_does_what_torch_does(name: str) -> None:
     assert without == theirs.settings()
 
 
-def test_a_graph_is_exported_and_measured_once(cache: Path, exports: list[str]) -> None:
+def test_a_graph_is_exported_and_measured_once(
+    cache: Path, exports: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for _ in range(2):
         load(), load(chosen="onnx")
     assert exports == [FRAMES]
@@ -117,13 +117,14 @@ def test_a_graph_is_exported_and_measured_once(cache: Path, exports: list[str]) 
     kinds = sorted(path.name.partition("-")[0] for path in folder.iterdir())
     assert kinds == ["float32.bin", "float32.onnx", "graph.json", "measured"]
     # Another svb or library may export another graph.
-    before = graph.PACKAGES
-    try:
-        graph.PACKAGES = before[:-1]
-        load(chosen="onnx")
-    finally:
-        graph.PACKAGES = before
+    monkeypatch.setattr(graph, "PACKAGES", graph.PACKAGES[:-1])
+    load(chosen="onnx")
     assert exports == [FRAMES] * 2
+    # A cache that cannot be written to costs only time.
+    cache.parents[1].rename(cache.parents[1].with_name("moved"))
+    cache.parents[1].write_text("no folder")
+    for number in (3, 4):
+        assert load(chosen="onnx").settings()["engine"] == "onnx" and len(exports) == number
 
 
 def test_a_damaged_graph_is_made_again(cache: Path, exports: list[str]) -> None:
@@ -156,15 +157,6 @@ def test_an_export_that_is_killed_leaves_nothing_that_counts(
     assert left.name.startswith(".aside-")
     load(chosen="onnx")
     assert exports == [FRAMES] * 2 and len(list(cache.iterdir())) == 2
-
-
-def test_a_cache_that_cannot_be_written_to_costs_only_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exports: list[str]
-) -> None:
-    (tmp_path / "file").write_text("no folder")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    for number in (1, 2):
-        assert load(chosen="onnx").settings()["engine"] == "onnx" and len(exports) == number
 
 
 class _Unexportable(nn.Module):
@@ -204,12 +196,10 @@ def test_what_has_no_graph_runs_in_torch(cache: Path, monkeypatch: pytest.Monkey
 def test_what_contradicts_itself_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         ExtractConfig((FRAMES,), **options)
-
-
-def test_a_gpu_has_pytorch_alone() -> None:
-    options: dict[str, Any] = {"precision": "float32", "compile": False, "batch_size": 4}
     with pytest.raises(UsageError, match="engine onnx on meta - expected a CPU"):
-        engine.load_backbones([FRAMES], torch.device("meta"), engine="onnx", **options)
+        engine.load_backbones(
+            [FRAMES], torch.device("meta"), precision="float32", engine="onnx", compile=False, batch_size=4
+        )
 
 
 def test_the_engine_is_part_of_a_store(folder: Path, out: Path, tmp_path: Path) -> None:
@@ -283,36 +273,6 @@ def test_a_heartbeat_does_not_wait_for_a_batch() -> None:
         assert packer.is_complete(0)
 
 
-TRANSFORMS = {
-    "CLIP": Transform(224, MEAN, STD),
-    "SigLIP 2": Transform(256, MEAN, STD, mode="squash", resize_px=(256, 256)),
-    "PE-Core": Transform(224, MEAN, STD, mode="squash", resize_px=(224, 224), interpolation="bilinear"),
-    "ResNet": Transform(224, MEAN, STD, resize_px=(232, 232), interpolation="bilinear"),
-    "padded": Transform(224, MEAN, STD, mode="longest", resize_px=(224, 224), fill=(10, 20, 30)),
-}
-
-
-@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
-def test_squares_of_pil_are_those_of_torch(transform: Transform) -> None:
-    generator = torch.Generator().manual_seed(1)
-    for size in ((240, 426), (426, 240), (224, 224), (720, 1280), (90, 160)):
-        coarse = torch.rand(2, 3, size[0] // 8, size[1] // 8, generator=generator)
-        smooth = nn.functional.interpolate(coarse, size, mode="bilinear")
-        frames = (smooth * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-        ours = squares_by_pil(frames.numpy(), stored_transform(json.loads(json.dumps(transform.settings()))))
-        theirs = to_squares(frames, transform).numpy()
-        assert np.abs(ours.astype(int) - theirs).max() <= 2, size
-
-
-def test_features_of_pil_are_those_of_torch() -> None:
-    backbone = load_backbone(LITE0, CPU, torch.float32)
-    frames = torch.randint(0, 256, (2, 30, 40, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
-    frames = frames.repeat_interleave(8, 1).repeat_interleave(8, 2)
-    ours = torch.from_numpy(squares_by_pil(frames.numpy(), backbone.transform))
-    found, expected = backbone(ours), backbone(to_squares(frames, backbone.transform))
-    assert nn.functional.cosine_similarity(found, expected).min() > 0.9999
-
-
 def test_a_graph_of_the_cache_needs_no_torch() -> None:
     backbone = load(chosen="onnx")
     images = engine._pictures(backbone, 2)
@@ -329,3 +289,75 @@ print(json.dumps([features.tolist(), "torch" in sys.modules]))
     assert has_torch is False, ran.stderr
     assert np.array(found, np.float32).tolist() == backbone(images).tolist()
     assert (graphs_folder() / key).is_dir()
+
+
+def settle(module: nn.Module) -> nn.Module:
+    """Give the batch norms statistics such as training leaves: fresh ones change nothing."""
+    generator = torch.Generator().manual_seed(1)
+    for norm in batch_norms(module):
+        norm.running_mean.normal_(0, 0.2, generator=generator)
+        norm.running_var.uniform_(0.5, 2, generator=generator)
+        norm.weight.data.uniform_(0.5, 1.5, generator=generator)
+        norm.bias.data.normal_(0, 0.1, generator=generator)
+    return module.eval().requires_grad_(False)
+
+
+def batch_norms(module: nn.Module) -> list[nn.BatchNorm2d | nn.BatchNorm3d]:
+    return [part for part in module.modules() if isinstance(part, FOLDABLE)]
+
+
+@pytest.mark.parametrize(
+    ("make", "model", "shape", "left"),
+    [
+        (torchvision.models.get_model, "resnet18", (3, 64, 64), 0),
+        (torchvision.models.get_model, "densenet121", (3, 64, 64), 62),  # norms before a convolution, after a sum
+        (torchvision.models.get_model, "r2plus1d_18", (3, 4, 32, 32), 0),
+        (timm.create_model, "mobilenetv3_small_100", (3, 64, 64), 0),
+        (timm.create_model, "tf_efficientnet_lite0", (3, 64, 64), 0),  # convolutions that pad by themselves
+        (timm.create_model, "vit_tiny_patch16_224", (3, 224, 224), 0),
+    ],
+)
+def test_folding_changes_no_more_than_rounding(
+    make: Callable[[str], nn.Module], model: str, shape: tuple[int, ...], left: int
+) -> None:
+    module = settle(make(model))
+    images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(2))
+    expected, num_norms = module(images), len(batch_norms(module))
+    assert fold_batch_norms(module, shape) == num_norms - left
+    assert len(batch_norms(module)) == left
+    torch.testing.assert_close(module(images), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+class Shared(nn.Module):
+    """A convolution whose output is read beside its batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        read = self.convolution(images)
+        return torch.as_tensor(self.norm(read) + read)
+
+
+class Twice(Shared):
+    """A batch norm that two convolutions go through."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(self.norm(self.convolution(images)) - self.norm(self.convolution(images.flip(-1))))
+
+
+@pytest.mark.parametrize("make", [Shared, Twice])
+def test_what_is_read_elsewhere_is_left_alone(make: type[nn.Module]) -> None:
+    module = settle(make())
+    before = copy.deepcopy(module)
+    images = torch.randn(2, 3, 8, 8)
+    assert fold_batch_norms(module, (3, 8, 8)) == 0
+    assert len(batch_norms(module)) == 1
+    assert torch.equal(module(images), before(images))
+
+
+def test_a_backbone_is_folded_and_its_weights_hash_is_that_of_the_file() -> None:
+    backbone = load_backbone("offline:efficientnet-lite0", torch.device("cpu"), torch.float32)
+    assert not batch_norms(backbone.module)
+    assert backbone.weights_hash == load_backbone(backbone.name, torch.device("cpu"), torch.bfloat16).weights_hash

@@ -125,7 +125,7 @@ def test_the_run_says_it_once(
 @pytest.mark.usefixtures("toy_backbones")
 def test_each_rank_decodes_on_its_own_device() -> None:
     network = load_backbone("toy:frames", torch.device("cpu"), torch.float32)
-    config = ExtractConfig(decoder="ffmpeg", hwaccel="cuda")
     for device, expected in (("cuda:2", "2"), ("cuda", None), ("cpu", None)):
         network.device = torch.device(device)
+        config = ExtractConfig(decoder="ffmpeg", hwaccel="cuda")
         assert config.decode_options_for([network]).hwaccel_device == expected

@@ -321,7 +321,7 @@ class TestTimesTable:
         assert read_times(tmp_path / "a.csv").content_hash != tables[0].content_hash
 
     def test_what_is_refused(self, tmp_path: Path) -> None:
-        """How tables are read in general, test_tables tells."""
+        """How tables are read in general, test_captions tells."""
         path = tmp_path / "a.csv"
         for rows, words in (
             ("", "holds no times - expected rows with video_id,time_seconds"),
