@@ -1,5 +1,6 @@
+"""The demo: clips that ffmpeg makes, and the whole path through the command line on them."""
+
 import csv
-import dataclasses
 import itertools
 import shutil
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import av
 import pytest
+from conftest import RunSvb
 
 from svb.cli import demo_clips
 from svb.cli.demo_clips import make_demo_clips, plan_demo_clips
@@ -20,23 +22,16 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def read_table(folder: Path) -> list[dict[str, str]]:
-    with (folder / "captions.csv").open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def test_table_names_the_files_that_are_there(demo: Path) -> None:
-    rows = read_table(demo)
-    videos = demo / "videos"
-    ids = {path.relative_to(videos).with_suffix("").as_posix() for path in videos.rglob("*") if path.is_file()}
-    assert {row["video_id"] for row in rows} == ids
-    assert list(rows[0]) == ["video_id", "split", "caption"]
-    assert len(rows) == 6 * 5
-    assert all("/" in video_id for video_id in ids)
+    with (demo / "captions.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    ids = {path.relative_to(demo / "videos").with_suffix("").as_posix() for path in demo.rglob("*.mp4")}
+    assert {row["video_id"] for row in rows} == ids and all("/" in video_id for video_id in ids)
+    assert list(rows[0]) == ["video_id", "split", "caption"] and len(rows) == 6 * 5
     assert {row["split"] for row in rows} == {"train", "val"}
 
 
@@ -75,18 +70,25 @@ def test_second_run_does_only_what_is_missing(demo: Path, tmp_path: Path) -> Non
     assert contents(folder) == contents(demo)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_both_splits_show_every_value(seed: int) -> None:
-    clips = plan_demo_clips(300, seed)
-    assert len({clip.video_id for clip in clips}) == 300
-    assert len({(clip.object, clip.colour, clip.motion, clip.background) for clip in clips}) == 300
-    assert sum(clip.split == "val" for clip in clips) == 50
-    for split in ("train", "val"):
-        shown = [clip for clip in clips if clip.split == split]
-        assert {clip.object for clip in shown} == set(demo_clips.OBJECTS)
-        assert {clip.colour for clip in shown} == set(demo_clips.COLOURS)
-        assert {clip.motion for clip in shown} == set(demo_clips.MOTIONS)
-        assert {clip.background for clip in shown} == set(demo_clips.BACKGROUNDS)
+VALUES = {
+    "object": demo_clips.OBJECTS,
+    "colour": demo_clips.COLOURS,
+    "motion": demo_clips.MOTIONS,
+    "background": demo_clips.BACKGROUNDS,
+}
+
+
+def test_both_splits_show_every_value() -> None:
+    for seed in range(5):
+        clips = plan_demo_clips(300, seed)
+        assert len({clip.video_id for clip in clips}) == 300
+        assert len({tuple(getattr(clip, name) for name in VALUES) for clip in clips}) == 300
+        assert sum(clip.split == "val" for clip in clips) == 50
+        for split in ("train", "val"):
+            shown = [clip for clip in clips if clip.split == split]
+            assert {name: {getattr(clip, name) for clip in shown} for name in VALUES} == {
+                name: set(values) for name, values in VALUES.items()
+            }
 
 
 def test_captions_read_well_and_are_shared_between_clips() -> None:
@@ -104,17 +106,6 @@ def test_captions_read_well_and_are_shared_between_clips() -> None:
                 assert (article == "an") == (following[0] in "aeiou"), caption
 
 
-def test_every_value_can_be_drawn(tmp_path: Path) -> None:
-    clip = dataclasses.replace(plan_demo_clips(2, 0)[0], num_frames=2)
-    clips = [dataclasses.replace(clip, object=value) for value in demo_clips.OBJECTS]
-    clips += [dataclasses.replace(clip, colour=value) for value in demo_clips.COLOURS]
-    clips += [dataclasses.replace(clip, motion=value) for value in demo_clips.MOTIONS]
-    clips += [dataclasses.replace(clip, background=value) for value in demo_clips.BACKGROUNDS]
-    clips = [dataclasses.replace(clip, video_id=f"all/{number}") for number, clip in enumerate(clips)]
-    demo_clips._render_missing(clips, tmp_path, lambda done, total: None)
-    assert len(list(tmp_path.rglob("*.mp4"))) == len(clips)
-
-
 def test_impossible_numbers_are_refused_and_a_failure_of_ffmpeg_leaves_no_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,5 +118,19 @@ def test_impossible_numbers_are_refused_and_a_failure_of_ffmpeg_leaves_no_table(
             make_demo_clips(tmp_path, num_videos=num_videos)
     with pytest.raises(SvbError, match="no such generator"):
         make_demo_clips(tmp_path / "demo", num_videos=2)
-    assert not (tmp_path / "demo" / "captions.csv").exists()
-    assert not list((tmp_path / "demo").rglob("*.mp4"))
+    assert not [*(tmp_path / "demo").rglob("captions.csv"), *(tmp_path / "demo").rglob("*.mp4")]
+
+
+@pytest.mark.slow
+def test_the_demo_goes_from_clips_to_answers_and_is_not_done_twice(run_svb: RunSvb, tmp_path: Path) -> None:
+    arguments = ["demo", "-o", str(tmp_path / "demo"), "--videos", "40", "--epochs", "2"]
+    first = run_svb(*arguments)
+    assert first.exit_code == 0, first
+    headings = ("zero-shot ConSE", "best checkpoint", "rank  score  confidence  moments", "rank  score  caption")
+    for words in ("ok          40", *headings):
+        assert words in first.stdout
+    assert first.stdout.count("$ svb search") == 4
+    assert (tmp_path / "demo" / "index" / "manifest.json").is_file()
+    second = run_svb(*arguments)
+    assert second.exit_code == 0, second
+    assert second.stderr.count("nothing to do") == 3  # extract, captions and train

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -79,8 +78,7 @@ class TestLayout:
     def test_it_is_plain_hdf5_that_stands_alone(self, shard: Path) -> None:
         with h5py.File(shard) as file:
             assert set(file) == {"videos", GROUP, OTHER}
-            for name in STRINGS:
-                assert h5py.check_string_dtype(file["videos"][name].dtype).encoding == "utf-8"
+            assert {h5py.check_string_dtype(file["videos"][name].dtype).encoding for name in STRINGS} == {"utf-8"}
             assert {str(file["videos"][name].dtype) for name in INTEGERS} == {"int64"}
             assert {str(file["videos"][name].dtype) for name in FLOATS} == {"float64"}
             assert set(file["videos"]) == {*STRINGS, *INTEGERS, *FLOATS}
@@ -96,16 +94,7 @@ class TestLayout:
             assert list(file["videos/video_id"].asstr()) == ["a/x", "failed", "b"]
             assert json.loads(file.attrs["store"]) == read_store_description(shard.parents[1])
             assert file.libver[0] == "earliest"
-            for dataset in (*file["videos"].values(), *file[GROUP].values()):
-                assert dataset.chunks is None and dataset.compression is None
-
-    def test_times_of_a_real_store(self, extracted_store: Path) -> None:
-        store = FeatureStore(extracted_store)
-        assert store.backbones == ["offline:efficientnet-lite0"]
-        assert store.video_ids == ["a", "b", "c", "deep/d"]
-        loaded = store.load("offline:efficientnet-lite0")
-        assert loaded.features.shape == (10, 1280)
-        np.testing.assert_allclose(loaded.times_seconds, [0, 0, 1, 0, 1, 2, 0, 1, 2, 3], atol=0.01)
+            assert all(d.chunks is d.compression is None for d in (*file["videos"].values(), *file[GROUP].values()))
 
 
 class TestReading:
@@ -122,35 +111,32 @@ class TestReading:
             np.testing.assert_array_equal(x.offsets, y.offsets)
         assert verify_store(one) == []
 
-    def test_videos_come_in_the_order_asked_for(self, tmp_path: Path) -> None:
-        store = FeatureStore(write(tmp_path / "store", {"a": 1.0}, {"b": 2.0}, {"c": 3.0}))
-        loaded = store.load(BACKBONE, ["c", "a"])
-        assert loaded.video_ids == ["c", "a"] and loaded.features[:, 0].tolist() == [3, 3, 1, 1]
-
-    def test_the_newest_record_wins(self, tmp_path: Path) -> None:
-        path = write(tmp_path / "store", {"a": None, "b": 1.0}, {"a": 2.0}, {"b": None})
+    def test_the_newest_record_wins_and_videos_come_in_the_order_asked_for(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "store", {"a": None, "b": 1.0}, {"a": 2.0}, {"b": None, "c": 3.0})
         store = FeatureStore(path)
-        assert {video_id: r.status for video_id, r in store.records.items()} == {"a": "ok", "b": "unreadable"}
-        assert values(path) == {"a": 2.0}
-        assert store.status_counts() == {"ok": 1, "unreadable": 1}
+        assert {v: r.status for v, r in store.records.items()} == {"a": "ok", "b": "unreadable", "c": "ok"}
+        assert values(path) == {"a": 2.0, "c": 3.0} and store.status_counts() == {"ok": 2, "unreadable": 1}
+        loaded = store.load(BACKBONE, ["c", "a"])
+        assert loaded.video_ids == ["c", "a"] and loaded.features[:, 0].tolist() == [3, 3, 2, 2]
         with pytest.raises(InputError, match=r"'b' ended as 'unreadable' in .* - extract it"):
             store.load(BACKBONE, ["b"])
         with pytest.raises(InputError, match="'z' is not in"):
             store.load(BACKBONE, ["z"])
 
     def test_nothing_there(self, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match=r"no feature store at .* make one with `svb extract"):
-            FeatureStore(tmp_path / "nowhere")
-        with pytest.raises(InputError, match="it has no store\\.json"):
-            FeatureStore(tmp_path)
+        (tmp_path / "text.h5").write_text("text")
+        for path, error, words in (
+            (tmp_path / "nowhere", InputError, r"no feature store at .* make one with `svb extract"),
+            (tmp_path, InputError, "it has no store\\.json"),
+            (tmp_path / "text.h5", StoreError, "not a whole shard"),
+        ):
+            with pytest.raises(error, match=words):
+                FeatureStore(path)
         store = FeatureStore(write(tmp_path / "store", {"a": 1.0}))
         with pytest.raises(InputError, match=r"several backbones .* choose one with --backbone"):
             store.only_backbone()
         with pytest.raises(InputError, match="holds no features of 'x', only"):
             store.only_backbone("x")
-        (tmp_path / "text.h5").write_text("text")
-        with pytest.raises(StoreError, match="not a whole shard"):
-            FeatureStore(tmp_path / "text.h5")
 
     def test_nan_names_the_video(self, tmp_path: Path) -> None:
         path = write(tmp_path / "store", {"a": 1.0, "b": 2.0})
@@ -162,18 +148,15 @@ class TestReading:
 
 
 class TestCompaction:
-    def test_small_shards_become_one(self, tmp_path: Path) -> None:
+    def test_small_shards_become_one_that_what_comes_later_supersedes(self, tmp_path: Path) -> None:
         path = write(tmp_path / "store", {"a": 1.0}, {"b": None}, {"a": 2.0, "c": 3.0}, compact=True)
         assert len(shard_files(path)) == 1
         store = FeatureStore(path)
         assert len(store.shards[0].records) == 3
         assert values(path) == {"a": 2.0, "c": 3.0} and store.records["b"].status == "unreadable"
         assert verify_store(path) == []
-
-    def test_what_comes_later_still_supersedes(self, tmp_path: Path) -> None:
-        path = write(tmp_path / "store", {"a": 1.0}, {"b": 1.0}, compact=True)
-        assert values(write(path, {"a": 5.0})) == {"a": 5.0, "b": 1.0}
-        assert values(write(path, {"c": 6.0}, compact=True)) == {"a": 5.0, "b": 1.0, "c": 6.0}
+        assert values(write(path, {"a": 5.0})) == {"a": 5.0, "c": 3.0}
+        assert values(write(path, {"b": 6.0}, compact=True)) == {"a": 5.0, "b": 6.0, "c": 3.0}
 
     def test_killed_before_the_small_shards_are_removed(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -221,23 +204,18 @@ class TestWriting:
         assert "sampling.fps: stored 1.0, wanted None; sampling.frames: stored None, wanted 8" in message
         assert "backbones" not in message and "with -o" in message
         write(path, {"b": 1.0})  # the refused writer has let go of the lock
-
-    def test_a_foreign_shard_is_refused(self, tmp_path: Path) -> None:
-        path = write(tmp_path / "store", {"a": 1.0})
-        with FeatureStoreWriter(tmp_path / "other", {**SETTINGS, "sampling": {"fps": 2.0}}, {}) as writer:
+        with FeatureStoreWriter(tmp_path / "other", other, {}) as writer:
             writer.add(record("b"), rows(2.0))
         shutil.copy(shard_files(tmp_path / "other")[0], path / "shards" / "000002-foreign.h5")
         with pytest.raises(StoreError, match=r"000002-foreign.h5 was made with other settings .* move it out"):
             FeatureStore(path)
 
-    def test_two_writers_at_once(self, tmp_path: Path) -> None:
-        first = FeatureStoreWriter(tmp_path / "store", SETTINGS, {})
+    def test_two_writers_at_once_and_what_a_killed_one_leaves(self, tmp_path: Path) -> None:
+        path = tmp_path / "store"
+        first = FeatureStoreWriter(path, SETTINGS, {})
         with first, pytest.raises(StoreError, match=r"another process is writing to it"):
-            FeatureStoreWriter(tmp_path / "store", SETTINGS, {})
-        write(tmp_path / "store", {"a": 1.0})
-
-    def test_leftovers_are_removed_by_the_next_writer(self, tmp_path: Path) -> None:
-        path = write(tmp_path / "store", {"a": 1.0})
+            FeatureStoreWriter(path, SETTINGS, {})
+        write(path, {"a": 1.0})
         for leftover in (path / f"{ASIDE_PREFIX}1.json", path / "shards" / f"{ASIDE_PREFIX}2.h5"):
             leftover.write_bytes(b"half")
         assert values(path) == {"a": 1.0}
@@ -265,27 +243,21 @@ class TestWriting:
         assert FeatureStore(tmp_path / "store").records["a"].error == "\\udcff\\x00é\n"
 
     def test_equal_content_gives_equal_bytes(self, tmp_path: Path) -> None:
-        a, b = (write(tmp_path / name, {"a": 1.0}, {"b": 2.0}, compact=True) for name in "ab")
-        assert hashes(a) == hashes(b)
-
-
-def hashes(path: Path) -> dict[str, str]:
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in shard_files(path)}
+        stores = [write(tmp_path / name, {"a": 1.0}, {"b": 2.0}, compact=True) for name in "ab"]
+        first, second = ({file.name: file.read_bytes() for file in shard_files(path)} for path in stores)
+        assert first == second
 
 
 class TestDamage:
-    def test_a_cut_shard(self, tmp_path: Path) -> None:
+    def test_a_cut_or_moved_shard_is_extracted_again(self, tmp_path: Path) -> None:
         path = write(tmp_path / "store", {"a": 1.0}, {"b": 2.0})
-        shard = shard_files(path)[0]
+        shard = shard_files(path)[1]
         whole = shard.read_bytes()
         for keep in (0.0, 0.3, 0.9):
             shard.write_bytes(whole[: int(keep * len(whole))])
             with pytest.raises(StoreError, match=rf"{shard.name} is not a whole shard .* run `svb extract` again"):
                 FeatureStore(path)
-
-    def test_a_moved_shard_is_extracted_again(self, tmp_path: Path) -> None:
-        path = write(tmp_path / "store", {"a": 1.0}, {"b": 2.0})
-        shard_files(path)[1].unlink()
+        shard.unlink()
         assert values(path) == {"a": 1.0}
         assert values(write(path, {"b": 3.0})) == {"a": 1.0, "b": 3.0}
 
@@ -304,28 +276,22 @@ class TestDamage:
             except StoreError:
                 continue
 
-    def test_a_damaged_or_edited_store_json(self, tmp_path: Path) -> None:
+    def test_a_damaged_edited_or_newer_description(self, tmp_path: Path) -> None:
         path = write(tmp_path / "store", {"a": 1.0})
         whole = (path / "store.json").read_text()
-        for text in ("", "{", "[]", '{"format_version": 1}'):
+        newer = json.dumps({**json.loads(whole), "format_version": 2})
+        for text, words in (
+            *((text, r"store.json is damaged .* restore it") for text in ("", "{", "[]", '{"format_version": 1}')),
+            (whole.replace('"pyav"', '"ffmpeg"'), r"was edited or damaged: .* - undo the edit"),
+            (newer, "store.json has format 2 - this svb reads up to 1; upgrade svb"),
+        ):
             (path / "store.json").write_text(text)
-            with pytest.raises(StoreError, match=r"store.json is damaged .* restore it"):
+            with pytest.raises(StoreError, match=words):
                 FeatureStore(path)
         (path / "store.json").write_text(whole)
-        (path / "store.json").write_text((path / "store.json").read_text().replace('"pyav"', '"ffmpeg"'))
-        with pytest.raises(StoreError, match=r"was edited or damaged: .* - undo the edit"):
-            FeatureStore(path)
-
-    def test_a_newer_format(self, tmp_path: Path) -> None:
-        path = write(tmp_path / "store", {"a": 1.0})
-        shard = shard_files(path)[0]
-        with h5py.File(shard, "r+") as file:
+        with h5py.File(shard_files(path)[0], "r+") as file:
             file.attrs["format_version"] = 2
         with pytest.raises(StoreError, match="has format 2 - this svb reads up to 1; upgrade svb"):
-            FeatureStore(path)
-        description = json.loads((path / "store.json").read_text())
-        (path / "store.json").write_text(json.dumps({**description, "format_version": 2}))
-        with pytest.raises(StoreError, match=r"store.json has format 2"):
             FeatureStore(path)
 
 
@@ -355,9 +321,10 @@ class TestVerify:
             (set_value(f"{GROUP}/features", (2, 1), np.nan), "video 'b' holds NaN or infinity"),
             (set_value(f"{GROUP}/features", (0, 0), np.inf), "video 'a' holds NaN or infinity"),
             (set_value(f"{OTHER}/times_seconds", 3, np.nan), "video 'b' holds NaN or infinity"),
-            (set_value(f"{GROUP}/offsets", 0, 1), "offsets (they do not divide 4 rows among 3 videos)"),
-            (set_value(f"{GROUP}/offsets", 1, 3), "offsets (they do not divide 4 rows among 3 videos)"),
-            (set_value(f"{GROUP}/offsets", 3, 9), "offsets (they do not divide 4 rows among 3 videos)"),
+            *(
+                (set_value(f"{GROUP}/offsets", place, row), "offsets (they do not divide 4 rows among 3 videos)")
+                for place, row in ((0, 1), (1, 3), (3, 9))
+            ),
             (set_value(f"{GROUP}/offsets", 2, 3), "'failed' is unreadable and has 1 rows"),
             (set_value("videos/status", 1, "ok"), "'failed' is ok and has 0 rows"),
             (set_value("videos/status", 2, "empty"), "'b' is empty and has 2 rows"),

@@ -14,7 +14,7 @@ import pytest
 from svb.cli import run
 from svb.cli.output import Meter
 
-SVB = [sys.executable, "-m", "svb"]
+Capsys = pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize(
@@ -22,12 +22,7 @@ SVB = [sys.executable, "-m", "svb"]
     [("train", 100, "config.json"), ("train", 3000, "best"), ("index", 1500, "")],
 )
 def test_a_full_disk_names_the_folder(
-    command: str,
-    limit_bytes: int,
-    place: str,
-    indexed_run: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    command: str, limit_bytes: int, place: str, indexed_run: Path, tmp_path: Path, capsys: Capsys
 ) -> None:
     """A limit on the size of files stands for the disk: no library can write a longer one to its end."""
     store, captions, out = indexed_run.parent / "features", indexed_run.parent / "captions.h5", tmp_path / "out"
@@ -46,38 +41,28 @@ def test_a_full_disk_names_the_folder(
     assert said.splitlines()[-1].startswith(f"svb: cannot use {out / place}")
 
 
-class TestClosed:
-    """`sh` closes or fills what a command reads and writes."""
+@pytest.mark.parametrize(
+    ("shell", "exit_code", "words"),
+    [
+        *((f'svb info "$1" {closed}', 0, "") for closed in (">&-", "<&-", "2>&-")),
+        ('svb search --queries - --index "$1" <&-', 1, "svb: standard input is closed - name a file"),
+        ('svb info "$1" > /dev/full', 1, "svb: cannot use standard output (No space left on device) - make room"),
+    ],
+)
+def test_what_is_closed_or_full_in_a_shell(shell: str, exit_code: int, words: str, built_index: Path) -> None:
+    command = ["bash", "-c", f'svb() {{ "{sys.executable}" -m svb "$@"; }}; {shell}', "bash", str(built_index)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == exit_code and ran.stderr.startswith(words)
+    assert len(ran.stderr.splitlines()) == bool(words)
 
-    def run(self, shell: str, path: Path) -> subprocess.CompletedProcess[str]:
-        command = f'svb() {{ "{sys.executable}" -m svb "$@"; }}; {shell}'
-        return subprocess.run(
-            ["bash", "-c", command, "bash", str(path)], capture_output=True, text=True, check=False, timeout=300
-        )
 
-    def test_a_reader_that_has_left_is_no_failed_search(self, built_index: Path) -> None:
-        reader, writer = os.pipe()
-        os.close(reader)
-        ran = subprocess.run([*SVB, "info", str(built_index)], stdout=writer, stderr=subprocess.PIPE, check=False)
-        os.close(writer)
-        assert (ran.returncode, ran.stderr) == (128 + signal.SIGPIPE, b"")
-
-    @pytest.mark.parametrize("closed", [">&-", "<&-", "2>&-"])
-    def test_closed_streams(self, closed: str, built_index: Path) -> None:
-        ran = self.run(f'svb info "$1" {closed}', built_index)
-        assert ran.returncode == 0 and ran.stderr == ""
-
-    def test_queries_from_a_closed_stdin(self, tmp_path: Path) -> None:
-        ran = self.run('svb search --queries - --index "$1" <&-', tmp_path)
-        assert ran.returncode == 1 and "svb: standard input is closed - name a file" in ran.stderr
-
-    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-    def test_a_full_disk_under_the_output(self, built_index: Path) -> None:
-        ran = self.run('svb info "$1" > /dev/full', built_index)
-        assert ran.stderr == (
-            "svb: cannot use standard output (No space left on device) - make room there and run the same command "
-            "again\n"
-        )
+def test_a_reader_that_has_left_is_no_failed_search(built_index: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "svb", "info", str(built_index)]
+    ran = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (ran.returncode, ran.stderr) == (128 + signal.SIGPIPE, b"")
 
 
 def test_progress_in_a_file_is_a_line_every_ten_seconds(capsys: pytest.CaptureFixture[str]) -> None:
