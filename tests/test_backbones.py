@@ -28,6 +28,7 @@ from svb.errors import InputError, ModelUnavailableError, SvbError, UsageError
 from svb.extract import backbones, text_encoders
 from svb.extract.backbones import load_backbone, load_classifier
 from svb.extract.backbones.backbone import Backbone, cut_classifier
+from svb.extract.backbones.fold import FOLDABLE
 from svb.extract.backbones.offline import MODELS
 from svb.extract.backbones.torchvision import CLIP_FRAMES
 from svb.extract.backbones.transform import Transform
@@ -119,6 +120,7 @@ class TestOffline:
         shape = {"feature_size": 1280, "image_size": 224, "clip_frames": 1, "precision": "float32"}
         assert shape.items() <= exact.settings().items()
         assert exact.settings()["weights_hash"] == fast.settings()["weights_hash"]
+        assert not any(isinstance(part, FOLDABLE) for part in exact.module.modules())
         frames = torch.stack([torch.from_numpy(picture(seed)) for seed in range(4)])
         squares = to_squares(frames, exact.transform)
         features = exact(squares)
@@ -403,3 +405,4 @@ def test_local_files_are_found_from_everywhere(tmp_path: Path, monkeypatch: pyte
         (text_encoders.absolute_name, "t5:google/t5-v1_1-base", "t5:google/t5-v1_1-base"),
     ):
         assert absolute_name(name) == expected
+    assert text_encoders.tower_of("open_clip:a/b") == "open_clip:a/b" and text_encoders.tower_of(OFFLINE) is None

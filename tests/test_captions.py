@@ -81,12 +81,17 @@ def counts(sentences: Sequence[str]) -> NDArray[np.float16]:
 
 def test_layout_is_plain_hdf5(letters: Letters, tmp_path: Path) -> None:
     out = tmp_path / "captions.h5"
-    run(table(tmp_path / "t.csv", "ein Café 動画", "bad", "bad"), out)
+    (tmp_path / "t.jsonl").write_text(
+        '{"video_id": "b/1", "caption": "ein Café 動画", "split": "test", "caption_id": "x"}\n'
+        '{"video_id": "a", "caption": "bad", "split": "val"}\n{"video_id": "a", "caption": "bad", "split": "val"}\n'
+    )
+    run(tmp_path / "t.jsonl", out)
     with h5py.File(out) as file:
         assert set(file) == {"caption_id", "video_id", "caption", "split", NAME}
         assert list(file["caption"].asstr()) == ["ein Café 動画", "bad", "bad"]
-        assert list(file["caption_id"].asstr()) == ["v0#0", "v0#1", "v1#0"]
-        assert list(file["split"].asstr()) == ["train"] * 3 and not file.attrs["has_split"]
+        assert list(file["caption_id"].asstr()) == ["x", "a#0", "a#1"]
+        assert list(file["video_id"].asstr()) == ["b/1", "a", "a"]
+        assert list(file["split"].asstr()) == ["test", "val", "val"] and file.attrs["has_split"]
         features = file[NAME]["features"]
         assert (features.shape, features.dtype, features.chunks) == ((3, 5), np.float16, None)
         settings = json.loads(file.attrs["settings"])
@@ -189,16 +194,6 @@ def test_captions_that_are_too_long_or_whose_numbers_are_too_large(letters: Lett
     assert not (tmp_path / "large.h5").exists()
 
 
-def test_splits_ids_and_order_are_kept(letters: Letters, tmp_path: Path) -> None:
-    (tmp_path / "t.jsonl").write_text(
-        '{"video_id": "b/1", "caption": "bad", "split": "test", "caption_id": "x"}\n'
-        '{"video_id": "a", "caption": "cab", "split": "val"}\n'
-    )
-    run(tmp_path / "t.jsonl", tmp_path / "c.h5")
-    kept = read_caption_features(tmp_path / "c.h5").table
-    assert kept == CaptionTable(["x", "a#0"], ["b/1", "a"], ["bad", "cab"], ["test", "val"], True)
-
-
 def without_rows(file: h5py.File) -> None:
     del file[NAME]["features"]
     file[NAME]["features"] = np.zeros((1, 5), np.float16)
@@ -229,15 +224,6 @@ def test_damage(damage: float | Callable[[h5py.File], None], words: str, letters
             damage(file)
     with pytest.raises(StoreError, match=words):
         read_caption_features(made)
-
-
-def test_the_offline_encoder_end_to_end(tmp_path: Path) -> None:
-    given = table(tmp_path / "t.csv", "a dog runs", "a cat sleeps", "a dog runs")
-    captions(given, tmp_path / "c.h5", text_encoder="offline:minilm-l6", device="cpu")
-    read = read_caption_features(tmp_path / "c.h5")
-    assert read.text_encoder == "offline:minilm-l6" and read.features.shape == (3, 384)
-    np.testing.assert_array_equal(read.features[0], read.features[2])
-    assert read.features.any(axis=1).all()
 
 
 KIND = TableKind("caption table", ("video_id", "caption"), "video_id,caption", "quote captions that hold a comma")

@@ -355,9 +355,3 @@ def test_what_is_read_elsewhere_is_left_alone(make: type[nn.Module]) -> None:
     assert fold_batch_norms(module, (3, 8, 8)) == 0
     assert len(batch_norms(module)) == 1
     assert torch.equal(module(images), before(images))
-
-
-def test_a_backbone_is_folded_and_its_weights_hash_is_that_of_the_file() -> None:
-    backbone = load_backbone("offline:efficientnet-lite0", torch.device("cpu"), torch.float32)
-    assert not batch_norms(backbone.module)
-    assert backbone.weights_hash == load_backbone(backbone.name, torch.device("cpu"), torch.bfloat16).weights_hash

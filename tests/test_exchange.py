@@ -453,6 +453,10 @@ def test_what_cannot_be_a_source_or_an_output(
 ) -> None:
     source, one = npy_folder(tmp_path / "s", {"a": GOOD}), export(FeatureStore(store), tmp_path / "one.h5")
     (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="unknown layout 'csv' - expected one of h5, "):
+        export(FeatureStore(store), tmp_path / "x", layout="csv")
+    with pytest.raises(UsageError, match="unknown layout 'csv' - expected one of npy, "):
+        imported(source, tmp_path / "x", layout="csv")
     for given, out, words in (
         (store, "out", "is a feature store already - give it to `svb train`"),
         (one, "out", "is a feature store already - give it to `svb train`"),

@@ -222,17 +222,22 @@ class TestDecoder:
                 theirs.add_(0.5 * torch.randn_like(theirs))
                 mine.copy_(theirs)
         frames, frame_mask = 5 * make_memory()[0], make_memory()[1]
-        said = whole.generate(
-            encoder_outputs=BaseModelOutput(decoder.project_memory(frames)),
-            attention_mask=frame_mask.long(),
-            max_new_tokens=MAX_TOKENS - 1,
-            do_sample=False,
-        )
-        tokenizer = load_t5_with_decoder(str(folder)).tokenizer
-        expected = [text.strip() for text in tokenizer.batch_decode(said, skip_special_tokens=True)]
+        tokenizer, written = load_t5_with_decoder(str(folder)).tokenizer, []
         decoder.train()  # drops nothing while it writes
-        assert decoder.write(frames, frame_mask) == expected
-        assert decoder.training and len(set(expected)) == 2
+        for likelihood_of_the_end in (1, 20):
+            with torch.no_grad():
+                for weight in (decoder.output_weight, whole.lm_head.weight):
+                    weight[tokenizer.eos_token_id] *= likelihood_of_the_end
+            said = whole.generate(
+                encoder_outputs=BaseModelOutput(decoder.project_memory(frames)),
+                attention_mask=frame_mask.long(),
+                max_new_tokens=MAX_TOKENS - 1,
+                do_sample=False,
+            )
+            texts = tokenizer.batch_decode(said, skip_special_tokens=True)
+            written.append(decoder.write(frames, frame_mask))
+            assert written[-1] == [text.strip() for text in texts] and decoder.training
+        assert len(set(written[0])) == 2 and len("".join(written[1])) < len("".join(written[0]))
 
     @only_tied
     def test_bfloat16_stays_finite(self, decoder: T5Decoder) -> None:
