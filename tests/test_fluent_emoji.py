@@ -92,19 +92,16 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def put_npm(monkeypatch: pytest.MonkeyPatch, folder: Path, body: str) -> None:
-    """Put an npm on the PATH that does what `body` says with the package's file name in `$file`."""
-    npm = folder / "bin" / "npm"
-    npm.parent.mkdir(exist_ok=True)
+@pytest.fixture
+def npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Put an npm on the PATH that takes packages from `registry/`."""
+    npm = tmp_path / "bin" / "npm"
+    npm.parent.mkdir()
     name = 'file=$(echo "$2" | sed -e "s/^@//" -e "s|[/@]|-|g").tgz'
-    npm.write_text(f'#!/bin/sh\n[ "$1" = pack ] || exit 9\n{name}\n{body}\n')
+    npm.write_text(f'#!/bin/sh\n[ "$1" = pack ] || exit 9\n{name}\ncp "{tmp_path}/registry/$file" .\n')
     npm.chmod(0o755)
     monkeypatch.setenv("PATH", f"{npm.parent}:/usr/bin:/bin")
-
-
-@pytest.fixture
-def npm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    put_npm(monkeypatch, tmp_path, f'cp "{tmp_path}/registry/$file" .')
+    return npm
 
 
 @pytest.mark.parametrize(
@@ -176,31 +173,24 @@ def test_what_is_made(script: ModuleType, tmp_path: Path) -> None:
     assert {split for of_one in meant.values() if len(of_one) > 1 for _, split in of_one} == {"train"}
 
 
-@pytest.mark.parametrize(
-    ("npm_does", "said"),
-    [
-        ('cp "{tmp}/registry/$file" . && echo more >> "$file"', "is not @them/pictures-1@1.0.0: its sha512 is "),
-        ("echo network is down >&2; exit 3", "(exit status 3: network is down) - check that npm reaches"),
-        (None, "npm is not on the PATH to fetch @them/pictures-1@1.0.0 - install Node.js"),
-    ],
-)
 def test_what_goes_wrong_is_said_in_one_line_and_nothing_is_kept(
-    script: ModuleType,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    npm_does: str | None,
-    said: str,
+    script: ModuleType, npm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    if npm_does is not None:
-        put_npm(monkeypatch, tmp_path, npm_does.replace("{tmp}", str(tmp_path)))
-    monkeypatch.setattr(sys, "argv", ["fluent_emoji.py", str(tmp_path / "a")])
-    assert script.main() == 1
-    out, err = capsys.readouterr()
-    (line,) = [line for line in err.splitlines() if not line.startswith("fetching ")]
-    assert out == "" and line.startswith("error: ") and said in line
-    assert not [*(tmp_path / "a").rglob("*.tgz"), *(tmp_path / "a").rglob("captions.csv")]
+    folder, real = npm.parents[1] / "a", npm.read_text()
+    monkeypatch.setattr(sys, "argv", ["fluent_emoji.py", str(folder)])
+    for body, words in (
+        (f'{real}\necho more >> "$file"\n', "is not @them/pictures-1@1.0.0: its sha512 is "),
+        ("#!/bin/sh\necho network is down >&2; exit 3\n", "(exit status 3: network is down) - check that npm"),
+        ("", "npm is not on the PATH to fetch @them/pictures-1@1.0.0 - install Node.js"),
+    ):
+        npm.write_text(body)
+        if not body:
+            monkeypatch.setenv("PATH", str(folder))
+        assert script.main() == 1
+        out, err = capsys.readouterr()
+        (line,) = [line for line in err.splitlines() if not line.startswith("fetching ")]
+        assert out == "" and line.startswith("error: ") and words in line
+        assert not [*folder.rglob("*.tgz"), *folder.rglob("captions.csv")]
 
 
 @pytest.mark.usefixtures("npm")
