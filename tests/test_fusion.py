@@ -276,12 +276,12 @@ def test_from_videos_to_a_search_by_video(
     with pytest.raises(MismatchError, match=r"toy:clips has weights .* here, but another when the features were"):
         embed_video(tmp_path / "videos" / "v3.mp4", None, media)
     decodes.clear()
-    for number in range(4):
+    for number in (0, 3):
         ran = run_svb("search", "--video", f"videos/v{number}.mp4", "--by", "video", "--index", "index", "--json")
         found = json.loads(ran.stdout)["results"]
         assert found[0]["video_id"] == f"v{number}" and found[0]["score"] == pytest.approx(1, abs=2e-3)
         assert found[1]["score"] < found[0]["score"]
-    assert decodes == [1, 1, 1, 1]  # one decode of a query, too, for both backbones
+    assert decodes == [1, 1]  # one decode of a query, too, for both backbones
     ran = run_svb("search", "a picture", "--index", "index", "--by", "moment", "-k", "20", "--json")
     assert len(json.loads(ran.stdout)["results"]) == 4
     shown = run_svb("info", "run", "--all").stdout
