@@ -236,9 +236,7 @@ class TestClassifiers:
             batch = images(backbone.image_size, backbone.clip_frames).transpose(0, 1)[None]
         features = backbone(batch).numpy()
         assert features.shape == (len(batch), backbone.feature_size) and classifier is not None
-        assert classifier.class_names[:2] == (
-            ["abseiling", "acting in play"] if model in CLIP_FRAMES else ["tench", "goldfish"]
-        )
+        assert classifier.class_names[0] == ("abseiling" if model in CLIP_FRAMES else "tench")
         with torch.inference_mode():
             logits = module(normalised(batch, mean, std)).numpy()
         assert logits.any() and classifier.bias.any() == (model not in CLIP_FRAMES)

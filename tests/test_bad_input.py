@@ -207,6 +207,16 @@ class TestOptions:
         assert_refused(ran, *words, exit_code=2)
         assert not (tmp_path / "out").exists()
 
+    def test_options_that_do_not_parse(self, run_svb: RunSvb, clips_folder: Path, tmp_path: Path) -> None:
+        for options, *words in (
+            (("--fps", "fast"), "Invalid value for '--fps'", "'fast' is not a valid float"),
+            (("--decoder", "vlc"), "Invalid value for '--decoder'", "'pyav', 'ffmpeg'"),
+            (("--fsp", "1"), "No such option", "--fsp", "--fps"),
+        ):
+            ran = run_svb("extract", clips_folder, "-o", tmp_path / "out", *TOY, *options)
+            assert ran.exit_code == 2 and not ran.stdout and not (tmp_path / "out").exists()
+            assert all(word in ran.stderr.splitlines()[-1] for word in words), ran.stderr
+
     @pytest.mark.parametrize(("command", "option"), [("extract", "--backbone"), ("captions", "--text-encoder")])
     def test_weights_that_cannot_be_reached(
         self,
