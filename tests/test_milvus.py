@@ -16,20 +16,19 @@ from typing import Any
 import indexes as made
 import numpy as np
 import pytest
-from indexes import files_of, index, remove
+from indexes import files_of, remove
 from messages import heard
 from numpy.typing import NDArray
 
 from svb.errors import MismatchError, ModelUnavailableError, StoreError, UsageError
-from svb.retrieve.answer import SearchRequest
+from svb.retrieve.answer import Answer, SearchRequest
 from svb.retrieve.indexing.index_parts import IndexParts
-from svb.retrieve.milvus import milvus_server
+from svb.retrieve.milvus import milvus_mirror, milvus_server
 from svb.retrieve.milvus import milvus_vectors as milvus
 from svb.retrieve.milvus.milvus_mirror import mirror, remove_gone
 from svb.retrieve.milvus.milvus_server import Target, connect, moment_ids, video_keys
 from svb.retrieve.milvus.milvus_vectors import MilvusVectors
 from svb.retrieve.search import open_searcher
-from svb.retrieve.searching.rank import Query, rank_videos
 from svb.retrieve.searching.vectors import SegmentVectors
 from svb.retrieve.stored.manifest import commit
 from svb.retrieve.stored.segment import Segment, StringColumn, open_segments
@@ -47,8 +46,27 @@ def publish(out: Path, *segments: Segment) -> dict[str, Any]:
     return made.index_manifest(out, segments)
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Yield the address of a server for all tests that neither stop it nor look at its file."""
+    file = tmp_path_factory.mktemp("shared") / "vectors.db"
+    yield f"milvus://{file}"
+    server_manager_instance.release_server(str(file))
+
+
 @pytest.fixture
-def uri(tmp_path: Path) -> Iterator[str]:
+def uri(shared: str) -> str:
+    """Return the address of a server that holds nothing."""
+    client = connect(Target.parse(shared), create=True).client
+    for name in client.list_collections():
+        if not name.startswith("mirrored"):
+            client.drop_collection(name)
+    return shared
+
+
+@pytest.fixture
+def own_uri(tmp_path: Path) -> Iterator[str]:
+    """Yield the address of a server that was not started yet."""
     yield f"milvus://{tmp_path}/server/vectors.db"
     server_manager_instance.release_server(str(tmp_path / "server/vectors.db"))
 
@@ -83,38 +101,32 @@ def assert_nearest_agree(
 
 
 @pytest.fixture(scope="module")
-def mirrored(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[SegmentVectors, MilvusVectors]]:
+def mirrored(shared: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[SegmentVectors, MilvusVectors]:
     """Two segments with deleted videos; only to be read."""
-    folder = tmp_path_factory.mktemp("mirrored")
     first = made.random_segment(60, size=SIZE, seed=1, deleted=[3, 17])
     second = made.random_segment(30, size=SIZE, seed=2, first=100, deleted=[0])
-    yield both(folder / "index", publish(folder / "index", first, second), f"milvus://{folder}/v.db")
-    server_manager_instance.release_server(str(folder / "v.db"))
+    out = tmp_path_factory.mktemp("mirrored")
+    return both(out, publish(out, first, second), f"{shared}?collection=mirrored")
 
 
 Pair = tuple[SegmentVectors, MilvusVectors]
 
 
 class TestAnswers:
-    @pytest.mark.parametrize("max_keys", [10_000, 40, 3])
+    @pytest.mark.parametrize(
+        ("max_keys", "max_rows", "first_rows"),
+        [(10_000, milvus_server.MAX_ROWS, milvus.FIRST_ROWS), (40, 32, milvus.FIRST_ROWS), (3, 32, 10)],
+    )
     def test_the_nearest_are_those_of_an_exact_scan(
-        self, mirrored: Pair, max_keys: int, monkeypatch: pytest.MonkeyPatch
+        self, mirrored: Pair, max_keys: int, max_rows: int, first_rows: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        """Also where a server gives fewer rows at once, and takes fewer keys."""
         monkeypatch.setattr(milvus, "MAX_KEYS", max_keys)
-        for by, share, k in itertools.product(BY, (None, 0.0, 0.1, 0.9, 1.0), (1, 4, 1000)):
+        monkeypatch.setattr(milvus, "FIRST_ROWS", first_rows)
+        monkeypatch.setattr(milvus_server, "MAX_ROWS", max_rows)
+        for by, share, k in itertools.product(BY, (None, 0.0, 0.1, 0.9, 1.0), (1, 32, 33, 1000)):
             allowed = None if share is None else np.random.default_rng(7).random(90) < share
             assert_nearest_agree(*mirrored, k, by, allowed)
-
-    def test_more_rows_than_a_server_gives_at_once(self, mirrored: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(milvus_server, "MAX_ROWS", 32)
-        for k in (32, 33, 150):
-            assert_nearest_agree(*mirrored, k, "moment", None)
-        allowed = np.random.default_rng(7).random(90) < 0.3
-        assert_nearest_agree(*mirrored, 50, "moment", allowed)
-        assert_nearest_agree(*mirrored, 70, "video", None)
-        monkeypatch.setattr(milvus, "MAX_KEYS", 3)
-        monkeypatch.setattr(milvus, "FIRST_ROWS", 10)
-        assert_nearest_agree(*mirrored, 50, "moment", allowed)
 
     def test_rows_that_score_the_same(self, tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(milvus_server, "MAX_ROWS", 8)
@@ -127,29 +139,12 @@ class TestAnswers:
             if k <= 30:
                 np.testing.assert_allclose(scores, expected, atol=2e-6)
 
-    def test_ranking_folding_and_negatives(self, mirrored: Pair) -> None:
-        query = queries(3, seed=11)
-        for by in BY:
-            wishes = [
-                Query(query[0], query[1:], np.median(each.background(by) @ query[1:].T, axis=0))
-                for each in mirrored
-            ]
-            expected, found = (
-                rank_videos(each, wish, 8, by=by, allowed=None, folded=True)
-                for each, wish in zip(mirrored, wishes, strict=True)
-            )
-            assert found == expected
-
-    def test_everything_else(self, mirrored: Pair) -> None:
+    def test_rows_come_in_the_order_asked_for_and_one_that_is_lacking_is_named(self, mirrored: Pair) -> None:
         local, remote = mirrored
-        assert (remote.exact, remote.recall) == (local.exact, local.recall)
-        assert remote.catalog.num_moments == local.catalog.num_moments
-        np.testing.assert_array_equal(remote.catalog.alive, local.catalog.alive)
         rows = np.array([5, 0, 77, 5])
-        np.testing.assert_array_equal(remote.embeddings(rows, by="moment"), local.embeddings(rows, by="moment"))
-        np.testing.assert_array_equal(remote.embeddings(rows, by="video"), local.embeddings(rows, by="video"))
-        lacks = r"svb_videos lacks 1 of 2 vectors of this index - fill it with `svb index"
-        with pytest.raises(StoreError, match=lacks):
+        for by in BY:
+            np.testing.assert_array_equal(remote.embeddings(rows, by=by), local.embeddings(rows, by=by))
+        with pytest.raises(StoreError, match="mirrored_videos lacks 1 of 2 vectors of this index - fill it"):
             remote.embeddings(np.array([2, 3]), by="video")  # 3 was deleted
 
     def test_the_background_is_fetched_once(
@@ -157,19 +152,20 @@ class TestAnswers:
     ) -> None:
         local, remote = mirrored
 
-        def opened() -> MilvusVectors:
-            return copy_of(remote, tmp_path / "cache")
+        def check(by: str) -> None:
+            found = copy_of(remote, tmp_path / "cache").background(by)
+            np.testing.assert_array_equal(found, local.background(by))
 
         for by in BY:
-            np.testing.assert_array_equal(opened().background(by), local.background(by))
+            check(by)
         with monkeypatch.context() as patch:
             patch.setattr(milvus, "connect", lambda target: pytest.fail("connected"))
             for by in BY:
-                np.testing.assert_array_equal(opened().background(by), local.background(by))
-        files = sorted((tmp_path / "cache").iterdir())
-        assert [path.name.rpartition("-")[0] for path in files] == ["milvus-moments", "milvus-videos"]
-        files[0].write_bytes(files[0].read_bytes()[:-9])
-        np.testing.assert_array_equal(opened().background("moment"), local.background("moment"))
+                check(by)
+        moments, videos = sorted((tmp_path / "cache").iterdir())
+        assert moments.name.startswith("milvus-moments-") and videos.name.startswith("milvus-videos-")
+        moments.write_bytes(moments.read_bytes()[:-9])
+        check("moment")
 
     def test_a_search_answers_the_same_through_it(self, tmp_path: Path, uri: str) -> None:
         first = made.random_segment(40, size=SIZE, seed=1, deleted=[3, 17])
@@ -209,37 +205,33 @@ class TestMirror:
         return [message.removeprefix(f"{uri}: ") for message in messages]
 
     def test_only_what_has_changed_is_sent(self, tmp_path: Path, uri: str) -> None:
-        first, second = (
-            made.random_segment(12, size=SIZE, seed=1),
-            made.random_segment(5, size=SIZE, seed=2, first=50),
-        )
-        manifest = publish(tmp_path, first)
+        manifest = publish(tmp_path, made.random_segment(12, size=SIZE, seed=1))
         assert self.sent(tmp_path, manifest, uri) == ["+12 =0 videos, searched by FLAT"]
         assert self.sent(tmp_path, manifest, uri) == ["+0 =12 videos, searched by FLAT"]
+        second = made.random_segment(5, size=SIZE, seed=2, first=50)
         manifest = publish(tmp_path, made.random_segment(12, size=SIZE, seed=1, deleted=[2, 5]), second)
         assert self.sent(tmp_path, manifest, uri) == ["+5 =10 videos, searched by FLAT", "-2 videos"]
-        vectors = SegmentVectors(segments := open_segments(tmp_path, manifest))
+        catalog = SegmentVectors(segments := open_segments(tmp_path, manifest)).catalog
         keys = video_keys(segments)
-        assert self.held(uri, "video") == sorted(keys[vectors.catalog.alive].tolist())
-        videos = np.repeat(np.arange(17), vectors.catalog.moment_counts)
-        numbers = np.concatenate([np.arange(count) for count in vectors.catalog.moment_counts])
-        live = vectors.catalog.alive[videos]
-        assert self.held(uri, "moment") == sorted(moment_ids(keys[videos], numbers)[live].tolist())
+        assert self.held(uri, "video") == sorted(keys[catalog.alive].tolist())
+        numbers = np.concatenate([np.arange(count) for count in catalog.moment_counts])
+        ids = moment_ids(np.repeat(keys, catalog.moment_counts), numbers)
+        assert self.held(uri, "moment") == sorted(ids[np.repeat(catalog.alive, catalog.moment_counts)].tolist())
         assert_nearest_agree(*both(tmp_path, manifest, uri), 20, "moment", None)
 
-    def test_a_server_that_was_started_again_goes_on(self, tmp_path: Path, uri: str) -> None:
-        self.sent(tmp_path, publish(tmp_path, made.random_segment(6, size=SIZE, seed=1)), uri)
+    def test_a_server_that_was_started_again_goes_on(self, tmp_path: Path, own_uri: str) -> None:
+        self.sent(tmp_path, publish(tmp_path, made.random_segment(6, size=SIZE, seed=1)), own_uri)
         second = publish(tmp_path, made.random_segment(4, size=SIZE, seed=2, first=20))
         server_manager_instance.release_server(str(tmp_path / "server/vectors.db"))
-        assert self.sent(tmp_path, second, uri) == ["+4 =0 videos, searched by FLAT", "-6 videos"]
+        assert self.sent(tmp_path, second, own_uri) == ["+4 =0 videos, searched by FLAT", "-6 videos"]
         server_manager_instance.release_server(str(tmp_path / "server/vectors.db"))
         # A process that has nothing to send finds the collections as they are after a start: not loaded.
         third = publish(tmp_path, made.random_segment(4, size=SIZE, seed=2, first=20, deleted=[0]))
-        remove_gone(tmp_path, {**third, "vectors": {"uri": uri}})
-        assert len(self.held(uri, "video")) == 3
+        remove_gone(tmp_path, {**third, "vectors": {"uri": own_uri}})
+        assert len(self.held(own_uri, "video")) == 3
         server_manager_instance.release_server(str(tmp_path / "server/vectors.db"))
         local = SegmentVectors(open_segments(tmp_path, third))
-        where = {"kind": "milvus", "uri": uri, "index": "FLAT", "recall": None}
+        where = {"kind": "milvus", "uri": own_uri, "index": "FLAT", "recall": None}
         assert_nearest_agree(local, MilvusVectors.open(tmp_path, {**third, "vectors": where}), 9, "moment", None)
 
     def test_changed_content_takes_the_place_of_the_old(self, tmp_path: Path, uri: str) -> None:
@@ -262,11 +254,6 @@ class TestMirror:
     ) -> None:
         from pymilvus import MilvusClient
 
-        from svb.retrieve.milvus import milvus_mirror
-
-        class Killed(Exception):  # noqa: N818
-            pass
-
         self.sent(tmp_path, publish(tmp_path, made.random_segment(12, size=SIZE, seed=1)), uri)
         second = made.random_segment(5, size=SIZE, seed=2, first=50)
         manifest = publish(tmp_path, made.random_segment(12, size=SIZE, seed=1, deleted=[0, 1, 2]), second)
@@ -280,14 +267,14 @@ class TestMirror:
                     nonlocal left
                     left -= 1
                     if left < 0:
-                        raise Killed
+                        raise KeyboardInterrupt
                     return real(*args, **options)
 
                 return call
 
             for name in ("upsert", "delete"):
                 patch.setattr(MilvusClient, name, counted(getattr(MilvusClient, name)))
-            with pytest.raises(Killed):
+            with pytest.raises(KeyboardInterrupt):
                 both(tmp_path, manifest, uri)
         # In the meantime a search finds what is there, and nothing wrong.
         local = SegmentVectors(open_segments(tmp_path, manifest))
@@ -307,8 +294,6 @@ class TestMirror:
     def test_half_a_video_that_is_not_wanted_any_more_is_removed(
         self, tmp_path: Path, uri: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from svb.retrieve.milvus import milvus_mirror
-
         with monkeypatch.context() as patch, pytest.raises(RuntimeError):
             patch.setattr(milvus_mirror, "_send_videos", lambda *args: (_ for _ in ()).throw(RuntimeError))
             mirror(tmp_path, publish(tmp_path, made.random_segment(3, size=SIZE, seed=1)), uri)
@@ -322,21 +307,16 @@ class TestMirror:
         second = made.random_segment(5, size=SIZE, seed=2, first=20, deleted=[0])
         third = made.random_segment(10, size=SIZE, seed=3, first=40)
         where = mirror(tmp_path, publish(tmp_path, first, third), uri)
+        assert len(self.held(uri, "video")) == 29
         manifest = {**publish(tmp_path, first, second, third), "vectors": where}
+        local = SegmentVectors(open_segments(tmp_path, manifest))
         # Of those a run that was killed has sent some.
-        server = connect(Target.parse(uri))
-        kept = server.client.query("svb_videos", filter="id >= 0", output_fields=["id"], limit=1000)
-        half = mirror(tmp_path, publish(tmp_path, first, second, third), uri)
-        assert len(half["segments"]) == 3 and len(where["segments"]) == 2
-        for held in (where, half):
-            local, remote = SegmentVectors(open_segments(tmp_path, manifest)), None
+        for held in (where, mirror(tmp_path, manifest, uri)):
             remote = MilvusVectors.open(tmp_path, {**manifest, "vectors": held})
-            for allowed in (None, np.arange(35) % 2 == 0):
-                assert_nearest_agree(local, remote, 10, by, allowed)
-                assert_nearest_agree(local, remote, 1000, by, allowed)
+            for allowed, k in itertools.product((None, np.arange(35) % 2 == 0), (10, 1000)):
+                assert_nearest_agree(local, remote, k, by, allowed)
             rows = np.random.default_rng(0).permutation(np.flatnonzero(local.catalog.alive))
             np.testing.assert_array_equal(remote.embeddings(rows, by="video"), local.embeddings(rows, by="video"))
-        assert len(kept) == 29
         # Where embeddings do not lie, what was not sent is not found yet, and that is said.
         remove_gone(tmp_path, {**publish(tmp_path, first, third), "vectors": where})
         for path in tmp_path.glob("segments/*/*_embeddings.npy"):
@@ -353,34 +333,22 @@ class TestMirror:
         where = mirror(tmp_path, manifest, f"{uri}?index=hnsw")
         assert where["index"] == "HNSW" and 0.5 < where["recall"] <= 1
         assert messages[-1] == f"{uri}?index=hnsw: recall@10 {where['recall']:.3f} against exact search"
-        opened = MilvusVectors.open(tmp_path, {**manifest, "vectors": where})
-        assert not opened.exact and opened.recall == where["recall"]
-        commit(tmp_path, {**manifest, "vectors": where})
-        searcher, query = open_searcher(tmp_path), queries(1)[0]
-        asked = SearchRequest(text="not read", num_captions=0)
-        assert not searcher.search_embedding(query, asked).exact
-        exact = searcher.search_embedding(query, replace(asked, exact=True))
-        commit(tmp_path, {**manifest, "vectors": None})
-        expected = open_searcher(tmp_path).search_embedding(query, asked)
-        assert exact.exact and exact.recall is None
-        assert [(r.video_id, r.score) for r in exact.results] == [(r.video_id, r.score) for r in expected.results]
-        commit(tmp_path, {**manifest, "vectors": where})
-        for path in tmp_path.glob("segments/*/*_embeddings.npy"):
-            path.rename(path.with_suffix(".away"))
-        elsewhere = open_searcher(tmp_path)
-        assert elsewhere.search_embedding(query, asked).results
-        with pytest.raises(StoreError, match=r"an exact search needs all vectors, and .* does not hold them"):
-            elsewhere.search_embedding(query, replace(asked, exact=True))
-        for path in tmp_path.glob("segments/*/*_embeddings.away"):
-            path.rename(path.with_suffix(".npy"))
+        query, asked = queries(1)[0], SearchRequest(text="not read", num_captions=0)
+
+        def search(vectors: Any, **changes: Any) -> Answer:
+            commit(tmp_path, {**manifest, "vectors": vectors})
+            return open_searcher(tmp_path).search_embedding(query, replace(asked, **changes))
+
+        found, exact, expected = search(where), search(where, exact=True), search(None)
+        assert (found.exact, found.recall) == (False, where["recall"])
+        assert (exact.exact, exact.recall, exact.results) == (True, None, expected.results)
         with pytest.raises(MismatchError, match=r"are searched by HNSW, not FLAT - name another collection"):
             mirror(tmp_path, manifest, f"{uri}?index=FLAT")
-
-    def test_collections_share_a_server(self, tmp_path: Path, uri: str) -> None:
-        for name, seed in (("one", 1), ("two", 2)):
-            out = tmp_path / name
-            pair = both(out, publish(out, made.random_segment(5, size=SIZE, seed=seed)), f"{uri}?collection={name}")
-            assert_nearest_agree(*pair, 10, "moment", None)
+        for path in tmp_path.glob("segments/*/*_embeddings.npy"):
+            path.unlink()
+        assert search(where).results
+        with pytest.raises(StoreError, match=r"an exact search needs all vectors, and .* does not hold them"):
+            search(where, exact=True)
 
 
 class TestRefusals:
@@ -403,15 +371,15 @@ class TestRefusals:
         with pytest.raises(MismatchError, match="was made with another program"):
             mirror(tmp_path, manifest, f"{uri}?collection=other")
 
-    def test_what_is_not_there(self, tmp_path: Path, uri: str) -> None:
+    def test_what_is_not_there(self, tmp_path: Path, own_uri: str) -> None:
         manifest = publish(tmp_path, made.random_segment(5, size=SIZE))
-        manifest["vectors"] = {"kind": "milvus", "uri": uri, "index": "FLAT", "recall": None}
+        manifest["vectors"] = {"kind": "milvus", "uri": own_uri, "index": "FLAT", "recall": None}
         vectors = MilvusVectors.open(tmp_path, manifest)
         for _ in range(2):
             with pytest.raises(StoreError, match=r"no file at .*vectors\.db - restore it, or fill it with `svb"):
                 vectors.nearest(queries(1)[0], 3, by="moment", allowed=None)
         assert not (tmp_path / "server").exists()
-        connect(Target.parse(uri), create=True)
+        connect(Target.parse(own_uri), create=True)
         with pytest.raises(StoreError, match="no collection svb_moments and no collection svb_videos at"):
             vectors.nearest(queries(1)[0], 3, by="moment", allowed=None)
 
@@ -420,13 +388,15 @@ class TestRefusals:
     ) -> None:
         monkeypatch.setattr(milvus_server, "CONNECT_SECONDS", 0.2)
         manifest = publish(tmp_path, made.random_segment(5, size=SIZE))
-        with pytest.raises(StoreError, match=r"cannot open Milvus at http://127\.0\.0\.1:9 .* - is it running, an"):
-            mirror(tmp_path, manifest, "milvus://127.0.0.1:9/videos")
-        monkeypatch.setitem(sys.modules, "pymilvus", None)
-        with pytest.raises(ModelUnavailableError, match=r"run `pip install '.\[milvus\]'`"):
-            mirror(tmp_path, manifest, "milvus://127.0.0.1:9/videos")
+        for error, words in (
+            (StoreError, r"cannot open Milvus at http://127\.0\.0\.1:9 .* - is it running, an"),
+            (ModelUnavailableError, r"run `pip install '.\[milvus\]'`"),
+        ):
+            with pytest.raises(error, match=words):
+                mirror(tmp_path, manifest, "milvus://127.0.0.1:9/videos")
+            monkeypatch.setitem(sys.modules, "pymilvus", None)
 
-    def test_a_file_that_another_process_has_open_which_prints_nothing(self, tmp_path: Path, uri: str) -> None:
+    def test_a_file_that_another_process_has_open_which_prints_nothing(self, tmp_path: Path, own_uri: str) -> None:
         manifest = publish(tmp_path, made.random_segment(5, size=SIZE))
         (tmp_path / "manifest.json").write_text(json.dumps(manifest))
         code = f"""
@@ -435,9 +405,9 @@ from svb.errors import MismatchError
 from svb.retrieve.milvus.milvus_mirror import mirror
 folder = pathlib.Path({str(tmp_path)!r})
 manifest = json.loads((folder / "manifest.json").read_text())
-mirror(folder, manifest, {uri!r})
+mirror(folder, manifest, {own_uri!r})
 try:
-    mirror(folder, {{**manifest, "model_fingerprint": "another"}}, {uri!r})
+    mirror(folder, {{**manifest, "model_fingerprint": "another"}}, {own_uri!r})
 except MismatchError:
     print("open", flush=True)
 input()
@@ -446,16 +416,18 @@ input()
         with subprocess.Popen([sys.executable, "-c", code], text=True, **pipes) as holder:
             assert holder.stdout is not None and holder.stdout.readline() == "open\n"
             with pytest.raises(StoreError, match="another process has it open"):
-                connect(Target.parse(uri))
+                connect(Target.parse(own_uri))
             assert holder.communicate("\n") == ("", "")
 
     def test_calls_that_fail_are_said(self, tmp_path: Path, uri: str) -> None:
-        _, remote = both(tmp_path, publish(tmp_path, made.random_segment(5, size=SIZE)), uri)
-        remote.nearest(queries(1)[0], 3, by="video", allowed=None)
+        pair = both(tmp_path, publish(tmp_path, made.random_segment(5, size=SIZE)), f"{uri}?collection=one")
+        other = both(tmp_path / "two", publish(tmp_path / "two", made.random_segment(5, size=SIZE, seed=2)), uri)
+        assert_nearest_agree(*pair, 10, "video", None)
+        assert_nearest_agree(*other, 10, "moment", None)  # collections share a server
         with connect(Target.parse(uri)).calling() as client:
-            client.drop_collection("svb_videos")
-        with pytest.raises(StoreError, match=r"Milvus at .*vectors\.db failed .*svb_videos"):
-            remote.nearest(queries(1)[0], 3, by="video", allowed=None)
+            client.drop_collection("one_videos")
+        with pytest.raises(StoreError, match=r"Milvus at .*vectors\.db failed .*one_videos"):
+            pair[1].nearest(queries(1)[0], 3, by="video", allowed=None)
 
 
 class TestUris:
@@ -496,38 +468,33 @@ class TestUris:
 class TestIndex:
     """`svb index --to`: whatever became of the collections, the next run fills them."""
 
-    def test_what_a_server_has_lost_is_sent_again(
-        self, indexed_run: Path, indexed_store: Path, own_index: Path, uri: str, said: list[str]
-    ) -> None:
-        index(indexed_run, own_index, store=indexed_store, to=uri)
-        before, server = files_of(own_index), connect(Target.parse(uri))
-        index(indexed_run, own_index, store=indexed_store)
-        assert files_of(own_index) == before and any("+0 =80 videos" in line for line in said)
+    def test_what_a_server_has_lost_is_sent_again(self, kept: made.Kept, uri: str) -> None:
+        kept.update(to=uri)
+        before, server = files_of(kept.out), connect(Target.parse(uri))
+        kept.update()
+        assert files_of(kept.out) == before and any("+0 =80 videos" in line for line in kept.said)
         for by in BY:
             server.client.drop_collection(server.target.name_of(by))
-        index(indexed_run, own_index, store=indexed_store)
-        assert any("+80 =0 videos" in line for line in said) and files_of(own_index) == before
+        kept.update()
+        assert any("+80 =0 videos" in line for line in kept.said) and files_of(kept.out) == before
         keys = [row["id"] for row in server.client.query("svb_videos", filter="id >= 0", output_fields=["id"])]
         server.client.delete("svb_videos", filter=f"id in {keys[:7]}")
-        index(indexed_run, own_index, store=indexed_store)
-        assert any("+7 =73 videos" in line for line in said)
+        kept.update()
+        assert any("+7 =73 videos" in line for line in kept.said)
 
     def test_what_a_kill_left_on_the_server_goes_with_the_next_run(
-        self, indexed_run: Path, indexed_store: Path, own_index: Path, uri: str, monkeypatch: pytest.MonkeyPatch
+        self, kept: made.Kept, uri: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        index(indexed_run, own_index, store=indexed_store, to=uri)
-        remove(indexed_store, "clip000", "clip079")
+        kept.update(to=uri)
+        remove(kept.store, "clip000", "clip079")
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(IndexParts, "remove_gone", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
-            index(indexed_run, own_index, store=indexed_store, prune=True)
-        server = connect(Target.parse(uri))
-
-        def num_held() -> int:
-            return len(server.client.query("svb_videos", filter="id >= 0", output_fields=["id"], limit=1000))
-
-        assert num_held() == 80
-        index(indexed_run, own_index, store=indexed_store)
-        assert num_held() == 78
+            kept.update(prune=True)
+        client = connect(Target.parse(uri)).client
+        for number in (80, 78):
+            held = client.query("svb_videos", filter="id >= 0", output_fields=["id"], limit=1000)
+            assert len(held) == number
+            kept.update()
 
 
 def splitmix64(state: int) -> int:
