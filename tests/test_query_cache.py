@@ -24,11 +24,6 @@ def cache(tmp_path: Path) -> QueryCache:
     return QueryCache(tmp_path / "cache", "model a")
 
 
-def only_file(folder: Path) -> Path:
-    (path,) = (folder / "cache" / "queries").iterdir()
-    return path
-
-
 def test_what_was_put_is_got_to_the_bit(cache: QueryCache, tmp_path: Path) -> None:
     assert cache.get("a dog") is None
     cache.put("a dog", embedding_of(0))
@@ -49,7 +44,7 @@ def test_what_was_put_is_got_to_the_bit(cache: QueryCache, tmp_path: Path) -> No
 
 def test_what_is_torn_or_changed_is_not_believed(cache: QueryCache, tmp_path: Path) -> None:
     cache.put("a dog", embedding_of(0))
-    path = only_file(tmp_path)
+    (path,) = (tmp_path / "cache" / "queries").iterdir()
     content = path.read_bytes()
     flipped = [bytearray(content) for _ in range(2)]
     flipped[0][3] ^= 1  # in the checksum
@@ -61,7 +56,7 @@ def test_what_is_torn_or_changed_is_not_believed(cache: QueryCache, tmp_path: Pa
     cache.put("a dog", embedding_of(1))
     np.testing.assert_array_equal(cache.get("a dog"), embedding_of(1))  # type: ignore[arg-type]
     cache.put("a cat", embedding_of(1))
-    (of_cat,) = (other for other in path.parent.iterdir() if other != path)
+    (of_cat,) = {*path.parent.iterdir()} - {path}
     of_cat.write_bytes(path.read_bytes())  # under another text's name
     assert cache.get("a cat") is None
 
@@ -69,12 +64,12 @@ def test_what_is_torn_or_changed_is_not_believed(cache: QueryCache, tmp_path: Pa
 def test_the_oldest_go(tmp_path: Path) -> None:
     assert MAX_ENTRIES == 10_000
     cache = QueryCache(tmp_path / "cache", "model", max_entries=20)
-    folder, now = tmp_path / "cache" / "queries", time.time()
+    folder, now, before = tmp_path / "cache" / "queries", time.time(), set[Path]()
     for number in range(20):
-        before = set(folder.iterdir()) if folder.is_dir() else set()
         cache.put(f"query {number}", embedding_of(number))
-        (path,) = set(folder.iterdir()) - before
+        (path,) = {*folder.iterdir()} - before
         os.utime(path, (now, now - 1000 + number))
+        before.add(path)
     left_over, being_written = folder / ".aside-old", folder / ".aside-new"
     left_over.write_bytes(b"of a process that was killed")
     os.utime(left_over, (now, now - 7200))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
-import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,12 +47,11 @@ def without_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def some_segments() -> list[Segment]:
-    segments = [
-        random_segment(40, seed=1),
+    return [
+        random_segment(40, seed=1, deleted=[0, 7, 8, 39]),
         random_segment(1, seed=2, first=40),
         random_segment(25, seed=3, first=41),
     ]
-    return [replace(segments[0], deleted=np.array([0, 7, 8, 39])), *segments[1:]]
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +66,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Segment]
 
 
 @pytest.fixture(scope="module")
-def searcher(world: tuple[Path, list[Segment]]) -> Searcher:
-    return Searcher(world[0])
+def searcher(world: tuple[Path, list[Segment]]) -> Iterator[Searcher]:
+    """Yield a searcher to which the larger segments are many pieces."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("svb.retrieve.searching.vectors.PIECE_BYTES", 1000)
+        yield Searcher(world[0])
 
 
 def found(answer: Answer) -> list[str]:
@@ -86,8 +90,9 @@ def check(answer: Answer, scores: dict[str, float], k: int) -> None:
 
 
 @pytest.mark.parametrize("by", BY)
-@pytest.mark.parametrize("k", [1, 10, 62, 10_000])
+@pytest.mark.parametrize("k", [1, 10, 10_000])
 @pytest.mark.parametrize("first", [2, 256])
+@pytest.mark.parametrize("share", [None, 0.5, 0.1])
 @pytest.mark.parametrize(("plus", "without"), [((), ()), (("a", "b"), ()), ((), ("c",)), (("a",), ("c", "d"))])
 def test_videos_are_found_exactly(
     world: tuple[Path, list[Segment]],
@@ -96,17 +101,24 @@ def test_videos_are_found_exactly(
     by: str,
     k: int,
     first: int,
+    share: float | None,
     plus: tuple[str, ...],
     without: tuple[str, ...],
 ) -> None:
-    """Also where the first scan sees only the rows that are least wanted of a video."""
+    """Also where the first scan sees only the least wanted rows of a video, and where only some may be found."""
     monkeypatch.setattr(rank, "FIRST_ROWS", first)
-    request = SearchRequest(text="a dog", by=by, k=k, plus=plus, without=without, fold=False)
-    wanted = [text_vector(text) for text in ("a dog", *plus)]
+    wanted, unwanted = [text_vector(text) for text in ("a dog", *plus)], [text_vector(text) for text in without]
+    scores = naive_scores(world[1], by, wanted, unwanted)
+    num_windows = sum(np.delete(np.diff(s.moment_offsets), s.deleted).sum() for s in world[1])
+    if share is not None:
+        random = np.random.default_rng(0)
+        scores = {video_id: score for video_id, score in scores.items() if random.random() < share}
+    folders = () if share is None else tuple(f"/videos/{video_id}.mp4" for video_id in scores)
+    request = SearchRequest(text="a dog", by=by, k=k, plus=plus, without=without, folders=folders, fold=False)
     answer = searcher.search(request)
-    check(answer, naive_scores(world[1], by, wanted, [text_vector(text) for text in without]), k)
-    assert (answer.num_videos, answer.exact, answer.recall, answer.generation) == (62, True, None, 1)
-    assert answer.num_windows == sum(np.delete(np.diff(s.moment_offsets), s.deleted).sum() for s in world[1])
+    check(answer, scores, k)
+    assert (answer.num_videos, answer.exact, answer.recall, answer.generation) == (len(scores), True, None, 1)
+    assert share is not None or answer.num_windows == num_windows
     assert set(answer.elapsed_seconds) == {"embed", "load", "scan", "total"}
     assert not answer.captions and not answer.notes
 
@@ -183,16 +195,14 @@ def test_the_like_of_a_video_is_not_itself(world: tuple[Path, list[Segment]], se
 # Near-duplicates
 
 
-def copies(*, every: int = 1) -> list[Segment]:
-    """Return 30 videos near a text, each `every`-th with two near copies and one of another length."""
-    random = np.random.default_rng(0)
-    videos, counts = [], []
-    for video in range(30):
+def copies() -> list[Segment]:
+    """Return 30 videos near a text, each with two near copies and one of another length."""
+    random, videos = np.random.default_rng(0), []
+    for _ in range(30):
         row = units(text_vector("a dog") + 0.3 * random.normal(size=(1, SIZE)))
-        for copy in range(4 if video % every == 0 else 1):
+        for num_moments in (2, 2, 2, 9):
             near = units(row + 0.005 * random.normal(size=(1, SIZE)))
-            counts.append(9 if copy == 3 else 2)
-            videos.append(np.repeat(near, counts[-1], axis=0))
+            videos.append(np.repeat(near, num_moments, axis=0))
     return [make_segment(videos)]
 
 
@@ -202,33 +212,23 @@ def test_near_duplicates_are_folded_and_k_filled_up(
     tmp_path: Path, by: str, first: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rank, "FIRST_ROWS", first)
-    monkeypatch.setattr("svb.retrieve.searching.rank.FOLDED_AT_ONCE", 16)
+    monkeypatch.setattr(rank, "FOLDED_AT_ONCE", 16)
     folder, segments = write_index(tmp_path, copies())
     searcher = Searcher(folder)
-    scores = naive_scores(segments, by, [text_vector("a dog")])
-    folded = searcher.search(SearchRequest(text="a dog", by=by, k=12)).results
-    assert len(folded) == 12
+    ranked = best_first(naive_scores(segments, by, [text_vector("a dog")]))
     # Of each four videos the best of three stands for the two others; the longer one stands for itself.
-    expected, taken = [], set[tuple[int, bool]]()
-    for video_id in best_first(scores):
-        group = (int(video_id[1:]) // 4, int(video_id[1:]) % 4 == 3)
-        if group not in taken:
-            expected.append(video_id)
-            taken.add(group)
-    assert [result.video_id for result in folded] == expected[:12]
-    for result in folded[:6]:
+    expected: dict[tuple[int, bool], str] = {}
+    for video_id in ranked:
+        expected.setdefault((int(video_id[1:]) // 4, int(video_id[1:]) % 4 == 3), video_id)
+    for k in (12, 1000):
+        folded = searcher.search(SearchRequest(text="a dog", by=by, k=k)).results
+        assert [result.video_id for result in folded] == [*expected.values()][:k]
+    for result in folded:
         number = int(result.video_id[1:])
         others = {number // 4 * 4 + copy for copy in range(3)} - {number} if number % 4 != 3 else set()
         assert {int(video_id[1:]) for video_id in result.duplicates} == others
     flat = searcher.search(SearchRequest(text="a dog", by=by, k=12, fold=False)).results
-    assert [result.video_id for result in flat] == best_first(scores)[:12]
-    assert not any(result.duplicates for result in flat)
-
-
-def test_all_is_found_where_less_is_left_than_k(tmp_path: Path) -> None:
-    answer = Searcher(write_index(tmp_path, copies())[0]).search(SearchRequest(text="a dog", k=1000))
-    assert len(answer.results) == 60
-    assert sum(1 + len(result.duplicates) for result in answer.results) == 120
+    assert [result.video_id for result in flat] == ranked[:12] and not any(result.duplicates for result in flat)
 
 
 # Filters
@@ -284,9 +284,7 @@ def test_an_answer_says_what_took_its_time(
         return value
 
     tower = SimpleNamespace(
-        max_tokens=9,
-        num_tokens=lambda text: 1,
-        embed=lambda texts: takes(2.0, np.stack([text_vector(text) for text in texts])),
+        max_tokens=9, num_tokens=len, embed=lambda texts: takes(2.0, np.stack([*map(text_vector, texts)]))
     )
     clock = SimpleNamespace(perf_counter=lambda: now, time=time.time)
     for module in ("searching.searcher", "model.query_embedder"):
@@ -297,15 +295,12 @@ def test_an_answer_says_what_took_its_time(
     searcher = Searcher(shutil.copytree(world[0], tmp_path / "index"))
     nearest = searcher.vectors.nearest
     monkeypatch.setattr(searcher.vectors, "nearest", lambda *given, **more: takes(0.5, nearest(*given, **more)))
-    took = searcher.search(SearchRequest(text="a dog", fold=False)).elapsed_seconds
-    assert took == {"embed": 7.0, "load": 5.0, "scan": 0.5, "total": 7.5}
-    took = searcher.search(SearchRequest(text="a dog", fold=False)).elapsed_seconds  # its embedding was kept
-    assert took == {"embed": 0.0, "load": 0.0, "scan": 0.5, "total": 0.5}
+    for embed, load in ((7.0, 5.0), (0.0, 0.0)):  # its embedding is kept
+        took = searcher.search(SearchRequest(text="a dog", fold=False)).elapsed_seconds
+        assert took == {"embed": embed, "load": load, "scan": 0.5, "total": embed + 0.5}
 
 
 def test_a_date_without_a_zone_is_of_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import time
-
     monkeypatch.setenv("TZ", "UTC-3")
     time.tzset()
     try:
@@ -375,24 +370,13 @@ def test_an_embedding_of_any_length_answers_as_its_text_and_one_without_is_refus
 
 
 def test_threads_share_a_searcher(world: tuple[Path, list[Segment]]) -> None:
-    searcher, answers = Searcher(world[0]), {}
-    requests = [
-        SearchRequest(text=text, by=by, without=without, with_curves=True)
-        for text in ("a dog", "a cat", "snow")
-        for by in BY
-        for without in ((), ("a boat",))
-    ]
+    asked = itertools.product(("a dog", "a cat", "snow"), BY, ((), ("a boat",)))
+    requests = [SearchRequest(text=text, by=by, without=out, with_curves=True) for text, by, out in asked]
     expected = [Searcher(world[0]).search(request).results for request in requests]
-
-    def ask(thread: int) -> None:
-        answers[thread] = [searcher.search(request).results for request in requests]
-
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [answers[number] for number in range(8)] == [expected] * 8
+    searcher = Searcher(world[0])
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(searcher.search, requests * 8))
+    assert [answer.results for answer in answers] == expected * 8
 
 
 def test_a_searcher_answers_from_the_generation_it_opened(tmp_path: Path) -> None:
@@ -440,8 +424,7 @@ def test_an_empty_index_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("by", BY)
-@pytest.mark.parametrize("k", [9, 10, 10**9])
-def test_all_videos_are_found_in_one_scan(tmp_path: Path, by: str, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_videos_are_found_in_one_scan(tmp_path: Path, by: str, monkeypatch: pytest.MonkeyPatch) -> None:
     segments = [make_segment([clustered(400, SIZE, seed) for seed in range(9)])]
     searcher = Searcher(write_index(tmp_path, segments)[0])
     nearest, asked = searcher.vectors.nearest, list[int]()
@@ -451,9 +434,11 @@ def test_all_videos_are_found_in_one_scan(tmp_path: Path, by: str, k: int, monke
         return nearest(embedding, num_rows, **options)
 
     monkeypatch.setattr(searcher.vectors, "nearest", counted)
-    answer = searcher.search(SearchRequest(text="a dog", by=by, k=k, fold=False))
-    assert found(answer) == best_first(naive_scores(segments, by, [text_vector("a dog")]))
-    assert max(asked) <= 3601 and sum(asked) < 3 * 3601
+    expected = best_first(naive_scores(segments, by, [text_vector("a dog")]))
+    for k in (9, 10, 10**9):
+        asked.clear()
+        assert found(searcher.search(SearchRequest(text="a dog", by=by, k=k, fold=False))) == expected
+        assert max(asked) <= 3601 and sum(asked) < 3 * 3601
 
 
 @pytest.mark.parametrize("by", BY)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
 import jsonschema
@@ -52,6 +52,8 @@ class FakeSearcher:
         self.asked.append(request)
         if request.text is not None and not request.text.strip():
             raise InputError("the query is empty - say what to look for")
+        if len((request.text or "").split()) > 9:
+            raise InputError(f"the query has {len((request.text or '').split())} words - make it shorter")
         least = request.min_confidence or "weak"
         passing = [video for video in self.videos if at_least(video[2], least)]
         moments = tuple(Moment(4 * n + 0.5, 4 * n + 2, 4 * n + 1.0, 0.4) for n in range(request.num_moments))
@@ -107,23 +109,25 @@ def asked_of(fake: type[FakeSearcher], run_svb: RunSvb, *arguments: object) -> S
 
 
 def test_options_become_the_request(fake: type[FakeSearcher], run_svb: RunSvb) -> None:
-    given = "--plus x --plus y --not z -k 3 --by video --folder f --min-duration 1:30 --max-duration 2:00:00.5 "
-    given += (
-        "--after 2026-01-01 --before 2026-02-01 --where a=1 --where b~2 --min-confidence weak --no-fold --exact "
-        "--in both --language en"
-    )
-    request = asked_of(fake, run_svb, "a dog", *given.split(), "--moments", "2", "--captions", "0")
     values: dict[str, Any] = {"plus": ("x", "y"), "without": ("z",), "k": 3, "by": "video", "folders": ("f",)}
     values |= {"min_duration_seconds": 90.0, "max_duration_seconds": 7200.5, "after": "2026-01-01"}
     values |= {"before": "2026-02-01", "where": ("a=1", "b~2"), "min_confidence": "weak", "fold": False}
     values |= {"exact": True, "search_in": "both", "language": "en", "num_moments": 2, "num_captions": 0}
-    assert request == SearchRequest(text="a dog", **values)
+    given = (
+        "--plus x --plus y --not z -k 3 --by video --folder f --min-duration 1:30 --max-duration 2:00:00.5 --after "
+        "2026-01-01 --before 2026-02-01 --where a=1 --where b~2 --min-confidence weak --no-fold --exact --in both "
+        "--language en --moments 2 --captions 0 dog"
+    )
+    for arguments, request in (
+        (given, SearchRequest(text="dog", **values)),
+        ("dog", SearchRequest(text="dog")),
+        ("--video c.mp4@1-2", SearchRequest(video="c.mp4", span_seconds=(1.0, 2.0))),
+        ("--image p.png", SearchRequest(image="p.png")),
+        ("--like deep/a", SearchRequest(like="deep/a")),
+    ):
+        assert asked_of(fake, run_svb, *arguments.split()) == request
     # A field is either an option, or it is the query, comes with --video, or comes with --html.
     assert {*values, "text", "image", "video", "span_seconds", "like", "with_curves"} == {*request.__dict__}
-    assert asked_of(fake, run_svb, "a dog") == SearchRequest(text="a dog")
-    assert asked_of(fake, run_svb, "--video", "c.mp4@1-2") == SearchRequest(video="c.mp4", span_seconds=(1.0, 2.0))
-    assert asked_of(fake, run_svb, "--image", "p.png") == SearchRequest(image="p.png")
-    assert asked_of(fake, run_svb, "--like", "deep/a") == SearchRequest(like="deep/a")
     assert {*fake.opened} == {Path("index")}
 
 
@@ -231,12 +235,9 @@ def test_json_holds_to_the_schema(run_svb: RunSvb) -> None:
         held = json.loads(run_svb("search", *arguments, "--json").stdout)
         jsonschema.validate(held, SCHEMA)
         assert json.loads(json.dumps(Answer.from_json(held).as_json())) == held
-    for damaged in (
-        {**held, "more": 1},
-        {**held, "confidence": "sure"},
-        {name: value for name, value in held.items() if name != "recall"},
-        {**held, "results": [{**held["results"][0], "moments": []}]},
-    ):
+    without = {name: value for name, value in held.items() if name != "recall"}
+    moments = [{**held["results"][0], "moments": []}]
+    for damaged in ({**held, "more": 1}, {**held, "confidence": "sure"}, without, {**held, "results": moments}):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(damaged, SCHEMA)
 
@@ -297,22 +298,12 @@ def test_many_queries_open_the_index_once(
         assert ran.exit_code == 1 and f"svb: q.txt {words}" in ran.stderr
 
 
-def test_a_query_of_a_list_that_is_refused_is_named(
-    run_svb: RunSvb, fake: type[FakeSearcher], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    search = fake.search
-
-    def refuse(self: FakeSearcher, request: SearchRequest) -> Answer:
-        if len(request.text or "") > 40:
-            raise InputError("the query has 402 tokens, toy reads 256 - make it shorter")
-        return search(self, request)
-
-    monkeypatch.setattr(fake, "search", refuse)
+def test_a_query_of_a_list_that_is_refused_is_named(run_svb: RunSvb, tmp_path: Path) -> None:
     (tmp_path / "q.txt").write_text(f"a dog\n{'word ' * 400}\na cat\n")
     ran = run_svb("search", "--queries", "q.txt")
     assert (ran.exit_code, ran.stdout) == (1, "")
     (line,) = (line for line in ran.stderr.splitlines() if line.startswith("svb: "))
-    assert line.startswith("svb: query 2 of 3, 'word word") and "word ...': the query has 402 tokens" in line
+    assert line.startswith("svb: query 2 of 3, 'word word") and "word ...': the query has 400 words" in line
     assert len(line) < 200
 
 
@@ -337,9 +328,7 @@ def test_an_answer_that_is_empty_or_weak_names_the_nearest(
     assert (ran.exit_code, ran.stderr.splitlines()[-1]) == (1, "svb: the query is empty - say what to look for")
 
 
-def test_the_page_is_written_with_curves(
-    run_svb: RunSvb, fake: type[FakeSearcher], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_page_is_written_with_curves(run_svb: RunSvb, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[tuple[Any, Path, Path]] = []
 
     def write_report(answers: Any, out: Path, index: Path, on_progress: Any) -> Path:
@@ -349,12 +338,10 @@ def test_the_page_is_written_with_curves(
         written.append((answers, out, index))
         return out
 
-    report = ModuleType("svb.retrieve.page.page")
-    report.write_report = write_report  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "svb.retrieve.page.page", report)
+    monkeypatch.setattr("svb.retrieve.page.page.write_report", write_report)
     ran = run_svb("search", "a dog", "--html", "page.html", "--index", "index")
-    ((answers, out, index),) = written
-    assert (out, index, "wrote page.html" in ran.stderr) == (Path("page.html"), Path("index"), True)
+    ((answers, *where),) = written
+    assert where == [Path("page.html"), Path("index")] and "wrote page.html" in ran.stderr
     assert answers[0].results[0].curve is not None
     ran = run_svb("search", "a dog", "--html", "full.html")
     assert ran.exit_code == 1 and ran.stderr.splitlines()[-1] == (
@@ -362,18 +349,18 @@ def test_the_page_is_written_with_curves(
     )
 
 
-def test_moments_are_cut(run_svb: RunSvb, fake: type[FakeSearcher], tmp_path: Path) -> None:
+def test_moments_are_cut(run_svb: RunSvb, tmp_path: Path) -> None:
     make_clip(tmp_path / "a.mp4", seconds=3)
-    ran = run_svb("search", "a dog", "--moments", "1", "--cut", "cuts")
+    cut = ("search", "a dog", "--moments", "1", "--cut")
+    ran = run_svb(*cut, "cuts")
     assert ran.exit_code == 0, ran.stderr
-    assert [path.name for path in Path("cuts").iterdir()] == ["01-deep_a-0.5-2.0.mp4"]
+    (clip,) = Path("cuts").iterdir()
+    assert clip.name == "01-deep_a-0.5-2.0.mp4"
     assert "not cut: " in ran.stderr and "cuts holds 1 of 2 clips" in ran.stderr
-    before = (tmp_path / "cuts" / "01-deep_a-0.5-2.0.mp4").stat().st_mtime_ns
-    ran = run_svb("search", "a dog", "--moments", "1", "--cut", "cuts")
-    assert "exists and is kept" in ran.stderr
-    assert (tmp_path / "cuts" / "01-deep_a-0.5-2.0.mp4").stat().st_mtime_ns == before
+    before = clip.stat().st_mtime_ns
+    assert "exists and is kept" in run_svb(*cut, "cuts").stderr and clip.stat().st_mtime_ns == before
     (tmp_path / "a.mp4").unlink()
-    ran = run_svb("search", "a dog", "--moments", "1", "--cut", "others")
+    ran = run_svb(*cut, "others")
     assert ran.exit_code == 1 and "svb: none of the 2 moments could be cut" in ran.stderr
 
 
@@ -412,28 +399,24 @@ def test_clock() -> None:
     assert {seconds: clock(seconds) for seconds in times} == times
 
 
-def test_a_server_is_asked_unless_a_device_is_named(
-    fake: type[FakeSearcher], run_svb: RunSvb, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_is_asked_unless_a_device_is_named(run_svb: RunSvb, monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[Path] = []
 
-    class Answering:
-        url = "http://127.0.0.1:9"
+    def answer(request: SearchRequest) -> Answer | None:
+        return replace(FakeSearcher(Path("x")).search(request), generation=8) if request.text == "a" else None
 
-        def search(self, request: SearchRequest) -> Answer | None:
-            return replace(FakeSearcher(Path("x")).search(request), generation=8) if request.text == "a" else None
-
-    def running(index: Path) -> Answering:
+    def running(index: Path) -> Any:
         looked.append(index)
-        return Answering()
+        return SimpleNamespace(url="http://127.0.0.1:9", search=answer)
 
     monkeypatch.setattr("svb.cli.client.running_server", running)
-    ran = run_svb("search", "a", "--json", "--index", "i")
-    assert json.loads(ran.stdout)["generation"] == 8 and "by the server at http://127.0.0.1:9" in ran.stderr
-    # One that does not answer is done without.
-    ran = run_svb("search", "b", "--json", "--index", "i")
-    assert json.loads(ran.stdout)["generation"] == 7 and "by the server" not in ran.stderr
-    assert looked == [Path("i"), Path("i")]
-    assert json.loads(run_svb("search", "a", "--json", "--no-server").stdout)["generation"] == 7
-    assert json.loads(run_svb("search", "a", "--json", "--device", "cpu").stdout)["generation"] == 7
-    assert len(looked) == 2
+    for arguments, generation in (
+        (("a",), 8),
+        (("b",), 7),  # a server that does not answer is done without
+        (("a", "--no-server"), 7),
+        (("a", "--device", "cpu"), 7),
+    ):
+        ran = run_svb("search", *arguments, "--json", "--index", "i")
+        assert json.loads(ran.stdout)["generation"] == generation
+        assert ("by the server at http://127.0.0.1:9" in ran.stderr) == (generation == 8)
+    assert looked == [Path("i")] * 2
