@@ -28,6 +28,10 @@ def with_a_picture(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
     """Return (epoch, value) of every scalar as TensorBoard shows them."""
+    # A run taken up several times in one second: files are read in order of their names.
+    files = sorted((run / "tensorboard").iterdir(), key=lambda file: file.stat().st_mtime_ns)
+    for number, file in enumerate(files):
+        file.rename(file.with_name(f"events.out.tfevents.{number:010}.test"))
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
@@ -40,13 +44,11 @@ def picture(run: Path) -> NDArray[np.uint8]:
 
 
 def assert_scalars_are_the_metrics(run: Path) -> None:
-    held = scalars(run)
-    metrics = lines(run)
+    held, metrics = scalars(run), lines(run)
     assert set(held) == {name for line in metrics for name in line} - {"epoch"}
     for name, points in held.items():
         expected = [(line["epoch"], line[name]) for line in metrics if name in line]
-        assert [epoch for epoch, _ in points] == [epoch for epoch, _ in expected], name
-        assert [value for _, value in points] == pytest.approx([value for _, value in expected]), name
+        np.testing.assert_allclose(points, expected, rtol=1e-6, err_msg=name)
 
 
 def test_a_training_has_its_curves(task: Task, tmp_path: Path) -> None:
@@ -96,22 +98,14 @@ def test_a_resumed_training_hides_what_came_after_its_checkpoint(
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 1e9)
     with pytest.raises(Killed):
         train(*task, out, config, on_epoch=kill_after(3))
-    assert [epoch for epoch, _ in scalars_in_order(out)["loss"]] == [1, 2, 3]
+    assert [epoch for epoch, _ in scalars(out)["loss"]] == [1, 2, 3]
     killed = picture(out)
     # Other values than before, so that those which were lost can be told apart.
     monkeypatch.setattr(loop.RetrievalModel, "logit_scale", property(lambda model: torch.tensor(77.0)))
     train(*task, out, config)
-    held = scalars_in_order(out)
+    held = scalars(out)
     assert [epoch for epoch, _ in held["loss"]] == [1, 2, 3, 4, 5]
     assert [value for _, value in held["logit_scale"]][1:] == [77.0] * 4
     assert held["logit_scale"][0][1] != 77.0
     assert_scalars_are_the_metrics(out)
     assert not np.array_equal(picture(out), killed), "the curves are drawn anew"
-
-
-def scalars_in_order(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """Return `scalars` of a run taken up several times in one second: files are read in order of their names."""
-    files = sorted((run / "tensorboard").iterdir(), key=lambda file: file.stat().st_mtime_ns)
-    for number, file in enumerate(files):
-        file.rename(file.with_name(f"events.out.tfevents.{number:010}.test"))
-    return scalars(run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +23,7 @@ def windows(total: float, length: float = 4.0, stride: float = 2.0) -> NDArray[n
 
 
 def curve(
-    seconds: NDArray[np.float64], events: list[tuple[float, float, float]], rest: float = 0.1
+    seconds: NDArray[np.float64], events: Sequence[tuple[float, float, float]], rest: float = 0.1
 ) -> NDArray[np.float32]:
     """Return the scores of windows, given which share of each an event `(begin, end, score)` fills."""
     scores = np.full(len(seconds), rest)
@@ -53,24 +54,19 @@ def test_an_event_shorter_than_a_window_lies_in_the_stretch() -> None:
     assert moment.end_seconds - moment.begin_seconds <= 4.5
 
 
-def test_events_come_best_first_without_overlap() -> None:
+def test_events_come_best_first_and_reach_half_the_height_of_the_first() -> None:
     seconds = windows(100.0, stride=1.0)
-    scores = curve(seconds, [(10, 20, 0.5), (40, 50, 0.8), (70, 80, 0.6)])
-    found = find_moments(seconds, scores, 0.05, 5)
-    assert [round(moment.score, 3) for moment in found] == [0.8, 0.6, 0.5]
-    for moment, (begin, end) in zip(found, [(40, 50), (70, 80), (10, 20)], strict=True):
-        assert (moment.begin_seconds, moment.end_seconds) == pytest.approx((begin, end), abs=0.3)
-    assert find_moments(seconds, scores, 0.05, 2) == found[:2]
-
-
-def test_a_second_event_must_reach_half_the_height_of_the_first() -> None:
-    seconds = windows(100.0, stride=1.0)
-    for second, number in ((0.4, 1), (0.6, 2)):
-        scores = curve(seconds, [(10, 20, 0.9), (60, 70, second)])
-        assert len(find_moments(seconds, scores, 0.05, 5)) == number
-    # Two tops of one event are one moment: every window between them sees both.
-    (moment,) = find_moments(seconds, curve(seconds, [(10, 18, 0.8), (19, 28, 0.7)]), 0.05, 5)
-    assert (moment.begin_seconds, moment.end_seconds) == pytest.approx((10, 28), abs=0.5)
+    for events, spans in (
+        ([(10, 20, 0.5), (40, 50, 0.8), (70, 80, 0.6)], [(40, 50), (70, 80), (10, 20)]),
+        ([(10, 20, 0.9), (60, 70, 0.4)], [(10, 20)]),
+        ([(10, 20, 0.9), (60, 70, 0.6)], [(10, 20), (60, 70)]),
+        ([(10, 18, 0.8), (19, 28, 0.7)], [(10, 28)]),  # every window between the two tops sees both
+    ):
+        scores = curve(seconds, events)
+        found = find_moments(seconds, scores, 0.05, 5)
+        for moment, span in zip(found, spans, strict=True):
+            assert (moment.begin_seconds, moment.end_seconds) == pytest.approx(span, abs=0.5)
+        assert find_moments(seconds, scores, 0.05, 2) == found[:2]
 
 
 def test_a_curve_of_noise_is_one_moment_of_the_whole_video() -> None:
@@ -128,17 +124,6 @@ def test_the_best_of_unrelated_rows_is_hardly_ever_strong(number: int) -> None:
     assert levels.count("weak") >= 0.4 * len(levels)
 
 
-@pytest.mark.parametrize("number", [12, 1_000, 100_000])
-def test_what_stands_out_is_strong_whatever_the_scale(number: int) -> None:
-    random = np.random.default_rng(1)
-    for mean, deviation in ((0.1, 0.05), (-0.3, 0.2), (0.7, 0.001)):
-        spread = Spread.of(random.normal(mean, deviation, min(number, 8192)), number)
-        above = [spread.confidence(mean + deviation * times) for times in (8.0, 0.5, -3.0)]
-        assert above == ["strong", "weak", "weak"]
-    levels = [Spread(0.0, 1.0, 4.0).confidence(score) for score in (9, 4.0, 3.99, 3.6, 3.59, 0, -9)]
-    assert levels == ["strong", "strong", "fair", "fair", "weak", "weak", "weak"]
-
-
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
 def test_the_few_that_are_left_are_not_sure_for_being_few(number: int) -> None:
     """Of a single row, chance would end at the mean: every other one would be strong."""
@@ -149,6 +134,17 @@ def test_the_few_that_are_left_are_not_sure_for_being_few(number: int) -> None:
     assert levels.count("strong") <= 0.2 * len(levels)
     if number <= 3:
         assert Spread.of(np.linspace(0.9, 0.1, number), number).confidence(0.9) == "weak"
+
+
+@pytest.mark.parametrize("number", [12, 1_000, 100_000])
+def test_what_stands_out_is_strong_whatever_the_scale(number: int) -> None:
+    random = np.random.default_rng(1)
+    for mean, deviation in ((0.1, 0.05), (-0.3, 0.2), (0.7, 0.001)):
+        spread = Spread.of(random.normal(mean, deviation, min(number, 8192)), number)
+        above = [spread.confidence(mean + deviation * times) for times in (8.0, 0.5, -3.0)]
+        assert above == ["strong", "weak", "weak"]
+    levels = [Spread(0.0, 1.0, 4.0).confidence(score) for score in (4.0, 3.99, 3.6, 3.59, -9)]
+    assert levels == ["strong", "fair", "fair", "weak", "weak"]
     assert Spread.of(np.full(100, 0.5), 100).confidence(0.5) == "weak"  # equal scores say nothing
 
 

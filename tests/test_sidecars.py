@@ -165,11 +165,9 @@ class TestDamage:
 
     def test_other_encodings_are_said_once(self, tmp_path: Path) -> None:
         content = (SRT * 3).replace("A dog", "Ein Dogge, größer").encode("cp1252")
-        cues, messages = read(tmp_path, content)
+        cues, (message,) = read(tmp_path, content)
         assert cues[0].text == "Ein Dogge, größer runs."
-        assert [message.partition(" - ")[0] for message in messages] == [
-            f"{tmp_path}/a.srt is not UTF-8: reading it as Windows-1252"
-        ]
+        assert message.startswith(f"{tmp_path}/a.srt is not UTF-8: reading it as Windows-1252 - ")
 
     def test_hostile_files_are_read_to_their_end(self, tmp_path: Path) -> None:
         # Two cues of many lines, alike but for the first: comparing all ends with all begins would take hours.

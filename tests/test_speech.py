@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sqlite3
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -52,6 +53,7 @@ SAID = {
         (9, 8, "never backwards"),
     ],
 }
+VIDEO = ("-f", "lavfi", "-i", "testsrc2=size=64x48:rate=10:duration=5")
 ENCODINGS = {"clip007.srt": "cp1252", "clip003.srt": "utf-16"}
 
 
@@ -203,69 +205,63 @@ def test_an_index_without_speech_says_how_to_add_it(built_index: Path, kept: Kep
     assert ask(kept.out, "trampoline", search_in="speech")[0].video_id == "clip000"
 
 
-@pytest.mark.parametrize("damage", ["gone", "cut", "junk", "bits", "another"])
-def test_words_that_are_lost_are_made_again(spoken: Path, tmp_path: Path, damage: str) -> None:
+def another_database(path: Path) -> None:
+    path.unlink()
+    database = sqlite3.connect(path)
+    database.execute("CREATE TABLE made (windows INTEGER)")
+    database.close()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        Path.unlink,
+        another_database,
+        lambda path: os.truncate(path, path.stat().st_size // 2),
+        lambda path: path.write_bytes(b"junk" * 1000),
+        lambda path: path.write_bytes((whole := path.read_bytes())[:200] + b"\xff" * 8000 + whole[8200:]),
+    ],
+    ids=["gone", "another", "cut", "junk", "bits"],
+)
+def test_words_that_are_lost_are_made_again(spoken: Path, tmp_path: Path, damage: Callable[[Path], object]) -> None:
     own = Path(shutil.copytree(spoken, tmp_path / "index"))
     (words,) = (own / "cache").glob("words-*.sqlite")
-    whole = words.read_bytes()
-    if damage == "gone":
-        words.unlink()
-    elif damage == "cut":
-        words.write_bytes(whole[: len(whole) // 2])
-    elif damage == "bits":
-        words.write_bytes(whole[:200] + b"\xff" * 8000 + whole[8200:])
-    elif damage == "another":
-        words.unlink()
-        with sqlite3.connect(words) as database:
-            database.execute("CREATE TABLE made (windows INTEGER)")
-        database.close()
-    else:
-        words.write_bytes(b"junk" * 1000)
-    if damage != "gone":
-        assert any("words-" in problem for problem in verify_index(own))
+    damage(words)
+    assert not words.exists() or any("words-" in problem for problem in verify_index(own))
     assert ask(own, "trampoline", search_in="speech")[0].video_id == "clip005"
     assert verify_index(own) == []
 
 
 def test_speech_follows_its_files(kept: Kept, tmp_path: Path) -> None:
-    folder = tmp_path / "videos"
+    folder, transcripts = tmp_path / "videos", tmp_path / "transcripts"
     folder.mkdir()
+    transcripts.mkdir()
     touch(kept.store, "clip000", source_path=str(folder / "clip000.mp4"))
     srt = folder / "clip000.srt"
 
-    def said() -> list[str]:
+    def said(**options: Any) -> list[str]:
+        kept.update(**options)
         entry = read_manifest(kept.out)["speech"]
         return [] if not entry else [r.lines[0].text for r in ask(kept.out, "trampoline", search_in="speech", k=1)]
 
-    kept.update()
     assert said() == []
     srt.write_text(subtitles([(1, 2, "one trampoline")]))
-    kept.update()
     assert said() == ["one trampoline"]
     before = files_of(kept.out)
     kept.update()
     assert files_of(kept.out) == before
     srt.write_text(subtitles([(1, 2, "another trampoline")]))
-    kept.update()
     assert said() == ["another trampoline"]
     folder.rename(tmp_path / "not mounted")
-    kept.update()
     assert said() == ["another trampoline"]
     (tmp_path / "not mounted").rename(folder)
-    transcripts = tmp_path / "transcripts"
-    transcripts.mkdir()
-    (transcripts / "clip001.vtt").write_text(
-        "WEBVTT\nLanguage: en\n\n00:01.000 --> 00:02.000\nthe trampoline of a transcript\n"
-    )
-    kept.update(transcripts=transcripts)
+    vtt = "WEBVTT\nLanguage: en\n\n00:01.000 --> 00:02.000\nthe trampoline of a transcript\n"
+    (transcripts / "clip001.vtt").write_text(vtt)
+    said(transcripts=transcripts)
     srt.unlink()
-    kept.update()
     assert said() == ["the trampoline of a transcript"]
     assert read_manifest(kept.out)["speech"][0]["languages"] == ["en"]
-    kept.update(speech=False)
-    assert said() == []
-    kept.update(speech=True, no_transcripts=True)
-    assert said() == []
+    assert said(speech=False) == said(speech=True, no_transcripts=True) == []
 
 
 @pytest.mark.parametrize("name", ["cue_utf8.npy", "window_embeddings.npy"])
@@ -319,7 +315,7 @@ class TestStreams:
     def test_streams_of_text(self, srt: Path, tmp_path: Path, name: str, codec: str) -> None:
         video = ("-c:v", "libvpx", "-deadline", "realtime") if name.endswith("webm") else ("-c:v", "libx264")
         clip = tmp_path / name
-        source = ("-f", "lavfi", "-i", "testsrc2=size=64x48:rate=10:duration=5", "-i", str(srt), "-i", str(srt))
+        source = (*VIDEO, "-i", str(srt), "-i", str(srt))
         maps = ("-map", "0:v", "-map", "1", "-map", "2", "-metadata:s:s:0", "language=eng")
         run_ffmpeg(*source, *maps, "-metadata:s:s:1", "language=ger", *video, "-c:s", codec, str(clip))
         streams = read_streams(clip)
@@ -331,16 +327,12 @@ class TestStreams:
 
     def test_times_are_on_the_file_s_own_clock(self, srt: Path, tmp_path: Path) -> None:
         clip = tmp_path / "late.mkv"
-        source = ("-f", "lavfi", "-i", "testsrc2=size=64x48:rate=10:duration=5", "-i", str(srt))
-        run_ffmpeg(*source, "-c:v", "libx264", "-c:s", "srt", "-output_ts_offset", "10", str(clip))
+        run_ffmpeg(*VIDEO, "-i", str(srt), "-c:v", "libx264", "-c:s", "srt", "-output_ts_offset", "10", str(clip))
         assert read_streams(clip)[0].cues[0].begin_seconds == pytest.approx(11, abs=0.05)
 
     def test_pictures_of_text_are_said_and_left_out(self, srt: Path, tmp_path: Path, kept: Kept) -> None:
         clip = tmp_path / "pictures.mkv"
-        pictures = ("-f", "lavfi", "-i", "color=red:size=64x48:rate=1:duration=2")
-        run_ffmpeg(
-            *(*pictures, "-i", str(srt), "-map", "0:v", "-map", "1", "-c:v", "libx264", "-c:s", "srt"), str(clip)
-        )
+        run_ffmpeg(*VIDEO, "-i", str(srt), "-c:v", "libx264", "-c:s", "srt", str(clip))
         # No encoder here makes pictures of text; the number of a codec is enough.
         held = clip.read_bytes()
         assert held.count(b"S_TEXT/UTF8") == 1
@@ -484,16 +476,6 @@ class TestDoors:
             assert found["lines"][0]["text"] == "<img src=x onerror=alert(1)> trampoline alert(2)"
             bad = client.post("/api/search", json={"text": "x", "search_in": "nowhere"})
             assert bad.status_code == 400
-
-    def test_a_search_without_speech_loads_no_sqlite(self, built_index: Path) -> None:
-        import subprocess
-
-        program = (
-            "import sys; from svb.retrieve.search import search; from svb.retrieve.answer import SearchRequest;"
-            "from svb.retrieve.searching.searcher import Searcher; s = Searcher(sys.argv[1]);"
-            "s._speech_for(SearchRequest(text='a')); assert 'sqlite3' not in sys.modules"
-        )
-        subprocess.run([sys.executable, "-c", program, str(built_index)], check=True)
 
 
 def test_what_a_query_asks_for() -> None:
