@@ -203,6 +203,23 @@ class TestWatch:
             "+1 new ~0 changed >0 renamed -0 gone =24 same",
         ]
 
+    def test_a_run_that_is_replaced_by_another_ends_it(
+        self, trained: Path, indexed_run: Path, tmp_path: Path
+    ) -> None:
+        run = Path(shutil.copytree(trained, tmp_path / "run"))
+        store = Path(shutil.copytree(trained.parent / "features", tmp_path / "features"))
+
+        @heard
+        def on_message(line: str) -> None:
+            if line.startswith("watching"):
+                shutil.rmtree(run)
+                shutil.copytree(indexed_run, run)
+                add(store, {"clip000": frames_of(1)})
+
+        with pytest.raises(MismatchError, match=r"model\.weights: stored"):
+            index(run, tmp_path / "index", store=store, watch=True, watch_seconds=0.05)
+        assert verify_index(tmp_path / "index") == []
+
     @pytest.mark.parametrize(
         "error", [StoreError("a shard is damaged"), OSError("the disk is full"), InputError("the table is empty")]
     )
