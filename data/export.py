@@ -57,22 +57,28 @@ def export(store: FeatureStore, out: Path, *, layout: str = "h5", backbone: str 
     """
     if layout not in LAYOUTS:
         raise UsageError(f"unknown layout {layout!r} - expected one of {', '.join(LAYOUTS)}")
+    _require_free(out)
     if layout == "h5" and backbone is not None:
         raise UsageError("h5 holds all backbones of a store - leave out --backbone, or choose another --format")
     if layout != "h5" and not store.video_ids:
         raise InputError(f"no video of {store.path} has features - `svb info {store.path} --failures` says why")
+    name = "" if layout == "h5" else store.only_backbone(backbone)
     with one_writer(out):
-        if os.path.lexists(out):
-            raise InputError(f"{out} exists - remove it, or name another with -o")
+        _require_free(out)  # another process may just have written it
         if layout == "h5":
             return export_store(store, out)
-        _WRITERS[layout](store, store.only_backbone(backbone), out)
+        _WRITERS[layout](store, name, out)
     left_out = len(store.records) - len(store.video_ids)
     if left_out:
         logger.info(
             f"{left_out} videos without features are left out - `svb info {store.path} --failures` lists them"
         )
     return out
+
+
+def _require_free(out: Path) -> None:
+    if os.path.lexists(out):
+        raise InputError(f"{out} exists - remove it, or name another with -o")
 
 
 def _write_h5_per_video(store: FeatureStore, backbone: str, out: Path) -> None:

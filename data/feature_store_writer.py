@@ -17,7 +17,7 @@ from svb.data.feature_store import FeatureStore, live_shards, read_store_descrip
 from svb.data.publish import FolderLock, remove_leftovers
 from svb.data.rows import REMOVED, VideoRecord, VideoRows
 from svb.data.shard import Shard, write_shard
-from svb.errors import InputError, StoreError
+from svb.errors import StoreError
 
 SHARD_VIDEOS = 256
 SHARD_BYTES = 512 * 2**20
@@ -214,12 +214,7 @@ def export_store(store: FeatureStore, path: Path) -> Path:
     """Write a store as one HDF5 file of the same layout, which `FeatureStore` reads like the folder.
 
     The whole store is in memory meanwhile. Returns `path`.
-
-    Raises:
-        InputError: There is a file at `path` already.
     """
-    if path.exists():
-        raise InputError(f"{path} exists - remove it, or name another file with -o")
     records, rows = current_content(store, list(range(len(store.shards))))
     sizes = {name: int(backbone["feature_size"]) for name, backbone in store.settings["backbones"].items()}
     write_shard(path, store.description, records, rows, sizes)

@@ -154,9 +154,9 @@ def lock_folder(folder: Path, written: Path | None = None) -> int:
 
 @contextlib.contextmanager
 def one_writer(path: Path, role: str = "writing") -> Iterator[Path]:
-    """Make this process the one writer of `path`; yields a folder beside it for what a killed run is to leave.
+    """Make this process the one writer of `path`; yields a folder beside it for files that the next run may use.
 
-    The folder stays only if something was put into it and there is no `path`.
+    The folder stays only if it holds something and there is no `path`.
 
     Args:
         path: The file or folder that is written.

@@ -59,9 +59,9 @@ class ExtractProgress:
 def progress_of_all(
     told: Sequence[ExtractProgress], num_videos: int, num_bytes: int, device: str
 ) -> ExtractProgress:
-    """Return how far several processes are together.
+    """Return the joint progress of several processes.
 
-    Videos that died with their process are counted again where they are done again.
+    Videos of a process that died count twice if another process repeats them.
     """
     several = max(1, len(told))
     return ExtractProgress(

@@ -69,7 +69,7 @@ def test_an_index_measures_its_levels_and_says_what_they_mean(
 
 @pytest.mark.usefixtures("words_encoder")
 def test_an_index_of_before_opens_and_is_calibrated_by_the_next_run(kept: Kept, run_svb: RunSvb) -> None:
-    manifest = read_manifest(kept.out)
+    manifest = {**read_manifest(kept.out), "finished": "as older versions noted it"}
     del manifest["confidence"]
     for path in (kept.out / "confidence").glob("*/*"):
         path.unlink()
@@ -90,14 +90,22 @@ def test_an_index_of_before_opens_and_is_calibrated_by_the_next_run(kept: Kept, 
 
 
 @pytest.mark.usefixtures("words_encoder")
-def test_random_texts_are_embedded_once(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_texts_are_embedded_once_unless_they_are_damaged(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
     edit_manifest(kept.out, finished=None)
     kept.update()  # the session's index was made without a text encoder
     before = read_manifest(kept.out)["confidence"]
-    monkeypatch.setattr(calibrate, "random_texts", lambda: pytest.fail("the index holds their embeddings"))
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrate, "random_texts", lambda: pytest.fail("the index holds their embeddings"))
+        edit_manifest(kept.out, finished=None)
+        kept.update()
+    assert read_manifest(kept.out)["confidence"] == before != []
+    (path,) = (kept.out / "confidence").glob("*/known.npy")
+    path.write_bytes(path.read_bytes()[:-2] + b"\0\0")
     edit_manifest(kept.out, finished=None)
     kept.update()
-    assert read_manifest(kept.out)["confidence"] == before != []
+    assert read_manifest(kept.out)["confidence"] == before
 
 
 def test_a_damaged_calibration_is_made_again(calibrated: Kept) -> None:

@@ -172,7 +172,9 @@ class TestExport:
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_two_at_once_into_one_place(self, layout: str, store: Path, tmp_path: Path) -> None:
         with one_writer(tmp_path / "x"), pytest.raises(StoreError, match="another process is writing to it"):
-            export(FeatureStore(store), tmp_path / "x", layout=layout)
+            export(
+                FeatureStore(store), tmp_path / "x", layout=layout, backbone=None if layout == "h5" else "toy:wide"
+            )
         assert not names_in(tmp_path)
 
     @pytest.mark.parametrize("layout", OTHER_LAYOUTS)

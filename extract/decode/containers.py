@@ -24,9 +24,9 @@ TS_BYTES_LOOKED_AT = 2**20
 OGG_SYNC, OGG_HEADER_BYTES, MAX_OGG_SEGMENTS, OGG_FIRST_PAGE = b"OggS\0", 27, 255, 2
 # The rest of the file counts as one part.
 MAX_OGG_PARTS = 1000
-# After so many places where no page follows a page, the rest of the file counts as one page.
+# After so many places where no page follows a page, the rest of the file is not looked at.
 MAX_OGG_GAPS = 1000
-
+# A file is searched in blocks of this size.
 SEARCHED_BYTES = 2**16
 
 FLV_HEADER_BYTES, ASF_BEGIN = 13, bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")

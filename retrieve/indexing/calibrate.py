@@ -5,8 +5,6 @@ shares enough of its words. `svb.retrieve.stored.calibration` says what is fitte
 with the first wrong ones for queries without an answer, and the nine behind them give the weight of the gap. The
 levels are measured on captions of videos that the rule was not fitted to: two rules, each of one half of the
 videos, are measured on the other half. The one that is kept is fitted to all.
-
-An index without captions of its own is asked random texts, which nothing in it answers but by chance.
 """
 
 from __future__ import annotations
@@ -37,7 +35,7 @@ from svb.retrieve.stored.segment import Segment
 if TYPE_CHECKING:
     from svb.retrieve.model.source import OpenedSource
 
-# Of these a random text has one to eight.
+# A random text has one to eight of these words.
 EVERYDAY_WORDS = """
 man woman child girl boy people crowd team dog cat horse bird fish animal car train boat plane bicycle truck
 road street house room kitchen table chair door window garden tree flower grass river lake sea beach mountain
@@ -51,7 +49,7 @@ cut cook eat drink drive fly swim climb throw catch push pull buy sell teach lea
 NUM_RANDOM_TEXTS = 400
 # Fewer say too little; more cost time and hardly change the rule.
 MIN_CAPTIONS, MAX_CAPTIONS = 100, 1000
-# The scores of captions with moments: a million moments are asked with 100 captions, which takes seconds.
+# At most so many scores are computed: a million windows are asked with 100 captions, which takes seconds.
 MAX_SCORES = 10**8
 # More cost a query more: 60,000 gain 0.01 of AUC at most.
 NUM_KNOWN = 4096

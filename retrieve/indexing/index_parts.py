@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,9 +16,9 @@ from svb.errors import InputError, ModelUnavailableError, SvbError
 from svb.retrieve.indexing.index_config import LOCAL, IndexConfig
 from svb.retrieve.indexing.index_plan import live_videos
 from svb.retrieve.indexing.index_source import IndexModel
-from svb.retrieve.stored.calibration import KNOWN, meanings_of
+from svb.retrieve.stored.calibration import KNOWN, RULES, meanings_of
 from svb.retrieve.stored.cues import open_speech, publish_speech
-from svb.retrieve.stored.manifest import part_folder, publish_part
+from svb.retrieve.stored.manifest import is_damaged, part_folder, publish_part
 from svb.retrieve.stored.metadata import publish_metadata
 from svb.retrieve.stored.pools import open_pool, publish_pool
 from svb.retrieve.stored.segment import Segment, open_array, require_sizes
@@ -73,17 +72,15 @@ class IndexParts:
     @property
     def are_finished(self) -> bool:
         """Tell whether this run or an earlier one has called `finish` for the draft's segments and inputs."""
-        # Older versions calibrated nothing, or no index without captions.
-        held, can_be = self._draft.get("confidence"), self._draft["text"] and self._draft["segments"]
-        is_calibrated = held is not None and bool(held or not can_be)
-        return is_calibrated and bool(self._draft.get("finished") == self._finished())
+        return bool(self._draft.get("finished") == self._finished())
 
     def note_finished(self) -> None:
         """Note that nothing is left to finish; if the run is killed before this, the next one finishes."""
         self._draft["finished"] = None if self._lacks_tower else self._finished()
 
     def _finished(self) -> str:
-        return fingerprint({part: self._draft[part] for part in ("inputs", "segments")})
+        # Older versions, which calibrated fewer indexes or none, named no rules: their indexes are finished anew.
+        return fingerprint({"rules": RULES, **{part: self._draft[part] for part in ("inputs", "segments")}})
 
     def finish(self, segments: Sequence[Segment]) -> None:
         """Make what depends on all videos."""
@@ -241,12 +238,16 @@ class IndexParts:
         from svb.retrieve.indexing.calibrate import random_texts
 
         for entry in self._draft.get("confidence", []):
-            if entry.get("made_for") == self._model.embedder.fingerprint:
-                return open_array(part_folder(self._out, "confidence", entry) / KNOWN)
-        with contextlib.suppress(SvbError):  # the text tower, which is made next, says what is wrong
+            folder = part_folder(self._out, "confidence", entry)
+            is_of_model = entry.get("made_for") == self._model.embedder.fingerprint
+            if is_of_model and not is_damaged(folder, entry["files"]):
+                return open_array(folder / KNOWN)
+        try:
             embeddings: NDArray[np.float16] = self._embed(random_texts()).astype(np.float16)
-            return embeddings
-        return None
+        except SvbError as error:
+            logger.info(f"the confidence of answers is not measured: {error}")
+            return None
+        return embeddings
 
     def _require_there(self, path: str, is_asked: bool, option: str, without: str) -> None:
         """Refuse to drop a file silently that an index was made with; one named in this run raises when read."""

@@ -222,7 +222,7 @@ def _open_video(path: Path) -> BinaryIO:
 
 def _text_streams(path: Path, fd: int) -> dict[int, str]:
     """Return the language of each stream of text, by its number."""
-    import av  # a search that finds nothing new to read needs none of it
+    import av  # an index run that has nothing new to read does not need it
     import av.error
 
     try:

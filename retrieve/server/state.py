@@ -59,7 +59,7 @@ class ServerState:
         self.snapshots = Snapshots(open_searcher, index)
         self.searches = SearchThreads(options.threads, options.max_searches)
         self.uploads = Uploads(options.max_upload_bytes, options.uploads_at_once)
-        # Two pools keep a video that takes minutes to embed from holding up the posters, and the other way round.
+        # With two pools, a video that takes minutes to embed does not hold up posters, nor posters a video.
         self.embedders = WorkerPool(1, options.uploads_at_once, options.upload_seconds)
         self.decoders = WorkerPool(PICTURES_AT_ONCE, PICTURES_WAITING, options.picture_seconds)
         self.probes = Probes(self.decoders)

@@ -229,7 +229,7 @@ class Pictures:
 
         Raises:
             HTTPException: 400, the time or the height is out of range.
-            InputError: The file has no such picture. Also the other errors of `WorkerPool.do`.
+            InputError: The file has no such picture. Also raises what `WorkerPool.do` raises.
         """
         if not (math.isfinite(seconds) and seconds >= 0):
             raise HTTPException(400, f"t is {seconds} - expected seconds of at least 0")
@@ -250,7 +250,7 @@ class Pictures:
 
         Raises:
             HTTPException: 400, a number is out of range; 404, the video's duration is not known.
-            InputError: The file gives no such picture. Also the other errors of `WorkerPool.do`.
+            InputError: The file gives no such picture. Also raises what `WorkerPool.do` raises.
         """
         if not 1 <= num_frames <= MAX_FRAMES:
             raise HTTPException(400, f"n is {num_frames} - expected 1 to {MAX_FRAMES} frames")

@@ -10,7 +10,7 @@ that is close to one of them. How many others fit as well does not count against
 common words.
 
 An index without such captions is asked random texts instead. Its rule knows only the score: an answer is strong if
-it scores higher than the best answers to nearly all of these texts, and fair if it scores higher than most of them.
+it scores higher than the best answers to 99 % of these texts, and fair if it does so for 90 %.
 """
 
 from __future__ import annotations
@@ -36,11 +36,13 @@ from svb.retrieve.stored.segment import open_array, require_sizes
 # The chance from which an answer is strong, or fair.
 LEAST_CHANCES = {"strong": 0.7, "fair": 0.3}
 WORDS, KNOWN = "words.json", "known.npy"
-# An answer with these chances scores higher than the best answers to this share of random texts.
+# What an index can be calibrated with: an index that knew of fewer is calibrated anew.
+RULES = ["captions", "random texts"]
+# An answer of this level scores higher than the best answers to this share of random texts.
 RANDOM_SHARES = {"strong": 0.99, "fair": 0.9}
 _PLACES = {
     **{level: f"higher than the best answers to {100 * share:.0f} %" for level, share in RANDOM_SHARES.items()},
-    "weak": "no higher than the best answers to many",
+    "weak": f"no higher than the best answers to {100 * RANDOM_SHARES['fair']:.0f} %",
 }
 # A word that is in no caption counts as if it were in so many.
 UNHEARD = 0.3
@@ -67,7 +69,7 @@ class Rule:
     def chances(self, features: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the chances that `(n,)` videos are right, of `(n, 4)` features: s, w, c and g."""
         logits = self.bias + features @ [self.score, self.words, self.known, -self.gap]
-        chances: NDArray[np.float64] = 1 / (1 + np.exp(-logits))
+        chances: NDArray[np.float64] = 1 / (1 + np.exp(-np.clip(logits, -50, 50)))
         return chances
 
 
@@ -89,7 +91,8 @@ class Calibration:
 
     def query(self, texts: Sequence[str], embeddings: Sequence[NDArray[np.float32]]) -> tuple[float, float]:
         """Return how well the model knows a query: w and c of its texts, the mean where there are several."""
-        closeness = [float((self._known @ each).max()) for each in embeddings] if len(self._known) else [0.0]
+        knows = self.num_captions and len(self._known)
+        closeness = [float((self._known @ each).max()) for each in embeddings] if knows else [0.0]
         return self.commonness(texts), sum(closeness) / len(closeness)
 
     def commonness(self, texts: Sequence[str]) -> float:

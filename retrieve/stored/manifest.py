@@ -132,7 +132,7 @@ def publish_part(out: Path, part: str, write: Callable[[Path], None]) -> dict[st
     sizes = {path.name: path.stat().st_size for path in paths}
     key = hashlib.sha256(canonical_json(files).encode()).hexdigest()[:16]
     final = out / part / key
-    if final.exists() and not _is_damaged(final, files):
+    if final.exists() and not is_damaged(final, files):
         shutil.rmtree(building)
     else:
         shutil.rmtree(final, ignore_errors=True)
@@ -156,7 +156,7 @@ def remove_unnamed(out: Path, manifest: Mapping[str, Any]) -> None:
                     shutil.rmtree(path)
 
 
-def _is_damaged(folder: Path, files: Mapping[str, str]) -> bool:
+def is_damaged(folder: Path, files: Mapping[str, str]) -> bool:
     return any(not (folder / name).is_file() or hash_file(folder / name) != files[name] for name in files)
 
 
