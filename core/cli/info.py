@@ -347,7 +347,9 @@ def _confidences(calibration: dict[str, Any] | None) -> list[tuple[str, str]]:
     if calibration is None:
         return [("confidence", "not measured: an older version made it - run `svb index` on it again")]
     if not calibration:
-        return [("confidence", "not measured: run `svb index` on it again, which needs a video and the text encoder")]
+        return [
+            ("confidence", "not measured: run `svb index` on it again, which needs a video and the text encoder")
+        ]
     meanings = meanings_of({"confidence": [calibration]}).items()
     return [("" if row else "confidence", f"{level}: {meaning}") for row, (level, meaning) in enumerate(meanings)]
 
